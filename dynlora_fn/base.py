@@ -1,0 +1,31 @@
+"""How a frozen base is stored, and how a difference is folded into it."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Compiled, outer products fuse into one pass over the base, in place where it is donated; a matrix product does neither
+# but is the faster one where many vectors change at once.
+_MOST_OUTER_PRODUCTS = 32
+
+
+def fold(
+    base: Float[Tensor, "*stack out in"],
+    left: Float[Tensor, "*stack out count"],
+    right: Float[Tensor, "*stack count in"],
+) -> Float[Tensor, "*stack out in"]:
+    """``base + left @ right``, rounded once to the base's precision.
+
+    Numerics: the sum is formed in the widest of the three dtypes, float32 at least, whatever autocast says: a fold
+    changes the weight, not an activation. Up to 32 vectors it is a sum of outer products, exact to that dtype; beyond,
+    one matrix product, whose precision on CUDA is what `torch.set_float32_matmul_precision` allows.
+    A base in bfloat16 is rounded as a whole at each fold, by up to 2**-9 of each entry.
+    """
+    dtype = torch.promote_types(torch.promote_types(base.dtype, left.dtype), torch.float32)
+    left, right, total = left.to(dtype), right.to(dtype), base.to(dtype)
+    if left.shape[-1] > _MOST_OUTER_PRODUCTS:
+        with torch.autocast(base.device.type, enabled=False):
+            return (total + left @ right).to(base.dtype)
+    for k in range(left.shape[-1]):
+        total = total + left[..., :, k, None] * right[..., k, None, :]
+    return total.to(base.dtype)

@@ -1,0 +1,96 @@
+"""Vectors that are regenerated from ``(seed, side, index)`` instead of being stored.
+
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain int64 tensor
+operations: no state, no memory, the same bits on every device and for every number of threads, eager and compiled.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dynlora_fn.types import Side
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_SIDE_WORD = {"b": 0, "a": 1}
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product.
+
+    By 16-bit halves, since a 64-bit product overflows int64, which Inductor does not compile faithfully on CPU.
+    """
+    low = (word & 0xFFFF) * constant
+    middle = (word >> 16) * constant + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Philox-4x32-10: four random 32-bit words for each counter and key, which broadcast against each other.
+
+    Args:
+        counter: four int64 tensors with values in [0, 2**32).
+        key: two int64 tensors with values in [0, 2**32).
+
+    Returns:
+        Four int64 tensors with values in [0, 2**32).
+
+    Example:
+        >>> zero = torch.tensor(0)
+        >>> [f"{word.item():08x}" for word in philox((zero, zero, zero, zero), (zero, zero))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(
+    seed: Int[Tensor, "*stack"], side: Side, index: Int[Tensor, "*stack count"], length: int
+) -> Float[Tensor, "*stack count length"]:
+    """Vectors number `index` of one side of the basis named `seed`, uniform in [-1, 1).
+
+    Every value is a multiple of 2**-23, hence exact in float32.
+
+    Args:
+        seed: one basis for each weight of the stack.
+        side: "b" or "a".
+        index: which vectors; without stack axes, the same ones for the whole stack.
+        length: numbers in a vector.
+    """
+    blocks = torch.arange(-(-length // 4), device=index.device)
+    index = index.unsqueeze(-1)  # (*stack, count, 1)
+    seed = seed[..., None, None]  # (*stack, 1, 1)
+    side_word = torch.full_like(blocks, _SIDE_WORD[side])
+    words = philox((blocks, index & _MASK, (index >> 32) & _MASK, side_word), (seed & _MASK, (seed >> 32) & _MASK))
+    bits = torch.stack(words, dim=-1).flatten(-2)[..., :length]
+    return (bits >> 8).to(torch.float32) * 2.0**-23 - 1
+
+
+class Bounds(NamedTuple):
+    """Half the width of the uniform distribution that the vectors of each side are drawn from."""
+
+    b: float
+    a: float
+
+
+def basis_bounds(out_features: int, in_features: int, rank: int) -> Bounds:
+    """The bounds of SwitchLoRA's initialisation (arXiv:2406.06564, eq. 3): sqrt(3) times the standard deviations.
+
+    Both sides are non-zero, so that a vector that comes in meets a counterpart that can be trained at once.
+    """
+    gain = 1 / math.sqrt(3)  # of leaky_relu with a negative slope of sqrt(5)
+    std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * gain**0.5
+    std_a = (math.sqrt(out_features) * rank / in_features**1.5) ** 0.25 * gain**0.5
+    return Bounds(b=math.sqrt(3) * std_b, a=math.sqrt(3) * std_a)

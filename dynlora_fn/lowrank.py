@@ -1,0 +1,198 @@
+"""One weight: made, contracted, merged, made dense. ``weight = base + b @ a / rank``."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dynlora_fn.base import fold
+from dynlora_fn.basis import Bounds, basis_bounds, uniform
+from dynlora_fn.stacking import Stack, find_stacks
+from dynlora_fn.tree import map_low_rank, match
+from dynlora_fn.types import Factors, LowRank, Param, Params
+
+Start: TypeAlias = Literal["switchlora", "lora"]
+
+
+def init(
+    model: nn.Module | Mapping[str, Tensor],
+    *,
+    rank: int,
+    seed: int,
+    targets: Sequence[str],
+    start: Start = "switchlora",
+    base_dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
+    stack: bool = True,
+) -> dict[str, Param]:
+    """Parameters whose weights equal the model's to the precision of the base.
+
+    ``base = weight - b @ a / rank`` with both factors drawn from the basis, as in arXiv:2406.06564, section 3.
+
+    Args:
+        model: a module, or its parameters by name. It is neither changed nor kept: everything is copied.
+        rank: of the factors, at least 1 and at most min(out, in) of every target.
+        seed: names the bases. Each weight gets its own, from this seed and the weight's name.
+        targets: names or globs of the 2-D weights that become low-rank; all else is trained full-rank.
+        start: "switchlora" draws both factors, with the bounds of `basis_bounds`; "lora" draws `a` as `nn.Linear` would
+            and starts from ``b = 0`` (arXiv:2106.09685).
+        base_dtype: of the bases; the weight's own unless given.
+        dtype: of the factors.
+        stack: whether weights that repeat over layers become one parameter, such as ``layers.*.q.weight``.
+
+    Returns:
+        By name a `LowRank` for each target and a tensor for everything else, none of which requires a gradient.
+
+    Raises:
+        ValueError: if a pattern matches nothing, a target is not a matrix, or the rank does not fit.
+
+    Example:
+        >>> params = init(nn.Linear(6, 4), rank=2, seed=0, targets=["weight"])
+        >>> params["weight"].factors.b.shape, params["weight"].factors.a.shape, params["bias"].shape
+        (torch.Size([4, 2]), torch.Size([2, 6]), torch.Size([4]))
+    """
+    tensors = _own_tensors(model)
+    is_target = set(match(tensors, targets, "targets"))
+    for name in is_target:
+        _check_target(name, tensors[name], rank)
+    keys = {name: (name in is_target, t.shape, t.dtype, t.device) for name, t in tensors.items()}
+    groups = find_stacks(keys) if stack else {name: Stack([name], ()) for name in tensors}
+    params: dict[str, Param] = {}
+    for pattern, group in groups.items():
+        members = torch.stack([tensors[name] for name in group.members])
+        weight = members.reshape(*group.shape, *members.shape[1:])
+        if group.members[0] in is_target:
+            seeds = torch.tensor([_weight_seed(seed, name) for name in group.members], device=weight.device)
+            params[pattern] = _split(
+                weight,
+                seeds.reshape(group.shape),
+                rank=rank,
+                start=start,
+                base_dtype=base_dtype or weight.dtype,
+                dtype=dtype,
+            )
+        else:
+            params[pattern] = weight
+    return params
+
+
+def _own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, detached; of tied ones the first name, as `nn.Module.named_parameters` does it."""
+    named = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"`model` must hold floating-point parameters alone, got {tensor.dtype} for {name!r}")
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() == 0 or tensor.device.type == "meta" or identity not in seen:
+            tensors[name] = tensor.detach()
+        seen.add(identity)
+    return tensors
+
+
+def _check_target(name: str, weight: Tensor, rank: int) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"`targets` must match matrices (out, in), got {name!r} of shape {tuple(weight.shape)}")
+    if not 1 <= rank <= min(weight.shape):
+        limits = f"at least 1 and at most min(out, in) = {min(weight.shape)} for {name!r}"
+        raise ValueError(f"`rank` must be {limits} of shape {tuple(weight.shape)}, got {rank}")
+
+
+def _weight_seed(seed: int, name: str) -> int:
+    """63 bits that depend on the name and not on what else is a target or how it is stacked."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _split(
+    weight: Tensor, seed: Tensor, *, rank: int, start: Start, base_dtype: torch.dtype, dtype: torch.dtype
+) -> LowRank:
+    slots = torch.arange(rank, device=weight.device)
+    # Side b is switched half a turn behind side a, so that its vector number 0 is in slot rank // 2 (see `Schedule`).
+    indices = (slots - rank // 2) % rank, slots
+    factors = basis_vectors(seed, *indices, shape=weight.shape[-2:], rank=rank, start=start, dtype=dtype)
+    # Rounded once, to the dtype of the base.
+    base = fold(weight.to(torch.promote_types(weight.dtype, torch.float32)), -factors.b / rank, factors.a)
+    return LowRank(base.to(base_dtype), factors, seed)
+
+
+def basis_vectors(
+    seed: Int[Tensor, "*stack"],
+    b_indices: Int[Tensor, "*stack count"],
+    a_indices: Int[Tensor, "*stack count"],
+    *,
+    shape: Sequence[int],
+    rank: int,
+    start: Start = "switchlora",
+    dtype: torch.dtype = torch.float32,
+) -> Factors:
+    """Vectors of both sides of a basis, laid out as factors: `b` (out, count) and `a` (count, in).
+
+    Args:
+        seed: names the basis.
+        b_indices, a_indices: which vectors; without stack axes, the same ones for the whole stack.
+        shape, rank: of the weight, (out, in) and its factors; they set the bounds, for each `start` those of `init`.
+    """
+    if start not in ("switchlora", "lora"):
+        raise ValueError(f"`start` must be 'switchlora' or 'lora', got {start!r}")
+    out_features, in_features = shape
+    bound = (
+        basis_bounds(out_features, in_features, rank) if start == "switchlora" else Bounds(b=0.0, a=in_features**-0.5)
+    )
+    work_dtype = torch.promote_types(dtype, torch.float32)
+    b = uniform(seed, "b", b_indices, out_features).to(work_dtype) * bound.b
+    a = uniform(seed, "a", a_indices, in_features).to(work_dtype) * bound.a
+    return Factors(b=b.to(dtype).mT.contiguous(), a=a.to(dtype))
+
+
+def linear(
+    x: Float[Tensor, "*batch in"], param: LowRank, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*batch out"]:
+    """``x @ weight.T + bias`` without the dense weight: ``x @ base.T + (x @ a.T) @ b.T / rank``.
+
+    In the dtype of `x`, or the one that autocast sets. No gradient reaches the base.
+    """
+    base, (b, a) = param.base.detach(), param.factors
+    if not torch.is_autocast_enabled(x.device.type):
+        base, b, a = base.to(x.dtype), b.to(x.dtype), a.to(x.dtype)
+    inner = nn.functional.linear(x, a) / a.shape[-2]
+    return nn.functional.linear(x, base, bias) + nn.functional.linear(inner, b)
+
+
+@overload
+def materialize(params: LowRank | Tensor) -> Tensor: ...
+@overload
+def materialize(params: Params) -> dict[str, Tensor]: ...
+def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
+    """The dense weight, ``base + b @ a / rank``, of one parameter or of each in a dict.
+
+    Numerics: in the wider dtype of base and factors, float32 at least.
+    """
+    return map_low_rank(_dense, params)  # type: ignore[return-value]
+
+
+def _dense(param: LowRank) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(param.base.dtype, param.factors.b.dtype), torch.float32)
+    return fold(param.base.to(dtype), param.factors.b / param.factors.b.shape[-1], param.factors.a)
+
+
+@overload
+def merge(params: LowRank) -> LowRank: ...
+@overload
+def merge(params: Params) -> dict[str, Param]: ...
+def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
+    """The same weight with the product of the factors folded into the base, and ``b = 0``; `a` and the seed stay.
+
+    Merging twice is merging once.
+
+    Numerics: the base is rounded once to its dtype.
+    """
+    return map_low_rank(_merge, params)  # type: ignore[return-value]
+
+
+def _merge(param: LowRank) -> LowRank:
+    b, a = param.factors
+    return LowRank(fold(param.base, b / b.shape[-1], a), Factors(torch.zeros_like(b), a), param.seed)

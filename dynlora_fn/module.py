@@ -1,0 +1,73 @@
+"""How a low-rank weight reaches an unmodified module."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dynlora_fn.lowrank import linear
+from dynlora_fn.stacking import unstack
+from dynlora_fn.types import LowRank, Params
+
+
+def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """``model(*args, **kwargs)`` with `params` for its parameters; the model itself is left as it is.
+
+    Args:
+        model: any module; low-rank weights may be used by `torch.nn.functional.linear`, as `nn.Linear` does.
+        params: of every parameter of the model (of tied ones, one name). Buffers are the model's own.
+
+    Raises:
+        RuntimeError: if a parameter of the model is missing or one is unknown to it.
+        NotImplementedError: if a low-rank weight is used in an operation without a rule; it names both.
+    """
+    weights = {
+        name: _as_weight(name, param) if isinstance(param, LowRank) else param
+        for name, param in unstack(params).items()
+    }
+    return functional_call(model, {**dict(model.named_buffers()), **weights}, args, kwargs, strict=True)
+
+
+class _Weight(Tensor):
+    """Stands for the dense weight in a module and answers `linear` with the low-rank contraction.
+
+    A view without memory of the right shape, since a module may look at its weight's shape, dtype and device.
+    """
+
+    _name: str
+    _param: LowRank
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return _linear(*args, **(kwargs or {}))
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        weight = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _Weight))
+        operation = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or repr(func)
+        # Not a TypeError: the operators of Tensor take that for an unsupported operand and hide the message.
+        raise NotImplementedError(f"low-rank weight {weight._name!r} must be used by `linear`, got `{operation}`")
+
+
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_sparse", "is_nested", "is_cuda", "requires_grad")
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+}
+
+
+def _as_weight(name: str, param: LowRank) -> Tensor:
+    b, a = param.factors
+    weight = b[..., :1].expand(*b.shape[:-1], a.shape[-1]).as_subclass(_Weight)
+    weight._name, weight._param = name, param
+    return weight
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    for name, argument in (("input", input), ("bias", bias)):
+        if isinstance(argument, _Weight):
+            raise NotImplementedError(
+                f"low-rank weight {argument._name!r} must be the weight of `linear`, got it as its {name}"
+            )
+    assert isinstance(weight, _Weight)
+    return linear(input, weight._param, bias)

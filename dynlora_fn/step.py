@@ -1,0 +1,129 @@
+"""Gradients of a pure loss, and a whole pure step in one compiled graph."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+
+
+class ValueAndGrad(NamedTuple):
+    value: Any  # the loss, or `(loss, aux)`
+    grads: Any  # of the structure of the first argument
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], *, via: Literal["func", "autograd"] = "func", has_aux: bool = False
+) -> Callable[..., ValueAndGrad]:
+    """A function with `loss_fn`'s arguments that returns its value and the gradients by the first of them.
+
+    Args:
+        loss_fn: of a tree of tensors, all to be differentiated by, and of anything else; returns a 0-d tensor.
+        via: "func" goes through `torch.func.grad` and composes with its transforms; "autograd" through
+            `torch.autograd.grad` on detached leaves, which permits saved-tensor hooks and so
+            `torch.utils.checkpoint` inside the loss. Both give the same gradients.
+        has_aux: whether `loss_fn` returns ``(loss, aux)``.
+    """
+    if via not in ("func", "autograd"):
+        raise ValueError(f"`via` must be 'func' or 'autograd', got {via!r}")
+    return _via_func(loss_fn, has_aux) if via == "func" else _via_autograd(loss_fn, has_aux)
+
+
+def _via_func(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., ValueAndGrad]:
+    grad_and_value = torch.func.grad_and_value(loss_fn, has_aux=has_aux)
+
+    def function(trainable: Any, *args: Any, **kwargs: Any) -> ValueAndGrad:
+        grads, value = grad_and_value(trainable, *args, **kwargs)
+        return ValueAndGrad(value, grads)
+
+    return function
+
+
+def _via_autograd(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., ValueAndGrad]:
+    def function(trainable: Any, *args: Any, **kwargs: Any) -> ValueAndGrad:
+        leaves, structure = tree_flatten(trainable)
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        with torch.enable_grad():
+            result = loss_fn(tree_unflatten(leaves, structure), *args, **kwargs)
+            loss = result[0] if has_aux else result
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        value = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
+        return ValueAndGrad(value, tree_unflatten(list(grads), structure))
+
+    return function
+
+
+class Step(NamedTuple):
+    state: Any  # of the structure, shapes and dtypes that went in
+    aux: Any  # whatever the step reports
+
+
+def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, **options: Any) -> Callable[..., Step]:
+    """`step` in one graph: `torch.compile` with ``fullgraph=True`` and ``dynamic=False``.
+
+    What changes from call to call must be a tensor, the learning rate and the number of the step too: a Python number
+    is compiled in.
+
+    Args:
+        step: pure, ``(state, *args) -> (state, aux)``, where `state` is a tree of tensors.
+        donate: write the new state into the old one's memory, inside the graph. The old state must then not be used
+            again: its tensors hold the new values. The functions inside stay pure.
+        options: of `torch.compile`, such as ``backend`` or ``mode``.
+
+    Returns:
+        A function of the same arguments that returns `Step`, with the very tensors of the old state if donated.
+
+    Raises:
+        ValueError: at the first call, if the new state differs from the old one in structure, shape or dtype, or the
+            state to be donated holds one memory twice or requires a gradient.
+    """
+    if not donate:
+        compiled = torch.compile(step, fullgraph=True, dynamic=False, **options)
+        return lambda state, *args: Step(*compiled(state, *args))
+
+    def run(state: Any, *args: Any) -> Any:
+        new_state, aux = step(state, *args)
+        _write(state, new_state)
+        return aux
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, **options)
+    is_checked = False
+
+    def donated(state: Any, *args: Any) -> Step:
+        nonlocal is_checked
+        if not is_checked:
+            _check_donated(state)
+            is_checked = True
+        return Step(state, compiled(state, *args))
+
+    return donated
+
+
+def _write(state: Any, new_state: Any) -> None:
+    old_leaves, structure = tree_flatten(state)
+    new_leaves, new_structure = tree_flatten(new_state)
+    if structure != new_structure:
+        raise ValueError(
+            f"`step` must keep the structure of its state to be donated, got {new_structure} for {structure}"
+        )
+    for old, new in zip(old_leaves, new_leaves, strict=True):
+        if old.shape != new.shape or old.dtype != new.dtype:
+            kept = f"{tuple(old.shape)} {old.dtype}"
+            raise ValueError(
+                f"`step` must keep shapes and dtypes of its state, got {tuple(new.shape)} {new.dtype} for {kept}"
+            )
+        if new is not old:
+            old.copy_(new)
+
+
+def _check_donated(state: Any) -> None:
+    owners: dict[int, str] = {}
+    for path, leaf in tree_flatten_with_path(state)[0]:
+        name = keystr(path)
+        if not isinstance(leaf, Tensor) or leaf.requires_grad:
+            got = "a tensor that does" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(f"`state` must hold tensors that require no gradient to be donated, got {got} at {name}")
+        owner = owners.setdefault(leaf.untyped_storage().data_ptr(), name)
+        if leaf.numel() and owner != name:
+            raise ValueError(f"`state` must hold no memory twice to be donated, got one at {owner} and {name}")

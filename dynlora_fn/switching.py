@@ -1,0 +1,167 @@
+"""Vectors replaced, the weight kept: `switch`, and the vectors that come in."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, overload
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dynlora_fn.base import fold
+from dynlora_fn.lowrank import Start, basis_vectors
+from dynlora_fn.types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
+
+
+class Switched(NamedTuple):
+    """`outgoing` holds the replaced vectors, laid out as factors: `b` (*stack, out, count), `a` (*stack, count, in).
+    Entries of the plan that are not active hold what stays in their slots."""
+
+    param: LowRank
+    outgoing: Factors
+
+
+class SwitchedParams(NamedTuple):
+    params: dict[str, Param]
+    outgoing: dict[str, Factors]
+
+
+@overload
+def switch(params: LowRank, plan: Plan, *, incoming: Factors | None = None) -> Switched: ...
+@overload
+def switch(params: Params, plan: Plans, *, incoming: Mapping[str, Factors] | None = None) -> SwitchedParams: ...
+def switch(
+    params: LowRank | Params, plan: Plan | Plans, *, incoming: Factors | Mapping[str, Factors] | None = None
+) -> Switched | SwitchedParams:
+    """Replaces the planned vectors and folds the difference into the base: the weight stays what it is.
+
+    Side a first, then side b with the new `a` (arXiv:2406.06564, algorithm 1)::
+
+        base += b[:, k] (a[k] - incoming.a[k]) / rank,     a[k] = incoming.a[k]
+        base += (b[:, k] - incoming.b[k]) a[k] / rank,     b[:, k] = incoming.b[k]
+
+    in one pass over the base. Switching back with what went out restores the factors bit for bit.
+
+    Args:
+        params: one weight, or weights by name; those without a plan stay as they are.
+        plan: of one weight, or by name. Where an active slot stands twice on one side, the first entry counts.
+        incoming: vectors that come in, laid out as factors with `count` in place of the rank; drawn from the basis
+            (`candidates`) unless given.
+
+    Returns:
+        The new parameters, and the vectors that went out.
+
+    Raises:
+        ValueError: if the plan is for a weight that is not there or not low-rank, or incoming vectors do not fit.
+
+    Numerics: exact but for one rounding of the base to its dtype. The differences are formed in float32 at least.
+    """
+    if isinstance(params, LowRank):
+        assert isinstance(plan, Plan)
+        assert not isinstance(incoming, Mapping)
+        return _switch("param", params, plan, candidates(params, plan) if incoming is None else incoming)
+    assert isinstance(plan, Mapping)
+    assert not isinstance(incoming, Factors)
+    new, outgoing = dict(params), {}
+    for name, own_plan in plan.items():
+        param = _low_rank(params, name)
+        vectors = candidates(param, own_plan) if incoming is None else incoming[name]
+        new[name], outgoing[name] = _switch(name, param, own_plan, vectors)
+    return SwitchedParams(new, outgoing)
+
+
+@overload
+def candidates(params: LowRank, plan: Plan, *, start: Start = "switchlora") -> Factors: ...
+@overload
+def candidates(params: Params, plan: Plans, *, start: Start = "switchlora") -> dict[str, Factors]: ...
+def candidates(
+    params: LowRank | Params, plan: Plan | Plans, *, start: Start = "switchlora"
+) -> Factors | dict[str, Factors]:
+    """The vectors that a plan names, regenerated from the basis seed: nothing is stored or sent.
+
+    Args:
+        params: one weight, or weights by name.
+        plan: of one weight, or by name; its `indices` say which vectors.
+        start: as in `init`; with "lora" the vectors of side b are zero.
+    """
+    if isinstance(params, LowRank):
+        assert isinstance(plan, Plan)
+        shape, rank, dtype = params.base.shape[-2:], params.factors.a.shape[-2], params.factors.a.dtype
+        indices = plan.b.indices, plan.a.indices
+        return basis_vectors(params.seed, *indices, shape=shape, rank=rank, start=start, dtype=dtype)
+    assert isinstance(plan, Mapping)
+    return {name: candidates(_low_rank(params, name), own, start=start) for name, own in plan.items()}
+
+
+def _low_rank(params: Params, name: str) -> LowRank:
+    param = params.get(name)
+    if not isinstance(param, LowRank):
+        raise ValueError(
+            f"`plan` must be for low-rank parameters, got one for {name!r}, which is {type(param).__name__}"
+        )
+    return param
+
+
+def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switched:
+    b, a = param.factors
+    _check_incoming(name, param, plan, incoming)
+    new_a = _replace(a, plan.a, incoming.a)
+    new_b = _replace(b.mT, plan.b, incoming.b.mT)
+    # One fold of both sides: the columns that meet each row of differences, and the other way about.
+    left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(new_b.difference.dtype), new_b.difference.mT], dim=-1)
+    right = torch.cat([new_a.difference, take_rows(new_a.rows, plan.b.slots).to(new_a.difference.dtype)], dim=-2)
+    base = fold(param.base, left / a.shape[-2], right)
+    factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
+    return Switched(LowRank(base, factors, param.seed), Factors(b=new_b.outgoing.mT, a=new_a.outgoing))
+
+
+class _Replaced(NamedTuple):
+    rows: Tensor  # (*stack, rank, n), with the new vectors
+    outgoing: Tensor  # (*stack, count, n)
+    difference: Tensor  # (*stack, count, n): outgoing - incoming where active, else 0
+
+
+def _replace(
+    rows: Float[Tensor, "*stack rank n"], plan: SidePlan, incoming: Float[Tensor, "*stack count n"]
+) -> _Replaced:
+    incoming = incoming.to(rows.dtype)
+    source, is_hit, is_effective = _sources(plan, rows.shape[-2])
+    new = torch.where(is_hit[..., None], take_rows(incoming, source), rows) if plan.slots.shape[-1] else rows
+    outgoing = take_rows(rows, plan.slots)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    difference = torch.where(is_effective[..., None], outgoing.to(wide) - incoming.to(wide), 0)
+    return _Replaced(new, outgoing, difference)
+
+
+def _sources(
+    plan: SidePlan, rank: int
+) -> tuple[Int[Tensor, "*stack rank"], Bool[Tensor, "*stack rank"], Bool[Tensor, "*stack count"]]:
+    """For each slot the first active entry that names it and whether there is one; for each entry whether it counts.
+
+    A comparison of every slot with every entry instead of a scatter: entries that are not active collide with nothing,
+    and it fuses into the write of the factor when compiled.
+    """
+    entries = torch.arange(plan.slots.shape[-1], device=plan.slots.device)
+    slots = torch.arange(rank, device=plan.slots.device)
+    names_slot = (plan.slots[..., None, :] == slots[:, None]) & plan.active[..., None, :]  # (*stack, rank, count)
+    is_hit = names_slot.any(-1)
+    first = torch.where(names_slot, entries, len(entries)).amin(-1) if len(entries) else is_hit.long()
+    is_effective = plan.active & (first.gather(-1, plan.slots) == entries)
+    return first.clamp(max=max(len(entries) - 1, 0)), is_hit, is_effective
+
+
+def take_rows(
+    matrix: Float[Tensor, "*stack rows n"], index: Int[Tensor, "*stack count"]
+) -> Float[Tensor, "*stack count n"]:
+    """``matrix[..., index, :]``, with the same index for the whole stack or one for each member."""
+    shape = (*matrix.shape[:-2], index.shape[-1], matrix.shape[-1])
+    return matrix.gather(-2, index[..., None].expand(shape))
+
+
+def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: Factors) -> None:
+    *stack, out_features, in_features = param.base.shape
+    for side, vectors, wanted in (
+        ("b", incoming.b, (*stack, out_features, plan.b.slots.shape[-1])),
+        ("a", incoming.a, (*stack, plan.a.slots.shape[-1], in_features)),
+    ):
+        if vectors.shape != wanted:
+            raise ValueError(f"`incoming.{side}` must have shape {wanted} for {name!r}, got {tuple(vectors.shape)}")
