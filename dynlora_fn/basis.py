@@ -5,6 +5,7 @@ operations: no state, no memory, the same bits on every device and for every num
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,26 +57,41 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
-def uniform(
-    seed: Int[Tensor, "*stack"], side: Side, index: Int[Tensor, "*stack count"], length: int
-) -> Float[Tensor, "*stack count length"]:
-    """Vectors number `index` of one side of the basis named `seed`, uniform in [-1, 1).
+class Request(NamedTuple):
+    """Vectors number `indices` of one side of the basis named `seed`; of each basis of a stack, the same ones if
+    `indices` has no stack axes."""
 
-    Every value is a multiple of 2**-23, hence exact in float32.
+    seed: Int[Tensor, "*stack"]
+    side: Side
+    indices: Int[Tensor, "*stack count"]
+    length: int  # numbers in a vector
 
-    Args:
-        seed: one basis for each weight of the stack.
-        side: "b" or "a".
-        index: which vectors; without stack axes, the same ones for the whole stack.
-        length: numbers in a vector.
+
+def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count length"]]:
+    """The vectors of each request, uniform in [-1, 1). Every value is a multiple of 2**-23, hence exact in float32.
+
+    All requests go through Philox together: one kernel when compiled, which for ten rounds is slow to compile.
     """
-    blocks = torch.arange(-(-length // 4), device=index.device)
-    index = index.unsqueeze(-1)  # (*stack, count, 1)
-    seed = seed[..., None, None]  # (*stack, 1, 1)
-    side_word = torch.full_like(blocks, _SIDE_WORD[side])
-    words = philox((blocks, index & _MASK, (index >> 32) & _MASK, side_word), (seed & _MASK, (seed >> 32) & _MASK))
-    bits = torch.stack(words, dim=-1).flatten(-2)[..., :length]
-    return (bits >> 8).to(torch.float32) * 2.0**-23 - 1
+    words = [_words(request) for request in requests]
+    *counter, key_low, key_high = (torch.cat([part.flatten() for part in parts]) for parts in zip(*words, strict=True))
+    bits = torch.stack(philox((counter[0], counter[1], counter[2], counter[3]), (key_low, key_high)), dim=-1)
+    units = (bits >> 8).to(torch.float32) * 2.0**-23 - 1  # (blocks of all requests, 4)
+    shapes = [parts[0].shape for parts in words]
+    return [
+        part.reshape(*shape[:-1], -1)[..., : request.length]
+        for part, shape, request in zip(
+            torch.split(units, [shape.numel() for shape in shapes]), shapes, requests, strict=True
+        )
+    ]
+
+
+def _words(request: Request) -> list[Tensor]:
+    """Counter and key words of each block of four numbers: six tensors (*stack, count, blocks)."""
+    blocks = torch.arange(-(-request.length // 4), device=request.indices.device)
+    side = torch.full_like(blocks, _SIDE_WORD[request.side])
+    indices, seed = request.indices[..., None], request.seed[..., None, None]
+    words = (blocks, indices & _MASK, (indices >> 32) & _MASK, side, seed & _MASK, (seed >> 32) & _MASK)
+    return torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Bounds(NamedTuple):

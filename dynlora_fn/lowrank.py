@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias, overload
+from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dynlora_fn.base import fold
-from dynlora_fn.basis import Bounds, basis_bounds, uniform
+from dynlora_fn.basis import Bounds, Request, basis_bounds, uniform
 from dynlora_fn.stacking import Stack, find_stacks
 from dynlora_fn.tree import map_low_rank, match
 from dynlora_fn.types import Factors, LowRank, Param, Params
@@ -112,40 +112,48 @@ def _split(
 ) -> LowRank:
     slots = torch.arange(rank, device=weight.device)
     # Side b is switched half a turn behind side a, so that its vector number 0 is in slot rank // 2 (see `Schedule`).
-    indices = (slots - rank // 2) % rank, slots
-    factors = basis_vectors(seed, *indices, shape=weight.shape[-2:], rank=rank, start=start, dtype=dtype)
+    behind = (slots - rank // 2) % rank
+    (factors,) = basis_vectors([BasisSlice(seed, behind, slots, weight.shape[-2:], rank, start, dtype)])
     # Rounded once, to the dtype of the base.
     base = fold(weight.to(torch.promote_types(weight.dtype, torch.float32)), -factors.b / rank, factors.a)
     return LowRank(base.to(base_dtype), factors, seed)
 
 
-def basis_vectors(
-    seed: Int[Tensor, "*stack"],
-    b_indices: Int[Tensor, "*stack count"],
-    a_indices: Int[Tensor, "*stack count"],
-    *,
-    shape: Sequence[int],
-    rank: int,
-    start: Start = "switchlora",
-    dtype: torch.dtype = torch.float32,
-) -> Factors:
-    """Vectors of both sides of a basis, laid out as factors: `b` (out, count) and `a` (count, in).
+class BasisSlice(NamedTuple):
+    """Vectors of both sides of a weight's basis. Without stack axes, the same ones for the whole stack."""
 
-    Args:
-        seed: names the basis.
-        b_indices, a_indices: which vectors; without stack axes, the same ones for the whole stack.
-        shape, rank: of the weight, (out, in) and its factors; they set the bounds, for each `start` those of `init`.
-    """
-    if start not in ("switchlora", "lora"):
-        raise ValueError(f"`start` must be 'switchlora' or 'lora', got {start!r}")
-    out_features, in_features = shape
-    bound = (
-        basis_bounds(out_features, in_features, rank) if start == "switchlora" else Bounds(b=0.0, a=in_features**-0.5)
-    )
-    work_dtype = torch.promote_types(dtype, torch.float32)
-    b = uniform(seed, "b", b_indices, out_features).to(work_dtype) * bound.b
-    a = uniform(seed, "a", a_indices, in_features).to(work_dtype) * bound.a
-    return Factors(b=b.to(dtype).mT.contiguous(), a=a.to(dtype))
+    seed: Int[Tensor, "*stack"]
+    b_indices: Int[Tensor, "*stack b_count"]
+    a_indices: Int[Tensor, "*stack a_count"]
+    shape: Sequence[int]  # of the weight, (out, in); it sets the bounds together with the rank and the start
+    rank: int
+    start: Start
+    dtype: torch.dtype
+
+
+def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
+    """The vectors of each slice, laid out as factors: `b` (*stack, out, b_count) and `a` (*stack, a_count, in)."""
+    requests = [
+        request
+        for wanted in slices
+        for request in (
+            Request(wanted.seed, "b", wanted.b_indices, wanted.shape[-2]),
+            Request(wanted.seed, "a", wanted.a_indices, wanted.shape[-1]),
+        )
+    ]
+    units = uniform(requests)
+    return [_scale(wanted, b, a) for wanted, b, a in zip(slices, units[::2], units[1::2], strict=True)]
+
+
+def _scale(wanted: BasisSlice, b: Tensor, a: Tensor) -> Factors:
+    if wanted.start not in ("switchlora", "lora"):
+        raise ValueError(f"`start` must be 'switchlora' or 'lora', got {wanted.start!r}")
+    out_features, in_features = wanted.shape[-2:]
+    is_lora = wanted.start == "lora"
+    bound = Bounds(b=0.0, a=in_features**-0.5) if is_lora else basis_bounds(out_features, in_features, wanted.rank)
+    dtype = torch.promote_types(wanted.dtype, torch.float32)
+    b, a = b.to(dtype) * bound.b, a.to(dtype) * bound.a
+    return Factors(b=b.to(wanted.dtype).mT.contiguous(), a=a.to(wanted.dtype))
 
 
 def linear(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dynlora_fn.lowrank import basis_vectors
+from dynlora_fn.lowrank import BasisSlice, basis_vectors
 from dynlora_fn.switching import take_rows
 from dynlora_fn.types import Factors, LowRank, Params, Plan, Plans, SidePlan
 
@@ -42,7 +42,7 @@ def _init_pool(param: LowRank, device: torch.device | str) -> Pool:
     shape, rank = param.base.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype
-    vectors = basis_vectors(seed, rows, rows, shape=shape, rank=rank, dtype=dtype)
+    (vectors,) = basis_vectors([BasisSlice(seed, rows, rows, shape, rank, "switchlora", dtype)])
     slots = rows[:rank].expand(*seed.shape, rank)
     return Pool(
         b=SidePool(vectors.b.mT.contiguous(), (slots - rank // 2) % rank),

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dynlora_fn.base import fold
-from dynlora_fn.lowrank import Start, basis_vectors
+from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
 
 
@@ -61,11 +61,10 @@ def switch(
         return _switch("param", params, plan, candidates(params, plan) if incoming is None else incoming)
     assert isinstance(plan, Mapping)
     assert not isinstance(incoming, Factors)
+    incoming = candidates(params, plan) if incoming is None else incoming
     new, outgoing = dict(params), {}
     for name, own_plan in plan.items():
-        param = _low_rank(params, name)
-        vectors = candidates(param, own_plan) if incoming is None else incoming[name]
-        new[name], outgoing[name] = _switch(name, param, own_plan, vectors)
+        new[name], outgoing[name] = _switch(name, _low_rank(params, name), own_plan, incoming[name])
     return SwitchedParams(new, outgoing)
 
 
@@ -85,11 +84,17 @@ def candidates(
     """
     if isinstance(params, LowRank):
         assert isinstance(plan, Plan)
-        shape, rank, dtype = params.base.shape[-2:], params.factors.a.shape[-2], params.factors.a.dtype
-        indices = plan.b.indices, plan.a.indices
-        return basis_vectors(params.seed, *indices, shape=shape, rank=rank, start=start, dtype=dtype)
+        return basis_vectors([_basis_slice(params, plan, start)])[0]
     assert isinstance(plan, Mapping)
-    return {name: candidates(_low_rank(params, name), own, start=start) for name, own in plan.items()}
+    if not plan:
+        return {}
+    slices = [_basis_slice(_low_rank(params, name), own, start) for name, own in plan.items()]
+    return dict(zip(plan, basis_vectors(slices), strict=True))
+
+
+def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:
+    shape, rank, dtype = param.base.shape[-2:], param.factors.a.shape[-2], param.factors.a.dtype
+    return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype)
 
 
 def _low_rank(params: Params, name: str) -> LowRank:

@@ -1,0 +1,138 @@
+"""A LLaMA-style decoder in one file (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, no biases.
+
+The configurations are those of ReLoRA's and SwitchLoRA's experiments (arXiv:2307.05695, arXiv:2406.06564) by name.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+# The weights that low-rank training is about; embedding, norms and head are trained full-rank.
+TARGETS = ("layers.*.attention.*.weight", "layers.*.feed_forward.*.weight")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    width: int
+    hidden: int  # of the feed-forward layers
+    layers: int
+    heads: int
+    vocabulary: int = 32_100  # T5-base's tokenizer
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+
+
+CONFIGS = {
+    "llama-tiny": LlamaConfig(width=32, hidden=88, layers=2, heads=2),
+    "llama-9m": LlamaConfig(width=128, hidden=352, layers=4, heads=4),
+    "llama-20m": LlamaConfig(width=256, hidden=688, layers=4, heads=4),
+    "llama-35m": LlamaConfig(width=384, hidden=1024, layers=6, heads=8),
+    "llama-40m": LlamaConfig(width=416, hidden=1024, layers=8, heads=8),
+    "llama-60m": LlamaConfig(width=512, hidden=1376, layers=8, heads=8),
+    "llama-71m": LlamaConfig(width=512, hidden=1368, layers=12, heads=8),
+    "llama-100m": LlamaConfig(width=512, hidden=1368, layers=21, heads=16),
+    "llama-130m": LlamaConfig(width=768, hidden=2048, layers=12, heads=12),
+    "llama-250m": LlamaConfig(width=768, hidden=2560, layers=24, heads=16),
+    "llama-350m": LlamaConfig(width=1024, hidden=2736, layers=24, heads=16),
+    "llama-1b": LlamaConfig(width=2048, hidden=5461, layers=24, heads=32),
+    "llama-3b": LlamaConfig(width=2560, hidden=6848, layers=32, heads=32),
+    "llama-7b": LlamaConfig(width=4096, hidden=11008, layers=32, heads=32),
+}
+
+
+def config(name: str, vocabulary: int | None = None) -> LlamaConfig:
+    """A configuration by name, with another vocabulary if given.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"`model` must be one of {', '.join(CONFIGS)}, got {name!r}")
+    return replace(CONFIGS[name], vocabulary=vocabulary or CONFIGS[name].vocabulary)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (arXiv:2104.09864)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.heads = config.heads
+        for name in ("query", "key", "value", "output"):
+            self.add_module(name, nn.Linear(config.width, config.width, bias=False))
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )  # (batch, heads, length, width / heads)
+        mixed = scaled_dot_product_attention(rotate(query, rotation), rotate(key, rotation), value, is_causal=True)
+        return self.output(mixed.transpose(1, 2).flatten(-2))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates each pair (x[i], x[i + half]) by the angle of its position; `rotation` is (2, length, half)."""
+    cos, sin = rotation.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Llama(nn.Module):
+    """Maps tokens (batch, length) to the logits of each next token (batch, length, vocabulary)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        rotation = self.rotation(tokens.shape[-1], tokens.device)
+        for block in self.layers:
+            x = block(x, rotation)
+        return self.head(self.norm(x))
+
+    def rotation(self, length: int, device: torch.device) -> Tensor:
+        """Cosines and sines of the angle of each position, (2, length, width / heads / 2)."""
+        half = self.config.width // self.config.heads // 2
+        frequency = self.config.rope_base ** (-torch.arange(half, device=device) / half)
+        angle = torch.arange(length, device=device)[:, None] * frequency
+        return torch.stack([angle.cos(), angle.sin()])
+
+
+def init_weights(model: Llama, seed: int) -> Llama:
+    """Draws all matrices from N(0, 0.02**2), as the configurations above have it, in place; norms stay 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+    return model
