@@ -8,6 +8,7 @@ from dynlora_fn.basis import basis_bounds as basis_bounds
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
 from dynlora_fn.lowrank import BasisSlice as BasisSlice
+from dynlora_fn.lowrank import Start as Start
 from dynlora_fn.lowrank import basis_vectors as basis_vectors
 from dynlora_fn.lowrank import init as init
 from dynlora_fn.lowrank import linear as linear

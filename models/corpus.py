@@ -1,6 +1,7 @@
-"""Text to tokens: files, folders, the standard library's sources or a Hugging Face dataset; bytes unless a tokenizer is named.
+"""Text to tokens: files, folders, the standard library's sources or a Hugging Face dataset.
 
-Everything is deterministic: the split depends on names, a batch on the seed and the number of the step.
+Tokens are bytes unless a tokenizer is named. Everything is deterministic: the split depends on names, a batch on the
+seed and the number of the step.
 """
 
 import hashlib

@@ -1,0 +1,179 @@
+"""What can be set from the command line, and what is wrong with it."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+LEARNING_RATES = {"full": 2e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What may differ between a run and its continuation, since no number depends on it.
+_FREE_TO_CHANGE = ("out", "resume", "json")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pre-trains a LLaMA with low-rank factors that are switched during training.
+
+    Without arguments: byte-level, on the sources of Python's standard library.
+    """
+
+    method: Literal["full", "lora", "relora", "switchlora"] = "switchlora"
+    """Full-rank AdamW, plain LoRA, LoRA merged and redrawn at times (arXiv:2307.05695), or switched factors
+    (arXiv:2406.06564)."""
+    model: str = "llama-9m"
+    """Configuration of the model: llama-tiny, llama-9m, ..., llama-1b, llama-7b, named by size with 32,100 tokens."""
+    rank: int = 32
+    """Of the factors; at most the smaller side of every target."""
+    targets: tuple[str, ...] = ()
+    """Names or globs of the weights that become low-rank, all of attention and feed-forward unless given."""
+    candidates: Literal["seeded", "pool"] = "seeded"
+    """Where incoming vectors come from: regenerated from a seed, or stored in host memory."""
+
+    text: tuple[Path, ...] = ()
+    """Files or folders to train on, instead of the standard library."""
+    dataset: str | None = None
+    """A Hugging Face dataset, or a local folder in one of its formats, instead."""
+    dataset_config: str | None = None
+    """Which of the dataset's configurations."""
+    text_column: str = "text"
+    """The dataset's column of text."""
+    dataset_characters: int = 200_000_000
+    """Characters of the dataset to read at most; it is kept in memory as tokens."""
+    tokenizer: str | None = None
+    """A tokenizer's name, folder or file for `transformers`; bytes unless given."""
+
+    steps: int = 800
+    batch_size: int = 8
+    """Sequences in each backward pass."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    grad_accum: int = 1
+    """Backward passes whose gradients are averaged for one step."""
+    lr: float | None = None
+    """Peak learning rate; by method unless given: 2e-3 full, 1e-2 lora and relora, 2e-2 switchlora."""
+    warmup: int = 50
+    """Steps of linear warm-up, then cosine to a tenth; ReLoRA warms up again after each merge, a tenth as long."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Norm that gradients are clipped to."""
+
+    interval: float = 40
+    """Steps between two switches of the same vector, at the start."""
+    ratio: float = 0.1
+    """Share of the run after which vectors are switched 0.3 times as often."""
+    freeze: int = 5
+    """Steps that the counterpart of a switched vector stands still."""
+    merge_every: int = 200
+    """Steps between ReLoRA's merges."""
+
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen bases."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations, through autocast; factors, full-rank weights and moments are float32."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compile: bool = False
+    """One graph for the whole step. It takes minutes to compile on a CPU, and then saves a third of each step."""
+    seed: int = 0
+
+    eval_every: int = 100
+    """Steps between two validation losses."""
+    eval_batches: int = 8
+    """Batches of a validation loss, the same ones each time."""
+    save_every: int = 100
+    """Steps between two checkpoints; the last two are kept."""
+    out: Path | None = None
+    """Folder for metrics, checkpoints, plot and model; runs/DATE-TIME-METHOD unless given."""
+    resume: bool = False
+    """Continue the run in --out from its newest good checkpoint, bit for bit."""
+    json: bool = False
+    """Print the closing table as one JSON object on the last line."""
+
+    def check(self) -> None:
+        """Raises ValueError for the first setting that cannot be, naming it, the rule and the value."""
+        positive = ("rank", "steps", "batch_size", "seq_len", "grad_accum", "eval_every", "eval_batches", "save_every")
+        for name in (*positive, "merge_every", "dataset_characters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "freeze", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "clip", "ratio", "interval"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be positive and finite, got {value}")
+        if self.text and self.dataset:
+            raise ValueError(f"`text` and `dataset` must not both be given, got {self.text[0]} and {self.dataset!r}")
+        if self.candidates == "pool" and self.method != "switchlora":
+            raise ValueError(f"`candidates` must be 'seeded' except for switchlora, got 'pool' for {self.method}")
+        if self.base_dtype != "float32" and self.method == "full":
+            raise ValueError(f"`base_dtype` must be float32 for full, which has no frozen base, got {self.base_dtype}")
+        if self.resume and self.out is None:
+            raise ValueError("`resume` must come with --out, the folder of the run, got none")
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"`device` must be one that this machine has, got {self.device!r}: {reason}") from error
+        return device
+
+    def base_torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.base_dtype]
+
+    def compute_torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.compute_dtype]
+
+    def peak_lr(self) -> float:
+        return LEARNING_RATES[self.method] if self.lr is None else self.lr
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then cosine down to a tenth of the peak at the last step."""
+        progress = min(1.0, max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup)))
+        lr = self.peak_lr() * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+        lr *= min(1.0, (step + 1) / max(1, self.warmup))
+        if self.method == "relora" and step >= self.merge_every:
+            lr *= min(1.0, (step % self.merge_every + 1) / max(1, self.warmup // 10))
+        return lr
+
+    def folder(self) -> Path:
+        return self.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{self.method}"
+
+
+def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
+    """Makes the folder of a new run, or sees that a resumed one is the same run.
+
+    Raises:
+        ValueError: if the folder holds something else, or another configuration; nothing in it is changed.
+    """
+    record = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_TO_CHANGE}
+    record = json.loads(json.dumps(record | {"corpus": corpus_digest}, default=str))
+    path = folder / "config.json"
+    if config.resume:
+        if not path.is_file():
+            raise ValueError(f"`out` must hold a run to resume, got {str(folder)!r} without config.json")
+        _check_same(json.loads(path.read_text()), record, folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        rule = "be new or empty, or come with --resume"
+        raise ValueError(f"`out` must {rule}, got {str(folder)!r}, which holds something")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _check_same(old: dict[str, object], new: dict[str, object], folder: Path) -> None:
+    changes = [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if changes:
+        raise ValueError(f"`resume` must keep the configuration in {str(folder)!r}, got: {'; '.join(changes)}")

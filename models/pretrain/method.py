@@ -1,0 +1,111 @@
+"""The methods as compositions of the transforms: parameters, schedule and one pure training step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
+
+import dynlora_fn as dl
+from models.llama import TARGETS
+from models.pretrain.config import Config
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    opt_state: dl.AdamWState
+
+    def params(self) -> dict[str, Any]:
+        return dl.combine(self.trainable, self.frozen)
+
+
+class Metrics(NamedTuple):
+    loss: Tensor
+    grad_norm: Tensor
+    outgoing: dict[str, dl.Factors]  # vectors that were switched out
+
+
+class Method(NamedTuple):
+    schedule: dl.Schedule
+    state: State
+    pool: dict[str, dl.Pool]
+    step: Callable[..., tuple[State, Metrics]]  # (state, tokens, lr, plan, incoming)
+
+
+def make_method(config: Config, model: nn.Module) -> Method:
+    params = init_params(config, model)
+    optimizer = dl.adamw(weight_decay=config.weight_decay)
+    trainable, frozen = dl.partition(params)
+    return Method(
+        schedule=make_schedule(config),
+        state=State(trainable, frozen, optimizer.init(trainable)),
+        pool=dl.init_pool(params) if config.candidates == "pool" else {},
+        step=make_step(config, model, optimizer),
+    )
+
+
+def init_params(config: Config, model: nn.Module) -> dict[str, Any]:
+    return dl.init(
+        model,
+        rank=config.rank,
+        seed=config.seed,
+        targets=[] if config.method == "full" else config.targets or TARGETS,
+        start=start(config),
+        base_dtype=config.base_torch_dtype(),
+    )
+
+
+def start(config: Config) -> dl.Start:
+    return "switchlora" if config.method == "switchlora" else "lora"
+
+
+def make_schedule(config: Config) -> dl.Schedule:
+    if config.method == "switchlora":
+        return dl.switchlora(config.steps, interval=config.interval, ratio=config.ratio, freeze=config.freeze)
+    return dl.every(config.merge_every) if config.method == "relora" else dl.never()
+
+
+def make_step(config: Config, model: nn.Module, optimizer: dl.Transform) -> Callable[..., tuple[State, Metrics]]:
+    dtype, device_type = config.compute_torch_dtype(), config.torch_device().type
+
+    def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any) -> tuple[State, Metrics]:
+        """`tokens` is (grad_accum, batch_size, seq_len + 1); without a plan nothing is switched, and without incoming
+        vectors they are drawn from the basis."""
+        trainable, frozen, opt_state = state
+
+        def loss_fn(trainable: dict[str, Any], tokens: Tensor) -> Tensor:
+            with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
+                return next_token_loss(model, dl.combine(trainable, frozen), tokens)
+
+        loss, grads = mean_over(dl.value_and_grad(loss_fn), trainable, tokens)
+        grads, norm = dl.clip_by_global_norm(grads, config.clip)
+        outgoing: dict[str, dl.Factors] = {}
+        if plan is not None:
+            params = dl.combine(trainable, frozen)
+            incoming = dl.candidates(params, plan, start=start(config)) if incoming is None else incoming
+            params, outgoing = dl.switch(params, plan, incoming=incoming)
+            opt_state = dl.project_optimizer_state(opt_state, plan)
+            trainable, frozen = dl.partition(params)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+        return State(dl.apply_updates(trainable, updates), frozen, opt_state), Metrics(loss, norm, outgoing)
+
+    return step
+
+
+def mean_over(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, microbatches: Tensor) -> dl.ValueAndGrad:
+    """Loss and gradients averaged over the first axis, one backward pass at a time."""
+    total = value_and_grad(trainable, microbatches[0])
+    for microbatch in microbatches[1:]:
+        total = tree_map(torch.add, total, value_and_grad(trainable, microbatch))
+    return tree_map(lambda leaf: leaf / len(microbatches), total)
+
+
+def next_token_loss(model: nn.Module, params: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats a token."""
+    logits = dl.call(model, params, tokens[..., :-1])
+    return cross_entropy(logits.flatten(0, -2).float(), tokens[..., 1:].flatten())

@@ -1,0 +1,203 @@
+"""The training loop: batches in, metrics and checkpoints out, the merged model at the end."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dynlora_fn as dl
+from models import corpus as text
+from models import llama
+from models.pretrain.checkpoint import load_checkpoint, save_checkpoint
+from models.pretrain.config import Config, prepare_folder
+from models.pretrain.method import Method, Metrics, State, make_method, next_token_loss
+from models.pretrain.report import MetricsFile, ProgressBar, plot, read_metrics, sizes
+
+_FLUSH_EVERY = 10  # steps between two looks at the device's results
+
+
+class DivergedError(ValueError):
+    """The loss or the gradient is no longer finite."""
+
+
+class Saved(NamedTuple):
+    """All that a continued run starts from; batches depend on nothing but the seed and the step."""
+
+    state: State
+    pool: dict[str, dl.Pool]
+
+
+class Prepared(NamedTuple):
+    config: Config
+    folder: Path
+    corpus: text.Corpus
+    model: nn.Module
+    method: Method
+    saved: Saved
+    first_step: int
+
+
+def prepare(config: Config, console: Console) -> Prepared:
+    """Everything up to the first step. All bad input shows here, before anything is written.
+
+    Raises:
+        ValueError: with one line that names the setting, the rule and the value.
+    """
+    config.check()
+    corpus = load_corpus(config)
+    model = llama.Llama(llama.config(config.model, corpus.vocabulary))
+    method = make_method(config, llama.init_weights(model, config.seed).to(config.torch_device()))
+    folder = config.folder()
+    prepare_folder(config, folder, corpus.digest())
+    saved, first_step = Saved(method.state, method.pool), 0
+    if config.resume and (loaded := load_checkpoint(folder / "checkpoints", saved)):
+        saved, first_step = loaded.state, loaded.step
+        for reason in loaded.refused:
+            console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
+    state = "continuing after" if config.resume else "starting at"
+    console.print(f"{folder}: {state} step {first_step}", highlight=False)
+    return Prepared(config, folder, corpus, model, method, saved, first_step)
+
+
+def load_corpus(config: Config) -> text.Corpus:
+    if config.dataset:
+        documents = text.dataset(
+            config.dataset,
+            config=config.dataset_config,
+            column=config.text_column,
+            characters=config.dataset_characters,
+        )
+    else:
+        documents = text.split(text.text_files(config.text) if config.text else text.standard_library())
+    tokenizer = text.pretrained_tokenizer(config.tokenizer) if config.tokenizer else text.byte_tokenizer()
+    return text.tokenize(documents, tokenizer, window=config.seq_len + 1)
+
+
+def train(run: Prepared, console: Console) -> dict[str, Any]:
+    """Trains to the last step and returns the summary.
+
+    Raises:
+        DivergedError: if the loss or the gradient is no longer finite; the last good checkpoint stays.
+    """
+    config, started = run.config, time.perf_counter()
+    recorder = Recorder(run, console)
+    step_fn = dl.compile_step(run.method.step) if config.compile else run.method.step
+    state, pool = run.saved
+    with recorder.bar:
+        for step in range(run.first_step, config.steps):
+            switched = run.method.schedule.switches(step, state.params())
+            # Without a plan where nothing is switched, so that such a step costs nothing.
+            plan = run.method.schedule(step, state.params()) if switched else None
+            incoming = dl.draw(pool, plan) if pool and plan else None
+            lr = torch.tensor(config.lr_at(step))
+            state, metrics = step_fn(state, batch(run, step), lr, plan, incoming)
+            if pool and plan:
+                pool = dl.put_back(pool, plan, metrics.outgoing, donate=True)
+            recorder.record(step, metrics, switched)
+            done = step + 1
+            if done == config.steps or done % config.eval_every == 0:
+                recorder.flush(validate=lambda: validation_loss(run, state))  # noqa: B023, called at once
+            if done == config.steps or done % config.save_every == 0:
+                recorder.flush()  # sees that all is finite before it is saved
+                save_checkpoint(run.folder / "checkpoints", done, Saved(state, pool))
+    return finish(run, state, recorder, time.perf_counter() - started)
+
+
+def batch(run: Prepared, step: int) -> Tensor:
+    config = run.config
+    tokens = text.batch(
+        run.corpus.train,
+        (config.grad_accum, config.batch_size),
+        window=config.seq_len + 1,
+        seed=config.seed,
+        step=step,
+    )
+    return tokens.to(config.torch_device())
+
+
+@torch.no_grad()
+def validation_loss(run: Prepared, state: State) -> float:
+    config, dtype = run.config, run.config.compute_torch_dtype()
+    batches = text.validation_batches(
+        run.corpus.validation, config.eval_batches, config.batch_size, window=config.seq_len + 1
+    ).to(config.torch_device())
+    with torch.autocast(batches.device.type, dtype, enabled=dtype != torch.float32):
+        losses = [next_token_loss(run.model, state.params(), tokens) for tokens in batches]
+    return torch.stack(losses).mean().item()
+
+
+class Recorder:
+    """Collects metrics without waiting for the device, and writes and shows them a few steps at a time."""
+
+    def __init__(self, run: Prepared, console: Console):
+        self.file = MetricsFile(run.folder / "metrics.jsonl", run.first_step)
+        self.bar = ProgressBar(console, run.config.steps, run.first_step)
+        self._config = run.config
+        self._pending: list[tuple[int, Metrics, int]] = []
+        self._rates: list[float] = []  # tokens a second
+        self._since = time.perf_counter()
+
+    def record(self, step: int, metrics: Metrics, switched: int) -> None:
+        if len(self._pending) == _FLUSH_EVERY:
+            self.flush()
+        self._pending.append((step, metrics._replace(outgoing={}), switched))
+
+    def flush(self, validate: Callable[[], float] | None = None) -> None:
+        """Writes what is pending; the validation loss belongs to the last step of it."""
+        if not self._pending:
+            return
+        lines = [self._line(*pending) for pending in self._pending]  # waits for the device
+        tokens_per_step = self._config.grad_accum * self._config.batch_size * self._config.seq_len
+        self._rates.append(len(lines) * tokens_per_step / (time.perf_counter() - self._since))
+        if validate is not None:
+            lines[-1]["validation_loss"] = validate()
+        self.file.append(lines)
+        steps_left = self._config.steps - lines[-1]["step"]
+        self.bar.show(lines[-1], self.tokens_per_second(), steps_left * tokens_per_step / self.tokens_per_second())
+        self._pending.clear()
+        self._since = time.perf_counter()
+
+    def tokens_per_second(self) -> float:
+        """The median, so that compilation and the machine's other work do not count."""
+        return median(self._rates) if self._rates else math.nan
+
+    def _line(self, step: int, metrics: Metrics, switched: int) -> dict[str, Any]:
+        line = {"step": step + 1, "loss": metrics.loss.item(), "grad_norm": metrics.grad_norm.item()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(line[name]):
+                raise DivergedError(f"`{name}` must be finite to go on, got {line[name]} at step {step + 1}")
+        return line | {"lr": self._config.lr_at(step), "switched": switched}
+
+
+def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> dict[str, Any]:
+    """Writes the merged model, the plot and the summary."""
+    weights = dl.materialize(dl.unstack(state.params()))
+    save_file(
+        {name: weight.contiguous().cpu() for name, weight in weights.items()},
+        run.folder / "model.safetensors",
+        {"model": run.config.model, "vocabulary": str(run.corpus.vocabulary)},
+    )
+    metrics = read_metrics(run.folder / "metrics.jsonl")
+    unigram_loss = text.unigram_loss(run.corpus)
+    plot(metrics, unigram_loss, run.folder / "loss.png")
+    last_loss = metrics[-1]["validation_loss"]
+    return {
+        "method": run.config.method,
+        "model": run.config.model,
+        "steps": run.config.steps,
+        "folder": str(run.folder),
+        **sizes(run.method),
+        "switched": sum(line["switched"] for line in metrics),
+        "tokens_per_second": recorder.tokens_per_second(),
+        "seconds": seconds,
+        "validation_loss": last_loss,
+        "perplexity": math.exp(last_loss),
+        "unigram_loss": unigram_loss,
+    }
