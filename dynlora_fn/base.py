@@ -1,5 +1,7 @@
 """How a frozen base is stored, and how a difference is folded into it."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,8 +26,14 @@ def fold(
     dtype = torch.promote_types(torch.promote_types(base.dtype, left.dtype), torch.float32)
     left, right, total = left.to(dtype), right.to(dtype), base.to(dtype)
     if left.shape[-1] > _MOST_OUTER_PRODUCTS:
-        with torch.autocast(base.device.type, enabled=False):
+        with _without_autocast(base.device.type):
             return (total + left @ right).to(base.dtype)
     for k in range(left.shape[-1]):
         total = total + left[..., :, k, None] * right[..., k, None, :]
     return total.to(base.dtype)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    if not torch.amp.is_autocast_available(device_type):  # the meta device
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

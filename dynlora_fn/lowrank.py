@@ -164,7 +164,8 @@ def linear(
     In the dtype of `x`, or the one that autocast sets. No gradient reaches the base.
     """
     base, (b, a) = param.base.detach(), param.factors
-    if not torch.is_autocast_enabled(x.device.type):
+    device_type = x.device.type
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         base, b, a = base.to(x.dtype), b.to(x.dtype), a.to(x.dtype)
     inner = nn.functional.linear(x, a) / a.shape[-2]
     return nn.functional.linear(x, base, bias) + nn.functional.linear(inner, b)
