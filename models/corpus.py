@@ -124,7 +124,12 @@ def dataset(name: str, *, config: str | None, column: str, characters: int) -> S
         import datasets  # noqa: PLC0415, an optional extra
     except ImportError as error:
         raise ValueError("`dataset` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
-    streams = datasets.load_dataset(name, config, streaming=True)
+    try:
+        streams = datasets.load_dataset(name, config, streaming=True)
+    except Exception as error:  # of many types: not found, no connection, no such configuration, unreadable files
+        raise ValueError(
+            f"`dataset` must be one that `datasets` can load, got {name!r}: {_first_line(error)}"
+        ) from error
     if "train" not in streams:
         raise ValueError(f"`dataset` must have a split called 'train', got {name!r} with {sorted(streams)}")
     train = _take(streams["train"], column, characters)
@@ -146,6 +151,10 @@ def _take(stream: Iterable[dict[str, str]], column: str, characters: int) -> lis
     return documents
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def byte_tokenizer() -> Tokenizer:
     """UTF-8 bytes, documents parted by a zero byte, which no text holds."""
     return Tokenizer(
@@ -163,8 +172,8 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
         is_file = Path(name).is_file()
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=name) if is_file else AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever the library raises for a file that is not one, or a name that is not there
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {reason}") from error
+        rule = "be a tokenizer's name, folder or file"
+        raise ValueError(f"`tokenizer` must {rule}, got {name!r}: {_first_line(error)}") from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(documents: list[Document]) -> np.ndarray:

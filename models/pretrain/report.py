@@ -71,7 +71,7 @@ class ProgressBar:
         self._bar.update(self._task, completed=line["step"], status=status)
         if "validation_loss" in line:
             text = f"step {line['step']}: {status}, validation loss {line['validation_loss']:.3f}"
-            self._console.print(f"{text}, {seconds_left:.0f} s left", highlight=False)
+            self._console.print(f"{text}, {seconds_left:.0f} s left", highlight=False, soft_wrap=True)
 
 
 def plot(metrics: list[dict[str, Any]], unigram_loss: float, path: Path) -> None:

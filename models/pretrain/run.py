@@ -62,7 +62,7 @@ def prepare(config: Config, console: Console) -> Prepared:
         for reason in loaded.refused:
             console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
     state = "continuing after" if config.resume else "starting at"
-    console.print(f"{folder}: {state} step {first_step}", highlight=False)
+    console.print(f"{folder}: {state} step {first_step}", highlight=False, soft_wrap=True)
     return Prepared(config, folder, corpus, model, method, saved, first_step)
 
 

@@ -1,0 +1,29 @@
+"""Settings of the whole suite."""
+
+import os
+import sys
+
+# Some virtual machines report AMX and forbid its use: oneDNN's bfloat16 products then die of an illegal instruction.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A first example may compile or import, so that a deadline tells nothing. In CI, where nobody shrinks by hand, every
+# run draws the same examples. `--hypothesis-profile thorough` draws many, before a release.
+settings.register_profile("dynlora", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile("dynlora")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores: more threads than cores wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Dynamo keeps what it compiled by code object: without this, one test's graphs count as another's recompiles."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
