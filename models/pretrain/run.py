@@ -1,5 +1,6 @@
 """The training loop: batches in, metrics and checkpoints out, the merged model at the end."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -182,7 +183,8 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
     save_file(
         {name: weight.contiguous().cpu() for name, weight in weights.items()},
         run.folder / "model.safetensors",
-        {"model": run.config.model, "vocabulary": str(run.corpus.vocabulary)},
+        # One entry: the order of several is not fixed, and equal runs write equal files.
+        {"llama": json.dumps({"name": run.config.model, "vocabulary": run.corpus.vocabulary})},
     )
     metrics = read_metrics(run.folder / "metrics.jsonl")
     unigram_loss = text.unigram_loss(run.corpus)
