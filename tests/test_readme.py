@@ -1,0 +1,34 @@
+"""What the README shows is run."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+LOOP = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_loop_is_short_and_early():
+    assert LOOP is not None
+    assert README[: LOOP.start()].count("\n") < 20
+    assert LOOP[1].count("\n") < 40
+
+
+def test_the_loop_learns(monkeypatch: pytest.MonkeyPatch):
+    """As it stands, but for the compiler's backend: its own takes minutes on a CPU and is tested elsewhere."""
+    assert LOOP is not None
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(LOOP[1], names)
+    batch = torch.randn(512, 64)
+    error = (names["model"](batch) - batch.roll(1, -1)).square().mean()
+    assert error.item() < 0.5, "the targets' variance is 1, and a constant is no better than that"
+    params = names["dl"].combine(*names["state"][:2])
+    assert {name: tuple(param.base.shape) for name, param in params.items() if name.endswith("weight")} == {
+        "0.weight": (256, 64),
+        "2.weight": (64, 256),
+    }
