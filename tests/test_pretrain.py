@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from models.llama import Llama, config
 from models.pretrain.__main__ import main
@@ -291,3 +292,21 @@ def test_plain_lines_where_there_is_no_terminal(job: Job, tmp_path: Path):
     lines = [line for line in outcome.out.splitlines() if line.startswith("step ")]
     assert len(lines) == 2
     assert "\x1b" not in outcome.out
+
+
+def test_dataset_with_a_tokenizer(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    texts = [f"{number} times {k} is {number * k}" for number in range(30) for k in range(30)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>"]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    arguments = ["--dataset", folder, "--text-column", "body", "--tokenizer", tmp_path / "tokenizer.json"]
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain", *SMALL, "--steps", "6", "--out", str(tmp_path / "run"), *map(str, arguments)]
+    )
+    main()
+    embedding = load_file(tmp_path / "run" / "model.safetensors")["embedding.weight"]
+    assert embedding.shape == (tokenizer.get_vocab_size(), 32)
