@@ -145,6 +145,16 @@ def check_switch(trace: Trace, step: int, params: dict, pools: dict, opt_state) 
         trace.check(step, f"{layer}.fixB_set", opt_state.frozen_for[name].b)
 
 
+def check_seen_gradients(trace: Trace, step: int, grads: dict, opt_state) -> None:
+    """What the optimizer sees: clipped, and zero for frozen vectors."""
+    for layer in trace.meta.layers:
+        name = f"{layer}.weight"
+        for letter, side in (("A", "a"), ("B", "b")):
+            is_frozen = getattr(opt_state.frozen_for[name], side) > 0
+            trace.check(step, f"{layer}.g{letter}", getattr(grads[name], side).masked_fill(is_frozen, 0))
+        trace.check(step, f"{layer}.gbias", grads[f"{layer}.bias"])
+
+
 def check_update(trace: Trace, step: int, trainable: dict, opt_state) -> None:
     for layer in trace.meta.layers:
         name = f"{layer}.weight"
@@ -185,6 +195,7 @@ def test_trace_is_reproduced(path: Path):
         pools = put_back(pools, plans, outgoing)
         opt_state = project_optimizer_state(opt_state, plans)
         check_switch(trace, step, params, pools, opt_state)
+        check_seen_gradients(trace, step, grads, opt_state)
         trainable, frozen = partition(params)
         lr = trace.tensor("lr", step)
         updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
