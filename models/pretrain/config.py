@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-LEARNING_RATES = {"full": 2e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
+LEARNING_RATES = {"full": 1e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ between a run and its continuation, since no number depends on it.
 _FREE_TO_CHANGE = ("out", "resume", "json")
@@ -56,7 +56,7 @@ class Config:
     grad_accum: int = 1
     """Backward passes whose gradients are averaged for one step."""
     lr: float | None = None
-    """Peak learning rate; by method unless given: 2e-3 full, 1e-2 lora and relora, 2e-2 switchlora."""
+    """Peak learning rate; the paper's unless given: 1e-3 full, 1e-2 lora and relora, 2e-2 switchlora."""
     warmup: int = 50
     """Steps of linear warm-up, then cosine to a tenth; ReLoRA warms up again after each merge, a tenth as long."""
     weight_decay: float = 0.0
