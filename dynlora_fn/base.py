@@ -1,6 +1,7 @@
 """How a frozen base is stored, and how a difference is folded into it."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -15,22 +16,31 @@ def fold(
     base: Float[Tensor, "*stack out in"],
     left: Float[Tensor, "*stack out count"],
     right: Float[Tensor, "*stack count in"],
+    *,
+    rank: int,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*stack out in"]:
-    """``base + left @ right``, rounded once to the base's precision.
+    """``base + left @ right / rank``, rounded once to `dtype`, that of the base unless given.
 
-    Numerics: the sum is formed in the widest of the three dtypes, float32 at least, whatever autocast says: a fold
-    changes the weight, not an activation. Up to 32 vectors it is a sum of outer products, exact to that dtype; beyond,
-    one matrix product, whose precision on CUDA is what `torch.set_float32_matmul_precision` allows.
+    Numerics: the sum is formed in the widest of all these dtypes, float32 at least, whatever autocast says: a fold
+    changes the weight, not an activation. Up to 32 vectors it is a sum of outer products, exact to that dtype;
+    beyond, one matrix product, whose precision on CUDA is what `torch.set_float32_matmul_precision` allows.
     A base in bfloat16 is rounded as a whole at each fold, by up to 2**-9 of each entry.
     """
-    dtype = torch.promote_types(torch.promote_types(base.dtype, left.dtype), torch.float32)
-    left, right, total = left.to(dtype), right.to(dtype), base.to(dtype)
+    dtype = base.dtype if dtype is None else dtype
+    wide = widest(base.dtype, left.dtype, dtype)
+    left, right, total = left.to(wide) / rank, right.to(wide), base.to(wide)
     if left.shape[-1] > _MOST_OUTER_PRODUCTS:
         with _without_autocast(base.device.type):
-            return (total + left @ right).to(base.dtype)
+            return (total + left @ right).to(dtype)
     for k in range(left.shape[-1]):
         total = total + left[..., :, k, None] * right[..., k, None, :]
-    return total.to(base.dtype)
+    return total.to(dtype)
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """What sums of these are formed in: the widest of them, float32 at least."""
+    return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -78,7 +78,7 @@ def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count len
     units = (bits >> 8).to(torch.float32) * 2.0**-23 - 1  # (blocks of all requests, 4)
     shapes = [parts[0].shape for parts in words]
     return [
-        part.reshape(*shape[:-1], -1)[..., : request.length]
+        part.reshape(*shape[:-1], 4 * shape[-1])[..., : request.length]
         for part, shape, request in zip(
             torch.split(units, [shape.numel() for shape in shapes]), shapes, requests, strict=True
         )

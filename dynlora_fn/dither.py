@@ -28,7 +28,9 @@ class Dithered:
     def _plan(self, name: str, step: int | Tensor, param: LowRank) -> Plan:
         device, rank = param.base.device, param.factors.a.shape[-2]
         entries = torch.arange(self.schedule.most(param), device=device)
-        before, after = (self.switched[name][at].to(device)[..., None] for at in (step, step + 1))
+        at = torch.as_tensor(step).to(self.switched[name].device)
+        table = self.switched[name].index_select(0, torch.stack([at, at + 1])).to(device)
+        before, after = table[..., None]
         number = entries + before
 
         def side(ahead: int) -> SidePlan:
@@ -64,9 +66,10 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
 
 def _execute(schedule: Schedule, param: LowRank, draws: Tensor) -> Tensor:
     most_at_once = param.factors.a.shape[-2] // 2  # in any `freeze` steps, or one side would meet a frozen vector
+    rate = float(schedule.due(1, param)) / schedule.decay
     switched = torch.zeros(len(draws) + 1, *param.seed.shape, dtype=torch.int64)
     for step, draw in enumerate(draws):
-        asked = (schedule.rate(param) * schedule.decay ** (step + 1) + draw).floor().long()
+        asked = (rate * schedule.decay ** (step + 1) + draw).floor().long()
         if schedule.freeze:
             lately = switched[step] - switched[max(step + 1 - schedule.freeze, 0)]
             asked = torch.minimum(asked, most_at_once - lately)

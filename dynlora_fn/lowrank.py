@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dynlora_fn.base import fold
+from dynlora_fn.base import fold, widest
 from dynlora_fn.basis import Bounds, Request, basis_bounds, uniform
 from dynlora_fn.stacking import Stack, find_stacks
 from dynlora_fn.tree import map_low_rank, match
@@ -114,9 +114,7 @@ def _split(
     # Side b is switched half a turn behind side a, so that its vector number 0 is in slot rank // 2 (see `Schedule`).
     behind = (slots - rank // 2) % rank
     (factors,) = basis_vectors([BasisSlice(seed, behind, slots, weight.shape[-2:], rank, start, dtype)])
-    # Rounded once, to the dtype of the base.
-    base = fold(weight.to(torch.promote_types(weight.dtype, torch.float32)), -factors.b / rank, factors.a)
-    return LowRank(base.to(base_dtype), factors, seed)
+    return LowRank(fold(weight, -factors.b, factors.a, rank=rank, dtype=base_dtype), factors, seed)
 
 
 class BasisSlice(NamedTuple):
@@ -184,8 +182,8 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
 
 
 def _dense(param: LowRank) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(param.base.dtype, param.factors.b.dtype), torch.float32)
-    return fold(param.base.to(dtype), param.factors.b / param.factors.b.shape[-1], param.factors.a)
+    b, a = param.factors
+    return fold(param.base, b, a, rank=b.shape[-1], dtype=widest(param.base.dtype, b.dtype))
 
 
 @overload
@@ -204,4 +202,4 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 def _merge(param: LowRank) -> LowRank:
     b, a = param.factors
-    return LowRank(fold(param.base, b / b.shape[-1], a), Factors(torch.zeros_like(b), a), param.seed)
+    return LowRank(fold(param.base, b, a, rank=b.shape[-1]), Factors(torch.zeros_like(b), a), param.seed)

@@ -44,7 +44,9 @@ class _Weight(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         weight = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _Weight))
-        operation = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or repr(func)
+        # A property's getter is named by the property that it is bound to.
+        operation = getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func
+        operation = getattr(operation, "__name__", repr(operation))
         # Not a TypeError: the operators of Tensor take that for an unsupported operand and hide the message.
         raise NotImplementedError(f"low-rank weight {weight._name!r} must be used by `linear`, got `{operation}`")
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dynlora_fn.types import Factors, Plan, Plans, SidePlan, Trainable
 
 Tree = dict[str, Any]
+Rate: TypeAlias = Tensor | float
 State = TypeVar("State")
 
 
@@ -24,6 +26,8 @@ class Transform(NamedTuple):
 
 
 class Updates(NamedTuple):
+    """What `adamw`'s update returns."""
+
     updates: Tree  # to be added, see `apply_updates`
     opt_state: "AdamWState"
 
@@ -46,8 +50,8 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
     apart, but its count runs on, so that bias correction starts it gently once it thaws (0.52 of a full step after 5
     updates at the default betas), as in SwitchLoRA's implementation.
 
-    The learning rate is an argument of `update`: a 0-d tensor, so that changing it does not compile anew, or one by
-    name. Decay is decoupled: ``trainable * lr * weight_decay`` is subtracted.
+    The learning rate is an argument of `update`: a number, or a 0-d tensor so that changing it does not compile anew,
+    or a dict of them by name. Decay is decoupled: ``trainable * lr * weight_decay`` is subtracted.
 
     Numerics: moments, bias corrections and updates in float32, or the parameter's dtype if that is wider, whatever the
     parameter is stored in: in bfloat16 ``nu * 0.999`` would round to ``nu``.
@@ -69,7 +73,9 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
             tree_map(_zero_moment, dict(trainable)), tree_map(_zero_moment, dict(trainable)), counts, frozen_for
         )
 
-    def update(grads: Trainable, opt_state: AdamWState, trainable: Trainable, *, lr: Tensor | float) -> Updates:
+    def update(
+        grads: Trainable, opt_state: AdamWState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
+    ) -> Updates:
         grads = {
             name: tree_map(_freeze, grad, opt_state.frozen_for[name]) if isinstance(grad, Factors) else grad
             for name, grad in grads.items()
@@ -78,13 +84,18 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
         nu = tree_map(lambda v, g: v * betas[1] + g.to(v.dtype).square() * (1 - betas[1]), opt_state.nu, grads)
         count = tree_map(lambda c: c + 1, opt_state.count)
 
-        def step(m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
+        def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
             c = c.to(m.dtype)
             denominator = v.sqrt() / _bias_correction(betas[1], c).sqrt() + eps
-            return -lr * (m / _bias_correction(betas[0], c) / denominator + weight_decay * param.to(m.dtype))
+            return -rate * (m / _bias_correction(betas[0], c) / denominator + weight_decay * param.to(m.dtype))
 
         frozen_for = tree_map(lambda left: (left - 1).clamp(min=0), opt_state.frozen_for)
-        updates = tree_map(step, mu, nu, count, dict(trainable))
+        updates = {
+            name: tree_map(
+                partial(step, lr[name] if isinstance(lr, Mapping) else lr), mu[name], nu[name], count[name], leaf
+            )
+            for name, leaf in trainable.items()
+        }
         return Updates(updates, AdamWState(mu, nu, count, frozen_for))
 
     return Transform(init, update)
@@ -119,6 +130,8 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
 
 
 class Clipped(NamedTuple):
+    """What `clip_by_global_norm` returns."""
+
     grads: Tree
     norm: Float[Tensor, ""]  # before clipping
 

@@ -17,6 +17,8 @@ from dynlora_fn.types import Factors, LowRank, Params, Plan, Plans, SidePlan
 
 
 class SidePool(NamedTuple):
+    """Candidates of one side of a weight."""
+
     vectors: Float[Tensor, "*stack size n"]  # one a row; the rows of vectors in use are stale
     held: Int[Tensor, "*stack rank"]  # which row the vector in each slot belongs to
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class Schedule:
         from_pool: whether vectors come from a pool, so that `count` too is limited by what is idle.
 
     Raises:
-        ValueError: if a slot would be switched on one side while the other side's switch still freezes it:
-            ``interval >= 2 * freeze``, rounded up to whole multiples of `every`.
+        ValueError: if a slot would be switched twice in one plan, or on one side while the other side's switch still
+            freezes it: ``interval >= 2 * freeze``, rounded up to whole multiples of `every`, and at least `every`.
     """
 
     interval: float = math.inf
@@ -62,6 +62,9 @@ class Schedule:
         ):
             if not holds:
                 raise ValueError(f"`{name}` must {rule}, got {value}")
+        if self.count is None and self.interval < self.every:
+            rule = f"be at least `every` = {self.every}, so that no plan switches a vector twice"
+            raise ValueError(f"`interval` must {rule}, got {self.interval}")
         least = 2 * self.every * math.ceil(self.freeze / self.every)
         if self.count is None and self.interval < least:
             rule = f"be at least {least}, so that no vector is switched while it is frozen for {self.freeze} steps"
@@ -86,27 +89,39 @@ class Schedule:
         for param in params.values():
             if isinstance(param, LowRank) and self.most(param):
                 before, after = self._turn(step, param), self._turn(step + 1, param)
-                total += param.seed.numel() * (int(after.a) - int(before.a) + int(after.b) - int(before.b))
+                most = self.most(param)
+                sides = min(int(after.a) - int(before.a), most) + min(int(after.b) - int(before.b), most)
+                total += param.seed.numel() * sides
         return total
 
     def most(self, param: LowRank) -> int:
         """The number of entries in the parameter's plans: the most vectors that one step switches on a side."""
-        rank = param.factors.a.shape[-2]
+        rank, idle = param.factors.a.shape[-2], _idle(param)
         if self.count is None:
-            return math.ceil(self.rate(param) * float(self._decayed_steps(self.every)))
-        idle = min(param.base.shape[-2:]) - rank if self.from_pool else rank
-        count = min(rank if self.count == "all" else self.count, rank, idle)
+            return min(math.ceil(self.due(self.every, param)), idle)
+        count = min(rank if self.count == "all" else self.count, rank, idle if self.from_pool else rank)
         if self.freeze and count * math.ceil(self.freeze / self.every) > rank // 2:
             rule = f"be at most {rank // 2} in any {self.freeze} steps, so that no frozen vector is switched"
             raise ValueError(f"`count` must {rule} at rank {rank}, got {count} every {self.every}")
         return count
 
-    def rate(self, param: LowRank) -> float:
-        """Vectors a side and step, before the decay."""
-        rank = param.factors.a.shape[-2]
-        idle = min(param.base.shape[-2:]) - rank
-        return min(rank / self.interval, idle / float(self._decayed_steps(self.every)))
+    @overload
+    def due(self, steps: int, param: LowRank) -> float: ...
+    @overload
+    def due(self, steps: Tensor, param: LowRank) -> Tensor: ...
+    def due(self, steps: int | Tensor, param: LowRank) -> float | Tensor:
+        """Vectors of one side that are due after so many steps, rounded once: without a decay, where whole numbers are
+        met, a plan must not depend on how a product was rounded."""
+        rank, batch = param.factors.a.shape[-2], self._decayed_steps(self.every)
+        decayed: float | Tensor = self._decayed_steps(steps)
+        if rank * batch > _idle(param) * self.interval:
+            return _idle(param) * decayed / batch
+        return rank * decayed / self.interval
 
+    @overload
+    def _decayed_steps(self, steps: int) -> float: ...
+    @overload
+    def _decayed_steps(self, steps: Tensor) -> Tensor: ...
     def _decayed_steps(self, steps: int | Tensor) -> float | Tensor:
         """Sum of decay ** (u + 1) over u < steps."""
         if self.decay == 1:
@@ -122,8 +137,8 @@ class Schedule:
             return Turn(b=counted + rank // 2, a=counted)
         if isinstance(steps, Tensor):
             steps = steps.to(torch.float64)
-        due = self.rate(param) * self._decayed_steps(steps - steps % self.every)
-        return Turn(b=_floor(due + rank / 2), a=_floor(due))
+        halves = _floor(2 * self.due(steps - steps % self.every, param))
+        return Turn(b=(halves + rank) // 2, a=halves // 2)
 
     def _plan(self, step: int | Tensor, param: LowRank, most: int) -> Plan:
         device, rank = param.base.device, param.factors.a.shape[-2]
@@ -136,6 +151,11 @@ class Schedule:
 
         frozen_for = torch.tensor(self.freeze, dtype=torch.int32, device=device)
         return Plan(b=side(before.b, after.b, rank // 2), a=side(before.a, after.a, 0), frozen_for=frozen_for)
+
+
+def _idle(param: LowRank) -> int:
+    """Candidates of a side that are not in use: a pool has min(out, in) in all."""
+    return min(param.base.shape[-2:]) - param.factors.a.shape[-2]
 
 
 def _floor(value: float | Tensor) -> int | Tensor:

@@ -48,13 +48,18 @@ def _group(names: list[str], keys: Mapping[str, Hashable], literal: int) -> Iter
 
 
 def _numbers(name: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in name.split(".") if part.isdecimal())
+    return tuple(int(part) for part in name.split(".") if _is_number(part))
+
+
+def _is_number(part: str) -> bool:
+    """Whether it is what its number is written as: not so with a zero in front, since `unstack` writes it again."""
+    return part.isascii() and part.isdecimal() and str(int(part)) == part
 
 
 def _starred(name: str, literal: int) -> str:
     parts, numbers = name.split("."), 0
     for at, part in enumerate(parts):
-        if part.isdecimal():
+        if _is_number(part):
             numbers += 1
             parts[at] = "*" if numbers > literal else part
     return ".".join(parts)

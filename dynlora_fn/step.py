@@ -5,10 +5,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 
 class ValueAndGrad(NamedTuple):
+    """What a function made by `value_and_grad` returns."""
+
     value: Any  # the loss, or `(loss, aux)`
     grads: Any  # of the structure of the first argument
 
@@ -55,6 +57,8 @@ def _via_autograd(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., V
 
 
 class Step(NamedTuple):
+    """What a function made by `compile_step` returns."""
+
     state: Any  # of the structure, shapes and dtypes that went in
     aux: Any  # whatever the step reports
 
@@ -78,43 +82,51 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
         ValueError: at the first call, if the new state differs from the old one in structure, shape or dtype, or the
             state to be donated holds one memory twice or requires a gradient.
     """
-    if not donate:
-        compiled = torch.compile(step, fullgraph=True, dynamic=False, **options)
-        return lambda state, *args: Step(*compiled(state, *args))
 
-    def run(state: Any, *args: Any) -> Any:
+    def run(state: Any, *args: Any) -> tuple[str | None, Any]:
         new_state, aux = step(state, *args)
+        if not donate:
+            return None, Step(new_state, aux)
+        if problem := _mismatch(state, new_state):
+            return problem, None  # an exception raised in here would come out as the compiler's
         _write(state, new_state)
-        return aux
+        return None, aux
 
+    # The compiler keeps graphs by code object and only so many: each step has one of its own.
+    run.__code__ = run.__code__.replace()
     compiled = torch.compile(run, fullgraph=True, dynamic=False, **options)
     is_checked = False
 
-    def donated(state: Any, *args: Any) -> Step:
+    def compiled_step(state: Any, *args: Any) -> Step:
         nonlocal is_checked
-        if not is_checked:
+        if donate and not is_checked:
             _check_donated(state)
             is_checked = True
-        return Step(state, compiled(state, *args))
+        problem, result = compiled(state, *args)
+        if problem:
+            raise ValueError(problem)
+        return Step(state, result) if donate else result
 
-    return donated
+    return compiled_step
 
 
-def _write(state: Any, new_state: Any) -> None:
+def _mismatch(state: Any, new_state: Any) -> str | None:
     old_leaves, structure = tree_flatten(state)
     new_leaves, new_structure = tree_flatten(new_state)
     if structure != new_structure:
-        raise ValueError(
-            f"`step` must keep the structure of its state to be donated, got {new_structure} for {structure}"
-        )
+        return "`step` must keep the structure of its state to be donated, got another one"
     for old, new in zip(old_leaves, new_leaves, strict=True):
         if old.shape != new.shape or old.dtype != new.dtype:
-            kept = f"{tuple(old.shape)} {old.dtype}"
-            raise ValueError(
-                f"`step` must keep shapes and dtypes of its state, got {tuple(new.shape)} {new.dtype} for {kept}"
-            )
-        if new is not old:
-            old.copy_(new)
+            got = f"{tuple(new.shape)} {new.dtype} for {tuple(old.shape)} {old.dtype}"
+            return f"`step` must keep shapes and dtypes of its state to be donated, got {got}"
+    return None
+
+
+def _write(state: Any, new_state: Any) -> None:
+    pairs = [(old, new) for old, new in zip(tree_leaves(state), tree_leaves(new_state), strict=True) if new is not old]
+    # Copies first: a new leaf may be an old one, or a view of it, that another write would overwrite.
+    for old, new in [(old, new.clone()) for old, new in pairs]:
+        old.copy_(new)
 
 
 def _check_donated(state: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dynlora_fn.base import fold
+from dynlora_fn.base import fold, widest
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
 
@@ -21,6 +21,8 @@ class Switched(NamedTuple):
 
 
 class SwitchedParams(NamedTuple):
+    """`outgoing` by name, as in `Switched`."""
+
     params: dict[str, Param]
     outgoing: dict[str, Factors]
 
@@ -109,12 +111,13 @@ def _low_rank(params: Params, name: str) -> LowRank:
 def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switched:
     b, a = param.factors
     _check_incoming(name, param, plan, incoming)
-    new_a = _replace(a, plan.a, incoming.a)
-    new_b = _replace(b.mT, plan.b, incoming.b.mT)
+    wide = widest(param.base.dtype, a.dtype)
+    new_a = _replace(a, plan.a, incoming.a, wide)
+    new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
     # One fold of both sides: the columns that meet each row of differences, and the other way about.
-    left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(new_b.difference.dtype), new_b.difference.mT], dim=-1)
-    right = torch.cat([new_a.difference, take_rows(new_a.rows, plan.b.slots).to(new_a.difference.dtype)], dim=-2)
-    base = fold(param.base, left / a.shape[-2], right)
+    left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
+    right = torch.cat([new_a.difference, take_rows(new_a.rows, plan.b.slots).to(wide)], dim=-2)
+    base = fold(param.base, left, right, rank=a.shape[-2])
     factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
     return Switched(LowRank(base, factors, param.seed), Factors(b=new_b.outgoing.mT, a=new_a.outgoing))
 
@@ -122,17 +125,16 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switche
 class _Replaced(NamedTuple):
     rows: Tensor  # (*stack, rank, n), with the new vectors
     outgoing: Tensor  # (*stack, count, n)
-    difference: Tensor  # (*stack, count, n): outgoing - incoming where active, else 0
+    difference: Tensor  # (*stack, count, n), in the fold's dtype: outgoing - incoming where active, else 0
 
 
 def _replace(
-    rows: Float[Tensor, "*stack rank n"], plan: SidePlan, incoming: Float[Tensor, "*stack count n"]
+    rows: Float[Tensor, "*stack rank n"], plan: SidePlan, incoming: Float[Tensor, "*stack count n"], wide: torch.dtype
 ) -> _Replaced:
     incoming = incoming.to(rows.dtype)
     source, is_hit, is_effective = _sources(plan, rows.shape[-2])
     new = torch.where(is_hit[..., None], take_rows(incoming, source), rows) if plan.slots.shape[-1] else rows
     outgoing = take_rows(rows, plan.slots)
-    wide = torch.promote_types(rows.dtype, torch.float32)
     difference = torch.where(is_effective[..., None], outgoing.to(wide) - incoming.to(wide), 0)
     return _Replaced(new, outgoing, difference)
 

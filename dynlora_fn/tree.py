@@ -42,7 +42,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
     """The parameters that `partition` took apart.
 
     Raises:
-        ValueError: if factors lack their base, or a base its factors.
+        ValueError: if factors lack their base, a base its factors, or a tensor is in both.
     """
     params: dict[str, Param] = {}
     for name, leaf in trainable.items():
@@ -54,6 +54,8 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
         if isinstance(rest, Frozen) and name not in trainable:
             raise ValueError(f"`trainable` must hold the factors of every base, got none for {name!r}")
         if not isinstance(rest, Frozen):
+            if name in params:
+                raise ValueError(f"`frozen` must not hold what is trained, got {name!r} twice")
             params[name] = rest
     return params
 
