@@ -1,0 +1,112 @@
+"""Who imports whom, and what importing does: nothing."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dynlora_fn
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path for path in (ROOT / "dynlora_fn").rglob("*.py") if path.name != "__init__.py")
+
+FIRST = {"types"}
+BELOW = {"types", "tree", "stacking", "basis", "base"}
+# What each module may import of the package. One that is not here is new: give it a place.
+ALLOWED = {
+    "types": set(),
+    "step": set(),
+    "base": FIRST,
+    "tree": FIRST,
+    "basis": FIRST,
+    "stacking": FIRST,
+    "optim": FIRST,
+    "lowrank": BELOW,
+    "module": BELOW | {"lowrank"},
+    "schedule": BELOW | {"lowrank"},
+    "switching": BELOW | {"lowrank"},
+    "dither": BELOW | {"lowrank", "schedule", "switching"},
+    "pool": BELOW | {"lowrank", "schedule", "switching"},
+}
+
+
+def imported(source: str) -> set[str]:
+    """Full names of all that is imported, inside of functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def of_package(source: str) -> set[str]:
+    """Modules of the package among them; `from dynlora_fn import x`, by way of the package as a whole, counts as x."""
+    return {name.split(".")[1] for name in imported(source) if name.split(".")[0] == "dynlora_fn" and "." in name}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_modules_import_what_lies_below_them(path: Path):
+    source = path.read_text()
+    assert of_package(source) <= ALLOWED[path.stem]
+    assert not [name for name in imported(source) if name.startswith(".") or name == "dynlora_fn"]
+
+
+def test_the_reader_of_imports_sees_all_forms():
+    source = (
+        "import torch, dynlora_fn.step\nfrom dynlora_fn import pool\ndef f():\n    from dynlora_fn.tree import match"
+    )
+    assert of_package(source) == {"step", "pool", "tree"}
+    assert imported("from . import tree") == {"..tree"}
+
+
+def test_models_are_plain_torch():
+    files = [path for path in (ROOT / "models").rglob("*.py") if "pretrain" not in path.relative_to(ROOT).as_posix()]
+    assert files
+    for path in files:
+        assert not [name for name in imported(path.read_text()) if name.split(".")[0] == "dynlora_fn"], path
+
+
+def public_names() -> list[str]:
+    return sorted(name for name, value in vars(dynlora_fn).items() if name[0] != "_" and not inspect.ismodule(value))
+
+
+def test_all_that_is_public_is_exported_by_name():
+    tree = ast.parse((ROOT / "dynlora_fn" / "__init__.py").read_text())
+    exported = [alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert all(alias.asname == alias.name for alias in exported)  # `x as x`, so that type checkers see them
+    assert sorted(alias.name for alias in exported) == public_names()
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_public_names_have_a_docstring(name):
+    value = getattr(dynlora_fn, name)
+    if inspect.isclass(value) or inspect.isfunction(value):  # an alias of a type has none of its own
+        docstring = ast.get_docstring(ast.parse(inspect.getsource(value)).body[0])  # not one that a NamedTuple makes up
+        assert docstring, f"`{name}` must say what it is"
+
+
+def test_importing_has_no_side_effects():
+    """In a fresh process: nothing that torch computes by changes, and no random number is drawn."""
+    script = """
+import torch
+
+def settings():
+    return (
+        torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), torch.get_num_interop_threads(),
+        torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(), torch.initial_seed(), torch.get_rng_state().tolist(),
+        torch.cuda.is_initialized(),
+    )
+
+torch.manual_seed(0)
+before = settings()
+import dynlora_fn
+assert settings() == before, (settings(), before)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

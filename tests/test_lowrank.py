@@ -1,0 +1,441 @@
+"""One low-rank weight: made from a model, used in its place, merged and made dense."""
+
+import pytest
+import reference
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import (
+    Shape,
+    any_shapes,
+    assert_same,
+    assert_within,
+    dtypes,
+    eps,
+    low_rank,
+    low_rank_params,
+    normal,
+    seeds,
+    untouched,
+)
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from dynlora_fn import (
+    LowRank,
+    call,
+    combine,
+    init,
+    linear,
+    materialize,
+    merge,
+    partition,
+    unstack,
+    value_and_grad,
+)
+
+starts = st.sampled_from(["switchlora", "lora"])
+
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Two equal layers out of three, a bias, a norm and a buffer."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)]
+    return nn.Sequential(*layers).to(dtype).eval()
+
+
+TARGETS = ["0.weight", "3.weight", "5.weight"]
+# Three layers forward and back, each of at most 2 * 6 + rank + 4 roundings of half an eps, of sums of 6 products whose
+# magnitudes add up to less than 16.
+TOLERANCE = {"rtol": 0, "atol": 2 * 3 * 18 * 16 / 2 * EPS}
+
+
+# --- init
+
+
+@given(any_shapes, seeds, starts, st.tuples(dtypes, dtypes, dtypes), st.booleans())
+@example(Shape(4, 5, 3), 0, "switchlora", (torch.float32, torch.float32, torch.bfloat16), False)  # b / 3 rounds
+@example(Shape(4, 5, 2), 0, "switchlora", (torch.float32, torch.float64, torch.float64), False)  # a wider base
+def test_init_keeps_the_weights(shape: Shape, seed, start, some_dtypes, stack):
+    weight_dtype, base_dtype, dtype = some_dtypes
+    model = {f"{n}.w": normal(seed + n, *shape[:2], dtype=weight_dtype) for n in range(2)}
+    options = {"start": start, "base_dtype": base_dtype, "dtype": dtype, "stack": stack}
+    params = init(model, rank=shape.rank, seed=seed, targets=["*"], **options)
+    for name, param in unstack(params).items():
+        assert (param.base.dtype, param.factors.b.dtype, param.factors.a.dtype) == (base_dtype, dtype, dtype)
+        # Rank products and sums, each of half an eps of what they are formed in, then one rounding to the base's dtype.
+        bound = (
+            (shape.rank + 3)
+            * eps(reference.working_dtype(param))
+            * (reference.magnitude(param) + model[name].double().abs())
+        )
+        bound += eps(base_dtype) * param.base.double().abs()
+        assert_within(reference.weight(param), model[name], bound)
+
+
+@given(any_shapes, seeds)
+def test_init_starts_plain_lora_from_the_weight_itself(shape: Shape, seed):
+    weight = normal(seed, *shape[:2])
+    param = init({"w": weight}, rank=shape.rank, seed=seed, targets=["w"], start="lora")["w"]
+    assert_same(param.base, weight)
+    assert not param.factors.b.any()
+    assert param.factors.a.any()
+
+
+@given(any_shapes, seeds)
+def test_init_draws_the_first_vectors_of_the_basis(shape: Shape, seed):
+    """Side b half a turn behind: its vector number 0 is in slot rank // 2."""
+    param = init({"w": normal(seed, *shape[:2])}, rank=shape.rank, seed=seed, targets=["w"], dtype=torch.float64)["w"]
+    for number in range(shape.rank):
+        slot = (number + shape.rank // 2) % shape.rank
+        for side, vector in (("a", param.factors.a[number]), ("b", param.factors.b[:, slot])):
+            unit = torch.tensor(reference.uniform(param.seed.item(), side, number, len(vector)), dtype=torch.float64)
+            # The bound is a dozen operations.
+            torch.testing.assert_close(vector, unit * reference.bound(side, *shape), rtol=32 * EPS, atol=0)
+
+
+def test_init_copies_and_asks_for_no_gradient():
+    model = network()
+    with untouched(list(model.parameters())):
+        params = init(model, rank=2, seed=0, targets=TARGETS)
+        owners = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        for leaf in tree_leaves(params):
+            assert leaf.untyped_storage().data_ptr() not in owners
+            assert not leaf.requires_grad
+            leaf.add_(1)  # does not reach the model
+
+
+def test_init_is_deterministic_and_another_seed_gives_other_factors():
+    one, same, other = (init(network(), rank=2, seed=seed, targets=TARGETS) for seed in (1, 1, 2))
+    assert_same(one, same)
+    assert not torch.equal(one["0.weight"].factors.a, other["0.weight"].factors.a)
+    assert not torch.equal(one["0.weight"].factors.a, one["3.weight"].factors.a)  # each weight has its own basis
+
+
+def test_seeds_depend_on_the_name_alone():
+    model = {f"layers.{n}.w": normal(n, 4, 4) for n in range(3)}
+    stacked = unstack(init(model, rank=2, seed=5, targets=["*"]))
+    apart = init(model, rank=2, seed=5, targets=["*"], stack=False)
+    alone = init(model, rank=2, seed=5, targets=["layers.1.w"])
+    assert_same(stacked, apart)
+    assert_same(alone["layers.1.w"], apart["layers.1.w"])
+
+
+def test_init_stacks_what_repeats():
+    params = init({f"layers.{n}.w": normal(n, 4, 6) for n in range(3)}, rank=2, seed=0, targets=["layers.*.w"])
+    assert list(params) == ["layers.*.w"]
+    b, a = params["layers.*.w"].factors
+    assert (params["layers.*.w"].base.shape, b.shape, a.shape) == ((3, 4, 6), (3, 4, 2), (3, 2, 6))
+    assert params["layers.*.w"].seed.shape == (3,)
+    assert params["layers.*.w"].seed.unique().numel() == 3
+
+
+def test_tied_tensors_come_once():
+    weight, other = normal(0, 4, 4), normal(0, 4, 4)
+    tied = init({"in": weight, "out": weight, "twin": other, "view": weight.T}, rank=1, seed=0, targets=["in"])
+    assert tied.keys() == {"in", "twin", "view"}  # equal values and other strides are no tie
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    params = init(model, rank=1, seed=0, targets=["0.weight"], stack=False)
+    assert params.keys() == {"0.weight", "0.bias", "1.bias"}
+    x = normal(1, 2, 3, dtype=torch.float32)
+    # Sums of 3 products of magnitude about 1, twice over, in float32.
+    torch.testing.assert_close(call(model, params, x), model(x), rtol=0, atol=32 * eps(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rank": 5}, r"`rank` must be at least 1 and at most min\(out, in\) = 4 for 'w' of shape \(4, 6\), got 5"),
+        ({"rank": 0}, r"`rank` must be at least 1 .* got 0"),
+        ({"targets": ["v*"]}, r"`targets` must match parameter names, got 'v\*', which matches none of: w, bias"),
+        ({"targets": ["w", "bias"]}, r"`targets` must match matrices \(out, in\), got 'bias' of shape \(4,\)"),
+        ({"start": "zero"}, r"`start` must be 'switchlora' or 'lora', got 'zero'"),
+    ],
+)
+def test_init_refuses(changed, message):
+    arguments = {"rank": 2, "seed": 0, "targets": ["w"]} | changed
+    with pytest.raises(ValueError, match=message):
+        init({"w": normal(0, 4, 6), "bias": normal(0, 4)}, **arguments)
+
+
+def test_init_refuses_integers():
+    model = {"w": normal(0, 4, 6), "steps": torch.tensor(3)}
+    with pytest.raises(ValueError, match=r"`model` must hold floating-point .*, got torch\.int64 for 'steps'"):
+        init(model, rank=2, seed=0, targets=["w"])
+
+
+# --- linear, materialize, merge
+
+
+@given(low_rank_params(stacks=st.just(())), st.integers(0, 3), st.booleans(), seeds)
+def test_linear_is_the_dense_product(param, batch, has_bias, seed):
+    out_features, in_features = param.base.shape
+    dtype = reference.working_dtype(param)
+    x, bias = normal(seed, batch, 2, in_features, dtype=dtype), normal(seed, out_features, dtype=dtype)
+    got = linear(x, param, bias if has_bias else None)
+    assert got.dtype == dtype
+    shift = bias.double() * has_bias
+    wanted = x.double() @ reference.weight(param).T + shift
+    # Each output adds up `in` products of x with base, and `rank` products of b with `in` products of x with a.
+    roundings = 2 * in_features + param.factors.a.shape[-2] + 4
+    bound = roundings * eps(dtype) * (x.double().abs() @ reference.magnitude(param).T + shift.abs())
+    assert_within(got, wanted, bound)
+
+
+THIRDS = low_rank(Shape(4, 5, 3), base_dtype=torch.float32, factor_dtype=torch.bfloat16)  # b / 3 is not in bfloat16
+
+
+@given(low_rank_params())
+@example(THIRDS)
+def test_materialize_is_the_dense_weight(param):
+    with untouched(param):
+        weight = materialize(param)
+    assert weight.dtype == reference.working_dtype(param)
+    # rank products and sums, each product of a quotient
+    bound = (param.factors.a.shape[-2] + 3) * eps(weight.dtype) * reference.magnitude(param)
+    assert_within(weight, reference.weight(param), bound)
+
+
+@given(low_rank_params())
+@example(THIRDS)
+def test_merge_keeps_the_weight(param):
+    with untouched(param):
+        merged = merge(param)
+    assert not merged.factors.b.any()
+    assert_same(merged.factors.a, param.factors.a)
+    assert_same(merged.seed, param.seed)
+    kinds = [[(leaf.shape, leaf.dtype) for leaf in tree_leaves(tree)] for tree in (param, merged)]
+    assert kinds[0] == kinds[1]
+    # As for `materialize`, and the base is rounded once more to its own dtype.
+    work = (param.factors.a.shape[-2] + 3) * eps(reference.working_dtype(param))
+    bound = (work + eps(param.base.dtype)) * reference.magnitude(param)
+    assert_within(reference.weight(merged), reference.weight(param), bound)
+
+
+@given(low_rank_params())
+def test_merging_twice_is_merging_once(param):
+    assert_same(merge(merge(param)), merge(param))
+
+
+def test_many_vectors_are_merged_as_well_as_few():
+    """Beyond 32 vectors the sum is a matrix product."""
+    param = low_rank(Shape(50, 40, 40), (2,))
+    bound = 43 * EPS * reference.magnitude(param)
+    assert_within(reference.weight(merge(param)), reference.weight(param), bound)
+    assert_within(materialize(param), reference.weight(param), bound)
+
+
+def test_transforms_of_dicts_leave_tensors_as_they_are():
+    params = init(network(), rank=2, seed=0, targets=TARGETS, dtype=torch.float64)
+    for name, param in params.items():
+        if isinstance(param, LowRank):
+            assert_same(materialize(params)[name], materialize(param))
+            assert_same(merge(params)[name], merge(param))
+        else:
+            assert materialize(params)[name] is param
+            assert merge(params)[name] is param
+
+
+# --- call
+
+
+def mean_square(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def test_call_equals_the_dense_model():
+    model, x = network(), normal(3, 5, 6)
+    params = init(model, rank=2, seed=0, targets=TARGETS, dtype=torch.float64)
+    got, wanted = call(model, params, x), functional_call(model, materialize(params), (x,))
+    torch.testing.assert_close(got, wanted, **TOLERANCE)
+    torch.testing.assert_close(got, model(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_gradients_are_the_dense_gradient_projected(via):
+    model, x = network(), normal(3, 5, 6)
+    params = init(model, rank=2, seed=0, targets=TARGETS, dtype=torch.float64)
+    trainable, frozen = partition(params)
+    grads = value_and_grad(lambda tree: mean_square(call(model, combine(tree, frozen), x)), via=via)(trainable).grads
+    leaves = {name: weight.requires_grad_() for name, weight in materialize(params).items()}
+    mean_square(functional_call(model, leaves, (x,))).backward()
+    for name, param in params.items():
+        if isinstance(param, LowRank):
+            (b, a), gradient = param.factors, leaves[name].grad
+            torch.testing.assert_close(grads[name].b, gradient @ a.T / 2, **TOLERANCE)
+            torch.testing.assert_close(grads[name].a, b.T @ gradient / 2, **TOLERANCE)
+        else:
+            torch.testing.assert_close(grads[name], leaves[name].grad, **TOLERANCE)
+
+
+def test_base_and_seed_get_no_gradient():
+    model, x = network(), normal(3, 5, 6)
+    params = init(model, rank=2, seed=0, targets=TARGETS, dtype=torch.float64)
+    bases = [param.base.requires_grad_() for param in params.values() if isinstance(param, LowRank)]
+    factors = [
+        leaf.requires_grad_() for param in params.values() if isinstance(param, LowRank) for leaf in param.factors
+    ]
+    grads = torch.autograd.grad(mean_square(call(model, params, x)), bases + factors, allow_unused=True)
+    assert all(grad is None for grad in grads[: len(bases)])
+    assert all(grad.any() for grad in grads[len(bases) :])
+
+
+def test_call_leaves_the_model_as_it_is():
+    model = network()
+    params = init(model, rank=2, seed=0, targets=TARGETS, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    with untouched(params, list(model.parameters()), list(model.buffers())):
+        call(model, params, normal(3, 5, 6))
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_call_takes_keyword_arguments():
+    class Scaled(nn.Linear):
+        def forward(self, x, *, scale):
+            return super().forward(x) * scale
+
+    model, x = Scaled(3, 2).double(), normal(0, 4, 3)
+    params = init(model, rank=1, seed=0, targets=["weight"])
+    assert_same(call(model, params, x, scale=2.0), call(model, params, x, scale=1.0) * 2)
+
+
+def test_names_are_strict():
+    model, x = network(), normal(3, 5, 6)
+    params = init(model, rank=2, seed=0, targets=TARGETS, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*3\.wieght"):
+        call(model, {**params, "3.wieght": params["3.weight"]}, x)
+    with pytest.raises(RuntimeError, match=r"Missing key.*3\.weight"):
+        call(model, {name: param for name, param in params.items() if name != "3.weight"}, x)
+
+
+class Uses(nn.Module):
+    """A module that uses its weight in some other way than `nn.Linear`."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.weight = use, nn.Parameter(normal(0, 3, 3))
+
+    def forward(self, x):
+        return self.use(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("operation", "use"),
+    [
+        ("matmul", lambda x, w: x @ w),
+        ("matmul", lambda x, w: torch.matmul(w, x)),
+        ("embedding", lambda x, w: nn.functional.embedding(x.long().abs() % 3, w)),
+        ("conv1d", nn.functional.conv1d),
+        ("einsum", lambda x, w: torch.einsum("bi,oi->bo", x, w)),
+        ("T", lambda x, w: x.matmul(w.T)),
+        ("add", lambda x, w: x[:, :, None] + w),
+        ("mul", lambda x, w: w * 2),
+        ("detach", lambda x, w: w.detach()),
+        ("input", lambda x, w: nn.functional.linear(w, x)),
+        ("bias", lambda x, w: nn.functional.linear(x, x[:3], bias=w)),
+    ],
+)
+def test_an_operation_without_a_rule_is_refused_by_name(operation, use):
+    model = Uses(use)
+    params = init(model, rank=1, seed=0, targets=["weight"], dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=f"'weight'.*{operation}"):
+        call(model, params, normal(1, 5, 3))
+
+
+def test_a_module_may_look_at_its_weight():
+    seen = {}
+
+    def use(x, w):
+        seen.update(shape=w.shape, size=w.size(1), ndim=w.dim(), numel=w.numel(), dtype=w.dtype, device=w.device)
+        return nn.functional.linear(x.to(w.dtype), w)
+
+    model = Uses(use)
+    call(model, init(model, rank=1, seed=0, targets=["weight"], dtype=torch.float64), normal(1, 5, 3))
+    assert seen.pop("dtype") == torch.float64
+    assert seen.pop("device") == torch.device("cpu")
+    assert seen == {"shape": (3, 3), "size": 3, "ndim": 2, "numel": 9}
+
+
+def compiled_gradients(loss_fn, trainable, x):
+    return torch.compile(value_and_grad(loss_fn), backend="aot_eager", fullgraph=True)(trainable, x)
+
+
+def test_sequential_compiled_equals_eager():
+    model, x = network(), normal(3, 5, 6)
+    trainable, frozen = partition(init(model, rank=2, seed=0, targets=TARGETS, dtype=torch.float64))
+
+    def loss_fn(trainable, x):
+        return mean_square(call(model, combine(trainable, frozen), x))
+
+    got, wanted = compiled_gradients(loss_fn, trainable, x), value_and_grad(loss_fn)(trainable, x)
+    torch.testing.assert_close(got, wanted, **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).double().eval()
+
+
+def test_an_unmodified_llama_trains_its_low_rank_weights(llama):
+    tokens = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0))
+    params = init(llama, rank=4, seed=0, targets=["model.layers.*_proj.weight"], dtype=torch.float64)
+    assert sum(isinstance(param, LowRank) for param in params.values()) == 7
+    trainable, frozen = partition(params)
+
+    def loss_fn(trainable, tokens):
+        return call(llama, combine(trainable, frozen), tokens, labels=tokens).loss
+
+    loss, grads = value_and_grad(loss_fn)(trainable, tokens)
+    wanted = llama(tokens, labels=tokens).loss
+    # A dozen matrix products of up to 24 terms and as many norms follow one another, with values of about 1.
+    tolerance = {"rtol": 0, "atol": 12 * 24 * 16 * EPS}
+    torch.testing.assert_close(loss, wanted.detach(), **tolerance)
+    gradient = torch.autograd.grad(wanted, [layer.self_attn.q_proj.weight for layer in llama.model.layers])
+    name = "model.layers.*.self_attn.q_proj.weight"
+    b, a = params[name].factors
+    torch.testing.assert_close(grads[name].b, torch.stack(gradient) @ a.mT / 4, **tolerance)
+    torch.testing.assert_close(grads[name].a, b.mT @ torch.stack(gradient) / 4, **tolerance)
+    torch.testing.assert_close(compiled_gradients(loss_fn, trainable, tokens), (loss, grads), **tolerance)
+
+
+@given(
+    low_rank_params(stacks=st.just(()), base_dtypes=st.just(torch.float32), factor_dtypes=st.just(torch.float32)), seeds
+)
+def test_autocast_runs_in_bfloat16_and_stays_close(param, seed):
+    x = normal(seed, 5, param.base.shape[1], dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear(x, param)
+    assert got.dtype == torch.bfloat16
+    # In a row: x and a rounded, their product, the quotient, b rounded, the product, the sum: 7 of half an eps each.
+    bound = 4 * eps(torch.bfloat16) * (x.double().abs() @ reference.magnitude(param).T)
+    assert_within(got, x.double() @ reference.weight(param).T, bound)
+
+
+def test_a_model_trains_under_autocast():
+    model, x = network(torch.float32), normal(3, 5, 6, dtype=torch.float32)
+    trainable, frozen = partition(init(model, rank=2, seed=0, targets=TARGETS))
+
+    def loss_fn(trainable):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return mean_square(call(model, combine(trainable, frozen), x).float())
+
+    loss, grads = value_and_grad(loss_fn)(trainable)
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in tree_leaves(grads))
+    # The square of outputs after three layers of 7 roundings of half an eps, as above.
+    torch.testing.assert_close(loss, mean_square(model(x)).detach(), rtol=2 * 3 * 7 * eps(torch.bfloat16) / 2, atol=0)

@@ -1,0 +1,341 @@
+"""Plans: how many vectors, which slots, which vectors, and never one that is frozen."""
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import Shape, assert_same, low_rank, seeds
+
+from dynlora_fn import Factors, LowRank, Plan, Schedule, SidePlan, dithered, every, never, switchlora
+
+decays = st.sampled_from([1.0, 0.9999, 0.99])
+
+
+def weight(out_features: int, in_features: int, rank: int, stack: tuple[int, ...] = ()) -> LowRank:
+    """Of shape and device alone: a schedule looks at nothing else."""
+    base = torch.empty(()).expand(*stack, out_features, in_features)
+    factors = Factors(
+        torch.empty(()).expand(*stack, out_features, rank), torch.empty(()).expand(*stack, rank, in_features)
+    )
+    return LowRank(base, factors, torch.zeros(stack, dtype=torch.int64))
+
+
+def plans_of(schedule: Callable, param: LowRank, steps: int) -> Iterator[Plan]:
+    """Steps without a plan for the weight have an empty one."""
+    nothing = SidePlan(*(torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool)))
+    for step in range(steps):
+        yield schedule(step, {"w": param}).get("w", Plan(nothing, nothing, torch.tensor(0)))
+
+
+def switched(side: SidePlan) -> list[tuple[int, int]]:
+    """Slots with the vectors that they get."""
+    return list(zip(side.slots[side.active].tolist(), side.indices[side.active].tolist(), strict=True))
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    """With a rate, down to the shortest interval that the freeze allows."""
+    freeze, steps = draw(st.integers(0, 6)), draw(st.sampled_from([1, 1, 2, 5]))
+    least = max(2 * steps * math.ceil(freeze / steps), steps)
+    interval = draw(st.one_of(st.just(least), st.integers(least, 60), st.integers(4 * least, 240).map(lambda n: n / 4)))
+    return Schedule(interval=interval, decay=draw(decays), every=steps, freeze=freeze)
+
+
+ranks = st.integers(1, 12)
+
+
+def due(schedule: Schedule, param: LowRank, steps: int) -> Iterator[Fraction]:
+    """What has come due after each number of steps, rank * turns, in exact arithmetic."""
+    rank, decay = param.factors.a.shape[-2], Fraction(schedule.decay)
+    total = Fraction(0)
+    for step in range(steps):
+        yield total * rank / Fraction(schedule.interval)
+        total += decay ** (step + 1)
+
+
+# --- by rate
+
+
+@given(schedules(), ranks)
+@example(Schedule(interval=49, every=49, freeze=0), 1)  # 1 / 49 * 49 < 1 in floating point
+@example(Schedule(interval=10), 7)  # and 7 / 10 * 45 + 3.5 is 35
+def test_as_many_are_switched_as_come_due(schedule: Schedule, rank):
+    param, steps = weight(60, 40 + rank, rank), 4 * 49 + 1
+    wanted = list(due(schedule, param, steps + 1))
+    counted = {"b": 0, "a": 0}
+    for step, plan in enumerate(plans_of(schedule, param, steps), start=1):
+        for name in counted:
+            counted[name] += len(switched(getattr(plan, name)))
+        done = wanted[step - step % schedule.every]
+        assert counted["a"] == math.floor(done), step
+        assert counted["b"] == math.floor(done + Fraction(rank, 2)) - rank // 2, step
+
+
+@given(ranks, st.integers(1, 30))
+def test_every_slot_is_switched_once_an_interval_on_each_side(rank, interval):
+    """At every rank, 1 included."""
+    param = weight(64, 64, rank)
+    switches = {"b": [], "a": []}
+    for plan in plans_of(Schedule(interval=interval, freeze=0), param, 5 * interval):
+        switches["b"] += [slot for slot, _ in switched(plan.b)]
+        switches["a"] += [slot for slot, _ in switched(plan.a)]
+    for slots in switches.values():
+        assert sorted(slots) == sorted(list(range(rank)) * 5)
+
+
+@given(schedules(), ranks)
+def test_slots_and_vectors_come_in_turn(schedule: Schedule, rank):
+    """Side b starts half a turn behind; both bring in the vectors after the `rank` first ones of the basis."""
+    entries = {"b": [], "a": []}
+    for plan in plans_of(schedule, weight(64, 64, rank), 100):
+        entries["b"] += switched(plan.b)
+        entries["a"] += switched(plan.a)
+    for name, start in (("b", rank // 2), ("a", 0)):
+        wanted = [((start + number) % rank, rank + number) for number in range(len(entries[name]))]
+        assert entries[name] == wanted
+
+
+@given(st.floats(0.1, 4), st.sampled_from([1, 3, 10]), st.integers(0, 2), ranks)
+def test_the_active_slots_of_a_side_are_distinct(interval, steps, freeze, rank):
+    """However short the interval: or it is refused."""
+    try:
+        schedule = Schedule(interval=interval, every=steps, freeze=freeze)
+    except ValueError:
+        return
+    for plan in plans_of(schedule, weight(64, 64, rank), 2 * steps):
+        for side in (plan.b, plan.a):
+            slots = [slot for slot, _ in switched(side)]
+            assert len(slots) == len(set(slots))
+
+
+def assert_no_frozen_vector_is_switched(plans: Iterator[Plan], rank: int) -> None:
+    """Counts down, update by update, how long each vector stands still."""
+    frozen_for = {"b": [0] * rank, "a": [0] * rank}
+    for step, plan in enumerate(plans):
+        slots = {name: {slot for slot, _ in switched(getattr(plan, name))} for name in ("b", "a")}
+        if plan.frozen_for:
+            assert not slots["b"] & slots["a"], step
+        for name, other in (("b", "a"), ("a", "b")):
+            assert all(frozen_for[name][slot] == 0 for slot in slots[name]), step
+            for slot in slots[name]:
+                frozen_for[other][slot] = int(plan.frozen_for)
+        frozen_for = {name: [max(left - 1, 0) for left in side] for name, side in frozen_for.items()}
+
+
+@given(schedules(), ranks)
+@example(Schedule(interval=10), 7)  # at step 94, in floating point
+def test_no_switch_meets_a_frozen_vector(schedule: Schedule, rank):
+    assert_no_frozen_vector_is_switched(plans_of(schedule, weight(64, 64, rank), 300), rank)
+
+
+def test_the_rate_falls_as_the_paper_says():
+    """40,000 steps: 83 turns, half of them before step 2,302, 99 % before 15,300."""
+    rank = 10**6  # so many that a turn is counted to a millionth
+    param = weight(10**7, 10**7, rank)
+    schedule = switchlora(40_000)
+    switches = [schedule.switches(step, {"w": param}) for step in range(40_000)]
+    turns = [total / (2 * rank) for total in accumulate(switches)]
+    assert 83 <= turns[-1] < 84
+    half, most = (next(step for step, n in enumerate(turns) if n >= share * turns[-1]) for share in (0.5, 0.99))
+    assert half == 2302
+    assert 15_290 < most < 15_300
+
+
+@given(schedules(), ranks, st.integers(0, 10**6))
+def test_a_step_in_a_tensor_gives_the_same_plan(schedule: Schedule, rank, step):
+    params = {"w": weight(64, 40, rank)}
+    assert_same(schedule(torch.tensor(step), params), schedule(step, params))
+
+
+@given(schedules(), ranks, st.sampled_from([(), (3,), (2, 3)]))
+def test_switches_counts_the_active_entries_of_the_whole_stack(schedule: Schedule, rank, stack):
+    params = {"w": weight(64, 64, rank, stack), "full": weight(rank, 64, rank), "norm": torch.zeros(3)}
+    for step in range(60):
+        plans = schedule(step, params)
+        active = sum(len(switched(plan.b)) + len(switched(plan.a)) for plan in plans.values())
+        assert schedule.switches(step, params) == active * math.prod(stack)
+
+
+@given(schedules(), st.integers(1, 8), st.integers(1, 12))
+# In floating point 3 / 10.16... * 10.16... is more than 3.
+@example(Schedule(interval=90, decay=0.9110195567279827, every=45), 3, 50)
+def test_a_step_takes_no_more_than_a_pool_has_idle(schedule: Schedule, idle, rank):
+    for plan in plans_of(schedule, weight(rank + idle, 64, rank), 60):
+        assert plan.b.slots.shape[-1] <= idle
+        assert plan.a.slots.shape[-1] <= idle
+
+
+@pytest.mark.parametrize(("shape", "can_switch"), [((4, 9, 4), False), ((9, 4, 4), False), ((5, 5, 4), True)])
+def test_full_rank_never_switches(shape, can_switch):
+    params = {"w": weight(*shape)}
+    schedule = Schedule(interval=10)
+    assert bool(schedule(0, params)) == can_switch
+    assert any(schedule.switches(step, params) for step in range(100)) == can_switch
+
+
+def test_never_plans_nothing():
+    params = {"w": weight(64, 64, 4)}
+    assert all(never()(step, params) == {} for step in range(100))
+    assert not any(never().switches(step, params) for step in range(100))
+
+
+@given(st.integers(2, 10), ranks)
+def test_batches_hold_what_single_steps_would_have_switched(steps, rank):
+    param = weight(64, 64, rank)
+    single, batched = (Schedule(interval=40, every=number, freeze=2) for number in (1, steps))
+    for name in ("b", "a"):
+        waiting = []
+        for step in range(100):
+            waiting += switched(getattr(single(step, {"w": param})["w"], name))
+            got = switched(getattr(batched(step, {"w": param})["w"], name))
+            is_due = (step + 1) % steps == 0
+            assert got == (waiting if is_due else [])
+            waiting = [] if is_due else waiting
+
+
+def test_plans_say_for_how_long_the_counterparts_are_frozen():
+    for freeze in (0, 3):
+        plan = Schedule(interval=10, freeze=freeze)(0, {"w": weight(8, 8, 4)})["w"]
+        assert plan.frozen_for.dtype == torch.int32
+        assert plan.frozen_for == freeze
+
+
+# --- by count
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9, "all"])
+def test_every_so_many_steps_a_fixed_number_is_switched(count):
+    rank, number = 4, min(4, 9 if count == "all" else count)
+    for step, plan in enumerate(plans_of(every(10, count), weight(5, 5, rank), 40)):
+        turn = (step + 1) // 10 - 1
+        for side, start in ((plan.b, rank // 2), (plan.a, 0)):
+            first = turn * number
+            wanted = [((start + first + k) % rank, rank + first + k) for k in range(number)]
+            assert switched(side) == (wanted if (step + 1) % 10 == 0 else [])
+
+
+def test_a_count_holds_at_full_rank_too_but_not_from_a_pool():
+    full, nearly = {"w": weight(4, 6, 4)}, {"w": weight(6, 6, 4)}
+    assert every(10).switches(9, full) == 8
+    assert every(10, from_pool=True)(9, full) == {}
+    assert every(10, from_pool=True).switches(9, nearly) == 4  # 2 idle ones on each side
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 12), ranks)
+def test_a_count_meets_no_frozen_vector_or_is_refused(steps, count, freeze, rank):
+    schedule, param = every(steps, count, freeze=freeze), weight(64, 64, rank)
+    if min(count, rank) * math.ceil(freeze / steps) > rank // 2:
+        with pytest.raises(ValueError, match=rf"`count` must be at most {rank // 2} in any {freeze} steps"):
+            schedule(0, {"w": param})
+    else:
+        assert_no_frozen_vector_is_switched(plans_of(schedule, param, 60), rank)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"interval": 0}, "`interval` must be positive, got 0"),
+        ({"interval": -1.0}, r"`interval` must be positive, got -1\.0"),
+        ({"decay": 0.0}, r"`decay` must be in \(0, 1\], got 0\.0"),
+        ({"decay": 1.1}, r"`decay` must be in \(0, 1\], got 1\.1"),
+        ({"every": 0}, "`every` must be at least 1, got 0"),
+        ({"count": 0}, "`count` must be at least 1 or 'all', got 0"),
+        ({"freeze": -1}, "`freeze` must not be negative, got -1"),
+        ({"interval": 9}, "`interval` must be at least 10, so that .* frozen for 5 steps, got 9"),
+        ({"interval": 15, "every": 4}, "`interval` must be at least 16, .* got 15"),
+    ],
+)
+def test_schedules_that_cannot_be_kept_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"total_steps": 0}, {"total_steps": 10, "ratio": 0}])
+def test_a_run_without_steps_is_refused(arguments):
+    with pytest.raises(ValueError, match="`total_steps` and `ratio` must be positive"):
+        switchlora(**arguments)
+
+
+# --- dithered
+
+
+def test_dithering_keeps_the_rate_on_average():
+    """Where nothing is held back: 64 slots, of which five steps switch 15 at most."""
+    steps, stack = 4000, (2, 3)
+    schedule = switchlora(steps)
+    tables = dithered(schedule, {"w": weight(400, 400, 64, stack)}, total_steps=steps, seed=0).switched["w"]
+    assert tables.shape == (steps + 1, *stack)
+    wanted = math.fsum(64 / 40 * schedule.decay ** (step + 1) for step in range(steps))
+    # Each step's number is rounded up or down, with a variance of at most 1/4: five standard deviations of the sum.
+    assert (tables[-1] - wanted).abs().max() < 5 * math.sqrt(steps / 4)
+    assert tables[-1].unique().numel() > 1  # each member draws its own
+
+
+def test_dithering_holds_back_what_would_meet_a_frozen_vector():
+    """Rank 4, interval 10: 0.4 are asked for a step, and no more than 2 are switched in any 5."""
+    steps = 20_000
+    table = dithered(Schedule(interval=10), {"w": weight(64, 64, 4)}, total_steps=steps, seed=0).switched["w"]
+    in_five = table[5:] - table[:-5]
+    assert in_five.max() == 2
+    # The rate of that process, by its stationary distribution over what the last four steps did.
+    share = dict.fromkeys(((a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)), 1 / 16)
+    for _ in range(200):
+        new = dict.fromkeys(share, 0.0)
+        for lately, part in share.items():
+            chance = 0.4 if sum(lately) < 2 else 0.0
+            new[(*lately[1:], 1)] += part * chance
+            new[(*lately[1:], 0)] += part * (1 - chance)
+        share = new
+    rate = 0.4 * sum(part for lately, part in share.items() if sum(lately) < 2)
+    assert rate < 0.3
+    # Holding back makes the numbers more even than independent ones, of variance below 1/4.
+    assert abs(table[-1].item() / steps - rate) < 5 * math.sqrt(1 / 4 / steps)
+
+
+@given(ranks, st.integers(0, 6), st.integers(0, 20), seeds)
+def test_dithered_plans_meet_no_frozen_vector_and_go_in_turn(rank, freeze, longer, seed):
+    param = weight(64, 64, rank)
+    schedule = dithered(
+        Schedule(interval=max(2 * freeze, 1) + longer, freeze=freeze), {"w": param}, total_steps=60, seed=seed
+    )
+    plans = list(plans_of(schedule, param, 60))
+    assert_no_frozen_vector_is_switched(iter(plans), rank)
+    done = 0
+    for step, plan in enumerate(plans):
+        number = len(switched(plan.a))
+        assert schedule.switches(step, {"w": param}) == 2 * number
+        assert switched(plan.a) == [((done + k) % rank, rank + done + k) for k in range(number)]
+        assert switched(plan.b) == [((done + k + rank // 2) % rank, rank + done + k) for k in range(number)]
+        done += number
+    if rank == 1 and freeze:
+        assert not done  # both sides name the one slot
+
+
+def test_dithered_plans_are_a_function_of_the_seed():
+    params = {"w": weight(64, 64, 8, (3,)), "v": weight(64, 64, 8), "full": weight(8, 64, 8), "norm": torch.zeros(2)}
+    one, same, other = (dithered(switchlora(100), params, total_steps=100, seed=seed) for seed in (1, 1, 2))
+    assert_same(one.switched, same.switched)
+    assert one.switched.keys() == {"w", "v"}
+    assert not torch.equal(one.switched["w"], other.switched["w"])
+    for step in range(100):
+        assert_same(one(torch.tensor(step), params), one(step, params))
+        assert one(step, params)["w"].a.slots.shape[:-1] == (3,)
+
+
+def test_a_dithered_plan_is_a_function_of_the_step_in_a_graph_too():
+    params = {"w": low_rank(Shape(16, 12, 4))}
+    schedule = dithered(Schedule(interval=10), params, total_steps=20, seed=0)
+    compiled = torch.compile(lambda step: schedule(step, params), backend="aot_eager", fullgraph=True)
+    for step in range(20):
+        assert_same(compiled(torch.tensor(step)), schedule(step, params))
+
+
+@pytest.mark.parametrize("schedule", [every(10), Schedule(interval=40, every=2)])
+def test_only_a_rate_step_by_step_can_be_dithered(schedule):
+    with pytest.raises(ValueError, match="`schedule` must go by rate and step by step to be dithered"):
+        dithered(schedule, {"w": weight(8, 8, 2)}, total_steps=10, seed=0)

@@ -1,0 +1,401 @@
+"""Gradients, the compiled step, and the whole step against a slow reference and against plain LoRA."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import torch
+from strategies import assert_same, eps, normal, untouched
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from dynlora_fn import (
+    Factors,
+    Schedule,
+    adamw,
+    apply_updates,
+    call,
+    clip_by_global_norm,
+    combine,
+    compile_step,
+    init,
+    never,
+    partition,
+    project_optimizer_state,
+    switch,
+    unstack,
+    value_and_grad,
+)
+
+EPS = eps(torch.float64)
+MAX_NORM = 0.5
+RANK = 2
+
+
+class Net(nn.Module):
+    """Two equal layers, which become a stack, and one of another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+class TrainState(NamedTuple):
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    step: Tensor  # 0-d int64
+
+
+class Run(NamedTuple):
+    state: TrainState
+    step: Callable
+
+
+def make_run(
+    schedule: Callable,
+    *,
+    dtype: torch.dtype = torch.float64,
+    start: str = "switchlora",
+    weight_decay: float = 0.0,
+    max_norm: float = MAX_NORM,
+) -> Run:
+    torch.manual_seed(0)
+    net, optimizer = Net().to(dtype), adamw(weight_decay=weight_decay)
+    params = init(net, rank=RANK, seed=0, targets=["*.weight"], dtype=dtype, start=start)
+
+    def step(state: TrainState, x: Tensor, y: Tensor, lr: Tensor) -> tuple[TrainState, dict[str, Tensor]]:
+        def loss_fn(trainable: Any) -> Tensor:
+            return (call(net, combine(trainable, state.frozen), x) - y).square().mean()
+
+        loss, grads = value_and_grad(loss_fn)(state.trainable)
+        grads, norm = clip_by_global_norm(grads, max_norm)
+        params = combine(state.trainable, state.frozen)
+        plan = schedule(state.step, params)
+        params, _ = switch(params, plan)
+        opt_state = project_optimizer_state(state.opt_state, plan)
+        trainable, frozen = partition(params)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+        return TrainState(apply_updates(trainable, updates), frozen, opt_state, state.step + 1), {
+            "loss": loss,
+            "norm": norm,
+        }
+
+    trainable, frozen = partition(params)
+    return Run(TrainState(trainable, frozen, optimizer.init(trainable), torch.tensor(0)), step)
+
+
+def batches(steps: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Data, and a learning rate that warms up and falls."""
+    for step in range(steps):
+        x, y = normal(2 * step, 8, 6, dtype=dtype), normal(2 * step + 1, 8, 4, dtype=dtype)
+        yield x, y, torch.tensor(0.02 * min(1, (step + 1) / 10) * 0.98**step, dtype=dtype)
+
+
+# Rank 2 and interval 10: a side switches a vector every five steps at first, and then more rarely.
+SWITCHING = Schedule(interval=10, decay=0.99, freeze=3)
+
+
+# --- value_and_grad
+
+
+def some_loss(tree: dict[str, Any], x: Tensor, *, scale: float = 1.0) -> Tensor:
+    return scale * (x @ tree["w"][0]).tanh().mul(tree["b"]).sum()
+
+
+def some_tree() -> dict[str, Any]:
+    return {"w": (normal(0, 3, 4),), "b": normal(1, 4), "unused": normal(2, 2)}
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_both_routes_equal_autograd(via):
+    tree, x = some_tree(), normal(3, 5, 3)
+    value, grads = value_and_grad(some_loss, via=via)(tree, x, scale=3.0)
+    leaves = [leaf.clone().requires_grad_() for leaf in tree_leaves(tree)]
+    loss = some_loss({"w": (leaves[0],), "b": leaves[1]}, x, scale=3.0)
+    wanted = [*torch.autograd.grad(loss, leaves[:2]), torch.zeros(2, dtype=torch.float64)]
+    # The same kernels in the same order.
+    assert_same(value, loss.detach())
+    assert_same(grads, {"w": (wanted[0],), "b": wanted[1], "unused": wanted[2]})
+    assert not value.requires_grad
+    assert not any(leaf.requires_grad for leaf in tree_leaves((grads, tree)))
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_a_loss_may_report_more(via):
+    def loss_fn(tree, x):
+        loss = some_loss(tree, x)
+        return loss, {"twice": 2 * loss}
+
+    tree, x = some_tree(), normal(3, 5, 3)
+    (loss, aux), grads = value_and_grad(loss_fn, via=via, has_aux=True)(tree, x)
+    plain = value_and_grad(some_loss)(tree, x)
+    assert_same((loss, grads), tuple(plain))
+    assert_same(aux["twice"], 2 * loss)
+    assert not aux["twice"].requires_grad
+
+
+def test_gradients_do_not_depend_on_the_mode_of_the_caller():
+    tree, x = some_tree(), normal(3, 5, 3)
+    with torch.no_grad():
+        got = [value_and_grad(some_loss, via=via)(tree, x) for via in ("func", "autograd")]
+    assert_same(got, [value_and_grad(some_loss)(tree, x)] * 2)
+
+
+def test_checkpoints_recompute_through_autograd():
+    calls = []
+
+    def layer(w, x):
+        calls.append(1)
+        return (x @ w).tanh()
+
+    def loss_fn(tree, x, is_checkpointed):
+        w = tree["w"][0]
+        hidden = checkpoint(layer, w, x, use_reentrant=False) if is_checkpointed else layer(w, x)
+        return hidden.mul(tree["b"]).sum()
+
+    tree, x = some_tree(), normal(3, 5, 3)
+    kept, recomputed = (value_and_grad(loss_fn, via="autograd")(tree, x, flag) for flag in (False, True))
+    assert_same(recomputed, kept)
+    assert len(calls) == 1 + 2
+
+
+def test_per_sample_gradients_are_the_loop():
+    tree, x = some_tree(), normal(3, 5, 3)
+    got = torch.vmap(value_and_grad(some_loss), in_dims=(None, 0))(tree, x)
+    alone = [value_and_grad(some_loss)(tree, row) for row in x]
+    # Sums of 3 and 4 products of magnitude about 1, in another order.
+    torch.testing.assert_close(got, tree_map(lambda *leaves: torch.stack(leaves), *alone), rtol=0, atol=32 * EPS)
+
+
+def test_an_unknown_route_is_refused():
+    with pytest.raises(ValueError, match="`via` must be 'func' or 'autograd', got 'jax'"):
+        value_and_grad(some_loss, via="jax")
+
+
+# --- compile_step
+
+
+def run_for(run: Run, steps: int, step: Callable | None = None, dtype: torch.dtype = torch.float64) -> list[Any]:
+    """Copies of the state and what was reported, after each step."""
+    state, history = run.state, []
+    for batch in batches(steps, dtype):
+        state, aux = (step or run.step)(state, *batch)
+        history.append(tree_map(torch.clone, (state, aux)))
+    return history
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_compiled_equals_eager_in_one_graph(donate):
+    """No recompile over steps, learning rates, plans and numbers of switches; a donated state keeps its memory, and
+    any other is left alone."""
+    wanted, run = run_for(make_run(SWITCHING), 50), make_run(SWITCHING)
+    compiled = compile_step(run.step, donate=donate, backend="aot_eager")
+    state, leaves = run.state, tree_leaves(run.state)
+    memory = [leaf.data_ptr() for leaf in leaves]
+    for number, batch in enumerate(batches(50)):
+        with (
+            torch.compiler.set_stance("fail_on_recompile" if number else "default"),
+            nullcontext() if donate else untouched(state),
+        ):
+            state, aux = compiled(state, *batch)
+        assert_same((state, aux), wanted[number])  # the same kernels in the same order
+        if donate:
+            assert all(new is old for new, old in zip(tree_leaves(state), leaves, strict=True))
+            assert [leaf.data_ptr() for leaf in leaves] == memory
+    numbers = {SWITCHING.switches(step, combine(state.trainable, state.frozen)) for step in range(50)}
+    assert len(numbers) > 1  # some steps switch, and some do not
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda state: ({"x": state["x"] + 1, "y": state["x"]}, None),  # keeps the last value
+        lambda state: ({"x": state["y"], "y": state["x"]}, None),
+        lambda state: ({"x": state["y"] * 2, "y": state["x"].T}, None),
+        lambda state: ({"x": state["x"].T, "y": state["y"].flip(0)}, None),
+        lambda state: ({"x": state["x"], "y": state["y"] + state["x"]}, None),
+    ],
+    ids=["last", "swap", "view", "transpose", "same"],
+)
+def test_old_leaves_may_come_back_under_other_names(step):
+    state = {"x": normal(0, 3, 3), "y": normal(1, 3, 3)}
+    wanted, _ = step(tree_map(torch.clone, state))
+    wanted = tree_map(torch.clone, wanted)
+    got, _ = compile_step(step, backend="aot_eager")(state)
+    assert_same(got, wanted)
+
+
+def test_a_process_may_compile_any_number_of_steps():
+    def make(number):
+        return lambda state: ({"x": state["x"] + number}, None)
+
+    for donate in (True, False):
+        for number in range(torch._dynamo.config.recompile_limit + 2):
+            state, _ = compile_step(make(number), donate=donate, backend="aot_eager")({"x": torch.zeros(2)})
+            assert_same(state, {"x": torch.full((2,), float(number))})
+
+
+def test_state_that_cannot_be_donated_is_refused():
+    step = compile_step(lambda state: (tree_map(lambda leaf: leaf + 1, state), None), backend="aot_eager")
+    whole = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"`state` must hold no memory twice.*\['x'\] and \['y'\]"):
+        step({"x": whole, "y": whole[2:]})
+    with pytest.raises(ValueError, match=r"`state` must hold tensors that require no gradient.*at \['x'\]"):
+        step({"x": torch.zeros(2, requires_grad=True)})
+    with pytest.raises(ValueError, match=r"`state` must hold tensors .* got int at \['n'\]"):
+        step({"x": whole, "n": 3})
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda state: ({"x": state["x"][:1]}, None), r"`step` must keep shapes and dtypes .* got \(1,\)"),
+        (lambda state: ({"x": state["x"].double()}, None), r"`step` must keep shapes and dtypes .* torch\.float64"),
+        (lambda state: ({"x": state["x"], "y": state["x"] + 1}, None), "`step` must keep the structure of its state"),
+    ],
+)
+def test_a_step_that_changes_the_kind_of_its_state_is_refused(step, message):
+    with pytest.raises(ValueError, match=message):
+        compile_step(step, backend="aot_eager")({"x": torch.zeros(2)})
+
+
+@pytest.mark.inductor
+def test_a_step_that_switches_equals_eager_with_inductor():
+    run, wanted = make_run(SWITCHING), run_for(make_run(SWITCHING), 12)
+    compiled, state = compile_step(run.step), run.state
+    for number, batch in enumerate(batches(12)):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            state, aux = compiled(state, *batch)
+        torch.testing.assert_close((state, aux), wanted[number], rtol=0, atol=1e-10)  # as to the reference
+
+
+# --- the whole step
+
+
+def flat(state: TrainState) -> dict[str, Tensor]:
+    """As `reference.flat`."""
+    trees = {"": state.trainable, **{f".{field}": tree for field, tree in state.opt_state._asdict().items()}}
+    tensors = {}
+    for suffix, tree in trees.items():
+        for name, leaf in members(tree):
+            sides = {f"{name}.b": leaf.b.mT, f"{name}.a": leaf.a} if isinstance(leaf, Factors) else {name: leaf}
+            tensors |= {side + suffix: tensor for side, tensor in sides.items()}
+    return tensors | {f"{name}.base": base for name, (base, _) in members(state.frozen)}
+
+
+def members(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of the stack of two and of what stands alone; a stack of biases has one step count."""
+    for name, leaf in tree.items():
+        for number in range(2) if "*" in name else [0]:
+            yield name.replace("*", str(number)), one_of(leaf, number) if "*" in name else leaf
+
+
+def one_of(stack: Any, number: int) -> Any:
+    return tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, stack)
+
+
+def slow_plans(step: int, params: Any) -> dict[str, list[tuple[str, int, int, int]]]:
+    """Both layers of the stack by the plan that they share."""
+    switches = {
+        name: [
+            (side, slot, index, int(plan.frozen_for))
+            for side, part in (("a", plan.a), ("b", plan.b))
+            for slot, index, active in zip(*(leaf.tolist() for leaf in part), strict=True)
+            if active
+        ]
+        for name, plan in SWITCHING(step, params).items()
+    }
+    stack = switches["layers.*.weight"]
+    return {"layers.0.weight": stack, "layers.1.weight": stack, "head.weight": switches["head.weight"]}
+
+
+def test_the_whole_step_equals_the_reference():
+    """With clipping, weight decay, a stack, a learning rate that changes, and switches on both sides."""
+    run = make_run(SWITCHING, weight_decay=0.1)
+    params = combine(run.state.trainable, run.state.frozen)
+    parts = tree_map(torch.clone, unstack(params))
+    weights = {
+        name: reference.Weight(part.base, *part.factors, part.seed.item())
+        for name, part in parts.items()
+        if not isinstance(part, Tensor)
+    }
+    slow = reference.State(weights, {name: part for name, part in parts.items() if isinstance(part, Tensor)})
+    norms, switched = [], 0
+    for number, ((state, aux), (x, y, lr)) in enumerate(zip(run_for(run, 60), batches(60), strict=True)):
+
+        def loss_fn(tensors, x=x, y=y):
+            for layer in ("layers.0", "layers.1"):
+                x = (x @ tensors[f"{layer}.weight"].T + tensors[f"{layer}.bias"]).tanh()
+            return ((x @ tensors["head.weight"].T + tensors["head.bias"] - y) ** 2).mean()
+
+        plans = slow_plans(number, params)
+        options = reference.Options(lr=lr.item(), max_norm=MAX_NORM, weight_decay=0.1)
+        loss = reference.train_step(slow, loss_fn, plans, options)
+        assert abs(aux["loss"].item() - loss) < 1e-10
+        torch.testing.assert_close(flat(state), reference.flat(slow), rtol=0, atol=1e-10, check_dtype=False)
+        norms.append(aux["norm"].item())
+        switched += sum(map(len, plans.values()))
+    assert min(norms) < MAX_NORM < max(norms)  # clipped and not
+    assert switched > 20
+
+
+class PlainLoRA:
+    """W + b a / r and AdamW, written down once more in plain torch, without stacks."""
+
+    def __init__(self, state: TrainState, weight_decay: float):
+        self.bases = {name: base for name, (base, _) in members(state.frozen)}
+        leaves = (
+            {f"{name}.b": leaf.b, f"{name}.a": leaf.a} if isinstance(leaf, Factors) else {name: leaf}
+            for name, leaf in members(state.trainable)
+        )
+        self.leaves = {name: leaf.clone().requires_grad_() for group in leaves for name, leaf in group.items()}
+        self.moments = {name: (torch.zeros_like(leaf), torch.zeros_like(leaf)) for name, leaf in self.leaves.items()}
+        self.weight_decay, self.count = weight_decay, 0
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        inner = nn.functional.linear(x, self.leaves[f"{name}.weight.a"]) / RANK
+        outer = nn.functional.linear(inner, self.leaves[f"{name}.weight.b"])
+        return nn.functional.linear(x, self.bases[f"{name}.weight"], self.leaves[f"{name}.bias"]) + outer
+
+    def step(self, x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
+        hidden = self.linear(self.linear(x, "layers.0").tanh(), "layers.1").tanh()
+        loss = (self.linear(hidden, "head") - y).square().mean()
+        grads = torch.autograd.grad(loss, list(self.leaves.values()))
+        self.count += 1
+        with torch.no_grad():
+            for (name, leaf), grad in zip(self.leaves.items(), grads, strict=True):
+                mu, nu = self.moments[name]
+                mu, nu = self.moments[name] = mu * 0.9 + grad * (1 - 0.9), nu * 0.999 + grad.square() * (1 - 0.999)
+                first, second = (
+                    -torch.expm1(torch.tensor(float(self.count)) * math.log(beta)) for beta in (0.9, 0.999)
+                )
+                update = mu / first / (nu.sqrt() / second.sqrt() + 1e-8) + self.weight_decay * leaf
+                leaf.add_(-lr * update)
+        return loss.detach()
+
+
+def test_without_switches_a_run_is_plain_lora_bit_for_bit():
+    # Without clipping, whose norm adds up the stack in another order.
+    run = make_run(never(), dtype=torch.float32, start="lora", weight_decay=0.1, max_norm=math.inf)
+    plain = PlainLoRA(run.state, weight_decay=0.1)
+    for (state, aux), batch in zip(run_for(run, 40, dtype=torch.float32), batches(40, torch.float32), strict=True):
+        assert_same(aux["loss"], plain.step(*batch))
+        got = flat(state)
+        for name, leaf in plain.leaves.items():
+            assert_same(got[name], leaf.mT if name.endswith(".b") else leaf)
+
+
+def test_two_runs_are_bitwise_equal():
+    first, second = (run_for(make_run(SWITCHING), 20) for _ in range(2))
+    assert_same(first, second)
