@@ -48,7 +48,7 @@ class Config:
     tokenizer: str | None = None
     """A tokenizer's name, folder or file for `transformers`; bytes unless given."""
 
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 8
     """Sequences in each backward pass."""
     seq_len: int = 256
@@ -69,7 +69,7 @@ class Config:
     """Share of the run after which vectors are switched 0.3 times as often."""
     freeze: int = 5
     """Steps that the counterpart of a switched vector stands still."""
-    merge_every: int = 125
+    merge_every: int = 100
     """Steps between ReLoRA's merges."""
 
     base_dtype: Literal["float32", "bfloat16"] = "float32"
