@@ -135,6 +135,15 @@ def test_counterparts_stand_still_for_exactly_so_many_updates(stack, frozen_for)
         assert state.count["w"].b.flatten().tolist() == [3 + step + 1, step + 1] * 2 * max(len(stack) * 2, 1)
 
 
+def test_freeze_counters_stop_at_zero():
+    trainable = some_trainable()
+    optimizer = adamw()
+    opt_state = project_optimizer_state(optimizer.init(trainable), one_switch(b=[0], a=[1], frozen_for=2))
+    for _ in range(4):
+        _, opt_state = optimizer.update(some_grads(trainable, 0), opt_state, trainable, lr=LR)
+    assert all((leaf == 0).all() for leaf in tree_leaves(opt_state.frozen_for))
+
+
 def test_a_vector_thaws_gently():
     """0.52 of a full step at the sixth count, 0.89 four later, of a gradient that stays the same."""
     trainable, optimizer = some_trainable(), adamw(eps=0.0)
