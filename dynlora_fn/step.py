@@ -25,7 +25,7 @@ def value_and_grad(
         via: "func" goes through `torch.func.grad` and composes with its transforms; "autograd" through
             `torch.autograd.grad` on detached leaves, which permits saved-tensor hooks and so
             `torch.utils.checkpoint` inside the loss. Both give the same gradients.
-        has_aux: whether `loss_fn` returns ``(loss, aux)``.
+        has_aux: whether `loss_fn` returns ``(loss, aux)``; through "func", `aux` holds tensors alone.
     """
     if via not in ("func", "autograd"):
         raise ValueError(f"`via` must be 'func' or 'autograd', got {via!r}")
@@ -72,7 +72,7 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
     Args:
         step: pure, ``(state, *args) -> (state, aux)``, where `state` is a tree of tensors.
         donate: write the new state into the old one's memory, inside the graph. The old state must then not be used
-            again: its tensors hold the new values. The functions inside stay pure.
+            again, nor be part of `aux`: its tensors hold the new values. The functions inside stay pure.
         options: of `torch.compile`, such as ``backend`` or ``mode``.
 
     Returns:

@@ -38,8 +38,8 @@ class Frozen(NamedTuple):
 
 
 class SidePlan(NamedTuple):
-    """What is switched on one side in one step. ``count`` is fixed, so that no step compiles anew; `active` says how
-    many entries take part. A plan without stack axes holds for the whole stack."""
+    """What is switched on one side in one step. ``count`` is fixed, so that no step compiles anew; `active` says
+    which entries take part; the others must name a slot all the same. Without stack axes it holds for a whole stack."""
 
     slots: Int[Tensor, "*stack count"]  # which slots, distinct where active
     indices: Int[Tensor, "*stack count"]  # which vectors of the basis come in; of a pool, modulo its size

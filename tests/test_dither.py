@@ -87,3 +87,10 @@ def test_a_dithered_plan_is_a_function_of_the_step_in_a_graph_too():
 def test_only_a_rate_step_by_step_can_be_dithered(schedule):
     with pytest.raises(ValueError, match="`schedule` must go by rate and step by step to be dithered"):
         dithered(schedule, {"w": weight(8, 8, 2)}, total_steps=10, seed=0)
+
+
+def test_whole_numbers_are_not_dithered():
+    """Rates of 32, 16, ..., 1 leave nothing to draw."""
+    schedule = Schedule(interval=1, decay=0.5, freeze=0)
+    table = dithered(schedule, {"w": weight(400, 400, 64)}, total_steps=6, seed=0).switched["w"]
+    assert table.diff().tolist() == [32, 16, 8, 4, 2, 1]
