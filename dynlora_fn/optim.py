@@ -51,7 +51,8 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
     updates at the default betas), as in SwitchLoRA's implementation.
 
     The learning rate is an argument of `update`: a number, or a 0-d tensor so that changing it does not compile anew,
-    or a dict of them by name. An `eps` of 0 makes 0 / 0 of a vector without a gradient, a frozen one too. Decay is decoupled: ``trainable * lr * weight_decay`` is subtracted.
+    or a dict of them by name. Decay is decoupled: ``trainable * lr * weight_decay`` is subtracted. With an `eps` of 0 a
+    vector that has never had a gradient, a frozen one too, moves by 0 / 0.
 
     Numerics: moments, bias corrections and updates in float32, or the parameter's dtype if that is wider, whatever the
     parameter is stored in: in bfloat16 ``nu * 0.999`` would round to ``nu``.
