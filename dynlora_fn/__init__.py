@@ -5,13 +5,14 @@
 
 from dynlora_fn.basis import Bounds as Bounds
 from dynlora_fn.basis import basis_bounds as basis_bounds
+from dynlora_fn.contraction import Path as Path
+from dynlora_fn.contraction import linear as linear
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
 from dynlora_fn.lowrank import BasisSlice as BasisSlice
 from dynlora_fn.lowrank import Start as Start
 from dynlora_fn.lowrank import basis_vectors as basis_vectors
 from dynlora_fn.lowrank import init as init
-from dynlora_fn.lowrank import linear as linear
 from dynlora_fn.lowrank import materialize as materialize
 from dynlora_fn.lowrank import merge as merge
 from dynlora_fn.module import call as call
@@ -28,6 +29,7 @@ from dynlora_fn.pool import SidePool as SidePool
 from dynlora_fn.pool import draw as draw
 from dynlora_fn.pool import init_pool as init_pool
 from dynlora_fn.pool import put_back as put_back
+from dynlora_fn.remat import remat as remat
 from dynlora_fn.schedule import Schedule as Schedule
 from dynlora_fn.schedule import every as every
 from dynlora_fn.schedule import never as never

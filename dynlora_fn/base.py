@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,7 @@ def fold(
     wide = widest(base.dtype, left.dtype, dtype)
     left, right, total = left.to(wide) / rank, right.to(wide), base.to(wide)
     if left.shape[-1] > _MOST_OUTER_PRODUCTS:
-        with _without_autocast(base.device.type):
+        with without_autocast(base.device.type):
             return (total + left @ right).to(dtype)
     for k in range(left.shape[-1]):
         total = total + left[..., :, k, None] * right[..., k, None, :]
@@ -43,7 +44,22 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+class Autocast(NamedTuple):
+    """The first arguments of `torch.autocast`."""
+
+    device_type: str
+    dtype: torch.dtype
+    enabled: bool
+
+
+def autocast_now(device_type: str) -> Autocast | None:
+    """What autocast is set to; None where there is none, as on the meta device."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
     if not torch.amp.is_autocast_available(device_type):  # the meta device
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -1,11 +1,11 @@
-"""One weight: made, contracted, merged, made dense. ``weight = base + b @ a / rank``."""
+"""One weight: made, merged, made dense. ``weight = base + b @ a / rank``."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from dynlora_fn.base import fold, widest
@@ -152,21 +152,6 @@ def _scale(wanted: BasisSlice, b: Tensor, a: Tensor) -> Factors:
     dtype = torch.promote_types(wanted.dtype, torch.float32)
     b, a = b.to(dtype) * bound.b, a.to(dtype) * bound.a
     return Factors(b=b.to(wanted.dtype).mT.contiguous(), a=a.to(wanted.dtype))
-
-
-def linear(
-    x: Float[Tensor, "*batch in"], param: LowRank, bias: Float[Tensor, " out"] | None = None
-) -> Float[Tensor, "*batch out"]:
-    """``x @ weight.T + bias`` without the dense weight: ``x @ base.T + (x @ a.T) @ b.T / rank``.
-
-    In the dtype of `x`, or the one that autocast sets. No gradient reaches the base.
-    """
-    base, (b, a) = param.base.detach(), param.factors
-    device_type = x.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        base, b, a = base.to(x.dtype), b.to(x.dtype), a.to(x.dtype)
-    inner = nn.functional.linear(x, a) / a.shape[-2]
-    return nn.functional.linear(x, base, bias) + nn.functional.linear(inner, b)
 
 
 @overload

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynlora_fn.lowrank import linear
+from dynlora_fn.contraction import linear
 from dynlora_fn.stacking import unstack
-from dynlora_fn.types import LowRank, Params
+from dynlora_fn.types import LowRank, Param, Params
 
 
 def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -26,6 +27,14 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
         for name, param in unstack(params).items()
     }
     return functional_call(model, {**dict(model.named_buffers()), **weights}, args, kwargs, strict=True)
+
+
+def params_of(module: nn.Module) -> dict[str, Param]:
+    """A module's own parameters, as they were given to `call` where it runs inside of one."""
+    return {
+        name: parameter._param if isinstance(parameter, _Weight) else parameter
+        for name, parameter in module.named_parameters()
+    }
 
 
 class _Weight(Tensor):
@@ -51,16 +60,29 @@ class _Weight(Tensor):
         raise NotImplementedError(f"low-rank weight {weight._name!r} must be used by `linear`, got `{operation}`")
 
 
+class _Wrapper(_Weight):
+    """Without a tensor behind it: a fake tensor, which `remat` meets when it is compiled, becomes no other subclass.
+    Dynamo, on the other hand, traces no wrapper."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls.__torch_function__(func, types, args, kwargs)
+
+
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_sparse", "is_nested", "is_cuda", "requires_grad")
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__hash__),
 }
 
 
 def _as_weight(name: str, param: LowRank) -> Tensor:
     b, a = param.factors
-    weight = b[..., :1].expand(*b.shape[:-1], a.shape[-1]).as_subclass(_Weight)
+    shape = (*b.shape[:-1], a.shape[-1])
+    if torch.compiler.is_dynamo_compiling():
+        weight = b[..., :1].expand(shape).as_subclass(_Weight)
+    else:
+        weight = Tensor._make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
     weight._name, weight._param = name, param
     return weight
 

@@ -88,7 +88,8 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
         def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
             c = c.to(m.dtype)
             denominator = v.sqrt() / _bias_correction(betas[1], c).sqrt() + eps
-            return -rate * (m / _bias_correction(betas[0], c) / denominator + weight_decay * param.to(m.dtype))
+            direction = m / _bias_correction(betas[0], c) / denominator
+            return -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
 
         frozen_for = tree_map(lambda left: (left - 1).clamp(min=0), opt_state.frozen_for)
         updates = {

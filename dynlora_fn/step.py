@@ -94,7 +94,7 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
 
     # The compiler keeps graphs by code object and only so many: each step has one of its own.
     run.__code__ = run.__code__.replace()
-    compiled = torch.compile(run, fullgraph=True, dynamic=False, **options)
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, **_with_rewrites(options))
     is_checked = False
 
     def compiled_step(state: Any, *args: Any) -> Step:
@@ -102,12 +102,25 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
         if donate and not is_checked:
             _check_donated(state)
             is_checked = True
-        problem, result = compiled(state, *args)
+        with torch._dynamo.config.patch(trace_autograd_ops=True):  # for `torch.autograd.grad` inside the step
+            problem, result = compiled(state, *args)
         if problem:
             raise ValueError(problem)
         return Step(state, result) if donate else result
 
     return compiled_step
+
+
+def _with_rewrites(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with Inductor's part of `compile_step` added, unless another backend is asked for."""
+    if options.get("backend", "inductor") != "inductor":
+        return options
+    from dynlora_fn.inductor import inductor_options  # noqa: PLC0415 (Inductor takes a second to import)
+
+    # A mode is a name for options, and `torch.compile` takes one or the other.
+    own = {**options.get("options", {}), **torch._inductor.list_mode_options(options.get("mode", "default"))}
+    rest = {name: value for name, value in options.items() if name not in ("mode", "options")}
+    return {**rest, "options": {**inductor_options(), **own}}
 
 
 def _mismatch(state: Any, new_state: Any) -> str | None:

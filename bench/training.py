@@ -1,0 +1,144 @@
+"""Whole training steps of a llama by each method, ready to be called again and again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import dynlora_fn as dl
+from models.llama import CONFIGS, TARGETS, Llama, LlamaConfig, init_weights
+
+LR = 1e-3
+STEPS = 40_000  # of the paper's run, which sets how often is switched
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int = 512
+    layers: int = 8
+    batch: int = 8
+    length: int = 256
+    vocabulary: int = 256
+    heads: int = 8
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    def config(self) -> LlamaConfig:
+        hidden = next((c.hidden for c in CONFIGS.values() if c.width == self.width), 16 * round(self.width / 6))
+        return replace(
+            CONFIGS["llama-60m"],
+            width=self.width,
+            hidden=hidden,
+            layers=self.layers,
+            heads=self.heads,
+            vocabulary=self.vocabulary,
+        )
+
+    def model(self, device: str) -> Llama:
+        return init_weights(Llama(self.config()), 0).to(device)
+
+    def tokens_on(self, device: str) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.vocabulary, (self.batch, self.length + 1), generator=generator).to(device)
+
+
+def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    return cross_entropy(logits.flatten(0, -2).float(), tokens[:, 1:].flatten())
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def module_step(model: nn.Module, size: Size, device: str, dtype: torch.dtype, **compile_options: Any) -> Callable:
+    """The usual loop: `torch.compile` of the model, ``backward()`` and a fused AdamW, in place."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    forward = torch.compile(model, fullgraph=True, dynamic=False, **compile_options) if compile_options else model
+    tokens = size.tokens_on(device)
+
+    def run() -> Tensor:
+        with autocast(device, dtype):
+            loss = loss_of(forward(tokens[:, :-1]), tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return run
+
+
+def full_step(size: Size, device: str, dtype: torch.dtype = torch.float32, **compile_options: Any) -> Callable:
+    return module_step(size.model(device), size, device, dtype, **compile_options)
+
+
+def peft_step(
+    size: Size, rank: int, device: str, dtype: torch.dtype = torch.float32, **compile_options: Any
+) -> Callable:
+    """LoRA from the package `peft` on the same weights; embedding, norms and head are trained as well."""
+    import peft  # noqa: PLC0415 (of no use to the other benchmarks, and slow to import)
+
+    layers = ["query", "key", "value", "output", "gate", "up", "down"]
+    config = peft.LoraConfig(r=rank, lora_alpha=1, target_modules=layers)
+    model = peft.get_peft_model(size.model(device), config)
+    for name, parameter in model.named_parameters():
+        if "base_layer" not in name:
+            parameter.requires_grad_()
+    return module_step(model.get_base_model(), size, device, dtype, **compile_options)
+
+
+class Ours:
+    """A whole step of this library, its state and its schedule."""
+
+    def __init__(
+        self,
+        size: Size,
+        rank: int,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        donate: bool = True,
+        **compile_options: Any,
+    ):
+        model = size.model(device)
+        self.params = dl.init(model, rank=rank, seed=0, targets=TARGETS)
+        self.schedule = dl.switchlora(STEPS)
+        optimizer = dl.adamw()
+        trainable, frozen = dl.partition(self.params)
+        self.state = (trainable, frozen, optimizer.init(trainable))
+        self.tokens, self.lr = size.tokens_on(device), torch.tensor(LR, device=device)
+        model = wrap(model) if wrap else model
+
+        def step(state: Any, tokens: Tensor, lr: Tensor, plan: Any) -> tuple[Any, Tensor]:
+            trainable, frozen, opt_state = state
+
+            def loss_fn(trainable: Any) -> Tensor:
+                with autocast(device, dtype):
+                    return loss_of(dl.call(model, dl.combine(trainable, frozen), tokens[:, :-1]), tokens)
+
+            loss, grads = dl.value_and_grad(loss_fn)(trainable)
+            if plan is not None:
+                params, _ = dl.switch(dl.combine(trainable, frozen), plan)
+                opt_state = dl.project_optimizer_state(opt_state, plan)
+                trainable, frozen = dl.partition(params)
+            updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+            return (dl.apply_updates(trainable, updates), frozen, opt_state), loss
+
+        self.step = dl.compile_step(step, donate=donate, **compile_options) if compile_options else step
+
+    def run(self, plan: Any = None) -> Tensor:
+        self.state, loss = self.step(self.state, self.tokens, self.lr, plan)
+        return loss
+
+    def plan_at(self, step: int) -> Any:
+        return self.schedule(step, self.params)
+
+    def share_that_switches(self) -> float:
+        """Of the steps of a run, those in which anything is switched."""
+        return sum(self.schedule.switches(step, self.params) > 0 for step in range(STEPS)) / STEPS

@@ -1,0 +1,146 @@
+"""What `compile_step` asks of Inductor: rewrites of the whole step's graph that keep its values.
+
+A step holds its forward pass, backward pass and update in one graph, and every layer of a stack is a slice of one
+tensor. Left alone, Inductor generates a kernel for each slice, since its offset is written into the code, so that
+compile time grows with depth; and it fuses the forming of many merged weights, which then are all alive at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+# Opaque to the compiler. Without an autograd key: they are put in after all differentiation is done.
+_LIBRARY = torch.library.Library("dynlora_fn", "FRAGMENT")
+_LIBRARY.define("separate(Tensor x) -> Tensor")
+_LIBRARY.define("stack(Tensor[] xs) -> Tensor")
+_LIBRARY.define("merged(Tensor base, Tensor b, Tensor a, float scale, ScalarType dtype, bool with_b) -> Tensor")
+
+
+def _separate(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _stack(xs: list[Tensor]) -> Tensor:
+    return torch.stack(xs)
+
+
+def _merged(base: Tensor, b: Tensor, a: Tensor, scale: float, dtype: torch.dtype, with_b: bool) -> Tensor:
+    """``base + scale * b @ a`` in `dtype`, in its last columns followed by `b` if wanted."""
+    out = _empty_merged(base, b, a, scale, dtype, with_b)
+    columns = base.shape[1]
+    if dtype == base.dtype:
+        torch.addmm(base, b, a, alpha=scale, out=out[:, :columns])
+    else:
+        out[:, :columns] = torch.addmm(base, b, a, alpha=scale)
+    if with_b:
+        out[:, columns:] = b
+    return out
+
+
+def _empty_merged(base: Tensor, b: Tensor, a: Tensor, scale: float, dtype: torch.dtype, with_b: bool) -> Tensor:
+    return base.new_empty(base.shape[0], base.shape[1] + (b.shape[1] if with_b else 0), dtype=dtype)
+
+
+_LIBRARY.impl("separate", _separate, "CompositeExplicitAutograd")
+_LIBRARY.impl("separate", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
+_LIBRARY.impl("stack", _stack, "CompositeExplicitAutograd")
+_LIBRARY.impl("stack", lambda xs: xs[0].new_empty(len(xs), *xs[0].shape), "Meta")
+_LIBRARY.impl("merged", _merged, "CompositeExplicitAutograd")
+_LIBRARY.impl("merged", _empty_merged, "Meta")
+
+
+def inductor_options() -> dict[str, Any]:
+    return {"post_grad_custom_pre_pass": Rewrites(), "realize_reads_threshold": 1}
+
+
+class Rewrites(CustomGraphPass):
+    """A pass over the graph of a whole step, for Inductor's ``post_grad_custom_pre_pass``."""
+
+    def __call__(self, graph: Graph) -> None:
+        for node in list(graph.nodes):
+            if node.target is aten.addmm.default:
+                _form_merged_weight(graph, node)
+            elif node.target is aten.unbind.int:
+                _separate_vectors(graph, node)
+            elif node.target is aten.cat.default and _is_stack(node):
+                _stack_at_once(graph, node)
+        graph.eliminate_dead_code()
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,))
+
+
+def _form_merged_weight(graph: Graph, node: Node) -> None:
+    """A merged weight of another dtype, or with `b` beside it, in one operation that nothing is fused with."""
+    base, b, a = node.args
+    assert isinstance(base, Node)
+    if base.meta["val"].shape != node.meta["val"].shape:  # a bias
+        return
+    last, with_b = node, False
+    if (only := _only_user(last)) and only.target is torch.ops.prims.convert_element_type.default:
+        last = only
+    if (only := _only_user(last)) and only.target is aten.cat.default and only.args[0][0] is last:
+        last, with_b = only, True
+    if last is not node:
+        arguments = (base, b, a, node.kwargs.get("alpha", 1), last.meta["val"].dtype, with_b)
+        _replace(graph, last, last, torch.ops.dynlora_fn.merged.default, arguments)
+
+
+def _separate_vectors(graph: Graph, node: Node) -> None:
+    """Gives each vector of a stack memory of its own, so that all layers share the kernels that read it."""
+    for member in list(node.users):
+        if member.meta["val"].ndim <= 1:
+            _replace(graph, member, member, torch.ops.dynlora_fn.separate.default, (member,))
+
+
+def _is_stack(node: Node) -> bool:
+    """Whether it is how `torch.stack` arrives here: members of one shape behind each other, and then a view."""
+    members, view = node.args[0], _only_user(node)
+    shapes = {member.meta["val"].shape for member in members}
+    return len(shapes) == 1 and view is not None and view.meta["val"].shape == (len(members), *shapes.pop())
+
+
+def _stack_at_once(graph: Graph, node: Node) -> None:
+    """One copy of all members. What was done to each alike, transposing and scaling, is done to the whole instead."""
+    members, after = list(node.args[0]), []
+    while wrapper := _common_wrapper(members):
+        after.append(wrapper)
+        members = [member.args[0] for member in members]
+    with graph.inserting_before(node):
+        new = graph.call_function(torch.ops.dynlora_fn.stack.default, (members,))
+        new.meta["val"] = torch.stack([member.meta["val"] for member in members])
+        for target, arguments in reversed(after):
+            if target is aten.permute.default:  # behind the axis of the stack
+                arguments = ([0, *(dim + 1 for dim in arguments[0])],)  # noqa: PLW2901
+            value = target(new.meta["val"], *arguments)
+            new = graph.call_function(target, (new, *arguments))
+            new.meta["val"] = value
+    next(iter(node.users)).replace_all_uses_with(new)
+
+
+def _common_wrapper(members: list[Node]) -> tuple[Any, tuple[Any, ...]] | None:
+    """The operation and its further arguments that made all of the members, if there is one."""
+    wrappers = {(member.target, str(member.args[1:])) for member in members}
+    target = members[0].target
+    is_movable = target in (aten.permute.default, aten.div.Tensor) and all(_only_user(member) for member in members)
+    arguments = tuple(members[0].args[1:])
+    if len(wrappers) > 1 or not is_movable or any(isinstance(argument, Node) for argument in arguments):
+        return None
+    return target, arguments
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _replace(graph: Graph, node: Node, after: Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    with graph.inserting_after(after):
+        new = graph.call_function(target, arguments)
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -1,0 +1,246 @@
+"""Every path of `linear` is the plain product, with its gradients, under every composition of transforms."""
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Shape, assert_within, eps, low_rank, low_rank_params, normal, seeds, untouched
+from torch import Tensor, nn
+from torch.func import grad, jacfwd, jacrev, jvp, vjp
+from torch.utils._pytree import tree_leaves, tree_map
+
+import dynlora_fn as dl
+from dynlora_fn import Factors, LowRank, contraction, linear
+from dynlora_fn.contraction import PRODUCTS, cheapest, flops
+
+PATHS = ("factored", "merged", "dense")
+
+
+@given(low_rank_params(stacks=st.just(())), st.sampled_from(PATHS), st.integers(0, 3), st.booleans(), seeds)
+def test_every_path_is_the_dense_product(param, path, batch, has_bias, seed):
+    out_features, in_features = param.base.shape
+    dtype = reference.working_dtype(param)
+    x, bias = normal(seed, batch, 2, in_features, dtype=dtype), normal(seed, out_features, dtype=dtype)
+    with untouched(param, x):
+        got = linear(x, param, bias if has_bias else None, path=path)
+    assert got.dtype == dtype
+    shift = bias.double() * has_bias
+    wanted = x.double() @ reference.weight(param).T + shift
+    # Each output adds up `in` products of x with base, and `rank` products of b with `in` products of x with a.
+    roundings = 2 * in_features + param.factors.a.shape[-2] + 4
+    bound = roundings * eps(dtype) * (x.double().abs() @ reference.magnitude(param).T + shift.abs())
+    assert_within(got, wanted, bound)
+
+
+@given(low_rank_params(stacks=st.just(())), st.sampled_from(PATHS), seeds)
+def test_gradients_are_those_of_the_dense_product(param, path, seed):
+    out_features, in_features = param.base.shape
+    rank, dtype = param.factors.a.shape[-2], reference.working_dtype(param)
+    x, bias, cotangent = (normal(seed + n, *shape, dtype=dtype) for n, shape in enumerate(
+        [(5, in_features), (out_features,), (5, out_features)]
+    ))  # fmt: skip
+    leaves = [leaf.clone().requires_grad_() for leaf in (x, *param.factors, bias)]
+    output = linear(leaves[0], param._replace(factors=Factors(*leaves[1:3])), leaves[3], path=path)
+    grads = torch.autograd.grad(output, leaves, cotangent)
+    assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
+    b, a = (leaf.double() for leaf in param.factors)
+    dense, size = cotangent.double().T @ x.double(), cotangent.double().abs().T @ x.double().abs()
+    wanted = [
+        cotangent.double() @ reference.weight(param),
+        dense @ a.T / rank,
+        b.T @ dense / rank,
+        cotangent.double().sum(0),
+    ]
+    magnitudes = [
+        cotangent.double().abs() @ reference.magnitude(param),
+        size @ a.abs().T / rank,
+        b.abs().T @ size / rank,
+        cotangent.double().abs().sum(0),
+    ]
+    # At most three products in a row, and a gradient is rounded to the dtype of its leaf.
+    work = (2 * (out_features + in_features + 5) + rank + 6) * eps(dtype)
+    for got, value, magnitude in zip(grads, wanted, magnitudes, strict=True):
+        assert_within(got, value, (work + eps(got.dtype)) * magnitude)
+
+
+# --- under transforms, each of them compiled as well
+
+S = 3
+STACK = low_rank(Shape(4, 6, 2), (S,), 0)
+X = normal(1, S, 5, 6)
+ONE = tree_map(lambda leaf: leaf[0], STACK)
+
+
+def loss_by(path: str) -> Any:
+    def loss(factors: Factors, base: Tensor, x: Tensor) -> Tensor:
+        return linear(x.tanh(), LowRank(base, factors, STACK.seed[0]), path=path).square().sum()
+
+    return loss
+
+
+def output_by(path: str) -> Any:
+    return lambda factors: linear(X[0], ONE._replace(factors=factors), path=path)
+
+
+TRANSFORMS = {
+    "grad": lambda path: grad(loss_by(path))(ONE.factors, ONE.base, X[0]),
+    "grad of the input": lambda path: grad(loss_by(path), argnums=2)(ONE.factors, ONE.base, X[0]),
+    "ensemble": lambda path: torch.vmap(grad(loss_by(path)))(STACK.factors, STACK.base, X),
+    "ensemble of shared base": lambda path: torch.vmap(grad(loss_by(path)), in_dims=(0, None, None))(
+        STACK.factors, ONE.base, X[0]
+    ),
+    "per sample": lambda path: torch.vmap(grad(loss_by(path)), in_dims=(None, None, 0))(ONE.factors, ONE.base, X),
+    "grad of vmap": lambda path: grad(lambda f: torch.vmap(loss_by(path))(f, STACK.base, X).sum())(STACK.factors),
+    "grad of vmap of samples": lambda path: grad(
+        lambda f: torch.vmap(loss_by(path), in_dims=(None, None, 0))(f, ONE.base, X).sum()
+    )(ONE.factors),
+    "grad of grad": lambda path: grad(
+        lambda f: sum(leaf.sin().sum() for leaf in grad(loss_by(path))(f, ONE.base, X[0]))
+    )(ONE.factors),
+    "grad of grad of the input": lambda path: grad(
+        lambda x: sum(leaf.sin().sum() for leaf in grad(loss_by(path))(ONE.factors, ONE.base, x))
+    )(X[0]),
+    "vjp": lambda path: vjp(output_by(path), ONE.factors)[1](X[0][:, :4]),
+    "jacrev": lambda path: jacrev(output_by(path))(ONE.factors),
+    "jacfwd": lambda path: jacfwd(output_by(path))(ONE.factors),
+    "jvp": lambda path: jvp(
+        lambda f, x: loss_by(path)(f, ONE.base, x),
+        (ONE.factors, X[0]),
+        (tree_map(lambda leaf: leaf[1], STACK).factors, X[1]),
+    ),
+    "jvp of grad": lambda path: jvp(
+        lambda f: grad(loss_by(path))(f, ONE.base, X[0]),
+        (ONE.factors,),
+        (tree_map(lambda leaf: leaf[1], STACK.factors),),
+    ),
+    "grad of jvp": lambda path: grad(
+        lambda f: jvp(
+            lambda g: loss_by(path)(g, ONE.base, X[0]), (f,), (tree_map(lambda leaf: leaf[1], STACK.factors),)
+        )[1]
+    )(ONE.factors),
+    "vmap of jvp": lambda path: torch.vmap(
+        lambda tangent: jvp(lambda f: loss_by(path)(f, ONE.base, X[0]), (ONE.factors,), (tangent,))[1]
+    )(STACK.factors),
+}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("path", ["merged", "dense"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_path_is_the_plain_one_under_transforms(name, path, is_compiled):
+    def transform():
+        return TRANSFORMS[name](path)
+
+    if is_compiled and name == "jvp of grad":
+        # Dynamo refuses it of any function, plain products included: nothing comes out wrong.
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError):
+            torch.compile(transform, fullgraph=True, backend="aot_eager")()
+        return
+    got = (torch.compile(transform, fullgraph=True, backend="aot_eager") if is_compiled else transform)()
+    wanted = TRANSFORMS[name]("factored")
+    for left, right in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        # Up to six products in a row of at most six terms each, of magnitude 1 and 10 twice over.
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("path", ["merged", "dense"])
+def test_every_path_is_the_plain_one_with_inductor(path):
+    got = torch.compile(TRANSFORMS["grad"], fullgraph=True)(path)
+    torch.testing.assert_close(got, TRANSFORMS["grad"]("factored"), rtol=1e-12, atol=1e-10)
+
+
+# --- what is kept, and in which precision
+
+
+@pytest.mark.parametrize("path", ["merged", "dense"])
+def test_only_inputs_are_kept(path):
+    kept = []
+    leaves = [leaf.clone().requires_grad_() for leaf in (X[0], *ONE.factors)]
+    param = ONE._replace(factors=Factors(*leaves[1:]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(leaves[0], param, path=path)
+    inputs = {leaf.data_ptr() for leaf in (*leaves, ONE.base)}
+    assert {t.data_ptr() for t in kept} == inputs
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_frozen_input_costs_no_gradient(path):
+    factors = Factors(*(leaf.clone().requires_grad_() for leaf in ONE.factors))
+    output = linear(X[0], ONE._replace(factors=factors), path=path).sum()
+    assert all(leaf.any() for leaf in torch.autograd.grad(output, factors))
+
+
+def test_a_merged_weight_is_rounded_once():
+    """A base and a product that cancel: what is left is far below bfloat16's spacing at either."""
+    exact = torch.tensor([[1 / 3]], dtype=torch.float32)
+    param = LowRank(exact, Factors(b=torch.tensor([[-1.0]]), a=exact.bfloat16().float()), torch.tensor(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = {path: linear(torch.ones(1, 1), param, path=path) for path in ("merged", "dense")}
+    rounded_once = (exact - exact.bfloat16().float()).bfloat16()
+    assert rounded_once.item() != 0
+    assert all(value.dtype == torch.bfloat16 and torch.equal(value, rounded_once) for value in got.values())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_sets_the_dtype_of_the_products_alone(path):
+    param = low_rank(Shape(8, 6, 2), base_dtype=torch.float32, factor_dtype=torch.float32)
+    x, bias = normal(1, 5, 6, dtype=torch.float32), normal(2, 8, dtype=torch.float32)
+
+    def loss(factors, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = linear(x, param._replace(factors=factors), bias, path=path)
+        assert output.dtype == torch.bfloat16
+        return output.float().square().sum()
+
+    grads, grad_x = grad(loss, argnums=(0, 1))(param.factors, x)
+    assert all(leaf.dtype == torch.float32 for leaf in (*grads, grad_x))
+    wanted = grad(lambda f: linear(x, param._replace(factors=f), bias).square().sum())(param.factors)
+    for got, value in zip(grads, wanted, strict=True):
+        # bfloat16 has 8 bits; three products in a row
+        torch.testing.assert_close(got, value, rtol=0, atol=16 * 2**-8 * value.abs().max().item())
+
+
+# --- which path
+
+
+def test_flops_are_those_of_the_table():
+    d, r, n = 512, 128, 2048
+    sizes = {"tokens": n, "out_features": d, "in_features": d, "rank": r}
+    assert flops("full", **sizes) == 6 * n * d * d
+    assert flops("factored", **sizes) == n * (4 * d * d + 12 * r * d)
+    assert flops("merged", **sizes) == n * (4 * d * d + 8 * r * d) + 4 * r * d * d
+    assert flops("dense", **sizes) == n * 6 * d * d + 8 * r * d * d
+    assert set(PRODUCTS) == {"full", *PATHS}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "path"),
+    [(2048, 128, "merged"), (2048, 384, "dense"), (16, 128, "factored"), (2048, 8, "merged"), (0, 8, "factored")],
+)
+def test_the_cheapest_path_is_taken(tokens, rank, path):
+    """At high rank the dense gradient, with few tokens the factored form, else the merged weight."""
+    assert cheapest(tokens=tokens, out_features=512, in_features=512, rank=rank) == path
+
+
+def test_no_path_costs_much_more_than_full_rank_at_any_rank():
+    for rank in range(1, 513):
+        sizes = {"tokens": 4096, "out_features": 512, "in_features": 512, "rank": rank}
+        assert flops(cheapest(**sizes), **sizes) <= flops("full", **sizes) * (1 + 4 * rank / (3 * 4096))
+
+
+def test_an_unknown_path_is_refused():
+    with pytest.raises(ValueError, match="`path` must be one of factored, merged, dense, got 'fast'"):
+        linear(X[0], ONE, path="fast")
+
+
+def test_the_module_takes_the_cheapest_path(monkeypatch):
+    """What `call` runs is what `cheapest` says of the shapes it meets."""
+    asked = []
+    monkeypatch.setattr(contraction, "cheapest", lambda **sizes: asked.append(sizes) or "dense")
+    model = nn.Linear(6, 4)
+    dl.call(model, dl.init(model, rank=2, seed=0, targets=["weight"]), torch.ones(3, 5, 6))
+    assert asked == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]
