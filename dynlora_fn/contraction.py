@@ -83,7 +83,8 @@ def linear(
         path = cheapest(tokens=prod(x.shape[:-1]), out_features=out_features, in_features=in_features, rank=b.shape[-1])
     if path == "factored":
         return _factored(x, base, b, a, bias)
-    return _merged(x, base, b, a, bias, path == "dense")
+    output: Tensor = _merged(x, base, b, a, bias, path == "dense")
+    return output
 
 
 def _factored(x: Tensor, base: Tensor, b: Tensor, a: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,7 +98,7 @@ def _merge(x: Tensor, base: Tensor, b: Tensor, a: Tensor) -> Tensor:
 
 
 # Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _merged(x: Tensor, base: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool) -> Tensor:
     return _Merged.apply(x, base, b, a, bias, is_dense)  # type: ignore[no-any-return, no-untyped-call]
 

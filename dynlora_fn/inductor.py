@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 aten = torch.ops.aten
 
 # Opaque to the compiler. Without an autograd key: they are put in after all differentiation is done.
-_LIBRARY = torch.library.Library("dynlora_fn", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("separate(Tensor x) -> Tensor")
 _LIBRARY.define("stack(Tensor[] xs) -> Tensor")
 _LIBRARY.define("merged(Tensor base, Tensor b, Tensor a, float scale, ScalarType dtype, bool with_b) -> Tensor")
@@ -85,7 +85,7 @@ def _form_merged_weight(graph: Graph, node: Node) -> None:
     last, with_b = node, False
     if (only := _only_user(last)) and only.target is torch.ops.prims.convert_element_type.default:
         last = only
-    if (only := _only_user(last)) and only.target is aten.cat.default and only.args[0][0] is last:
+    if (only := _only_user(last)) and only.target is aten.cat.default and _members(only)[0] is last:
         last, with_b = only, True
     if last is not node:
         arguments = (base, b, a, node.kwargs.get("alpha", 1), last.meta["val"].dtype, with_b)
@@ -101,14 +101,14 @@ def _separate_vectors(graph: Graph, node: Node) -> None:
 
 def _is_stack(node: Node) -> bool:
     """Whether it is how `torch.stack` arrives here: members of one shape behind each other, and then a view."""
-    members, view = node.args[0], _only_user(node)
+    members, view = _members(node), _only_user(node)
     shapes = {member.meta["val"].shape for member in members}
     return len(shapes) == 1 and view is not None and view.meta["val"].shape == (len(members), *shapes.pop())
 
 
 def _stack_at_once(graph: Graph, node: Node) -> None:
     """One copy of all members. What was done to each alike, transposing and scaling, is done to the whole instead."""
-    members, after = list(node.args[0]), []
+    members, after = _members(node), []
     while wrapper := _common_wrapper(members):
         after.append(wrapper)
         members = [member.args[0] for member in members]
@@ -124,7 +124,7 @@ def _stack_at_once(graph: Graph, node: Node) -> None:
     next(iter(node.users)).replace_all_uses_with(new)
 
 
-def _common_wrapper(members: list[Node]) -> tuple[Any, tuple[Any, ...]] | None:
+def _common_wrapper(members: list[Any]) -> tuple[Any, tuple[Any, ...]] | None:
     """The operation and its further arguments that made all of the members, if there is one."""
     wrappers = {(member.target, str(member.args[1:])) for member in members}
     target = members[0].target
@@ -133,6 +133,11 @@ def _common_wrapper(members: list[Node]) -> tuple[Any, tuple[Any, ...]] | None:
     if len(wrappers) > 1 or not is_movable or any(isinstance(argument, Node) for argument in arguments):
         return None
     return target, arguments
+
+
+def _members(cat: Node) -> list[Any]:
+    members: Any = cat.args[0]
+    return list(members)
 
 
 def _only_user(node: Node) -> Node | None:

@@ -1,5 +1,6 @@
 """How a low-rank weight reaches an unmodified module."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,11 +23,18 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
         RuntimeError: if a parameter of the model is missing or one is unknown to it.
         NotImplementedError: if a low-rank weight is used in an operation without a rule; it names both.
     """
+    return call_with(model, params, dict(model.named_buffers()), args, kwargs)
+
+
+def call_with(
+    model: nn.Module, params: Params, buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`call` with `buffers` for the model's own."""
     weights = {
         name: _as_weight(name, param) if isinstance(param, LowRank) else param
         for name, param in unstack(params).items()
     }
-    return functional_call(model, {**dict(model.named_buffers()), **weights}, args, kwargs, strict=True)
+    return functional_call(model, {**buffers, **weights}, args, kwargs, strict=True)
 
 
 def params_of(module: nn.Module) -> dict[str, Param]:
@@ -65,7 +73,7 @@ class _Wrapper(_Weight):
     Dynamo, on the other hand, traces no wrapper."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return cls.__torch_function__(func, types, args, kwargs)
 
 

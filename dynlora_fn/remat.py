@@ -9,14 +9,13 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dynlora_fn.base import Autocast, autocast_now
-from dynlora_fn.module import call, params_of
+from dynlora_fn.module import call_with, params_of
 from dynlora_fn.tree import match
 from dynlora_fn.types import LowRank
-
-_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
@@ -34,8 +33,8 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
             tuple of tensors.
 
     Raises:
-        ValueError: if a pattern matches nothing; at the call, if a block draws random numbers, since it would draw
-            others the second time. Within a compiled graph this is seen of modules, such as `nn.Dropout`, alone.
+        ValueError: if a pattern matches nothing.
+        NotImplementedError: at the first call, if a block draws random numbers: the second time they would be others.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     return _copy(model, "", set(match(modules, blocks, "blocks")))
@@ -46,11 +45,9 @@ def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
     if name in blocks:
         # A subclass, so that whoever asks for the block's type or attributes finds them.
         new.__class__ = type(type(module).__name__, (_Block, type(module)), {})
+        # Not as a submodule, whose parameters would be found twice.
         number = next(_NUMBERS)
-        new.__dict__["_block"], new.__dict__["_number"] = (
-            module,
-            number,
-        )  # not a submodule: it holds the same parameters
+        new.__dict__.update(_block=module, _number=number)
         _BLOCKS[number] = module
         return new
     prefix = f"{name}." if name else ""
@@ -61,6 +58,7 @@ def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
 
 # A compiled graph holds numbers, not modules.
 _NUMBERS = count()
+_WATCHED: set[tuple[int, bool]] = set()
 _BLOCKS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
@@ -69,30 +67,53 @@ class _Block(nn.Module):
     _number: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        _check_not_random(self._block)
         params = {name: tuple(leaf) if isinstance(leaf, LowRank) else leaf for name, leaf in params_of(self).items()}
         device_type = next(leaf.device.type for leaf in tree_leaves((params, args)) if isinstance(leaf, Tensor))
-        return _recomputed(self._number, params, args, kwargs, autocast_now(device_type))
+        buffers = dict(self.named_buffers())
+        return _recomputed(self._number, self.training, (params, buffers, args, kwargs), autocast_now(device_type))
 
 
 # Dynamo fails on such a function under `torch.func`. Left to AOTAutograd, it runs as it is written.
-@torch.compiler.allow_in_graph
-def _recomputed(
-    number: int, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Autocast | None
-) -> Any:
-    leaves, structure = tree_flatten((params, args, kwargs))
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _recomputed(number: int, training: bool, inputs: tuple[Any, ...], autocast: Autocast | None) -> Any:
+    """`inputs` are all that the block uses: its parameters and buffers, arguments and keyword arguments."""
+    leaves, structure = tree_flatten(inputs)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     block = _BLOCKS[number]
+    watch = nullcontext() if (number, training) in _WATCHED else _RefuseRandom(block)
 
     def run(*tensors: Tensor) -> Any:
-        rest = iter(tensors)
-        filled = [next(rest) if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
-        params, args, kwargs = tree_unflatten(filled, structure)
+        given = iter(tensors)
+        filled = [next(given) if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
+        params, *rest = tree_unflatten(filled, structure)
         params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
-        with torch.autocast(*autocast) if autocast else nullcontext():
-            return call(block, params, *args, **kwargs)
+        with torch.autocast(*autocast) if autocast else nullcontext(), watch:
+            return call_with(block, params, *rest)
 
-    return _Recomputed.apply(run, *compress(leaves, is_tensor))
+    output = _Recomputed.apply(run, *compress(leaves, is_tensor))  # type: ignore[no-untyped-call]
+    _WATCHED.add((number, training))
+    return output
+
+
+class _RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches a block's operations. Slow in Python, so that it is done once: a graph is traced once as well."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.block = block
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _has_no_dropout(func, args, kwargs or {}):
+            rule = "must draw no random numbers, which would be others when it is computed again"
+            raise NotImplementedError(f"a block of `remat` {rule}, got `{func}` in {type(self.block).__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
+    """Attention counts as random whether or not it drops anything."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" in names and not given.get("dropout_p", 0)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -115,13 +136,12 @@ class _Recomputed(torch.autograd.Function):
             rest = iter(needed)
             return ctx.run(*(next(rest) if is_one else t for t, is_one in zip(tensors, is_needed, strict=True)))
 
-        _, pull_back = torch.func.vjp(run, *compress(tensors, is_needed))
+        _, pull_back = torch.func.vjp(run, *compress(tensors, is_needed))  # type: ignore[misc]
         found = iter(pull_back(grads if len(grads) > 1 else grads[0]))
         return None, *(next(found) if is_one else None for is_one in is_needed)
 
-
-def _check_not_random(block: nn.Module) -> None:
-    for name, module in block.named_modules():
-        if isinstance(module, _RANDOM) and module.training and getattr(module, "p", 1) > 0:
-            rule = "must draw no random numbers to be computed twice"
-            raise ValueError(f"a block of `remat` {rule}, got {module!r} at {name!r} in training")
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], run: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any]:
+        batched = torch.vmap(run, in_dims=in_dims[1:], randomness=info.randomness)
+        output = _Recomputed.apply(batched, *tensors)  # type: ignore[no-untyped-call]
+        return output, tree_map(lambda leaf: 0, output)
