@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
+from dynlora_fn.consumed import Consumed, consume
+
 
 class ValueAndGrad(NamedTuple):
     """What a function made by `value_and_grad` returns."""
@@ -63,7 +65,9 @@ class Step(NamedTuple):
     aux: Any  # whatever the step reports
 
 
-def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, **options: Any) -> Callable[..., Step]:
+def compile_step(
+    step: Callable[..., tuple[Any, Any]], *, donate: bool = True, debug: bool = False, **options: Any
+) -> Callable[..., Step]:
     """`step` in one graph: `torch.compile` with ``fullgraph=True`` and ``dynamic=False``.
 
     What changes from call to call must be a tensor, the learning rate and the number of the step too: a Python number
@@ -71,8 +75,9 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
 
     Args:
         step: pure, ``(state, *args) -> (state, aux)``, where `state` is a tree of tensors.
-        donate: write the new state into the old one's memory, inside the graph. The old state must then not be used
-            again, nor be part of `aux`: its tensors hold the new values. The functions inside stay pure.
+        donate: write the new state into the old one's memory, inside the graph. The old state is then consumed: its
+            tensors hold the new values. The functions inside stay pure.
+        debug: of a donated state, return other tensors in the same memory, and let any use of the consumed ones raise.
         options: of `torch.compile`, such as ``backend`` or ``mode``.
 
     Returns:
@@ -80,7 +85,9 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
 
     Raises:
         ValueError: at the first call, if the new state differs from the old one in structure, shape or dtype, or the
-            state to be donated holds one memory twice or requires a gradient.
+            state to be donated holds one memory twice or requires a gradient. With `debug`, also if `aux` holds memory
+            of the state.
+        RuntimeError: with `debug`, where a consumed state is used.
     """
 
     def run(state: Any, *args: Any) -> tuple[str | None, Any]:
@@ -89,6 +96,7 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
             return None, Step(new_state, aux)
         if problem := _mismatch(state, new_state):
             return problem, None  # an exception raised in here would come out as the compiler's
+        aux = _apart(aux, state)
         _write(state, new_state)
         return None, aux
 
@@ -99,13 +107,15 @@ def compile_step(step: Callable[..., tuple[Any, Any]], *, donate: bool = True, *
 
     def compiled_step(state: Any, *args: Any) -> Step:
         nonlocal is_checked
-        if donate and not is_checked:
+        if donate and (debug or not is_checked):
             _check_donated(state)
             is_checked = True
         with torch._dynamo.config.patch(trace_autograd_ops=True):  # for `torch.autograd.grad` inside the step
             problem, result = compiled(state, *args)
         if problem:
             raise ValueError(problem)
+        if donate and debug:
+            state = consume(state, result)
         return Step(state, result) if donate else result
 
     return compiled_step
@@ -135,6 +145,12 @@ def _mismatch(state: Any, new_state: Any) -> str | None:
     return None
 
 
+def _apart(aux: Any, state: Any) -> Any:
+    """Copies of those leaves that are the state's own, which is about to be overwritten."""
+    own = tree_leaves(state)
+    return tree_map(lambda leaf: leaf.clone() if any(leaf is one for one in own) else leaf, aux)
+
+
 def _write(state: Any, new_state: Any) -> None:
     pairs = [(old, new) for old, new in zip(tree_leaves(state), tree_leaves(new_state), strict=True) if new is not old]
     # Copies first: a new leaf may be an old one, or a view of it, that another write would overwrite.
@@ -146,6 +162,8 @@ def _check_donated(state: Any) -> None:
     owners: dict[int, str] = {}
     for path, leaf in tree_flatten_with_path(state)[0]:
         name = keystr(path)
+        if isinstance(leaf, Consumed):
+            raise ValueError(f"`state` must be the one that the last step returned, got a consumed one at {name}")
         if not isinstance(leaf, Tensor) or leaf.requires_grad:
             got = "a tensor that does" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(f"`state` must hold tensors that require no gradient to be donated, got {got} at {name}")

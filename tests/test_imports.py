@@ -19,7 +19,8 @@ BELOW = {"types", "tree", "stacking", "basis", "base"}
 ALLOWED = {
     "types": set(),
     "inductor": set(),
-    "step": {"inductor"},
+    "consumed": set(),
+    "step": {"consumed", "inductor"},
     "base": FIRST,
     "tree": FIRST,
     "basis": FIRST,
