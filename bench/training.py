@@ -115,21 +115,30 @@ class Ours:
         self.tokens, self.lr = size.tokens_on(device), torch.tensor(LR, device=device)
         model = wrap(model) if wrap else model
 
-        def step(state: Any, tokens: Tensor, lr: Tensor, plan: Any) -> tuple[Any, Tensor]:
-            trainable, frozen, opt_state = state
+        def gradients(state: Any, tokens: Tensor) -> tuple[Any, Tensor]:
+            trainable, frozen, _ = state
 
             def loss_fn(trainable: Any) -> Tensor:
                 with autocast(device, dtype):
                     return loss_of(dl.call(model, dl.combine(trainable, frozen), tokens[:, :-1]), tokens)
 
             loss, grads = dl.value_and_grad(loss_fn)(trainable)
+            return grads, loss
+
+        def update(state: Any, grads: Any, lr: Tensor, plan: Any) -> tuple[Any, None]:
+            trainable, frozen, opt_state = state
             if plan is not None:
                 params, _ = dl.switch(dl.combine(trainable, frozen), plan)
                 opt_state = dl.project_optimizer_state(opt_state, plan)
                 trainable, frozen = dl.partition(params)
             updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
-            return (dl.apply_updates(trainable, updates), frozen, opt_state), loss
+            return (dl.apply_updates(trainable, updates), frozen, opt_state), None
 
+        def step(state: Any, tokens: Tensor, lr: Tensor, plan: Any) -> tuple[Any, Tensor]:
+            grads, loss = gradients(state, tokens)
+            return update(state, grads, lr, plan)[0], loss
+
+        self.gradients, self.update, self.pure_step = gradients, update, step
         self.step = dl.compile_step(step, donate=donate, **compile_options) if compile_options else step
 
     def run(self, plan: Any = None) -> Tensor:

@@ -7,6 +7,9 @@ from dynlora_fn.basis import Bounds as Bounds
 from dynlora_fn.basis import basis_bounds as basis_bounds
 from dynlora_fn.contraction import Path as Path
 from dynlora_fn.contraction import linear as linear
+from dynlora_fn.cost import Cost as Cost
+from dynlora_fn.cost import Explanation as Explanation
+from dynlora_fn.cost import explain as explain
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
 from dynlora_fn.lowrank import BasisSlice as BasisSlice
@@ -15,6 +18,8 @@ from dynlora_fn.lowrank import basis_vectors as basis_vectors
 from dynlora_fn.lowrank import init as init
 from dynlora_fn.lowrank import materialize as materialize
 from dynlora_fn.lowrank import merge as merge
+from dynlora_fn.memory import Peak as Peak
+from dynlora_fn.memory import peak_memory as peak_memory
 from dynlora_fn.module import call as call
 from dynlora_fn.optim import AdamWState as AdamWState
 from dynlora_fn.optim import Clipped as Clipped
@@ -29,7 +34,7 @@ from dynlora_fn.pool import SidePool as SidePool
 from dynlora_fn.pool import draw as draw
 from dynlora_fn.pool import init_pool as init_pool
 from dynlora_fn.pool import put_back as put_back
-from dynlora_fn.remat import remat as remat
+from dynlora_fn.recompute import remat as remat
 from dynlora_fn.schedule import Schedule as Schedule
 from dynlora_fn.schedule import every as every
 from dynlora_fn.schedule import never as never

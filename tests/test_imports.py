@@ -18,7 +18,9 @@ BELOW = {"types", "tree", "stacking", "basis", "base"}
 # What each module may import of the package. One that is not here is new: give it a place.
 ALLOWED = {
     "types": set(),
+    "cost": BELOW | {"contraction"},
     "inductor": set(),
+    "memory": set(),
     "consumed": set(),
     "step": {"consumed", "inductor"},
     "base": FIRST,
@@ -29,7 +31,7 @@ ALLOWED = {
     "lowrank": BELOW,
     "contraction": BELOW,
     "module": BELOW | {"contraction"},
-    "remat": BELOW | {"module"},
+    "recompute": BELOW | {"module"},
     "schedule": BELOW | {"lowrank"},
     "switching": BELOW | {"lowrank"},
     "dither": BELOW | {"lowrank", "schedule", "switching"},

@@ -1,0 +1,131 @@
+"""How long does it take to compile, against depth; and what does a call of a compiled step cost beside its work?
+
+Each case in a process of its own without any cache, after a trivial function that loads the compiler.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+
+import dynlora_fn as dl
+from bench.common import Common, finish, interleave, start, table
+from bench.training import Ours, Size, loss_of
+
+
+@dataclass(frozen=True)
+class CompileTime(Common):
+    width: int = 512
+    fraction: int = 4
+    """Width over rank."""
+    shallow: int = 4
+    deep: int = 32
+    layers: int = 8
+    """Of the whole step."""
+    repeats: int = 2
+    case: str | None = None
+    """Compile this one in this process, with so many layers as `layers` says, and print the seconds."""
+
+    def size(self) -> Size:
+        return Size(width=self.width, layers=self.layers, length=16 if self.quick else 256)
+
+    def options(self) -> dict[str, Any]:
+        return {"backend": "aot_eager"} if self.quick else {"mode": "default"}
+
+
+def compiled(config: CompileTime) -> Callable[[], Any]:
+    """A function whose first call compiles the case."""
+    size, device = config.size(), config.device
+    if config.case == "plain":
+        model, tokens = size.model(device), size.tokens_on(device)
+        forward = torch.compile(model, fullgraph=True, dynamic=False, **config.options())
+        return lambda: loss_of(forward(tokens[:, :-1]), tokens).backward()
+    ours = Ours(size, size.width // config.fraction, device, **config.options())
+    plan = ours.plan_at(int(ours.schedule.interval))
+    if config.case == "update":
+        step, grads = dl.compile_step(ours.update, **config.options()), dl.partition(ours.params).trainable
+        return lambda: step(ours.state, grads, ours.lr, plan)
+    return {"static": ours.run, "switching": lambda: ours.run(plan)}[str(config.case)]
+
+
+def measure(config: CompileTime) -> float:
+    torch.compile(lambda x: x + 1, **config.options())(torch.zeros(3, device=config.device))
+    function = compiled(config)
+    started = time.perf_counter()
+    function()
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    function()
+    return first - (time.perf_counter() - started)
+
+
+def in_a_process_of_its_own(config: CompileTime, case: str, layers: int) -> float:
+    flags = ["--case", case, "--layers", str(layers), "--width", str(config.width), "--fraction", str(config.fraction)]
+    flags += ["--device", config.device, "--threads", str(config.threads), *(["--quick"] if config.quick else [])]
+    own = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    command = [sys.executable, "-m", "bench.compile_time", *flags]
+    output = subprocess.run(command, env=own, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(output.splitlines()[-1]))
+
+
+def call_overhead(config: CompileTime) -> float:
+    """Seconds of a whole call of a step whose work is next to nothing."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(config.device)
+    params = dl.init(model, rank=2, seed=0, targets=["*.weight"])
+    optimizer, x = dl.adamw(), torch.randn(4, 8, device=config.device)
+    trainable, frozen = dl.partition(params)
+    state = trainable, frozen, optimizer.init(trainable)
+
+    def step(state: Any, x: torch.Tensor, lr: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        trainable, frozen, opt_state = state
+        loss, grads = dl.value_and_grad(lambda tree: dl.call(model, dl.combine(tree, frozen), x).square().mean())(
+            trainable
+        )
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+        return (dl.apply_updates(trainable, updates), frozen, opt_state), loss
+
+    run, lr = dl.compile_step(step, **config.options()), torch.tensor(1e-3, device=config.device)
+    return interleave({"call": lambda: run(state, x, lr)}, repeats=200, device=config.device)["call"].median
+
+
+def main(config: CompileTime) -> None:
+    if config.case:
+        torch.set_num_threads(config.threads)
+        print(measure(config))
+        return
+    if config.quick:
+        config = CompileTime(**{**vars(config), "width": 64, "shallow": 1, "deep": 2, "layers": 1, "repeats": 1})
+    console = start(config)
+    cases = [("update", config.shallow), ("update", config.deep), ("plain", config.layers)]
+    cases += [] if config.quick else [("static", config.layers)]
+    cases += [("switching", config.layers)]
+    times: dict[str, list[float]] = {f"{case} {layers}": [] for case, layers in cases}
+    for _ in range(config.repeats):
+        for case, layers in cases:
+            times[f"{case} {layers}"].append(in_a_process_of_its_own(config, case, layers))
+    seconds = {name: median(values) for name, values in times.items()}
+    console.print(
+        table("seconds to compile", ["case, layers", "median", "all"], [[n, s, times[n]] for n, s in seconds.items()])
+    )
+    plain, layers = seconds[f"plain {config.layers}"], config.layers
+    results = {
+        "compile_deep_over_shallow": seconds[f"update {config.deep}"] / seconds[f"update {config.shallow}"],
+        "compile_switching_over_plain": seconds[f"switching {layers}"] / plain,
+        "compile_static_over_plain": seconds.get(f"static {layers}", 0.0) / plain,
+        "call_overhead_ms": 1e3 * call_overhead(config),
+    }
+    console.print(results)
+    finish(config, results, times)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(CompileTime))

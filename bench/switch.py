@@ -1,0 +1,73 @@
+"""How long does one switch take, and how many bytes does it move? Against rank, width and count.
+
+The switch alone, compiled and donated: vectors drawn from the basis, the difference folded into the base in place, the
+optimizer's state projected. Beside it a copy of the base: the least that whatever reads and writes it takes.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import tyro
+
+import dynlora_fn as dl
+from bench.common import Common, Timing, finish, interleave, start, table
+
+
+@dataclass(frozen=True)
+class Switch(Common):
+    widths: tuple[int, ...] = (512, 1024)
+    fractions: tuple[int, ...] = (4, 8)
+    """Width over rank."""
+    counts: tuple[int, ...] = (1, 4, 16)
+    """Vectors of each side, of each weight."""
+    layers: int = 8
+    repeats: int = 20
+
+
+def contender(config: Switch, width: int, fraction: int, count: int) -> Any:
+    weights = {f"layers.{n}.weight": torch.randn(width, width, device=config.device) for n in range(config.layers)}
+    params = dl.init(weights, rank=width // fraction, seed=0, targets=["*"])
+    trainable, frozen = dl.partition(params)
+    state = trainable, frozen, dl.adamw().init(trainable)
+    plan = dl.every(1, count)(1, params)
+
+    def step(state: Any, plan: Any) -> tuple[Any, None]:
+        trainable, frozen, opt_state = state
+        params, _ = dl.switch(dl.combine(trainable, frozen), plan)
+        return (*dl.partition(params), dl.project_optimizer_state(opt_state, plan)), None
+
+    compiled = dl.compile_step(step, **({"backend": "aot_eager"} if config.quick else {}))
+    return partial(compiled, state, plan)
+
+
+def main(config: Switch) -> None:
+    if config.quick:
+        small = {"widths": (64,), "fractions": (4,), "counts": (1, 4), "layers": 2, "repeats": 5}
+        config = Switch(**{**vars(config), **small})
+    console = start(config)
+    rows, raw = [], {}
+    for width in config.widths:
+        base = torch.randn(config.layers, width, width, device=config.device)
+        out = torch.empty_like(base)
+        cases = [(fraction, count) for fraction in config.fractions for count in config.counts]
+        contenders = {f"d/{fraction} x {count}": contender(config, width, fraction, count) for fraction, count in cases}
+        timings = interleave(
+            {"copy": partial(out.copy_, base), **contenders}, repeats=config.repeats, device=config.device
+        )
+        moved = 2 * base.numel() * base.element_size()
+        rows += [row(width, name, timing, moved, timings["copy"]) for name, timing in timings.items()]
+        raw |= {f"{width} {name}": timing.all for name, timing in timings.items()}
+    columns = ["width", "rank x vectors", "lower ms", "median ms", "upper ms", "GB/s of the base", "over copy"]
+    console.print(table(f"one switch of {config.layers} weights, float32", columns, rows))
+    finish(config, {"switch_over_copy": {f"{line[0]} {line[1]}": line[-1] for line in rows}}, raw)
+
+
+def row(width: int, name: str, timing: Timing, moved: int, copy: Timing) -> list[Any]:
+    milliseconds = [1e3 * value for value in timing[:3]]
+    return [width, name, *milliseconds, moved / timing.median / 1e9, timing.median / copy.median]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Switch))

@@ -1,0 +1,31 @@
+"""Every benchmark runs and gives its ratios; what they are is no test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KEYS = {
+    "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
+    "switch": {"switch_over_copy"},
+    "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
+    "compile_time": {"compile_deep_over_shallow", "call_overhead_ms"},
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_benchmark_runs(name, tmp_path):
+    if name == "memory" and not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process is read from Linux's /proc")
+    out = tmp_path / "results.json"
+    command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", "--device", "cpu", "--out", str(out)]
+    finished = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    results = json.loads(finished.stdout.splitlines()[-1])
+    assert KEYS[name] <= results.keys()
+    written = json.loads(out.read_text())
+    assert written["raw"]
+    assert {key: written[key] for key in results} == results
+    assert {"device", "torch", "commit", "command"} <= written["environment"].keys()
