@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
+_CONVERT = torch.ops.prims.convert_element_type.default
 
 # Opaque to the compiler. Without an autograd key: they are put in after all differentiation is done.
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -78,18 +79,28 @@ class Rewrites(CustomGraphPass):
 
 def _form_merged_weight(graph: Graph, node: Node) -> None:
     """A merged weight of another dtype, or with `b` beside it, in one operation that nothing is fused with."""
-    base, b, a = node.args
-    assert isinstance(base, Node)
-    if base.meta["val"].shape != node.meta["val"].shape:  # a bias
+    arguments: Any = node.args
+    base, b, a = arguments
+    has_bias = base.meta["val"].shape != node.meta["val"].shape
+    if has_bias or node.kwargs.get("beta", 1) != 1:
         return
     last, with_b = node, False
-    if (only := _only_user(last)) and only.target is torch.ops.prims.convert_element_type.default:
+    if (only := _only_user(last)) and only.target is _CONVERT:
         last = only
-    if (only := _only_user(last)) and only.target is aten.cat.default and _members(only)[0] is last:
+    if (only := _only_user(last)) and only.target is aten.cat.default and _is_beside(only, last, b):
         last, with_b = only, True
     if last is not node:
         arguments = (base, b, a, node.kwargs.get("alpha", 1), last.meta["val"].dtype, with_b)
         _replace(graph, last, last, torch.ops.dynlora_fn.merged.default, arguments)
+
+
+def _is_beside(cat: Node, weight: Node, b: Any) -> bool:
+    """Whether it is the weight and then `b`, in whichever dtype of the two."""
+    members = _members(cat)
+    if len(members) != 2 or members[0] is not weight or cat.args[1:] not in ((1,), (-1,)):
+        return False
+    plain = [node.args[0] if node.target is _CONVERT else node for node in (members[1], b)]
+    return plain[0] is plain[1]
 
 
 def _separate_vectors(graph: Graph, node: Node) -> None:
@@ -103,7 +114,9 @@ def _is_stack(node: Node) -> bool:
     """Whether it is how `torch.stack` arrives here: members of one shape behind each other, and then a view."""
     members, view = _members(node), _only_user(node)
     shapes = {member.meta["val"].shape for member in members}
-    return len(shapes) == 1 and view is not None and view.meta["val"].shape == (len(members), *shapes.pop())
+    if view is None or view.target not in (aten.view.default, aten.reshape.default) or node.args[1:] not in ((), (0,)):
+        return False
+    return len(shapes) == 1 and view.meta["val"].shape == (len(members), *shapes.pop())
 
 
 def _stack_at_once(graph: Graph, node: Node) -> None:

@@ -1,0 +1,89 @@
+"""The rewrites of a step's graph keep its values, and find what they are for."""
+
+from collections import Counter
+
+import pytest
+import torch
+from strategies import Shape, assert_same, low_rank, normal
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dynlora_fn import Factors, compile_step, linear
+from dynlora_fn.inductor import Rewrites
+
+STACK = low_rank(Shape(6, 8, 2), (3,), base_dtype=torch.float32, factor_dtype=torch.float32)
+X = normal(1, 5, 8, dtype=torch.float32)
+
+
+def rewritten(function, *args):
+    """The graph of a function before and after, and how often each operation is in the latter."""
+    table = select_decomp_table()
+    before, after = (
+        make_fx(function, decomposition_table=table, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+        for _ in range(2)
+    )
+    Rewrites()(after.graph)
+    after.graph.lint()
+    after.recompile()
+    return before, after, Counter(node.target for node in after.graph.nodes)
+
+
+def gradients(dtype: torch.dtype):
+    """Of a chain of stacked low-rank weights and a stacked vector."""
+
+    def loss(factors, shifts, x):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            members = zip(STACK.base, *(leaf.unbind(0) for leaf in (*factors, shifts)), strict=True)
+            for base, b, a, shift in members:
+                x = linear(x, STACK._replace(base=base, factors=Factors(b, a)), path="merged").float()
+                x = torch.nn.functional.pad(x, (0, 2)).tanh() * shift
+        return x.square().sum()
+
+    return torch.func.grad(loss, argnums=(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_stay_bit_for_bit(dtype):
+    args = STACK.factors, normal(2, 3, 8, dtype=torch.float32), X
+    before, after, count = rewritten(gradients(dtype), *args)
+    assert_same(after(*args), before(*args))
+    ops = torch.ops.dynlora_fn
+    # Forward, where a weight is rounded, and backward, with `b` beside it. Side b, side a and the vectors in one each.
+    assert count[ops.merged.default] == (3 if dtype == torch.float32 else 6)
+    assert count[ops.stack.default] == 3
+    assert count[ops.separate.default] >= 3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.stack([row.sin() for row in x]),
+        lambda x: torch.stack([row / 3 for row in x.view(5, 2, 4)]),
+        lambda x: torch.stack([row.T / 3 for row in x.view(5, 2, 4)]),
+        lambda x: torch.stack([row.T / (n + 1) for n, row in enumerate(x.view(5, 2, 4))]),
+        lambda x: torch.stack([row.T if n else row.T.contiguous() for n, row in enumerate(x.view(5, 2, 4))]),
+        lambda x: torch.stack(list(x.T), dim=1),
+        lambda x: torch.stack([x[0], x[0], x[1]]),
+        lambda x: torch.stack([(x[0] / 2)] * 2) + (x[0] / 2),
+        lambda x: torch.cat([x, x]).view(2, 5, 8).sin(),
+        lambda x: torch.cat([x, x]).view(2, 40),
+        lambda x: (torch.cat([x, x]).view(2, 5, 8), torch.cat([x, x])),
+        lambda x: torch.cat([torch.addmm(x, x[:, :5], x, alpha=0.5), x[:, :5]], 1),
+        lambda x: torch.cat([torch.addmm(x, x[:, :5], x, alpha=0.5), x], 1),
+        lambda x: torch.cat([torch.addmm(x, x[:, :5], x, alpha=0.5), x[:, :5], x], 1),
+        lambda x: torch.cat([torch.addmm(x, x[:, :5], x, beta=2), x[:, :5]], 1),
+        lambda x: torch.addmm(x[0], x[:, :5], x),
+        lambda x: torch.cat([torch.addmm(x[0], x[:, :5], x).double(), x[:, :5].double()], 1),
+    ],
+)
+def test_look_alikes_keep_their_values(function):
+    before, after, _ = rewritten(function, X)
+    assert_same(after(X), before(X))
+
+
+@pytest.mark.inductor
+def test_a_mode_and_options_of_the_caller_hold():
+    step = compile_step(lambda state: (state + 1, None), donate=False, options={"realize_reads_threshold": 3})
+    assert_same(step(torch.zeros(3)).state, torch.ones(3))
+    step = compile_step(lambda state: (state + 1, None), donate=False, mode="reduce-overhead")
+    assert_same(step(torch.zeros(3)).state, torch.ones(3))
