@@ -2,7 +2,7 @@
 
 A step holds its forward pass, backward pass and update in one graph, and every layer of a stack is a slice of one
 tensor. Left alone, Inductor generates a kernel for each slice, since its offset is written into the code, so that
-compile time grows with depth; and it fuses the forming of many merged weights, which then are all alive at once.
+compile time grows with depth; and it forms all merged weights at the start, where they are all alive at once.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("separate(Tensor x) -> Tensor")
 _LIBRARY.define("stack(Tensor[] xs) -> Tensor")
-_LIBRARY.define("merged(Tensor base, Tensor b, Tensor a, float scale, ScalarType dtype, bool with_b) -> Tensor")
+_LIBRARY.define(
+    "times_merged(Tensor x, Tensor? bias, Tensor base, Tensor b, Tensor a, float scale, bool with_b, bool transposed)"
+    " -> Tensor"
+)
 
 
 def _separate(x: Tensor) -> Tensor:
@@ -31,29 +34,41 @@ def _stack(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs)
 
 
-def _merged(base: Tensor, b: Tensor, a: Tensor, scale: float, dtype: torch.dtype, with_b: bool) -> Tensor:
-    """``base + scale * b @ a`` in `dtype`, in its last columns followed by `b` if wanted."""
-    out = _empty_merged(base, b, a, scale, dtype, with_b)
+def _times_merged(
+    x: Tensor,
+    bias: Tensor | None,
+    base: Tensor,
+    b: Tensor,
+    a: Tensor,
+    scale: float,
+    with_b: bool,
+    transposed: bool,
+) -> Tensor:
+    """``x`` times ``base + scale * b @ a`` in its dtype, with `b` in further columns if wanted, plus the bias."""
     columns = base.shape[1]
-    if dtype == base.dtype:
-        torch.addmm(base, b, a, alpha=scale, out=out[:, :columns])
+    weight = x.new_empty(base.shape[0], columns + (b.shape[1] if with_b else 0))
+    if x.dtype == base.dtype:
+        torch.addmm(base, b, a, alpha=scale, out=weight[:, :columns])
     else:
-        out[:, :columns] = torch.addmm(base, b, a, alpha=scale)
+        weight[:, :columns] = torch.addmm(base, b, a, alpha=scale)
     if with_b:
-        out[:, columns:] = b
-    return out
+        weight[:, columns:] = b
+    weight = weight.mT if transposed else weight
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def _empty_merged(base: Tensor, b: Tensor, a: Tensor, scale: float, dtype: torch.dtype, with_b: bool) -> Tensor:
-    return base.new_empty(base.shape[0], base.shape[1] + (b.shape[1] if with_b else 0), dtype=dtype)
+def _empty_times_merged(
+    x: Tensor, bias: Any, base: Tensor, b: Tensor, a: Any, scale: float, with_b: bool, transposed: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], base.shape[0] if transposed else base.shape[1] + (b.shape[1] if with_b else 0))
 
 
 _LIBRARY.impl("separate", _separate, "CompositeExplicitAutograd")
 _LIBRARY.impl("separate", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
 _LIBRARY.impl("stack", _stack, "CompositeExplicitAutograd")
 _LIBRARY.impl("stack", lambda xs: xs[0].new_empty(len(xs), *xs[0].shape), "Meta")
-_LIBRARY.impl("merged", _merged, "CompositeExplicitAutograd")
-_LIBRARY.impl("merged", _empty_merged, "Meta")
+_LIBRARY.impl("times_merged", _times_merged, "CompositeExplicitAutograd")
+_LIBRARY.impl("times_merged", _empty_times_merged, "Meta")
 
 
 def inductor_options() -> dict[str, Any]:
@@ -64,6 +79,7 @@ class Rewrites(CustomGraphPass):
     """A pass over the graph of a whole step, for Inductor's ``post_grad_custom_pre_pass``."""
 
     def __call__(self, graph: Graph) -> None:
+        graph.eliminate_dead_code()  # a dead user is one all the same
         for node in list(graph.nodes):
             if node.target is aten.addmm.default:
                 _form_merged_weight(graph, node)
@@ -78,20 +94,30 @@ class Rewrites(CustomGraphPass):
 
 
 def _form_merged_weight(graph: Graph, node: Node) -> None:
-    """A merged weight of another dtype, or with `b` beside it, in one operation that nothing is fused with."""
+    """Forms a merged weight within the product that it is formed for. Apart from it, nothing would keep the scheduler
+    from forming all of them at once, long before they are used."""
     arguments: Any = node.args
     base, b, a = arguments
     has_bias = base.meta["val"].shape != node.meta["val"].shape
     if has_bias or node.kwargs.get("beta", 1) != 1:
         return
-    last, with_b = node, False
-    if (only := _only_user(last)) and only.target is _CONVERT:
-        last = only
-    if (only := _only_user(last)) and only.target is aten.cat.default and _is_beside(only, last, b):
-        last, with_b = only, True
-    if last is not node:
-        arguments = (base, b, a, node.kwargs.get("alpha", 1), last.meta["val"].dtype, with_b)
-        _replace(graph, last, last, torch.ops.dynlora_fn.merged.default, arguments)
+    weight, with_b = node, False
+    if (only := _only_user(weight)) and only.target is _CONVERT:
+        weight = only
+    if (only := _only_user(weight)) and only.target is aten.cat.default and _is_beside(only, weight, b):
+        weight, with_b = only, True
+    if (only := _only_user(weight)) and only.target is aten.permute.default:
+        weight = only
+    product, transposed = _only_user(weight), weight.target is aten.permute.default
+    if product is None or product.target not in (aten.mm.default, aten.addmm.default) or product.kwargs:
+        return
+    operands: Any = product.args
+    bias, x, right = operands if product.target is aten.addmm.default else (None, *operands)
+    if right is weight and x is not weight and bias is not weight:
+        scale = node.kwargs.get("alpha", 1)
+        _replace(
+            graph, product, torch.ops.dynlora_fn.times_merged.default, (x, bias, base, b, a, scale, with_b, transposed)
+        )
 
 
 def _is_beside(cat: Node, weight: Node, b: Any) -> bool:
@@ -107,7 +133,7 @@ def _separate_vectors(graph: Graph, node: Node) -> None:
     """Gives each vector of a stack memory of its own, so that all layers share the kernels that read it."""
     for member in list(node.users):
         if member.meta["val"].ndim <= 1:
-            _replace(graph, member, member, torch.ops.dynlora_fn.separate.default, (member,))
+            _replace(graph, member, torch.ops.dynlora_fn.separate.default, (member,))
 
 
 def _is_stack(node: Node) -> bool:
@@ -157,8 +183,8 @@ def _only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _replace(graph: Graph, node: Node, after: Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    with graph.inserting_after(after):
+def _replace(graph: Graph, node: Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    with graph.inserting_after(node):
         new = graph.call_function(target, arguments)
     new.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -48,8 +48,9 @@ def test_values_stay_bit_for_bit(dtype):
     before, after, count = rewritten(gradients(dtype), *args)
     assert_same(after(*args), before(*args))
     ops = torch.ops.dynlora_fn
-    # Forward, where a weight is rounded, and backward, with `b` beside it. Side b, side a and the vectors in one each.
-    assert count[ops.merged.default] == (3 if dtype == torch.float32 else 6)
+    # One merged weight forward and one backward for each layer; side b, side a and the vectors stacked in one each.
+    assert count[ops.times_merged.default] == 6
+    assert count[torch.ops.aten.addmm.default] == 0
     assert count[ops.stack.default] == 3
     assert count[ops.separate.default] >= 3
 
@@ -73,6 +74,16 @@ def test_values_stay_bit_for_bit(dtype):
         lambda x: torch.cat([torch.addmm(x, x[:, :5], x, alpha=0.5), x[:, :5], x], 1),
         lambda x: torch.cat([torch.addmm(x, x[:, :5], x, beta=2), x[:, :5]], 1),
         lambda x: torch.addmm(x[0], x[:, :5], x),
+        lambda x: x @ torch.addmm(x, x[:, :5], x, alpha=0.5).T,
+        lambda x: x.T @ torch.addmm(x, x[:, :5], x, alpha=0.5),
+        lambda x: torch.addmm(x, x[:, :5], x, alpha=0.5) @ x.T,
+        lambda x: torch.addmm(x[:, 0], x, torch.addmm(x, x[:, :5], x, alpha=0.5).T),
+        lambda x: torch.addmm(x[:, 0], x, torch.addmm(x, x[:, :5], x, alpha=0.5).T, alpha=3),
+        lambda x: x.T @ torch.cat([torch.addmm(x, x[:, :5], x, alpha=0.5), x[:, :5]], 1),
+        lambda x: x @ torch.cat([torch.addmm(x, x[:, :5], x), x[:, :5]], 1)[:, :8].T,
+        lambda x: x.double() @ torch.addmm(x, x[:, :5], x).double().T,
+        lambda x: [x @ weight.T @ weight for weight in [torch.addmm(x, x[:, :5], x)]],
+        lambda x: [weight @ weight.T for weight in [torch.addmm(x, x[:, :5], x)]],
         lambda x: torch.cat([torch.addmm(x[0], x[:, :5], x).double(), x[:, :5].double()], 1),
     ],
 )
