@@ -72,7 +72,7 @@ _LIBRARY.impl("times_merged", _empty_times_merged, "Meta")
 
 
 def inductor_options() -> dict[str, Any]:
-    return {"post_grad_custom_pre_pass": Rewrites(), "realize_reads_threshold": 1}
+    return {"post_grad_custom_pre_pass": Rewrites()}
 
 
 class Rewrites(CustomGraphPass):

@@ -116,7 +116,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switche
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
     # One fold of both sides: the columns that meet each row of differences, and the other way about.
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
-    right = torch.cat([new_a.difference, take_rows(new_a.rows, plan.b.slots).to(wide)], dim=-2)
+    right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
     base = fold(param.base, left, right, rank=a.shape[-2])
     factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
     return Switched(LowRank(base, factors, param.seed), Factors(b=new_b.outgoing.mT, a=new_a.outgoing))
@@ -137,6 +137,24 @@ def _replace(
     outgoing = take_rows(rows, plan.slots)
     difference = torch.where(is_effective[..., None], outgoing.to(wide) - incoming.to(wide), 0)
     return _Replaced(new, outgoing, difference)
+
+
+def _rows_after(
+    rows: Float[Tensor, "*stack rank n"],
+    plan: SidePlan,
+    incoming: Float[Tensor, "*stack count n"],
+    index: Int[Tensor, "*stack wanted"],
+) -> Float[Tensor, "*stack wanted n"]:
+    """The new vectors at `index` alone. Read out of all of them, those would have to be in memory before the optimizer
+    writes them, which compiled is a copy of the factors."""
+    kept = take_rows(rows, index)
+    if not plan.slots.shape[-1]:
+        return kept
+    source, is_hit, _ = _sources(plan, rows.shape[-2])
+    stack = rows.shape[:-2]
+    index = index.expand(*stack, index.shape[-1])
+    source, is_hit = (which.expand(*stack, which.shape[-1]).gather(-1, index) for which in (source, is_hit))
+    return torch.where(is_hit[..., None], take_rows(incoming.to(rows.dtype), source), kept)
 
 
 def _sources(

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from dynlora_fn import (
     Factors,
     combine,
+    contraction,
     never,
     unstack,
 )
@@ -121,7 +122,8 @@ class PlainLoRA:
         return loss.detach()
 
 
-def test_without_switches_a_run_is_plain_lora_bit_for_bit():
+def test_without_switches_a_run_is_plain_lora_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(contraction, "cheapest", lambda **_: "factored")  # the products of plain LoRA
     # Without clipping, whose norm adds up the stack in another order.
     run = make_run(never(), dtype=torch.float32, start="lora", weight_decay=0.1, max_norm=math.inf)
     plain = PlainLoRA(run.state, weight_decay=0.1)
