@@ -26,6 +26,9 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     `torch.utils.checkpoint` it works under `torch.func.grad` and inside one compiled graph, as well as through
     `torch.autograd.grad`.
 
+    In a compiled graph a block is traced once for training and once for evaluation: nothing else that its forward pass
+    looks up in the module may change.
+
     Args:
         model: left as it is. The result shares its parameters and buffers, and goes wherever the model went:
             ``call(remat(model, ["layers.*"]), params, x)``.
