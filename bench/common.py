@@ -82,9 +82,16 @@ def environment(common: Common) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
-        "command": " ".join(["python -m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join(["python -m", "bench." + Path(sys.argv[0]).stem, *_arguments()]),
         "load": os.getloadavg()[0],
     }
+
+
+def _arguments() -> list[str]:
+    """Those of the command line but for where the results go."""
+    given = sys.argv[1:]
+    at = given.index("--out") if "--out" in given else len(given)
+    return given[:at] + given[at + 2 :]
 
 
 def _processor() -> str:
