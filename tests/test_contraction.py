@@ -232,6 +232,14 @@ def test_no_path_costs_much_more_than_full_rank_at_any_rank():
         assert flops(cheapest(**sizes), **sizes) <= flops("full", **sizes) * (1 + 4 * rank / (3 * 4096))
 
 
+def test_batches_of_any_size_share_a_graph():
+    param = low_rank(Shape(16, 16, 4))
+    compiled = torch.compile(lambda x: linear(x, param), fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (64, 128, 7):  # the last by another path
+        x = normal(0, tokens, 16)
+        torch.testing.assert_close(compiled(x), linear(x, param), rtol=1e-12, atol=1e-10)
+
+
 def test_an_unknown_path_is_refused():
     with pytest.raises(ValueError, match="`path` must be one of factored, merged, dense, got 'fast'"):
         linear(X[0], ONE, path="fast")
