@@ -82,12 +82,14 @@ def _recomputed(number: int, training: bool, inputs: tuple[Any, ...], autocast: 
     """`inputs` are all that the block uses: its parameters and buffers, arguments and keyword arguments."""
     leaves, structure = tree_flatten(inputs)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+    # `run` outlives this call, and must not hold what is kept for it.
+    constants = [None if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
     block = _BLOCKS[number]
     watch = nullcontext() if (number, training) in _WATCHED else _RefuseRandom(block)
 
     def run(*tensors: Tensor) -> Any:
         given = iter(tensors)
-        filled = [next(given) if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
+        filled = [next(given) if is_one else leaf for leaf, is_one in zip(constants, is_tensor, strict=True)]
         params, *rest = tree_unflatten(filled, structure)
         params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
