@@ -37,7 +37,8 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
 
     Raises:
         ValueError: if a pattern matches nothing.
-        NotImplementedError: at the first call, if a block draws random numbers: the second time they would be others.
+        NotImplementedError: if a block draws random numbers at its first call in training or in evaluation: computed
+            again they would be others. Later calls are not watched.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     return _copy(model, "", set(match(modules, blocks, "blocks")))
