@@ -65,8 +65,9 @@ def linear(
 ) -> Float[Tensor, "*batch out"]:
     """``x @ weight.T + bias`` by the `cheapest` path, in the dtype of `x` or the one that autocast sets.
 
-    No gradient reaches the base. All paths give the same values and gradients but for rounding, under any composition
-    of `torch.func`'s transforms; under `torch.vmap` and forward-mode differentiation the factored one is taken.
+    No gradient reaches the base. All paths give the same values and gradients but for rounding, under compositions of
+    `torch.func`'s transforms too; under `torch.vmap` the factored one is taken, and tangents are formed as it forms
+    them. (`torch.compile` refuses forward mode over reverse mode, of any path.)
 
     Args:
         x: the input.
@@ -127,10 +128,8 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, base, b, a = ctx.saved_tensors
         with without_autocast(x.device.type):
-            rows, grad_rows = (
-                x.reshape(-1, x.shape[-1]),
-                grad.reshape(-1, grad.shape[-1]),
-            )  # (tokens, in), (tokens, out)
+            rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             gradients = _dense_gradients if ctx.is_dense else _low_rank_gradients
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, _merge(x, base, b, a), b.to(x.dtype), a.to(x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None

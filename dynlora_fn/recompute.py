@@ -22,9 +22,9 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     """A model of the same values, gradients and parameter names whose `blocks` keep their inputs alone.
 
     What a block computes is freed after the forward pass and computed again, once, in the backward pass: one more
-    forward pass in time for the activations of one block at a time in memory (arXiv:1604.06174). Unlike
-    `torch.utils.checkpoint` it works under `torch.func.grad` and inside one compiled graph, as well as through
-    `torch.autograd.grad`.
+    forward pass in time for the activations of one block at a time in memory (arXiv:1604.06174). It works under
+    `torch.func.grad`, which refuses `torch.utils.checkpoint`, through `torch.autograd.grad`, and inside one compiled
+    graph.
 
     In a compiled graph a block is traced once for training and once for evaluation: nothing else that its forward pass
     looks up in the module may change.

@@ -168,7 +168,7 @@ def test_only_inputs_are_kept(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_frozen_input_costs_no_gradient(path):
+def test_the_factors_alone_may_be_trained(path):
     factors = Factors(*(leaf.clone().requires_grad_() for leaf in ONE.factors))
     output = linear(X[0], ONE._replace(factors=factors), path=path).sum()
     assert all(leaf.any() for leaf in torch.autograd.grad(output, factors))
