@@ -19,7 +19,8 @@ BELOW = {"types", "tree", "stacking", "basis", "base"}
 ALLOWED = {
     "types": set(),
     "cost": BELOW | {"contraction"},
-    "inductor": set(),
+    "opaque": set(),
+    "inductor": {"opaque"},
     "memory": set(),
     "consumed": set(),
     "step": {"consumed", "inductor"},

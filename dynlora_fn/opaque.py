@@ -1,0 +1,62 @@
+"""Operations that Inductor takes as they are.
+
+They have no gradients: they are put into a graph after all differentiation is done.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("separate(Tensor x) -> Tensor")
+_LIBRARY.define("stack(Tensor[] xs) -> Tensor")
+_LIBRARY.define(
+    "times_merged(Tensor x, Tensor? bias, Tensor base, Tensor b, Tensor a, float scale, bool with_b, bool transposed)"
+    " -> Tensor"
+)
+
+
+def _separate(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _stack(xs: list[Tensor]) -> Tensor:
+    return torch.stack(xs)
+
+
+def _times_merged(
+    x: Tensor,
+    bias: Tensor | None,
+    base: Tensor,
+    b: Tensor,
+    a: Tensor,
+    scale: float,
+    with_b: bool,
+    transposed: bool,
+) -> Tensor:
+    """``x`` times ``base + scale * b @ a`` in its dtype, with `b` in further columns if wanted, plus the bias."""
+    columns = base.shape[1]
+    weight = x.new_empty(base.shape[0], columns + (b.shape[1] if with_b else 0))
+    if x.dtype == base.dtype:
+        torch.addmm(base, b, a, alpha=scale, out=weight[:, :columns])
+    else:
+        weight[:, :columns] = torch.addmm(base, b, a, alpha=scale)
+    if with_b:
+        weight[:, columns:] = b
+    weight = weight.mT if transposed else weight
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def _empty_times_merged(
+    x: Tensor, bias: Any, base: Tensor, b: Tensor, a: Any, scale: float, with_b: bool, transposed: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], base.shape[0] if transposed else base.shape[1] + (b.shape[1] if with_b else 0))
+
+
+_LIBRARY.impl("separate", _separate, "CompositeExplicitAutograd")
+_LIBRARY.impl("separate", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
+_LIBRARY.impl("stack", _stack, "CompositeExplicitAutograd")
+_LIBRARY.impl("stack", lambda xs: xs[0].new_empty(len(xs), *xs[0].shape), "Meta")
+_LIBRARY.impl("times_merged", _times_merged, "CompositeExplicitAutograd")
+_LIBRARY.impl("times_merged", _empty_times_merged, "Meta")
