@@ -38,11 +38,20 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _counted(product: str) -> tuple[int, str]:
+    """The FLOPs of a product for sizes of 1, by opt_einsum's count (2 for each multiplication and addition), and the
+    dimensions whose sizes they grow with. Counted once, since Dynamo would trace the counting for each weight."""
+    dimensions = "".join(sorted(set(product) & set("nior")))
+    return flop_count(dimensions, True, 2, dict.fromkeys(dimensions, 1)), dimensions
+
+
+_COUNTED = {path: [_counted(product) for product in products] for path, products in PRODUCTS.items()}
+
+
 def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int) -> int:
-    """FLOPs of a forward and backward pass by a path, or by ``"full"`` rank: opt_einsum's count, 2 for each
-    multiplication and addition."""
+    """FLOPs of a forward and backward pass by a path, or by ``"full"`` rank."""
     sizes = {"n": tokens, "o": out_features, "i": in_features, "r": rank}
-    return sum(flop_count(set(product) & set(sizes), True, 2, sizes) for product in PRODUCTS[path])
+    return sum(count * prod([sizes[dimension] for dimension in dimensions]) for count, dimensions in _COUNTED[path])
 
 
 def cheapest(*, tokens: int, out_features: int, in_features: int, rank: int) -> Path:
@@ -163,7 +172,7 @@ def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: T
     # One product for the gradients of the input and of `x @ a.T`: a narrow one leaves much of a processor idle.
     beside = torch.cat([weight, b], dim=1)
     grad_x, grad_inner = torch.split(grad @ beside, [a.shape[1], a.shape[0]], dim=1)
-    return grad_x, ((x @ a.mT).mT @ grad).mT, grad_inner.mT @ x
+    return grad_x, grad.mT @ (x @ a.mT), (x.mT @ grad_inner).mT
 
 
 def _dense_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
