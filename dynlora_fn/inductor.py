@@ -12,7 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from dynlora_fn import opaque
+from dynlora_fn import opaque, saved
 
 aten = torch.ops.aten
 _CONVERT = torch.ops.prims.convert_element_type.default
@@ -35,9 +35,10 @@ class Rewrites(CustomGraphPass):
             elif node.target is aten.cat.default and _is_stack(node):
                 _stack_at_once(graph, node)
         graph.eliminate_dead_code()
+        saved.compute_again(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, opaque.__file__))
+        return get_hash_for_files((__file__, opaque.__file__, saved.__file__))
 
 
 def _form_merged_weight(graph: Graph, node: Node) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("separate(Tensor x) -> Tensor")
+_LIBRARY.define("after(Tensor(a) x, Tensor other) -> Tensor(a)")
 _LIBRARY.define("stack(Tensor[] xs) -> Tensor")
 _LIBRARY.define(
     "times_merged(Tensor x, Tensor? bias, Tensor base, Tensor b, Tensor a, float scale, bool with_b, bool transposed)"
@@ -19,6 +20,11 @@ _LIBRARY.define(
 
 def _separate(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _after(x: Tensor, other: Tensor) -> Tensor:
+    """`x`, for what is not to be computed before `other` is."""
+    return x.view_as(x)
 
 
 def _stack(xs: list[Tensor]) -> Tensor:
@@ -56,6 +62,8 @@ def _empty_times_merged(
 
 _LIBRARY.impl("separate", _separate, "CompositeExplicitAutograd")
 _LIBRARY.impl("separate", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
+_LIBRARY.impl("after", _after, "CompositeExplicitAutograd")
+_LIBRARY.impl("after", _after, "Meta")
 _LIBRARY.impl("stack", _stack, "CompositeExplicitAutograd")
 _LIBRARY.impl("stack", lambda xs: xs[0].new_empty(len(xs), *xs[0].shape), "Meta")
 _LIBRARY.impl("times_merged", _times_merged, "CompositeExplicitAutograd")

@@ -1,0 +1,52 @@
+"""What the nodes of a graph are to a compiler that fuses."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+# Pointwise to a compiler that fuses, though not marked so: gathers, copies and what fills.
+_FUSED = {aten.embedding.default, aten.cat.default, aten.stack.default, aten.full.default, aten.clone.default}
+_FUSED |= {aten.scalar_tensor.default, aten.zeros_like.default, aten.ones_like.default, aten.constant_pad_nd.default}
+_FUSED |= {aten.empty.memory_format}
+_REDUCTIONS = {aten.sum, aten.mean, aten.amax, aten.amin, aten.any, aten.prod, aten._log_softmax, aten._softmax}
+
+
+def is_view(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    is_alias = schema is not None and any(result.alias_info for result in schema.returns)
+    return is_alias or node.target in (aten.reshape.default, aten._unsafe_view.default) or schema is None
+
+
+def is_fused(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and (torch.Tag.pointwise in tags or node.target in _FUSED)
+
+
+def is_reduction(node: Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in _REDUCTIONS
+
+
+def bytes_of(value: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def without_views(node: Node) -> Node:
+    """What the node is a view of."""
+    return without_views(node.all_input_nodes[0]) if is_view(node) else node
+
+
+def depths(nodes: list[Node]) -> dict[Node, int]:
+    """How many results must have been formed, one from the other, before each node's. The order in which the graph is
+    written does not matter: it need not be the one in which it will run."""
+    depth: dict[Node, int] = {}
+    for node in nodes:
+        own = 0 if node.op != "call_function" or is_view(node) or is_fused(node) else 1
+        depth[node] = own + max((depth[source] for source in node.all_input_nodes), default=0)
+    return depth
