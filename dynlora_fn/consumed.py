@@ -3,7 +3,22 @@
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+
+def plain(tensor: Tensor) -> list[Tensor]:
+    """Those that hold its memory: itself, or what is inside of a subclass such as torchao's."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in plain(getattr(tensor, name))]
+
+
+def memory_of(leaf: Any) -> list[int]:
+    """Where its memory starts, of each of the `plain` tensors; none of what holds no memory."""
+    inner = plain(leaf) if isinstance(leaf, Tensor) else []
+    return [tensor.untyped_storage().data_ptr() for tensor in inner if tensor.numel()]
 
 
 class Consumed(Tensor):
@@ -26,9 +41,9 @@ def consume(state: Any, aux: Any) -> Any:
         ValueError: if `aux` holds memory of the state.
     """
     leaves, structure = tree_flatten_with_path(state)
-    owners = {leaf.untyped_storage().data_ptr(): keystr(path) for path, leaf in leaves if leaf.numel()}
+    owners = {memory: keystr(path) for path, leaf in leaves for memory in memory_of(leaf)}
     for path, leaf in tree_flatten_with_path(aux)[0]:
-        owner = owners.get(leaf.untyped_storage().data_ptr()) if isinstance(leaf, Tensor) else None
+        owner = next((owners[memory] for memory in memory_of(leaf) if memory in owners), None)
         if owner:
             rule = "must hold no memory of a donated state, which the next step writes over"
             raise ValueError(f"`aux` {rule}, got that of {owner} at {keystr(path)}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
-from dynlora_fn.consumed import Consumed, consume
+from dynlora_fn.consumed import Consumed, consume, memory_of, plain
 
 
 class ValueAndGrad(NamedTuple):
@@ -153,8 +153,9 @@ def _apart(aux: Any, state: Any) -> Any:
 
 def _write(state: Any, new_state: Any) -> None:
     pairs = [(old, new) for old, new in zip(tree_leaves(state), tree_leaves(new_state), strict=True) if new is not old]
+    inner = [pair for old, new in pairs for pair in zip(plain(old), plain(new), strict=True)]
     # Copies first: a new leaf may be an old one, or a view of it, that another write would overwrite.
-    for old, new in [(old, new.clone()) for old, new in pairs]:
+    for old, new in [(old, new.clone()) for old, new in inner]:
         old.copy_(new)
 
 
@@ -167,6 +168,7 @@ def _check_donated(state: Any) -> None:
         if not isinstance(leaf, Tensor) or leaf.requires_grad:
             got = "a tensor that does" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(f"`state` must hold tensors that require no gradient to be donated, got {got} at {name}")
-        owner = owners.setdefault(leaf.untyped_storage().data_ptr(), name)
-        if leaf.numel() and owner != name:
-            raise ValueError(f"`state` must hold no memory twice to be donated, got one at {owner} and {name}")
+        for memory in memory_of(leaf):
+            owner = owners.setdefault(memory, name)
+            if owner != name:
+                raise ValueError(f"`state` must hold no memory twice to be donated, got one at {owner} and {name}")
