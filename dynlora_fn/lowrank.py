@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynlora_fn.base import fold, widest
 from dynlora_fn.basis import Bounds, Request, basis_bounds, uniform
+from dynlora_fn.quantized import dequantize, fold_base
 from dynlora_fn.stacking import Stack, find_stacks
 from dynlora_fn.tree import map_low_rank, match
 from dynlora_fn.types import Factors, LowRank, Param, Params
@@ -161,14 +162,16 @@ def materialize(params: Params) -> dict[str, Tensor]: ...
 def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
     """The dense weight, ``base + b @ a / rank``, of one parameter or of each in a dict.
 
-    Numerics: in the wider dtype of base and factors, float32 at least.
+    Numerics: in the wider dtype of base and factors, float32 at least. Of a quantized base it is what products see, not
+    the residual.
     """
     return map_low_rank(_dense, params)  # type: ignore[return-value]
 
 
 def _dense(param: LowRank) -> Tensor:
     b, a = param.factors
-    return fold(param.base, b, a, rank=b.shape[-1], dtype=widest(param.base.dtype, b.dtype))
+    wide = widest(b.dtype, param.base.dtype if isinstance(param.base, Tensor) else torch.float32)
+    return fold(dequantize(param.base, wide), b, a, rank=b.shape[-1])
 
 
 @overload
@@ -180,11 +183,17 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
     Merging twice is merging once.
 
-    Numerics: the base is rounded once to its dtype.
+    Raises:
+        ValueError: if a quantized weight is not finite; it names the weight.
+
+    Numerics: the base is rounded once to its dtype, or quantized once (see `quantize`).
     """
-    return map_low_rank(_merge, params)  # type: ignore[return-value]
+    if isinstance(params, LowRank):
+        return _merge("param", params)
+    return {name: _merge(name, param) if isinstance(param, LowRank) else param for name, param in params.items()}
 
 
-def _merge(param: LowRank) -> LowRank:
+def _merge(name: str, param: LowRank) -> LowRank:
     b, a = param.factors
-    return LowRank(fold(param.base, b, a, rank=b.shape[-1]), Factors(torch.zeros_like(b), a), param.seed)
+    base = fold_base(param.base, b, a, rank=b.shape[-1], name=name)
+    return LowRank(base, Factors(torch.zeros_like(b), a), param.seed)

@@ -103,7 +103,7 @@ def sizes(method: Method) -> dict[str, Any]:
     """Numbers of parameters, and bytes, of the run and of full-rank AdamW in float32 on the same model."""
     params = method.state.params()
     low_rank = [param for param in params.values() if isinstance(param, LowRank)]
-    whole = sum((param.base if isinstance(param, LowRank) else param).numel() for param in params.values())
+    whole = sum(param.shape.numel() for param in params.values())
     trainable = sum(leaf.numel() for leaf in tree_leaves(method.state.trainable))
     return {
         "parameters": whole,
