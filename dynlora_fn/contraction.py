@@ -69,7 +69,7 @@ def linear(
 
     No gradient reaches the base. All paths give the same values and gradients but for rounding, under compositions of
     `torch.func`'s transforms too; under `torch.vmap` the factored one is taken, and tangents are formed as it forms
-    them. (`torch.compile` refuses forward mode over reverse mode, of any path.)
+    them. (Compiled, forward mode wants inputs that are no views of one tensor: Dynamo fails on plain products as well.)
 
     Args:
         x: the input.
@@ -112,9 +112,7 @@ def _merge(x: Tensor, b: Tensor, a: Tensor, base: Codes) -> Tensor:
 
 # Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _merged(
-    x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor
-) -> Tensor:
+def _merged(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor) -> Tensor:
     return _Merged.apply(x, b, a, bias, is_dense, kind, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from dynlora_fn.types import Codes, Float8Codes, Int8Codes, NF4Codes
 
 KINDS = {"int8": Int8Codes, "float8": Float8Codes, "nf4": NF4Codes}
+NAMES = (*KINDS, "bfloat16")
+_RULE = f"be one of {', '.join(NAMES)}, or torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig with PerRow"
 _NF4_BLOCK, _NF4_SCALE_BLOCK = 64, 256
 # Quantiles of a normal distribution, as torchao rounds them.
-_NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
-_NF4 += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
+_BELOW = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
+NF4 = (*_BELOW, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
 # Of torchao. What is below a row of such scales is zero; the residual of small weights needs smaller ones.
 _LEAST_SCALE = torch.finfo(torch.float32).eps
 _LEAST_RESIDUAL_SCALE = torch.finfo(torch.float32).tiny
@@ -35,7 +37,27 @@ def flat(codes: Codes | None) -> list[Tensor]:
 
 
 def built(kind: str, tensors: Sequence[Tensor]) -> Codes:
-    return tensors[0] if kind == "plain" else KINDS[kind](*tensors)  # type: ignore[no-any-return]
+    return tensors[0] if kind == "plain" else KINDS[kind](*tensors)
+
+
+def format_of(base: object) -> tuple[str, torch.dtype]:
+    """The name of a format that is given by its name or as torchao's configuration, and the dtype of its float8.
+
+    Raises:
+        ValueError: if there is no such base.
+    """
+    if base in NAMES:
+        return str(base), torch.float8_e4m3fn
+    if not type(base).__module__.startswith("torchao."):
+        raise ValueError(f"`base` must {_RULE}, got {base!r}")
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow  # noqa: PLC0415 (a second)
+
+    if getattr(base, "granularity", None) == PerRow():
+        if isinstance(base, Int8WeightOnlyConfig):
+            return "int8", torch.float8_e4m3fn
+        if isinstance(base, Float8WeightOnlyConfig):
+            return "float8", base.weight_dtype
+    raise ValueError(f"`base` must {_RULE}, got {base!r}")
 
 
 def blank(kind: str, name: str, weight: Tensor, *, float8_dtype: torch.dtype = torch.float8_e4m3fn) -> Codes:
@@ -44,7 +66,7 @@ def blank(kind: str, name: str, weight: Tensor, *, float8_dtype: torch.dtype = t
     NF4 has blocks of 64 numbers, and the most blocks up to 256 that divide their number share a factor.
 
     Raises:
-        ValueError: if the format is unknown or its blocks do not divide the weight called `name`.
+        ValueError: if the format's blocks do not divide the weight called `name`.
     """
     out_features, in_features = weight.shape
     if kind == "bfloat16":
@@ -54,8 +76,6 @@ def blank(kind: str, name: str, weight: Tensor, *, float8_dtype: torch.dtype = t
         return Int8Codes(weight.new_empty(weight.shape, dtype=torch.int8), scale)
     if kind == "float8":
         return Float8Codes(weight.new_empty(weight.shape, dtype=float8_dtype), scale)
-    if kind != "nf4":
-        raise ValueError(f"`base` must be one of bfloat16, {', '.join(KINDS)} or a torchao configuration, got {kind!r}")
     if weight.numel() % _NF4_BLOCK or in_features % 2:
         rule = f"have a multiple of {_NF4_BLOCK} numbers and an even `in` to be held in blocks of {_NF4_BLOCK} in nf4"
         raise ValueError(f"weight {name!r} must {rule}, got {tuple(weight.shape)}")
@@ -114,16 +134,14 @@ def _encode_nf4(weight: Tensor, like: NF4Codes) -> NF4Codes:
     numbers = torch.bucketize(units, _nf4_limits().to(units.device)).to(torch.uint8).reshape(-1, 2)
     codes = (numbers[:, 0] << 4) | numbers[:, 1]
     dtype = like.mean.dtype
-    return NF4Codes(
-        codes.reshape(like.codes.shape), scales.flatten().to(torch.int8), factor.to(dtype), mean.to(dtype)
-    )
+    return NF4Codes(codes.reshape(like.codes.shape), scales.flatten().to(torch.int8), factor.to(dtype), mean.to(dtype))
 
 
 @lru_cache(maxsize=1)
 def _nf4_limits() -> Tensor:
     """Up to which number in float32 each of the values but the last is the nearest, of equally near ones the first:
     the middle between two, where the distances are equal once they are rounded."""
-    values = torch.tensor(_NF4)
+    values = torch.tensor(NF4)
     below, above = values[:-1], values[1:]
     limits = (below + above) / 2
     infinity = torch.tensor(torch.inf)
@@ -155,7 +173,7 @@ def _decode_nf4(codes: NF4Codes) -> Tensor:
     differences = codes.scales.reshape(*stack, factors, -1) / codes.factor[..., None]
     scales = differences.reshape(*stack, blocks).to(dtype) + codes.mean[..., None]
     numbers = torch.stack([codes.codes >> 4, codes.codes & 0b1111], dim=-1)
-    units = torch.tensor(_NF4, dtype=dtype, device=codes.codes.device)[numbers.int()]
+    units = torch.tensor(NF4, dtype=dtype, device=codes.codes.device)[numbers.int()]
     values = units.reshape(*stack, blocks, -1) * scales[..., None]
     return values.reshape(*stack, out_features, 2 * half)
 
@@ -166,4 +184,3 @@ def shape_of(codes: Codes) -> torch.Size:
         return codes.shape
     *leading, last = codes.codes.shape
     return torch.Size((*leading, last * (2 if isinstance(codes, NF4Codes) else 1)))
-

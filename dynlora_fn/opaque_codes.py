@@ -89,15 +89,15 @@ def _fold_member(
     wide = widest(left.dtype)
     total = _add(exact(codes, residual, wide), left.to(wide) / rank, right.to(wide))
     check_finite(total, name)
-    new = encode(total, codes)
-    after = flat(new)
+    folded = encode(total, codes)
+    after = flat(folded)
     if residual is not None:
-        after += flat(encode_residual(total.sub_(decode(new, wide)), residual))
+        after += flat(encode_residual(total.sub_(decode(folded, wide)), residual))
     # What no difference reaches keeps every bit: rows, or all of a weight whose format ties its rows together.
     is_changed = ((left != 0) & (right != 0).any(-1)).any(-1, keepdim=True)  # (out, 1)
     is_changed = is_changed.any() if isinstance(codes, NF4Codes) else is_changed
-    before = [*flat(codes), *flat(residual)]
-    return [torch.where(is_changed.to(old.device), one.to(old.device), old) for one, old in zip(after, before, strict=True)]
+    pairs = zip(after, [*flat(codes), *flat(residual)], strict=True)
+    return [torch.where(is_changed.to(old.device), new.to(old.device), old) for new, old in pairs]
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Bases in low precision that survive ten thousand switches: quantized, dequantized, folded into, and how far off."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, TypeVar, overload
 
 import torch
 from jaxtyping import Float
@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dynlora_fn.base import fold, widest
-from dynlora_fn.formats import blank, built, decode, encode, encode_residual, flat, kind_of, shape_of
+from dynlora_fn.formats import blank, built, decode, encode, encode_residual, flat, format_of, kind_of, shape_of
 from dynlora_fn.opaque_codes import check_finite, exact, residual_of
 from dynlora_fn.types import Base, Codes, Int8Codes, LowRank, Param, Params, Quantized
 
 Residual: TypeAlias = Literal["int8", "bfloat16"]
 Device: TypeAlias = torch.device | str | None
+BaseT = TypeVar("BaseT", bound=Base)
 
 
 @overload
@@ -76,36 +77,27 @@ def quantize(
 
 
 def _quantize(name: str, param: LowRank, base: object, residual: Residual | None, residual_device: Device) -> LowRank:
-    return param._replace(base=quantize_base(name, param.base, base, residual, residual_device))
+    dtype = param.base.dtype if isinstance(param.base, Tensor) else param.base.like.dtype
+    return param._replace(base=quantize_base(name, param.base, base, residual, residual_device, dtype))
 
 
-def quantize_base(name: str, old: Base, base: object, residual: Residual | None, residual_device: Device) -> Base:
-    """`quantize` of a base alone: a plain tensor for bfloat16 without a residual."""
-    kind, float8_dtype = _format(base)
+def quantize_base(
+    name: str, old: Base, base: object, residual: Residual | None, residual_device: Device, dtype: torch.dtype
+) -> Base:
+    """`quantize` of a base alone, of a weight in `dtype`: a plain tensor for bfloat16 without a residual."""
+    kind, float8_dtype = format_of(base)
+    # nf4's scales are in float32, and torchao knows no int8 for float64.
+    keeps = kind != "nf4" and dtype in (torch.bfloat16, torch.float16)
     made = []
     for member in members(old):
         weight = _exact(member, torch.float32)
         check_finite(weight, name)
         codes = encode(weight, blank(kind, name, weight, float8_dtype=float8_dtype))
         rest = weight.sub_(decode(codes, weight.dtype))
-        made.append(Quantized(codes, encode_rest(rest, residual, residual_device), _like(member, kind)))
+        like = rest.new_empty(0, dtype=dtype if keeps else torch.float32)
+        made.append(Quantized(codes, encode_rest(rest, residual, residual_device), like))
     whole = restack(made, base_shape(old)[:-2])
     return whole.codes if isinstance(whole.codes, Tensor) and residual is None else whole
-
-
-def _format(base: object) -> tuple[str, torch.dtype]:
-    if isinstance(base, str):
-        return base, torch.float8_e4m3fn
-    from dynlora_fn.torchao_tensors import format_of  # noqa: PLC0415 (torchao takes a second to import)
-
-    return format_of(base)
-
-
-def _like(base: Base, kind: str) -> Tensor:
-    """torchao's tensor stands for what the base was in; not for float64, and nf4's scales are in float32."""
-    old = base if isinstance(base, Tensor) else base.like
-    keeps = kind != "nf4" and old.dtype in (torch.bfloat16, torch.float16)
-    return old.new_empty(0, dtype=old.dtype if keeps else torch.float32)
 
 
 def encode_rest(rest: Tensor, residual: Residual | None, device: Device) -> Int8Codes | Tensor | None:
@@ -134,9 +126,10 @@ def members(base: Base) -> Iterator[Base]:
         yield tree_unflatten([row[number] for row in rows], structure)
 
 
-def restack(made: Sequence[Quantized], stack: Sequence[int]) -> Quantized:
-    """The stack of these members."""
-    return tree_map(lambda *leaves: torch.stack(leaves).reshape(*stack, *leaves[0].shape), *made)  # type: ignore
+def restack(made: Sequence[BaseT], stack: Sequence[int]) -> BaseT:
+    """The stack of these members: copies."""
+    whole: BaseT = tree_map(lambda *leaves: torch.stack(leaves).reshape(*stack, *leaves[0].shape), *made)
+    return whole
 
 
 def _exact(base: Base, dtype: torch.dtype) -> Tensor:
@@ -215,4 +208,5 @@ def _drift(param: LowRank, wanted: Tensor | None) -> Tensor:
             missed = target - seen
         squares.append(torch.stack([missed.square().sum(), target.square().sum()]))
     off, size = torch.stack(squares).sum(0)
-    return (off / size).sqrt().float()
+    relative: Tensor = (off / size).sqrt()
+    return relative.float()

@@ -51,8 +51,8 @@ Codes: TypeAlias = Int8Codes | Float8Codes | NF4Codes | Tensor
 class Quantized(NamedTuple):
     """A base in low precision: products see the codes alone, and what these miss is kept for the next fold.
 
-    The residual is what makes a base survive ten thousand switches: a fold starts from ``codes + residual``, so that the
-    error stays that of quantizing once. None saves its memory, and the errors of all folds add up.
+    The residual is what makes a base survive ten thousand switches: a fold starts from ``codes + residual``, so that
+    the error stays that of quantizing once. None saves its memory, and the errors of all folds add up.
     """
 
     codes: Codes  # a plain tensor: bfloat16

@@ -15,12 +15,17 @@ MODULES = sorted(path for path in (ROOT / "dynlora_fn").rglob("*.py") if path.na
 
 FIRST = {"types"}
 BELOW = {"types", "tree", "stacking", "basis", "base"}
+CODES = {"types", "base", "formats", "opaque_codes", "quantized"}
 # What each module may import of the package. One that is not here is new: give it a place.
 ALLOWED = {
     "types": set(),
     "cost": BELOW | {"contraction"},
     "opaque": set(),
-    "inductor": {"opaque"},
+    "inductor": {"opaque", "opaque_codes"},
+    "formats": FIRST,
+    "opaque_codes": FIRST | {"base", "formats", "opaque"},
+    "quantized": CODES,
+    "torchao_tensors": CODES | {"stacking"},
     "memory": set(),
     "consumed": set(),
     "step": {"consumed", "inductor"},
@@ -29,12 +34,13 @@ ALLOWED = {
     "basis": FIRST,
     "stacking": FIRST,
     "optim": FIRST,
-    "lowrank": BELOW,
-    "contraction": BELOW,
+    "lowrank": BELOW | {"quantized"},
+    "initial": BELOW | {"lowrank", "quantized", "torchao_tensors"},
+    "contraction": BELOW | {"formats", "quantized"},
     "module": BELOW | {"contraction"},
     "recompute": BELOW | {"module"},
     "schedule": BELOW | {"lowrank"},
-    "switching": BELOW | {"lowrank"},
+    "switching": BELOW | {"lowrank", "quantized"},
     "dither": BELOW | {"lowrank", "schedule", "switching"},
     "pool": BELOW | {"lowrank", "schedule", "switching"},
 }
