@@ -12,7 +12,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from dynlora_fn.types import Codes, Float8Codes, Int8Codes, NF4Codes
+from dynlora_fn.types import Codes, Float8Codes, Int8Codes, NF4Codes, Residual
 
 KINDS = {"int8": Int8Codes, "float8": Float8Codes, "nf4": NF4Codes}
 NAMES = (*KINDS, "bfloat16")
@@ -31,9 +31,9 @@ def kind_of(codes: Codes) -> str:
     return next((kind for kind, made in KINDS.items() if isinstance(codes, made)), "plain")
 
 
-def flat(codes: Codes | None) -> list[Tensor]:
-    """The tensors of the codes; `built` puts them together again."""
-    return [] if codes is None else [codes] if isinstance(codes, Tensor) else list(codes)
+def flat(codes: Codes | Residual) -> list[Tensor]:
+    """The tensors of codes or of a residual; `built` and `residual_of` put them together again."""
+    return [codes] if isinstance(codes, Tensor) else list(codes)
 
 
 def built(kind: str, tensors: Sequence[Tensor]) -> Codes:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynlora_fn.base import fold, widest
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
-from dynlora_fn.quantized import Device, Residual, base_shape, dequantize, fold_base, quantize_base, restack
+from dynlora_fn.quantized import Device, ResidualKind, base_shape, dequantize, fold_base, quantize_base, restack
 from dynlora_fn.stacking import Stack, find_stacks
 from dynlora_fn.torchao_tensors import from_torchao, inner_tensors, is_torchao
 from dynlora_fn.tree import match
@@ -25,7 +25,7 @@ def init(
     start: Start = "switchlora",
     base_dtype: torch.dtype | None = None,
     base: object = None,
-    residual: Residual | None = "bfloat16",
+    residual: ResidualKind = "bfloat16",
     residual_device: Device = None,
     dtype: torch.dtype = torch.float32,
     stack: bool = True,
@@ -105,7 +105,7 @@ def _own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _as_base(name: str, tensor: Tensor, is_target: bool, residual: Residual | None, residual_device: Device) -> Base:
+def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> Base:
     """A tensor, copied later, or the codes of one of torchao's; dense where it is to be trained full-rank."""
     if not is_torchao(tensor):
         return tensor

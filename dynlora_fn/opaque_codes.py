@@ -12,7 +12,7 @@ from torch import Tensor
 from dynlora_fn import opaque
 from dynlora_fn.base import widest, without_autocast
 from dynlora_fn.formats import built, decode, encode, encode_residual, flat, shape_of
-from dynlora_fn.types import Codes, Int8Codes, NF4Codes
+from dynlora_fn.types import Codes, Int8Codes, NF4Codes, Residual
 
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("dequantize(Tensor[] codes, str kind, ScalarType dtype) -> Tensor")
@@ -25,14 +25,14 @@ _LIBRARY.define(
 )
 
 
-def residual_of(tensors: list[Tensor]) -> Int8Codes | Tensor | None:
-    return None if not tensors else tensors[0] if len(tensors) == 1 else Int8Codes(*tensors)
+def residual_of(tensors: list[Tensor]) -> Residual:
+    return () if not tensors else tensors[0] if len(tensors) == 1 else Int8Codes(*tensors)
 
 
-def exact(codes: Codes, residual: Int8Codes | Tensor | None, dtype: torch.dtype) -> Tensor:
+def exact(codes: Codes, residual: Residual, dtype: torch.dtype) -> Tensor:
     """What codes and residual stand for together, on the device of the codes. Memory of its own."""
     total = decode(codes, dtype)
-    if residual is None:
+    if not isinstance(residual, Tensor | Int8Codes):
         return total.clone() if total is codes else total
     return total + decode(residual, dtype).to(total.device)
 
@@ -84,14 +84,14 @@ def _members(tensor: Tensor, stack: torch.Size) -> Tensor:
 
 
 def _fold_member(
-    codes: Codes, residual: Int8Codes | Tensor | None, left: Tensor, right: Tensor, *, rank: int, name: str
+    codes: Codes, residual: Residual, left: Tensor, right: Tensor, *, rank: int, name: str
 ) -> list[Tensor]:
     wide = widest(left.dtype)
     total = _add(exact(codes, residual, wide), left.to(wide) / rank, right.to(wide))
     check_finite(total, name)
     folded = encode(total, codes)
     after = flat(folded)
-    if residual is not None:
+    if isinstance(residual, Tensor | Int8Codes):
         after += flat(encode_residual(total.sub_(decode(folded, wide)), residual))
     # What no difference reaches keeps every bit: rows, or all of a weight whose format ties its rows together.
     is_changed = ((left != 0) & (right != 0).any(-1)).any(-1, keepdim=True)  # (out, 1)

@@ -11,26 +11,26 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from dynlora_fn.base import fold, widest
 from dynlora_fn.formats import blank, built, decode, encode, encode_residual, flat, format_of, kind_of, shape_of
 from dynlora_fn.opaque_codes import check_finite, exact, residual_of
-from dynlora_fn.types import Base, Codes, Int8Codes, LowRank, Param, Params, Quantized
+from dynlora_fn.types import Base, Codes, Int8Codes, LowRank, Param, Params, Quantized, Residual
 
-Residual: TypeAlias = Literal["int8", "bfloat16"]
+ResidualKind: TypeAlias = Literal["int8", "bfloat16"] | None
 Device: TypeAlias = torch.device | str | None
 BaseT = TypeVar("BaseT", bound=Base)
 
 
 @overload
 def quantize(
-    params: LowRank, base: object, *, residual: Residual | None = ..., residual_device: Device = ...
+    params: LowRank, base: object, *, residual: ResidualKind = ..., residual_device: Device = ...
 ) -> LowRank: ...
 @overload
 def quantize(
-    params: Params, base: object, *, residual: Residual | None = ..., residual_device: Device = ...
+    params: Params, base: object, *, residual: ResidualKind = ..., residual_device: Device = ...
 ) -> dict[str, Param]: ...
 def quantize(
     params: LowRank | Params,
     base: object,
     *,
-    residual: Residual | None = "bfloat16",
+    residual: ResidualKind = "bfloat16",
     residual_device: Device = None,
 ) -> LowRank | dict[str, Param]:
     """The same weights with their bases in low precision: off by one quantization error, however often they are folded.
@@ -76,13 +76,13 @@ def quantize(
     }
 
 
-def _quantize(name: str, param: LowRank, base: object, residual: Residual | None, residual_device: Device) -> LowRank:
+def _quantize(name: str, param: LowRank, base: object, residual: ResidualKind, residual_device: Device) -> LowRank:
     dtype = param.base.dtype if isinstance(param.base, Tensor) else param.base.like.dtype
     return param._replace(base=quantize_base(name, param.base, base, residual, residual_device, dtype))
 
 
 def quantize_base(
-    name: str, old: Base, base: object, residual: Residual | None, residual_device: Device, dtype: torch.dtype
+    name: str, old: Base, base: object, residual: ResidualKind, residual_device: Device, dtype: torch.dtype
 ) -> Base:
     """`quantize` of a base alone, of a weight in `dtype`: a plain tensor for bfloat16 without a residual."""
     kind, float8_dtype = format_of(base)
@@ -100,10 +100,10 @@ def quantize_base(
     return whole.codes if isinstance(whole.codes, Tensor) and residual is None else whole
 
 
-def encode_rest(rest: Tensor, residual: Residual | None, device: Device) -> Int8Codes | Tensor | None:
+def encode_rest(rest: Tensor, residual: ResidualKind, device: Device) -> Residual:
     """What codes miss, as a residual on a device."""
     if residual is None:
-        return None
+        return ()
     bfloat16 = rest.to(torch.bfloat16)
     made = bfloat16 if residual == "bfloat16" else encode_residual(rest, Int8Codes(bfloat16, bfloat16))
     return tree_map(lambda tensor: tensor.to(device or tensor.device), made)  # type: ignore[no-any-return]
@@ -128,14 +128,14 @@ def members(base: Base) -> Iterator[Base]:
 
 def restack(made: Sequence[BaseT], stack: Sequence[int]) -> BaseT:
     """The stack of these members: copies."""
-    whole: BaseT = tree_map(lambda *leaves: torch.stack(leaves).reshape(*stack, *leaves[0].shape), *made)
+    whole: BaseT = tree_map(lambda *leaves: torch.stack(leaves).reshape((*stack, *leaves[0].shape)), *made)
     return whole
 
 
 def _exact(base: Base, dtype: torch.dtype) -> Tensor:
     """One member with its residual, in `dtype` or a wider one: memory of its own."""
     if isinstance(base, Tensor):
-        return exact(base, None, widest(base.dtype, dtype))
+        return exact(base, (), widest(base.dtype, dtype))
     return exact(base.codes, base.residual, dtype)
 
 
@@ -193,7 +193,7 @@ def drift(
 
 def _drift(param: LowRank, wanted: Tensor | None) -> Tensor:
     base, (b, a) = param.base, param.factors
-    if wanted is None and (isinstance(base, Tensor) or base.residual is None):
+    if wanted is None and (isinstance(base, Tensor) or not flat(base.residual)):
         return torch.full((), torch.nan, device=b.device)
     stack = param.shape[:-2].numel()
     b, a = b.reshape(stack, *b.shape[-2:]), a.reshape(stack, *a.shape[-2:])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynlora_fn.formats import NF4, decode
 from dynlora_fn.opaque_codes import check_finite
-from dynlora_fn.quantized import Device, Residual, base_shape, encode_rest, fold_base
+from dynlora_fn.quantized import Device, ResidualKind, base_shape, encode_rest, fold_base
 from dynlora_fn.stacking import unstack
 from dynlora_fn.types import Base, Codes, Float8Codes, Int8Codes, LowRank, NF4Codes, Params, Quantized
 
@@ -29,7 +29,7 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def from_torchao(
-    tensor: Tensor, *, residual: Residual | None = "bfloat16", residual_device: Device = None, name: str = "tensor"
+    tensor: Tensor, *, residual: ResidualKind = "bfloat16", residual_device: Device = None, name: str = "tensor"
 ) -> Quantized:
     """A base of the tensor's own codes, bit for bit; `to_torchao` gives the tensor back.
 
@@ -137,7 +137,7 @@ def _tensor(codes: Codes, like: Tensor) -> Tensor:
 def _nf4_tensor(codes: NF4Codes, like: Tensor) -> Tensor:
     from torchao.quantization import NF4Tensor, to_nf4  # noqa: PLC0415
 
-    shape, blocks = base_shape(Quantized(codes, None, like)), len(codes.scales)
+    shape, blocks = base_shape(Quantized(codes, (), like)), len(codes.scales)
     # What it says of a weight of this shape, by way of torchao itself.
     sizes = shape.numel() // blocks, blocks // len(codes.factor)
     _, context = to_nf4(codes.mean.new_zeros(shape), *sizes).__tensor_flatten__()

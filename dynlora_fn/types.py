@@ -45,18 +45,19 @@ class NF4Codes(NamedTuple):
     mean: Float[Tensor, "*stack"]
 
 
-Codes: TypeAlias = Int8Codes | Float8Codes | NF4Codes | Tensor
+Codes: TypeAlias = Int8Codes | Float8Codes | NF4Codes | Tensor  # a plain tensor: bfloat16
+Residual: TypeAlias = Int8Codes | Tensor | tuple[()]  # a plain tensor: bfloat16; none is a tree without leaves
 
 
 class Quantized(NamedTuple):
     """A base in low precision: products see the codes alone, and what these miss is kept for the next fold.
 
     The residual is what makes a base survive ten thousand switches: a fold starts from ``codes + residual``, so that
-    the error stays that of quantizing once. None saves its memory, and the errors of all folds add up.
+    the error stays that of quantizing once. Without one its memory is saved, and the errors of all folds add up.
     """
 
-    codes: Codes  # a plain tensor: bfloat16
-    residual: Int8Codes | Float[Tensor, "*stack out in"] | None  # int8, bfloat16 or none; may lie in host memory
+    codes: Codes
+    residual: Residual  # may lie in host memory
     like: Float[Tensor, "*stack 0"]  # empty, of the dtype that torchao's tensor stands for
 
 
