@@ -94,6 +94,7 @@ def quantize_base(
         check_finite(weight, name)
         codes = encode(weight, blank(kind, name, weight, float8_dtype=float8_dtype))
         rest = weight.sub_(decode(codes, weight.dtype))
+        check_finite(rest, name)  # the largest numbers may round to infinity
         like = rest.new_empty(0, dtype=dtype if keeps else torch.float32)
         made.append(Quantized(codes, encode_rest(rest, residual, residual_device), like))
     whole = restack(made, base_shape(old)[:-2])

@@ -66,12 +66,12 @@ def _codes(held: Any) -> Int8Codes | Float8Codes | NF4Codes | None:
     if held.ndim != 2:
         return None
     if isinstance(held, Int8Tensor):
-        return Int8Codes(held.qdata.clone(), held.scale.clone())
+        return Int8Codes(_copy(held.qdata), _copy(held.scale))
     if isinstance(held, Float8Tensor):
-        return Float8Codes(held.qdata.clone(), held.scale.clone())
+        return Float8Codes(_copy(held.qdata), _copy(held.scale))
     if isinstance(held, NF4Tensor) and held.shape[1] % 2 == 0:
         inner = (held.quantized_data, held.quantized_scalers, held.quantization_factor, held.scaler_mean)
-        data, *rest = (tensor.clone() for tensor in inner)
+        data, *rest = (_copy(tensor) for tensor in inner)
         return NF4Codes(data.reshape(held.shape[0], -1), *rest)
     return None
 
@@ -84,7 +84,11 @@ def _is_same(held: Any, rebuilt: Any) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return _copy(tensor).flatten().view(torch.uint8)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @overload
