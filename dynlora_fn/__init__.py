@@ -10,6 +10,8 @@ from dynlora_fn.contraction import linear as linear
 from dynlora_fn.cost import Cost as Cost
 from dynlora_fn.cost import Explanation as Explanation
 from dynlora_fn.cost import explain as explain
+from dynlora_fn.deferred import defer as defer
+from dynlora_fn.deferred import fold_pending as fold_pending
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
 from dynlora_fn.initial import init as init
@@ -21,6 +23,8 @@ from dynlora_fn.lowrank import merge as merge
 from dynlora_fn.memory import Peak as Peak
 from dynlora_fn.memory import peak_memory as peak_memory
 from dynlora_fn.module import call as call
+from dynlora_fn.moments import SignedMoment as SignedMoment
+from dynlora_fn.moments import UnsignedMoment as UnsignedMoment
 from dynlora_fn.optim import AdamWState as AdamWState
 from dynlora_fn.optim import Clipped as Clipped
 from dynlora_fn.optim import Transform as Transform
@@ -55,6 +59,7 @@ from dynlora_fn.torchao_tensors import to_torchao as to_torchao
 from dynlora_fn.tree import Partition as Partition
 from dynlora_fn.tree import combine as combine
 from dynlora_fn.tree import partition as partition
+from dynlora_fn.types import Deferred as Deferred
 from dynlora_fn.types import Factors as Factors
 from dynlora_fn.types import Float8Codes as Float8Codes
 from dynlora_fn.types import Frozen as Frozen

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn.base import autocast_now, widest, without_autocast
+from dynlora_fn.bases import dequantize, settled
 from dynlora_fn.formats import built, flat, kind_of
-from dynlora_fn.quantized import dequantize
 from dynlora_fn.types import Codes, LowRank
 
 Path: TypeAlias = Literal["factored", "merged", "dense"]
@@ -82,7 +82,8 @@ def linear(
     """
     if path is not None and path not in get_args(Path):
         raise ValueError(f"`path` must be one of {', '.join(get_args(Path))}, got {path!r}")
-    base, (b, a) = param.base if isinstance(param.base, Tensor) else param.base.codes, param.factors
+    held, (b, a) = settled(param)
+    base = held if isinstance(held, Tensor) else held.codes
     codes = [tensor.detach() for tensor in flat(base)]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from dynlora_fn.bases import settled
 from dynlora_fn.contraction import Path, cheapest, flops
 from dynlora_fn.types import Param, Params
 
@@ -100,7 +101,8 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
     path, trainable = cheapest(**sizes), _bytes(param.factors)
     numbers = sum(leaf.numel() for leaf in param.factors)
     weight = members * out_features * in_features
-    dense = param.base if isinstance(param.base, Tensor) else param.base.like  # what full-rank training would store
+    base, _ = settled(param)
+    dense = base if isinstance(base, Tensor) else base.like  # what full-rank training would store
     wide = max(dense.element_size(), param.factors.b.element_size(), 4)
     return Cost(
         name=name,

@@ -92,10 +92,14 @@ def blank(kind: str, name: str, weight: Tensor, *, float8_dtype: torch.dtype = t
 # --- numbers into codes
 
 
-def encode(weight: Tensor, like: Codes) -> Codes:
-    """A weight (out, in), in float32 at least, in the format of `like`."""
+def encode(weight: Tensor, like: Codes, *, again: bool = False) -> Codes:
+    """A weight (out, in), in float32 at least, in the format of `like`.
+
+    What was codes before is encoded `again`, with as many steps on both sides: by torchao's int8, which has 127.5, the
+    most negative number of a row would become 128 / 127.5 of itself each time, and without a residual explode.
+    """
     if isinstance(like, Int8Codes):
-        return encode_int8(weight, _LEAST_SCALE)
+        return encode_int8(weight, 127 if again else 127.5, _LEAST_SCALE)
     if isinstance(like, Float8Codes):
         return _encode_float8(weight, like.codes.dtype)
     if isinstance(like, NF4Codes):
@@ -105,12 +109,12 @@ def encode(weight: Tensor, like: Codes) -> Codes:
 
 def encode_residual(weight: Tensor, like: Int8Codes | Tensor) -> Int8Codes | Tensor:
     """The same for what codes miss, which may be far smaller than a weight."""
-    return encode_int8(weight, _LEAST_RESIDUAL_SCALE) if isinstance(like, Int8Codes) else weight.to(like.dtype)
+    return encode_int8(weight, 127, _LEAST_RESIDUAL_SCALE) if isinstance(like, Int8Codes) else weight.to(like.dtype)
 
 
-def encode_int8(weight: Tensor, least_scale: float) -> Int8Codes:
+def encode_int8(weight: Tensor, steps: float, least_scale: float) -> Int8Codes:
     largest = weight.abs().amax(-1, keepdim=True)
-    scale = (largest / 127.5).clamp(min=least_scale).to(torch.float32)
+    scale = (largest / steps).clamp(min=least_scale).to(torch.float32)
     codes = (weight * (1.0 / scale)).round_().clamp_(-128, 127)
     return Int8Codes(codes.to(torch.int8), scale)
 

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn.base import fold, widest
+from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, fold_base, restack, settled
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
-from dynlora_fn.quantized import Device, ResidualKind, base_shape, dequantize, fold_base, quantize_base, restack
+from dynlora_fn.quantized import quantize_base
 from dynlora_fn.stacking import Stack, find_stacks
 from dynlora_fn.torchao_tensors import from_torchao, inner_tensors, is_torchao
 from dynlora_fn.tree import match
-from dynlora_fn.types import Base, LowRank, Param
+from dynlora_fn.types import Held, LowRank, Param
 
 
 def init(
@@ -64,7 +65,7 @@ def init(
         raise ValueError(f"`base` and `base_dtype` must not both be given, got {base!r} and {base_dtype}")
     tensors = _own_tensors(model)
     is_target = set(match(tensors, targets, "targets"))
-    bases: dict[str, Base] = {}
+    bases: dict[str, Held] = {}
     for name, tensor in tensors.items():
         if name in is_target:
             _check_target(name, tensor, rank)
@@ -83,7 +84,7 @@ def init(
         plain_dtype = base_dtype or (own.dtype if base is None else widest(own.dtype))
         param = _split(pattern, whole, seeds, rank=rank, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
-            held = quantize_base(pattern, param.base, base, residual, residual_device, own.dtype)
+            held = quantize_base(pattern, settled(param).base, base, residual, residual_device, own.dtype)
             param = param._replace(base=held)
         params[pattern] = param
     return params
@@ -105,7 +106,7 @@ def _own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> Base:
+def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> Held:
     """A tensor, copied later, or the codes of one of torchao's; dense where it is to be trained full-rank."""
     if not is_torchao(tensor):
         return tensor
@@ -113,7 +114,7 @@ def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind,
     return held if is_target else dequantize(held, tensor.dtype)
 
 
-def _kinds(base: Base) -> list[object]:
+def _kinds(base: Held) -> list[object]:
     """What members of a stack have in common."""
     return [type(base).__name__, *((leaf.shape, leaf.dtype, leaf.device) for leaf in tree_leaves(base))]
 
@@ -133,7 +134,7 @@ def _weight_seed(seed: int, name: str) -> int:
 
 def _split(
     name: str,
-    weight: Base,
+    weight: Held,
     seed: Tensor,
     *,
     rank: int,

@@ -6,12 +6,13 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from dynlora_fn.base import fold, widest
+from dynlora_fn.bases import dequantize, fold_base, settled
 from dynlora_fn.basis import Bounds, Request, basis_bounds, uniform
-from dynlora_fn.quantized import dequantize, fold_base
 from dynlora_fn.tree import map_low_rank
-from dynlora_fn.types import Factors, LowRank, Param, Params
+from dynlora_fn.types import Base, Deferred, Factors, LowRank, Param, Params
 
 Start: TypeAlias = Literal["switchlora", "lora"]
 
@@ -67,9 +68,9 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
 
 
 def _dense(param: LowRank) -> Tensor:
-    b, a = param.factors
-    wide = widest(b.dtype, param.base.dtype if isinstance(param.base, Tensor) else torch.float32)
-    return fold(dequantize(param.base, wide), b, a, rank=b.shape[-1])
+    base, (b, a) = settled(param)
+    wide = widest(b.dtype, base.dtype if isinstance(base, Tensor) else torch.float32)
+    return fold(dequantize(base, wide), b, a, rank=b.shape[-1])
 
 
 @overload
@@ -92,6 +93,8 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _merge(name: str, param: LowRank) -> LowRank:
-    b, a = param.factors
-    base = fold_base(param.base, b, a, rank=b.shape[-1], name=name)
-    return LowRank(base, Factors(torch.zeros_like(b), a), param.seed)
+    held, (b, a) = settled(param)
+    base: Base = fold_base(held, b, a, rank=b.shape[-1], name=name)
+    if isinstance(param.base, Deferred):
+        base = Deferred(base, tree_map(torch.zeros_like, param.base.pending))  # type: ignore[arg-type]
+    return LowRank(base, param.factors._replace(b=torch.zeros_like(param.factors.b)), param.seed)

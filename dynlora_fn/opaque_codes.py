@@ -37,9 +37,13 @@ def exact(codes: Codes, residual: Residual, dtype: torch.dtype) -> Tensor:
     return total + decode(residual, dtype).to(total.device)
 
 
+def _may_look(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
 def check_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError with the weight's name where it is not. It waits for the device, but in no CUDA graph."""
-    if weight.is_meta or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not _may_look(weight):
         return
     least, most = torch.aminmax(weight)
     if not (torch.isfinite(least) and torch.isfinite(most)):
@@ -86,16 +90,18 @@ def _members(tensor: Tensor, stack: torch.Size) -> Tensor:
 def _fold_member(
     codes: Codes, residual: Residual, left: Tensor, right: Tensor, *, rank: int, name: str
 ) -> list[Tensor]:
-    wide = widest(left.dtype)
-    total = _add(exact(codes, residual, wide), left.to(wide) / rank, right.to(wide))
-    check_finite(total, name)
-    folded = encode(total, codes)
-    after = flat(folded)
-    if isinstance(residual, Tensor | Int8Codes):
-        after += flat(encode_residual(total.sub_(decode(folded, wide)), residual))
     # What no difference reaches keeps every bit: rows, or all of a weight whose format ties its rows together.
     is_changed = ((left != 0) & (right != 0).any(-1)).any(-1, keepdim=True)  # (out, 1)
     is_changed = is_changed.any() if isinstance(codes, NF4Codes) else is_changed
+    if _may_look(is_changed) and not is_changed.any():
+        return [*flat(codes), *flat(residual)]
+    wide = widest(left.dtype)
+    total = _add(exact(codes, residual, wide), left.to(wide) / rank, right.to(wide))
+    check_finite(total, name)
+    folded = encode(total, codes, again=True)
+    after = flat(folded)
+    if isinstance(residual, Tensor | Int8Codes):
+        after += flat(encode_residual(total.sub_(decode(folded, wide)), residual))
     pairs = zip(after, [*flat(codes), *flat(residual)], strict=True)
     return [torch.where(is_changed.to(old.device), new.to(old.device), old) for new, old in pairs]
 

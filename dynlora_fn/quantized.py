@@ -1,21 +1,17 @@
 """Bases in low precision that survive ten thousand switches: quantized, dequantized, folded into, and how far off."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias, TypeVar, overload
+from collections.abc import Mapping
+from typing import overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dynlora_fn.base import fold, widest
-from dynlora_fn.formats import blank, built, decode, encode, encode_residual, flat, format_of, kind_of, shape_of
-from dynlora_fn.opaque_codes import check_finite, exact, residual_of
-from dynlora_fn.types import Base, Codes, Int8Codes, LowRank, Param, Params, Quantized, Residual
-
-ResidualKind: TypeAlias = Literal["int8", "bfloat16"] | None
-Device: TypeAlias = torch.device | str | None
-BaseT = TypeVar("BaseT", bound=Base)
+from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, encode_rest, members, restack, settled
+from dynlora_fn.formats import blank, decode, encode, flat, format_of
+from dynlora_fn.opaque_codes import check_finite, exact
+from dynlora_fn.types import Deferred, Held, LowRank, Param, Params, Quantized
 
 
 @overload
@@ -77,13 +73,21 @@ def quantize(
 
 
 def _quantize(name: str, param: LowRank, base: object, residual: ResidualKind, residual_device: Device) -> LowRank:
-    dtype = param.base.dtype if isinstance(param.base, Tensor) else param.base.like.dtype
-    return param._replace(base=quantize_base(name, param.base, base, residual, residual_device, dtype))
+    old = param.base
+    if isinstance(old, Deferred):
+        raise ValueError(f"`params` must be folded and no longer deferred to be quantized, got {name!r}, which is")
+    dtype = old.dtype if isinstance(old, Tensor) else old.like.dtype
+    return param._replace(base=quantize_base(name, old, base, residual, residual_device, dtype))
 
 
 def quantize_base(
-    name: str, old: Base, base: object, residual: ResidualKind, residual_device: Device, dtype: torch.dtype
-) -> Base:
+    name: str,
+    old: Held,
+    base: object,
+    residual: ResidualKind,
+    residual_device: Device,
+    dtype: torch.dtype,
+) -> Held:
     """`quantize` of a base alone, of a weight in `dtype`: a plain tensor for bfloat16 without a residual."""
     kind, float8_dtype = format_of(base)
     # nf4's scales are in float32, and torchao knows no int8 for float64.
@@ -101,65 +105,11 @@ def quantize_base(
     return whole.codes if isinstance(whole.codes, Tensor) and residual is None else whole
 
 
-def encode_rest(rest: Tensor, residual: ResidualKind, device: Device) -> Residual:
-    """What codes miss, as a residual on a device."""
-    if residual is None:
-        return ()
-    bfloat16 = rest.to(torch.bfloat16)
-    made = bfloat16 if residual == "bfloat16" else encode_residual(rest, Int8Codes(bfloat16, bfloat16))
-    return tree_map(lambda tensor: tensor.to(device or tensor.device), made)  # type: ignore[no-any-return]
-
-
-# --- bases, plain or quantized
-
-
-def base_shape(base: Base) -> torch.Size:
-    """Of the weight, (*stack, out, in)."""
-    return shape_of(base if isinstance(base, Tensor) else base.codes)
-
-
-def members(base: Base) -> Iterator[Base]:
-    """The bases of a stack in row-major order: views."""
-    stack = base_shape(base)[:-2]
-    leaves, structure = tree_flatten(base)
-    rows = [leaf.reshape(stack.numel(), *leaf.shape[len(stack) :]) for leaf in leaves]
-    for number in range(stack.numel()):
-        yield tree_unflatten([row[number] for row in rows], structure)
-
-
-def restack(made: Sequence[BaseT], stack: Sequence[int]) -> BaseT:
-    """The stack of these members: copies."""
-    whole: BaseT = tree_map(lambda *leaves: torch.stack(leaves).reshape((*stack, *leaves[0].shape)), *made)
-    return whole
-
-
-def _exact(base: Base, dtype: torch.dtype) -> Tensor:
+def _exact(base: Held, dtype: torch.dtype) -> Tensor:
     """One member with its residual, in `dtype` or a wider one: memory of its own."""
     if isinstance(base, Tensor):
         return exact(base, (), widest(base.dtype, dtype))
     return exact(base.codes, base.residual, dtype)
-
-
-def dequantize(base: Base | Codes, dtype: torch.dtype) -> Tensor:
-    """What products see of a base: not its residual. Opaque to a compiler where that takes a copy."""
-    codes = base.codes if isinstance(base, Quantized) else base
-    if isinstance(codes, Tensor) and codes.dtype == dtype:
-        return codes
-    dense: Tensor = torch.ops.dynlora_fn.dequantize(flat(codes), kind_of(codes), dtype)
-    return dense
-
-
-def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) -> Base:
-    """``base + left @ right / rank`` in the base's own storage: see `fold`, and `quantize` for what a residual does.
-
-    Raises:
-        ValueError: if the sum of a quantized base is not finite, in a compiled function too; it names the weight.
-    """
-    if isinstance(base, Tensor):
-        return fold(base, left, right, rank=rank)
-    codes, kind = flat(base.codes), kind_of(base.codes)
-    new = torch.ops.dynlora_fn.fold_codes(codes, kind, flat(base.residual), left.detach(), right.detach(), rank, name)
-    return Quantized(built(kind, new[: len(codes)]), residual_of(new[len(codes) :]), base.like)
 
 
 # --- how far off
@@ -193,15 +143,15 @@ def drift(
 
 
 def _drift(param: LowRank, wanted: Tensor | None) -> Tensor:
-    base, (b, a) = param.base, param.factors
+    base, (b, a) = settled(param)
     if wanted is None and (isinstance(base, Tensor) or not flat(base.residual)):
         return torch.full((), torch.nan, device=b.device)
-    stack = param.shape[:-2].numel()
+    stack, wide = param.shape[:-2].numel(), widest(b.dtype)
     b, a = b.reshape(stack, *b.shape[-2:]), a.reshape(stack, *a.shape[-2:])
     targets = [None] * stack if wanted is None else wanted.reshape(stack, *wanted.shape[-2:])
     squares = []
     for number, (member, target) in enumerate(zip(members(base), targets, strict=True)):
-        seen = fold(dequantize(member, b.dtype), b[number], a[number], rank=a.shape[-2])
+        seen = fold(dequantize(member, wide), b[number], a[number], rank=a.shape[-2])
         if target is None:
             missed = decode(member.residual, seen.dtype).to(seen.device)  # type: ignore
             target = seen + missed  # noqa: PLW2901

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dynlora_fn.base import widest
+from dynlora_fn.bases import fold_base
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
-from dynlora_fn.quantized import fold_base
 from dynlora_fn.types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
 
 

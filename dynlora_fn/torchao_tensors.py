@@ -9,11 +9,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from dynlora_fn.bases import Device, ResidualKind, base_shape, encode_rest, fold_base, settled
 from dynlora_fn.formats import NF4, decode
 from dynlora_fn.opaque_codes import check_finite
-from dynlora_fn.quantized import Device, ResidualKind, base_shape, encode_rest, fold_base
 from dynlora_fn.stacking import unstack
-from dynlora_fn.types import Base, Codes, Float8Codes, Int8Codes, LowRank, NF4Codes, Params, Quantized
+from dynlora_fn.types import Codes, Float8Codes, Held, Int8Codes, LowRank, NF4Codes, Params, Quantized
 
 
 def is_torchao(tensor: Tensor) -> bool:
@@ -117,9 +117,9 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
     return _tensor(base.codes, base.like)
 
 
-def _merged(param: LowRank) -> Base:
-    b, a = param.factors
-    return fold_base(param.base, b, a, rank=b.shape[-1], name="params")
+def _merged(param: LowRank) -> Held:
+    held, (b, a) = settled(param)
+    return fold_base(held, b, a, rank=b.shape[-1], name="params")
 
 
 def _tensor(codes: Codes, like: Tensor) -> Tensor:

@@ -61,7 +61,15 @@ class Quantized(NamedTuple):
     like: Float[Tensor, "*stack 0"]  # empty, of the dtype that torchao's tensor stands for
 
 
-Base: TypeAlias = Tensor | Quantized
+class Deferred(NamedTuple):
+    """A base whose latest folds wait: ``base + pending.b @ pending.a / rank``, exactly."""
+
+    base: "Held"
+    pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)
+
+
+Held: TypeAlias = Tensor | Quantized  # in which nothing waits
+Base: TypeAlias = Held | Deferred
 
 
 class LowRank(NamedTuple):
@@ -70,7 +78,9 @@ class LowRank(NamedTuple):
     The scale is always ``1 / rank``, so that the forward pass and a switch cannot disagree about it.
     """
 
-    base: Float[Tensor, "*stack out in"] | Quantized  # changed by `switch` and `merge` alone, never by a gradient
+    base: (
+        Float[Tensor, "*stack out in"] | Quantized | Deferred
+    )  # changed by `switch` and `merge` alone, never by a gradient
     factors: Factors
     seed: Int[Tensor, "*stack"]  # names the basis that incoming vectors are drawn from
 
@@ -83,7 +93,7 @@ class LowRank(NamedTuple):
 class Frozen(NamedTuple):
     """What `partition` keeps of a `LowRank` out of the gradient's reach."""
 
-    base: Float[Tensor, "*stack out in"] | Quantized
+    base: Base
     seed: Int[Tensor, "*stack"]
 
 
