@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -30,6 +30,10 @@ class Memory(Common):
     layers: int = 8
     fraction: int = 4
     """Width over rank."""
+    base: Literal["bfloat16", "int8", "float8", "nf4"] | None = None
+    """Of the low-rank weights; float32 unless given."""
+    residual: Literal["int8", "bfloat16"] | None = "bfloat16"
+    """Of such a base."""
     kind: str | None = None
     """Measure this one in this process, for the first of the widths, and print two numbers."""
 
@@ -46,7 +50,8 @@ def contender(config: Memory, size: Size) -> tuple[Callable[[], Any], Callable[[
     if config.kind == "full":
         return full_step(size, config.device, **config.options()), lambda: 0
     wrap = (lambda model: dl.remat(model, ["layers.*"])) if config.kind == "remat" else None
-    ours = Ours(size, size.width // config.fraction, config.device, wrap=wrap, **config.options())
+    kept = {"base": config.base, "residual": config.residual}
+    ours = Ours(size, size.width // config.fraction, config.device, wrap=wrap, **kept, **config.options())
     if config.kind == "gradients":
         run, state = compiled(ours.gradients, config, donate=False), ours.state
         return lambda: run(state, ours.tokens), lambda: dl.peak_memory(ours.gradients, state, ours.tokens).step
@@ -113,6 +118,7 @@ def in_a_process_of_its_own(config: Memory, width: int, kind: str) -> dict[str, 
         str(config.fraction),
     ]
     flags += ["--device", config.device, "--threads", str(config.threads)]
+    flags += ["--base", str(config.base), "--residual", str(config.residual)]
     # What is freed goes back to the system at once, or resident memory would not tell what is in use.
     own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "bench.memory", *flags]
@@ -142,7 +148,8 @@ def main(config: Memory) -> None:
         ratio = one["predicted"] / one["measured"] if one["predicted"] else "-"
         rows.append([width, kind, one["measured"] / MB, one["predicted"] / MB or "-", ratio])
     columns = ["width", "step", "measured MB", "predicted MB", "predicted / measured"]
-    console.print(table(f"peak beyond the state, float32, {config.layers} layers", columns, rows))
+    base = f"{config.base}+{config.residual} bases" if config.base else "float32"
+    console.print(table(f"peak beyond the state, {base}, {config.layers} layers", columns, rows))
     extra = found[last, "switching"]["measured"] - found[last, "gradients"]["measured"]
     results = {
         "extra_peak_over_weight": extra / largest_weight(config, last),

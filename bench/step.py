@@ -20,6 +20,8 @@ class Step(Common):
     """Ranks, as width over rank."""
     dtype: str = "float32"
     """That of the products, by autocast; weights and moments are float32."""
+    bases: tuple[str, ...] = ()
+    """Such as ``int8+bfloat16``: also with bases in low precision and a residual, at the first of the ranks."""
     repeats: int = 20
     eager: bool = False
     """Nothing is compiled."""
@@ -34,24 +36,31 @@ def measure(config: Step) -> dict[str, Timing]:
         options = {"backend": "aot_eager"}
     contenders = {"full": full_step(size, device, dtype, **options)}
     shares = {}
-    for fraction in config.fractions:
-        rank = size.width // fraction
-        ours = Ours(size, rank, device, dtype, **options)
+
+    def add(kind: str, rank: int, **kept: str | None) -> None:
+        ours = Ours(size, rank, device, dtype, **kept, **options)
         plan = ours.plan_at(int(ours.schedule.interval))
-        contenders[f"peft d/{fraction}"] = peft_step(size, rank, device, dtype, **options)
-        contenders[f"static d/{fraction}"] = ours.run
-        contenders[f"switching d/{fraction}"] = lambda ours=ours, plan=plan: ours.run(plan)
-        shares[fraction] = ours.share_that_switches()
+        contenders[f"static {kind}"] = ours.run
+        contenders[f"switching {kind}"] = lambda: ours.run(plan)
+        shares[kind] = ours.share_that_switches()
+
+    for fraction in config.fractions:
+        contenders[f"peft d/{fraction}"] = peft_step(size, size.width // fraction, device, dtype, **options)
+        add(f"d/{fraction}", size.width // fraction)
+    for name in config.bases:
+        base, residual = name.split("+")
+        kept = {"base": base, "residual": None if residual == "none" else residual}
+        add(f"{name} d/{config.fractions[0]}", size.width // config.fractions[0], **kept)
     timings = interleave(contenders, repeats=config.repeats, device=device)
-    for fraction, share in shares.items():
-        pairs = zip(timings[f"static d/{fraction}"].all, timings[f"switching d/{fraction}"].all, strict=True)
-        timings[f"switched d/{fraction}"] = Timing.of(
+    for kind, share in shares.items():
+        pairs = zip(timings[f"static {kind}"].all, timings[f"switching {kind}"].all, strict=True)
+        timings[f"switched {kind}"] = Timing.of(
             [(1 - share) * static + share * switching for static, switching in pairs]
         )
     return timings
 
 
-def ratios(timings: dict[str, Timing], fractions: tuple[int, ...]) -> dict[str, float]:
+def ratios(timings: dict[str, Timing], fractions: tuple[int, ...], bases: tuple[str, ...]) -> dict[str, float]:
     def ratio(name: str, other: str) -> float:
         return timings[name].median / timings[other].median
 
@@ -62,6 +71,7 @@ def ratios(timings: dict[str, Timing], fractions: tuple[int, ...]) -> dict[str, 
         "switched_over_static": ratio(f"switched d/{first}", f"static d/{first}"),
         "ours_over_peft": ratio(f"switched d/{first}", f"peft d/{first}"),
         "ours_over_peft_eighth": ratio(f"switched d/{last}", f"peft d/{last}"),
+        **{f"{base}_over_float32": ratio(f"switched {base} d/{first}", f"switched d/{first}") for base in bases},
     }
 
 
@@ -78,7 +88,7 @@ def main(config: Step) -> None:
     kind = "eager" if config.eager else "compiled"
     title = f"one {kind} step in ms, {config.dtype}, {config.size.tokens} tokens, width {config.size.width}"
     console.print(table(title, ["", "lower quartile", "median", "upper quartile", "over full"], rows))
-    results = ratios(timings, config.fractions)
+    results = ratios(timings, config.fractions, config.bases)
     console.print(results)
     finish(config, results, {name: timing.all for name, timing in timings.items()})
 

@@ -104,10 +104,12 @@ class Ours:
         *,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
         donate: bool = True,
+        base: str | None = None,
+        residual: str | None = "bfloat16",
         **compile_options: Any,
     ):
         model = size.model(device)
-        self.params = dl.init(model, rank=rank, seed=0, targets=TARGETS)
+        self.params = dl.init(model, rank=rank, seed=0, targets=TARGETS, base=base, residual=residual)
         self.schedule = dl.switchlora(STEPS)
         optimizer = dl.adamw()
         trainable, frozen = dl.partition(self.params)

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn.base import autocast_now, widest, without_autocast
-from dynlora_fn.types import LowRank
+from dynlora_fn.bases import dequantize, settled
+from dynlora_fn.formats import built, flat, kind_of
+from dynlora_fn.types import Codes, LowRank
 
 Path: TypeAlias = Literal["factored", "merged", "dense"]
 
@@ -76,7 +78,7 @@ def linear(
 
     No gradient reaches the base. All paths give the same values and gradients but for rounding, under compositions of
     `torch.func`'s transforms too; under `torch.vmap` the factored one is taken, and tangents are formed as it forms
-    them. (`torch.compile` refuses forward mode over reverse mode, of any path.)
+    them. (Compiled, forward mode wants inputs that are no views of one tensor: Dynamo fails on plain products as well.)
 
     Args:
         x: the input.
@@ -89,83 +91,132 @@ def linear(
     """
     if path is not None and path not in get_args(Path):
         raise ValueError(f"`path` must be one of {', '.join(get_args(Path))}, got {path!r}")
-    base, (b, a) = param.base.detach(), param.factors
+    held, (b, a) = settled(param)
+    base = held if isinstance(held, Tensor) else held.codes
+    codes = [tensor.detach() for tensor in flat(base)]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if path is None:
-        out_features, in_features = base.shape
+        out_features, in_features = param.shape
         path = cheapest(tokens=prod(x.shape[:-1]), out_features=out_features, in_features=in_features, rank=b.shape[-1])
     if path == "factored":
-        return _factored(x, base, b, a, bias)
-    output: Tensor = _merged(x, base, b, a, bias, path == "dense")
+        return _factored(x, b, a, bias, kind_of(base), *codes)
+    output: Tensor = _merged(x, b, a, bias, path == "dense", kind_of(base), *codes)
     return output
 
 
-def _factored(x: Tensor, base: Tensor, b: Tensor, a: Tensor, bias: Tensor | None) -> Tensor:
+def _factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, kind: str, *codes: Tensor) -> Tensor:
     inner = functional.linear(x, a.to(x.dtype)) / a.shape[-2]
-    return functional.linear(x, base.to(x.dtype), bias) + functional.linear(inner, b.to(x.dtype))
+    base = built(kind, codes)
+    is_ready = isinstance(base, Tensor) and base.dtype == x.dtype
+    output = functional.linear(x, codes[0]) if is_ready else _times_base(x, kind, *codes)
+    output = output if bias is None else output + bias
+    return output + functional.linear(inner, b.to(x.dtype))
 
 
-def _merge(x: Tensor, base: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    wide = widest(base.dtype, b.dtype, x.dtype)
-    return torch.addmm(base.to(wide), b.to(wide), a.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
+def _merge(x: Tensor, b: Tensor, a: Tensor, base: Codes) -> Tensor:
+    wide = widest(b.dtype, x.dtype, base.dtype if isinstance(base, Tensor) else torch.float32)
+    return torch.addmm(dequantize(base, wide), b.to(wide), a.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
 
 
 # Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _merged(x: Tensor, base: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool) -> Tensor:
-    return _Merged.apply(x, base, b, a, bias, is_dense)  # type: ignore[no-any-return, no-untyped-call]
+def _merged(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor) -> Tensor:
+    return _Merged.apply(x, b, a, bias, is_dense, kind, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Merged(torch.autograd.Function):
     """``linear(x, merged weight, bias)``. Keeps its inputs alone."""
 
     @staticmethod
-    def forward(x: Tensor, base: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool) -> Tensor:
+    def forward(
+        x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor
+    ) -> Tensor:
         with without_autocast(x.device.type):
-            return functional.linear(x, _merge(x, base, b, a), bias)
+            return functional.linear(x, _merge(x, b, a, built(kind, codes)), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *kept, bias, ctx.is_dense = inputs
+        x, b, a, bias, ctx.is_dense, ctx.kind, *codes = inputs
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(*kept)
-        ctx.save_for_forward(*kept)
+        ctx.save_for_backward(x, b, a, *codes)
+        ctx.save_for_forward(x, b, a, *codes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, base, b, a = ctx.saved_tensors
+        x, b, a, *codes = ctx.saved_tensors
         with without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             gradients = _dense_gradients if ctx.is_dense else _low_rank_gradients
-            grad_x, grad_b, grad_a = gradients(grad_rows, rows, _merge(x, base, b, a), b.to(x.dtype), a.to(x.dtype))
+            weight = _merge(x, b, a, built(ctx.kind, codes))
+            grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         rank = b.shape[-1]
-        return grad_x.reshape(x.shape), None, grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, grad_bias, None
+        own = grad_x.reshape(x.shape), grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, grad_bias
+        return *own, None, None, *(None for _ in codes)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, base: Tensor, b: Tensor, a: Tensor, bias: Any, is_dense: bool
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        b: Tensor,
+        a: Tensor,
+        bias: Any,
+        is_dense: bool,
+        kind: str,
+        *codes: Tensor,
     ) -> tuple[Tensor, int]:
         """An ensemble shares the base, and per-sample gradients all of the weight: the factored path multiplies by what
         is shared once for all members."""
-        return torch.vmap(_factored, in_dims=in_dims[:5])(x, base, b, a, bias), 0
+        in_dims = (*in_dims[:4], None, *in_dims[6:])
+        return torch.vmap(_factored, in_dims=in_dims)(x, b, a, bias, kind, *codes), 0
 
     @staticmethod
-    def jvp(
-        ctx: Any, x_tangent: Any, base_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, _: Any
-    ) -> Any:
-        x, base, b, a = ctx.saved_tensors
+    def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
+        x, b, a, *codes = ctx.saved_tensors
         rank = b.shape[-1]
         terms = [
-            None if x_tangent is None else _factored(x_tangent, base, b, a, None),
+            None if x_tangent is None else _factored(x_tangent, b, a, None, ctx.kind, *codes),
             None if b_tangent is None else (x @ a.to(x.dtype).mT) @ b_tangent.to(x.dtype).mT / rank,
             None if a_tangent is None else (x @ a_tangent.to(x.dtype).mT) @ b.to(x.dtype).mT / rank,
             bias_tangent,
         ]
         return sum(term for term in terms if term is not None)
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _times_base(x: Tensor, kind: str, *codes: Tensor) -> Tensor:
+    return _TimesBase.apply(x, kind, *codes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _TimesBase(torch.autograd.Function):
+    """``linear(x, base)`` in the dtype of `x`. Keeps the base as it is stored, not the dense one."""
+
+    @staticmethod
+    def forward(x: Tensor, kind: str, *codes: Tensor) -> Tensor:
+        return functional.linear(x, dequantize(built(kind, codes), x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.kind, *codes = inputs
+        ctx.save_for_backward(*codes)
+        ctx.save_for_forward(*codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes = ctx.saved_tensors
+        return grad @ dequantize(built(ctx.kind, codes), grad.dtype), None, *(None for _ in codes)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, kind: str, *codes: Tensor) -> tuple[Tensor, int]:
+        return torch.vmap(_TimesBase.forward, in_dims=in_dims)(x, kind, *codes), 0
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Any, *_: Any) -> Any:
+        return functional.linear(x_tangent, dequantize(built(ctx.kind, ctx.saved_tensors), x_tangent.dtype))
 
 
 def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from dynlora_fn.bases import settled
 from dynlora_fn.contraction import Path, cheapest, flops
 from dynlora_fn.types import Param, Params
 
@@ -94,16 +95,18 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
     if isinstance(param, Tensor):
         size, own = _bytes([param]), _MOMENT_BYTES * 2 * param.numel() + 4
         return Cost(name, tuple(param.shape), None, None, None, None, 0, size, size, own, 2 * size + own, 0)
-    *stack, out_features, in_features = param.base.shape
+    *stack, out_features, in_features = param.shape
     rank, members = param.factors.a.shape[-2], prod(stack)
     sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
     path, trainable = cheapest(**sizes), _bytes(param.factors)
     numbers = sum(leaf.numel() for leaf in param.factors)
     weight = members * out_features * in_features
-    wide = max(param.base.element_size(), param.factors.b.element_size())
+    base, _ = settled(param)
+    dense = base if isinstance(base, Tensor) else base.like  # what full-rank training would store
+    wide = max(dense.element_size(), param.factors.b.element_size(), 4)
     return Cost(
         name=name,
-        shape=tuple(param.base.shape),
+        shape=tuple(param.shape),
         rank=rank,
         path=path,
         flops=members * flops(path, **sizes),
@@ -113,7 +116,7 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
         gradient=trainable,
         # A count and the steps left of the freeze for each vector of both sides.
         optimizer=_MOMENT_BYTES * 2 * numbers + 4 * 4 * members * rank,
-        full=weight * (2 * param.base.element_size() + 2 * _MOMENT_BYTES) + 4,
+        full=weight * (2 * dense.element_size() + 2 * _MOMENT_BYTES) + 4,
         merged=0 if path == "factored" else out_features * in_features * wide,
     )
 

@@ -26,7 +26,7 @@ class Dithered:
         return sum(2 * int((table[step + 1] - table[step]).sum()) for table in self.switched.values())
 
     def _plan(self, name: str, step: int | Tensor, param: LowRank) -> Plan:
-        device, rank = param.base.device, param.factors.a.shape[-2]
+        device, rank = param.factors.a.device, param.factors.a.shape[-2]
         entries = torch.arange(self.schedule.most(param), device=device)
         at = torch.as_tensor(step).to(self.switched[name].device)
         table = self.switched[name].index_select(0, torch.stack([at, at + 1])).to(device)

@@ -12,7 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from dynlora_fn import opaque, saved
+from dynlora_fn import opaque, opaque_codes, saved
 
 aten = torch.ops.aten
 _CONVERT = torch.ops.prims.convert_element_type.default
@@ -30,6 +30,8 @@ class Rewrites(CustomGraphPass):
         for node in list(graph.nodes):
             if node.target is aten.addmm.default:
                 _form_merged_weight(graph, node)
+            elif node.target is torch.ops.dynlora_fn.dequantize.default:
+                _dequantize_in_products(graph, node)
             elif node.target is aten.unbind.int:
                 _separate_vectors(graph, node)
             elif node.target is aten.cat.default and _is_stack(node):
@@ -38,7 +40,7 @@ class Rewrites(CustomGraphPass):
         saved.compute_again(graph)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, opaque.__file__, saved.__file__))
+        return get_hash_for_files((__file__, opaque.__file__, opaque_codes.__file__, saved.__file__))
 
 
 def _form_merged_weight(graph: Graph, node: Node) -> None:
@@ -62,10 +64,22 @@ def _form_merged_weight(graph: Graph, node: Node) -> None:
     operands: Any = product.args
     bias, x, right = operands if product.target is aten.addmm.default else (None, *operands)
     if right is weight and x is not weight and bias is not weight:
-        scale = node.kwargs.get("alpha", 1)
-        _replace(
-            graph, product, torch.ops.dynlora_fn.times_merged.default, (x, bias, base, b, a, scale, with_b, transposed)
-        )
+        rest = (b, a, node.kwargs.get("alpha", 1), with_b, transposed)
+        if base.target is torch.ops.dynlora_fn.dequantize.default:
+            _replace(graph, product, torch.ops.dynlora_fn.times_codes.default, (x, bias, *base.args[:2], *rest))
+        else:
+            _replace(graph, product, torch.ops.dynlora_fn.times_merged.default, (x, bias, base, *rest))
+
+
+def _dequantize_in_products(graph: Graph, node: Node) -> None:
+    """Dequantizes a base that is no part of a merged weight within each product that it is dequantized for."""
+    for user in list(node.users):
+        transposed = user.target is aten.permute.default
+        for product in list(user.users) if transposed else [user]:
+            weight, operands = user if transposed else node, product.args
+            if product.target is aten.mm.default and operands[1] is weight and operands[0] is not weight:
+                arguments = (operands[0], None, *node.args[:2], None, None, 1.0, False, transposed)
+                _replace(graph, product, torch.ops.dynlora_fn.times_codes.default, arguments)
 
 
 def _is_beside(cat: Node, weight: Node, b: Any) -> bool:

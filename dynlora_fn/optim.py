@@ -3,13 +3,21 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dynlora_fn.moments import (
+    SignedMoment,
+    UnsignedMoment,
+    blank_moment,
+    decode_moments,
+    encode_moments,
+    reset_moment,
+)
 from dynlora_fn.types import Factors, Plan, Plans, SidePlan, Trainable
 
 Tree = dict[str, Any]
@@ -36,13 +44,19 @@ class AdamWState(NamedTuple):
     """All trees mirror the trainable parameters. Per vector means
     ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``, which broadcasts against the factors."""
 
-    mu: Tree  # mean of the gradients, in float32 or the parameter's dtype if that is wider
+    mu: Tree  # mean of the gradients, in float32 or the parameter's dtype if that is wider, or in 8 bit
     nu: Tree  # mean of their squares, likewise
     count: Tree  # type: ignore[assignment]  # int32, updates so far: per vector for factors, 0-d for full-rank tensors
     frozen_for: dict[str, Factors]  # int32, updates that each vector still sits out: per vector
 
 
-def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0) -> Transform:
+def adamw(
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    moments: Literal["float32", "8bit"] = "float32",
+) -> Transform:
     """AdamW (arXiv:1711.05101) that equals `torch.optim.AdamW` where nothing is switched.
 
     Every factor vector has a step count of its own for the bias correction, since `project_optimizer_state` resets
@@ -54,9 +68,16 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
     or a dict of them by name. Decay is decoupled: ``trainable * lr * weight_decay`` is subtracted. With an `eps` of 0 a
     vector that has never had a gradient, a frozen one too, moves by 0 / 0.
 
+    With ``moments="8bit"`` both moments are held between updates as torchao's OptimState8bit holds them
+    (arXiv:2110.02861), in `SignedMoment` and `UnsignedMoment`: 1 byte for each number of tensors of at least 4,096
+    numbers in whole blocks of 256. A reset is exact there as well.
+
     Numerics: moments, bias corrections and updates in float32, or the parameter's dtype if that is wider, whatever the
-    parameter is stored in: in bfloat16 ``nu * 0.999`` would round to ``nu``.
+    parameter is stored in: in bfloat16 ``nu * 0.999`` would round to ``nu``. In 8 bit an update is computed of the new
+    moments before they are rounded.
     """
+    if moments not in ("float32", "8bit"):
+        raise ValueError(f"`moments` must be 'float32' or '8bit', got {moments!r}")
     for name, value, holds in (
         ("betas", betas, all(0 <= beta < 1 for beta in betas)),
         ("eps", eps, eps >= 0),
@@ -70,9 +91,12 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
         frozen_for = {
             name: tree_map(torch.zeros_like, count) for name, count in counts.items() if type(count) is Factors
         }
-        return AdamWState(
-            tree_map(_zero_moment, dict(trainable)), tree_map(_zero_moment, dict(trainable)), counts, frozen_for
-        )
+        if moments == "8bit":
+            mu = tree_map(partial(blank_moment, kind=SignedMoment), dict(trainable))
+            nu = tree_map(partial(blank_moment, kind=UnsignedMoment), dict(trainable))
+        else:
+            mu, nu = (tree_map(_zero_moment, dict(trainable)) for _ in range(2))
+        return AdamWState(mu, nu, counts, frozen_for)
 
     def update(
         grads: Trainable, opt_state: AdamWState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
@@ -81,8 +105,9 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
             name: tree_map(_freeze, grad, opt_state.frozen_for[name]) if isinstance(grad, Factors) else grad
             for name, grad in grads.items()
         }
-        mu = tree_map(lambda m, g: m * betas[0] + g.to(m.dtype) * (1 - betas[0]), opt_state.mu, grads)
-        nu = tree_map(lambda v, g: v * betas[1] + g.to(v.dtype).square() * (1 - betas[1]), opt_state.nu, grads)
+        mu, nu = (decode_moments(tree) if moments == "8bit" else tree for tree in (opt_state.mu, opt_state.nu))
+        mu = tree_map(lambda m, g: m * betas[0] + g.to(m.dtype) * (1 - betas[0]), mu, grads)
+        nu = tree_map(lambda v, g: v * betas[1] + g.to(v.dtype).square() * (1 - betas[1]), nu, grads)
         count = tree_map(lambda c: c + 1, opt_state.count)
 
         def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
@@ -98,6 +123,8 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
             )
             for name, leaf in trainable.items()
         }
+        if moments == "8bit":
+            mu, nu = encode_moments(mu, opt_state.mu), encode_moments(nu, opt_state.nu)
         return Updates(updates, AdamWState(mu, nu, count, frozen_for))
 
     return Transform(init, update)
@@ -198,12 +225,17 @@ def _project_entry(key: Any, leaf: Any, plan: Plans, is_frozen_for: bool, seen: 
 
 
 def _reset(leaf: Factors, plan: Plan, is_frozen_for: bool) -> Factors:
-    new = plan.frozen_for if is_frozen_for else torch.zeros((), device=leaf.b.device)
-    is_reset_b = _switched_slots(plan.a, leaf.b.shape[-1])[..., None, :]
-    is_reset_a = _switched_slots(plan.b, leaf.a.shape[-2])[..., :, None]
-    return Factors(
-        b=torch.where(is_reset_b, new.to(leaf.b.dtype), leaf.b), a=torch.where(is_reset_a, new.to(leaf.a.dtype), leaf.a)
-    )
+    new = plan.frozen_for if is_frozen_for else torch.zeros((), device=plan.frozen_for.device)
+    b, a = (side.codes if isinstance(side, SignedMoment | UnsignedMoment) else side for side in leaf)
+    is_reset_b = _switched_slots(plan.a, b.shape[-1])[..., None, :]
+    is_reset_a = _switched_slots(plan.b, a.shape[-2])[..., :, None]
+    return Factors(b=_filled(leaf.b, is_reset_b, new), a=_filled(leaf.a, is_reset_a, new))
+
+
+def _filled(side: Any, is_filled: Tensor, value: Tensor) -> Any:
+    if isinstance(side, SignedMoment | UnsignedMoment):
+        return reset_moment(side, is_filled)
+    return torch.where(is_filled, value.to(side), side)
 
 
 def _switched_slots(plan: SidePlan, rank: int) -> Tensor:

@@ -41,7 +41,7 @@ def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str
 
 
 def _init_pool(param: LowRank, device: torch.device | str) -> Pool:
-    shape, rank = param.base.shape[-2:], param.factors.a.shape[-2]
+    shape, rank = param.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype
     (vectors,) = basis_vectors([BasisSlice(seed, rows, rows, shape, rank, "switchlora", dtype)])

@@ -141,7 +141,7 @@ class Schedule:
         return Turn(b=(halves + rank) // 2, a=halves // 2)
 
     def _plan(self, step: int | Tensor, param: LowRank, most: int) -> Plan:
-        device, rank = param.base.device, param.factors.a.shape[-2]
+        device, rank = param.factors.a.device, param.factors.a.shape[-2]
         before, after = self._turn(step, param), self._turn(step + 1, param)
         entries = torch.arange(most, device=device)
 
@@ -155,7 +155,7 @@ class Schedule:
 
 def _idle(param: LowRank) -> int:
     """Candidates of a side that are not in use: a pool has min(out, in) in all."""
-    return min(param.base.shape[-2:]) - param.factors.a.shape[-2]
+    return min(param.shape[-2:]) - param.factors.a.shape[-2]
 
 
 def _floor(value: float | Tensor) -> int | Tensor:

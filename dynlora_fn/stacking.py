@@ -10,7 +10,9 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from dynlora_fn.types import Factors, LowRank, Param, Params
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dynlora_fn.types import LowRank, Param, Params
 
 
 class Stack(NamedTuple):
@@ -90,7 +92,5 @@ def _members(pattern: str, param: Param) -> Iterator[tuple[str, Param]]:
 def _unbind(param: Param) -> list[Param]:
     if not isinstance(param, LowRank):
         return list(param.unbind())
-    leaves = (param.base, *param.factors, param.seed)
-    return [
-        LowRank(base, Factors(b, a), seed) for base, b, a, seed in zip(*(leaf.unbind() for leaf in leaves), strict=True)
-    ]
+    leaves, structure = tree_flatten(param)
+    return [tree_unflatten(member, structure) for member in zip(*(leaf.unbind() for leaf in leaves), strict=True)]

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dynlora_fn.base import fold, widest
+from dynlora_fn.base import widest
+from dynlora_fn.bases import fold_base
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
 
@@ -53,9 +54,11 @@ def switch(
         The new parameters, and the vectors that went out.
 
     Raises:
-        ValueError: if the plan is for a weight that is not there or not low-rank, or incoming vectors do not fit.
+        ValueError: if the plan is for a weight that is not there or not low-rank, incoming vectors do not fit, or a
+            quantized weight is not finite, then in a compiled step as well; it names the weight.
 
-    Numerics: exact but for one rounding of the base to its dtype. The differences are formed in float32 at least.
+    Numerics: exact but for one rounding of the base to its dtype. The differences are formed in float32 at least. A
+    quantized base is quantized anew where anything changes, from its codes and residual (see `quantize`).
     """
     if isinstance(params, LowRank):
         assert isinstance(plan, Plan)
@@ -95,7 +98,7 @@ def candidates(
 
 
 def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:
-    shape, rank, dtype = param.base.shape[-2:], param.factors.a.shape[-2], param.factors.a.dtype
+    shape, rank, dtype = param.shape[-2:], param.factors.a.shape[-2], param.factors.a.dtype
     return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype)
 
 
@@ -111,13 +114,13 @@ def _low_rank(params: Params, name: str) -> LowRank:
 def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switched:
     b, a = param.factors
     _check_incoming(name, param, plan, incoming)
-    wide = widest(param.base.dtype, a.dtype)
+    wide = widest(a.dtype, param.base.dtype if isinstance(param.base, Tensor) else torch.float32)
     new_a = _replace(a, plan.a, incoming.a, wide)
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
     # One fold of both sides: the columns that meet each row of differences, and the other way about.
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
-    base = fold(param.base, left, right, rank=a.shape[-2])
+    base = fold_base(param.base, left, right, rank=a.shape[-2], name=name)
     factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
     return Switched(LowRank(base, factors, param.seed), Factors(b=new_b.outgoing.mT, a=new_a.outgoing))
 
@@ -183,7 +186,7 @@ def take_rows(
 
 
 def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: Factors) -> None:
-    *stack, out_features, in_features = param.base.shape
+    *stack, out_features, in_features = param.shape
     for side, vectors, wanted in (
         ("b", incoming.b, (*stack, out_features, plan.b.slots.shape[-1])),
         ("a", incoming.a, (*stack, plan.a.slots.shape[-1], in_features)),

@@ -6,7 +6,8 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
 Side: TypeAlias = Literal["b", "a"]
@@ -19,21 +20,80 @@ class Factors(NamedTuple):
     a: Float[Tensor, "*stack rank in"]
 
 
+class Int8Codes(NamedTuple):
+    """``codes * scale``, a scale for each row: the inner tensors of torchao's symmetric Int8Tensor."""
+
+    codes: Int8[Tensor, "*stack out in"]
+    scale: Float[Tensor, "*stack out 1"]  # float32
+
+
+class Float8Codes(NamedTuple):
+    """``codes * scale``, a scale for each row: the inner tensors of torchao's Float8Tensor."""
+
+    codes: Float[Tensor, "*stack out in"]  # float8_e4m3fn or float8_e5m2
+    scale: Float[Tensor, "*stack out 1"]  # float32
+
+
+class NF4Codes(NamedTuple):
+    """4-bit quantiles of a normal distribution, scaled by blocks; the scales in turn are 8-bit numbers, scaled by
+    blocks of blocks (arXiv:2305.14314): the inner tensors of torchao's NF4Tensor, which cuts the weight into blocks
+    row after row."""
+
+    codes: UInt8[Tensor, "*stack out half_in"]  # two numbers a byte, the first one above
+    scales: Int8[Tensor, "*stack blocks"]
+    factor: Float[Tensor, "*stack scale_blocks"]  # a block's scale is ``scales / factor + mean``
+    mean: Float[Tensor, "*stack"]
+
+
+Codes: TypeAlias = Int8Codes | Float8Codes | NF4Codes | Tensor  # a plain tensor: bfloat16
+Residual: TypeAlias = Int8Codes | Tensor | tuple[()]  # a plain tensor: bfloat16; none is a tree without leaves
+
+
+class Quantized(NamedTuple):
+    """A base in low precision: products see the codes alone, and what these miss is kept for the next fold.
+
+    The residual is what makes a base survive ten thousand switches: a fold starts from ``codes + residual``, so that
+    the error stays that of quantizing once. Without one its memory is saved, and the errors of all folds add up.
+    """
+
+    codes: Codes
+    residual: Residual  # may lie in host memory
+    like: Float[Tensor, "*stack 0"]  # empty, of the dtype that torchao's tensor stands for
+
+
+class Deferred(NamedTuple):
+    """A base whose latest folds wait: ``base + pending.b @ pending.a / rank``, exactly."""
+
+    base: "Held"
+    pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)
+
+
+Held: TypeAlias = Tensor | Quantized  # in which nothing waits
+Base: TypeAlias = Held | Deferred
+
+
 class LowRank(NamedTuple):
     """One weight, ``base + b @ a / rank`` (arXiv:2406.06564, eq. 1 with alpha = 1).
 
     The scale is always ``1 / rank``, so that the forward pass and a switch cannot disagree about it.
     """
 
-    base: Float[Tensor, "*stack out in"]  # frozen: changed by `switch` and `merge` alone, never by a gradient
+    base: (
+        Float[Tensor, "*stack out in"] | Quantized | Deferred
+    )  # changed by `switch` and `merge` alone, never by a gradient
     factors: Factors
     seed: Int[Tensor, "*stack"]  # names the basis that incoming vectors are drawn from
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, (*stack, out, in)."""
+        return torch.Size((*self.factors.b.shape[:-1], self.factors.a.shape[-1]))
 
 
 class Frozen(NamedTuple):
     """What `partition` keeps of a `LowRank` out of the gradient's reach."""
 
-    base: Float[Tensor, "*stack out in"]
+    base: Base
     seed: Int[Tensor, "*stack"]
 
 

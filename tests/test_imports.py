@@ -15,14 +15,21 @@ MODULES = sorted(path for path in (ROOT / "dynlora_fn").rglob("*.py") if path.na
 
 FIRST = {"types"}
 BELOW = {"types", "tree", "stacking", "basis", "base"}
+CODES = {"types", "base", "formats", "opaque_codes"}
 # What each module may import of the package. One that is not here is new: give it a place.
 ALLOWED = {
     "types": set(),
-    "cost": BELOW | {"contraction"},
+    "cost": BELOW | {"bases", "contraction"},
     "opaque": set(),
     "nodes": set(),
     "saved": {"nodes", "opaque"},
-    "inductor": {"opaque", "saved"},
+    "inductor": {"opaque", "opaque_codes", "saved"},
+    "formats": FIRST,
+    "opaque_codes": FIRST | {"base", "formats", "opaque"},
+    "bases": CODES,
+    "quantized": CODES | {"bases"},
+    "deferred": FIRST | {"bases"},
+    "torchao_tensors": CODES | {"bases", "stacking"},
     "memory": {"inductor", "nodes"},
     "consumed": set(),
     "step": {"consumed", "inductor"},
@@ -30,13 +37,15 @@ ALLOWED = {
     "tree": FIRST,
     "basis": FIRST,
     "stacking": FIRST,
-    "optim": FIRST,
-    "lowrank": BELOW,
-    "contraction": BELOW,
+    "moments": set(),
+    "optim": FIRST | {"moments"},
+    "lowrank": BELOW | {"bases"},
+    "initial": BELOW | {"bases", "lowrank", "quantized", "torchao_tensors"},
+    "contraction": BELOW | {"bases", "formats"},
     "module": BELOW | {"contraction"},
     "recompute": BELOW | {"module"},
     "schedule": BELOW | {"lowrank"},
-    "switching": BELOW | {"lowrank"},
+    "switching": BELOW | {"bases", "lowrank"},
     "dither": BELOW | {"lowrank", "schedule", "switching"},
     "pool": BELOW | {"lowrank", "schedule", "switching"},
 }

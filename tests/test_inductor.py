@@ -8,7 +8,7 @@ from strategies import Shape, assert_same, low_rank, normal
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dynlora_fn import Factors, compile_step, linear
+from dynlora_fn import LowRank, compile_step, linear, quantize, unstack
 from dynlora_fn.inductor import Rewrites
 
 STACK = low_rank(Shape(6, 8, 2), (3,), base_dtype=torch.float32, factor_dtype=torch.float32)
@@ -28,15 +28,15 @@ def rewritten(function, *args):
     return before, after, Counter(node.target for node in after.graph.nodes)
 
 
-def gradients(dtype: torch.dtype):
+def gradients(dtype: torch.dtype, stack: LowRank = STACK, path: str = "merged"):
     """Of a chain of stacked low-rank weights and a stacked vector."""
 
     def loss(factors, shifts, x):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            members = zip(STACK.base, *(leaf.unbind(0) for leaf in (*factors, shifts)), strict=True)
-            for base, b, a, shift in members:
-                x = linear(x, STACK._replace(base=base, factors=Factors(b, a)), path="merged").float()
-                x = torch.nn.functional.pad(x, (0, 2)).tanh() * shift
+            members = unstack({"*": stack._replace(factors=factors)}).values()
+            for param, shift in zip(members, shifts.unbind(0), strict=True):
+                x = linear(x, param, path=path).float()
+                x = torch.nn.functional.pad(x, (0, shift.shape[0] - x.shape[-1])).tanh() * shift
         return x.square().sum()
 
     return torch.func.grad(loss, argnums=(0, 1))
@@ -55,9 +55,34 @@ def test_values_stay_bit_for_bit(dtype):
     assert count[ops.separate.default] >= 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["factored", "merged", "dense"])
+@pytest.mark.parametrize("kind", ["int8", "float8", "nf4", "bfloat16"])
+def test_a_base_is_dequantized_within_its_products(kind, path, dtype):
+    """Nowhere is a dense base left alone, and one that was merged into is absorbed as a whole."""
+    stack = low_rank(Shape(16, 16, 2), (3,), base_dtype=torch.float32, factor_dtype=torch.float32)
+    stack = quantize(stack, kind)
+    args = stack.factors, normal(2, 3, 16, dtype=torch.float32), normal(1, 5, 16, dtype=torch.float32)
+    before, after, count = rewritten(gradients(dtype, stack, path), *args)
+    assert_same(after(*args), before(*args))
+    ops = torch.ops.dynlora_fn
+    # Forward and backward for each layer; the gradient of the first input is of no use apart from a merged weight.
+    wanted = 6 if path == "merged" else 5
+    is_used_as_it_is = (kind, path, dtype) == ("bfloat16", "factored", torch.bfloat16)
+    assert count[ops.times_codes.default] == (0 if is_used_as_it_is else wanted)
+    assert count[ops.dequantize.default] == 0
+    assert count[torch.ops.aten.addmm.default] == 0
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        lambda x: torch.ops.dynlora_fn.dequantize([x], "plain", torch.float64),
+        lambda x: x.double() @ torch.ops.dynlora_fn.dequantize([x], "plain", torch.float64).T,
+        lambda x: [w @ w.T for w in [torch.ops.dynlora_fn.dequantize([x], "plain", torch.float64)]],
+        lambda x: [x.double() @ w.T @ w for w in [torch.ops.dynlora_fn.dequantize([x], "plain", torch.float64)]],
+        lambda x: [x.double().T @ w + w.sum() for w in [torch.ops.dynlora_fn.dequantize([x], "plain", torch.float64)]],
+        lambda x: [w.T @ x.double() for w in [torch.ops.dynlora_fn.dequantize([x], "plain", torch.float64)]],
         lambda x: torch.stack([row.sin() for row in x]),
         lambda x: torch.stack([row / 3 for row in x.view(5, 2, 4)]),
         lambda x: torch.stack([row.T / 3 for row in x.view(5, 2, 4)]),

@@ -74,6 +74,9 @@ METHODS = [
     ["--method", "switchlora", "--candidates", "pool"],
     ["--method", "switchlora", "--base-dtype", "bfloat16", "--compute-dtype", "bfloat16"],
     ["--method", "switchlora", "--grad-accum", "2"],
+    ["--method", "switchlora", "--base-dtype", "int8", "--moments", "8bit"],
+    ["--method", "switchlora", "--base-dtype", "nf4", "--residual", "none"],
+    ["--method", "relora", "--merge-every", "10", "--base-dtype", "float8", "--residual", "int8"],
 ]
 
 
@@ -128,6 +131,23 @@ def test_closing_table_counts_bytes(job: Job, tmp_path: Path):
     assert summary["bytes"]["optimizer"] == 8 * (factors + full_rank) + 8 * vectors + 4 * 5
 
 
+@pytest.mark.parametrize(
+    ("base", "residual", "bytes_each"),
+    [("int8", "bfloat16", (1, 2)), ("int8", "int8", (1, 1)), ("nf4", "none", (0.52, 0)), ("bfloat16", "int8", (2, 1))],
+)
+def test_closing_table_counts_the_bytes_of_codes_and_residuals(job, tmp_path, base, residual, bytes_each):
+    outcome = job("--out", tmp_path / "run", "--steps", 2, "--json", "--base-dtype", base, "--residual", residual)
+    summary = json.loads(outcome.out.splitlines()[-1])
+    numbers = 2 * (4 * 32 * 32 + 3 * 32 * 88)
+    # A scale of four bytes for each of 32 or more numbers; nf4's and its factor's for each of 64 and more.
+    for name, least in zip(("base", "residual"), bytes_each, strict=True):
+        assert least * numbers <= summary["bytes"][name] <= (least + 4 / 32) * numbers * (least > 0)
+    assert (summary["drift"] is None) == (residual == "none")
+    assert ("drift" in metrics(tmp_path / "run")[-1]) == (residual != "none")
+    if residual != "none":
+        assert 0 < summary["drift"] < 0.02
+
+
 def test_compiled_equals_eager(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With the tracing of `torch.compile` but not its slow code generation."""
     assert job("--out", tmp_path / "eager", "--steps", 12).code == 0
@@ -146,8 +166,10 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("candidates", ["seeded", "pool"])
-def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, candidates: str):
+@pytest.mark.parametrize(
+    "options", ["--candidates seeded", "--candidates pool", "--base-dtype int8 --residual int8 --moments 8bit"]
+)
+def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, options: str):
     arguments = [
         "--text",
         str(text),
@@ -157,8 +179,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, candidates
         "10",
         "--eval-every",
         "20",
-        "--candidates",
-        candidates,
+        *options.split(),
     ]
     whole = start([*arguments, "--out", str(tmp_path / "whole")])
     killed = start([*arguments, "--out", str(tmp_path / "killed")])

@@ -72,8 +72,14 @@ class Config:
     merge_every: int = 100
     """Steps between ReLoRA's merges."""
 
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_dtype: Literal["float32", "bfloat16", "int8", "float8", "nf4"] = "float32"
     """Of the frozen bases."""
+    residual: Literal["none", "int8", "bfloat16"] = "bfloat16"
+    """What keeps a base below float32 from drifting as it is switched: 0, 1 or 2 bytes for each of its numbers."""
+    residual_device: str | None = None
+    """Where residuals lie, cpu for host memory; with the bases unless given."""
+    moments: Literal["float32", "8bit"] = "float32"
+    """Of AdamW's two moments: 4 bytes or 1 for each number that is trained."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations, through autocast; factors, full-rank weights and moments are float32."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,18 +122,11 @@ class Config:
         if self.resume and self.out is None:
             raise ValueError("`resume` must come with --out, the folder of the run, got none")
         self.torch_device()
+        if self.residual_device is not None:
+            _device("residual_device", self.residual_device)
 
     def torch_device(self) -> torch.device:
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"`device` must be one that this machine has, got {self.device!r}: {reason}") from error
-        return device
-
-    def base_torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.base_dtype]
+        return _device("device", self.device)
 
     def compute_torch_dtype(self) -> torch.dtype:
         return _DTYPES[self.compute_dtype]
@@ -146,6 +145,16 @@ class Config:
 
     def folder(self) -> Path:
         return self.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{self.method}"
+
+
+def _device(name: str, value: str) -> torch.device:
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`{name}` must be one that this machine has, got {value!r}: {reason}") from error
+    return device
 
 
 def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:

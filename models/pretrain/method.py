@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
 def make_method(config: Config, model: nn.Module) -> Method:
     params = init_params(config, model)
-    optimizer = dl.adamw(weight_decay=config.weight_decay)
+    optimizer = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
     trainable, frozen = dl.partition(params)
     return Method(
         schedule=make_schedule(config),
@@ -56,7 +56,9 @@ def init_params(config: Config, model: nn.Module) -> dict[str, Any]:
         seed=config.seed,
         targets=[] if config.method == "full" else config.targets or TARGETS,
         start=start(config),
-        base_dtype=config.base_torch_dtype(),
+        base=None if config.base_dtype == "float32" else config.base_dtype,
+        residual=None if config.residual == "none" else config.residual,
+        residual_device=config.residual_device,
     )
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import LowRank
+from dynlora_fn import LowRank, Quantized
 from models.pretrain.method import Method
 
 mpl.use("agg")
@@ -103,14 +103,15 @@ def sizes(method: Method) -> dict[str, Any]:
     """Numbers of parameters, and bytes, of the run and of full-rank AdamW in float32 on the same model."""
     params = method.state.params()
     low_rank = [param for param in params.values() if isinstance(param, LowRank)]
-    whole = sum((param.base if isinstance(param, LowRank) else param).numel() for param in params.values())
+    whole = sum(param.shape.numel() for param in params.values())
     trainable = sum(leaf.numel() for leaf in tree_leaves(method.state.trainable))
     return {
         "parameters": whole,
         "trainable": trainable,
         "trainable_share": trainable / whole,
         "bytes": {
-            "base": count_bytes([param.base for param in low_rank]),
+            "base": count_bytes([_codes(param.base) for param in low_rank]),
+            "residual": count_bytes([_residual(param.base) for param in low_rank]),
             "factors": count_bytes([param.factors for param in low_rank]),
             "full_rank": count_bytes([param for param in params.values() if isinstance(param, Tensor)]),
             "gradients": count_bytes(method.state.trainable),
@@ -121,6 +122,14 @@ def sizes(method: Method) -> dict[str, Any]:
         "reduced_bytes_per_step": count_bytes(method.state.trainable),
         "full_rank_reduced_bytes_per_step": 4 * whole,
     }
+
+
+def _codes(base: Any) -> Any:
+    return base.codes if isinstance(base, Quantized) else base
+
+
+def _residual(base: Any) -> Any:
+    return base.residual if isinstance(base, Quantized) else ()
 
 
 def count_bytes(tree: Any) -> int:
@@ -135,6 +144,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_row("trainable parameters", share, f"{whole:,} (100.0%)")
     for name, label in (
         ("base", "frozen bases"),
+        ("residual", "residuals of the bases"),
         ("factors", "factors"),
         ("full_rank", "full-rank weights"),
         ("gradients", "gradients"),
@@ -148,6 +158,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
     reduced = f"{summary['reduced_bytes_per_step']:,}", f"{summary['full_rank_reduced_bytes_per_step']:,}"
     table.add_row("bytes reduced a step, data parallel", *reduced, end_section=True)
     table.add_row("vectors switched", f"{summary['switched']:,}")
+    if summary["drift"] is not None:
+        table.add_row("drift of the bases, relative", f"{summary['drift']:.2e}")
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     table.add_row("seconds", f"{summary['seconds']:.0f}")
     table.add_row("validation loss, nats a token", f"{summary['validation_loss']:.4f}")

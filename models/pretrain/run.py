@@ -104,7 +104,7 @@ def train(run: Prepared, console: Console) -> dict[str, Any]:
             recorder.record(step, metrics, switched)
             done = step + 1
             if done == config.steps or done % config.eval_every == 0:
-                recorder.flush(validate=lambda: validation_loss(run, state))  # noqa: B023, called at once
+                recorder.flush(validate=lambda: validate(run, state))  # noqa: B023, called at once
             if done == config.steps or done % config.save_every == 0:
                 recorder.flush()  # sees that all is finite before it is saved
                 save_checkpoint(run.folder / "checkpoints", done, Saved(state, pool))
@@ -121,6 +121,13 @@ def batch(run: Prepared, step: int) -> Tensor:
         step=step,
     )
     return tokens.to(config.torch_device())
+
+
+def validate(run: Prepared, state: State) -> dict[str, float]:
+    """The validation loss, and the largest drift of a base among those whose residual tells it."""
+    drifts = [drift.item() for drift in dl.drift(state.params()).values()]
+    known = [drift for drift in drifts if not math.isnan(drift)]
+    return {"validation_loss": validation_loss(run, state)} | ({"drift": max(known)} if known else {})
 
 
 @torch.no_grad()
@@ -150,15 +157,15 @@ class Recorder:
             self.flush()
         self._pending.append((step, metrics._replace(outgoing={}), switched))
 
-    def flush(self, validate: Callable[[], float] | None = None) -> None:
-        """Writes what is pending; the validation loss belongs to the last step of it."""
+    def flush(self, validate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Writes what is pending; what is validated belongs to the last step of it."""
         if not self._pending:
             return
         lines = [self._line(*pending) for pending in self._pending]  # waits for the device
         tokens_per_step = self._config.grad_accum * self._config.batch_size * self._config.seq_len
         self._rates.append(len(lines) * tokens_per_step / (time.perf_counter() - self._since))
         if validate is not None:
-            lines[-1]["validation_loss"] = validate()
+            lines[-1] |= validate()
         self.file.append(lines)
         steps_left = self._config.steps - lines[-1]["step"]
         self.bar.show(lines[-1], self.tokens_per_second(), steps_left * tokens_per_step / self.tokens_per_second())
@@ -199,6 +206,7 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
         "switched": sum(line["switched"] for line in metrics),
         "tokens_per_second": recorder.tokens_per_second(),
         "seconds": seconds,
+        "drift": metrics[-1].get("drift"),
         "validation_loss": last_loss,
         "perplexity": math.exp(last_loss),
         "unigram_loss": unigram_loss,

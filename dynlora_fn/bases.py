@@ -1,0 +1,102 @@
+"""Bases as they are held: taken apart into members, dequantized, and folded into, at once or later."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, TypeAlias, TypeVar, overload
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from dynlora_fn.base import fold
+from dynlora_fn.formats import built, encode_residual, flat, kind_of, shape_of
+from dynlora_fn.opaque_codes import residual_of
+from dynlora_fn.types import Base, Codes, Deferred, Factors, Held, Int8Codes, LowRank, Quantized, Residual
+
+ResidualKind: TypeAlias = Literal["int8", "bfloat16"] | None
+Device: TypeAlias = torch.device | str | None
+HeldT = TypeVar("HeldT", bound="Tensor | Quantized")
+
+
+def encode_rest(rest: Tensor, residual: ResidualKind, device: Device) -> Residual:
+    """What codes miss, as a residual on a device."""
+    if residual is None:
+        return ()
+    bfloat16 = rest.to(torch.bfloat16)
+    made = bfloat16 if residual == "bfloat16" else encode_residual(rest, Int8Codes(bfloat16, bfloat16))
+    return tree_map(lambda tensor: tensor.to(device or tensor.device), made)  # type: ignore[no-any-return]
+
+
+def base_shape(base: Held) -> torch.Size:
+    """Of the weight, (*stack, out, in)."""
+    return shape_of(base if isinstance(base, Tensor) else base.codes)
+
+
+def members(base: HeldT) -> Iterator[HeldT]:
+    """The bases of a stack in row-major order: views."""
+    stack = base_shape(base)[:-2]
+    leaves, structure = tree_flatten(base)
+    rows = [leaf.reshape(stack.numel(), *leaf.shape[len(stack) :]) for leaf in leaves]
+    for number in range(stack.numel()):
+        yield tree_unflatten([row[number] for row in rows], structure)
+
+
+def restack(made: Sequence[HeldT], stack: Sequence[int]) -> HeldT:
+    """The stack of these members: copies."""
+    whole: HeldT = tree_map(lambda *leaves: torch.stack(leaves).reshape((*stack, *leaves[0].shape)), *made)
+    return whole
+
+
+def dequantize(base: Codes | Quantized, dtype: torch.dtype) -> Tensor:
+    """What products see of a base: not its residual. Opaque to a compiler where that takes a copy."""
+    codes = base.codes if isinstance(base, Quantized) else base
+    if isinstance(codes, Tensor) and codes.dtype == dtype:
+        return codes
+    dense: Tensor = torch.ops.dynlora_fn.dequantize(flat(codes), kind_of(codes), dtype)
+    return dense
+
+
+@overload
+def fold_base(base: HeldT, left: Tensor, right: Tensor, *, rank: int, name: str) -> HeldT: ...
+@overload
+def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) -> Base: ...
+def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) -> Base:
+    """``base + left @ right / rank`` in the base's own storage: see `fold`, and `quantize` for what a residual does.
+
+    Raises:
+        ValueError: if the sum of a quantized base is not finite, in a compiled function too; it names the weight.
+    """
+    if isinstance(base, Tensor):
+        return fold(base, left, right, rank=rank)
+    if isinstance(base, Deferred):
+        return _deferred(base, left, right, rank=rank, name=name)
+    codes, kind = flat(base.codes), kind_of(base.codes)
+    new = torch.ops.dynlora_fn.fold_codes(codes, kind, flat(base.residual), left.detach(), right.detach(), rank, name)
+    return Quantized(built(kind, new[: len(codes)]), residual_of(new[len(codes) :]), base.like)
+
+
+def _deferred(base: Deferred, left: Tensor, right: Tensor, *, rank: int, name: str) -> Deferred:
+    """The products wait behind those that do already, and as many of the oldest are folded: none are lost."""
+    count, (b, a) = left.shape[-1], base.pending
+    if count > b.shape[-1]:
+        rule = "be at least as many as one fold brings"
+        raise ValueError(f"`vectors` of deferred {name!r} must {rule}, got {b.shape[-1]} for {count}")
+    folded = fold_base(base.base, b[..., :count], a[..., :count, :], rank=rank, name=name)
+    pending = torch.cat([b[..., count:], left.to(b.dtype)], -1), torch.cat([a[..., count:, :], right.to(a.dtype)], -2)
+    return Deferred(folded, Factors(*pending))
+
+
+class Settled(NamedTuple):
+    """A weight, ``base + b @ a / rank``, in which nothing waits: the rank is that of its factors."""
+
+    base: Held
+    factors: Factors
+
+
+def settled(param: LowRank) -> Settled:
+    """The same weight with what waits to be folded among its factors, as further slots of which none is trained."""
+    base, (b, a) = param.base, param.factors
+    if not isinstance(base, Deferred):
+        return Settled(base, param.factors)
+    waiting_b, waiting_a = (leaf.detach() for leaf in base.pending)
+    b, a = torch.cat([b, waiting_b.to(b.dtype)], -1), torch.cat([a, waiting_a.to(a.dtype)], -2)
+    return Settled(base.base, Factors(b * (b.shape[-1] / param.factors.b.shape[-1]), a))

@@ -1,0 +1,333 @@
+"""Bases in low precision keep the weight to one quantization error, however often they are folded into."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    Shape,
+    assert_same,
+    assert_within,
+    eps,
+    low_rank,
+    normal,
+    plan_of,
+    plans,
+    seeds,
+    stacks,
+    untouched,
+)
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import dynlora_fn as dl
+from dynlora_fn import LowRank, Plan, SidePlan, drift, merge, quantize, switch
+from dynlora_fn.bases import dequantize
+from dynlora_fn.formats import NAMES, kind_of
+from dynlora_fn.opaque_codes import exact
+
+RESIDUALS = ("bfloat16", "int8", None)
+SHAPE = Shape(8, 16, 4)  # of a size that nf4's blocks divide
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8)).map(
+    lambda sizes: Shape(8 * sizes[0], 8 * sizes[1], sizes[2])
+)
+
+
+@st.composite
+def quantized_params(draw: st.DrawFn, stacks: st.SearchStrategy[tuple[int, ...]] = stacks) -> LowRank:
+    kind, residual = draw(st.sampled_from(NAMES)), draw(st.sampled_from(RESIDUALS))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    param = low_rank(draw(shapes), draw(stacks), draw(seeds), base_dtype=torch.float32, factor_dtype=dtype)
+    return quantize(param, kind, residual=residual)
+
+
+cases = quantized_params().flatmap(lambda param: st.tuples(st.just(param), plans(param), seeds))
+
+
+def kept(base: Any) -> Tensor:
+    """Codes and residual together, in float64."""
+    return base.double() if isinstance(base, Tensor) else exact(base.codes, base.residual, torch.float64)
+
+
+def whole(param: LowRank) -> Tensor:
+    """The weight that is never lost but for the residual's own rounding."""
+    b, a = (factor.double() for factor in param.factors)
+    return kept(param.base) + b @ a / a.shape[-2]
+
+
+def step_of(param: LowRank) -> Tensor:
+    """Half a step of the base's codes at most, by the largest entry of the weight: (*stack, 1, 1)."""
+    share = {"int8": 1 / 254, "float8": 2**-4, "nf4": 0.17}
+    base = param.base
+    kind = "plain" if isinstance(base, Tensor) else kind_of(base.codes)
+    return kept(base).abs().amax((-2, -1), keepdim=True) * share.get(kind, eps(torch.bfloat16) / 2) * 1.01
+
+
+def rounding(param: LowRank, magnitude: Tensor) -> Tensor:
+    """Of codes and residual together: the residual's own, of what is at most half a step."""
+    base, work = param.base, 64 * eps(torch.float32) * magnitude
+    if isinstance(base, Tensor) or not tree_leaves(base.residual):
+        return step_of(param) + work
+    return step_of(param) * (1 / 254 if isinstance(base.residual, dl.Int8Codes) else eps(torch.bfloat16) / 2) + work
+
+
+def magnitude(param: LowRank, other: LowRank) -> Tensor:
+    b, a = (factor.double().abs() for factor in param.factors)
+    d, c = (factor.double().abs() for factor in other.factors)
+    products = (b + d) @ (a + c) / a.shape[-2]
+    return (kept(param.base).abs() + products).amax((-2, -1), keepdim=True)
+
+
+@given(cases)
+def test_switch_keeps_the_weight(case):
+    """What is kept to the rounding of the residual, what products see to one step of the codes."""
+    param, plan, _ = case
+    got = switch(param, plan).param
+    bound = rounding(got, magnitude(param, got))
+    assert_within(whole(got), whole(param), bound)
+    assert_within(dequantize(got.base, torch.float64), kept(got.base), step_of(got))
+
+
+@given(quantized_params())
+def test_merge_keeps_the_weight_and_merging_twice_is_merging_once(param):
+    with untouched(param):
+        merged = merge(param)
+    assert not merged.factors.b.any()
+    assert_within(whole(merged), whole(param), rounding(merged, magnitude(param, merged)))
+    assert_same(merge(merged), merged)
+
+
+@given(cases)
+def test_a_plan_without_active_entries_is_the_identity(case):
+    param, plan, _ = case
+    sides = [side._replace(active=torch.zeros_like(side.active)) for side in (plan.b, plan.a)]
+    assert_same(switch(param, Plan(*sides, frozen_for=plan.frozen_for)).param, param)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("kind", ["int8", "float8", "bfloat16"])
+def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
+    param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
+    param.factors.b[:, ::2] = 0
+    param = quantize(param, kind, residual=residual)
+    if isinstance(param.base, Tensor):
+        return
+    got = merge(param)
+    for new, old in zip(tree_leaves(got.base), tree_leaves(param.base), strict=True):
+        assert_same(new[:, ::2], old[:, ::2])
+    assert not torch.equal(dequantize(got.base, torch.float32)[:, 1::2], dequantize(param.base, torch.float32)[:, 1::2])
+
+
+@given(cases)
+def test_arguments_are_untouched_and_kinds_are_kept(case):
+    param, plan, _ = case
+    with untouched(param, plan):
+        got = switch(param, plan).param
+    for new, old in zip(tree_leaves(got), tree_leaves(param), strict=True):
+        assert (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
+
+
+@given(quantized_params(stacks=st.just((3,))).flatmap(lambda param: st.tuples(st.just(param), plans(param))))
+def test_a_stack_is_the_loop_and_the_vmap_over_its_members(case):
+    param, plan = case
+    own = Plan(*(SidePlan(*(leaf.broadcast_to(3, -1) for leaf in side)) for side in (plan.b, plan.a)), plan.frozen_for)
+    in_dims = (0, tree_map(lambda leaf: 0 if leaf.ndim > 1 else None, plan))
+    assert_same(switch(param, plan), torch.vmap(switch, in_dims=in_dims)(param, plan))
+    for number in range(3):
+        one, its = (tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, tree) for tree in (param, own))  # noqa: B023
+        assert_same(switch(one, its), tree_map(lambda leaf: leaf[number], switch(param, plan)))  # noqa: B023
+
+
+# --- compiled
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("kind", NAMES)
+def test_compiled_equals_eager_without_a_recompile_over_plans(kind, residual):
+    param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
+    param = quantize(param, kind, residual=residual)
+    compiled = torch.compile(switch, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(param, plan_of(4, b=3, a=2)), switch(param, plan_of(4, b=3, a=2)))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(2, 5):
+            plan = plan_of(4, b=3, a=2, seed=seed, frozen_for=seed)
+            plan = plan._replace(b=plan.b._replace(active=plan.b.slots < seed))
+            assert_same(compiled(param, plan), switch(param, plan))
+
+
+class Net(nn.Module):
+    """Two equal layers, which become a stack, and one of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def training(kind: str, residual: str | None, model: nn.Module | None = None) -> tuple[Any, Callable[..., Any]]:
+    torch.manual_seed(0)
+    net, optimizer, schedule = model or Net(), dl.adamw(), dl.Schedule(interval=4, freeze=2)
+    params = dl.init(net, rank=4, seed=0, targets=["*weight"], base=kind, residual=residual)
+
+    def step(state: Any, x: Tensor, t: Tensor) -> tuple[Any, Tensor]:
+        trainable, frozen, opt_state = state
+
+        def loss_fn(trainable: Any) -> Tensor:
+            return (dl.call(net, dl.combine(trainable, frozen), x) - x[:, :8]).square().mean()
+
+        loss, grads = dl.value_and_grad(loss_fn)(trainable)
+        params = dl.combine(trainable, frozen)
+        plan = schedule(t, params)
+        params, _ = switch(params, plan)
+        opt_state = dl.project_optimizer_state(opt_state, plan)
+        trainable, frozen = dl.partition(params)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=1e-2)
+        return (dl.apply_updates(trainable, updates), frozen, opt_state), loss
+
+    trainable, frozen = dl.partition(params)
+    return (trainable, frozen, optimizer.init(trainable)), step
+
+
+def run(state: Any, step: Callable[..., Any], steps: int) -> tuple[Any, list[Tensor]]:
+    losses = []
+    for t in range(steps):
+        state, loss = step(state, normal(0, 32, 16, dtype=torch.float32), torch.tensor(t))
+        losses.append(loss.clone())
+    return state, losses
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_donated_state_keeps_its_memory_and_equals_eager(kind, residual):
+    wanted = run(*training(kind, residual), 12)
+    state, step = training(kind, residual)
+    memory = [leaf.data_ptr() for leaf in tree_leaves(state)]
+    compiled = dl.compile_step(step, backend="aot_eager")
+    got = run(state, compiled, 1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = run(training(kind, residual)[0], compiled, 12)
+    state, _ = run(state, compiled, 0)
+    assert [leaf.data_ptr() for leaf in tree_leaves(state)] == memory
+    assert_same(got, wanted)
+    assert wanted[1][-1] < wanted[1][0]
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_step_that_switches_equals_eager_with_inductor(kind):
+    wanted, (state, step) = run(*training(kind, "int8"), 6), training(kind, "int8")
+    compiled = dl.compile_step(step)
+    memory = [leaf.data_ptr() for leaf in tree_leaves(state)]
+    got, losses = run(state, compiled, 6)
+    assert [leaf.data_ptr() for leaf in tree_leaves(got)] == memory
+    # Other kernels round otherwise, and a code may fall the other way: by what it is worth, once.
+    torch.testing.assert_close(losses, wanted[1], rtol=0.02, atol=0)
+
+
+# --- what is not finite
+
+
+BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("kind", NAMES)
+def test_what_is_not_finite_is_refused_by_name(kind, value):
+    params = {"layers.*.q": low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)}
+    good, plan = quantize(params, kind), {"layers.*.q": plan_of(4, b=2, a=2)}
+    message = r"weight 'layers\.\*\.q' must be finite to be held in low precision"
+    params["layers.*.q"].base[1, 3, 5] = value
+    with pytest.raises(ValueError, match=message):
+        quantize(params, kind)
+    bad = {"layers.*.q": good["layers.*.q"]._replace(factors=tree_map(torch.clone, good["layers.*.q"].factors))}
+    bad["layers.*.q"].factors.b[1, 3] = value
+    for function in (lambda: merge(bad), lambda: switch(bad, plan)):
+        with pytest.raises(ValueError, match=message):
+            function()
+    compiled = torch.compile(switch, backend="aot_eager", fullgraph=True)
+    compiled(good, plan)
+    with pytest.raises(ValueError, match=message):
+        compiled(bad, plan)
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_model_that_is_not_finite_is_refused_by_name(value):
+    weight = torch.ones(8, 16)
+    weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"weight 'fc\.weight' must be finite"):
+        dl.init({"fc.weight": weight}, rank=2, seed=0, targets=["*"], base="int8")
+
+
+# --- what is refused besides
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base": "int4"}, r"`base` must be one of int8, float8, nf4, bfloat16, or torchao's .*, got 'int4'"),
+        ({"base": torch.int8}, r"`base` must be one of .*, got torch\.int8"),
+        ({"base": "int8", "residual": "float16"}, r"`residual` must be 'int8', 'bfloat16' or None, got 'float16'"),
+    ],
+)
+def test_quantize_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(low_rank(SHAPE), **arguments)
+
+
+@pytest.mark.parametrize("shape", [Shape(7, 16, 2), Shape(64, 7, 2)])
+def test_sizes_that_nf4s_blocks_do_not_divide_are_refused(shape):
+    with pytest.raises(ValueError, match=r"weight 'w' must have a multiple of 64 numbers and an even `in` .*, got \("):
+        quantize({"w": low_rank(shape)}, "nf4")
+
+
+def test_both_kinds_of_bases_are_refused():
+    with pytest.raises(ValueError, match=r"`base` and `base_dtype` must not both be given"):
+        dl.init(Net(), rank=2, seed=0, targets=["*weight"], base="int8", base_dtype=torch.bfloat16)
+
+
+# --- drift
+
+
+@given(quantized_params())
+def test_drift_is_what_products_miss(param):
+    exact_weight, seen = whole(param), dl.materialize(param)
+    missed = (seen.double() - exact_weight).norm() / exact_weight.norm()
+    if isinstance(param.base, Tensor) or not tree_leaves(param.base.residual):
+        assert drift(param).isnan()
+    else:
+        # Two sums and the norm of what is computed in the factors' dtype, float32 at least.
+        torch.testing.assert_close(drift(param).double(), missed, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(drift(param, exact_weight).double(), missed, rtol=1e-3, atol=1e-6)
+
+
+def test_drift_is_reported_by_name():
+    params = dl.init(Net(), rank=4, seed=0, targets=["*weight"], base="int8")
+    found = drift(params)
+    assert found.keys() == {"layers.*.weight", "head.weight"}
+    assert all(0 < value < 0.02 for value in found.values())
+    dense = dl.materialize({**dl.init(Net(), rank=4, seed=0, targets=["*weight"])})
+    assert drift(params, dense).keys() == found.keys()
+
+
+def test_a_residual_keeps_drift_from_growing():
+    """Two thousand folds: with a residual the error of one, without it many times that."""
+    weight = low_rank(Shape(64, 64, 16), base_dtype=torch.float64, factor_dtype=torch.float32)
+    held = {residual: quantize(weight, "int8", residual=residual) for residual in RESIDUALS}
+    for seed in range(2000):
+        plan = plan_of(16, b=1, a=1, seed=seed)
+        weight = switch(weight, plan).param
+        held = {residual: switch(param, plan).param for residual, param in held.items()}
+    exact_weight = dl.materialize(weight)
+    off = {residual: drift(param, exact_weight) for residual, param in held.items()}
+    once = drift(quantize(weight, "int8", residual=None), exact_weight)
+    assert off["bfloat16"] < 1.02 * once
+    assert off["int8"] < 1.2 * once
+    assert off[None] > 10 * once
