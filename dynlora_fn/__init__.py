@@ -12,6 +12,7 @@ from dynlora_fn.cost import Explanation as Explanation
 from dynlora_fn.cost import explain as explain
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
+from dynlora_fn.export import state_dict as state_dict
 from dynlora_fn.lowrank import BasisSlice as BasisSlice
 from dynlora_fn.lowrank import Start as Start
 from dynlora_fn.lowrank import basis_vectors as basis_vectors

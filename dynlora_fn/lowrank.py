@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from dynlora_fn.base import fold, widest
 from dynlora_fn.basis import Bounds, Request, basis_bounds, uniform
 from dynlora_fn.stacking import Stack, find_stacks
-from dynlora_fn.tree import map_low_rank, match
+from dynlora_fn.targets import Target, Targets, select
+from dynlora_fn.tree import map_low_rank
 from dynlora_fn.types import Factors, LowRank, Param, Params
 
 Start: TypeAlias = Literal["switchlora", "lora"]
@@ -20,10 +22,12 @@ Start: TypeAlias = Literal["switchlora", "lora"]
 def init(
     model: nn.Module | Mapping[str, Tensor],
     *,
-    rank: int,
+    rank: int | Mapping[str, int],
     seed: int,
-    targets: Sequence[str],
+    targets: Targets,
     start: Start = "switchlora",
+    fused: Mapping[str, int | tuple[int, int]] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     base_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
     stack: bool = True,
@@ -32,13 +36,22 @@ def init(
 
     ``base = weight - b @ a / rank`` with both factors drawn from the basis, as in arXiv:2406.06564, section 3.
 
+    A target is a matrix (out, in); of more axes, a stack of them (experts), or the weight of a convolution, which is
+    taken for a matrix (out, in * prod(kernel)).
+
     Args:
         model: a module, or its parameters by name. It is neither changed nor kept: everything is copied.
-        rank: of the factors, at least 1 and at most min(out, in) of every target.
+        rank: of the factors, at least 1 and at most min(out, in) of every target; or by name or glob, of which the
+            first that matches counts.
         seed: names the bases. Each weight gets its own, from this seed and the weight's name.
-        targets: names or globs of the 2-D weights that become low-rank; all else is trained full-rank.
+        targets: what becomes low-rank; all else is trained full-rank. Names, globs or types of modules, whose own
+            matrices are meant; or a predicate of the name and the tensor.
         start: "switchlora" draws both factors, with the bounds of `basis_bounds`; "lora" draws `a` as `nn.Linear` would
             and starts from ``b = 0`` (arXiv:2106.09685).
+        fused: by name or glob, of how many equal parts a target is made that become a stack, each with factors of its
+            own: 3 for queries, keys and values above each other (3 * out, in), ``(3, -1)`` for columns side by side.
+        weights: by name, instead of the module's own, which may then be on the meta device. They are asked for one
+            stack at a time.
         base_dtype: of the bases; the weight's own unless given.
         dtype: of the factors.
         stack: whether weights that repeat over layers become one parameter, such as ``layers.*.q.weight``.
@@ -47,29 +60,31 @@ def init(
         By name a `LowRank` for each target and a tensor for everything else, none of which requires a gradient.
 
     Raises:
-        ValueError: if a pattern matches nothing, a target is not a matrix, or the rank does not fit.
+        ValueError: if a pattern matches nothing, a target is not a matrix, a rank does not fit, or one of `weights` is
+            missing or of another shape.
 
     Example:
         >>> params = init(nn.Linear(6, 4), rank=2, seed=0, targets=["weight"])
         >>> params["weight"].factors.b.shape, params["weight"].factors.a.shape, params["bias"].shape
         (torch.Size([4, 2]), torch.Size([2, 6]), torch.Size([4]))
     """
+    module = model if isinstance(model, nn.Module) else None
     tensors = _own_tensors(model)
-    is_target = set(match(tensors, targets, "targets"))
-    for name in is_target:
-        _check_target(name, tensors[name], rank)
-    keys = {name: (name in is_target, t.shape, t.dtype, t.device) for name, t in tensors.items()}
+    found = select(module, tensors, targets, rank, fused or {})
+    read = tensors.__getitem__ if weights is None else partial(_given, weights, module, tensors)
+    keys = {name: (found.get(name), t.shape, t.dtype, t.device) for name, t in tensors.items()}
     groups = find_stacks(keys) if stack else {name: Stack([name], ()) for name in tensors}
     params: dict[str, Param] = {}
     for pattern, group in groups.items():
-        members = torch.stack([tensors[name] for name in group.members])
+        members = torch.stack([read(name) for name in group.members])
         weight = members.reshape(*group.shape, *members.shape[1:])
-        if group.members[0] in is_target:
-            seeds = torch.tensor([_weight_seed(seed, name) for name in group.members], device=weight.device)
+        target = found.get(group.members[0])
+        if target is not None:
+            matrices = as_matrices(weight, target, len(group.shape))
             params[pattern] = _split(
-                weight,
-                seeds.reshape(group.shape),
-                rank=rank,
+                matrices,
+                _seeds(seed, group.members, matrices),
+                rank=target.rank,
                 start=start,
                 base_dtype=base_dtype or weight.dtype,
                 dtype=dtype,
@@ -77,6 +92,39 @@ def init(
         else:
             params[pattern] = weight
     return params
+
+
+def as_matrices(weight: Tensor, target: Target, stack_axes: int) -> Tensor:
+    """Parameters behind `stack_axes` as (*stack, out, in), in which a fused one has an axis for its parts."""
+    if target.is_spatial:
+        return weight.flatten(stack_axes + 1)
+    if target.parts == 1:
+        return weight
+    return weight.unflatten(target.axis, (target.parts, -1)).movedim(target.axis - 1, -3).contiguous()
+
+
+def _given(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """One of `weights`, by whichever of its names it has there."""
+    own = dict(module.named_parameters(remove_duplicate=False)) if module is not None else {}
+    names = [name, *(other for other, tensor in own.items() if other != name and tensor is own[name])]
+    for one in names:
+        if one in weights:
+            weight, shape = weights[one].detach(), tuple(tensors[name].shape)
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"`weights` must fit the model, got {one!r} of shape {tuple(weight.shape)} for {shape}")
+            return weight
+    shape = tuple(tensors[name].shape)
+    raise ValueError(f"`weights` must hold every parameter of the model, got none for {name!r} of shape {shape}")
+
+
+def _seeds(seed: int, names: list[str], matrices: Tensor) -> Tensor:
+    """One for each matrix of the stack: by the weight's name, and within a weight by the number as well."""
+    stack = matrices.shape[:-2]
+    within = stack.numel() // len(names)
+    seeds = [
+        _weight_seed(seed, name if within == 1 else f"{name}[{number}]") for name in names for number in range(within)
+    ]
+    return torch.tensor(seeds, device=matrices.device).reshape(stack)
 
 
 def _own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,14 +140,6 @@ def _own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = tensor.detach()
         seen.add(identity)
     return tensors
-
-
-def _check_target(name: str, weight: Tensor, rank: int) -> None:
-    if weight.ndim != 2:
-        raise ValueError(f"`targets` must match matrices (out, in), got {name!r} of shape {tuple(weight.shape)}")
-    if not 1 <= rank <= min(weight.shape):
-        limits = f"at least 1 and at most min(out, in) = {min(weight.shape)} for {name!r}"
-        raise ValueError(f"`rank` must be {limits} of shape {tuple(weight.shape)}, got {rank}")
 
 
 def _weight_seed(seed: int, name: str) -> int:
