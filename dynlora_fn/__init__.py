@@ -35,6 +35,7 @@ from dynlora_fn.pool import SidePool as SidePool
 from dynlora_fn.pool import draw as draw
 from dynlora_fn.pool import init_pool as init_pool
 from dynlora_fn.pool import put_back as put_back
+from dynlora_fn.recompute import checkpoint_contexts as checkpoint_contexts
 from dynlora_fn.recompute import remat as remat
 from dynlora_fn.schedule import Schedule as Schedule
 from dynlora_fn.schedule import every as every

@@ -30,7 +30,9 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         shape = own[name].shape
         view = view_of(name, param, shape) if isinstance(param, LowRank) else None
         if view is None and param.shape != shape:  # type: ignore[union-attr]
-            raise ValueError(f"`params` must fit the model, got {name!r} of shape {tuple(param.shape)} for {tuple(shape)}")  # type: ignore[union-attr]
+            raise ValueError(
+                f"`params` must fit the model, got {name!r} of shape {tuple(param.shape)} for {tuple(shape)}"
+            )  # type: ignore[union-attr]
         weight = param if view is None else dense(view)
         weights[id(own[name])] = weight.to(own[name].dtype)  # type: ignore[union-attr]
     for name, parameter in own.items():

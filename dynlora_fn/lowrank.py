@@ -111,7 +111,9 @@ def _given(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Map
         if one in weights:
             weight, shape = weights[one].detach(), tuple(tensors[name].shape)
             if tuple(weight.shape) != shape:
-                raise ValueError(f"`weights` must fit the model, got {one!r} of shape {tuple(weight.shape)} for {shape}")
+                raise ValueError(
+                    f"`weights` must fit the model, got {one!r} of shape {tuple(weight.shape)} for {shape}"
+                )
             return weight
     shape = tuple(tensors[name].shape)
     raise ValueError(f"`weights` must hold every parameter of the model, got none for {name!r} of shape {shape}")

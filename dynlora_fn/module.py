@@ -1,13 +1,14 @@
 """How a low-rank weight reaches an unmodified module."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynlora_fn.rules import COMPOSITES, RULES, refuse
+from dynlora_fn.rules import METHODS, RULES, refuse
 from dynlora_fn.stacking import unstack
 from dynlora_fn.types import LowRank, Param, Params
 from dynlora_fn.views import View, view_of
@@ -59,17 +60,17 @@ class _Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITES:
-            return COMPOSITES[func](*args, **kwargs)
         if func in RULES:
-            views = [_view_in(arg) for arg in args]
-            return _as_weights(RULES[func](*views, **{name: _view_in(arg) for name, arg in kwargs.items()}))
+            return _follow(RULES[func], *args, **kwargs)
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        weight = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Weight))
         # A property's getter is named by the property that it is bound to.
-        operation = getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func
-        refuse(weight._view, getattr(operation, "__name__", repr(operation)))
+        is_getter = getattr(func, "__name__", "") == "__get__"
+        operation = getattr(func, "__self__", func) if is_getter else func
+        operation = getattr(operation, "__name__", repr(operation))
+        if is_getter and operation in METHODS:
+            return partial(_follow, METHODS[operation], args[0])
+        refuse(next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Weight))._view, operation)
 
 
 class _Wrapper(_Weight):
@@ -97,11 +98,17 @@ def _given(name: str, param: LowRank, shape: torch.Size) -> Tensor:
 def _as_weight(view: View) -> "_Weight":
     b, shape = view.parts[0].factors.b, view.shape
     if torch.compiler.is_dynamo_compiling():
-        weight = b[(0,) * b.ndim].expand(shape).as_subclass(_Weight)
+        # Not a number, so that an operation that Dynamo does not dispatch could not go unseen.
+        weight = b.new_full((), torch.nan).expand(shape).as_subclass(_Weight)
     else:
         weight = Tensor._make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
     weight._view = view
     return weight
+
+
+def _follow(rule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    views = [_view_in(arg) for arg in args]
+    return _as_weights(rule(*views, **{name: _view_in(arg) for name, arg in kwargs.items()}))
 
 
 def _view_in(arg: Any) -> Any:

@@ -1,11 +1,13 @@
 """What an operation does with a low-rank weight: one rule for each, and none for what would need the dense weight.
 
 Each rule composes plain operations, and so is right under every transform; products of a matrix go through
-`contraction.linear`.
+`contraction.linear`. A rule is given views, never what stands for a weight in a module: within `__torch_function__`
+Dynamo looks for no further overrides, and would take that for a tensor.
 """
 
 from collections.abc import Callable, Sequence
 from math import prod
+from types import FunctionType
 from typing import Any, Never
 
 import torch
@@ -114,12 +116,12 @@ def _einsum(equation: Any, *operands: Any) -> Tensor:
     shared = next(letter for letter in "rsuvwxyzabcdefghijklmnopqtRS" if letter not in equation)
     before = "".join(stack)
     b, a = part.factors
-    x = [operand for operand in operands if not isinstance(operand, View)]
-    dtype = _compute_dtype(x[0]) if x else b.dtype
-    base, b, a = (leaf.to(dtype) for leaf in (dense_base(part), b, a))
+    others = (*operands[:at], *operands[at + 1 :])
+    dtype = _compute_dtype(others[0]) if others else b.dtype
+    base, b, a, *others = (leaf.to(dtype) for leaf in (dense_base(part), b, a, *others))
     low_rank = [*terms[:at], f"{before}{row}{shared}", f"{before}{shared}{column}", *terms[at + 1 :]]
-    output: Tensor = torch.einsum(f"{','.join(terms)}->{result}", *operands[:at], base, *operands[at + 1 :])
-    low = torch.einsum(f"{','.join(low_rank)}->{result}", *operands[:at], b / a.shape[-2], a, *operands[at + 1 :])
+    output: Tensor = torch.einsum(f"{','.join(terms)}->{result}", *others[:at], base, *others[at:])
+    low = torch.einsum(f"{','.join(low_rank)}->{result}", *others[:at], b / a.shape[-2], a, *others[at:])
     return output + low
 
 
@@ -193,9 +195,11 @@ def _convolve(dimensions: int) -> Callable[..., Tensor]:
         if len(view.kernel) != dimensions:
             refuse(view, operation, f"shape {view.shape} that was not made low-rank as (out, in * kernel)")
         (part,) = view.parts
-        b, a = (leaf.to(_compute_dtype(input)) for leaf in part.factors)
+        dtype = _compute_dtype(input)
+        input, b, a = (leaf.to(dtype) for leaf in (input, *part.factors))
+        bias = None if bias is None else bias.to(dtype)
         out_features, *inner = view.shape
-        base = dense_base(part).to(b.dtype).reshape(view.shape)
+        base = dense_base(part).to(dtype).reshape(view.shape)
         spatial = a.reshape(-1, *inner).repeat(groups, *(1 for _ in inner))
         pointwise = (b / a.shape[-2]).reshape(out_features, -1, *(1 for _ in view.kernel))
         low = convolution(input, spatial, None, stride, padding, dilation, groups)
@@ -299,21 +303,38 @@ def _unflatten(view: View, dim: int, sizes: Sequence[int]) -> View:
     return _reshape(view, *sizes, view.shape[-1])
 
 
-# Attention looks whether its weights have rules before it uses them, by `linear` alone. This is its body without the
-# look, as a function of its own: nothing is patched.
-def _unchecked(function: Any) -> Any:
-    copy = type(function)(
-        function.__code__, {**function.__globals__, "has_torch_function": _never}, function.__name__, function.__defaults__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+# Attention as `nn.MultiheadAttention` has it uses its weights by `linear` alone, if the queries', keys' and values' are
+# fused after cutting them apart. So its rule is its own body, as another function, with other meanings for these two.
 
 
-def _never(_: Any) -> bool:
+def _any_linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    return _linear(x, weight, bias) if isinstance(weight, View) else functional.linear(x, weight, bias)
+
+
+def _project_fused(q: Tensor, k: Tensor, v: Tensor, weight: Any, bias: Tensor | None = None) -> Sequence[Tensor]:
+    if q is k and k is v:
+        return [one.contiguous() for one in _any_linear(q, weight, bias).chunk(3, dim=-1)]
+    weights = _chunk(weight, 3) if isinstance(weight, View) else weight.chunk(3)
+    return _project(q, k, v, *weights, *(bias.chunk(3) if bias is not None else (None, None, None)))
+
+
+def _project(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Any, k_weight: Any, v_weight: Any, *biases: Any
+) -> list[Tensor]:
+    weights = (q_weight, k_weight, v_weight)
+    return [_any_linear(x, *own) for x, *own in zip((q, k, v), weights, biases or (None, None, None), strict=True)]
+
+
+def _has_no_rule(_: Any) -> bool:
     return False
 
 
-COMPOSITES: dict[Any, Any] = {functional.multi_head_attention_forward: _unchecked(functional.multi_head_attention_forward)}
+def _attention() -> Callable[..., Any]:
+    body: Any = functional.multi_head_attention_forward
+    own = {"linear": _any_linear, "_in_projection_packed": _project_fused, "_in_projection": _project}
+    names = {**body.__globals__, **own, "has_torch_function": _has_no_rule}
+    return FunctionType(body.__code__, names, body.__name__, body.__defaults__)
+
 
 RULES: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
@@ -322,6 +343,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     functional.conv2d: _convolve(2),
     functional.conv3d: _convolve(3),
     **dict.fromkeys((functional.grouped_mm, torch._grouped_mm), _grouped_mm),
+    functional.multi_head_attention_forward: _attention(),
     torch.einsum: _einsum,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), _matmul),
     **dict.fromkeys((Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.__matmul__), _matmul),
@@ -337,3 +359,5 @@ RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.reshape, Tensor.reshape, Tensor.view), _reshape),
     **dict.fromkeys((torch.unflatten, Tensor.unflatten), _unflatten),
 }
+# Methods of Tensor that are written in Python, by name: to look one up is an operation to Dynamo, as with a property.
+METHODS = {"split": _split, "unflatten": _unflatten}

@@ -119,4 +119,3 @@ def _of(part: LowRank, base: Tensor, b: Tensor, a: Tensor) -> LowRank:
 def dense(view: View) -> Tensor:
     """The weight in the parameter's shape."""
     return torch.cat([materialize(part) for part in view.parts], dim=view.axis).reshape(view.shape)
-

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import eps, untouched
+from strategies import assert_same, eps, untouched
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from zoo import CASES, Case
 
 from dynlora_fn import (
@@ -13,10 +14,12 @@ from dynlora_fn import (
     adamw,
     apply_updates,
     call,
+    checkpoint_contexts,
     combine,
     compile_step,
     init,
     partition,
+    remat,
     state_dict,
     unstack,
     value_and_grad,
@@ -132,3 +135,39 @@ def test_export(case):
     for one, other in case.tied:
         assert exported[one] is exported[other]
         assert fresh.get_parameter(one) is fresh.get_parameter(other)
+
+
+def gradients(model: nn.Module, params: dict[str, Any], via: str) -> Any:
+    trainable, frozen = partition(params)
+    return value_and_grad(lambda tree: loss_of(model, combine(tree, frozen), LINEAR), via=via)(trainable)
+
+
+LINEAR = CASES["Llama: linear, grouped heads"]
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_remat_of_an_unmodified_model(via):
+    model, params = made(LINEAR)
+    assert_same(gradients(remat(model, ["model.layers.*"]), params, via), gradients(model, params, via))
+
+
+def test_the_models_own_checkpointing():
+    """Other values than the model's: a block that is computed again with the model's would be seen."""
+    model, params = made(LINEAR)
+    params = tree_map(lambda leaf: leaf * 1.5 if leaf.is_floating_point() else leaf, params)
+    wanted = gradients(model, params, "autograd")
+    contexts = checkpoint_contexts(model)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    parameters, calls = dict(model.named_parameters()), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    assert_same(gradients(model, params, "autograd"), wanted)
+    assert len(calls) == 2 * 2  # layers, each computed twice
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_attention_is_one_operation():
+    """All of the above with `scaled_dot_product_attention`, on what low-rank weights gave it."""
+    assert {made(CASES[name])[0].config._attn_implementation for name in CASES if "Llama" in name or "ViT" in name} == {
+        "sdpa"
+    }

@@ -22,7 +22,9 @@ class Case(NamedTuple):
 
 TOKENS = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1])
-IMAGES, SEQUENCES, VOLUMES = (normal(number, *shape) for number, shape in enumerate([(2, 3, 8, 8), (2, 5, 12), (2, 2, 3, 6, 6)]))
+IMAGES, SEQUENCES, VOLUMES = (
+    normal(number, *shape) for number, shape in enumerate([(2, 3, 8, 8), (2, 5, 12), (2, 2, 3, 6, 6)])
+)
 
 
 def of_transformers(name: str, **config: Any) -> Callable[[], nn.Module]:
@@ -57,7 +59,9 @@ LLAMA = of_transformers(
     tie_word_embeddings=True,
     use_cache=False,
 )
-GPT2 = of_transformers("GPT2LMHeadModel", vocab_size=31, n_positions=16, n_embd=12, n_layer=2, n_head=2, use_cache=False)
+GPT2 = of_transformers(
+    "GPT2LMHeadModel", vocab_size=31, n_positions=16, n_embd=12, n_layer=2, n_head=2, use_cache=False
+)
 VIT = of_transformers(
     "ViTForImageClassification",
     image_size=8,
@@ -138,9 +142,7 @@ CASES = {
         GPT2, next_token_loss, [nn.Embedding], tied=(("transformer.wte.weight", "lm_head.weight"),)
     ),
     "Mixtral: experts, batched": Case(mixtral("batched_mm"), next_token_loss, ["*.experts.*"]),
-    "Mixtral: experts, grouped": Case(
-        mixtral("grouped_mm"), next_token_loss, ["*.experts.*"], dtype=torch.float32
-    ),
+    "Mixtral: experts, grouped": Case(mixtral("grouped_mm"), next_token_loss, ["*.experts.*"], dtype=torch.float32),
     "Mixtral: experts, one by one": Case(mixtral("eager"), next_token_loss, ["*.experts.*"]),
     "Mixtral: experts, fused gate and up as a stack": Case(
         mixtral("eager"), next_token_loss, ["*.gate_up_proj"], fused={"*.gate_up_proj": 2}
