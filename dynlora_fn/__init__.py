@@ -22,6 +22,10 @@ from dynlora_fn.lowrank import merge as merge
 from dynlora_fn.memory import Peak as Peak
 from dynlora_fn.memory import peak_memory as peak_memory
 from dynlora_fn.module import call as call
+from dynlora_fn.momentum import MomentumState as MomentumState
+from dynlora_fn.momentum import MomentumUpdates as MomentumUpdates
+from dynlora_fn.momentum import lion as lion
+from dynlora_fn.momentum import sgd as sgd
 from dynlora_fn.optim import AdamWState as AdamWState
 from dynlora_fn.optim import Clipped as Clipped
 from dynlora_fn.optim import Transform as Transform
@@ -29,12 +33,13 @@ from dynlora_fn.optim import Updates as Updates
 from dynlora_fn.optim import adamw as adamw
 from dynlora_fn.optim import apply_updates as apply_updates
 from dynlora_fn.optim import clip_by_global_norm as clip_by_global_norm
-from dynlora_fn.optim import project_optimizer_state as project_optimizer_state
 from dynlora_fn.pool import Pool as Pool
 from dynlora_fn.pool import SidePool as SidePool
 from dynlora_fn.pool import draw as draw
 from dynlora_fn.pool import init_pool as init_pool
 from dynlora_fn.pool import put_back as put_back
+from dynlora_fn.projection import Change as Change
+from dynlora_fn.projection import project_optimizer_state as project_optimizer_state
 from dynlora_fn.recompute import checkpoint_contexts as checkpoint_contexts
 from dynlora_fn.recompute import remat as remat
 from dynlora_fn.schedule import Schedule as Schedule

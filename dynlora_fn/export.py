@@ -27,17 +27,14 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
     for name, param in singles.items():
         if name not in own:
             raise ValueError(f"`params` must be the model's, got {name!r}, which it does not have")
-        shape = own[name].shape
-        view = view_of(name, param, shape) if isinstance(param, LowRank) else None
-        if view is None and param.shape != shape:  # type: ignore[union-attr]
-            raise ValueError(
-                f"`params` must fit the model, got {name!r} of shape {tuple(param.shape)} for {tuple(shape)}"
-            )  # type: ignore[union-attr]
-        weight = param if view is None else dense(view)
-        weights[id(own[name])] = weight.to(own[name].dtype)  # type: ignore[union-attr]
+        shape, dtype = tuple(own[name].shape), own[name].dtype
+        weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else param
+        if weight.shape != shape:
+            raise ValueError(f"`params` must fit the model, got {name!r} of shape {tuple(weight.shape)} for {shape}")
+        weights[id(own[name])] = weight.to(dtype)
     for name, parameter in own.items():
         if id(parameter) not in weights:
-            shape = tuple(parameter.shape)
-            raise ValueError(f"`params` must hold every parameter of the model, got none for {name!r} of shape {shape}")
+            wanted = f"{name!r} of shape {tuple(parameter.shape)}"
+            raise ValueError(f"`params` must hold every parameter of the model, got none for {wanted}")
     kept = model.state_dict(keep_vars=True)
     return {name: weights.get(id(leaf), leaf.detach()) for name, leaf in kept.items()}

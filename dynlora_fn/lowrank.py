@@ -100,7 +100,9 @@ def as_matrices(weight: Tensor, target: Target, stack_axes: int) -> Tensor:
         return weight.flatten(stack_axes + 1)
     if target.parts == 1:
         return weight
-    return weight.unflatten(target.axis, (target.parts, -1)).movedim(target.axis - 1, -3).contiguous()
+    axis, shape = target.axis % weight.ndim, weight.shape
+    parts = weight.reshape(*shape[:axis], target.parts, -1, *shape[axis + 1 :])
+    return parts.movedim(axis, -3).contiguous()
 
 
 def _given(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapping[str, Tensor], name: str) -> Tensor:

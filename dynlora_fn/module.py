@@ -1,6 +1,6 @@
 """How a low-rank weight reaches an unmodified module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ def call_with(
 ) -> Any:
     """`call` with `buffers` for the model's own."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    weights = {
+    weights: dict[str, Any] = {
         name: _given(name, param, own[name].shape) if isinstance(param, LowRank) and name in own else param
         for name, param in unstack(params).items()
     }
@@ -106,7 +106,7 @@ def _as_weight(view: View) -> "_Weight":
     return weight
 
 
-def _follow(rule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _follow(rule: Any, *args: Any, **kwargs: Any) -> Any:
     views = [_view_in(arg) for arg in args]
     return _as_weights(rule(*views, **{name: _view_in(arg) for name, arg in kwargs.items()}))
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from dynlora_fn.base import autocast_now, widest, without_autocast
 from dynlora_fn.contraction import linear as contract
 from dynlora_fn.types import LowRank
-from dynlora_fn.views import COLUMNS, ROWS, View, dense_base, matrix_shape, split_rows, take, transposed
+from dynlora_fn.views import ROWS, View, dense_base, matrix_shape, split_rows, take, transposed
 
 
 def refuse(view: View, operation: str, got: str | None = None) -> Never:
@@ -59,10 +59,10 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
         return _times_part(x, view.parts[0], bias)
     sizes = [matrix_shape(part)[view.axis] for part in view.parts]
     if view.axis == ROWS:
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes, dim=-1)
+        biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes, dim=-1)
         outputs = [_times_part(x, part, own) for part, own in zip(view.parts, biases, strict=True)]
         return torch.cat(outputs, dim=-1)
-    inputs = x.split(sizes, dim=-1)
+    inputs = torch.split(x, sizes, dim=-1)
     first = _times_part(inputs[0], view.parts[0], bias)
     return sum((_times_part(own, part) for own, part in zip(inputs[1:], view.parts[1:], strict=True)), first)
 
@@ -73,7 +73,7 @@ def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
         return contract(x, part, bias)
     dtype = _compute_dtype(x)
     x, base, b, a = (leaf.to(dtype) for leaf in (x, dense_base(part), b, a))
-    output = x @ base.mT + (x @ a.mT / a.shape[-2]) @ b.mT
+    output: Tensor = x @ base.mT + (x @ a.mT / a.shape[-2]) @ b.mT
     return output if bias is None else output + bias
 
 
@@ -86,7 +86,8 @@ def _matmul(left: Any, right: Any) -> Tensor:
         _expect_weight("matmul", right, input=left)
         return _times(left, transposed(right), "matmul")
     weight = _expect_weight("matmul", left, input=right)
-    return _times(right, weight, "matmul") if right.ndim == 1 else _times(right.mT, weight, "matmul").mT
+    output = _times(right if right.ndim == 1 else right.mT, weight, "matmul")
+    return output if right.ndim == 1 else output.mT
 
 
 def _add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -116,7 +117,7 @@ def _einsum(equation: Any, *operands: Any) -> Tensor:
     shared = next(letter for letter in "rsuvwxyzabcdefghijklmnopqtRS" if letter not in equation)
     before = "".join(stack)
     b, a = part.factors
-    others = (*operands[:at], *operands[at + 1 :])
+    others = [*operands[:at], *operands[at + 1 :]]
     dtype = _compute_dtype(others[0]) if others else b.dtype
     base, b, a, *others = (leaf.to(dtype) for leaf in (dense_base(part), b, a, *others))
     low_rank = [*terms[:at], f"{before}{row}{shared}", f"{before}{shared}{column}", *terms[at + 1 :]]
@@ -189,8 +190,8 @@ def _convolve(dimensions: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        """With the base, plus with ``a`` (rank, in, *kernel) and then ``b`` (out, rank) in every place. All groups share
-        `a`, which is repeated for them."""
+        """With the base, plus with ``a`` (rank, in, *kernel) and then ``b`` (out, rank) in every place. All groups
+        share `a`, which is repeated for them."""
         view = _expect_weight(operation, weight, input=input, bias=bias)
         if len(view.kernel) != dimensions:
             refuse(view, operation, f"shape {view.shape} that was not made low-rank as (out, in * kernel)")

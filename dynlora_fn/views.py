@@ -15,7 +15,7 @@ the module's parameter         the `LowRank`               e.g.
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def transposed(view: View) -> View:
     return view._replace(parts=parts, axis=COLUMNS if view.axis == ROWS else ROWS)
 
 
-def take(part: LowRank, stack: tuple[object, ...], rows: object, columns: object) -> LowRank:
+def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:
     """``weight[*stack, rows, columns]``, rows and columns being slices."""
     b, a = part.factors
     return _of(

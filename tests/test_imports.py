@@ -29,6 +29,8 @@ ALLOWED = {
     "basis": FIRST,
     "stacking": FIRST,
     "optim": FIRST,
+    "momentum": FIRST | {"optim"},
+    "projection": FIRST,
     "targets": {"tree"},
     "lowrank": BELOW | {"targets"},
     "contraction": BELOW,

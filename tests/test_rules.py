@@ -1,4 +1,4 @@
-"""Each operation on a low-rank weight does what it does to the dense one, and its gradients are that one's projected."""
+"""Each operation on a low-rank weight does what it does to the dense one, with that one's gradients projected."""
 
 from collections.abc import Callable
 from math import prod
@@ -174,7 +174,7 @@ def test_a_grouped_product_is_that_of_the_dense_experts(dtype):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["linear", "einsum", "bmm", "conv2d", "embedding"])
 def test_mixed_dtypes(name, autocast):
-    """A base in bfloat16 and factors in float32, as for a small optimizer state: the result's dtype is the dense one's."""
+    """A base in bfloat16 and factors in float32."""
     model, params = setting(name)
     (base, factors, seed) = params["weight"]
     param = LowRank(base.bfloat16(), type(factors)(*(leaf.float() for leaf in factors)), seed)
