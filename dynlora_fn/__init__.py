@@ -3,6 +3,8 @@
 ``weight = base + b @ a / rank``. See the README for a whole training loop.
 """
 
+from dynlora_fn.adapters import load_adapter as load_adapter
+from dynlora_fn.adapters import save_adapter as save_adapter
 from dynlora_fn.basis import Bounds as Bounds
 from dynlora_fn.basis import basis_bounds as basis_bounds
 from dynlora_fn.contraction import Path as Path
@@ -13,6 +15,10 @@ from dynlora_fn.cost import explain as explain
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
 from dynlora_fn.export import state_dict as state_dict
+from dynlora_fn.files import Weights as Weights
+from dynlora_fn.files import open_weights as open_weights
+from dynlora_fn.files import save_merged as save_merged
+from dynlora_fn.files import save_weights as save_weights
 from dynlora_fn.lowrank import BasisSlice as BasisSlice
 from dynlora_fn.lowrank import Start as Start
 from dynlora_fn.lowrank import basis_vectors as basis_vectors

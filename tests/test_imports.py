@@ -38,6 +38,8 @@ ALLOWED = {
     "rules": BELOW | {"contraction", "views"},
     "module": BELOW | {"rules", "views"},
     "export": BELOW | {"views"},
+    "files": BELOW | {"export"},
+    "adapters": BELOW | {"lowrank", "views", "export", "files"},
     "recompute": BELOW | {"module"},
     "schedule": BELOW | {"lowrank"},
     "switching": BELOW | {"lowrank"},
