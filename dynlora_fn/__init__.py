@@ -61,6 +61,7 @@ from dynlora_fn.switching import Switched as Switched
 from dynlora_fn.switching import SwitchedParams as SwitchedParams
 from dynlora_fn.switching import candidates as candidates
 from dynlora_fn.switching import switch as switch
+from dynlora_fn.targets import Targets as Targets
 from dynlora_fn.tree import Partition as Partition
 from dynlora_fn.tree import combine as combine
 from dynlora_fn.tree import partition as partition

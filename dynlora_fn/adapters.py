@@ -1,7 +1,7 @@
 """LoRA adapters of PEFT, in and out: adapter_model.safetensors and adapter_config.json.
 
-PEFT's weight is ``weight + alpha / rank * B @ A`` (``alpha / sqrt(rank)`` with rslora), with A at the layer's input. The
-scale here is always ``1 / rank``, and so whatever differs is multiplied into `b`.
+PEFT's weight is ``weight + alpha / rank * B @ A`` (``alpha / sqrt(rank)`` with rslora), with A at the layer's input.
+The scale here is always ``1 / rank``, and so whatever differs is multiplied into `b`.
 """
 
 import json
@@ -188,8 +188,13 @@ def _pair(view: View) -> tuple[Pair, float]:
     if view.parts[0].seed.ndim:
         raise ValueError(f"`params` must be of layers that PEFT has LoRA for, got the stack {view.name!r}")
     if view.axis == ROWS:
-        return Pair(torch.block_diag(*ups), torch.cat(downs)), 0.0
-    return Pair(torch.cat(ups, dim=1), torch.block_diag(*downs)), 0.0
+        return Pair(_block_diagonal(ups), torch.cat(downs)), 0.0
+    return Pair(torch.cat(ups, dim=1), _block_diagonal(downs)), 0.0
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def _change(view: View, original: Mapping[str, Tensor], rank: int | None) -> tuple[Pair, float]:
@@ -212,7 +217,7 @@ def _changed_whole(
     pairs: Mapping[str, Pair],
     config: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """What is no low-rank weight and differs from the original: biases of adapted layers, and other layers as a whole."""
+    """What is not low-rank and differs from the original: biases of adapted layers, and other layers as a whole."""
     adapted = {name.rpartition(".")[0] for name in pairs}
     parents = {layer[: match.start()] for layer in adapted for match in re.finditer(r"\.", layer)} | {""}
     found, layers = {}, set()

@@ -102,10 +102,7 @@ def _project(tree: Any, how: _How, path: tuple[Any, ...]) -> Any:
         name = path[-1]
         return _follow(tree, name, _kind(tree, path), how) if name in how.plan else tree
     if isinstance(tree, Mapping):
-        is_numbered = all(isinstance(key, int) and isinstance(own, Mapping) for key, own in tree.items())
-        if how.leaves and tree and is_numbered:
-            return _project_numbered(tree, how, path)
-        return {key: _project(leaf, how, (*path, key)) for key, leaf in tree.items()}
+        return _project_mapping(tree, how, path)
     if not isinstance(tree, tuple | list):
         return tree
     if hasattr(tree, "_fields"):
@@ -113,6 +110,13 @@ def _project(tree: Any, how: _How, path: tuple[Any, ...]) -> Any:
     if how.leaves and len(tree) == len(how.leaves) and all(isinstance(leaf, Tensor) for leaf in tree):
         return type(tree)(_project_listed(dict(enumerate(tree)), how, path).values())
     return type(tree)(_project(leaf, how, (*path, number)) for number, leaf in enumerate(tree))
+
+
+def _project_mapping(tree: Mapping[Any, Any], how: _How, path: tuple[Any, ...]) -> dict[Any, Any]:
+    is_numbered = all(isinstance(key, int) and isinstance(own, Mapping) for key, own in tree.items())
+    if how.leaves and tree and is_numbered:
+        return _project_numbered(tree, how, path)
+    return {key: _project(leaf, how, (*path, key)) for key, leaf in tree.items()}
 
 
 def _project_numbered(tree: Mapping[int, Any], how: _How, path: tuple[Any, ...]) -> dict[int, Any]:

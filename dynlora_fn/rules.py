@@ -86,8 +86,11 @@ def _matmul(left: Any, right: Any) -> Tensor:
         _expect_weight("matmul", right, input=left)
         return _times(left, transposed(right), "matmul")
     weight = _expect_weight("matmul", left, input=right)
-    output = _times(right if right.ndim == 1 else right.mT, weight, "matmul")
-    return output if right.ndim == 1 else output.mT
+    x: Tensor = right
+    if x.ndim == 1:
+        return _times(x, weight, "matmul")
+    turned: Tensor = _times(x.mT, weight, "matmul").mT
+    return turned
 
 
 def _add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
