@@ -31,6 +31,7 @@ class _How(NamedTuple):
     change: Change | None
     leaves: list[tuple[str, str]]  # name and side of each leaf of the trainable tree, for states that count them
     seen: set[str]
+    first: dict[str, Factors]  # by name the first moment, where there is one
 
 
 def project_optimizer_state(
@@ -54,7 +55,9 @@ def project_optimizer_state(
                     count runs on (arXiv:2406.06564, section 3.3, as implemented)
     "reset_thawed"  likewise, but the count starts when they thaw: the first update is then a full one
     "keep"          state stays
-    "prune"         moments lose a share of `prune` of their entries, the smallest in magnitude (arXiv:2307.05695)
+    "prune"         first moment loses a share of `prune` of its entries, the smallest in magnitude
+                    (arXiv:2307.05695), and others lose likewise what is gone of the first: an entry without its second
+                    moment would move by its first over `eps`
     "transport"     first moment becomes what it would have been with the new vectors, as far as it tells: with
                     ``mu_b = G a.T / rank`` for an unknown G, ``mu_b (a a.T)^-1 a a_new.T`` is that of the G of least
                     norm; likewise ``mu_a``. The rest stays
@@ -89,7 +92,9 @@ def project_optimizer_state(
         for name, leaf in (trainable or {}).items()
         for side in (leaf._fields if isinstance(leaf, Factors) else ("",))
     ]
-    how = _How(plan, rule, prune, change, leaves, set())
+    how = _How(plan, rule, prune, change, leaves, set(), {})
+    if rule == "prune":
+        _project(opt_state, how, ())  # sees the first moments, by which others go
     projected: State = _project(opt_state, how, ())
     if missing := set(plan) - how.seen:
         wanted = "a first moment" if rule == "transport" else "the factors"
@@ -152,7 +157,10 @@ def _follow(leaf: Factors, name: str, kind: str, how: _How) -> Factors:
     if how.rule in ("reset", "reset_thawed"):
         new = _reset(leaf, kind, plan, is_count_delayed=how.rule == "reset_thawed")
     elif how.rule == "prune" and kind in ("first", "moment"):
-        b, a = (_prune(own, is_own, how.prune) for own, is_own in zip(leaf, counterparts(leaf, plan), strict=True))
+        if kind == "first":
+            how.first[name] = leaf
+        sides = zip(leaf, counterparts(leaf, plan), how.first.get(name, leaf), strict=True)
+        b, a = (_prune(own, is_own, first, how.prune) for own, is_own, first in sides)
         new = Factors(b, a)
     elif how.rule == "transport" and kind == "first":
         assert how.change is not None
@@ -184,14 +192,18 @@ def _reset(leaf: Factors, kind: str, plan: Plan, *, is_count_delayed: bool) -> F
     return Factors(b, a)
 
 
-def _prune(leaf: Tensor, is_own: Tensor, share: float) -> Tensor:
-    """Without the counterparts' entries that are no larger than the last one to go, of a matrix as a whole."""
+def _prune(leaf: Tensor, is_own: Tensor, first: Tensor, share: float) -> Tensor:
     is_own = is_own.expand(leaf.shape)
+    is_small = _is_small(leaf, is_own, share) & _is_small(first, is_own, share)
+    return torch.where(is_own & is_small, 0, leaf)
+
+
+def _is_small(leaf: Tensor, is_own: Tensor, share: float) -> Tensor:
+    """Which entries are no larger than the last to go of the counterparts', of a matrix as a whole."""
     magnitudes = torch.where(is_own, leaf.abs(), -1).flatten(-2).sort(dim=-1).values  # those of others in front
     number = is_own.flatten(-2).sum(-1)
     last = (magnitudes.shape[-1] - number + (share * (number - 1)).floor().long()).clamp(max=magnitudes.shape[-1] - 1)
-    threshold = magnitudes.gather(-1, last[..., None])[..., None]
-    return torch.where(is_own & (leaf.abs() <= threshold), 0, leaf)
+    return leaf.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
 
 
 def _transport(leaf: Factors, before: Factors, after: Factors, plan: Plan) -> Factors:

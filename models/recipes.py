@@ -33,13 +33,13 @@ def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float
 def lora(
     model: nn.Module, loss: Loss, batches: Iterable[Any], *, targets: dl.Targets, rank: int, lr: float
 ) -> dict[str, Any]:
-    """Fine-tuning from the model's weights: ``b = 0`` at first, and the factors alone are trained (arXiv:2106.09685)."""
+    """Fine-tuning from the model's weights: ``b = 0`` at first, the factors alone are trained (arXiv:2106.09685)."""
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     trainable, frozen = dl.partition(params, frozen=full_rank_names(params))
     return descend(model, loss, batches, trainable, frozen, lr=lr)
 
 
-def full_rank_names(params: dl.Params) -> list[str]:
+def full_rank_names(params: dict[str, Any]) -> list[str]:
     return [name for name, param in params.items() if isinstance(param, Tensor)]
 
 
@@ -136,7 +136,7 @@ def accumulated(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, 
     return tree_map(lambda leaf: leaf / len(parts), total)
 
 
-def per_sample_gradients(model: nn.Module, loss: Loss, params: dl.Params, samples: Any) -> Any:
+def per_sample_gradients(model: nn.Module, loss: Loss, params: dict[str, Any], samples: Any) -> Any:
     """The gradients of each sample alone, in one call: each is a batch of one. Samples lie along the first axis."""
     trainable, frozen = dl.partition(params)
     of_one = torch.func.grad(loss_of(model, loss, frozen))
@@ -155,7 +155,7 @@ def ensemble(
 ) -> tuple[Any, Any]:
     """LoRA from several seeds or at several rates, over one base: returns trainable trees with the members along their
     first axis, and what they share."""
-    params = dl.init(model, rank=rank, seed=seeds[0], targets=targets, start="lora")
+    params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     frozen = dl.partition(params, frozen=full_rank_names(params)).frozen
     trainable = tree_map(lambda *leaves: torch.stack(leaves), *(own_factors(params, seed) for seed in seeds))
     optimizer, gradients = dl.adamw(), torch.func.grad(loss_of(model, loss, frozen))
@@ -170,7 +170,7 @@ def ensemble(
     return trainable, frozen
 
 
-def own_factors(params: dl.Params, seed: int) -> dict[str, dl.Factors]:
+def own_factors(params: dict[str, Any], seed: int) -> dict[str, dl.Factors]:
     """LoRA's first factors of another basis, ``b = 0``: the base is the same for all."""
     low_rank = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     moved = {name: param._replace(seed=param.seed + seed) for name, param in low_rank.items()}

@@ -45,9 +45,10 @@ def prepare(config: Config, console: Console) -> Prepared:
 
 def load_model(folder: str) -> nn.Module:
     try:
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415, an optional extra
+        from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415, an optional extra
     except ImportError as error:
         raise ValueError("`model` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
+    logging.disable_progress_bar()
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(Path(folder), local_files_only=True)
     except Exception as error:  # whatever the library raises for files that are damaged or of another kind
