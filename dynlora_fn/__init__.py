@@ -3,6 +3,8 @@
 ``weight = base + b @ a / rank``. See the README for a whole training loop.
 """
 
+from dynlora_fn.adapters import load_adapter as load_adapter
+from dynlora_fn.adapters import save_adapter as save_adapter
 from dynlora_fn.basis import Bounds as Bounds
 from dynlora_fn.basis import basis_bounds as basis_bounds
 from dynlora_fn.contraction import Path as Path
@@ -14,6 +16,11 @@ from dynlora_fn.deferred import defer as defer
 from dynlora_fn.deferred import fold_pending as fold_pending
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
+from dynlora_fn.export import state_dict as state_dict
+from dynlora_fn.files import Weights as Weights
+from dynlora_fn.files import open_weights as open_weights
+from dynlora_fn.files import save_merged as save_merged
+from dynlora_fn.files import save_weights as save_weights
 from dynlora_fn.initial import init as init
 from dynlora_fn.lowrank import BasisSlice as BasisSlice
 from dynlora_fn.lowrank import Start as Start
@@ -25,6 +32,10 @@ from dynlora_fn.memory import peak_memory as peak_memory
 from dynlora_fn.module import call as call
 from dynlora_fn.moments import SignedMoment as SignedMoment
 from dynlora_fn.moments import UnsignedMoment as UnsignedMoment
+from dynlora_fn.momentum import MomentumState as MomentumState
+from dynlora_fn.momentum import MomentumUpdates as MomentumUpdates
+from dynlora_fn.momentum import lion as lion
+from dynlora_fn.momentum import sgd as sgd
 from dynlora_fn.optim import AdamWState as AdamWState
 from dynlora_fn.optim import Clipped as Clipped
 from dynlora_fn.optim import Transform as Transform
@@ -32,14 +43,16 @@ from dynlora_fn.optim import Updates as Updates
 from dynlora_fn.optim import adamw as adamw
 from dynlora_fn.optim import apply_updates as apply_updates
 from dynlora_fn.optim import clip_by_global_norm as clip_by_global_norm
-from dynlora_fn.optim import project_optimizer_state as project_optimizer_state
 from dynlora_fn.pool import Pool as Pool
 from dynlora_fn.pool import SidePool as SidePool
 from dynlora_fn.pool import draw as draw
 from dynlora_fn.pool import init_pool as init_pool
 from dynlora_fn.pool import put_back as put_back
+from dynlora_fn.projection import Change as Change
+from dynlora_fn.projection import project_optimizer_state as project_optimizer_state
 from dynlora_fn.quantized import drift as drift
 from dynlora_fn.quantized import quantize as quantize
+from dynlora_fn.recompute import checkpoint_contexts as checkpoint_contexts
 from dynlora_fn.recompute import remat as remat
 from dynlora_fn.schedule import Schedule as Schedule
 from dynlora_fn.schedule import every as every
@@ -54,6 +67,7 @@ from dynlora_fn.switching import Switched as Switched
 from dynlora_fn.switching import SwitchedParams as SwitchedParams
 from dynlora_fn.switching import candidates as candidates
 from dynlora_fn.switching import switch as switch
+from dynlora_fn.targets import Targets as Targets
 from dynlora_fn.torchao_tensors import from_torchao as from_torchao
 from dynlora_fn.torchao_tensors import to_torchao as to_torchao
 from dynlora_fn.tree import Partition as Partition

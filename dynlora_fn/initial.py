@@ -1,7 +1,8 @@
 """Parameters made from a model: `init`."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,20 @@ from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, fold_
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.quantized import quantize_base
 from dynlora_fn.stacking import Stack, find_stacks
+from dynlora_fn.targets import Target, Targets, as_matrices, select
 from dynlora_fn.torchao_tensors import from_torchao, inner_tensors, is_torchao
-from dynlora_fn.tree import match
 from dynlora_fn.types import Held, LowRank, Param
 
 
 def init(
     model: nn.Module | Mapping[str, Tensor],
     *,
-    rank: int,
+    rank: int | Mapping[str, int],
     seed: int,
-    targets: Sequence[str],
+    targets: Targets,
     start: Start = "switchlora",
+    fused: Mapping[str, int | tuple[int, int]] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     base_dtype: torch.dtype | None = None,
     base: object = None,
     residual: ResidualKind = "bfloat16",
@@ -35,15 +38,24 @@ def init(
 
     ``base = weight - b @ a / rank`` with both factors drawn from the basis, as in arXiv:2406.06564, section 3.
 
+    A target is a matrix (out, in); of more axes, a stack of them (experts), or the weight of a convolution, which is
+    taken for a matrix (out, in * prod(kernel)).
+
     Args:
         model: a module, or its parameters by name. It is neither changed nor kept: everything is copied. Targets may be
             torchao's tensors, as its ``quantize_`` makes them, and stay in their format; with ``start="lora"`` their
             very codes. Others of them become dense, to be trained.
-        rank: of the factors, at least 1 and at most min(out, in) of every target.
+        rank: of the factors, at least 1 and at most min(out, in) of every target; or by name or glob, of which the
+            first that matches counts.
         seed: names the bases. Each weight gets its own, from this seed and the weight's name.
-        targets: names or globs of the 2-D weights that become low-rank; all else is trained full-rank.
+        targets: what becomes low-rank; all else is trained full-rank. Names, globs or types of modules, whose own
+            matrices are meant; or a predicate of the name and the tensor.
         start: "switchlora" draws both factors, with the bounds of `basis_bounds`; "lora" draws `a` as `nn.Linear` would
             and starts from ``b = 0`` (arXiv:2106.09685).
+        fused: by name or glob, of how many equal parts a target is made that become a stack, each with factors of its
+            own: 3 for queries, keys and values above each other (3 * out, in), ``(3, -1)`` for columns side by side.
+        weights: by name, instead of the module's own, which may then be on the meta device. They are asked for one
+            stack at a time.
         base_dtype: of the bases; the weight's own unless given.
         base, residual, residual_device: of bases in low precision, as in `quantize`.
         dtype: of the factors.
@@ -53,8 +65,9 @@ def init(
         By name a `LowRank` for each target and a tensor for everything else, none of which requires a gradient.
 
     Raises:
-        ValueError: if a pattern matches nothing, a target is not a matrix or not finite in low precision, the rank or a
-            format does not fit, or both `base` and `base_dtype` are given.
+        ValueError: if a pattern matches nothing, a target is not a matrix or not finite in low precision, a rank or a
+            format does not fit, one of `weights` is missing or of another shape, or both `base` and `base_dtype` are
+            given.
 
     Example:
         >>> params = init(nn.Linear(6, 4), rank=2, seed=0, targets=["weight"])
@@ -63,31 +76,65 @@ def init(
     """
     if base is not None and base_dtype is not None:
         raise ValueError(f"`base` and `base_dtype` must not both be given, got {base!r} and {base_dtype}")
+    module = model if isinstance(model, nn.Module) else None
     tensors = _own_tensors(model)
-    is_target = set(match(tensors, targets, "targets"))
-    bases: dict[str, Held] = {}
-    for name, tensor in tensors.items():
-        if name in is_target:
-            _check_target(name, tensor, rank)
-        bases[name] = _as_base(name, tensor, name in is_target, residual, residual_device)
-    keys = {name: (name in is_target, *_kinds(one)) for name, one in bases.items()}
-    groups = find_stacks(keys) if stack else {name: Stack([name], ()) for name in tensors}
+    found = select(module, tensors, targets, rank, fused or {})
+    read = tensors.__getitem__ if weights is None else partial(_given, weights, module, tensors)
+    groups = {name: Stack([name], ()) for name in tensors}
+    if stack:
+        groups = find_stacks({name: (found.get(name), *_kind(tensor)) for name, tensor in tensors.items()})
     params: dict[str, Param] = {}
     for pattern, group in groups.items():
-        whole, own = restack([bases[name] for name in group.members], group.shape), tensors[group.members[0]]
-        if group.members[0] not in is_target:
+        target, dtypes = found.get(group.members[0]), tensors[group.members[0]].dtype
+        held = [_as_base(name, read(name), target is not None, residual, residual_device) for name in group.members]
+        whole = restack(held, group.shape)
+        if target is None:
             params[pattern] = whole  # type: ignore[assignment]
             continue
-        seeds = torch.tensor([_weight_seed(seed, name) for name in group.members], device=own.device)
-        seeds = seeds.reshape(group.shape)
+        matrices = _as_matrices(pattern, whole, target, len(group.shape))
+        seeds = _seeds(seed, group.members, base_shape(matrices)[:-2], held[0])
         # Rounded once: what is to be quantized is not rounded before.
-        plain_dtype = base_dtype or (own.dtype if base is None else widest(own.dtype))
-        param = _split(pattern, whole, seeds, rank=rank, start=start, base_dtype=plain_dtype, dtype=dtype)
+        plain_dtype = base_dtype or (dtypes if base is None else widest(dtypes))
+        param = _split(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
-            held = quantize_base(pattern, settled(param).base, base, residual, residual_device, own.dtype)
-            param = param._replace(base=held)
+            quantized = quantize_base(pattern, settled(param).base, base, residual, residual_device, dtypes)
+            param = param._replace(base=quantized)
         params[pattern] = param
     return params
+
+
+def _as_matrices(name: str, weight: Held, target: Target, stack_axes: int) -> Held:
+    if isinstance(weight, Tensor):
+        return as_matrices(weight, target, stack_axes)
+    if target.parts > 1 or target.is_spatial:
+        rule = "match matrices alone among torchao's tensors, neither fused ones nor those of convolutions"
+        raise ValueError(f"`targets` must {rule}, got {name!r}")
+    return weight
+
+
+def _given(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """One of `weights`, by whichever of its names it has there."""
+    own = dict(module.named_parameters(remove_duplicate=False)) if module is not None else {}
+    names = [name, *(other for other, tensor in own.items() if other != name and tensor is own[name])]
+    for one in names:
+        if one in weights:
+            weight, shape = weights[one].detach(), tuple(tensors[name].shape)
+            if tuple(weight.shape) != shape:
+                raise ValueError(
+                    f"`weights` must fit the model, got {one!r} of shape {tuple(weight.shape)} for {shape}"
+                )
+            return weight
+    shape = tuple(tensors[name].shape)
+    raise ValueError(f"`weights` must hold every parameter of the model, got none for {name!r} of shape {shape}")
+
+
+def _seeds(seed: int, names: list[str], stack: torch.Size, like: Held) -> Tensor:
+    """One for each matrix of the stack: by the weight's name, and within a weight by the number as well."""
+    within = stack.numel() // len(names)
+    seeds = [
+        _weight_seed(seed, name if within == 1 else f"{name}[{number}]") for name in names for number in range(within)
+    ]
+    return torch.tensor(seeds, device=tree_leaves(like)[0].device).reshape(stack)
 
 
 def _own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,17 +161,10 @@ def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind,
     return held if is_target else dequantize(held, tensor.dtype)
 
 
-def _kinds(base: Held) -> list[object]:
+def _kind(tensor: Tensor) -> list[object]:
     """What members of a stack have in common."""
-    return [type(base).__name__, *((leaf.shape, leaf.dtype, leaf.device) for leaf in tree_leaves(base))]
-
-
-def _check_target(name: str, weight: Tensor, rank: int) -> None:
-    if weight.ndim != 2:
-        raise ValueError(f"`targets` must match matrices (out, in), got {name!r} of shape {tuple(weight.shape)}")
-    if not 1 <= rank <= min(weight.shape):
-        limits = f"at least 1 and at most min(out, in) = {min(weight.shape)} for {name!r}"
-        raise ValueError(f"`rank` must be {limits} of shape {tuple(weight.shape)}, got {rank}")
+    inner = [(leaf.shape, leaf.dtype, leaf.device) for leaf in inner_tensors(tensor)]
+    return [type(tensor).__name__ if is_torchao(tensor) else "", tensor.shape, tensor.dtype, *inner]
 
 
 def _weight_seed(seed: int, name: str) -> int:

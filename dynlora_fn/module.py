@@ -1,22 +1,24 @@
 """How a low-rank weight reaches an unmodified module."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynlora_fn.contraction import linear
+from dynlora_fn.rules import METHODS, RULES, refuse
 from dynlora_fn.stacking import unstack
 from dynlora_fn.types import LowRank, Param, Params
+from dynlora_fn.views import View, view_of
 
 
 def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     """``model(*args, **kwargs)`` with `params` for its parameters; the model itself is left as it is.
 
     Args:
-        model: any module; low-rank weights may be used by `torch.nn.functional.linear`, as `nn.Linear` does.
+        model: any module that uses its low-rank weights by operations that there is a rule for (`rules.py`).
         params: of every parameter of the model (of tied ones, one name). Buffers are the model's own.
 
     Raises:
@@ -30,8 +32,9 @@ def call_with(
     model: nn.Module, params: Params, buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """`call` with `buffers` for the model's own."""
-    weights = {
-        name: _as_weight(name, param) if isinstance(param, LowRank) else param
+    own = dict(model.named_parameters(remove_duplicate=False))
+    weights: dict[str, Any] = {
+        name: _given(name, param, own[name].shape) if isinstance(param, LowRank) and name in own else param
         for name, param in unstack(params).items()
     }
     return functional_call(model, {**buffers, **weights}, args, kwargs, strict=True)
@@ -46,26 +49,28 @@ def params_of(module: nn.Module) -> dict[str, Param]:
 
 
 class _Weight(Tensor):
-    """Stands for the dense weight in a module and answers `linear` with the low-rank contraction.
+    """Stands for the dense weight in a module and answers operations by their rules.
 
     A view without memory of the right shape, since a module may look at its weight's shape, dtype and device.
     """
 
-    _name: str
-    _param: LowRank
+    _view: View
+    _param: LowRank  # as it was given to `call`, if it is a parameter as a whole
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            return _linear(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in RULES:
+            return _follow(RULES[func], *args, **kwargs)
         if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        weight = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _Weight))
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         # A property's getter is named by the property that it is bound to.
-        operation = getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func
+        is_getter = getattr(func, "__name__", "") == "__get__"
+        operation = getattr(func, "__self__", func) if is_getter else func
         operation = getattr(operation, "__name__", repr(operation))
-        # Not a TypeError: the operators of Tensor take that for an unsupported operand and hide the message.
-        raise NotImplementedError(f"low-rank weight {weight._name!r} must be used by `linear`, got `{operation}`")
+        if is_getter and operation in METHODS:
+            return partial(_follow, METHODS[operation], args[0])
+        refuse(next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Weight))._view, operation)
 
 
 class _Wrapper(_Weight):
@@ -84,22 +89,35 @@ _METADATA = {
 }
 
 
-def _as_weight(name: str, param: LowRank) -> Tensor:
-    b, a = param.factors
-    shape = (*b.shape[:-1], a.shape[-1])
-    if torch.compiler.is_dynamo_compiling():
-        weight = b[..., :1].expand(shape).as_subclass(_Weight)
-    else:
-        weight = Tensor._make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
-    weight._name, weight._param = name, param
+def _given(name: str, param: LowRank, shape: torch.Size) -> Tensor:
+    weight = _as_weight(view_of(name, param, shape))
+    weight._param = param
     return weight
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    for name, argument in (("input", input), ("bias", bias)):
-        if isinstance(argument, _Weight):
-            raise NotImplementedError(
-                f"low-rank weight {argument._name!r} must be the weight of `linear`, got it as its {name}"
-            )
-    assert isinstance(weight, _Weight)
-    return linear(input, weight._param, bias)
+def _as_weight(view: View) -> "_Weight":
+    b, shape = view.parts[0].factors.b, view.shape
+    if torch.compiler.is_dynamo_compiling():
+        # Not a number, so that an operation that Dynamo does not dispatch could not go unseen.
+        weight = b.new_full((), torch.nan).expand(shape).as_subclass(_Weight)
+    else:
+        weight = Tensor._make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
+    weight._view = view
+    return weight
+
+
+def _follow(rule: Any, *args: Any, **kwargs: Any) -> Any:
+    views = [_view_in(arg) for arg in args]
+    return _as_weights(rule(*views, **{name: _view_in(arg) for name, arg in kwargs.items()}))
+
+
+def _view_in(arg: Any) -> Any:
+    return arg._view if isinstance(arg, _Weight) else arg
+
+
+def _as_weights(result: Any) -> Any:
+    if isinstance(result, View):
+        return _as_weight(result)
+    if type(result) is tuple:
+        return tuple(_as_weights(one) for one in result)
+    return result

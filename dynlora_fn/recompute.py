@@ -1,8 +1,8 @@
 """Blocks that keep only their inputs for the backward pass and are computed again in it."""
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import compress, count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -58,6 +58,42 @@ def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
     children = {key: child and _copy(child, prefix + key, blocks) for key, child in module._modules.items()}
     new.__dict__["_modules"] = children
     return new
+
+
+def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
+    """The `context_fn` of `torch.utils.checkpoint.checkpoint` in a model that is run by `call`.
+
+    A checkpoint computes its block again after `call` has returned, with whatever parameters the module then has. With
+    this they are those of the call. For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
+
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": dl.checkpoint_contexts(model)})
+
+    `remat` needs nothing of the kind, and works under `torch.func` and compiled as well.
+
+    Args:
+        model: that `call` is given.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], ...]:
+        return nullcontext(), _with_parameters(model, dict(model.named_parameters(remove_duplicate=False)))
+
+    return contexts
+
+
+@contextmanager
+def _with_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    before = dict(model.named_parameters(remove_duplicate=False))
+    try:
+        _set_parameters(model, parameters)
+        yield
+    finally:
+        _set_parameters(model, before)
+
+
+def _set_parameters(model: nn.Module, parameters: Mapping[str, Any]) -> None:
+    for name, parameter in parameters.items():
+        prefix, _, own = name.rpartition(".")
+        model.get_submodule(prefix)._parameters[own] = parameter
 
 
 # A compiled graph holds numbers, not modules.

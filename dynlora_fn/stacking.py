@@ -85,11 +85,12 @@ def _members(pattern: str, param: Param) -> Iterator[tuple[str, Param]]:
     if "*" not in pattern:
         yield pattern, param
         return
-    for number, member in enumerate(_unbind(param)):
+    for number, member in enumerate(unbind(param)):
         yield from _members(pattern.replace("*", str(number), 1), member)
 
 
-def _unbind(param: Param) -> list[Param]:
+def unbind(param: Param) -> list[Param]:
+    """The members along the first axis of the stack, as views."""
     if not isinstance(param, LowRank):
         return list(param.unbind())
     leaves, structure = tree_flatten(param)

@@ -68,15 +68,16 @@ def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[
     """
     names = list(names)
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             known = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise ValueError(
                 f"`{argument}` must match parameter names, got {pattern!r}, which matches none of: {known}"
             )
-    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether it is that name or that glob's."""
     return name == pattern or fnmatchcase(name, pattern)
 
 

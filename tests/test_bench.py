@@ -12,13 +12,14 @@ KEYS = {
     "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
     "switch": {"switch_over_copy"},
     "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
+    "ensemble": {"forward_over_held", "step_over_held", "largest_difference"},
     "compile_time": {"compile_deep_over_shallow", "call_overhead_ms"},
 }
 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_benchmark_runs(name, tmp_path):
-    if name == "memory" and not Path("/proc/self/clear_refs").exists():
+    if name in ("memory", "ensemble") and not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is read from Linux's /proc")
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", "--device", "cpu", "--out", str(out)]

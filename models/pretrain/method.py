@@ -1,6 +1,6 @@
 """The methods as compositions of the transforms: parameters, schedule and one pure training step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,10 @@ def make_schedule(config: Config) -> dl.Schedule:
     return dl.every(config.merge_every) if config.method == "relora" else dl.never()
 
 
-def make_step(config: Config, model: nn.Module, optimizer: dl.Transform) -> Callable[..., tuple[State, Metrics]]:
+def make_step(
+    config: Config, model: nn.Module, optimizer: dl.Transform, *, still: Sequence[str] = ()
+) -> Callable[..., tuple[State, Metrics]]:
+    """`still` names full-rank tensors that are not trained."""
     dtype, device_type = config.compute_torch_dtype(), config.torch_device().type
 
     def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any) -> tuple[State, Metrics]:
@@ -92,7 +95,7 @@ def make_step(config: Config, model: nn.Module, optimizer: dl.Transform) -> Call
             incoming = dl.candidates(params, plan, start=start(config)) if incoming is None else incoming
             params, outgoing = dl.switch(params, plan, incoming=incoming)
             opt_state = dl.project_optimizer_state(opt_state, plan)
-            trainable, frozen = dl.partition(params)
+            trainable, frozen = dl.partition(params, frozen=still)
         updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
         return State(dl.apply_updates(trainable, updates), frozen, opt_state), Metrics(loss, norm, outgoing)
 
@@ -108,6 +111,7 @@ def mean_over(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, mi
 
 
 def next_token_loss(model: nn.Module, params: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a token."""
-    logits = dl.call(model, params, tokens[..., :-1])
+    """Mean cross-entropy in nats a token, of a model that returns logits, or an output that has them."""
+    output = dl.call(model, params, tokens[..., :-1])
+    logits = getattr(output, "logits", output)
     return cross_entropy(logits.flatten(0, -2).float(), tokens[..., 1:].flatten())

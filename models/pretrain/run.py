@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dynlora_fn as dl
@@ -43,6 +42,7 @@ class Prepared(NamedTuple):
     method: Method
     saved: Saved
     first_step: int
+    export: Callable[[dict[str, Any]], None]  # of the parameters at the end, into the folder
 
 
 def prepare(config: Config, console: Console) -> Prepared:
@@ -56,6 +56,26 @@ def prepare(config: Config, console: Console) -> Prepared:
     model = llama.Llama(llama.config(config.model, corpus.vocabulary))
     method = make_method(config, llama.init_weights(model, config.seed).to(config.torch_device()))
     folder = config.folder()
+
+    def export(params: dict[str, Any]) -> None:
+        described = {"name": config.model, "vocabulary": corpus.vocabulary}
+        # One entry: the order of several is not fixed, and equal runs write equal files.
+        metadata = {"llama": json.dumps(described)}
+        dl.save_weights(dl.state_dict(model, params), folder / "model.safetensors", metadata=metadata)
+
+    return start_or_continue(config, folder, corpus, model, method, export, console)
+
+
+def start_or_continue(
+    config: Config,
+    folder: Path,
+    corpus: text.Corpus,
+    model: nn.Module,
+    method: Method,
+    export: Callable[[dict[str, Any]], None],
+    console: Console,
+) -> Prepared:
+    """Makes the folder of a new run, or takes a resumed one up from its newest good checkpoint."""
     prepare_folder(config, folder, corpus.digest())
     saved, first_step = Saved(method.state, method.pool), 0
     if config.resume and (loaded := load_checkpoint(folder / "checkpoints", saved)):
@@ -64,7 +84,7 @@ def prepare(config: Config, console: Console) -> Prepared:
             console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
     state = "continuing after" if config.resume else "starting at"
     console.print(f"{folder}: {state} step {first_step}", highlight=False, soft_wrap=True)
-    return Prepared(config, folder, corpus, model, method, saved, first_step)
+    return Prepared(config, folder, corpus, model, method, saved, first_step, export)
 
 
 def load_corpus(config: Config) -> text.Corpus:
@@ -185,14 +205,8 @@ class Recorder:
 
 
 def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> dict[str, Any]:
-    """Writes the merged model, the plot and the summary."""
-    weights = dl.materialize(dl.unstack(state.params()))
-    save_file(
-        {name: weight.contiguous().cpu() for name, weight in weights.items()},
-        run.folder / "model.safetensors",
-        # One entry: the order of several is not fixed, and equal runs write equal files.
-        {"llama": json.dumps({"name": run.config.model, "vocabulary": run.corpus.vocabulary})},
-    )
+    """Writes the model, the plot and the summary."""
+    run.export(state.params())
     metrics = read_metrics(run.folder / "metrics.jsonl")
     unigram_loss = text.unigram_loss(run.corpus)
     plot(metrics, unigram_loss, run.folder / "loss.png")

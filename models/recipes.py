@@ -1,0 +1,178 @@
+"""The family of low-rank methods, each a loop written by hand over the same transforms. Copy what you need.
+
+All take a module, a loss of (model as a function, batch), batches, and return the trained parameters.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import dynlora_fn as dl
+
+Loss = Callable[[Callable[..., Any], Any], Tensor]
+
+
+def loss_of(model: nn.Module, loss: Loss, frozen: Any) -> Callable[[Any, Any], Tensor]:
+    """The loss as a function of what is trained."""
+
+    def loss_fn(trainable: Any, batch: Any) -> Tensor:
+        params = dl.combine(trainable, frozen)
+        return loss(lambda *args, **kwargs: dl.call(model, params, *args, **kwargs), batch)
+
+    return loss_fn
+
+
+def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float) -> dict[str, Any]:
+    trainable, frozen = dl.partition(dl.init(model, rank=1, seed=0, targets=[]))
+    return descend(model, loss, batches, trainable, frozen, lr=lr)
+
+
+def lora(
+    model: nn.Module, loss: Loss, batches: Iterable[Any], *, targets: dl.Targets, rank: int, lr: float
+) -> dict[str, Any]:
+    """Fine-tuning from the model's weights: ``b = 0`` at first, the factors alone are trained (arXiv:2106.09685)."""
+    params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
+    trainable, frozen = dl.partition(params, frozen=full_rank_names(params))
+    return descend(model, loss, batches, trainable, frozen, lr=lr)
+
+
+def full_rank_names(params: dict[str, Any]) -> list[str]:
+    return [name for name, param in params.items() if isinstance(param, Tensor)]
+
+
+def descend(
+    model: nn.Module, loss: Loss, batches: Iterable[Any], trainable: Any, frozen: Any, *, lr: float
+) -> dict[str, Any]:
+    optimizer, value_and_grad = dl.adamw(), dl.value_and_grad(loss_of(model, loss, frozen))
+    opt_state = optimizer.init(trainable)
+    for batch in batches:
+        updates, opt_state = optimizer.update(value_and_grad(trainable, batch).grads, opt_state, trainable, lr=lr)
+        trainable = dl.apply_updates(trainable, updates)
+    return dl.combine(trainable, frozen)
+
+
+def chain_of_lora(
+    model: nn.Module, loss: Loss, batches: Sequence[Any], *, targets: dl.Targets, rank: int, lr: float, links: int
+) -> dict[str, Any]:
+    """LoRA, merged, and LoRA again with an optimizer of its own (arXiv:2401.04151)."""
+    params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
+    length = -(-len(batches) // links)
+    for link in range(links):
+        trainable, frozen = dl.partition(params)
+        params = descend(model, loss, batches[link * length : (link + 1) * length], trainable, frozen, lr=lr)
+        plan = dl.every(1)(link, params)  # all vectors: `a` drawn anew, b = 0, their product in the base
+        params, _ = dl.switch(params, plan, incoming=dl.candidates(params, plan, start="lora"))
+    return params
+
+
+def relora(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    *,
+    targets: dl.Targets,
+    rank: int,
+    lr: float,
+    every: int,
+    warmup: int,
+    prune: float = 0.99,
+) -> dict[str, Any]:
+    """Merged and redrawn every so often, the optimizer's state pruned, the rate warmed up again (arXiv:2307.05695)."""
+    schedule, optimizer = dl.every(every), dl.adamw()
+    trainable, frozen = dl.partition(dl.init(model, rank=rank, seed=0, targets=targets, start="lora"))
+    opt_state = optimizer.init(trainable)
+    for step, batch in enumerate(batches):
+        grads = dl.value_and_grad(loss_of(model, loss, frozen))(trainable, batch).grads
+        jagged = lr * min(1.0, (step % every + 1) / warmup)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=jagged)
+        params = dl.combine(dl.apply_updates(trainable, updates), frozen)
+        if schedule.switches(step, params):
+            plan = schedule(step, params)
+            params, _ = dl.switch(params, plan, incoming=dl.candidates(params, plan, start="lora"))
+            opt_state = dl.project_optimizer_state(opt_state, plan, rule="prune", prune=prune)
+        trainable, frozen = dl.partition(params)
+    return dl.combine(trainable, frozen)
+
+
+def switchlora(
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence[Any],
+    *,
+    targets: dl.Targets,
+    rank: int,
+    lr: float,
+    interval: float = 40,
+    is_pooled: bool = False,
+) -> dict[str, Any]:
+    """A few vectors at each step, drawn from a seed or from a pool that they return to (arXiv:2406.06564)."""
+    schedule, optimizer = dl.switchlora(len(batches), interval=interval), dl.adamw()
+    params = dl.init(model, rank=rank, seed=0, targets=targets)
+    pool = dl.init_pool(params) if is_pooled else None
+    trainable, frozen = dl.partition(params)
+    opt_state = optimizer.init(trainable)
+    for step, batch in enumerate(batches):
+        grads = dl.value_and_grad(loss_of(model, loss, frozen))(trainable, batch).grads
+        params = dl.combine(trainable, frozen)
+        plan = schedule(step, params)
+        incoming = dl.candidates(params, plan) if pool is None else dl.draw(pool, plan)
+        params, outgoing = dl.switch(params, plan, incoming=incoming)
+        pool = None if pool is None else dl.put_back(pool, plan, outgoing)
+        opt_state = dl.project_optimizer_state(opt_state, plan)
+        trainable, frozen = dl.partition(params)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+        trainable = dl.apply_updates(trainable, updates)
+    return dl.combine(trainable, frozen)
+
+
+def accumulated(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, parts: Sequence[Any]) -> Any:
+    """The gradients of the mean loss over parts of a batch, one backward pass at a time."""
+    total = value_and_grad(trainable, parts[0]).grads
+    for part in parts[1:]:
+        total = tree_map(torch.add, total, value_and_grad(trainable, part).grads)
+    return tree_map(lambda leaf: leaf / len(parts), total)
+
+
+def per_sample_gradients(model: nn.Module, loss: Loss, params: dict[str, Any], samples: Any) -> Any:
+    """The gradients of each sample alone, in one call: each is a batch of one. Samples lie along the first axis."""
+    trainable, frozen = dl.partition(params)
+    of_one = torch.func.grad(loss_of(model, loss, frozen))
+    return torch.vmap(of_one, in_dims=(None, 0))(trainable, tree_map(lambda leaf: leaf[:, None], samples))
+
+
+def ensemble(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    *,
+    targets: dl.Targets,
+    rank: int,
+    seeds: Sequence[int],
+    lrs: Sequence[float],
+) -> tuple[Any, Any]:
+    """LoRA from several seeds or at several rates, over one base: returns trainable trees with the members along their
+    first axis, and what they share."""
+    params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
+    frozen = dl.partition(params, frozen=full_rank_names(params)).frozen
+    trainable = tree_map(lambda *leaves: torch.stack(leaves), *(own_factors(params, seed) for seed in seeds))
+    optimizer, gradients = dl.adamw(), torch.func.grad(loss_of(model, loss, frozen))
+    opt_state = torch.vmap(optimizer.init)(trainable)
+
+    def step(trainable: Any, opt_state: Any, lr: Tensor, batch: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(gradients(trainable, batch), opt_state, trainable, lr=lr)
+        return dl.apply_updates(trainable, updates), opt_state
+
+    for batch in batches:
+        trainable, opt_state = torch.vmap(step, in_dims=(0, 0, 0, None))(trainable, opt_state, torch.tensor(lrs), batch)
+    return trainable, frozen
+
+
+def own_factors(params: dict[str, Any], seed: int) -> dict[str, dl.Factors]:
+    """LoRA's first factors of another basis, ``b = 0``: the base is the same for all."""
+    low_rank = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
+    moved = {name: param._replace(seed=param.seed + seed) for name, param in low_rank.items()}
+    plan = dl.every(1)(0, moved)
+    return dl.candidates(moved, plan, start="lora")

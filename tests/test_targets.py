@@ -1,0 +1,110 @@
+"""Which parameters become low-rank: by name, glob, type of module or predicate, each with a rank of its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from strategies import assert_same
+from torch import nn
+
+from dynlora_fn import LowRank, init, state_dict
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.ModuleDict({"map": nn.Linear(6, 6), "norm": nn.LayerNorm(6)}) for _ in range(2)]
+    return nn.ModuleDict({"embedding": nn.Embedding(9, 6), "layers": nn.ModuleList(layers), "conv": nn.Conv1d(4, 6, 3)})
+
+
+def chosen(**changed: Any) -> dict[str, int]:
+    """The rank of every low-rank parameter by name."""
+    params = init(model(), **{"rank": 2, "seed": 0, **changed})
+    return {name: param.factors.a.shape[-2] for name, param in params.items() if isinstance(param, LowRank)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["layers.*.weight"], None),
+        (["layers.*.map.weight"], {"layers.*.map.weight"}),
+        ("embedding.weight", {"embedding.weight"}),
+        (nn.Linear, {"layers.*.map.weight"}),
+        ([nn.Linear, nn.Conv1d], {"layers.*.map.weight", "conv.weight"}),
+        ([nn.Embedding, "layers.1.map.weight"], {"embedding.weight", "layers.1.map.weight"}),
+        (lambda name, tensor: tensor.ndim > 1, {"embedding.weight", "layers.*.map.weight", "conv.weight"}),
+        (lambda name, tensor: name.startswith("embedding"), {"embedding.weight"}),
+        ([], set()),
+    ],
+)
+def test_targets(targets, names):
+    if names is None:  # the weights of norms among them
+        with pytest.raises(ValueError, match=r"`targets` must match matrices.*'layers.0.norm.weight' of shape \(6,\)"):
+            chosen(targets=targets)
+    else:
+        assert chosen(targets=targets).keys() == names
+
+
+def test_a_rank_for_each():
+    ranks = {"embedding.*": 3, "layers.0.*": 1, "*": 4}
+    got = chosen(targets=[nn.Embedding, nn.Linear, nn.Conv1d], rank=ranks)
+    assert got == {"embedding.weight": 3, "layers.0.map.weight": 1, "layers.1.map.weight": 4, "conv.weight": 4}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"targets": [nn.LSTM]}, "`targets` must be types of the model's modules, got LSTM"),
+        ({"targets": ["nothing.*"]}, r"`targets` must match parameter names, got 'nothing.\*'"),
+        ({"rank": {"other": 2, "*": 1}}, "`rank` must match parameter names, got 'other'"),
+        ({"rank": {"embedding.*": 2}}, "`rank` must say the rank of every target, got none for 'layers.0.map.weight'"),
+        ({"rank": {"emb*": 7, "*": 1}}, r"`rank` must be .*min\(out, in\) = 6 for 'embedding.weight'.*got 7"),
+        ({"fused": {"*": 4}}, r"`fused` must .* divide the weight, got 4 and -2 for 'embedding.weight'"),
+        ({"fused": {"none": 3}}, "`fused` must match parameter names, got 'none'"),
+        ({"targets": nn.Conv1d, "fused": {"*": 3}}, "`fused` must .*'conv.weight'"),
+        ({"targets": nn.Linear, "fused": {"*": 3}, "rank": 3}, r"`rank` must be .* = 2 for 'layers.0.map.weight'"),
+    ],
+)
+def test_bad_settings_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        chosen(**{"targets": [nn.Embedding, nn.Linear], **changed})
+
+
+def test_types_need_a_module():
+    with pytest.raises(ValueError, match="`targets` must be names or a predicate for a dict of tensors, got Linear"):
+        init(dict(model().named_parameters()), rank=2, seed=0, targets=nn.Linear)
+
+
+def test_parts_have_seeds_of_their_own():
+    fused = {"layers.*": 3}
+    params = init(model(), rank=2, seed=0, targets=["layers.*.map.weight"], fused=fused)
+    param = params["layers.*.map.weight"]
+    assert param.factors.b.shape == (2, 3, 2, 2)
+    assert param.seed.unique().numel() == 6
+
+
+def test_weights_from_elsewhere():
+    source = model()
+    with torch.device("meta"):
+        empty = model()
+    settings = {"rank": 2, "seed": 0, "targets": [nn.Linear, nn.Conv1d]}
+    got = init(empty, weights=source.state_dict(), **settings)
+    assert_same(got, init(source, **settings))
+    assert_same(dict(state_dict(empty, got)), dict(state_dict(source, got)))
+
+
+def test_weights_that_do_not_fit_are_refused():
+    settings = {"rank": 2, "seed": 0, "targets": nn.Linear}
+    weights = model().state_dict()
+    with pytest.raises(ValueError, match=r"got 'conv.bias' of shape \(5,\) for \(6,\)"):
+        init(model(), weights={**weights, "conv.bias": torch.zeros(5)}, **settings)
+    del weights["embedding.weight"]
+    with pytest.raises(ValueError, match=r"`weights` must hold .* none for 'embedding.weight' of shape \(9, 6\)"):
+        init(model(), weights=weights, **settings)
+
+
+def test_tied_weights_are_found_by_either_name():
+    tied = nn.ModuleDict({"first": nn.Linear(3, 3, bias=False), "second": nn.Linear(3, 3, bias=False)})
+    tied["second"].weight = tied["first"].weight
+    weight = torch.randn(3, 3)
+    params = init(tied, rank=1, seed=0, targets=["first.weight"], weights={"second.weight": weight})
+    torch.testing.assert_close(state_dict(tied, params)["second.weight"], weight)
