@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+RESIDUALS = ("none", "int8", "bfloat16")
 KEYS = {
     "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
     "switch": {"switch_over_copy"},
     "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
     "ensemble": {"forward_over_held", "step_over_held", "largest_difference"},
     "compile_time": {"compile_deep_over_shallow", "call_overhead_ms"},
+    "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS},
+    "quality_base": {"float32+none", "int8+bfloat16"},
 }
 
 

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-LOOP = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = list(re.finditer(r"```python\n(.*?)```", README, re.DOTALL))
+LOOP = BLOCKS[0]
 
 
 def test_the_loop_is_short_and_early():
-    assert LOOP is not None
     assert README[: LOOP.start()].count("\n") < 20
     assert LOOP[1].count("\n") < 40
 
 
 def test_the_loop_learns(monkeypatch: pytest.MonkeyPatch):
     """As it stands, but for the compiler's backend: its own takes minutes on a CPU and is tested elsewhere."""
-    assert LOOP is not None
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     names: dict = {}
@@ -32,3 +31,13 @@ def test_the_loop_learns(monkeypatch: pytest.MonkeyPatch):
         "0.weight": (256, 64),
         "2.weight": (64, 256),
     }
+
+
+def test_the_block_on_low_precision_runs_and_its_drift_is_small(capsys: pytest.CaptureFixture[str]):
+    (block,) = (block[1] for block in BLOCKS if "to_torchao" in block[1])
+    names: dict = {}
+    exec(block, names)
+    drifts = names["dl"].drift(names["params"])
+    assert {type(names["state"][name]).__name__ for name in drifts} == {"Int8Tensor"}
+    assert all(0 < value < 0.01 for value in drifts.values())
+    assert str(drifts) in capsys.readouterr().out

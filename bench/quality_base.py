@@ -1,0 +1,88 @@
+"""What does a base in low precision cost in quality? The main job from the same seeds, on each base.
+
+Validation loss in nats a token, relative to that on float32 bases: mean and standard deviation over the seeds.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from bench.common import Common, finish, start, table
+from models.pretrain.config import Config
+from models.pretrain.run import prepare, train
+
+
+@dataclass(frozen=True)
+class QualityBase(Common):
+    contenders: tuple[str, ...] = (
+        "float32+none",
+        "int8+int8",
+        "int8+bfloat16",
+        "nf4+bfloat16",
+        "bfloat16+none",
+        "int8+none",
+        "nf4+none",
+    )
+    """BASE+RESIDUAL."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    model: str = "llama-9m"
+    steps: int = 400
+    batch_size: int = 8
+    seq_len: int = 256
+    compile: bool = False
+
+
+def validation_loss(config: QualityBase, contender: str, seed: int) -> float:
+    base, residual = contender.split("+")
+    with tempfile.TemporaryDirectory() as folder:
+        run: Any = Config(
+            model=config.model,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            warmup=config.steps // 8,
+            base_dtype=base,  # type: ignore[arg-type]
+            residual=residual,  # type: ignore[arg-type]
+            device=config.device,
+            compile=config.compile,
+            seed=seed,
+            eval_every=config.steps,
+            save_every=config.steps,
+            out=Path(folder) / "run",
+        )
+        return train(prepare(run, Console(quiet=True)), Console(quiet=True))["validation_loss"]
+
+
+def main(config: QualityBase) -> None:
+    if config.quick:
+        small = {"model": "llama-tiny", "steps": 16, "batch_size": 2, "seq_len": 32, "seeds": (0, 1)}
+        config = QualityBase(**{**vars(config), **small, "contenders": ("float32+none", "int8+bfloat16")})
+    console = start(config)
+    losses: dict[str, list[float]] = {contender: [] for contender in config.contenders}
+    for seed in config.seeds:
+        for contender in config.contenders:
+            losses[contender].append(validation_loss(config, contender, seed))
+            console.print(f"seed {seed}, {contender}: {losses[contender][-1]:.4f}", highlight=False)
+    reference = losses[config.contenders[0]]
+    relative = {
+        name: [loss / wanted - 1 for loss, wanted in zip(found, reference, strict=True)]
+        for name, found in losses.items()
+    }
+    rows = [
+        [name, mean(found), stdev(found), f"{mean(relative[name]):+.3%}", f"{max(relative[name]):+.3%}"]
+        for name, found in losses.items()
+    ]
+    columns = ["base+residual", "validation loss", "std", f"over {config.contenders[0]}", "at most"]
+    console.print(table(f"{config.model}, {config.steps} steps, {len(config.seeds)} seeds", columns, rows))
+    results = {name: mean(values) for name, values in relative.items()}
+    console.print(results)
+    finish(config, results, losses)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(QualityBase))
