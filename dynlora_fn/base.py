@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Compiled, outer products fuse into one pass over the base, in place where it is donated; a matrix product does neither
 # but is the faster one where many vectors change at once.
@@ -42,6 +43,14 @@ def fold(
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """What sums of these are formed in: the widest of them, float32 at least."""
     return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """Those that hold its memory: itself, or what is inside of a subclass such as torchao's."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
 
 
 class Autocast(NamedTuple):

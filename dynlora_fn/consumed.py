@@ -3,21 +3,14 @@
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
-
-def plain(tensor: Tensor) -> list[Tensor]:
-    """Those that hold its memory: itself, or what is inside of a subclass such as torchao's."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [inner for name in names for inner in plain(getattr(tensor, name))]
+from dynlora_fn.base import inner_tensors
 
 
 def memory_of(leaf: Any) -> list[int]:
-    """Where its memory starts, of each of the `plain` tensors; none of what holds no memory."""
-    inner = plain(leaf) if isinstance(leaf, Tensor) else []
+    """Where its memory starts, of each of its `inner_tensors`; none of what holds no memory."""
+    inner = inner_tensors(leaf) if isinstance(leaf, Tensor) else []
     return [tensor.untyped_storage().data_ptr() for tensor in inner if tensor.numel()]
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn.base import fold, widest
+from dynlora_fn.base import fold, inner_tensors, widest
 from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, fold_base, restack, settled
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.quantized import quantize_base
 from dynlora_fn.stacking import Stack, find_stacks
 from dynlora_fn.targets import Target, Targets, as_matrices, select
-from dynlora_fn.torchao_tensors import from_torchao, inner_tensors, is_torchao
+from dynlora_fn.torchao_tensors import from_torchao, is_torchao
 from dynlora_fn.types import Held, LowRank, Param
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
-from dynlora_fn.consumed import Consumed, consume, memory_of, plain
+from dynlora_fn.base import inner_tensors
+from dynlora_fn.consumed import Consumed, consume, memory_of
 
 
 class ValueAndGrad(NamedTuple):
@@ -153,7 +154,7 @@ def _apart(aux: Any, state: Any) -> Any:
 
 def _write(state: Any, new_state: Any) -> None:
     pairs = [(old, new) for old, new in zip(tree_leaves(state), tree_leaves(new_state), strict=True) if new is not old]
-    inner = [pair for old, new in pairs for pair in zip(plain(old), plain(new), strict=True)]
+    inner = [pair for old, new in pairs for pair in zip(inner_tensors(old), inner_tensors(new), strict=True)]
     # Copies first: a new leaf may be an old one, or a view of it, that another write would overwrite.
     for old, new in [(old, new.clone()) for old, new in inner]:
         old.copy_(new)

@@ -20,14 +20,6 @@ def is_torchao(tensor: Tensor) -> bool:
     return type(tensor).__module__.split(".")[0] == "torchao"
 
 
-def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold its memory: itself, unless it is torchao's."""
-    if not is_torchao(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [getattr(tensor, name) for name in names]
-
-
 def from_torchao(
     tensor: Tensor, *, residual: ResidualKind = "bfloat16", residual_device: Device = None, name: str = "tensor"
 ) -> Quantized:
