@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import (
+    Change,
     Factors,
+    Plan,
+    SidePlan,
     SignedMoment,
     UnsignedMoment,
     adamw,
@@ -122,3 +125,20 @@ def test_moments_take_a_quarter():
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="`moments` must be 'float32' or '8bit', got 'int8'"):
         adamw(moments="int8")
+
+
+def test_a_moment_in_8_bit_is_pruned_exactly_and_not_transported():
+    _, trainable, state = some_state()
+    side = SidePlan(torch.tensor([0, 5]), torch.tensor([0, 0]), torch.tensor([True, True]))
+    plan = {"w": Plan(side, side, torch.tensor(2))}
+    pruned = project_optimizer_state(state, plan, rule="prune", prune=0.9)
+    old, new = (decode_moments(one.mu["w"]).b for one in (state, pruned))
+    own = torch.zeros(64, dtype=torch.bool).index_fill(0, side.slots, True)
+    assert_same(pruned.mu["w"].b.codes[..., ~own], state.mu["w"].b.codes[..., ~own])
+    assert_same(new[..., own][new[..., own] != 0], old[..., own][new[..., own] != 0])
+    assert (new[..., own] == 0).float().mean() > 0.8  # of both moments' smallest 90 %
+    params = {"w": PARAM._replace(factors=trainable["w"])}
+    with pytest.raises(
+        ValueError, match="`rule` must not be 'transport' for moments in 8 bit, got it for those of 'w'"
+    ):
+        project_optimizer_state(state, plan, rule="transport", change=Change(params, params))

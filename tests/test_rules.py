@@ -1,6 +1,7 @@
 """Each operation on a low-rank weight does what it does to the dense one, with that one's gradients projected."""
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import pytest
@@ -10,7 +11,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from dynlora_fn import LowRank, call, combine, materialize, partition, value_and_grad
+from dynlora_fn import (
+    LowRank,
+    Plan,
+    SidePlan,
+    call,
+    combine,
+    defer,
+    materialize,
+    partition,
+    quantize,
+    switch,
+    value_and_grad,
+)
 
 # Sums of up to 40 products of numbers of about 1 follow each other three at a time, in float64.
 TOLERANCE = {"rtol": 0, "atol": 3 * 40 * 64 * torch.finfo(torch.float64).eps}
@@ -203,3 +216,19 @@ def test_a_shape_that_does_not_fit_is_refused_with_both():
     model, params = setting("linear")
     with pytest.raises(ValueError, match=r"`params` must fit the model, got 'weight' of shape \(6, 4\) for \(7, 4\)"):
         call(Uses(model.use, (7, 4)), params)
+
+
+def waiting(param: LowRank) -> LowRank:
+    """With folds that wait: those of two vectors of each side."""
+    own = torch.arange(2)
+    side = SidePlan(own, own + 2, torch.tensor([True, True]))
+    return switch(defer(quantize(param, "int8"), vectors=4), Plan(side, side, torch.tensor(0))).param
+
+
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("store", [partial(quantize, base="int8"), partial(quantize, base="float8"), waiting])
+def test_a_base_in_low_precision_is_used_alike(name, store):
+    model, params = setting(name)
+    param = store(params["weight"])
+    wanted = functional_call(model, {"weight": dense(param, model.weight.shape)})
+    torch.testing.assert_close(call(model, {"weight": param}), wanted, **TOLERANCE)
