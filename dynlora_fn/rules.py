@@ -99,8 +99,8 @@ def _add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: f
     if beta == alpha == 1 and input.ndim == 1 and isinstance(right, View):
         _expect_weight("addmm", right, input=left)
         return _times(left, transposed(right), "addmm", input)
-    output: Tensor = beta * input + alpha * _matmul(left, right)
-    return output
+    total: Tensor = beta * input + alpha * _matmul(left, right)
+    return total
 
 
 def _einsum(equation: Any, *operands: Any) -> Tensor:

@@ -121,7 +121,7 @@ def test_out_with_the_current_base(kind, tmp_path):
     assert set(errors.values()) == {0.0}
     base = copy.deepcopy(model)
     weights = adapters.open_weights(tmp_path / "base")
-    base.load_state_dict(dict(weights), strict=kind in ("linear", "convolution") and False)
+    base.load_state_dict(dict(weights), strict=False)  # tied weights are written once
     with torch.no_grad():
         assert difference(call(model, params, x), read_by_peft(base, tmp_path)(x)) <= LOGITS
     again = load_adapter(base, tmp_path, seed=0)

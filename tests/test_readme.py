@@ -41,3 +41,26 @@ def test_the_block_on_low_precision_runs_and_its_drift_is_small(capsys: pytest.C
     assert {type(names["state"][name]).__name__ for name in drifts} == {"Int8Tensor"}
     assert all(0 < value < 0.01 for value in drifts.values())
     assert str(drifts) in capsys.readouterr().out
+
+
+def test_the_table_of_models_is_what_is_tested():
+    from test_zoo import EAGER_ALONE  # noqa: PLC0415, imports transformers
+    from zoo import CASES  # noqa: PLC0415
+
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in README.splitlines()
+        if line.endswith(("| yes | yes |", "| no | yes |"))
+    ]
+    assert rows == [[name, "yes", "yes", "no" if name in EAGER_ALONE else "yes", "yes"] for name in CASES]
+
+
+def test_in_and_out_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    code = re.search(r"## In and out.*?```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code[1], names)
+    assert len(names["errors"]) == 2 * 7 + 1
+    assert names["params"]["model.layers.*.mlp.up_proj.weight"].factors.b.shape == (2, 24, 4)
