@@ -25,7 +25,7 @@ def _stack(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs)
 
 
-def times_merged(
+def _times_merged(
     x: Tensor,
     bias: Tensor | None,
     base: Tensor,
@@ -58,5 +58,5 @@ _LIBRARY.impl("separate", _separate, "CompositeExplicitAutograd")
 _LIBRARY.impl("separate", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
 _LIBRARY.impl("stack", _stack, "CompositeExplicitAutograd")
 _LIBRARY.impl("stack", lambda xs: xs[0].new_empty(len(xs), *xs[0].shape), "Meta")
-_LIBRARY.impl("times_merged", times_merged, "CompositeExplicitAutograd")
+_LIBRARY.impl("times_merged", _times_merged, "CompositeExplicitAutograd")
 _LIBRARY.impl("times_merged", _empty_times_merged, "Meta")

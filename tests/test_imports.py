@@ -23,7 +23,7 @@ ALLOWED = {
     "opaque": set(),
     "inductor": {"opaque", "opaque_codes"},
     "formats": FIRST,
-    "opaque_codes": FIRST | {"base", "formats", "opaque"},
+    "opaque_codes": FIRST | {"base", "formats"},
     "bases": CODES,
     "quantized": CODES | {"bases"},
     "deferred": FIRST | {"bases"},
