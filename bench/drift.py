@@ -26,7 +26,7 @@ class Drift(Common):
     rank: int = 128
     steps: int = 40_000
     """Of the schedule."""
-    every: tuple[int, ...] = (1, 8, 40)
+    every: tuple[int, ...] = (1, 8, 20)
     """Steps between two folds."""
     bases: tuple[str, ...] = BASES
     residuals: tuple[str, ...] = RESIDUALS

@@ -168,7 +168,15 @@ def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
     if isinstance(codes, NF4Codes):
         return _decode_nf4(codes).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    return (codes.codes.to(wide) * codes.scale).to(dtype)
+    return codes.codes.to(wide).mul_(codes.scale).to(dtype)
+
+
+def decode_into(target: Tensor, codes: Codes) -> None:
+    """`decode` of one weight, written over the target, which may be part of another matrix."""
+    if isinstance(codes, Int8Codes | Float8Codes) and target.dtype in (torch.float32, torch.float64):
+        target.copy_(codes.codes).mul_(codes.scale)
+    else:
+        target.copy_(decode(codes, target.dtype))
 
 
 def _decode_nf4(codes: NF4Codes) -> Tensor:

@@ -31,7 +31,7 @@ def _stack(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs)
 
 
-def times_merged(
+def _times_merged(
     x: Tensor,
     bias: Tensor | None,
     base: Tensor,
@@ -66,5 +66,5 @@ _LIBRARY.impl("after", _after, "CompositeExplicitAutograd")
 _LIBRARY.impl("after", _after, "Meta")
 _LIBRARY.impl("stack", _stack, "CompositeExplicitAutograd")
 _LIBRARY.impl("stack", lambda xs: xs[0].new_empty(len(xs), *xs[0].shape), "Meta")
-_LIBRARY.impl("times_merged", times_merged, "CompositeExplicitAutograd")
+_LIBRARY.impl("times_merged", _times_merged, "CompositeExplicitAutograd")
 _LIBRARY.impl("times_merged", _empty_times_merged, "Meta")

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_fn import opaque
 from dynlora_fn.base import widest, without_autocast
-from dynlora_fn.formats import built, decode, encode, encode_residual, flat, shape_of
+from dynlora_fn.formats import built, decode, decode_into, encode, encode_residual, flat, shape_of
 from dynlora_fn.types import Codes, Int8Codes, NF4Codes, Residual
 
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -138,9 +137,17 @@ def _times_codes(
     base = built(kind, codes)
     if b is None or a is None:
         weight = decode(base, x.dtype)
-        weight = weight.mT if transposed else weight
-        return x @ weight if bias is None else torch.addmm(bias, x, weight)
-    return opaque.times_merged(x, bias, decode(base, b.dtype), b, a, scale, with_b, transposed)
+    else:
+        out_features, in_features = shape_of(base)
+        weight = b.new_empty(out_features, in_features + (b.shape[1] if with_b else 0))
+        merged = weight[:, :in_features]
+        decode_into(merged, base)
+        merged.addmm_(b, a, alpha=scale)
+        if with_b:
+            weight[:, in_features:] = b
+        weight = weight.to(x.dtype)
+    weight = weight.mT if transposed else weight
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 def _empty_times_codes(

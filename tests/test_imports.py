@@ -25,7 +25,7 @@ ALLOWED = {
     "saved": {"nodes", "opaque"},
     "inductor": {"opaque", "opaque_codes", "saved"},
     "formats": FIRST,
-    "opaque_codes": FIRST | {"base", "formats", "opaque"},
+    "opaque_codes": FIRST | {"base", "formats"},
     "bases": CODES,
     "quantized": CODES | {"bases"},
     "deferred": FIRST | {"bases"},

@@ -145,7 +145,8 @@ def test_closing_table_counts_the_bytes_of_codes_and_residuals(job, tmp_path, ba
     assert (summary["drift"] is None) == (residual == "none")
     assert ("drift" in metrics(tmp_path / "run")[-1]) == (residual != "none")
     if residual != "none":
-        assert 0 < summary["drift"] < 0.02
+        # A step is 1/127 of a row's largest number, and rows of the bases are several times as large as the weights'.
+        assert 0 < summary["drift"] < 0.1
 
 
 def test_compiled_equals_eager(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
