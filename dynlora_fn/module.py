@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynlora_fn.rules import METHODS, RULES, refuse
+from dynlora_fn.rules import METHODS, RULES
 from dynlora_fn.stacking import unstack
 from dynlora_fn.types import LowRank, Param, Params
-from dynlora_fn.views import View, view_of
+from dynlora_fn.views import View, refuse, view_of
 
 
 def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ the module's parameter         the `LowRank`               e.g.
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor
@@ -123,3 +123,26 @@ def _of(part: LowRank, base: Tensor, b: Tensor, a: Tensor) -> LowRank:
 def dense(view: View) -> Tensor:
     """The weight in the parameter's shape."""
     return torch.cat([materialize(part) for part in view.parts], dim=view.axis).reshape(view.shape)
+
+
+def refuse(view: View, operation: str, got: str | None = None) -> Never:
+    """Raises for an operation without a rule, or for what its rule does not cover."""
+    rule = f"must be used as the rule of `{operation}` has it, got {got}"
+    if got is None:
+        rule = f"must be used by an operation that has a rule, got `{operation}`"
+    # Not a TypeError: the operators of Tensor take that for an unsupported operand and hide the message.
+    raise NotImplementedError(f"low-rank weight {view.name!r} {rule}")
+
+
+def expect_weight(operation: str, weight: Any, **others: Any) -> View:
+    for name, value in others.items():
+        if isinstance(value, View):
+            refuse(value, operation, f"it as its {name}")
+    assert isinstance(weight, View)
+    return weight
+
+
+def single(view: View, operation: str) -> LowRank:
+    if len(view.parts) > 1 or view.kernel:
+        refuse(view, operation, f"shape {view.shape} made of {[matrix_shape(part) for part in view.parts]}")
+    return view.parts[0]
