@@ -99,7 +99,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(job, given, tmp_path):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("changed", [{"method": "lora"}, {"method": "relora", "merge-every": 5}, {"method": "full"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"method": "lora"}, {"method": "relora", "merge-every": 5}, {"method": "full"}, {"base-dtype": "int8"}],
+)
 def test_every_method_runs(job, given, tmp_path, changed):
     outcome = job(*settings(given, tmp_path / "run", steps=10, export="merged", **changed), "--train-rest")
     assert outcome.code == 0, outcome.err

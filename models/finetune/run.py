@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import dynlora_fn as dl
 from models.finetune.config import Config
-from models.pretrain.method import Method, State, make_schedule, make_step, start
+from models.pretrain.method import make_method
 from models.pretrain.run import Prepared, load_corpus, start_or_continue
 
 
@@ -38,7 +39,7 @@ def prepare(config: Config, console: Console) -> Prepared:
             text = f"adapter/ has all but {errors[worst]:.2%} of the change of {worst}, and more of the others'"
             console.print(text, highlight=False, soft_wrap=True)
 
-    method = make_method(config, model)
+    method = make_method(config, model, default_targets(model), partial(still, config))
     empty(model)
     return start_or_continue(config, folder, corpus, model, method, export, console)
 
@@ -57,22 +58,10 @@ def load_model(folder: str) -> nn.Module:
     return model.eval()  # no dropout, so that a run goes on bit for bit
 
 
-def make_method(config: Config, model: nn.Module) -> Method:
-    params = dl.init(
-        model,
-        rank=config.rank,
-        seed=config.seed,
-        targets=[] if config.method == "full" else config.targets or default_targets(model),
-        start=start(config),
-        base_dtype=config.base_torch_dtype(),
-    )
+def still(config: Config, params: Mapping[str, Any]) -> list[str]:
+    """What is neither low-rank nor trained."""
     rest = [name for name, param in params.items() if isinstance(param, Tensor)]
-    still = [] if config.train_rest or config.method == "full" else rest
-    optimizer = dl.adamw(weight_decay=config.weight_decay)
-    trainable, frozen = dl.partition(params, frozen=still)
-    pool: Mapping[str, dl.Pool] = dl.init_pool(params) if config.candidates == "pool" else {}
-    state = State(trainable, frozen, optimizer.init(trainable))
-    return Method(make_schedule(config), state, dict(pool), make_step(config, model, optimizer, still=still))
+    return [] if config.train_rest or config.method == "full" else rest
 
 
 def default_targets(model: nn.Module) -> list[str]:

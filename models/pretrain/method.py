@@ -37,24 +37,32 @@ class Method(NamedTuple):
     step: Callable[..., tuple[State, Metrics]]  # (state, tokens, lr, plan, incoming)
 
 
-def make_method(config: Config, model: nn.Module) -> Method:
-    params = init_params(config, model)
+def make_method(
+    config: Config,
+    model: nn.Module,
+    targets: Sequence[str] = TARGETS,
+    still: Callable[..., Sequence[str]] = lambda _: (),
+) -> Method:
+    """The method with `targets` unless the settings name others; `still` says of the parameters which full-rank ones
+    are not trained."""
+    params = init_params(config, model, targets)
     optimizer = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
-    trainable, frozen = dl.partition(params)
+    names = still(params)
+    trainable, frozen = dl.partition(params, frozen=names)
     return Method(
         schedule=make_schedule(config),
         state=State(trainable, frozen, optimizer.init(trainable)),
         pool=dl.init_pool(params) if config.candidates == "pool" else {},
-        step=make_step(config, model, optimizer),
+        step=make_step(config, model, optimizer, still=names),
     )
 
 
-def init_params(config: Config, model: nn.Module) -> dict[str, Any]:
+def init_params(config: Config, model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     return dl.init(
         model,
         rank=config.rank,
         seed=config.seed,
-        targets=[] if config.method == "full" else config.targets or TARGETS,
+        targets=[] if config.method == "full" else config.targets or targets,
         start=start(config),
         base=None if config.base_dtype == "float32" else config.base_dtype,
         residual=None if config.residual == "none" else config.residual,
