@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import call, combine, compile_step, init, linear, partition, remat, rules, value_and_grad
+from dynlora_fn import call, combine, compile_step, init, linear, partition, products, remat, value_and_grad
 
 
 class Block(nn.Module):
@@ -68,7 +68,7 @@ def test_gradients_are_the_same_bit_for_bit(via, backend):
 def test_a_block_is_computed_twice_and_the_rest_once(via, monkeypatch):
     model, trainable, frozen = make()
     shapes = []
-    monkeypatch.setattr(rules, "contract", lambda x, *rest: shapes.append(x.shape) or linear(x, *rest))
+    monkeypatch.setattr(products, "contract", lambda x, *rest: shapes.append(x.shape) or linear(x, *rest))
     gradients(remat(model, ["layers.[01]"]), trainable, frozen, via)
     assert len(shapes) == 3 + 2
 
