@@ -4,6 +4,7 @@ Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 operations: no state, no memory, the same bits on every device and for every number of threads, eager and compiled.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,28 +71,43 @@ class Request(NamedTuple):
 def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count length"]]:
     """The vectors of each request, uniform in [-1, 1). Every value is a multiple of 2**-23, hence exact in float32.
 
-    All requests go through Philox together: one kernel when compiled, which for ten rounds is slow to compile.
+    All requests go through Philox together: one kernel when compiled, which for ten rounds is slow to compile. It looks
+    the words of a block of four numbers up by vector, since six words of 64 bits a block would take three times the
+    memory of the numbers.
     """
-    words = [_words(request) for request in requests]
-    *counter, key_low, key_high = (torch.cat([part.flatten() for part in parts]) for parts in zip(*words, strict=True))
-    bits = torch.stack(philox((counter[0], counter[1], counter[2], counter[3]), (key_low, key_high)), dim=-1)
-    units = (bits >> 8).to(torch.float32) * 2.0**-23 - 1  # (blocks of all requests, 4)
-    shapes = [parts[0].shape for parts in words]
-    return [
-        part.reshape(*shape[:-1], 4 * shape[-1])[..., : request.length]
-        for part, shape, request in zip(
-            torch.split(units, [shape.numel() for shape in shapes]), shapes, requests, strict=True
-        )
-    ]
+    by_length = sorted(range(len(requests)), key=lambda number: requests[number].length)
+    ordered = [requests[number] for number in by_length]
+    tables = [_vectors(request) for request in ordered]
+    index, side, seed = (torch.cat([column.flatten() for column in columns]) for columns in zip(*tables, strict=True))
+    sizes = [(table[0].numel(), -(-request.length // 4)) for table, request in zip(tables, ordered, strict=True)]
+    vector, block = _positions(sizes, index.device)
+    index, side, seed = index[vector], side[vector], seed[vector]
+    words = philox((block.long(), index & _MASK, (index >> 32) & _MASK, side), (seed & _MASK, (seed >> 32) & _MASK))
+    units = torch.stack([(word >> 8).to(torch.float32) * 2.0**-23 - 1 for word in words], dim=-1)
+    found = {}
+    parts = torch.split(units, [count * blocks for count, blocks in sizes])
+    for number, part, table, (_, blocks) in zip(by_length, parts, tables, sizes, strict=True):
+        found[number] = part.reshape(*table[0].shape, 4 * blocks)[..., : requests[number].length]
+    return [found[number] for number in range(len(requests))]
 
 
-def _words(request: Request) -> list[Tensor]:
-    """Counter and key words of each block of four numbers: six tensors (*stack, count, blocks)."""
-    blocks = torch.arange(-(-request.length // 4), device=request.indices.device)
-    side = torch.full_like(blocks, _SIDE_WORD[request.side])
-    indices, seed = request.indices[..., None], request.seed[..., None, None]
-    words = (blocks, indices & _MASK, (indices >> 32) & _MASK, side, seed & _MASK, (seed >> 32) & _MASK)
-    return torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call, no-any-return]
+def _vectors(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, side and seed of each vector: three tensors (*stack, count)."""
+    index, seed = torch.broadcast_tensors(request.indices, request.seed[..., None])  # type: ignore[no-untyped-call]
+    return index, torch.full_like(index, _SIDE_WORD[request.side]), seed
+
+
+def _positions(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each block of four numbers which vector it belongs to and which of its blocks it is. `sizes` are numbers of
+    vectors and of blocks in each; neighbours of equal length count as one."""
+    vectors, blocks, first = [], [], 0
+    for length, group in itertools.groupby(sizes, key=lambda size: size[1]):
+        count = sum(size[0] for size in group)
+        own, within = (torch.arange(number, dtype=torch.int32, device=device) for number in (count, length))
+        vectors.append((first + own)[:, None].expand(count, length).flatten())
+        blocks.append(within.expand(count, length).flatten())
+        first += count
+    return torch.cat(vectors), torch.cat(blocks)
 
 
 class Bounds(NamedTuple):
