@@ -1,15 +1,16 @@
 """How much memory a step takes at its peak, from its graph alone: nothing is run or allocated."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynlora_fn.nodes import bytes_of, depths, is_fused, is_reduction, is_view
+from dynlora_fn.nodes import bytes_of, depths, is_fused, is_reduction, is_view, uses
 
 
 class Peak(NamedTuple):
@@ -85,20 +86,24 @@ def _as_soon_as_ready(nodes: list[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: when[node])
 
 
-def _buffers(nodes: Iterable[Node]) -> dict[Node, set[Node]]:
+def _buffers(nodes: list[Node]) -> dict[Node, set[Node]]:
     buffers: dict[Node, set[Node]] = {}
+    when = uses(nodes, depths(nodes))
     for node in nodes:
         inputs = set().union(*(buffers[source] for source in node.all_input_nodes))
-        is_own = node.op != "output" and not is_view(node) and not (is_fused(node) and not _is_kept(node, inputs))
+        is_own = node.op != "output" and not is_view(node)
+        if is_fused(node):
+            is_own = _is_kept(node, is_again=len(inputs) > 1 and len(set(when[node])) > 1)
         buffers[node] = {node} if is_own else inputs
     return buffers
 
 
-def _is_kept(node: Node, inputs: set[Node]) -> bool:
-    """Whether a fused result gets memory: read by what is not fused, or used again and made of more than one thing."""
+def _is_kept(node: Node, *, is_again: bool) -> bool:
+    """Whether a fused result gets memory: joined of others, read by what is not fused, or made of more than one thing
+    and used again later on."""
     users = [user for user in node.users if user.op != "output"]
     is_read_whole = any(not is_fused(user) and not is_reduction(user) for user in _through_views(users))
-    return is_read_whole or (len(users) > 1 and len(inputs) > 1)
+    return is_again or is_read_whole or (node.target is torch.ops.aten.cat.default and bool(users))
 
 
 def _through_views(users: list[Node]) -> list[Node]:

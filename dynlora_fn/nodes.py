@@ -12,7 +12,7 @@ aten = torch.ops.aten
 # Pointwise to a compiler that fuses, though not marked so: gathers, copies and what fills.
 _FUSED = {aten.embedding.default, aten.cat.default, aten.stack.default, aten.full.default, aten.clone.default}
 _FUSED |= {aten.scalar_tensor.default, aten.zeros_like.default, aten.ones_like.default, aten.constant_pad_nd.default}
-_FUSED |= {aten.empty.memory_format}
+_FUSED |= {aten.empty.memory_format, aten.gather.default, aten.index.Tensor, aten.index_select.default}
 _REDUCTIONS = {aten.sum, aten.mean, aten.amax, aten.amin, aten.any, aten.prod, aten._log_softmax, aten._softmax}
 
 
@@ -50,3 +50,16 @@ def depths(nodes: list[Node]) -> dict[Node, int]:
         own = 0 if node.op != "call_function" or is_view(node) or is_fused(node) else 1
         depth[node] = own + max((depth[source] for source in node.all_input_nodes), default=0)
     return depth
+
+
+def uses(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[int]]:
+    """The depths at which each node is read, its own if it is not: by way of views too, and by a pointwise operation
+    where that is first used itself."""
+    found: dict[Node, list[int]] = {}
+    for node in reversed(nodes):
+        reads = [
+            found[user] if is_view(user) else [min(found[user]) if is_fused(user) else depth[user]]
+            for user in node.users
+        ]
+        found[node] = [read for one in reads for read in one] or [depth[node]]
+    return found

@@ -4,13 +4,15 @@
 split, and would keep every activation that is used again.
 """
 
+from collections.abc import Iterable
+from operator import getitem
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 import dynlora_fn.opaque  # noqa: F401 (registers the operations)
-from dynlora_fn.nodes import bytes_of, depths, is_fused, is_view, without_views
+from dynlora_fn.nodes import bytes_of, depths, is_fused, is_view, uses, without_views
 
 _NEAR = 2  # products between two uses: what is kept that much longer makes no peak
 _WORTH = 100  # below this part of the largest result, a copy is not worth a kernel
@@ -27,11 +29,14 @@ class _Saved:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.nodes = list(graph.nodes)
+        self.place = {node: number for number, node in enumerate(self.nodes)}
         self.depth = depths(self.nodes)
-        self.uses = _uses(self.nodes, self.depth)
+        self.uses = uses(self.nodes, self.depth)
         self.sources = _sources(self.nodes, self.uses, self.depth)
         self.enough = max((_size(node) for node in self.nodes), default=0) / _WORTH
         self.copies: dict[Node, Node] = {}
+        self.first_user = {node: self.reader(node) for node in self.nodes if self.is_early(node)}
+        self.depth.update({node: min(self.uses[node]) - 1 for node in self.first_user})
 
     def rewrite(self) -> None:
         for user in self.nodes:
@@ -39,6 +44,11 @@ class _Saved:
                 if self.is_worth_it(node) and self.is_late(user, node):
                     with self.graph.inserting_before(user):
                         user.replace_input_with(node, self.copy(node, user))
+        for node in self.first_user:
+            source = max(node.all_input_nodes, key=_size)
+            if without_views(source) in self.uses:  # no copy, which is late itself
+                with self.graph.inserting_before(node):
+                    node.replace_input_with(source, _after(self.graph, source, self.latest(node)))
         for node in self.nodes:
             if self.is_kept(node):
                 with self.graph.inserting_after(node):
@@ -57,6 +67,29 @@ class _Saved:
     def is_large(self, node: Node) -> bool:
         return _size(node) >= self.enough
 
+    def is_early(self, node: Node) -> bool:
+        """Whether it is a large result, used late alone, of what is kept until then anyway."""
+        is_own = isinstance(node.target, torch._ops.OpOverload) and not is_fused(node) and not is_view(node)
+        if not is_own or not node.all_input_nodes or not _is_pure(node) or not self.is_large(node):
+            return False
+        first = min(self.uses[node])
+        sources = [without_views(source) for source in node.all_input_nodes]
+        is_kept = all(not _is_result(source) or max(self.uses[source]) >= first for source in sources)
+        return is_kept and first - self.depth[node] > _NEAR
+
+    def reader(self, node: Node) -> Node:
+        """The first to read it: by way of views and pointwise operations, or those if nothing else does."""
+        user = min(node.users, key=lambda user: min(self.uses[user]) if is_view(user) else self.depth[user])
+        return self.reader(user) if (is_view(user) or is_fused(user)) and user.users else user
+
+    def latest(self, user: Node) -> Node:
+        """Of all results that the user waits for, the one formed last; an early one waits as its reader does."""
+        if reader := self.first_user.get(user):
+            others = [node for node in reader.all_input_nodes if without_views(node) is not user]
+            if others and self.place.get(node := _latest(others, self.depth), len(self.place)) < self.place[user]:
+                return node
+        return _latest(user.all_input_nodes, self.depth)
+
     def is_kept(self, node: Node) -> bool:
         """Whether it is pointwise and used late. Left alone, Inductor would form a residual stream anew at each of its
         uses out of all that was ever added to it, by a kernel of its own for each layer."""
@@ -69,10 +102,8 @@ class _Saved:
             if node in self.sources:
                 self.copies[node] = self.graph.node_copy(node, lambda source: self.copy(source, user))
             elif _is_result(node) and self.is_large(node):
-                self.copies[node] = _after(self.graph, node, _latest(user, self.depth))
-                for other in self.nodes[
-                    self.nodes.index(user) :
-                ]:  # one name, so that they share a kernel that reads it
+                self.copies[node] = _after(self.graph, node, self.latest(user))
+                for other in self.nodes[self.place[user] :]:  # one name, so that they share a kernel that reads it
                     if self.is_late(other, node):
                         other.replace_input_with(node, self.copies[node])
             else:
@@ -88,22 +119,11 @@ def _after(graph: Graph, node: Node, other: Node) -> Node:
     return after
 
 
-def _latest(user: Node, depth: dict[Node, int]) -> Node:
-    """Of all results that the user waits for, the one that is formed last."""
-    node = max(user.all_input_nodes, key=lambda source: depth.get(source, 0))
-    return _latest(node, depth) if is_view(node) or is_fused(node) else node
-
-
-def _uses(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[int]]:
-    """The depths at which each node is read, its own if it is not: by way of views too, and by a pointwise operation
-    where that is first used itself."""
-    uses: dict[Node, list[int]] = {}
-    for node in reversed(nodes):
-        reads = [
-            uses[user] if is_view(user) else [min(uses[user]) if is_fused(user) else depth[user]] for user in node.users
-        ]
-        uses[node] = [read for one in reads for read in one] or [depth[node]]
-    return uses
+def _latest(nodes: Iterable[Node], depth: dict[Node, int]) -> Node:
+    """Of all results that these are or wait for, the one that is formed last."""
+    node = max(nodes, key=lambda node: depth.get(node, 0))
+    is_formed = (not is_view(node) and not is_fused(node)) or node.target is getitem
+    return node if is_formed or not node.all_input_nodes else _latest(node.all_input_nodes, depth)
 
 
 def _sources(nodes: list[Node], uses: dict[Node, list[int]], depth: dict[Node, int]) -> dict[Node, set[Node]]:

@@ -51,6 +51,23 @@ def test_the_peak_falls(monkeypatch):
     assert low <= peak_memory(*args).step - len(WEIGHTS) * X.nbytes
 
 
+def test_what_is_used_late_alone_is_formed_late():
+    def step(x, weight):
+        y = x
+        for _ in range(6):
+            y = (y @ weight).tanh()
+        narrow = x @ weight[:, :8]  # nothing but the order of the program keeps it from being formed at the start
+        return y.T @ narrow
+
+    before, after = graph_of(step, X, WEIGHTS[0]), graph_of(step, X, WEIGHTS[0])
+    compute_again(after.graph)
+    after.recompile()
+    assert_same(after(X, WEIGHTS[0]), before(X, WEIGHTS[0]))
+    last, narrow = [node for node in after.graph.nodes if node.target is aten.mm.default][-3:-1]
+    assert narrow.args[0].target is torch.ops.dynlora_fn.after.default
+    assert narrow.args[0].args[1] is last
+
+
 def test_a_random_result_is_kept():
     def lossy(weights, x):
         for weight in weights.unbind():
