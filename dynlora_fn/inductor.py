@@ -32,6 +32,8 @@ class Rewrites(CustomGraphPass):
                 _form_merged_weight(graph, node)
             elif node.target is torch.ops.dynlora_fn.dequantize.default:
                 _dequantize_in_products(graph, node)
+            elif node.target is torch.ops.dynlora_fn.late.default:
+                _replace(graph, node, torch.ops.dynlora_fn.after.default, node.args)
             elif node.target is aten.unbind.int:
                 _separate_vectors(graph, node)
             elif node.target is aten.cat.default and _is_stack(node):

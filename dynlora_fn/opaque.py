@@ -1,6 +1,6 @@
 """Operations that Inductor takes as they are.
 
-They have no gradients: they are put into a graph after all differentiation is done.
+But for `late`, they have no gradients: they are put into a graph after all differentiation is done.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("separate(Tensor x) -> Tensor")
 _LIBRARY.define("after(Tensor(a) x, Tensor other) -> Tensor(a)")
+_LIBRARY.define("late(Tensor x, Tensor other) -> Tensor")
 _LIBRARY.define("stack(Tensor[] xs) -> Tensor")
 _LIBRARY.define(
     "times_merged(Tensor x, Tensor? bias, Tensor base, Tensor b, Tensor a, float scale, bool with_b, bool transposed)"
@@ -64,7 +65,32 @@ _LIBRARY.impl("separate", _separate, "CompositeExplicitAutograd")
 _LIBRARY.impl("separate", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
 _LIBRARY.impl("after", _after, "CompositeExplicitAutograd")
 _LIBRARY.impl("after", _after, "Meta")
+_LIBRARY.impl("late", lambda x, other: x.clone(), "CompositeExplicitAutograd")
+_LIBRARY.impl("late", lambda x, other: torch.empty_like(x), "Meta")
 _LIBRARY.impl("stack", _stack, "CompositeExplicitAutograd")
 _LIBRARY.impl("stack", lambda xs: xs[0].new_empty(len(xs), *xs[0].shape), "Meta")
 _LIBRARY.impl("times_merged", _times_merged, "CompositeExplicitAutograd")
 _LIBRARY.impl("times_merged", _empty_times_merged, "Meta")
+
+
+def late(x: Tensor, other: Tensor) -> Tensor:
+    """A copy of `x`, made after `other`; in a graph for Inductor `x` itself. Differentiable as the identity."""
+    return _Late.apply(x, other)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Late(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, other: Tensor) -> Tensor:
+        return torch.ops.dynlora_fn.late(x, other)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, other: Tensor) -> tuple[Tensor, int | None]:
+        return _Late.apply(x, other), in_dims[0]  # type: ignore[no-untyped-call]

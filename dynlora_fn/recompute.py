@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dynlora_fn.base import Autocast, autocast_now
 from dynlora_fn.module import call_with, params_of
+from dynlora_fn.opaque import late
 from dynlora_fn.tree import match
 from dynlora_fn.types import LowRank
 
@@ -132,7 +133,8 @@ def _recomputed(number: int, training: bool, inputs: tuple[Any, ...], autocast: 
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
             return call_with(block, params, *rest)
 
-    output = _Recomputed.apply(run, *compress(leaves, is_tensor))  # type: ignore[no-untyped-call]
+    given = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
+    output = _Recomputed.apply(run, given, *compress(leaves, is_tensor))  # type: ignore[no-untyped-call]
     _WATCHED.add((number, training))
     return output
 
@@ -159,20 +161,23 @@ def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class _Recomputed(torch.autograd.Function):
-    """``run(*tensors)``. Keeps its arguments alone."""
+    """``run(*tensors)``, the last so many of which are `given` to the block. Keeps its arguments alone."""
 
     @staticmethod
-    def forward(run: Callable[..., Any], *tensors: Tensor) -> Any:
+    def forward(run: Callable[..., Any], given: int, *tensors: Tensor) -> Any:
         return run(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.run, *tensors = inputs
+        ctx.run, ctx.given, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, is_needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        tensors, is_needed = list(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        # In one graph of both passes nothing else would keep a compiler from computing the block again at once.
+        for number in range(len(tensors) - ctx.given, len(tensors)):
+            tensors[number] = late(tensors[number], grads[0])
 
         def run(*needed: Tensor) -> Any:
             rest = iter(needed)
@@ -180,10 +185,10 @@ class _Recomputed(torch.autograd.Function):
 
         _, pull_back = torch.func.vjp(run, *compress(tensors, is_needed))  # type: ignore[misc]
         found = iter(pull_back(grads if len(grads) > 1 else grads[0]))
-        return None, *(next(found) if is_one else None for is_one in is_needed)
+        return None, None, *(next(found) if is_one else None for is_one in is_needed)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], run: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any]:
-        batched = torch.vmap(run, in_dims=in_dims[1:], randomness=info.randomness)
-        output = _Recomputed.apply(batched, *tensors)  # type: ignore[no-untyped-call]
+    def vmap(info: Any, in_dims: tuple[Any, ...], run: Callable[..., Any], given: int, *tensors: Tensor) -> Any:
+        batched = torch.vmap(run, in_dims=in_dims[2:], randomness=info.randomness)
+        output = _Recomputed.apply(batched, given, *tensors)  # type: ignore[no-untyped-call]
         return output, tree_map(lambda leaf: 0, output)

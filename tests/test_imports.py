@@ -53,7 +53,7 @@ ALLOWED = {
     "export": BELOW | {"views"},
     "files": BELOW | {"export"},
     "adapters": BELOW | {"bases", "initial", "lowrank", "views", "export", "files"},
-    "recompute": BELOW | {"module"},
+    "recompute": BELOW | {"module", "opaque"},
     "schedule": BELOW | {"lowrank"},
     "switching": BELOW | {"bases", "lowrank"},
     "dither": BELOW | {"lowrank", "schedule", "switching"},

@@ -4,10 +4,13 @@ import pytest
 import torch
 from strategies import assert_same, normal
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import call, combine, compile_step, init, linear, partition, products, remat, value_and_grad
+
+X = normal(1, 2, 5, 8)
 
 
 class Block(nn.Module):
@@ -71,6 +74,21 @@ def test_a_block_is_computed_twice_and_the_rest_once(via, monkeypatch):
     monkeypatch.setattr(products, "contract", lambda x, *rest: shapes.append(x.shape) or linear(x, *rest))
     gradients(remat(model, ["layers.[01]"]), trainable, frozen, via)
     assert len(shapes) == 3 + 2
+
+
+def test_a_block_waits_for_the_gradient_that_reaches_it():
+    """In the graph: else a compiler is free to compute it again at once, and to keep what it finds."""
+    model, trainable, frozen = make()
+    again = remat(model, ["layers.*"])
+    loss = torch.func.grad(lambda tree, x: call(again, combine(tree, frozen), x).square().mean())
+    nodes = make_fx(loss)(trainable, X).graph.nodes
+    waiting = [node for node in nodes if node.target is torch.ops.dynlora_fn.late.default]
+    assert len(waiting) == 3
+    assert [ancestors(node.args[0]) < ancestors(node.args[1]) for node in waiting] == [True] * 3
+
+
+def ancestors(node) -> set:
+    return {node}.union(*(ancestors(source) for source in node.all_input_nodes))
 
 
 def test_the_model_and_its_names_stay():
