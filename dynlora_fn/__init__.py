@@ -79,7 +79,9 @@ from dynlora_fn.types import Float8Codes as Float8Codes
 from dynlora_fn.types import Frozen as Frozen
 from dynlora_fn.types import Int8Codes as Int8Codes
 from dynlora_fn.types import LowRank as LowRank
+from dynlora_fn.types import MXFP4Codes as MXFP4Codes
 from dynlora_fn.types import NF4Codes as NF4Codes
+from dynlora_fn.types import NVFP4Codes as NVFP4Codes
 from dynlora_fn.types import Plan as Plan
 from dynlora_fn.types import Quantized as Quantized
 from dynlora_fn.types import SidePlan as SidePlan

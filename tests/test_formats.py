@@ -8,18 +8,18 @@ from strategies import assert_same, assert_within, eps, normal, seeds
 from torch import Tensor
 
 from dynlora_fn import Factors, LowRank, from_torchao, quantize
-from dynlora_fn.formats import NAMES, blank, decode, encode, encode_residual
+from dynlora_fn.formats import KINDS, NAMES, PROTOTYPES, blank, decode, encode, encode_residual
 from dynlora_fn.opaque_codes import exact
-from dynlora_fn.types import Codes, Int8Codes, NF4Codes
+from dynlora_fn.types import Codes, Int8Codes, MXFP4Codes, NF4Codes, NVFP4Codes
 
 torchao = pytest.importorskip("torchao.quantization")
 
-CODED = ("int8", "float8", "nf4")
+CODED = tuple(KINDS)
 matrices = st.tuples(st.integers(1, 5), st.integers(1, 5), seeds, st.sampled_from([1e-4, 1.0, 1e4]))
 
 
 def matrix(out: int, half: int, seed: int, scale: float) -> Tensor:
-    """Of a size that nf4's blocks divide, with a row of zeros, a block of zeros and an outlier now and then."""
+    """Of a size that all blocks divide, with a row of zeros, a block of zeros and an outlier now and then."""
     weight = scale * normal(seed, 4 * out, 32 * half, dtype=torch.float32)
     if seed % 2:
         weight[seed % (4 * out)] = 0
@@ -34,8 +34,18 @@ def torchaos(weight: Tensor, kind: str, codes: Codes) -> Tensor:
         return torchao.Int8Tensor.from_hp(weight, granularity=torchao.PerRow())
     if kind == "float8":
         return torchao.Float8Tensor.from_hp(weight, granularity=torchao.PerRow())
+    if kind in PROTOTYPES:
+        return prototype(weight, kind)
     assert isinstance(codes, NF4Codes)
     return torchao.to_nf4(weight, 64, codes.scales.numel() // codes.factor.numel())
+
+
+def prototype(weight: Tensor, kind: str) -> Tensor:
+    if kind == "nvfp4":
+        nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+        return nvfp4.NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=nvfp4.per_tensor_amax_to_scale(weight.abs().max()))
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    return mx.MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32, scaling_mode=mx.ScaleCalculationMode.EVEN)
 
 
 def coded(weight: Tensor, kind: str) -> Codes:
@@ -70,15 +80,31 @@ def bound(weight: Tensor, codes: Codes) -> Tensor:
         off = (blocks - blocks.mean()).reshape(codes.factor.numel(), -1).abs().amax(-1, keepdim=True)
         own = 0.152 * blocks.reshape(codes.factor.numel(), -1) + off / 128
         return work + own.reshape(-1, 1).expand(-1, 64).reshape(weight.shape) + 1e-30
+    if isinstance(codes, NVFP4Codes):
+        return work + torch.maximum(by_block(weight, 16) / 5, weight.abs().max() * 2**-19) + 2**-140
+    if isinstance(codes, MXFP4Codes):
+        return work + by_block(weight, 32) / 5 + 2**-124
     # float8 e4m3: three bits behind the point, and a fixed step below 2**-6 of what the scale stands for.
     return work + torch.maximum(weight.abs() * 2**-4, largest / 448 * 2**-10) + 2**-140
+
+
+def by_block(weight: Tensor, size: int) -> Tensor:
+    """The largest entry of each entry's block."""
+    blocks = weight.reshape(-1, size)
+    return blocks.abs().amax(-1, keepdim=True).expand_as(blocks).reshape(weight.shape)
 
 
 @given(matrices, st.sampled_from(NAMES))
 @example((1, 2, 0, 1e-41), "int8")  # denormal
 @example((1, 2, 0, 1e-41), "float8")
 @example((1, 2, 0, 1e-41), "nf4")
+@example((1, 2, 0, 1e-41), "nvfp4")
+@example((1, 2, 0, 1e-41), "mxfp4")
 @example((1, 2, 0, 1e-41), "bfloat16")
+@example((1, 2, 3, 1e-37), "nvfp4")  # the inverse of its factor is infinite
+@example((1, 2, 3, 1e-35), "nvfp4")
+@example((1, 2, 2, 1e37), "nvfp4")
+@example((1, 2, 2, 1e37), "mxfp4")
 @example((1, 2, 2, 1e37), "int8")
 @example((1, 2, 2, 1e37), "float8")
 @example((1, 2, 2, 1e34), "nf4")
