@@ -3,8 +3,8 @@
 ``weight = base + b @ a / rank``. See the README for a whole training loop.
 """
 
-from dynlora_fn.adapters import load_adapter as load_adapter
-from dynlora_fn.adapters import save_adapter as save_adapter
+from dynlora_fn.adapter_reading import load_adapter as load_adapter
+from dynlora_fn.adapter_writing import save_adapter as save_adapter
 from dynlora_fn.basis import Bounds as Bounds
 from dynlora_fn.basis import basis_bounds as basis_bounds
 from dynlora_fn.contraction import Path as Path
