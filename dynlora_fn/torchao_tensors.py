@@ -73,7 +73,8 @@ def _codes(held: Any) -> Codes | None:
     if held.ndim != 2:
         return None
     if torchao_prototypes.is_prototype(held):
-        return tree_map(_copy, torchao_prototypes.codes_of(held))  # type: ignore[no-any-return]
+        views = torchao_prototypes.codes_of(held)
+        return None if views is None else tree_map(_copy, views)
     if isinstance(held, Int8Tensor):
         return Int8Codes(_copy(held.qdata), _copy(held.scale))
     if isinstance(held, Float8Tensor):
