@@ -19,9 +19,9 @@ from models.llama import TARGETS
 
 @dataclass(frozen=True)
 class MemoryBase(Common):
-    width: int = 768
-    layers: int = 14
-    """99 million parameters in linear layers."""
+    width: int = 1024
+    layers: int = 8
+    """101 million parameters in linear layers."""
     fraction: int = 4
     """Width over rank."""
     bases: tuple[str, ...] = ("float32", "bfloat16+none", "int8+bfloat16", "nf4+bfloat16")
