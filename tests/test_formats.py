@@ -145,7 +145,7 @@ def test_the_largest_numbers_are_kept_or_refused(kind, share):
 
 @pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4", "bfloat16"])
 def test_what_was_codes_before_is_the_same_when_encoded_again(kind):
-    """Or a base without a residual, whose most negative numbers torchao's int8 overstates, would grow with each fold."""
+    """Or a base without a residual, whose most negative numbers torchao's int8 overstates, would grow by each fold."""
     codes = coded(normal(0, 64, 64, dtype=torch.float32), kind)
     if kind == "int8":
         codes = encode(decode(codes, torch.float32), codes, again=True)  # from 127.5 steps to 127
