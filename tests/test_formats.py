@@ -67,6 +67,17 @@ def test_codes_are_torchaos(case, kind):
     assert_same(decode(codes, torch.float32), dense(wanted))
 
 
+@pytest.mark.parametrize("kind", PROTOTYPES)
+def test_numbers_in_the_middle_and_blocks_next_to_nothing_are_torchaos(kind):
+    """Rounded to even, with the sign of zero; and a block below the least of nvfp4's scales."""
+    middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 7.0])
+    weight = torch.stack([middle, -middle]).repeat(2, 2)
+    weight[2], weight[3, 0] = weight[2] * 1e-3, 6 * 448  # so that nvfp4's factor is one
+    codes, wanted = coded(weight, kind), torchaos(weight, kind, coded(weight, kind))
+    assert_same(from_torchao(wanted, residual=None).codes, codes)
+    assert_same(decode(codes, torch.float32), dense(wanted))
+
+
 def bound(weight: Tensor, codes: Codes) -> Tensor:
     """What a format may be off by, entry by entry: half of its step, as `quantize` promises."""
     largest = weight.abs().amax(-1, keepdim=True)
