@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, contraction, linear, quantize
 from dynlora_fn.bases import dequantize
-from dynlora_fn.contraction import PRODUCTS, cheapest, flops
+from dynlora_fn.paths import PRODUCTS, cheapest, flops
 from dynlora_fn.views import View, transposed
 
 PATHS = ("factored", "merged", "dense")
