@@ -121,6 +121,27 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
     assert not torch.equal(dequantize(got.base, torch.float32)[:, 1::2], dequantize(param.base, torch.float32)[:, 1::2])
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_slot_of_zeros_hides_no_other(kind):
+    param = low_rank(SHAPE, (), base_dtype=torch.float32, factor_dtype=torch.float32)
+    for side, axis in ((param.factors.b, 1), (param.factors.a, 0)):
+        side.select(axis, 0).zero_()
+        held = quantize(param, kind)
+        merged = merge(held)
+        assert_within(whole(merged), whole(held), rounding(merged, magnitude(held, merged)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4"])
+def test_folds_of_next_to_nothing_leave_a_base_without_a_residual_as_it_is(kind):
+    param = quantize(low_rank(SHAPE, (), base_dtype=torch.float32, factor_dtype=torch.float32), kind, residual=None)
+    tiny = param.factors._replace(b=torch.full_like(param.factors.b, 1e-30))
+    bases = []
+    for _ in range(20):
+        param = merge(param._replace(factors=tiny))
+        bases.append(dequantize(param.base, torch.float32))
+    torch.testing.assert_close(bases[-1], bases[0], rtol=40 * eps(torch.float32), atol=0)
+
+
 @given(cases)
 def test_arguments_are_untouched_and_kinds_are_kept(case):
     param, plan, _ = case
