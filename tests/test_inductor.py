@@ -77,6 +77,16 @@ def test_a_base_is_dequantized_within_its_products(kind, path, dtype, is_transpo
     assert count[torch.ops.aten.addmm.default] == 0
 
 
+@pytest.mark.parametrize("path", ["factored", "merged", "dense"])
+def test_a_bias_is_added_where_the_base_is_dequantized(path):
+    param = quantize(low_rank(Shape(16, 8, 2), (), base_dtype=torch.float32, factor_dtype=torch.float32), "int8")
+    bias = normal(3, 16, dtype=torch.float32)
+    before, after, count = rewritten(lambda x: linear(x, param, bias, path=path), X)
+    assert_same(after(X), before(X))
+    assert count[torch.ops.dynlora_fn.times_codes.default] == 1
+    assert count[torch.ops.dynlora_fn.dequantize.default] == 0
+
+
 @pytest.mark.parametrize(
     "function",
     [

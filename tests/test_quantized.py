@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn import LowRank, Plan, SidePlan, drift, merge, quantize, switch
+from dynlora_fn import LowRank, Plan, SidePlan, drift, merge, quantize, switch, to_torchao, unstack
 from dynlora_fn.bases import dequantize
 from dynlora_fn.float4 import BLOCKS
 from dynlora_fn.formats import NAMES, kind_of
@@ -119,6 +119,17 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
     for new, old in zip(tree_leaves(got.base), tree_leaves(param.base), strict=True):
         assert_same(new[:, ::2], old[:, ::2])
     assert not torch.equal(dequantize(got.base, torch.float32)[:, 1::2], dequantize(param.base, torch.float32)[:, 1::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", NAMES)
+def test_quantizing_leaves_the_old_base_as_it_is(kind, dtype):
+    param = low_rank(SHAPE, (2,), base_dtype=dtype)
+    with untouched(param):
+        held = quantize(param, kind)
+    with untouched(held):
+        quantize(held, "int8")
+        to_torchao(unstack({"*": held})["0"])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
