@@ -2,7 +2,8 @@
 
 The factors stand still but for the switches, so that the exact weight, kept in float64 beside, is all that there is to
 know. ``error`` is that of the weight that products see, ``kept`` that of codes and residual together, which all later
-folds start from. ``over once`` compares the former with quantizing the exact base a single time.
+folds start from. ``over once`` compares the former with quantizing the exact base a single time. ``deferred`` ones hold
+the differences of several folds as vectors, exactly, and fold them together.
 """
 
 from collections.abc import Iterator
@@ -30,14 +31,22 @@ class Drift(Common):
     """Steps between two folds."""
     bases: tuple[str, ...] = BASES
     residuals: tuple[str, ...] = RESIDUALS
+    deferred: int = 8
+    """Folds that wait for each other, in a second contender of each base and residual; 0 for none."""
 
 
-def contenders(config: Drift, weight: dl.LowRank) -> dict[str, dl.LowRank]:
+def contenders(config: Drift, weight: dl.LowRank, vectors: int) -> dict[str, dl.LowRank]:
+    """Of weights whose folds bring so many vectors each."""
     made = {"float32+none": weight._replace(base=weight.base.float())}
     for base in config.bases:
         for residual in config.residuals:
             kind: Any = None if residual == "none" else residual
             made[f"{base}+{residual}"] = dl.quantize(weight, base, residual=kind)
+    if config.deferred:
+        waiting = {
+            f"{name} deferred": dl.defer(param, vectors=config.deferred * vectors) for name, param in made.items()
+        }
+        made |= waiting
     return made
 
 
@@ -52,14 +61,15 @@ def exact_weight(config: Drift) -> dl.LowRank:
 def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> dict[str, float]:
     """Relative, in Frobenius norms."""
     dense = dl.materialize(exact)
-    base = param.base
+    base = param.base.base if isinstance(param.base, dl.Deferred) else param.base
     kept = base if isinstance(base, torch.Tensor) else with_residual(base.codes, base.residual, torch.float64)
+    kept = param.base._replace(base=kept.double()) if isinstance(param.base, dl.Deferred) else kept.double()
     error = dl.drift(param, dense).item()
     kind, _ = name.split("+")
     once = exact._replace(base=exact.base.float()) if kind == "float32" else dl.quantize(exact, kind, residual=None)
     return {
         "error": error,
-        "kept": dl.drift(param._replace(base=kept.double()), dense).item(),
+        "kept": dl.drift(param._replace(base=kept), dense).item(),
         "over_once": error / dl.drift(once, dense).item(),
     }
 
@@ -67,7 +77,9 @@ def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> dict[str, float]:
 def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
     """The errors of all contenders after a quarter of the steps and at the end, and how many folds there were."""
     exact = exact_weight(config)
-    params, schedule = contenders(config, exact), dl.switchlora(config.steps, every=every)
+    schedule = dl.switchlora(config.steps, every=every)
+    first = schedule(0, {"w": exact})["w"]
+    params = contenders(config, exact, first.b.slots.shape[-1] + first.a.slots.shape[-1])
     folds = 0
     for step in range(config.steps):
         if schedule.switches(step, {"w": exact}):
@@ -76,6 +88,8 @@ def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, dict[str, fl
             incoming = dl.candidates(exact, plan)
             exact = dl.switch(exact, plan, incoming=incoming).param
             params = {name: dl.switch(param, plan, incoming=incoming).param for name, param in params.items()}
+            if config.deferred and folds % config.deferred == 0:
+                params = dl.fold_pending(params)
         if step + 1 in (config.steps // 4, config.steps):
             yield folds, {name: errors(param, exact, name) for name, param in params.items()}
 

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
+from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
 from bench.common import Common, finish, start, synchronize, table
@@ -35,7 +36,7 @@ class Memory(Common):
     residual: Literal["int8", "bfloat16"] | None = "bfloat16"
     """Of such a base."""
     kind: str | None = None
-    """Measure this one in this process, for the first of the widths, and print two numbers."""
+    """Measure this one in this process, for the first of the widths, and print three numbers."""
 
     def size(self, width: int) -> Size:
         return Size(width=width, layers=self.layers, length=64 if self.quick else 256)
@@ -45,16 +46,23 @@ class Memory(Common):
         return {} if self.quick else {"mode": "default"}
 
 
-def contender(config: Memory, size: Size) -> tuple[Callable[[], Any], Callable[[], int]]:
-    """What is measured, and what is predicted of it."""
+class Contender(NamedTuple):
+    run: Callable[[], Any]
+    predict: Callable[[], int]
+    state: Any = ()
+
+
+def contender(config: Memory, size: Size) -> Contender:
+    """What is measured, what is predicted of it, and the state that it goes on from."""
     if config.kind == "full":
-        return full_step(size, config.device, **config.options()), lambda: 0
+        return Contender(full_step(size, config.device, **config.options()), lambda: 0)
     wrap = (lambda model: dl.remat(model, ["layers.*"])) if config.kind == "remat" else None
     kept = {"base": config.base, "residual": config.residual}
     ours = Ours(size, size.width // config.fraction, config.device, wrap=wrap, **kept, **config.options())
     if config.kind == "gradients":
         run, state = compiled(ours.gradients, config, donate=False), ours.state
-        return lambda: run(state, ours.tokens), lambda: dl.peak_memory(ours.gradients, state, ours.tokens).step
+        predict = lambda: dl.peak_memory(ours.gradients, state, ours.tokens).step  # noqa: E731
+        return Contender(lambda: run(state, ours.tokens), predict, state)
     if config.kind == "update":
         plan, grads = ours.plan_at(int(ours.schedule.interval)), dl.partition(ours.params).trainable
         run = compiled(ours.update, config)
@@ -62,10 +70,11 @@ def contender(config: Memory, size: Size) -> tuple[Callable[[], Any], Callable[[
         def update() -> None:
             ours.state, _ = run(ours.state, grads, ours.lr, plan)
 
-        return update, lambda: dl.peak_memory(ours.update, ours.state, grads, ours.lr, plan).step
+        predict = lambda: dl.peak_memory(ours.update, ours.state, grads, ours.lr, plan).step  # noqa: E731
+        return Contender(update, predict, ours.state)
     plan = ours.plan_at(int(ours.schedule.interval)) if config.kind == "switching" else None
     arguments = (ours.state, ours.tokens, ours.lr, plan)
-    return lambda: ours.run(plan), lambda: dl.peak_memory(ours.pure_step, *arguments).step
+    return Contender(lambda: ours.run(plan), lambda: dl.peak_memory(ours.pure_step, *arguments).step, ours.state)
 
 
 def compiled(function: Callable, config: Memory, **options: Any) -> Callable:
@@ -73,14 +82,15 @@ def compiled(function: Callable, config: Memory, **options: Any) -> Callable:
 
 
 def measure(config: Memory) -> dict[str, float]:
-    run, predict = contender(config, config.size(config.widths[0]))
+    run, predict, state = contender(config, config.size(config.widths[0]))
+    held = sum(leaf.nbytes for leaf in tree_leaves(state))
     for _ in range(3):
         run()
     before = resident(config.device)
     reset_peak(config.device)
     for _ in range(2):
         run()
-    return {"measured": max(peak(config.device) - before, 1), "predicted": predict()}
+    return {"measured": max(peak(config.device) - before, 1), "predicted": predict(), "state": held}
 
 
 def resident(device: str) -> int:

@@ -3,11 +3,10 @@
 ``weight = base + b @ a / rank``. See the README for a whole training loop.
 """
 
-from dynlora_fn.adapters import load_adapter as load_adapter
-from dynlora_fn.adapters import save_adapter as save_adapter
+from dynlora_fn.adapter_reading import load_adapter as load_adapter
+from dynlora_fn.adapter_writing import save_adapter as save_adapter
 from dynlora_fn.basis import Bounds as Bounds
 from dynlora_fn.basis import basis_bounds as basis_bounds
-from dynlora_fn.contraction import Path as Path
 from dynlora_fn.contraction import linear as linear
 from dynlora_fn.cost import Cost as Cost
 from dynlora_fn.cost import Explanation as Explanation
@@ -43,6 +42,7 @@ from dynlora_fn.optim import Updates as Updates
 from dynlora_fn.optim import adamw as adamw
 from dynlora_fn.optim import apply_updates as apply_updates
 from dynlora_fn.optim import clip_by_global_norm as clip_by_global_norm
+from dynlora_fn.paths import Path as Path
 from dynlora_fn.pool import Pool as Pool
 from dynlora_fn.pool import SidePool as SidePool
 from dynlora_fn.pool import draw as draw
@@ -79,7 +79,9 @@ from dynlora_fn.types import Float8Codes as Float8Codes
 from dynlora_fn.types import Frozen as Frozen
 from dynlora_fn.types import Int8Codes as Int8Codes
 from dynlora_fn.types import LowRank as LowRank
+from dynlora_fn.types import MXFP4Codes as MXFP4Codes
 from dynlora_fn.types import NF4Codes as NF4Codes
+from dynlora_fn.types import NVFP4Codes as NVFP4Codes
 from dynlora_fn.types import Plan as Plan
 from dynlora_fn.types import Quantized as Quantized
 from dynlora_fn.types import SidePlan as SidePlan

@@ -17,6 +17,12 @@ Device: TypeAlias = torch.device | str | None
 HeldT = TypeVar("HeldT", bound="Tensor | Quantized")
 
 
+class Transposed(NamedTuple):
+    """``base.mT`` of codes, which have no transpose of their own. The base of a `LowRank` within one product."""
+
+    base: Quantized
+
+
 def encode_rest(rest: Tensor, residual: ResidualKind, device: Device) -> Residual:
     """What codes miss, as a residual on a device."""
     if residual is None:
@@ -46,8 +52,10 @@ def restack(made: Sequence[HeldT], stack: Sequence[int]) -> HeldT:
     return whole
 
 
-def dequantize(base: Codes | Quantized, dtype: torch.dtype) -> Tensor:
+def dequantize(base: Codes | Quantized | Transposed, dtype: torch.dtype) -> Tensor:
     """What products see of a base: not its residual. Opaque to a compiler where that takes a copy."""
+    if isinstance(base, Transposed):
+        return dequantize(base.base, dtype).mT
     codes = base.codes if isinstance(base, Quantized) else base
     if isinstance(codes, Tensor) and codes.dtype == dtype:
         return codes

@@ -1,70 +1,21 @@
-"""One low-rank weight times its input: which products are formed, and what their gradients cost.
+"""One low-rank weight times its input, by one of the paths of `paths`."""
 
-Per token and weight of d x d at rank r, full-rank training takes 6 d^2 FLOPs:
-
-=========  =========================================  ==========================================
-path       FLOPs a token, and once a step             what is formed
-=========  =========================================  ==========================================
-factored   4 d^2 + 12 r d                             ``x @ base.T + (x @ a.T) @ b.T / rank``
-merged     4 d^2 +  8 r d, and 4 r d^2                the weight, and the gradients of the factors
-dense      6 d^2         , and 8 r d^2                the weight and its gradient, then projected
-=========  =========================================  ==========================================
-"""
-
+from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
-from opt_einsum.helpers import flop_count
 from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn.base import autocast_now, widest, without_autocast
-from dynlora_fn.bases import dequantize, settled
+from dynlora_fn.bases import Transposed, dequantize, settled
 from dynlora_fn.formats import built, flat, kind_of
+from dynlora_fn.paths import Path, cheapest
 from dynlora_fn.types import Codes, LowRank
 
-Path: TypeAlias = Literal["factored", "merged", "dense"]
-
-_WEIGHT = ("or,ri->oi",)
-_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT = "ni,oi->no", "no,oi->ni", "no,ni->oi"
-_FACTOR_GRADIENTS = ("no,or->nr", "nr,ni->ri", "ni,ri->nr", "no,nr->or")
-# Every product of a forward and backward pass: tokens n, in i, out o, rank r.
-PRODUCTS: dict[str, tuple[str, ...]] = {
-    "full": (_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT),
-    "factored": (_FORWARD, _INPUT_GRADIENT, *_FACTOR_GRADIENTS, "nr,or->no", "nr,ri->ni"),
-    # The weight is formed anew in the backward pass, so that no more than one is ever alive.
-    "merged": (*_WEIGHT, *_WEIGHT, _FORWARD, _INPUT_GRADIENT, *_FACTOR_GRADIENTS),
-    "dense": (*_WEIGHT, *_WEIGHT, _FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, "oi,ri->or", "or,oi->ri"),
-}
-
-
-def _counted(product: str) -> tuple[int, str]:
-    """The FLOPs of a product for sizes of 1, by opt_einsum's count (2 for each multiplication and addition), and the
-    dimensions whose sizes they grow with. Counted once, since Dynamo would trace the counting for each weight."""
-    dimensions = "".join(sorted(set(product) & set("nior")))
-    return flop_count(dimensions, True, 2, dict.fromkeys(dimensions, 1)), dimensions
-
-
-_COUNTED = {path: [_counted(product) for product in products] for path, products in PRODUCTS.items()}
-
-
-def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int) -> int:
-    """FLOPs of a forward and backward pass by a path, or by ``"full"`` rank."""
-    sizes = {"n": tokens, "o": out_features, "i": in_features, "r": rank}
-    return sum(count * prod([sizes[dimension] for dimension in dimensions]) for count, dimensions in _COUNTED[path])
-
-
-def cheapest(*, tokens: int, out_features: int, in_features: int, rank: int) -> Path:
-    """The path of the fewest `flops`. Of equals the one that comes first in `Path`."""
-    sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
-    costs = {path: flops(path, **sizes) for path in get_args(Path)}
-    best: Path = "factored"
-    for path, cost in costs.items():  # a comparison of each, which Dynamo traces where the shapes are dynamic
-        if cost < costs[best]:
-            best = path
-    return best
+_TRANSPOSED = " transposed"
 
 
 def linear(
@@ -92,8 +43,7 @@ def linear(
     if path is not None and path not in get_args(Path):
         raise ValueError(f"`path` must be one of {', '.join(get_args(Path))}, got {path!r}")
     held, (b, a) = settled(param)
-    base = held if isinstance(held, Tensor) else held.codes
-    codes = [tensor.detach() for tensor in flat(base)]
+    kind, *codes = _flat_base(held)
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -101,23 +51,43 @@ def linear(
         out_features, in_features = param.shape
         path = cheapest(tokens=prod(x.shape[:-1]), out_features=out_features, in_features=in_features, rank=b.shape[-1])
     if path == "factored":
-        return _factored(x, b, a, bias, kind_of(base), *codes)
-    output: Tensor = _merged(x, b, a, bias, path == "dense", kind_of(base), *codes)
+        return _factored(x, b, a, bias, kind, *codes)
+    output: Tensor = _merged(x, b, a, bias, path == "dense", kind, *codes)
     return output
+
+
+def _flat_base(held: Any) -> tuple[Any, ...]:
+    """The kind of its codes, with a mark where it is transposed, and their tensors."""
+    is_transposed = isinstance(held, Transposed)
+    held = held.base if is_transposed else held
+    codes: Codes = held if isinstance(held, Tensor) else held.codes
+    return kind_of(codes) + _TRANSPOSED * is_transposed, *(tensor.detach() for tensor in flat(codes))
+
+
+def _dense(kind: str, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """As it is held, whether that is transposed or not."""
+    return dequantize(built(kind.removesuffix(_TRANSPOSED), codes), dtype)
+
+
+def _times(x: Tensor, weight: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.mT + bias``, or with the weight itself where that is held transposed."""
+    if not kind.endswith(_TRANSPOSED):
+        return functional.linear(x, weight, bias)
+    return x @ weight if bias is None else x @ weight + bias
 
 
 def _factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, kind: str, *codes: Tensor) -> Tensor:
     inner = functional.linear(x, a.to(x.dtype)) / a.shape[-2]
-    base = built(kind, codes)
-    is_ready = isinstance(base, Tensor) and base.dtype == x.dtype
+    is_ready = kind == "plain" and codes[0].dtype == x.dtype
     output = functional.linear(x, codes[0]) if is_ready else _times_base(x, kind, *codes)
     output = output if bias is None else output + bias
     return output + functional.linear(inner, b.to(x.dtype))
 
 
-def _merge(x: Tensor, b: Tensor, a: Tensor, base: Codes) -> Tensor:
-    wide = widest(b.dtype, x.dtype, base.dtype if isinstance(base, Tensor) else torch.float32)
-    return torch.addmm(dequantize(base, wide), b.to(wide), a.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
+def _merge(x: Tensor, b: Tensor, a: Tensor, kind: str, codes: Sequence[Tensor]) -> Tensor:
+    wide = widest(b.dtype, x.dtype, codes[0].dtype if kind == "plain" else torch.float32)
+    left, right = (a.mT, b.mT) if kind.endswith(_TRANSPOSED) else (b, a)
+    return torch.addmm(_dense(kind, codes, wide), left.to(wide), right.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
 
 
 # Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
@@ -134,7 +104,7 @@ class _Merged(torch.autograd.Function):
         x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor
     ) -> Tensor:
         with without_autocast(x.device.type):
-            return functional.linear(x, _merge(x, b, a, built(kind, codes)), bias)
+            return _times(x, _merge(x, b, a, kind, codes), kind, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -149,8 +119,11 @@ class _Merged(torch.autograd.Function):
         with without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+            weight = _merge(x, b, a, ctx.kind, codes)
             gradients = _dense_gradients if ctx.is_dense else _low_rank_gradients
-            weight = _merge(x, b, a, built(ctx.kind, codes))
+            if ctx.kind.endswith(_TRANSPOSED):
+                weight = weight.mT
+                gradients = _dense_gradients if ctx.is_dense else _separate_gradients
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         rank = b.shape[-1]
@@ -197,7 +170,7 @@ class _TimesBase(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kind: str, *codes: Tensor) -> Tensor:
-        return functional.linear(x, dequantize(built(kind, codes), x.dtype))
+        return _times(x, _dense(kind, codes, x.dtype), kind)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -208,7 +181,9 @@ class _TimesBase(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes = ctx.saved_tensors
-        return grad @ dequantize(built(ctx.kind, codes), grad.dtype), None, *(None for _ in codes)
+        dense = _dense(ctx.kind, codes, grad.dtype)
+        dense = dense.mT if ctx.kind.endswith(_TRANSPOSED) else dense
+        return grad @ dense, None, *(None for _ in codes)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, kind: str, *codes: Tensor) -> tuple[Tensor, int]:
@@ -216,7 +191,7 @@ class _TimesBase(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, *_: Any) -> Any:
-        return functional.linear(x_tangent, dequantize(built(ctx.kind, ctx.saved_tensors), x_tangent.dtype))
+        return _times(x_tangent, _dense(ctx.kind, ctx.saved_tensors, x_tangent.dtype), ctx.kind)
 
 
 def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,6 +199,11 @@ def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: T
     beside = torch.cat([weight, b], dim=1)
     grad_x, grad_inner = torch.split(grad @ beside, [a.shape[1], a.shape[0]], dim=1)
     return grad_x, grad.mT @ (x @ a.mT), (x.mT @ grad_inner).mT
+
+
+def _separate_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where nothing can be laid beside the weight in one piece."""
+    return grad @ weight, grad.mT @ (x @ a.mT), (x.mT @ (grad @ b)).mT
 
 
 def _dense_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

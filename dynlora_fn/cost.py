@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn.bases import settled
-from dynlora_fn.contraction import Path, cheapest, flops
+from dynlora_fn.paths import Path, cheapest, flops
 from dynlora_fn.types import Param, Params
 
 _MOMENT_BYTES = 4  # of each of the two moments

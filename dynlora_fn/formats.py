@@ -6,21 +6,21 @@ torchao's are not numbers: rows and blocks of zeros.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import gcd
 
 import torch
 from torch import Tensor
 
-from dynlora_fn.types import Codes, Float8Codes, Int8Codes, NF4Codes, Residual
+from dynlora_fn import float4, nf4
+from dynlora_fn.types import Codes, Float8Codes, Int8Codes, MXFP4Codes, NF4Codes, NVFP4Codes, Residual
 
-KINDS = {"int8": Int8Codes, "float8": Float8Codes, "nf4": NF4Codes}
+STABLE = {"int8": Int8Codes, "float8": Float8Codes, "nf4": NF4Codes}
+PROTOTYPES = {"nvfp4": NVFP4Codes, "mxfp4": MXFP4Codes}
+KINDS = STABLE | PROTOTYPES
 NAMES = (*KINDS, "bfloat16")
-_RULE = f"be one of {', '.join(NAMES)}, or torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig with PerRow"
-_NF4_BLOCK, _NF4_SCALE_BLOCK = 64, 256
-# Quantiles of a normal distribution, as torchao rounds them.
-_BELOW = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
-NF4 = (*_BELOW, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
+_RULE = (
+    f"be one of {', '.join(STABLE)}, bfloat16, {' or '.join(PROTOTYPES)} (prototypes in torchao), or torchao's "
+    "Int8WeightOnlyConfig or Float8WeightOnlyConfig with PerRow or NVFP4WeightOnlyConfig"
+)
 # Of torchao. What is below a row of such scales is zero; the residual of small weights needs smaller ones.
 _LEAST_SCALE = torch.finfo(torch.float32).eps
 _LEAST_RESIDUAL_SCALE = torch.finfo(torch.float32).tiny
@@ -50,6 +50,8 @@ def format_of(base: object) -> tuple[str, torch.dtype]:
         return str(base), torch.float8_e4m3fn
     if not type(base).__module__.startswith("torchao."):
         raise ValueError(f"`base` must {_RULE}, got {base!r}")
+    if type(base).__name__ == "NVFP4WeightOnlyConfig" and getattr(base, "use_dynamic_per_tensor_scale", False):
+        return "nvfp4", torch.float8_e4m3fn  # by its name: a prototype is not imported to be told apart from
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow  # noqa: PLC0415 (a second)
 
     if getattr(base, "granularity", None) == PerRow():
@@ -63,30 +65,17 @@ def format_of(base: object) -> tuple[str, torch.dtype]:
 def blank(kind: str, name: str, weight: Tensor, *, float8_dtype: torch.dtype = torch.float8_e4m3fn) -> Codes:
     """Codes of the format for one weight (out, in) like `weight`, without values: what `encode` takes for a model.
 
-    NF4 has blocks of 64 numbers, and the most blocks up to 256 that divide their number share a factor.
-
     Raises:
         ValueError: if the format's blocks do not divide the weight called `name`.
     """
-    out_features, in_features = weight.shape
     if kind == "bfloat16":
         return weight.new_empty(weight.shape, dtype=torch.bfloat16)
-    scale = weight.new_empty((out_features, 1), dtype=torch.float32)
+    scale = weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
     if kind == "int8":
         return Int8Codes(weight.new_empty(weight.shape, dtype=torch.int8), scale)
     if kind == "float8":
         return Float8Codes(weight.new_empty(weight.shape, dtype=float8_dtype), scale)
-    if weight.numel() % _NF4_BLOCK or in_features % 2:
-        rule = f"have a multiple of {_NF4_BLOCK} numbers and an even `in` to be held in blocks of {_NF4_BLOCK} in nf4"
-        raise ValueError(f"weight {name!r} must {rule}, got {tuple(weight.shape)}")
-    blocks = weight.numel() // _NF4_BLOCK
-    dtype = torch.promote_types(weight.dtype, torch.bfloat16) if weight.dtype != torch.float64 else torch.float32
-    return NF4Codes(
-        codes=weight.new_empty((out_features, in_features // 2), dtype=torch.uint8),
-        scales=weight.new_empty(blocks, dtype=torch.int8),
-        factor=weight.new_empty(blocks // gcd(blocks, _NF4_SCALE_BLOCK), dtype=dtype),
-        mean=weight.new_empty((), dtype=dtype),
-    )
+    return nf4.blank(name, weight) if kind == "nf4" else float4.blank(kind, name, weight)
 
 
 # --- numbers into codes
@@ -103,7 +92,11 @@ def encode(weight: Tensor, like: Codes, *, again: bool = False) -> Codes:
     if isinstance(like, Float8Codes):
         return _encode_float8(weight, like.codes.dtype)
     if isinstance(like, NF4Codes):
-        return _encode_nf4(weight.to(torch.float32), like)
+        return nf4.encode(weight.to(torch.float32), like)
+    if isinstance(like, NVFP4Codes):
+        return float4.encode_nvfp4(weight.to(torch.float32), like)
+    if isinstance(like, MXFP4Codes):
+        return float4.encode_mxfp4(weight.to(torch.float32), like)
     return weight.to(like.dtype)
 
 
@@ -126,38 +119,6 @@ def _encode_float8(weight: Tensor, dtype: torch.dtype) -> Float8Codes:
     return Float8Codes(codes.to(dtype), scale)
 
 
-def _encode_nf4(weight: Tensor, like: NF4Codes) -> NF4Codes:
-    blocks = weight.reshape(like.scales.shape[-1], -1)
-    largest = blocks.abs().amax(-1)
-    mean = largest.mean()
-    differences = (largest - mean).reshape(like.factor.shape[-1], -1)
-    factor = 256 / (2 * differences.abs().amax(-1))
-    # Where all blocks of a factor are alike it is infinite, and their scales' differences are no numbers but zero.
-    scales = (differences * factor[:, None]).nan_to_num_(0).round_().clamp_(-128, 127)
-    units = blocks / torch.where(largest > 0, largest, 1)[:, None]
-    numbers = torch.bucketize(units, _nf4_limits().to(units.device)).to(torch.uint8).reshape(-1, 2)
-    codes = (numbers[:, 0] << 4) | numbers[:, 1]
-    dtype = like.mean.dtype
-    return NF4Codes(codes.reshape(like.codes.shape), scales.flatten().to(torch.int8), factor.to(dtype), mean.to(dtype))
-
-
-@lru_cache(maxsize=1)
-def _nf4_limits() -> Tensor:
-    """Up to which number in float32 each of the values but the last is the nearest, of equally near ones the first:
-    the middle between two, where the distances are equal once they are rounded."""
-    values = torch.tensor(NF4)
-    below, above = values[:-1], values[1:]
-    limits = (below + above) / 2
-    infinity = torch.tensor(torch.inf)
-    for _ in range(4):
-        further = torch.nextafter(limits, infinity)
-        limits = torch.where((further - below).abs() <= (further - above).abs(), further, limits)
-    for _ in range(8):
-        is_too_far = (limits - below).abs() > (limits - above).abs()
-        limits = torch.where(is_too_far, torch.nextafter(limits, -infinity), limits)
-    return limits
-
-
 # --- codes into numbers
 
 
@@ -166,7 +127,9 @@ def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
     if isinstance(codes, Tensor):
         return codes.to(dtype)
     if isinstance(codes, NF4Codes):
-        return _decode_nf4(codes).to(dtype)
+        return nf4.decode(codes).to(dtype)
+    if isinstance(codes, NVFP4Codes | MXFP4Codes):
+        return float4.decode(codes).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return codes.codes.to(wide).mul_(codes.scale).to(dtype)
 
@@ -179,20 +142,14 @@ def decode_into(target: Tensor, codes: Codes) -> None:
         target.copy_(decode(codes, target.dtype))
 
 
-def _decode_nf4(codes: NF4Codes) -> Tensor:
-    *stack, out_features, half = codes.codes.shape
-    dtype, (blocks, factors) = codes.mean.dtype, (codes.scales.shape[-1], codes.factor.shape[-1])
-    differences = codes.scales.reshape(*stack, factors, -1) / codes.factor[..., None]
-    scales = differences.reshape(*stack, blocks).to(dtype) + codes.mean[..., None]
-    numbers = torch.stack([codes.codes >> 4, codes.codes & 0b1111], dim=-1)
-    units = torch.tensor(NF4, dtype=dtype, device=codes.codes.device)[numbers.int()]
-    values = units.reshape(*stack, blocks, -1) * scales[..., None]
-    return values.reshape(*stack, out_features, 2 * half)
-
-
 def shape_of(codes: Codes) -> torch.Size:
     """Of the weight, (*stack, out, in)."""
     if isinstance(codes, Tensor):
         return codes.shape
     *leading, last = codes.codes.shape
-    return torch.Size((*leading, last * (2 if isinstance(codes, NF4Codes) else 1)))
+    return torch.Size((*leading, last * (2 if codes.codes.dtype == torch.uint8 else 1)))
+
+
+def is_tied(codes: Codes) -> bool:
+    """Whether a number anywhere in the weight may change the codes of all of it, instead of its row's."""
+    return isinstance(codes, NF4Codes | NVFP4Codes)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dynlora_fn.base import widest, without_autocast
-from dynlora_fn.formats import built, decode, decode_into, encode, encode_residual, flat, shape_of
-from dynlora_fn.types import Codes, Int8Codes, NF4Codes, Residual
+from dynlora_fn.formats import built, decode, decode_into, encode, encode_residual, flat, is_tied, shape_of
+from dynlora_fn.types import Codes, Int8Codes, Residual
 
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("dequantize(Tensor[] codes, str kind, ScalarType dtype) -> Tensor")
@@ -91,7 +91,7 @@ def _fold_member(
 ) -> list[Tensor]:
     # What no difference reaches keeps every bit: rows, or all of a weight whose format ties its rows together.
     is_changed = ((left != 0) & (right != 0).any(-1)).any(-1, keepdim=True)  # (out, 1)
-    is_changed = is_changed.any() if isinstance(codes, NF4Codes) else is_changed
+    is_changed = is_changed.any() if is_tied(codes) else is_changed
     if _may_look(is_changed) and not is_changed.any():
         return [*flat(codes), *flat(residual)]
     wide = widest(left.dtype)

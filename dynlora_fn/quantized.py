@@ -39,8 +39,9 @@ def quantize(
     Args:
         params: one weight, or weights by name; tensors stay as they are. A base that is in low precision already goes
             over to the other format, its residual included.
-        base: "int8" and "float8" with a scale for each row, "nf4" in blocks of 64, "bfloat16", or torchao's
-            Int8WeightOnlyConfig or Float8WeightOnlyConfig with PerRow.
+        base: "int8" and "float8" with a scale for each row, "nf4" in blocks of 64, "bfloat16"; "nvfp4" in blocks of 16
+            and "mxfp4" in blocks of 32, which are prototypes in torchao and may change with it; or torchao's
+            Int8WeightOnlyConfig or Float8WeightOnlyConfig with PerRow, or its prototype NVFP4WeightOnlyConfig.
         residual: "bfloat16" (2 bytes for each number), "int8" with a scale for each row (1 byte) or None.
         residual_device: where the residuals lie, "cpu" for host memory; with the codes unless given. Folds alone touch
             them.
@@ -52,7 +53,8 @@ def quantize(
     Numerics: the codes are torchao's for the base in float32, bit for bit, except that rows or blocks of zeros stay
     zeros. An entry is off by at most half a step: int8 ``scale / 2``, float8 e4m3 ``2**-4`` of it or ``scale / 2**10``,
     bfloat16 ``2**-9`` of it; nf4 0.152 of its block's largest entry, and 1/128 of what the largest entries of blocks
-    that share a factor are off from their mean.
+    that share a factor are off from their mean; nvfp4 a fifth of its block's largest entry or ``2**-19`` of the
+    weight's; mxfp4 a fifth of its block's largest entry.
 
     Example:
         >>> from torch import nn

@@ -8,12 +8,25 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from dynlora_fn import nf4, torchao_prototypes
 from dynlora_fn.bases import Device, ResidualKind, base_shape, encode_rest, fold_base, settled
-from dynlora_fn.formats import NF4, decode
+from dynlora_fn.formats import decode
 from dynlora_fn.opaque_codes import check_finite
 from dynlora_fn.stacking import unstack
-from dynlora_fn.types import Codes, Float8Codes, Held, Int8Codes, LowRank, NF4Codes, Params, Quantized
+from dynlora_fn.types import (
+    Codes,
+    Float8Codes,
+    Held,
+    Int8Codes,
+    LowRank,
+    MXFP4Codes,
+    NF4Codes,
+    NVFP4Codes,
+    Params,
+    Quantized,
+)
 
 
 def is_torchao(tensor: Tensor) -> bool:
@@ -27,7 +40,8 @@ def from_torchao(
 
     Args:
         tensor: a matrix in torchao's Int8Tensor or Float8Tensor, weight-only with PerRow, or NF4Tensor, as its
-            ``quantize_`` and ``to_nf4`` make them. It is copied.
+            ``quantize_`` and ``to_nf4`` make them; or in its prototypes NVFP4Tensor with a scale for the whole, as
+            NVFP4WeightOnlyConfig makes it, or MXTensor of float4, weight-only. It is copied.
         residual: "bfloat16", "int8" or None, as in `quantize`; nothing is missed yet.
         residual_device: where it lies; with the codes unless given.
         name: of the weight, for the message of an error.
@@ -45,18 +59,22 @@ def from_torchao(
     codes = _codes(held)
     like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     if codes is None or not _is_same(held, _tensor(codes, like)):
-        rule = "be a matrix in torchao's Int8Tensor or Float8Tensor, weight-only by row, or NF4Tensor to be a base"
+        kinds = "Int8Tensor or Float8Tensor, weight-only by row, NF4Tensor, or the prototypes NVFP4Tensor or MXTensor"
+        rule = f"be a matrix in torchao's {kinds} in weight-only float4 to be a base"
         raise ValueError(f"weight {name!r} must {rule}, got {type(tensor).__name__} of shape {tuple(tensor.shape)}")
     dense = decode(codes, torch.float32)
     check_finite(dense, name)
     return Quantized(codes, encode_rest(dense.zero_(), residual, residual_device), like)
 
 
-def _codes(held: Any) -> Int8Codes | Float8Codes | NF4Codes | None:
+def _codes(held: Any) -> Codes | None:
     from torchao.quantization import Float8Tensor, Int8Tensor, NF4Tensor  # noqa: PLC0415
 
     if held.ndim != 2:
         return None
+    if torchao_prototypes.is_prototype(held):
+        views = torchao_prototypes.codes_of(held)
+        return None if views is None else tree_map(_copy, views)
     if isinstance(held, Int8Tensor):
         return Int8Codes(_copy(held.qdata), _copy(held.scale))
     if isinstance(held, Float8Tensor):
@@ -72,6 +90,7 @@ def _is_same(held: Any, rebuilt: Any) -> bool:
     """Whether nothing is lost: the context says how torchao computes with a tensor, and only the usual one is kept."""
     (names, context), (own_names, own_context) = held.__tensor_flatten__(), rebuilt.__tensor_flatten__()
     same = type(held) is type(rebuilt) and context == own_context and set(names) <= set(own_names)
+    same &= held.shape == rebuilt.shape
     return same and all(torch.equal(_bits(getattr(held, name)), _bits(getattr(rebuilt, name))) for name in names)
 
 
@@ -119,6 +138,8 @@ def _tensor(codes: Codes, like: Tensor) -> Tensor:
         return codes
     if isinstance(codes, NF4Codes):
         return _nf4_tensor(codes, like)
+    if isinstance(codes, NVFP4Codes | MXFP4Codes):
+        return torchao_prototypes.tensor_of(codes, like)
     from torchao.quantization import Float8Tensor, Int8Tensor  # noqa: PLC0415
 
     block = [1, codes.codes.shape[1]]
@@ -142,7 +163,7 @@ def _nf4_tensor(codes: NF4Codes, like: Tensor) -> Tensor:
         "scaler_mean": codes.mean,
         "quantization_factor": codes.factor,
         "quantized_scalers": codes.scales,
-        "nf4": torch.tensor(NF4, dtype=codes.mean.dtype, device=codes.mean.device),
+        "nf4": torch.tensor(nf4.VALUES, dtype=codes.mean.dtype, device=codes.mean.device),
     }
     made: Tensor = NF4Tensor.__tensor_unflatten__(inner, context, None, None)
     return made

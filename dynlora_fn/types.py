@@ -45,7 +45,24 @@ class NF4Codes(NamedTuple):
     mean: Float[Tensor, "*stack"]
 
 
-Codes: TypeAlias = Int8Codes | Float8Codes | NF4Codes | Tensor  # a plain tensor: bfloat16
+class NVFP4Codes(NamedTuple):
+    """``codes * scale * factor``, 4-bit floating point in blocks of 16: the inner tensors of torchao's NVFP4Tensor, a
+    prototype there."""
+
+    codes: UInt8[Tensor, "*stack out half_in"]  # two numbers a byte, the first one below
+    scale: Float[Tensor, "*stack rows blocks"]  # float8_e4m3fn; (out, blocks), or in tiles as tensor cores read them
+    factor: Float[Tensor, "*stack"]  # float32
+
+
+class MXFP4Codes(NamedTuple):
+    """``codes * 2 ** (scale - 127)``, 4-bit floating point in blocks of 32: the inner tensors of torchao's MXTensor, a
+    prototype there."""
+
+    codes: UInt8[Tensor, "*stack out half_in"]  # two numbers a byte, the first one below
+    scale: UInt8[Tensor, "*stack out blocks"]  # the bits of torchao's float8_e8m0fnu, which Inductor does not know
+
+
+Codes: TypeAlias = Int8Codes | Float8Codes | NF4Codes | NVFP4Codes | MXFP4Codes | Tensor  # a plain tensor: bfloat16
 Residual: TypeAlias = Int8Codes | Tensor | tuple[()]  # a plain tensor: bfloat16; none is a tree without leaves
 
 

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Never
 import torch
 from torch import Tensor
 
-from dynlora_fn.bases import dequantize, settled
+from dynlora_fn.bases import Transposed, dequantize, settled
 from dynlora_fn.lowrank import materialize
 from dynlora_fn.stacking import unbind
-from dynlora_fn.types import Deferred, Factors, LowRank
+from dynlora_fn.types import Deferred, Factors, LowRank, Quantized
 
 ROWS, COLUMNS = -2, -1
 
@@ -90,8 +90,16 @@ def dense_base(param: LowRank) -> Tensor:
 
 def transposed(view: View) -> View:
     """``weight.mT = base.mT + a.mT @ b.mT / rank``."""
-    parts = tuple(_of(part, dense_base(part).mT, part.factors.a.mT, part.factors.b.mT) for part in view.parts)
+    parts = tuple(_of(part, _turned(part.base), part.factors.a.mT, part.factors.b.mT) for part in view.parts)
     return view._replace(parts=parts, axis=COLUMNS if view.axis == ROWS else ROWS)
+
+
+def _turned(base: Any) -> Any:
+    """Dense for none: a product that dequantizes it keeps the codes for its backward pass."""
+    if isinstance(base, Transposed):
+        return base.base
+    plain = base.codes if isinstance(base, Quantized) else base
+    return plain.mT.detach() if isinstance(plain, Tensor) else Transposed(base)
 
 
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:
@@ -116,7 +124,7 @@ def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
     )
 
 
-def _of(part: LowRank, base: Tensor, b: Tensor, a: Tensor) -> LowRank:
+def _of(part: LowRank, base: Any, b: Tensor, a: Tensor) -> LowRank:
     return LowRank(base, Factors(b, a), part.seed)
 
 

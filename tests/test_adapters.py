@@ -13,7 +13,6 @@ from zoo import CASES, GPT2, LLAMA, TOKENS
 
 from dynlora_fn import (
     LowRank,
-    adapters,
     call,
     candidates,
     every,
@@ -21,6 +20,7 @@ from dynlora_fn import (
     load_adapter,
     materialize,
     merge,
+    open_weights,
     save_adapter,
     state_dict,
     switch,
@@ -120,7 +120,7 @@ def test_out_with_the_current_base(kind, tmp_path):
     errors = save_adapter(model, params, tmp_path)
     assert set(errors.values()) == {0.0}
     base = copy.deepcopy(model)
-    weights = adapters.open_weights(tmp_path / "base")
+    weights = open_weights(tmp_path / "base")
     base.load_state_dict(dict(weights), strict=False)  # tied weights are written once
     with torch.no_grad():
         assert difference(call(model, params, x), read_by_peft(base, tmp_path)(x)) <= LOGITS

@@ -13,16 +13,18 @@ KEYS = {
     "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
     "switch": {"switch_over_copy"},
     "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
+    "memory_base": {"int8+bfloat16 state", "nf4+bfloat16 peak", "bfloat16+none total"},
     "ensemble": {"forward_over_held", "step_over_held", "largest_difference"},
     "compile_time": {"compile_deep_over_shallow", "call_overhead_ms"},
-    "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS},
+    "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS}
+    | {"int8+bfloat16 deferred", "nf4+none deferred"},
     "quality_base": {"float32+none", "int8+bfloat16"},
 }
 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_benchmark_runs(name, tmp_path):
-    if name in ("memory", "ensemble") and not Path("/proc/self/clear_refs").exists():
+    if name in ("memory", "memory_base", "ensemble") and not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is read from Linux's /proc")
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", "--device", "cpu", "--out", str(out)]

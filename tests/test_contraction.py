@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, contraction, linear, quantize
 from dynlora_fn.bases import dequantize
-from dynlora_fn.contraction import PRODUCTS, cheapest, flops
+from dynlora_fn.paths import PRODUCTS, cheapest, flops
+from dynlora_fn.views import View, transposed
 
 PATHS = ("factored", "merged", "dense")
 
@@ -170,15 +171,30 @@ def test_every_path_is_the_plain_one_with_inductor(path):
 # --- what is kept, and in which precision
 
 
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("kind", ["float64", "int8", "nf4", "bfloat16"])
 @pytest.mark.parametrize("path", ["merged", "dense"])
-def test_only_inputs_are_kept(path):
+def test_only_inputs_are_kept(path, kind, is_transposed):
+    """Of a base in low precision the codes, however a module has the weight."""
     kept = []
-    leaves = [leaf.clone().requires_grad_() for leaf in (X[0], *ONE.factors)]
-    param = ONE._replace(factors=Factors(*leaves[1:]))
+    param = ONE if kind == "float64" else quantize(ONE, kind)
+    x = normal(1, 5, param.shape[-2] if is_transposed else param.shape[-1]).requires_grad_()
+    param = param._replace(factors=Factors(*(leaf.clone().requires_grad_() for leaf in param.factors)))
+    codes = param.base if isinstance(param.base, Tensor) else param.base.codes
+    inputs = {leaf.data_ptr() for leaf in (x, *param.factors, *tree_leaves(codes))}
+    param = transposed(View("w", (param,))).parts[0] if is_transposed else param
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear(leaves[0], param, path=path)
-    inputs = {leaf.data_ptr() for leaf in (*leaves, ONE.base)}
+        linear(x, param, path=path)
     assert {t.data_ptr() for t in kept} == inputs
+
+
+@pytest.mark.parametrize("case", ["int8 factored", "int8 merged", "nf4 dense"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transposed_base_is_that_of_the_dense_one_under_transforms(name, case):
+    kind, path = case.split()
+    held = quantize(low_rank(Shape(16, 8, 2), (S,), 0), kind)
+    (stack,) = transposed(View("w", (held,))).parts
+    check_transform(name, stack, path, is_compiled=name == "grad")
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from strategies import assert_same
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
 from dynlora_fn.basis import Request, uniform
@@ -19,6 +20,24 @@ def test_basis_has_the_same_bits():
     (host,) = uniform([Request(seed, "a", indices, 33)])
     (device,) = uniform([Request(seed.cuda(), "a", indices.cuda(), 33)])
     assert torch.equal(host, device.cpu())
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("residual", ["bfloat16", "int8"])
+def test_residuals_in_host_memory_are_folded_into_as_on_the_device(residual, is_compiled):
+    """Codes on the device, residuals beside them or on the host: the same bits, and each stays where it lies."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    (param,) = dl.init({"w": weight}, rank=8, seed=0, targets=["w"]).values()
+    near, far = (dl.quantize(param, "int8", residual=residual, residual_device=device) for device in ("cuda", "cpu"))
+    schedule = dl.switchlora(100, interval=10)
+    switch = torch.compile(dl.switch, fullgraph=True) if is_compiled else dl.switch
+    for step in range(20):
+        plan = schedule(step, {"w": param})["w"]
+        near, far = switch(near, plan).param, switch(far, plan).param
+    near, far = dl.merge(near), dl.merge(far)
+    assert {leaf.device.type for leaf in tree_leaves(far.base.residual)} == {"cpu"}
+    assert {leaf.device.type for leaf in tree_leaves((far.base.codes, far.factors))} == {"cuda"}
+    assert_same(*(tree_map(torch.Tensor.cpu, one) for one in (far, near)))
 
 
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.inductor)])

@@ -24,23 +24,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn import LowRank, Plan, SidePlan, drift, merge, quantize, switch
+from dynlora_fn import LowRank, Plan, SidePlan, drift, merge, quantize, switch, to_torchao, unstack
 from dynlora_fn.bases import dequantize
+from dynlora_fn.float4 import BLOCKS
 from dynlora_fn.formats import NAMES, kind_of
 from dynlora_fn.opaque_codes import exact
 
 RESIDUALS = ("bfloat16", "int8", None)
-SHAPE = Shape(8, 16, 4)  # of a size that nf4's blocks divide
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8)).map(
-    lambda sizes: Shape(8 * sizes[0], 8 * sizes[1], sizes[2])
-)
+SHAPE = Shape(8, 32, 4)  # of a size that all blocks divide
 
 
 @st.composite
 def quantized_params(draw: st.DrawFn, stacks: st.SearchStrategy[tuple[int, ...]] = stacks) -> LowRank:
     kind, residual = draw(st.sampled_from(NAMES)), draw(st.sampled_from(RESIDUALS))
+    block = BLOCKS.get(kind, 8)  # of nf4's 64 numbers there are enough in 8 rows
+    shape = Shape(8 * draw(st.integers(1, 3)), block * draw(st.integers(1, 3)), draw(st.integers(1, 8)))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-    param = low_rank(draw(shapes), draw(stacks), draw(seeds), base_dtype=torch.float32, factor_dtype=dtype)
+    param = low_rank(shape, draw(stacks), draw(seeds), base_dtype=torch.float32, factor_dtype=dtype)
     return quantize(param, kind, residual=residual)
 
 
@@ -60,7 +60,7 @@ def whole(param: LowRank) -> Tensor:
 
 def step_of(param: LowRank) -> Tensor:
     """Half a step of the base's codes at most, by the largest entry of the weight: (*stack, 1, 1)."""
-    share = {"int8": 1 / 254, "float8": 2**-4, "nf4": 0.17}
+    share = {"int8": 1 / 254, "float8": 2**-4, "nf4": 0.17, "nvfp4": 0.2, "mxfp4": 0.2}
     base = param.base
     kind = "plain" if isinstance(base, Tensor) else kind_of(base.codes)
     return kept(base).abs().amax((-2, -1), keepdim=True) * share.get(kind, eps(torch.bfloat16) / 2) * 1.01
@@ -108,7 +108,7 @@ def test_a_plan_without_active_entries_is_the_identity(case):
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("kind", ["int8", "float8", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4", "bfloat16"])
 def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
     param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
     param.factors.b[:, ::2] = 0
@@ -119,6 +119,38 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
     for new, old in zip(tree_leaves(got.base), tree_leaves(param.base), strict=True):
         assert_same(new[:, ::2], old[:, ::2])
     assert not torch.equal(dequantize(got.base, torch.float32)[:, 1::2], dequantize(param.base, torch.float32)[:, 1::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", NAMES)
+def test_quantizing_leaves_the_old_base_as_it_is(kind, dtype):
+    param = low_rank(SHAPE, (2,), base_dtype=dtype)
+    with untouched(param):
+        held = quantize(param, kind)
+    with untouched(held):
+        quantize(held, "int8")
+        to_torchao(unstack({"*": held})["0"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_slot_of_zeros_hides_no_other(kind):
+    param = low_rank(SHAPE, (), base_dtype=torch.float32, factor_dtype=torch.float32)
+    for side, axis in ((param.factors.b, 1), (param.factors.a, 0)):
+        side.select(axis, 0).zero_()
+        held = quantize(param, kind)
+        merged = merge(held)
+        assert_within(whole(merged), whole(held), rounding(merged, magnitude(held, merged)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4"])
+def test_folds_of_next_to_nothing_leave_a_base_without_a_residual_as_it_is(kind):
+    param = quantize(low_rank(SHAPE, (), base_dtype=torch.float32, factor_dtype=torch.float32), kind, residual=None)
+    tiny = param.factors._replace(b=torch.full_like(param.factors.b, 1e-30))
+    bases = []
+    for _ in range(20):
+        param = merge(param._replace(factors=tiny))
+        bases.append(dequantize(param.base, torch.float32))
+    torch.testing.assert_close(bases[-1], bases[0], rtol=40 * eps(torch.float32), atol=0)
 
 
 @given(cases)
@@ -163,8 +195,8 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
-        self.head = nn.Linear(16, 8)
+        self.layers = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.head = nn.Linear(32, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -199,7 +231,7 @@ def training(kind: str, residual: str | None, model: nn.Module | None = None) ->
 def run(state: Any, step: Callable[..., Any], steps: int) -> tuple[Any, list[Tensor]]:
     losses = []
     for t in range(steps):
-        state, loss = step(state, normal(0, 32, 16, dtype=torch.float32), torch.tensor(t))
+        state, loss = step(state, normal(0, 32, 32, dtype=torch.float32), torch.tensor(t))
         losses.append(loss.clone())
     return state, losses
 
@@ -221,7 +253,7 @@ def test_a_donated_state_keeps_its_memory_and_equals_eager(kind, residual):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "nvfp4", "mxfp4"])
 def test_a_step_that_switches_equals_eager_with_inductor(kind):
     wanted, (state, step) = run(*training(kind, "int8"), 6), training(kind, "int8")
     compiled = dl.compile_step(step)
@@ -272,7 +304,10 @@ def test_a_model_that_is_not_finite_is_refused_by_name(value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"base": "int4"}, r"`base` must be one of int8, float8, nf4, bfloat16, or torchao's .*, got 'int4'"),
+        (
+            {"base": "int4"},
+            r"`base` must be one of int8, float8, nf4, bfloat16, nvfp4 or mxfp4 \(proto.*, or .*, got 'int4'",
+        ),
         ({"base": torch.int8}, r"`base` must be one of .*, got torch\.int8"),
         ({"base": "int8", "residual": "float16"}, r"`residual` must be 'int8', 'bfloat16' or None, got 'float16'"),
     ],
@@ -286,6 +321,13 @@ def test_quantize_refuses(arguments, message):
 def test_sizes_that_nf4s_blocks_do_not_divide_are_refused(shape):
     with pytest.raises(ValueError, match=r"weight 'w' must have a multiple of 64 numbers and an even `in` .*, got \("):
         quantize({"w": low_rank(shape)}, "nf4")
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("nvfp4", Shape(16, 24, 2)), ("mxfp4", Shape(32, 16, 2))])
+def test_rows_that_blocks_of_float4_do_not_divide_are_refused(kind, shape):
+    message = f"weight 'w' must have a multiple of {BLOCKS[kind]} as `in` .* in {kind}, a prototype in torchao, got "
+    with pytest.raises(ValueError, match=message + rf"\({shape.out_features}, {shape.in_features}\)"):
+        quantize({"w": low_rank(shape)}, kind)
 
 
 def test_both_kinds_of_bases_are_refused():
