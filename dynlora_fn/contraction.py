@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn.base import autocast_now, widest, without_autocast
-from dynlora_fn.bases import dequantize, settled
-from dynlora_fn.formats import built, flat, kind_of
+from dynlora_fn.bases import Layout, dequantize, seen, settled, whole_codes
 from dynlora_fn.types import Codes, LowRank
 
 Path: TypeAlias = Literal["factored", "merged", "dense"]
@@ -92,8 +91,8 @@ def linear(
     if path is not None and path not in get_args(Path):
         raise ValueError(f"`path` must be one of {', '.join(get_args(Path))}, got {path!r}")
     held, (b, a) = settled(param)
-    base = held if isinstance(held, Tensor) else held.codes
-    codes = [tensor.detach() for tensor in flat(base)]
+    layout, tensors = seen(held)
+    codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -101,16 +100,15 @@ def linear(
         out_features, in_features = param.shape
         path = cheapest(tokens=prod(x.shape[:-1]), out_features=out_features, in_features=in_features, rank=b.shape[-1])
     if path == "factored":
-        return _factored(x, b, a, bias, kind_of(base), *codes)
-    output: Tensor = _merged(x, b, a, bias, path == "dense", kind_of(base), *codes)
+        return _factored(x, b, a, bias, layout, *codes)
+    output: Tensor = _merged(x, b, a, bias, path == "dense", layout, *codes)
     return output
 
 
-def _factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, kind: str, *codes: Tensor) -> Tensor:
+def _factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
     inner = functional.linear(x, a.to(x.dtype)) / a.shape[-2]
-    base = built(kind, codes)
-    is_ready = isinstance(base, Tensor) and base.dtype == x.dtype
-    output = functional.linear(x, codes[0]) if is_ready else _times_base(x, kind, *codes)
+    is_ready = layout == Layout("plain", None) and codes[0].dtype == x.dtype
+    output = functional.linear(x, codes[0]) if is_ready else _times_base(x, layout, *codes)
     output = output if bias is None else output + bias
     return output + functional.linear(inner, b.to(x.dtype))
 
@@ -122,8 +120,10 @@ def _merge(x: Tensor, b: Tensor, a: Tensor, base: Codes) -> Tensor:
 
 # Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _merged(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor) -> Tensor:
-    return _Merged.apply(x, b, a, bias, is_dense, kind, *codes)  # type: ignore[no-any-return, no-untyped-call]
+def _merged(
+    x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
+) -> Tensor:
+    return _Merged.apply(x, b, a, bias, is_dense, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Merged(torch.autograd.Function):
@@ -131,14 +131,14 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor
+        x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
     ) -> Tensor:
         with without_autocast(x.device.type):
-            return functional.linear(x, _merge(x, b, a, built(kind, codes)), bias)
+            return functional.linear(x, _merge(x, b, a, whole_codes(layout, codes)), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, b, a, bias, ctx.is_dense, ctx.kind, *codes = inputs
+        x, b, a, bias, ctx.is_dense, ctx.layout, *codes = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, b, a, *codes)
         ctx.save_for_forward(x, b, a, *codes)
@@ -150,7 +150,7 @@ class _Merged(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             gradients = _dense_gradients if ctx.is_dense else _low_rank_gradients
-            weight = _merge(x, b, a, built(ctx.kind, codes))
+            weight = _merge(x, b, a, whole_codes(ctx.layout, codes))
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         rank = b.shape[-1]
@@ -166,20 +166,20 @@ class _Merged(torch.autograd.Function):
         a: Tensor,
         bias: Any,
         is_dense: bool,
-        kind: str,
+        layout: Layout,
         *codes: Tensor,
     ) -> tuple[Tensor, int]:
         """An ensemble shares the base, and per-sample gradients all of the weight: the factored path multiplies by what
         is shared once for all members."""
         in_dims = (*in_dims[:4], None, *in_dims[6:])
-        return torch.vmap(_factored, in_dims=in_dims)(x, b, a, bias, kind, *codes), 0
+        return torch.vmap(_factored, in_dims=in_dims)(x, b, a, bias, layout, *codes), 0
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
         x, b, a, *codes = ctx.saved_tensors
         rank = b.shape[-1]
         terms = [
-            None if x_tangent is None else _factored(x_tangent, b, a, None, ctx.kind, *codes),
+            None if x_tangent is None else _factored(x_tangent, b, a, None, ctx.layout, *codes),
             None if b_tangent is None else (x @ a.to(x.dtype).mT) @ b_tangent.to(x.dtype).mT / rank,
             None if a_tangent is None else (x @ a_tangent.to(x.dtype).mT) @ b.to(x.dtype).mT / rank,
             bias_tangent,
@@ -188,35 +188,35 @@ class _Merged(torch.autograd.Function):
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _times_base(x: Tensor, kind: str, *codes: Tensor) -> Tensor:
-    return _TimesBase.apply(x, kind, *codes)  # type: ignore[no-any-return, no-untyped-call]
+def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
+    return _TimesBase.apply(x, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _TimesBase(torch.autograd.Function):
     """``linear(x, base)`` in the dtype of `x`. Keeps the base as it is stored, not the dense one."""
 
     @staticmethod
-    def forward(x: Tensor, kind: str, *codes: Tensor) -> Tensor:
-        return functional.linear(x, dequantize(built(kind, codes), x.dtype))
+    def forward(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
+        return functional.linear(x, dequantize(whole_codes(layout, codes), x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.kind, *codes = inputs
+        _, ctx.layout, *codes = inputs
         ctx.save_for_backward(*codes)
         ctx.save_for_forward(*codes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes = ctx.saved_tensors
-        return grad @ dequantize(built(ctx.kind, codes), grad.dtype), None, *(None for _ in codes)
+        return grad @ dequantize(whole_codes(ctx.layout, codes), grad.dtype), None, *(None for _ in codes)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, kind: str, *codes: Tensor) -> tuple[Tensor, int]:
-        return torch.vmap(_TimesBase.forward, in_dims=in_dims)(x, kind, *codes), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, layout: Layout, *codes: Tensor) -> tuple[Tensor, int]:
+        return torch.vmap(_TimesBase.forward, in_dims=in_dims)(x, layout, *codes), 0
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, *_: Any) -> Any:
-        return functional.linear(x_tangent, dequantize(built(ctx.kind, ctx.saved_tensors), x_tangent.dtype))
+        return functional.linear(x_tangent, dequantize(whole_codes(ctx.layout, ctx.saved_tensors), x_tangent.dtype))
 
 
 def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

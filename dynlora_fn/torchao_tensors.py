@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from dynlora_fn.bases import Device, ResidualKind, base_shape, encode_rest, fold_base, settled
+from dynlora_fn.bases import Device, ResidualKind, base_shape, encode_rest, fold_base, settled, whole
 from dynlora_fn.formats import NF4, decode
 from dynlora_fn.opaque_codes import check_finite
 from dynlora_fn.stacking import unstack
@@ -111,7 +111,7 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
 
 def _merged(param: LowRank) -> Held:
     held, (b, a) = settled(param)
-    return fold_base(held, b, a, rank=b.shape[-1], name="params")
+    return fold_base(whole(held), b, a, rank=b.shape[-1], name="params")
 
 
 def _tensor(codes: Codes, like: Tensor) -> Tensor:
