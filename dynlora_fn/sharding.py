@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
-from dynlora_fn.bases import base_shape, on_rows
+from dynlora_fn.bases import base_shape, on_rows, whole
+from dynlora_fn.tree import map_low_rank
 from dynlora_fn.types import Deferred, Held, LowRank, NF4Codes, Param, Params, Quantized, Sharded, Sharding, Standing
 
 Group: TypeAlias = "torch.distributed.ProcessGroup | DeviceMesh"
@@ -38,6 +39,22 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
     if isinstance(params, LowRank):
         return _shard("param", params, group)
     return {name: _shard(name, param, group) if isinstance(param, LowRank) else param for name, param in params.items()}
+
+
+@overload
+def unshard(params: LowRank) -> LowRank: ...
+@overload
+def unshard(params: Params) -> dict[str, Param]: ...
+def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
+    """The same weights, of whose bases this process holds all rows; every process of the group must ask for it."""
+    return map_low_rank(_unshard, params)  # type: ignore[return-value]
+
+
+def _unshard(param: LowRank) -> LowRank:
+    base = param.base
+    if isinstance(base, Deferred):
+        return param._replace(base=base._replace(base=whole(base.base)))
+    return param._replace(base=whole(base))
 
 
 def _shard(name: str, param: LowRank, group: Group) -> LowRank:

@@ -3,14 +3,15 @@
 import multiprocessing
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dynlora_fn", "torch.distributed.tensor", "torch.distributed.checkpoint"])
+_CONTEXT.set_forkserver_preload(["models.pretrain.command", "torch.distributed.tensor", "torch._dynamo"])
 SECONDS = 240  # that a machine with other work may take
 
 
@@ -18,8 +19,19 @@ def in_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on each of `size` processes of a group on gloo.
 
     Raises:
-        AssertionError: with the traceback of the first process that fails.
+        AssertionError: with the traceback of every process that fails.
     """
+    with started(size, function, *args) as (_, ends):
+        outcomes = [_receive(end, rank) for rank, end in enumerate(ends)]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, _Failure)]
+    if failures:
+        raise AssertionError("\n".join(failures))
+    return outcomes
+
+
+@contextmanager
+def started(size: int, function: Callable[..., Any], *args: Any) -> Iterator[tuple[list[Any], list[Connection]]]:
+    """The processes, and where each sends what it returns; in the end all are killed."""
     with TemporaryDirectory() as folder:
         ends = [_CONTEXT.Pipe() for _ in range(size)]
         processes = [
@@ -29,22 +41,22 @@ def in_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         try:
-            outcomes = [_receive(own, process.name) for (own, _), process in zip(ends, processes, strict=True)]
+            yield processes, [own for own, _ in ends]
         finally:
             for process in processes:
                 process.kill()
-    failures = [outcome for outcome in outcomes if isinstance(outcome, _Failure)]
-    if failures:
-        raise AssertionError("\n".join(failures))
-    return outcomes
+            for process in processes:
+                process.join()
 
 
 class _Failure(str):
     __slots__ = ()
 
 
-def _receive(end: Connection, name: str) -> Any:
-    return pickle.loads(end.recv_bytes()) if end.poll(SECONDS) else _Failure(f"{name} said nothing for {SECONDS} s")
+def _receive(end: Connection, rank: int) -> Any:
+    return (
+        pickle.loads(end.recv_bytes()) if end.poll(SECONDS) else _Failure(f"rank {rank} said nothing for {SECONDS} s")
+    )
 
 
 def _work(rank: int, size: int, folder: str, end: Connection, function: Callable[..., Any], args: Any) -> None:

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
-from dynlora_fn.distributed import checksums
 
 
 class Traffic(TorchDispatchMode):

@@ -28,7 +28,7 @@ ALLOWED = {
     "opaque_codes": FIRST | {"base", "formats"},
     "bases": CODES | {"rows"},
     "rows": FIRST,
-    "sharding": FIRST | {"bases"},
+    "sharding": FIRST | {"bases", "tree"},
     "distributed": FIRST | {"bases", "rows", "sharding"},
     "quantized": CODES | {"bases"},
     "deferred": FIRST | {"bases"},
