@@ -34,7 +34,8 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
         ValueError: if a base is in nf4, whose scales are shared by rows, is sharded already, or the mesh has more than
             one dimension; it names the weight.
 
-    Numerics: products see the bits that they see of the whole base.
+    Numerics: products see the bits that they see of the whole base. A fold into codes multiplies matrices of fewer
+        rows, whose last bit may be rounded in another way.
     """
     if isinstance(params, LowRank):
         return _shard("param", params, group)

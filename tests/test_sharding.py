@@ -20,8 +20,11 @@ def net() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(18, 3))  # on four processes 5, 5, 5 and 3 rows, and 1, 1, 1 and none
 
 
+NET = net()
+
+
 def fresh(base, residual) -> dict:
-    return dl.init(net(), rank=2, seed=0, targets=["*.weight"], base=base, residual=residual)
+    return dl.init(NET, rank=2, seed=0, targets=["*.weight"], base=base, residual=residual)
 
 
 def bits(tree) -> list[bytes]:
@@ -65,20 +68,25 @@ def _compare(base, residual) -> None:
     assert bits(params) == before
     assert bits(dl.unshard(sharded)) == before
     assert bits(dl.materialize(sharded)) == bits(dl.materialize(params))
-    assert bits(dl.state_dict(net(), sharded)) == bits(dl.state_dict(net(), params))
+    assert bits(dl.state_dict(NET, sharded)) == bits(dl.state_dict(NET, params))
 
     plan = dl.every(1)(1, params)
     merged = {kind: dl.merge(one) for kind, one in (("whole", params), ("sharded", sharded))}
     switched = {kind: dl.switch(one, plan).params for kind, one in merged.items()}
-    for pair in (merged, switched):
-        assert bits(dl.unshard(pair["sharded"])) == bits(pair["whole"])
-        assert bits(dl.drift(pair["sharded"])) == bits(dl.drift(pair["whole"]))
-    assert bits(merged["whole"]) != bits(switched["whole"])
     waiting = {kind: dl.switch(dl.defer(one, vectors=8), plan).params for kind, one in merged.items()}
     folded = {kind: dl.fold_pending(one) for kind, one in waiting.items()}
-    assert bits(dl.unshard(folded["sharded"])) == bits(folded["whole"])
+    assert bits(merged["whole"]) != bits(switched["whole"]) != bits(folded["whole"])
+    for pair in (merged, switched, folded):
+        assert bits(dl.partition(pair["sharded"]).trainable) == bits(dl.partition(pair["whole"]).trainable)
+        if base is None:
+            assert bits(dl.unshard(pair["sharded"])) == bits(pair["whole"])
+        # The product that is folded into codes is one of a matrix with fewer rows: a processor may round its last bit
+        # in another way.
+        weights = [dl.materialize(dl.unshard(one)) for one in (pair["sharded"], pair["whole"])]
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+        drifts = [dl.drift(one) for one in (pair["sharded"], pair["whole"])]
+        torch.testing.assert_close(*drifts, rtol=1e-4, atol=0, equal_nan=True)
 
-    x = torch.randn(4, 18)
     for tokens in (1, 4096):  # the path is the cheapest one for so many
         x = torch.randn(tokens, 18)
         grads = [dl.value_and_grad(_loss)(one[0], one[1], x) for one in map(dl.partition, (params, sharded))]
@@ -91,7 +99,7 @@ def _compare(base, residual) -> None:
 
 
 def _loss(trainable, frozen, x):
-    return dl.call(net(), dl.combine(trainable, frozen), x).square().mean()
+    return dl.call(NET, dl.combine(trainable, frozen), x).square().mean()
 
 
 def _compare_all(bases) -> None:
@@ -123,7 +131,7 @@ def _memory_and_messages(base, residual) -> dict:
     with Gathered() as switch:
         switched, _ = dl.switch(sharded, dl.every(1)(1, sharded))
         dl.merge(switched)
-    (name,) = (name for name in params if name.endswith(".0.weight"))
+    (name,) = (name for name in params if name.endswith("weight"))
     held, whole = sharded[name].base.base, params[name].base
     codes = whole if isinstance(whole, torch.Tensor) else whole.codes
     return {
@@ -163,7 +171,7 @@ def _refusals() -> None:
     with pytest.raises(ValueError, match="must be quantized before they are sharded, got 'weight'"):
         dl.quantize(sharded, "int8")
     nf4 = dl.init(linear, rank=2, seed=0, targets=["weight"], base="nf4", residual=None)
-    with pytest.raises(ValueError, match="whose rows have scales of their own.*got 'weight' in nf4"):
+    with pytest.raises(ValueError, match=r"whose rows have scales of their own.*got 'weight' in nf4"):
         dl.shard(nf4, group)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "model"))
     with pytest.raises(ValueError, match="`group` must be a mesh of one dimension"):
@@ -183,7 +191,7 @@ def _dtensors() -> None:
     params = fresh("int8", "bfloat16")
     sharded = dl.shard(params, group)
     placed = dl.as_dtensors({"params": sharded})["params"]
-    for name in ("3.weight", "*.0.weight"):
+    for name in ("3.weight", "*.*.weight"):
         held, whole = placed[name].base.base, params[name].base
         for one, other in zip((held.codes.codes, held.residual), (whole.codes.codes, whole.residual), strict=True):
             assert one.shape == other.shape

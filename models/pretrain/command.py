@@ -38,7 +38,7 @@ def run_command(kind: type[Config], prepare: Callable[..., Prepared], *, module:
 def _run(config: Config, prepare: Callable[..., Prepared], ranks: Ranks, files: str) -> None:
     console = Console(quiet=not ranks.is_first)
     try:
-        run = prepare(continued(config) if is_restarted() else config, console, ranks)
+        run = prepare(continued(config) if ranks.any(is_restarted()) else config, console, ranks)
     except ValueError as error:
         stop(f"error: {error}", 2, ranks)
     again = f"continue with --out {run.folder} --resume and the same settings"

@@ -46,6 +46,9 @@ class Ranks(NamedTuple):
             distributed.all_gather_object(values, value, group=self.group)
         return next((one for one in values if one is not None), None)
 
+    def any(self, value: bool) -> bool:
+        return bool(self.first_of(value or None))
+
     def background_group(self) -> ProcessGroup | None:
         """The same processes for another thread, whose messages must not be taken for this one's."""
         return None if self.group is None else distributed.new_group(backend="gloo")
@@ -71,7 +74,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def is_restarted() -> bool:
-    """Whether `torchrun` has started these processes anew, after one of them had failed."""
+    """Whether `torchrun` has started the processes of this machine anew: it does not tell those of others."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
