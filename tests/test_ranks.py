@@ -126,7 +126,7 @@ def test_the_run_is_the_same_on_any_number_of_processes(text: Path, tmp_path: Pa
 
 def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_path: Path):
     """With sharded bases in int8, so that what is saved in four parts is cut anew."""
-    options = {"base-dtype": "int8", "shard": True, "save-every": 100}
+    options = {"base-dtype": "int8", "shard": True, "save-every": 100, "steps": 24}
     whole = in_ranks(4, job, arguments(text, tmp_path / "whole", **options))
     assert [outcome.code for outcome in whole] == [0] * 4, whole
     asked = in_ranks(4, job, arguments(text, tmp_path / "asked", **options), _ask_the_third)
@@ -286,7 +286,7 @@ def _let_the_third_drift(rank: int) -> None:
 
 def test_killed_at_twenty_moments_it_ends_with_the_same_bits(text: Path, tmp_path: Path):
     """Processes that are started anew as `torchrun` does it, all of them whenever one was killed."""
-    given = {"save-every": 5, "eval-every": 10}
+    given = {"save-every": 4, "eval-every": 10, "steps": 20}
     since = time.monotonic()
     assert [outcome.code for outcome in in_ranks(2, job, arguments(text, tmp_path / "whole", **given))] == [0, 0]
     length, moments = time.monotonic() - since, random.Random(0)

@@ -66,16 +66,25 @@ def joined() -> Iterator[Ranks]:
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
+    store, rank, size = next(distributed.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # On one machine torchrun keeps its store when it starts processes anew, and in it the addresses of the dead.
+        store = distributed.PrefixStore(f"attempt-{_restarts()}", store)
+    backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), distributed.group.WORLD)
+        yield Ranks(rank, size, distributed.group.WORLD)
     finally:
         distributed.destroy_process_group()
 
 
 def is_restarted() -> bool:
     """Whether `torchrun` has started the processes of this machine anew: it does not tell those of others."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Preemption:
