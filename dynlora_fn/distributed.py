@@ -140,19 +140,22 @@ def check_replicas(state: Any, group: Group) -> None:
 
 
 def checksums(leaves: list[Tensor]) -> Int[Tensor, " leaves"]:
-    """One for each tensor, of its bits and their places: a bit that differs, or two rows or columns that are exchanged,
-    show."""
+    """One for each tensor, of its bits and their places: a bit that differs shows, and two numbers that are exchanged.
+
+    ``sum((2 k + 1) bits[k])`` modulo ``2**64``: odd factors, so that no bit is lost.
+    """
     made = [_checksum(leaf.detach()) for leaf in leaves]
     return torch.stack([one.to(made[0].device) for one in made])
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 2**22  # numbers, so that their copies as 64-bit integers take 64 MB at most
 
 
 def _checksum(leaf: Tensor) -> Tensor:
-    bits = leaf.contiguous().view(_INTEGERS[leaf.element_size()])
-    bits = bits.reshape(leaf.shape[:-1].numel(), leaf.shape[-1] if leaf.ndim else 1)
-    sums = [bits.sum(axis, dtype=torch.int64) for axis in (0, 1)]
-    # Odd factors, so that no bit of a sum is lost.
-    columns, rows = ((2 * torch.arange(len(one), device=one.device) + 1) * one for one in sums)
-    return columns.sum() + 3 * rows.sum()
+    bits = leaf.contiguous().view(_INTEGERS[leaf.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=leaf.device)
+    for first, part in enumerate(torch.split(bits, _AT_ONCE)):
+        factors = 2 * torch.arange(first * _AT_ONCE, first * _AT_ONCE + len(part), device=leaf.device) + 1
+        total = total + (part.long() * factors).sum()
+    return total
