@@ -13,6 +13,11 @@ from dynlora_fn.cost import Explanation as Explanation
 from dynlora_fn.cost import explain as explain
 from dynlora_fn.deferred import defer as defer
 from dynlora_fn.deferred import fold_pending as fold_pending
+from dynlora_fn.distributed import DriftedError as DriftedError
+from dynlora_fn.distributed import WireBytes as WireBytes
+from dynlora_fn.distributed import check_replicas as check_replicas
+from dynlora_fn.distributed import mean_over_ranks as mean_over_ranks
+from dynlora_fn.distributed import wire_bytes as wire_bytes
 from dynlora_fn.dither import Dithered as Dithered
 from dynlora_fn.dither import dithered as dithered
 from dynlora_fn.export import state_dict as state_dict
@@ -58,6 +63,9 @@ from dynlora_fn.schedule import Schedule as Schedule
 from dynlora_fn.schedule import every as every
 from dynlora_fn.schedule import never as never
 from dynlora_fn.schedule import switchlora as switchlora
+from dynlora_fn.sharding import as_dtensors as as_dtensors
+from dynlora_fn.sharding import shard as shard
+from dynlora_fn.sharding import unshard as unshard
 from dynlora_fn.stacking import unstack as unstack
 from dynlora_fn.step import Step as Step
 from dynlora_fn.step import ValueAndGrad as ValueAndGrad
@@ -84,4 +92,6 @@ from dynlora_fn.types import NF4Codes as NF4Codes
 from dynlora_fn.types import NVFP4Codes as NVFP4Codes
 from dynlora_fn.types import Plan as Plan
 from dynlora_fn.types import Quantized as Quantized
+from dynlora_fn.types import Sharded as Sharded
+from dynlora_fn.types import Sharding as Sharding
 from dynlora_fn.types import SidePlan as SidePlan

@@ -1,6 +1,8 @@
 """Bases as they are held: taken apart into members, dequantized, and folded into, at once or later."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
@@ -10,7 +12,21 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from dynlora_fn.base import fold
 from dynlora_fn.formats import built, encode_residual, flat, kind_of, shape_of
 from dynlora_fn.opaque_codes import residual_of
-from dynlora_fn.types import Base, Codes, Deferred, Factors, Held, Int8Codes, LowRank, Quantized, Residual
+from dynlora_fn.rows import gather
+from dynlora_fn.types import (
+    Base,
+    Codes,
+    Deferred,
+    Factors,
+    Held,
+    Int8Codes,
+    LowRank,
+    Quantized,
+    Residual,
+    Sharded,
+    Sharding,
+    Standing,
+)
 
 ResidualKind: TypeAlias = Literal["int8", "bfloat16"] | None
 Device: TypeAlias = torch.device | str | None
@@ -20,7 +36,7 @@ HeldT = TypeVar("HeldT", bound="Tensor | Quantized")
 class Transposed(NamedTuple):
     """``base.mT`` of codes, which have no transpose of their own. The base of a `LowRank` within one product."""
 
-    base: Quantized
+    base: Quantized | Sharded
 
 
 def encode_rest(rest: Tensor, residual: ResidualKind, device: Device) -> Residual:
@@ -52,11 +68,57 @@ def restack(made: Sequence[HeldT], stack: Sequence[int]) -> HeldT:
     return whole
 
 
-def dequantize(base: Codes | Quantized | Transposed, dtype: torch.dtype) -> Tensor:
+class Layout(NamedTuple):
+    """How tensors make up what products see of a base: constants alone, so that it goes along with them in a graph."""
+
+    kind: str  # of the codes
+    sharding: tuple[str, int, int, int] | None = None  # the fields of it, if these are rows of this process alone
+    is_transposed: bool = False
+
+
+def seen(base: Standing | Transposed) -> tuple[Layout, list[Tensor]]:
+    """The tensors of a base that products see, as they are held; `whole_codes` makes codes of them."""
+    if isinstance(base, Transposed):
+        layout, tensors = seen(base.base)
+        return layout._replace(is_transposed=True), tensors
+    held, sharding = (base.base, astuple(base.sharding)) if isinstance(base, Sharded) else (base, None)
+    codes = held.codes if isinstance(held, Quantized) else held
+    return Layout(kind_of(codes), sharding), flat(codes)
+
+
+def whole_codes(layout: Layout, tensors: Sequence[Tensor]) -> Codes:
+    """The codes, gathered if need be, in the very bytes that the processes hold."""
+    if layout.sharding:
+        tensors = [gather(tensor, Sharding(*layout.sharding)) for tensor in tensors]
+    return built(layout.kind, tensors)
+
+
+def whole(base: Standing) -> Held:
+    """The base with all of its rows, and its residual with all of its own."""
+    if not isinstance(base, Sharded):
+        return base
+    return on_rows(partial(gather, sharding=base.sharding), base.base)
+
+
+def on_rows(change: Callable[[Tensor], Tensor], base: Held) -> Held:
+    """`change` of every tensor that has the base's rows."""
+    if isinstance(base, Tensor):
+        return change(base)
+    codes, residual = tree_map(change, (base.codes, base.residual))
+    return base._replace(codes=codes, residual=residual)
+
+
+def plain_dtype(base: Base) -> torch.dtype:
+    """That of a base in full precision; of codes, float32."""
+    held = base.base if isinstance(base, Sharded) else base
+    return held.dtype if isinstance(held, Tensor) else torch.float32
+
+
+def dequantize(base: Codes | Quantized | Sharded | Transposed, dtype: torch.dtype) -> Tensor:
     """What products see of a base: not its residual. Opaque to a compiler where that takes a copy."""
     if isinstance(base, Transposed):
         return dequantize(base.base, dtype).mT
-    codes = base.codes if isinstance(base, Quantized) else base
+    codes = whole_codes(*seen(base)) if isinstance(base, Quantized | Sharded) else base
     if isinstance(codes, Tensor) and codes.dtype == dtype:
         return codes
     dense: Tensor = torch.ops.dynlora_fn.dequantize(flat(codes), kind_of(codes), dtype)
@@ -65,6 +127,8 @@ def dequantize(base: Codes | Quantized | Transposed, dtype: torch.dtype) -> Tens
 
 @overload
 def fold_base(base: HeldT, left: Tensor, right: Tensor, *, rank: int, name: str) -> HeldT: ...
+@overload
+def fold_base(base: Standing, left: Tensor, right: Tensor, *, rank: int, name: str) -> Standing: ...
 @overload
 def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) -> Base: ...
 def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) -> Base:
@@ -77,6 +141,9 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
         return fold(base, left, right, rank=rank)
     if isinstance(base, Deferred):
         return _deferred(base, left, right, rank=rank, name=name)
+    if isinstance(base, Sharded):
+        own = left[..., base.sharding.own, :]
+        return base._replace(base=fold_base(base.base, own, right, rank=rank, name=name))
     codes, kind = flat(base.codes), kind_of(base.codes)
     new = torch.ops.dynlora_fn.fold_codes(codes, kind, flat(base.residual), left.detach(), right.detach(), rank, name)
     return Quantized(built(kind, new[: len(codes)]), residual_of(new[len(codes) :]), base.like)
@@ -96,7 +163,7 @@ def _deferred(base: Deferred, left: Tensor, right: Tensor, *, rank: int, name: s
 class Settled(NamedTuple):
     """A weight, ``base + b @ a / rank``, in which nothing waits: the rank is that of its factors."""
 
-    base: Held
+    base: Standing
     factors: Factors
 
 

@@ -10,12 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn.base import autocast_now, widest, without_autocast
-from dynlora_fn.bases import Transposed, dequantize, settled
-from dynlora_fn.formats import built, flat, kind_of
+from dynlora_fn.bases import Layout, dequantize, seen, settled, whole_codes
 from dynlora_fn.paths import Path, cheapest
-from dynlora_fn.types import Codes, LowRank
-
-_TRANSPOSED = " transposed"
+from dynlora_fn.types import LowRank
 
 
 def linear(
@@ -43,7 +40,8 @@ def linear(
     if path is not None and path not in get_args(Path):
         raise ValueError(f"`path` must be one of {', '.join(get_args(Path))}, got {path!r}")
     held, (b, a) = settled(param)
-    kind, *codes = _flat_base(held)
+    layout, tensors = seen(held)
+    codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -51,49 +49,43 @@ def linear(
         out_features, in_features = param.shape
         path = cheapest(tokens=prod(x.shape[:-1]), out_features=out_features, in_features=in_features, rank=b.shape[-1])
     if path == "factored":
-        return _factored(x, b, a, bias, kind, *codes)
-    output: Tensor = _merged(x, b, a, bias, path == "dense", kind, *codes)
+        return _factored(x, b, a, bias, layout, *codes)
+    output: Tensor = _merged(x, b, a, bias, path == "dense", layout, *codes)
     return output
 
 
-def _flat_base(held: Any) -> tuple[Any, ...]:
-    """The kind of its codes, with a mark where it is transposed, and their tensors."""
-    is_transposed = isinstance(held, Transposed)
-    held = held.base if is_transposed else held
-    codes: Codes = held if isinstance(held, Tensor) else held.codes
-    return kind_of(codes) + _TRANSPOSED * is_transposed, *(tensor.detach() for tensor in flat(codes))
-
-
-def _dense(kind: str, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """As it is held, whether that is transposed or not."""
-    return dequantize(built(kind.removesuffix(_TRANSPOSED), codes), dtype)
+    return dequantize(whole_codes(layout, codes), dtype)
 
 
-def _times(x: Tensor, weight: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.mT + bias``, or with the weight itself where that is held transposed."""
-    if not kind.endswith(_TRANSPOSED):
+    if not layout.is_transposed:
         return functional.linear(x, weight, bias)
     return x @ weight if bias is None else x @ weight + bias
 
 
-def _factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, kind: str, *codes: Tensor) -> Tensor:
+def _factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
     inner = functional.linear(x, a.to(x.dtype)) / a.shape[-2]
-    is_ready = kind == "plain" and codes[0].dtype == x.dtype
-    output = functional.linear(x, codes[0]) if is_ready else _times_base(x, kind, *codes)
+    is_ready = layout == Layout("plain") and codes[0].dtype == x.dtype
+    output = functional.linear(x, codes[0]) if is_ready else _times_base(x, layout, *codes)
     output = output if bias is None else output + bias
     return output + functional.linear(inner, b.to(x.dtype))
 
 
-def _merge(x: Tensor, b: Tensor, a: Tensor, kind: str, codes: Sequence[Tensor]) -> Tensor:
-    wide = widest(b.dtype, x.dtype, codes[0].dtype if kind == "plain" else torch.float32)
-    left, right = (a.mT, b.mT) if kind.endswith(_TRANSPOSED) else (b, a)
-    return torch.addmm(_dense(kind, codes, wide), left.to(wide), right.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
+def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tensor]) -> Tensor:
+    wide = widest(b.dtype, x.dtype, codes[0].dtype if layout.kind == "plain" else torch.float32)
+    left, right = (a.mT, b.mT) if layout.is_transposed else (b, a)
+    return torch.addmm(_dense(layout, codes, wide), left.to(wide), right.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
 
 
 # Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _merged(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor) -> Tensor:
-    return _Merged.apply(x, b, a, bias, is_dense, kind, *codes)  # type: ignore[no-any-return, no-untyped-call]
+def _merged(
+    x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
+) -> Tensor:
+    return _Merged.apply(x, b, a, bias, is_dense, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Merged(torch.autograd.Function):
@@ -101,14 +93,14 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, kind: str, *codes: Tensor
+        x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
     ) -> Tensor:
         with without_autocast(x.device.type):
-            return _times(x, _merge(x, b, a, kind, codes), kind, bias)
+            return _times(x, _merge(x, b, a, layout, codes), layout, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, b, a, bias, ctx.is_dense, ctx.kind, *codes = inputs
+        x, b, a, bias, ctx.is_dense, ctx.layout, *codes = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, b, a, *codes)
         ctx.save_for_forward(x, b, a, *codes)
@@ -119,9 +111,9 @@ class _Merged(torch.autograd.Function):
         with without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-            weight = _merge(x, b, a, ctx.kind, codes)
+            weight = _merge(x, b, a, ctx.layout, codes)
             gradients = _dense_gradients if ctx.is_dense else _low_rank_gradients
-            if ctx.kind.endswith(_TRANSPOSED):
+            if ctx.layout.is_transposed:
                 weight = weight.mT
                 gradients = _dense_gradients if ctx.is_dense else _separate_gradients
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
@@ -139,20 +131,20 @@ class _Merged(torch.autograd.Function):
         a: Tensor,
         bias: Any,
         is_dense: bool,
-        kind: str,
+        layout: Layout,
         *codes: Tensor,
     ) -> tuple[Tensor, int]:
         """An ensemble shares the base, and per-sample gradients all of the weight: the factored path multiplies by what
         is shared once for all members."""
         in_dims = (*in_dims[:4], None, *in_dims[6:])
-        return torch.vmap(_factored, in_dims=in_dims)(x, b, a, bias, kind, *codes), 0
+        return torch.vmap(_factored, in_dims=in_dims)(x, b, a, bias, layout, *codes), 0
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
         x, b, a, *codes = ctx.saved_tensors
         rank = b.shape[-1]
         terms = [
-            None if x_tangent is None else _factored(x_tangent, b, a, None, ctx.kind, *codes),
+            None if x_tangent is None else _factored(x_tangent, b, a, None, ctx.layout, *codes),
             None if b_tangent is None else (x @ a.to(x.dtype).mT) @ b_tangent.to(x.dtype).mT / rank,
             None if a_tangent is None else (x @ a_tangent.to(x.dtype).mT) @ b.to(x.dtype).mT / rank,
             bias_tangent,
@@ -161,37 +153,37 @@ class _Merged(torch.autograd.Function):
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _times_base(x: Tensor, kind: str, *codes: Tensor) -> Tensor:
-    return _TimesBase.apply(x, kind, *codes)  # type: ignore[no-any-return, no-untyped-call]
+def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
+    return _TimesBase.apply(x, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _TimesBase(torch.autograd.Function):
     """``linear(x, base)`` in the dtype of `x`. Keeps the base as it is stored, not the dense one."""
 
     @staticmethod
-    def forward(x: Tensor, kind: str, *codes: Tensor) -> Tensor:
-        return _times(x, _dense(kind, codes, x.dtype), kind)
+    def forward(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
+        return _times(x, _dense(layout, codes, x.dtype), layout)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.kind, *codes = inputs
+        _, ctx.layout, *codes = inputs
         ctx.save_for_backward(*codes)
         ctx.save_for_forward(*codes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes = ctx.saved_tensors
-        dense = _dense(ctx.kind, codes, grad.dtype)
-        dense = dense.mT if ctx.kind.endswith(_TRANSPOSED) else dense
+        dense = _dense(ctx.layout, codes, grad.dtype)
+        dense = dense.mT if ctx.layout.is_transposed else dense
         return grad @ dense, None, *(None for _ in codes)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, kind: str, *codes: Tensor) -> tuple[Tensor, int]:
-        return torch.vmap(_TimesBase.forward, in_dims=in_dims)(x, kind, *codes), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, layout: Layout, *codes: Tensor) -> tuple[Tensor, int]:
+        return torch.vmap(_TimesBase.forward, in_dims=in_dims)(x, layout, *codes), 0
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, *_: Any) -> Any:
-        return _times(x_tangent, _dense(ctx.kind, ctx.saved_tensors, x_tangent.dtype), ctx.kind)
+        return _times(x_tangent, _dense(ctx.layout, ctx.saved_tensors, x_tangent.dtype), ctx.layout)
 
 
 def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

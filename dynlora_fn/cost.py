@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynlora_fn.bases import settled
 from dynlora_fn.paths import Path, cheapest, flops
-from dynlora_fn.types import Param, Params
+from dynlora_fn.types import Param, Params, Sharded
 
 _MOMENT_BYTES = 4  # of each of the two moments
 
@@ -101,7 +101,8 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
     path, trainable = cheapest(**sizes), _bytes(param.factors)
     numbers = sum(leaf.numel() for leaf in param.factors)
     weight = members * out_features * in_features
-    base, _ = settled(param)
+    standing, _ = settled(param)
+    base = standing.base if isinstance(standing, Sharded) else standing
     dense = base if isinstance(base, Tensor) else base.like  # what full-rank training would store
     wide = max(dense.element_size(), param.factors.b.element_size(), 4)
     return Cost(

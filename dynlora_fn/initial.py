@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn.base import fold, inner_tensors, widest
-from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, fold_base, restack, settled
+from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, fold_base, restack, settled, whole
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.quantized import quantize_base
 from dynlora_fn.stacking import Stack, find_stacks
@@ -87,17 +87,17 @@ def init(
     for pattern, group in groups.items():
         target, dtypes = found.get(group.members[0]), tensors[group.members[0]].dtype
         held = [_as_base(name, read(name), target is not None, residual, residual_device) for name in group.members]
-        whole = restack(held, group.shape)
+        stacked = restack(held, group.shape)
         if target is None:
-            params[pattern] = whole  # type: ignore[assignment]
+            params[pattern] = stacked  # type: ignore[assignment]
             continue
-        matrices = _as_matrices(pattern, whole, target, len(group.shape))
+        matrices = _as_matrices(pattern, stacked, target, len(group.shape))
         seeds = _seeds(seed, group.members, base_shape(matrices)[:-2], held[0])
         # Rounded once: what is to be quantized is not rounded before.
         plain_dtype = base_dtype or (dtypes if base is None else widest(dtypes))
         param = _split(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
-            quantized = quantize_base(pattern, settled(param).base, base, residual, residual_device, dtypes)
+            quantized = quantize_base(pattern, whole(settled(param).base), base, residual, residual_device, dtypes)
             param = param._replace(base=quantized)
         params[pattern] = param
     return params

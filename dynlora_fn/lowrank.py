@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn.base import fold, widest
-from dynlora_fn.bases import dequantize, fold_base, settled
+from dynlora_fn.bases import dequantize, fold_base, plain_dtype, settled
 from dynlora_fn.basis import Bounds, Request, basis_bounds, uniform
 from dynlora_fn.tree import map_low_rank
 from dynlora_fn.types import Base, Deferred, Factors, LowRank, Param, Params
@@ -69,7 +69,7 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
 
 def _dense(param: LowRank) -> Tensor:
     base, (b, a) = settled(param)
-    wide = widest(b.dtype, base.dtype if isinstance(base, Tensor) else torch.float32)
+    wide = widest(b.dtype, plain_dtype(base))
     return fold(dequantize(base, wide), b, a, rank=b.shape[-1])
 
 

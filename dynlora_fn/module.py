@@ -24,7 +24,9 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     Raises:
         RuntimeError: if a parameter of the model is missing or one is unknown to it.
         NotImplementedError: if a low-rank weight is used in an operation without a rule; it names both.
+        ValueError: if the model is wrapped for data parallelism, or a part of it, which `torch.func` bypasses.
     """
+    _refuse_wrappers(model)
     return call_with(model, params, dict(model.named_buffers()), args, kwargs)
 
 
@@ -38,6 +40,22 @@ def call_with(
         for name, param in unstack(params).items()
     }
     return functional_call(model, {**buffers, **weights}, args, kwargs, strict=True)
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Their gradients hang on hooks of autograd on the module's own parameters, and here neither takes part."""
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+                rule = (
+                    "be the module itself: a wrapper's hooks see no gradient here, and ranks would drift apart unseen"
+                )
+                instead = "reduce the gradients with `mean_over_ranks`, and `shard` the bases"
+                where = f" at {name!r}" if name else ""
+                raise ValueError(f"`model` must {rule}; {instead}, got {kind.__name__}{where}")
+
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def params_of(module: nn.Module) -> dict[str, Param]:

@@ -8,10 +8,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dynlora_fn.base import fold, widest
-from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, encode_rest, members, restack, settled
+from dynlora_fn.bases import (
+    Device,
+    ResidualKind,
+    base_shape,
+    dequantize,
+    encode_rest,
+    members,
+    restack,
+    settled,
+    whole,
+)
 from dynlora_fn.formats import blank, decode, encode, flat, format_of
 from dynlora_fn.opaque_codes import check_finite, exact
-from dynlora_fn.types import Deferred, Held, LowRank, Param, Params, Quantized
+from dynlora_fn.types import Deferred, Held, LowRank, Param, Params, Quantized, Sharded
 
 
 @overload
@@ -78,6 +88,8 @@ def _quantize(name: str, param: LowRank, base: object, residual: ResidualKind, r
     old = param.base
     if isinstance(old, Deferred):
         raise ValueError(f"`params` must be folded and no longer deferred to be quantized, got {name!r}, which is")
+    if isinstance(old, Sharded):
+        raise ValueError(f"`params` must be quantized before they are sharded, got {name!r}, which is")
     dtype = old.dtype if isinstance(old, Tensor) else old.like.dtype
     return param._replace(base=quantize_base(name, old, base, residual, residual_device, dtype))
 
@@ -103,8 +115,8 @@ def quantize_base(
         check_finite(rest, name)  # the largest numbers may round to infinity
         like = rest.new_empty(0, dtype=dtype if keeps else torch.float32)
         made.append(Quantized(codes, encode_rest(rest, residual, residual_device), like))
-    whole = restack(made, base_shape(old)[:-2])
-    return whole.codes if isinstance(whole.codes, Tensor) and residual is None else whole
+    stack = restack(made, base_shape(old)[:-2])
+    return stack.codes if isinstance(stack.codes, Tensor) and residual is None else stack
 
 
 def _exact(base: Held, dtype: torch.dtype) -> Tensor:
@@ -145,7 +157,8 @@ def drift(
 
 
 def _drift(param: LowRank, wanted: Tensor | None) -> Tensor:
-    base, (b, a) = settled(param)
+    standing, (b, a) = settled(param)
+    base = whole(standing)
     if wanted is None and (isinstance(base, Tensor) or not flat(base.residual)):
         return torch.full((), torch.nan, device=b.device)
     stack, wide = param.shape[:-2].numel(), widest(b.dtype)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dynlora_fn.base import widest
-from dynlora_fn.bases import fold_base
+from dynlora_fn.bases import fold_base, plain_dtype
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
 
@@ -114,7 +114,7 @@ def _low_rank(params: Params, name: str) -> LowRank:
 def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switched:
     b, a = param.factors
     _check_incoming(name, param, plan, incoming)
-    wide = widest(a.dtype, param.base.dtype if isinstance(param.base, Tensor) else torch.float32)
+    wide = widest(a.dtype, plain_dtype(param.base))
     new_a = _replace(a, plan.a, incoming.a, wide)
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
     # One fold of both sides: the columns that meet each row of differences, and the other way about.

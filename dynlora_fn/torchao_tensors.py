@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import nf4, torchao_prototypes
-from dynlora_fn.bases import Device, ResidualKind, base_shape, encode_rest, fold_base, settled
+from dynlora_fn.bases import Device, ResidualKind, base_shape, encode_rest, fold_base, settled, whole
 from dynlora_fn.formats import decode
 from dynlora_fn.opaque_codes import check_finite
 from dynlora_fn.stacking import unstack
@@ -130,7 +130,7 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
 
 def _merged(param: LowRank) -> Held:
     held, (b, a) = settled(param)
-    return fold_base(held, b, a, rank=b.shape[-1], name="params")
+    return fold_base(whole(held), b, a, rank=b.shape[-1], name="params")
 
 
 def _tensor(codes: Codes, like: Tensor) -> Tensor:

@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
+from torch.utils._pytree import register_constant
 
 Side: TypeAlias = Literal["b", "a"]
 
@@ -78,15 +80,48 @@ class Quantized(NamedTuple):
     like: Float[Tensor, "*stack 0"]  # empty, of the dtype that torchao's tensor stands for
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """Which rows of a base this process holds: as many as every other, but for the last ones."""
+
+    group: str  # the name of the process group
+    size: int  # its number of processes
+    rank: int  # of this one in it
+    rows: int  # of the whole base, `out`
+
+    @property
+    def share(self) -> int:
+        """The most rows that a process holds."""
+        return -(-self.rows // self.size)
+
+    @property
+    def own(self) -> slice:
+        """The rows that this process holds."""
+        first = min(self.rank * self.share, self.rows)
+        return slice(first, min(first + self.share, self.rows))
+
+
+register_constant(Sharding)  # no leaf, so that a tree of bases holds tensors alone
+
+
+class Sharded(NamedTuple):
+    """A base of which this process holds some rows, in full precision or codes with their residual. It is gathered, as
+    it is stored, for each product, and folded into where its rows are."""
+
+    base: "Held"  # (*stack, rows of this process, in)
+    sharding: Sharding
+
+
 class Deferred(NamedTuple):
     """A base whose latest folds wait: ``base + pending.b @ pending.a / rank``, exactly."""
 
-    base: "Held"
+    base: "Held | Sharded"
     pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)
 
 
-Held: TypeAlias = Tensor | Quantized  # in which nothing waits
-Base: TypeAlias = Held | Deferred
+Held: TypeAlias = Tensor | Quantized  # by one process as a whole
+Standing: TypeAlias = Held | Sharded  # in which nothing waits
+Base: TypeAlias = Standing | Deferred
 
 
 class LowRank(NamedTuple):
@@ -96,7 +131,7 @@ class LowRank(NamedTuple):
     """
 
     base: (
-        Float[Tensor, "*stack out in"] | Quantized | Deferred
+        Float[Tensor, "*stack out in"] | Quantized | Sharded | Deferred
     )  # changed by `switch` and `merge` alone, never by a gradient
     factors: Factors
     seed: Int[Tensor, "*stack"]  # names the basis that incoming vectors are drawn from

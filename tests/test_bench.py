@@ -18,6 +18,7 @@ KEYS = {
     "compile_time": {"compile_deep_over_shallow", "call_overhead_ms"},
     "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS}
     | {"int8+bfloat16 deferred", "nf4+none deferred"},
+    "scale": {"reduced_over_full_rank", "trainable_at_512"},
     "quality_base": {"float32+none", "int8+bfloat16"},
 }
 
@@ -35,3 +36,14 @@ def test_a_benchmark_runs(name, tmp_path):
     assert written["raw"]
     assert {key: written[key] for key in results} == results
     assert {"device", "torch", "commit", "command"} <= written["environment"].keys()
+
+
+def test_the_papers_figures_come_out_of_what_counts_the_bytes():
+    """Trainable numbers at 1.3B (arXiv:2406.06564), and so the bytes that processes reduce: 54 % fewer."""
+    from bench.scale import shares  # noqa: PLC0415
+
+    found = shares()
+    assert round(found["full_rank_parameters"] / 1e6, 1) == 1339.5
+    assert round(found["trainable_at_512"] / 1e6, 1) == 609.7
+    assert round(found["trainable_at_256"] / 1e6, 1) == 370.7
+    assert round(found["reduced_over_full_rank"] - 1, 2) == -0.54

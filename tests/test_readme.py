@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import in_ranks
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = list(re.finditer(r"```python\n(.*?)```", README, re.DOTALL))
@@ -64,3 +65,23 @@ def test_in_and_out_runs(tmp_path, monkeypatch):
     exec(code[1], names)
     assert len(names["errors"]) == 2 * 7 + 1
     assert names["params"]["model.layers.*.mlp.up_proj.weight"].factors.b.shape == (2, 24, 4)
+
+
+def test_the_loop_of_several_processes_learns_the_same_on_each():
+    (block,) = (block[1] for block in BLOCKS if "mean_over_ranks" in block[1])
+    assert block.count("\n") < 60
+    losses, shapes = zip(*in_ranks(2, _run_in_a_group, block), strict=True)
+    assert losses[0] == losses[1] < 0.6, "the targets' variance is 1, and a constant is no better than that"
+    assert shapes[0] == {"0.weight": (128, 64), "2.weight": (32, 256)}
+
+
+def _run_in_a_group(block: str) -> tuple[float, dict]:
+    torch.compile = partial(torch.compile, backend="aot_eager")  # in a process of its own
+    join, leave = torch.distributed.init_process_group, torch.distributed.destroy_process_group
+    torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda: None  # the test's own
+    names: dict = {}
+    exec(block, names)
+    torch.distributed.init_process_group, torch.distributed.destroy_process_group = join, leave
+    params = names["dl"].combine(*names["state"][:2])
+    shapes = {name: tuple(param.base.base.codes.codes.shape) for name, param in params.items() if "weight" in name}
+    return names["loss"].item(), shapes

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.pretrain.config import Config as PretrainConfig
+from models.pretrain.ranks import ALONE, Ranks
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "relora": 2e-4, "switchlora": 2e-4}
 
@@ -31,9 +32,9 @@ class Config(PretrainConfig):
     adapter_rank: int | None = None
     """Of the adapter, which the whole change is cut to; that of the factors unless given."""
 
-    def check(self) -> None:
+    def check(self, ranks: Ranks = ALONE) -> None:
         """As of the pre-training job."""
-        super().check()
+        super().check(ranks)
         if not self.model or not (Path(self.model) / "config.json").is_file():
             raise ValueError(f"`model` must be a folder with config.json, got {self.model!r}")
         if not (self.text or self.dataset):

@@ -12,22 +12,23 @@ from torch import Tensor, nn
 import dynlora_fn as dl
 from models.finetune.config import Config
 from models.pretrain.method import make_method
+from models.pretrain.ranks import ALONE, Ranks
 from models.pretrain.run import Prepared, load_corpus, start_or_continue
 
 
-def prepare(config: Config, console: Console) -> Prepared:
+def prepare(config: Config, console: Console, ranks: Ranks = ALONE) -> Prepared:
     """Everything up to the first step. All bad input shows here, before anything is written.
 
     Raises:
         ValueError: with one line that names the setting, the rule and the value.
     """
-    config.check()
+    config.check(ranks)
     corpus = load_corpus(replace(config, tokenizer=config.tokenizer or config.model))
     model = load_model(config.model).to(config.torch_device())
     embedded = model.get_input_embeddings().weight.shape[0]
     if corpus.vocabulary > embedded:
         raise ValueError(f"`tokenizer` must fit the model's vocabulary of {embedded}, got one of {corpus.vocabulary}")
-    folder = config.folder()
+    folder = Path(ranks.agree(config.folder()))
 
     def export(params: dict[str, Any]) -> None:
         if config.export != "adapter":
@@ -39,9 +40,9 @@ def prepare(config: Config, console: Console) -> Prepared:
             text = f"adapter/ has all but {errors[worst]:.2%} of the change of {worst}, and more of the others'"
             console.print(text, highlight=False, soft_wrap=True)
 
-    method = make_method(config, model, default_targets(model), partial(still, config))
+    method = make_method(config, model, default_targets(model), partial(still, config), ranks=ranks)
     empty(model)
-    return start_or_continue(config, folder, corpus, model, method, export, console)
+    return start_or_continue(config, ranks, folder, corpus, model, method, export, console)
 
 
 def load_model(folder: str) -> nn.Module:

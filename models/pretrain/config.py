@@ -6,14 +6,19 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+
+from models.pretrain.ranks import ALONE, Ranks
 
 LEARNING_RATES = {"full": 1e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ between a run and its continuation, since no number depends on it.
-_FREE_TO_CHANGE = ("out", "resume", "json")
+_FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every")
+
+
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Config:
 
     steps: int = 400
     batch_size: int = 8
-    """Sequences in each backward pass."""
+    """Sequences in each backward pass, of all processes together."""
     seq_len: int = 256
     """Tokens in a sequence."""
     grad_accum: int = 1
@@ -78,6 +83,8 @@ class Config:
     """What keeps a base below float32 from drifting as it is switched: 0, 1 or 2 bytes for each of its numbers."""
     residual_device: str | None = None
     """Where residuals lie, cpu for host memory; with the bases unless given."""
+    shard: bool = False
+    """Of several processes, each keeps its share of the rows of every base, and gathers a layer's when it needs it."""
     moments: Literal["float32", "8bit"] = "float32"
     """Of AdamW's two moments: 4 bytes or 1 for each number that is trained."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -92,7 +99,11 @@ class Config:
     eval_batches: int = 8
     """Batches of a validation loss, the same ones each time."""
     save_every: int = 100
-    """Steps between two checkpoints; the last two are kept."""
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    check_every: int = 100
+    """Steps between two looks at whether all processes hold the same state; there is one before each checkpoint too."""
     out: Path | None = None
     """Folder for metrics, checkpoints, plot and model; runs/DATE-TIME-METHOD unless given."""
     resume: bool = False
@@ -100,10 +111,10 @@ class Config:
     json: bool = False
     """Print the closing table as one JSON object on the last line."""
 
-    def check(self) -> None:
+    def check(self, ranks: Ranks = ALONE) -> None:
         """Raises ValueError for the first setting that cannot be, naming it, the rule and the value."""
         positive = ("rank", "steps", "batch_size", "seq_len", "grad_accum", "eval_every", "eval_batches", "save_every")
-        for name in (*positive, "merge_every", "dataset_characters"):
+        for name in (*positive, "keep", "check_every", "merge_every", "dataset_characters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "freeze", "seed"):
@@ -121,9 +132,20 @@ class Config:
             raise ValueError(f"`base_dtype` must be float32 for full, which has no frozen base, got {self.base_dtype}")
         if self.resume and self.out is None:
             raise ValueError("`resume` must come with --out, the folder of the run, got none")
+        self._check_processes(ranks)
         self.torch_device()
         if self.residual_device is not None:
             _device("residual_device", self.residual_device)
+
+    def _check_processes(self, ranks: Ranks) -> None:
+        if self.batch_size < ranks.size:
+            rule = f"be at least the number of processes, {ranks.size}"
+            raise ValueError(f"`batch_size` must {rule}, got {self.batch_size}")
+        if self.shard and ranks.group is None:
+            raise ValueError("`shard` must come with processes to share between, started by torchrun, got this one")
+        if self.shard and (self.method == "full" or self.base_dtype == "nf4"):
+            got = f"{self.base_dtype} for {self.method}"
+            raise ValueError(f"`shard` must have frozen bases in another format than nf4, got {got}")
 
     def torch_device(self) -> torch.device:
         return _device("device", self.device)
@@ -147,6 +169,17 @@ class Config:
         return self.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{self.method}"
 
 
+def continued(config: ConfigT) -> ConfigT:
+    """The configuration of processes that were started anew: they go on with what those before them have written.
+
+    Raises:
+        ValueError: if they cannot know where that is.
+    """
+    if config.out is None:
+        raise ValueError("`out` must be given for a run to go on after a process has failed, got none")
+    return dataclasses.replace(config, resume=(config.out / "config.json").is_file())
+
+
 def _device(name: str, value: str) -> torch.device:
     try:
         device = torch.device(value)
@@ -165,17 +198,18 @@ def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
     """
     record = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_TO_CHANGE}
     record = json.loads(json.dumps(record | {"corpus": corpus_digest}, default=str))
-    path = folder / "config.json"
+    path, temporary = folder / "config.json", folder / "config.writing"
     if config.resume:
         if not path.is_file():
             raise ValueError(f"`out` must hold a run to resume, got {str(folder)!r} without config.json")
         _check_same(json.loads(path.read_text()), record, folder)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path != temporary for path in folder.iterdir())):
         rule = "be new or empty, or come with --resume"
         raise ValueError(f"`out` must {rule}, got {str(folder)!r}, which holds something")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.rename(path)
 
 
 def _check_same(old: dict[str, object], new: dict[str, object], folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 import dynlora_fn as dl
 from models.llama import TARGETS
 from models.pretrain.config import Config
+from models.pretrain.ranks import ALONE, Ranks
 
 
 class State(NamedTuple):
@@ -27,6 +28,7 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
+    stop: Tensor  # above 0 if any process was asked to end
     outgoing: dict[str, dl.Factors]  # vectors that were switched out
 
 
@@ -34,7 +36,7 @@ class Method(NamedTuple):
     schedule: dl.Schedule
     state: State
     pool: dict[str, dl.Pool]
-    step: Callable[..., tuple[State, Metrics]]  # (state, tokens, lr, plan, incoming)
+    step: Callable[..., tuple[State, Metrics]]  # (state, tokens, lr, plan, incoming, stop)
 
 
 def make_method(
@@ -42,10 +44,15 @@ def make_method(
     model: nn.Module,
     targets: Sequence[str] = TARGETS,
     still: Callable[..., Sequence[str]] = lambda _: (),
+    *,
+    ranks: Ranks = ALONE,
 ) -> Method:
     """The method with `targets` unless the settings name others; `still` says of the parameters which full-rank ones
     are not trained."""
     params = init_params(config, model, targets)
+    if config.shard:
+        assert ranks.group is not None
+        params = dl.shard(params, ranks.group)
     optimizer = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
     names = still(params)
     trainable, frozen = dl.partition(params, frozen=names)
@@ -53,7 +60,7 @@ def make_method(
         schedule=make_schedule(config),
         state=State(trainable, frozen, optimizer.init(trainable)),
         pool=dl.init_pool(params) if config.candidates == "pool" else {},
-        step=make_step(config, model, optimizer, still=names),
+        step=make_step(config, model, optimizer, still=names, ranks=ranks),
     )
 
 
@@ -81,14 +88,15 @@ def make_schedule(config: Config) -> dl.Schedule:
 
 
 def make_step(
-    config: Config, model: nn.Module, optimizer: dl.Transform, *, still: Sequence[str] = ()
+    config: Config, model: nn.Module, optimizer: dl.Transform, *, still: Sequence[str] = (), ranks: Ranks = ALONE
 ) -> Callable[..., tuple[State, Metrics]]:
     """`still` names full-rank tensors that are not trained."""
     dtype, device_type = config.compute_torch_dtype(), config.torch_device().type
+    share = ranks.share(config.batch_size)
 
-    def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any) -> tuple[State, Metrics]:
-        """`tokens` is (grad_accum, batch_size, seq_len + 1); without a plan nothing is switched, and without incoming
-        vectors they are drawn from the basis."""
+    def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any, stop: Tensor) -> tuple[State, Metrics]:
+        """`tokens` is (grad_accum, rows of this process, seq_len + 1); without a plan nothing is switched, and without
+        incoming vectors they are drawn from the basis."""
         trainable, frozen, opt_state = state
 
         def loss_fn(trainable: dict[str, Any], tokens: Tensor) -> Tensor:
@@ -96,6 +104,8 @@ def make_step(
                 return next_token_loss(model, dl.combine(trainable, frozen), tokens)
 
         loss, grads = mean_over(dl.value_and_grad(loss_fn), trainable, tokens)
+        if ranks.group is not None:
+            loss, grads, stop = dl.mean_over_ranks((loss, grads, stop), ranks.group, share=share)
         grads, norm = dl.clip_by_global_norm(grads, config.clip)
         outgoing: dict[str, dl.Factors] = {}
         if plan is not None:
@@ -105,7 +115,7 @@ def make_step(
             opt_state = dl.project_optimizer_state(opt_state, plan)
             trainable, frozen = dl.partition(params, frozen=still)
         updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
-        return State(dl.apply_updates(trainable, updates), frozen, opt_state), Metrics(loss, norm, outgoing)
+        return State(dl.apply_updates(trainable, updates), frozen, opt_state), Metrics(loss, norm, stop, outgoing)
 
     return step
 

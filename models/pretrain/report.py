@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import LowRank, Quantized
+from dynlora_fn import LowRank, Quantized, Sharded, WireBytes
 from models.pretrain.method import Method
 
 mpl.use("agg")
@@ -99,8 +99,11 @@ def plot(metrics: list[dict[str, Any]], unigram_loss: float, path: Path) -> None
     pyplot.close(figure)
 
 
-def sizes(method: Method) -> dict[str, Any]:
-    """Numbers of parameters, and bytes, of the run and of full-rank AdamW in float32 on the same model."""
+def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
+    """Numbers of parameters, and bytes of this process, of the run and of full-rank AdamW in float32 on the same model.
+
+    `wire` is what several processes send in a step.
+    """
     params = method.state.params()
     low_rank = [param for param in params.values() if isinstance(param, LowRank)]
     whole = sum(param.shape.numel() for param in params.values())
@@ -110,8 +113,8 @@ def sizes(method: Method) -> dict[str, Any]:
         "trainable": trainable,
         "trainable_share": trainable / whole,
         "bytes": {
-            "base": count_bytes([_codes(param.base) for param in low_rank]),
-            "residual": count_bytes([_residual(param.base) for param in low_rank]),
+            "base": count_bytes([_codes(_held(param.base)) for param in low_rank]),
+            "residual": count_bytes([_residual(_held(param.base)) for param in low_rank]),
             "factors": count_bytes([param.factors for param in low_rank]),
             "full_rank": count_bytes([param for param in params.values() if isinstance(param, Tensor)]),
             "gradients": count_bytes(method.state.trainable),
@@ -119,9 +122,14 @@ def sizes(method: Method) -> dict[str, Any]:
             "candidates": count_bytes(method.pool),
         },
         "full_rank_adamw_bytes": {"full_rank": 4 * whole, "gradients": 4 * whole, "optimizer": 8 * whole},
-        "reduced_bytes_per_step": count_bytes(method.state.trainable),
+        "wire_bytes_per_step": wire._asdict(),
+        "reduced_bytes_per_step": wire.reduced,
         "full_rank_reduced_bytes_per_step": 4 * whole,
     }
+
+
+def _held(base: Any) -> Any:
+    return base.base if isinstance(base, Sharded) else base
 
 
 def _codes(base: Any) -> Any:
@@ -156,7 +164,15 @@ def closing_table(summary: dict[str, Any]) -> Table:
         "all of these, bytes", f"{sum(summary['bytes'].values()):,}", f"{sum(full.values()):,}", end_section=True
     )
     reduced = f"{summary['reduced_bytes_per_step']:,}", f"{summary['full_rank_reduced_bytes_per_step']:,}"
-    table.add_row("bytes reduced a step, data parallel", *reduced, end_section=True)
+    for name, label in (("factors", "of factors"), ("full_rank", "of full-rank weights")):
+        whole = summary["full_rank_reduced_bytes_per_step"] if name == "full_rank" else 0
+        table.add_row(f"bytes {label} reduced a step", f"{summary['wire_bytes_per_step'][name]:,}", f"{whole:,}")
+    table.add_row("bytes reduced a step, data parallel", *reduced)
+    share = summary["reduced_bytes_per_step"] / summary["full_rank_reduced_bytes_per_step"]
+    table.add_row("  share of full rank's", f"{share:.1%}")
+    if summary["wire_bytes_per_step"]["bases"]:
+        table.add_row("bytes of bases gathered a step", f"{summary['wire_bytes_per_step']['bases']:,}", "0")
+    table.add_row("processes", f"{summary['processes']}", end_section=True)
     table.add_row("vectors switched", f"{summary['switched']:,}")
     if summary["drift"] is not None:
         table.add_row("drift of the bases, relative", f"{summary['drift']:.2e}")

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import dynlora_fn as dl
 from models import corpus as text
 from models import llama
-from models.pretrain.checkpoint import load_checkpoint, save_checkpoint
+from models.pretrain.checkpoint import Saver, load_checkpoint
 from models.pretrain.config import Config, prepare_folder
 from models.pretrain.method import Method, Metrics, State, make_method, next_token_loss
+from models.pretrain.ranks import ALONE, Preemption, Ranks
 from models.pretrain.report import MetricsFile, ProgressBar, plot, read_metrics, sizes
 
 _FLUSH_EVERY = 10  # steps between two looks at the device's results
@@ -36,6 +37,7 @@ class Saved(NamedTuple):
 
 class Prepared(NamedTuple):
     config: Config
+    ranks: Ranks
     folder: Path
     corpus: text.Corpus
     model: nn.Module
@@ -45,17 +47,17 @@ class Prepared(NamedTuple):
     export: Callable[[dict[str, Any]], None]  # of the parameters at the end, into the folder
 
 
-def prepare(config: Config, console: Console) -> Prepared:
+def prepare(config: Config, console: Console, ranks: Ranks = ALONE) -> Prepared:
     """Everything up to the first step. All bad input shows here, before anything is written.
 
     Raises:
         ValueError: with one line that names the setting, the rule and the value.
     """
-    config.check()
+    config.check(ranks)
     corpus = load_corpus(config)
     model = llama.Llama(llama.config(config.model, corpus.vocabulary))
-    method = make_method(config, llama.init_weights(model, config.seed).to(config.torch_device()))
-    folder = config.folder()
+    method = make_method(config, llama.init_weights(model, config.seed).to(config.torch_device()), ranks=ranks)
+    folder = Path(ranks.agree(config.folder()))
 
     def export(params: dict[str, Any]) -> None:
         described = {"name": config.model, "vocabulary": corpus.vocabulary}
@@ -63,11 +65,12 @@ def prepare(config: Config, console: Console) -> Prepared:
         metadata = {"llama": json.dumps(described)}
         dl.save_weights(dl.state_dict(model, params), folder / "model.safetensors", metadata=metadata)
 
-    return start_or_continue(config, folder, corpus, model, method, export, console)
+    return start_or_continue(config, ranks, folder, corpus, model, method, export, console)
 
 
 def start_or_continue(
     config: Config,
+    ranks: Ranks,
     folder: Path,
     corpus: text.Corpus,
     model: nn.Module,
@@ -76,15 +79,22 @@ def start_or_continue(
     console: Console,
 ) -> Prepared:
     """Makes the folder of a new run, or takes a resumed one up from its newest good checkpoint."""
-    prepare_folder(config, folder, corpus.digest())
+    problem = None
+    if ranks.is_first:
+        try:
+            prepare_folder(config, folder, corpus.digest())
+        except ValueError as error:
+            problem = error
+    if problem := ranks.agree(problem):
+        raise problem
     saved, first_step = Saved(method.state, method.pool), 0
-    if config.resume and (loaded := load_checkpoint(folder / "checkpoints", saved)):
+    if config.resume and (loaded := load_checkpoint(folder / "checkpoints", saved, ranks)):
         saved, first_step = loaded.state, loaded.step
         for reason in loaded.refused:
             console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
     state = "continuing after" if config.resume else "starting at"
     console.print(f"{folder}: {state} step {first_step}", highlight=False, soft_wrap=True)
-    return Prepared(config, folder, corpus, model, method, saved, first_step, export)
+    return Prepared(config, ranks, folder, corpus, model, method, saved, first_step, export)
 
 
 def load_corpus(config: Config) -> text.Corpus:
@@ -101,37 +111,56 @@ def load_corpus(config: Config) -> text.Corpus:
     return text.tokenize(documents, tokenizer, window=config.seq_len + 1)
 
 
-def train(run: Prepared, console: Console) -> dict[str, Any]:
-    """Trains to the last step and returns the summary.
+def train(run: Prepared, console: Console) -> dict[str, Any] | None:
+    """Trains to the last step and returns the summary; or saves and returns None once SIGTERM asks it to end.
 
     Raises:
         DivergedError: if the loss or the gradient is no longer finite; the last good checkpoint stays.
+        DriftedError: if processes hold different states.
+        SaveError: if a checkpoint could not be written.
     """
     config, started = run.config, time.perf_counter()
     recorder = Recorder(run, console)
     step_fn = dl.compile_step(run.method.step) if config.compile else run.method.step
     state, pool = run.saved
-    with recorder.bar:
+    stop = torch.zeros(())
+    with recorder.bar, Preemption() as preemption, _saver(run) as saver:
         for step in range(run.first_step, config.steps):
             switched = run.method.schedule.switches(step, state.params())
             # Without a plan where nothing is switched, so that such a step costs nothing.
             plan = run.method.schedule(step, state.params()) if switched else None
             incoming = dl.draw(pool, plan) if pool and plan else None
-            lr = torch.tensor(config.lr_at(step))
-            state, metrics = step_fn(state, batch(run, step), lr, plan, incoming)
+            lr, asked = torch.tensor(config.lr_at(step)), torch.tensor(float(preemption.is_asked))
+            # Whether any process was asked to end comes with the gradients, so that all end after the same step. A look
+            # at the step before leaves a device one to work on.
+            is_last, before = step + 1 == config.steps, stop
+            state, metrics = step_fn(state, batch(run, step), lr, plan, incoming, asked.to(config.torch_device()))
+            stop = metrics.stop
             if pool and plan:
                 pool = dl.put_back(pool, plan, metrics.outgoing, donate=True)
             recorder.record(step, metrics, switched)
+            is_stopped = not is_last and before.item() > 0
             done = step + 1
-            if done == config.steps or done % config.eval_every == 0:
+            if is_last or done % config.eval_every == 0:
                 recorder.flush(validate=lambda: validate(run, state))  # noqa: B023, called at once
-            if done == config.steps or done % config.save_every == 0:
+            if run.ranks.group is not None and done % config.check_every == 0:
+                dl.check_replicas((state, pool), run.ranks.group)
+            if is_last or is_stopped or done % config.save_every == 0:
                 recorder.flush()  # sees that all is finite before it is saved
-                save_checkpoint(run.folder / "checkpoints", done, Saved(state, pool))
+                if run.ranks.group is not None:
+                    dl.check_replicas((state, pool), run.ranks.group)
+                saver.start(done, Saved(state, pool))
+            if is_stopped:
+                return None
     return finish(run, state, recorder, time.perf_counter() - started)
 
 
+def _saver(run: Prepared) -> Saver:
+    return Saver(run.folder / "checkpoints", run.ranks, keep=run.config.keep)
+
+
 def batch(run: Prepared, step: int) -> Tensor:
+    """The rows of this process, of a batch that is the same however many there are."""
     config = run.config
     tokens = text.batch(
         run.corpus.train,
@@ -140,7 +169,7 @@ def batch(run: Prepared, step: int) -> Tensor:
         seed=config.seed,
         step=step,
     )
-    return tokens.to(config.torch_device())
+    return tokens[:, run.ranks.rows(config.batch_size)].to(config.torch_device())
 
 
 def validate(run: Prepared, state: State) -> dict[str, float]:
@@ -155,19 +184,23 @@ def validation_loss(run: Prepared, state: State) -> float:
     config, dtype = run.config, run.config.compute_torch_dtype()
     batches = text.validation_batches(
         run.corpus.validation, config.eval_batches, config.batch_size, window=config.seq_len + 1
-    ).to(config.torch_device())
+    )[:, run.ranks.rows(config.batch_size)].to(config.torch_device())
     with torch.autocast(batches.device.type, dtype, enabled=dtype != torch.float32):
         losses = [next_token_loss(run.model, state.params(), tokens) for tokens in batches]
-    return torch.stack(losses).mean().item()
+    loss = torch.stack(losses).mean()
+    if run.ranks.group is not None:
+        loss = dl.mean_over_ranks(loss, run.ranks.group, share=run.ranks.share(config.batch_size))
+    return loss.item()
 
 
 class Recorder:
     """Collects metrics without waiting for the device, and writes and shows them a few steps at a time."""
 
     def __init__(self, run: Prepared, console: Console):
-        self.file = MetricsFile(run.folder / "metrics.jsonl", run.first_step)
+        self.file = MetricsFile(run.folder / "metrics.jsonl", run.first_step) if run.ranks.is_first else None
         self.bar = ProgressBar(console, run.config.steps, run.first_step)
-        self._config = run.config
+        self._config, self._ranks = run.config, run.ranks
+        self._wire = wire_bytes(run)
         self._pending: list[tuple[int, Metrics, int]] = []
         self._rates: list[float] = []  # tokens a second
         self._since = time.perf_counter()
@@ -186,7 +219,8 @@ class Recorder:
         self._rates.append(len(lines) * tokens_per_step / (time.perf_counter() - self._since))
         if validate is not None:
             lines[-1] |= validate()
-        self.file.append(lines)
+        if self.file:
+            self.file.append(lines)
         steps_left = self._config.steps - lines[-1]["step"]
         self.bar.show(lines[-1], self.tokens_per_second(), steps_left * tokens_per_step / self.tokens_per_second())
         self._pending.clear()
@@ -201,12 +235,22 @@ class Recorder:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(line[name]):
                 raise DivergedError(f"`{name}` must be finite to go on, got {line[name]} at step {step + 1}")
-        return line | {"lr": self._config.lr_at(step), "switched": switched}
+        wire = {"wire_bytes": self._wire._asdict()} if self._ranks.size > 1 else {}
+        return line | {"lr": self._config.lr_at(step), "switched": switched, **wire}
+
+
+def wire_bytes(run: Prepared) -> dl.WireBytes:
+    """Of a step of several processes."""
+    trainable, frozen, _ = run.method.state
+    return dl.wire_bytes(trainable, frozen, gathers=2 * run.config.grad_accum)
 
 
 def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> dict[str, Any]:
-    """Writes the model, the plot and the summary."""
-    run.export(state.params())
+    """Writes the model and the plot, by the first process, and returns the summary."""
+    params = dl.unshard(state.params())
+    if not run.ranks.is_first:
+        return {}
+    run.export(params)
     metrics = read_metrics(run.folder / "metrics.jsonl")
     unigram_loss = text.unigram_loss(run.corpus)
     plot(metrics, unigram_loss, run.folder / "loss.png")
@@ -216,7 +260,8 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
         "model": run.config.model,
         "steps": run.config.steps,
         "folder": str(run.folder),
-        **sizes(run.method),
+        "processes": run.ranks.size,
+        **sizes(run.method, wire_bytes(run)),
         "switched": sum(line["switched"] for line in metrics),
         "tokens_per_second": recorder.tokens_per_second(),
         "seconds": seconds,

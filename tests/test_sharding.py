@@ -1,0 +1,204 @@
+"""Bases of which each process holds some rows: the bits of the whole, a quarter of the memory, one weight at a time."""
+
+import weakref
+
+import pytest
+import torch
+from ranks import in_ranks
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dynlora_fn as dl
+
+BASES = [(None, None), ("bfloat16", "int8"), ("int8", "bfloat16"), ("int8", None), ("float8", "int8")]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(18, 18), nn.GELU()) for _ in range(3)]
+    return nn.Sequential(*layers, nn.Linear(18, 3))  # on four processes 5, 5, 5 and 3 rows, and 1, 1, 1 and none
+
+
+NET = net()
+
+
+def fresh(base, residual) -> dict:
+    return dl.init(NET, rank=2, seed=0, targets=["*.weight"], base=base, residual=residual)
+
+
+def bits(tree) -> list[bytes]:
+    return [leaf.contiguous().flatten().view(torch.uint8).numpy().tobytes() for leaf in tree_leaves(tree)]
+
+
+def bytes_of(tree) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree))
+
+
+class Gathered(TorchDispatchMode):
+    """The bytes that are gathered, and the most of them that are in memory at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.most = self.scattered = 0
+        self._alive: dict[int, tuple[weakref.ref, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        self.scattered += "reduce_scatter" in name
+        if "all_gather_into_tensor" in name:
+            size = result.numel() * result.element_size()
+            self.total += size
+            storage = result.untyped_storage()
+            self._alive = {at: pair for at, pair in self._alive.items() if pair[0]() is not None}
+            self._alive[storage.data_ptr()] = weakref.ref(storage), size
+            self.most = max(self.most, sum(one for _, one in self._alive.values()))
+        return result
+
+
+# --- the bits of the whole
+
+
+def _compare(base, residual) -> None:
+    group = torch.distributed.group.WORLD
+    params = fresh(base, residual)
+    before = bits(params)
+    sharded = dl.shard(params, group)
+    assert bits(params) == before
+    assert bits(dl.unshard(sharded)) == before
+    assert bits(dl.materialize(sharded)) == bits(dl.materialize(params))
+    assert bits(dl.state_dict(NET, sharded)) == bits(dl.state_dict(NET, params))
+
+    plan = dl.every(1)(1, params)
+    merged = {kind: dl.merge(one) for kind, one in (("whole", params), ("sharded", sharded))}
+    switched = {kind: dl.switch(one, plan).params for kind, one in merged.items()}
+    waiting = {kind: dl.switch(dl.defer(one, vectors=8), plan).params for kind, one in merged.items()}
+    folded = {kind: dl.fold_pending(one) for kind, one in waiting.items()}
+    assert bits(merged["whole"]) != bits(switched["whole"]) != bits(folded["whole"])
+    for pair in (merged, switched, folded):
+        assert bits(dl.partition(pair["sharded"]).trainable) == bits(dl.partition(pair["whole"]).trainable)
+        if base is None:
+            assert bits(dl.unshard(pair["sharded"])) == bits(pair["whole"])
+        # The product that is folded into codes is one of a matrix with fewer rows: a processor may round its last bit
+        # in another way.
+        weights = [dl.materialize(dl.unshard(one)) for one in (pair["sharded"], pair["whole"])]
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+        drifts = [dl.drift(one) for one in (pair["sharded"], pair["whole"])]
+        torch.testing.assert_close(*drifts, rtol=1e-4, atol=0, equal_nan=True)
+
+    for tokens in (1, 4096):  # the path is the cheapest one for so many
+        x = torch.randn(tokens, 18)
+        grads = [dl.value_and_grad(_loss)(one[0], one[1], x) for one in map(dl.partition, (params, sharded))]
+        assert bits(grads[0]) == bits(grads[1])
+    via = dl.value_and_grad(_loss, via="autograd")(*dl.partition(sharded), x)
+    torch.testing.assert_close(via, grads[0])
+    per_sample = torch.func.vmap(torch.func.grad(_loss), in_dims=(None, None, 0))
+    rows = [per_sample(*dl.partition(one), x[:3, None]) for one in (params, sharded)]
+    torch.testing.assert_close(rows[1], rows[0])
+
+
+def _loss(trainable, frozen, x):
+    return dl.call(NET, dl.combine(trainable, frozen), x).square().mean()
+
+
+def _compare_all(bases) -> None:
+    for base, residual in bases:
+        _compare(base, residual)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_sharded_base_gives_the_bits_of_the_whole_one(size: int):
+    in_ranks(size, _compare_all, BASES if size > 1 else BASES[:1])
+
+
+# --- memory and messages
+
+
+def _memory_and_messages(base, residual) -> dict:
+    group = torch.distributed.group.WORLD
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)))
+    params = dl.init(model, rank=4, seed=0, targets=["*.0.weight"], base=base, residual=residual)
+    sharded = dl.shard(params, group)
+    trainable, frozen = dl.partition(sharded)
+
+    def loss(trainable):
+        return dl.call(model, dl.combine(trainable, frozen), torch.ones(256, 64)).square().mean()
+
+    with Gathered() as step:
+        dl.value_and_grad(loss)(trainable)
+    with Gathered() as switch:
+        switched, _ = dl.switch(sharded, dl.every(1)(1, sharded))
+        dl.merge(switched)
+    (name,) = (name for name in params if name.endswith("weight"))
+    held, whole = sharded[name].base.base, params[name].base
+    codes = whole if isinstance(whole, torch.Tensor) else whole.codes
+    return {
+        "share": bytes_of(held) / bytes_of(whole),
+        "step": step,
+        "one": bytes_of(codes) / 6,
+        "predicted": dl.wire_bytes(trainable, frozen).bases,
+        "switch": switch.total,
+    }
+
+
+@pytest.mark.parametrize(("base", "residual"), [(None, None), ("int8", "bfloat16")])
+def test_a_quarter_is_held_one_weight_is_gathered_at_a_time_and_a_switch_sends_nothing(base, residual):
+    for found in in_ranks(4, _numbers, base, residual):
+        assert found["share"] == 0.25
+        assert found["most"] <= found["one"]
+        # Forward and backward, in the very codes that are stored; nothing else and nothing scattered.
+        assert found["total"] == found["predicted"] == 2 * 6 * found["one"]
+        assert found["scattered"] == found["switch"] == 0
+
+
+def _numbers(base, residual) -> dict:
+    found = _memory_and_messages(base, residual)
+    step = found.pop("step")
+    return {**found, "most": step.most, "total": step.total, "scattered": step.scattered}
+
+
+# --- what is refused
+
+
+def _refusals() -> None:
+    group = torch.distributed.group.WORLD
+    linear = nn.Linear(64, 64)
+    sharded = dl.shard(dl.init(linear, rank=2, seed=0, targets=["weight"]), group)
+    with pytest.raises(ValueError, match="must not be sharded already, got 'weight'"):
+        dl.shard(sharded, group)
+    with pytest.raises(ValueError, match="must be quantized before they are sharded, got 'weight'"):
+        dl.quantize(sharded, "int8")
+    nf4 = dl.init(linear, rank=2, seed=0, targets=["weight"], base="nf4", residual=None)
+    with pytest.raises(ValueError, match=r"whose rows have scales of their own.*got 'weight' in nf4"):
+        dl.shard(nf4, group)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "model"))
+    with pytest.raises(ValueError, match="`group` must be a mesh of one dimension"):
+        dl.shard(dl.unshard(sharded), mesh)
+    assert dl.shard(dl.unshard(sharded), mesh["data"])["weight"].base.sharding.rows == 64
+
+
+def test_what_cannot_be_sharded_is_refused_by_name():
+    in_ranks(1, _refusals)
+
+
+# --- by their place in the whole
+
+
+def _dtensors() -> None:
+    group = torch.distributed.group.WORLD
+    params = fresh("int8", "bfloat16")
+    sharded = dl.shard(params, group)
+    placed = dl.as_dtensors({"params": sharded})["params"]
+    for name in ("3.weight", "*.*.weight"):
+        held, whole = placed[name].base.base, params[name].base
+        for one, other in zip((held.codes.codes, held.residual), (whole.codes.codes, whole.residual), strict=True):
+            assert one.shape == other.shape
+            assert torch.equal(one.full_tensor(), other)
+    placed["3.weight"].base.base.codes.codes.to_local().zero_()
+    assert not sharded["3.weight"].base.base.codes.codes.any()  # the same memory
+
+
+def test_dtensors_have_the_whole_ones_shape_and_the_shards_memory():
+    in_ranks(2, _dtensors)
