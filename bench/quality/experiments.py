@@ -1,0 +1,112 @@
+"""What each experiment asks: rows, each of which is swept and run with all seeds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from bench.quality.runs import METHODS, Run
+from bench.quality.store import Found
+from bench.quality.sweeps import Stage, at_seeds, swept
+
+Rows = dict[str, Stage]  # by what the table calls them; the first is what the others are compared with
+Experiment = Callable[[Found, str], Rows]
+
+
+def contenders(size: str, fraction: int) -> dict[str, Run]:
+    runs = {method: Run(size, method, fraction) for method in METHODS if method != "full"}
+    switched = runs.pop("switchlora")
+    return {
+        "full rank": Run(size, "full"),
+        **{
+            {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOLLO"}[name]: run
+            for name, run in runs.items()
+        },
+        "SwitchLoRA, pool": replace(switched, candidates="pool"),
+        "switched, seeded": switched,
+    }
+
+
+def methods(found: Found, size: str) -> Rows:
+    """All methods at rank d/4."""
+    rows = {name: swept(found, run) for name, run in contenders(size, 4).items()}
+    seeded = rows["switched, seeded"]
+    quantized = [replace(run, base="int8+bfloat16") for run in seeded.runs]
+    return {**rows, "switched, int8+bfloat16": of_runs(found, quantized)}
+
+
+def ranks(found: Found, size: str) -> Rows:
+    """All methods at rank d/8 and d/2."""
+    rows = {"full rank": swept(found, Run(size, "full"))}
+    for fraction in (8, 2):
+        for name, run in contenders(size, fraction).items():
+            if name != "full rank":
+                rows[f"{name}, d/{fraction}"] = swept(found, run)
+    return rows
+
+
+def rates(found: Found, size: str) -> Rows:
+    """A rate of their own for embedding, head and norms."""
+    rows = {}
+    for name, run in contenders(size, 4).items():
+        for over in (1.0, 0.25, 0.0625):
+            rows[f"{name}, {over:g} of the rate"] = swept(found, replace(run, dense_lr=over))
+    return rows
+
+
+def of_runs(found: Found, runs: Sequence[Run]) -> Stage:
+    return Stage([run for run in runs if run not in found], list(runs))
+
+
+def ablated(found: Found, baseline: Stage, changes: dict[str, dict]) -> Rows:
+    """Each change alone, at the baseline's rate."""
+    rows = {"baseline": baseline}
+    if baseline.missing:
+        return rows
+    return rows | {name: at_seeds(found, replace(baseline.runs[0], **change)) for name, change in changes.items()}
+
+
+SCHEDULES = {
+    "never": {"method": "lora", "start": "switchlora"},
+    "ratio 0.05": {"ratio": 0.05},
+    "ratio 0.25": {"ratio": 0.25},
+    "ratio 0.5": {"ratio": 0.5},
+    "no decay": {"ratio": 0.0},
+    "no decay, ending at 0.8": {"ratio": 0.0, "until": 0.8},
+    "ratio 0.1, floor 0.2": {"floor": 0.2},
+    "interval 10, freeze 0": {"interval": 10, "freeze": 0},
+    "interval 10, freeze 2": {"interval": 10, "freeze": 2},
+    "interval 10": {"interval": 10},
+    "interval 20": {"interval": 20},
+    "interval 80": {"interval": 80},
+    "interval 160": {"interval": 160},
+    "freeze 0": {"freeze": 0},
+    "freeze 2": {"freeze": 2},
+    "freeze 10": {"freeze": 10},
+    "fold every 5": {"every": 5, "freeze": 5},
+    "fold every 20": {"every": 20, "freeze": 5},
+}
+RULES = {
+    "keep": {"rule": "keep", "freeze": 0},
+    "keep, frozen": {"rule": "keep"},
+    "reset_thawed": {"rule": "reset_thawed"},
+    "transport": {"rule": "transport", "freeze": 0},
+    "prune": {"rule": "prune", "freeze": 0},
+    "pool, in turn": {"candidates": "pool"},
+    "pool, at random": {"candidates": "pool", "order": "random"},
+    "outside the span": {"candidates": "orthogonal"},
+    "zero-started": {"incoming": "zero"},
+    "zero-started, freeze 0": {"incoming": "zero", "freeze": 0},
+    "start: lora": {"start": "lora"},
+    "start x 0.5": {"start_scale": 0.5},
+    "start x 2": {"start_scale": 2.0},
+    "side b x 4": {"side_lr": 4.0},
+    "side b x 16": {"side_lr": 16.0},
+    "side b x 1/4": {"side_lr": 0.25},
+}
+
+
+def ablations(found: Found, size: str) -> Rows:
+    """One setting at a time of the paper's recipe, seeded, at its best rate."""
+    return ablated(found, swept(found, Run(size, "switchlora")), {**SCHEDULES, **RULES})
+
+
+EXPERIMENTS: dict[str, Experiment] = {"methods": methods, "ranks": ranks, "rates": rates, "ablations": ablations}
