@@ -28,7 +28,7 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "large": 200.0}
 @dataclass(frozen=True)
 class Quality:
     experiment: tyro.conf.Positional[str]
-    """methods, ranks, rates or ablations."""
+    """methods, ranks or ablations."""
     sizes: tuple[str, ...] = ("small",)
     text: tuple[Path, ...] = ()
     """Files or folders to train on, instead of the standard library."""
@@ -76,8 +76,9 @@ def main(config: Quality) -> None:
 def _print_plan(console: Console, missing: Sequence[Run], found: store.Found, size: str) -> None:
     known = [line["seconds"] for run, line in found.items() if run.size == size]
     seconds = median(known) if known else _GUESS[size]
+    minutes = len(missing) * seconds / 60
     console.print(
-        f"{len(missing)} runs of {size} to make before the next choice, about {len(missing) * seconds / 60:.0f} minutes:"
+        f"{len(missing)} runs of {size} before the next choice, about {minutes:.0f} minutes:", highlight=False
     )
     for run in missing:
         console.print(f"  {run.described()}", highlight=False, soft_wrap=True)

@@ -1,5 +1,7 @@
 """Full-rank AdamW, and GaLore and APOLLO from their packages: methods that train the dense weights."""
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -7,15 +9,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
-from bench.quality.job import Job, Rates
+from bench.quality.job import CLIP, Job
 from bench.quality.runs import Run
 from models.llama import TARGETS
-
-_CLIP = 1.0
 
 
 def count_bytes(tree: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def inner_names(weights: Mapping[str, Tensor]) -> set[str]:
+    """Of the matrices that the low-rank methods have factors of."""
+    return {name for name in weights if any(fnmatchcase(name, target) for target in TARGETS)}
 
 
 class FullRank:
@@ -25,13 +30,14 @@ class FullRank:
         self._run, self._update = run, job.full_update
         trainable = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
         self._state = (trainable, job.optimizer.init(trainable))
+        self._inner = inner_names(trainable)
 
     def weights(self) -> dict[str, Tensor]:
         return self._state[0]
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
         lr = torch.tensor(self._run.lr * scale)
-        rates = Rates(dl.Factors(lr, lr), lr * self._run.dense_lr)
+        rates = {name: lr if name in self._inner else lr * self._run.dense_lr for name in grads}
         self._state, _ = self._update(self._state, grads, rates)
 
     def bytes(self) -> dict[str, int]:
@@ -47,11 +53,11 @@ class Packaged:
     def __init__(self, job: Job, run: Run):
         self._run = run
         self._weights = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
-        inner = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=TARGETS)
+        inner = inner_names(self._weights)
         low, rest = [], []
         self._members: list[tuple[nn.Parameter, str, int | None]] = []
         for name, leaf in self._weights.items():
-            is_low = isinstance(inner[name], dl.LowRank)
+            is_low = name in inner
             for number in range(len(leaf)) if is_low else [None]:
                 parameter = nn.Parameter(leaf if number is None else leaf[number])  # of the same memory
                 self._members.append((parameter, name, number))
@@ -79,7 +85,7 @@ class Packaged:
             group["lr"] = self._run.lr * scale * (self._run.dense_lr if group["kind"] == "dense" else 1.0)
         for parameter, name, number in self._members:
             parameter.grad = grads[name] if number is None else grads[name][number]
-        nn.utils.clip_grad_norm_([parameter for parameter, *_ in self._members], _CLIP)
+        nn.utils.clip_grad_norm_([parameter for parameter, *_ in self._members], CLIP)
         self._optimizer.step()
 
     def bytes(self) -> dict[str, int]:

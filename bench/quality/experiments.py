@@ -43,15 +43,6 @@ def ranks(found: Found, size: str) -> Rows:
     return rows
 
 
-def rates(found: Found, size: str) -> Rows:
-    """A rate of their own for embedding, head and norms."""
-    rows = {}
-    for name, run in contenders(size, 4).items():
-        for over in (1.0, 0.25, 0.0625):
-            rows[f"{name}, {over:g} of the rate"] = swept(found, replace(run, dense_lr=over))
-    return rows
-
-
 def of_runs(found: Found, runs: Sequence[Run]) -> Stage:
     return Stage([run for run in runs if run not in found], list(runs))
 
@@ -109,4 +100,4 @@ def ablations(found: Found, size: str) -> Rows:
     return ablated(found, swept(found, Run(size, "switchlora")), {**SCHEDULES, **RULES})
 
 
-EXPERIMENTS: dict[str, Experiment] = {"methods": methods, "ranks": ranks, "rates": rates, "ablations": ablations}
+EXPERIMENTS: dict[str, Experiment] = {"methods": methods, "ranks": ranks, "ablations": ablations}

@@ -7,11 +7,12 @@ same arithmetic.
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
 from bench.quality.runs import Size
@@ -19,14 +20,7 @@ from models import corpus as text
 from models.llama import Llama, init_weights
 
 VALIDATION = 128  # windows
-_CLIP = 1.0
-
-
-class Rates(NamedTuple):
-    """Of one step, 0-d tensors."""
-
-    factors: dl.Factors  # of each side
-    dense: Tensor
+CLIP = 1.0
 
 
 class Job:
@@ -72,18 +66,14 @@ class Job:
         return self._low_rank_updates[rank]
 
     def _updater(self) -> Callable[..., Any]:
-        """Clip and AdamW in one graph: ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm)."""
+        """Clip and AdamW in one graph, ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm), with a
+        rate for each leaf."""
 
-        def update(state: Any, grads: Any, rates: Rates) -> tuple[Any, Tensor]:
+        def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
             trainable, opt_state = state
-            grads, norm = dl.clip_by_global_norm(grads, _CLIP)
+            grads, norm = dl.clip_by_global_norm(grads, CLIP)
             directions, opt_state = self.optimizer.update(grads, opt_state, trainable, lr=1.0)
-            updates = {
-                name: dl.Factors(leaf.b * rates.factors.b, leaf.a * rates.factors.a)
-                if isinstance(leaf, dl.Factors)
-                else leaf * rates.dense
-                for name, leaf in directions.items()
-            }
+            updates = tree_map(torch.mul, directions, rates)
             return (dl.apply_updates(trainable, updates), opt_state), norm
 
         return dl.compile_step(update, backend=self._backend)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from bench.quality import schedules
 from bench.quality.dense_methods import count_bytes
-from bench.quality.job import Job, Rates, factor_gradients
+from bench.quality.job import Job, factor_gradients
 from bench.quality.measures import overlap
 from bench.quality.runs import SIZES, Run
 from models.llama import TARGETS
@@ -61,14 +61,15 @@ class LowRankMethod:
         if (step + 1) % (SIZES[self._run.size].steps // 8) == 0:
             self._follow()
 
-    def _rates(self, step: int, scale: float) -> Rates:
+    def _rates(self, step: int, scale: float) -> dict[str, Any]:
         run = self._run
         if run.method == "relora":  # jagged: each merge warms up again, over a twentieth of its part of the run
             every = max(1, round(run.merge_every * SIZES[run.size].steps))
             warmup = max(1, round(every / 20))
             scale *= min(1.0, ((step + 1) % every + 1) / warmup) if step + 1 >= every else 1.0
         lr, side = torch.tensor(run.lr * scale), math.sqrt(run.side_lr)
-        return Rates(dl.Factors(b=lr * side, a=lr / side), lr * run.dense_lr)
+        factors, dense = dl.Factors(b=lr * side, a=lr / side), lr * run.dense_lr
+        return {name: factors if isinstance(param, dl.LowRank) else dense for name, param in self.params.items()}
 
     def _switch(self, step: int) -> None:
         run, before = self._run, self.params

@@ -26,24 +26,27 @@ def loss_of(found: Found, run: Run) -> float:
 
 
 def swept(found: Found, run: Run, *, seeds: Sequence[int] = SEEDS) -> Stage:
-    """The best rate of a grid by factors of 2 at the first seed, and that rate at all seeds.
+    """The best rates at the first seed, run at all seeds: that of the matrices or factors, and that of embedding, head
+    and norms.
 
-    The grid has three rates around the papers' and grows at an end for as long as the best one lies there: it ends with
-    a rate on either side of the best that is worse.
+    A search by neighbors from the papers' rate for both: one twice or half as high, the other four times or a quarter
+    as high, until all four neighbors are worse.
     """
-    center = CENTERS[run.method]
-    exponents = [-1, 0, 1]
+    best = replace(run, lr=CENTERS[run.method], dense_lr=1.0, seed=seeds[0])
     while True:
-        runs = {exponent: replace(run, lr=center * 2.0**exponent, seed=seeds[0]) for exponent in exponents}
-        if missing := [one for one in runs.values() if one not in found]:
+        near = [best, *neighbors(best)]
+        if missing := [one for one in near if one not in found]:
             return Stage(missing, [])
-        best = min(exponents, key=lambda exponent: loss_of(found, runs[exponent]))
-        if best == exponents[0]:
-            exponents = [best - 1, *exponents]
-        elif best == exponents[-1]:
-            exponents = [*exponents, best + 1]
-        else:
-            return at_seeds(found, runs[best], seeds)
+        better = min(near, key=lambda one: loss_of(found, one))  # of equals the first
+        if better == best:
+            return at_seeds(found, best, seeds)
+        best = better
+
+
+def neighbors(run: Run) -> list[Run]:
+    """One rate is another and the other stays: `dense_lr` is relative to `lr`."""
+    moves = [(2.0, 0.5), (0.5, 2.0), (1.0, 4.0), (1.0, 0.25)]
+    return [replace(run, lr=run.lr * lr, dense_lr=run.dense_lr * dense) for lr, dense in moves]
 
 
 def at_seeds(found: Found, run: Run, seeds: Sequence[int] = SEEDS) -> Stage:
