@@ -27,6 +27,7 @@ ALLOWED = {
     "formats": FIRST,
     "opaque_codes": FIRST | {"base", "formats"},
     "bases": CODES,
+    "compensation": FIRST | {"base", "bases", "optim"},
     "quantized": CODES | {"bases"},
     "deferred": FIRST | {"bases"},
     "torchao_tensors": CODES | {"bases", "stacking"},
