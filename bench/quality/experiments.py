@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from bench.quality.runs import METHODS, Run
+from bench.quality.runs import Run
 from bench.quality.store import Found
 from bench.quality.sweeps import Stage, at_seeds, swept
 
@@ -11,35 +11,36 @@ Rows = dict[str, Stage]  # by what the table calls them; the first is what the o
 Experiment = Callable[[Found, str], Rows]
 
 
+COMPENSATE = 0.1  # over the factors' rate of 2e-2: 2e-3
+NAMES = {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOLLO"}
+
+
 def contenders(size: str, fraction: int) -> dict[str, Run]:
-    runs = {method: Run(size, method, fraction) for method in METHODS if method != "full"}
-    switched = runs.pop("switchlora")
+    """Full rank apart. The last one folds what the factors miss into the base, at the papers' rate for full rank."""
+    switched = Run(size, "switchlora", fraction)
     return {
-        "full rank": Run(size, "full"),
-        **{
-            {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOLLO"}[name]: run
-            for name, run in runs.items()
-        },
+        **{name: Run(size, method, fraction) for method, name in NAMES.items()},
         "SwitchLoRA, pool": replace(switched, candidates="pool"),
         "switched, seeded": switched,
+        "switched, compensated": replace(switched, compensate=COMPENSATE),
     }
 
 
 def methods(found: Found, size: str) -> Rows:
     """All methods at rank d/4."""
-    rows = {name: swept(found, run) for name, run in contenders(size, 4).items()}
-    seeded = rows["switched, seeded"]
-    quantized = [replace(run, base="int8+bfloat16") for run in seeded.runs]
-    return {**rows, "switched, int8+bfloat16": of_runs(found, quantized)}
+    rows = {"full rank": swept(found, Run(size, "full"))}
+    rows |= {name: swept(found, run) for name, run in contenders(size, 4).items()}
+    for name in ("switched, seeded", "switched, compensated"):
+        quantized = [replace(run, base="int8+bfloat16") for run in rows[name].runs]
+        rows[f"{name}, int8+bfloat16"] = of_runs(found, quantized)
+    return rows
 
 
 def ranks(found: Found, size: str) -> Rows:
     """All methods at rank d/8 and d/2."""
     rows = {"full rank": swept(found, Run(size, "full"))}
     for fraction in (8, 2):
-        for name, run in contenders(size, fraction).items():
-            if name != "full rank":
-                rows[f"{name}, d/{fraction}"] = swept(found, run)
+        rows |= {f"{name}, d/{fraction}": swept(found, run) for name, run in contenders(size, fraction).items()}
     return rows
 
 
@@ -100,4 +101,36 @@ def ablations(found: Found, size: str) -> Rows:
     return ablated(found, swept(found, Run(size, "switchlora")), {**SCHEDULES, **RULES})
 
 
-EXPERIMENTS: dict[str, Experiment] = {"methods": methods, "ranks": ranks, "ablations": ablations}
+ALONE = 2.0**-40  # of the factors' rate: only the base learns, and embedding, head and norms
+COMPENSATIONS = {
+    "never switched": {"method": "lora", "start": "switchlora"},
+    "without": {"compensate": 0.0},
+    "without, never switched": {"compensate": 0.0, "method": "lora", "start": "switchlora"},
+    "half the rate": {"compensate": COMPENSATE / 2},
+    "twice the rate": {"compensate": COMPENSATE * 2},
+    "rows": {"normalize": "rows"},
+    "rows, half the rate": {"normalize": "rows", "compensate": COMPENSATE / 2},
+    "every 2nd step": {"compensate_every": 2},
+    "every 4th step": {"compensate_every": 4},
+    "every 8th step": {"compensate_every": 8},
+    "in int8": {"reduced": "int8"},
+    "in int8, every 4th step": {"reduced": "int8", "compensate_every": 4},
+}
+
+
+def compensation(found: Found, size: str) -> Rows:
+    """What is folded into the base beside the factors, at its best rates, and each change of it alone."""
+    baseline = swept(found, Run(size, "switchlora", compensate=COMPENSATE))
+    rows = ablated(found, baseline, COMPENSATIONS)
+    for run in baseline.runs[:1]:
+        alone = replace(run, lr=run.lr * ALONE, dense_lr=run.dense_lr / ALONE, compensate=run.compensate / ALONE)
+        rows["alone, factors at rest"] = at_seeds(found, alone)
+    return rows
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "methods": methods,
+    "ranks": ranks,
+    "ablations": ablations,
+    "compensation": compensation,
+}

@@ -77,17 +77,3 @@ class Job:
             return (dl.apply_updates(trainable, updates), opt_state), norm
 
         return dl.compile_step(update, backend=self._backend)
-
-
-def factor_gradients(grads: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Any]:
-    """By the chain rule, of the gradients by dense weights."""
-    new: dict[str, Any] = {}
-    for name, param in params.items():
-        grad = grads[name]
-        if isinstance(param, dl.LowRank):
-            b, a = param.factors
-            grad = grad / b.shape[-1]
-            new[name] = dl.Factors(b=grad @ a.mT, a=b.mT @ grad)
-        else:
-            new[name] = grad
-    return new

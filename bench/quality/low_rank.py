@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from bench.quality import schedules
 from bench.quality.dense_methods import count_bytes
-from bench.quality.job import Job, factor_gradients
+from bench.quality.job import Job
 from bench.quality.measures import overlap
 from bench.quality.runs import SIZES, Run
 from models.llama import TARGETS
@@ -45,7 +45,8 @@ class LowRankMethod:
         return dl.materialize(self.params)
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
-        own = factor_gradients(grads, self.params)
+        own = dl.project_gradients(grads, self.params)
+        self._compensate(step, grads, scale)
         switched = self._schedule.switches(step, self.params)
         self._switched += switched
         is_looked_at = switched and len(self._jumps) * SIZES[self._run.size].steps <= step * _LOOKS
@@ -60,6 +61,14 @@ class LowRankMethod:
             self._jumps.append((step, *losses, self._loss(tokens)))
         if (step + 1) % (SIZES[self._run.size].steps // 8) == 0:
             self._follow()
+
+    def _compensate(self, step: int, grads: dict[str, Tensor], scale: float) -> None:
+        run = self._run
+        if run.compensate and step % run.compensate_every == 0:
+            inner = {name: grads[name] for name in _low_rank(self.params)}
+            inner = {name: in_int8(grad) for name, grad in inner.items()} if run.reduced == "int8" else inner
+            lr = run.lr * scale * run.compensate
+            self.params = dl.compensate(self.params, inner, lr=lr, normalize=run.normalize)
 
     def _rates(self, step: int, scale: float) -> dict[str, Any]:
         run = self._run
@@ -113,12 +122,15 @@ class LowRankMethod:
     def bytes(self) -> dict[str, int]:
         held = [_codes_and_residual(param.base) for param in _low_rank(self.params).values()]
         trainable = dl.partition(self.params).trainable
+        run, dense = self._run, 0.0
+        if run.compensate:
+            dense = sum(param.shape.numel() for param in _low_rank(self.params).values()) / run.compensate_every
         return {
             "state": count_bytes(self._opt_state),
             "factors": count_bytes([param.factors for param in _low_rank(self.params).values()]),
             "bases": count_bytes(held),
             "candidates": count_bytes(self._pool),
-            "communicated": count_bytes(trainable),
+            "communicated": count_bytes(trainable) + round(dense * (1 if run.reduced == "int8" else 4)),
         }
 
     def measures(self) -> dict[str, Any]:
@@ -134,6 +146,12 @@ class LowRankMethod:
 
 def _low_rank(params: Mapping[str, Any]) -> dict[str, dl.LowRank]:
     return {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
+
+
+def in_int8(grad: Tensor) -> Tensor:
+    """Rounded to 255 steps a row."""
+    step = grad.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny) / 127
+    return (grad / step).round() * step
 
 
 def _scaled(param: Any, scale: float) -> Any:

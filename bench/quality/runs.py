@@ -65,9 +65,9 @@ class Run:
 
     # what the factors miss, folded into the base
     compensate: float = 0.0  # its rate over `lr`; 0: none
-    limit: float = 1.01  # on the growth of its norm
     compensate_every: int = 1
-    sketch: int = 0  # vectors of the seeded projection it is sent by; 0: the dense gradient
+    normalize: Literal["spectrum", "rows"] = "spectrum"
+    reduced: Literal["float32", "int8"] = "float32"  # the dense gradient, before its parts are added up
 
     def rank(self) -> int:
         return SIZES[self.size].width // self.fraction
