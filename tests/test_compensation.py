@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, compensate, project_gradients
+from dynlora_fn.bases import dequantize, fold_base
 
 NORMALIZE = ["spectrum", "rows"]
 SHAPE = Shape(6, 8, 2)
@@ -35,7 +36,7 @@ def normalized(rest: Tensor, normalize: str) -> Tensor:
     return u @ torch.diag_embed(values) @ v * max(rest.shape[-2:]) ** 0.5
 
 
-def change(param: LowRank, grad: Tensor | Factors, normalize: str, lr: float = 0.5) -> Tensor:
+def change(param: LowRank, grad: Tensor, normalize: str, lr: float = 0.5) -> Tensor:
     return compensate(param, grad, lr=lr, normalize=normalize).base.double() - param.base.double()
 
 
@@ -79,16 +80,6 @@ def test_its_size_does_not_depend_on_the_gradients(normalize):
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("stack", [(), (3,)])
-@pytest.mark.parametrize("vectors", [1, 3, 8])
-def test_a_product_is_taken_as_the_gradient_that_it_stands_for(vectors, stack, normalize):
-    param = low_rank(SHAPE, stack)
-    product = Factors(b=normal(1, *stack, 6, vectors), a=normal(2, *stack, vectors, 8))
-    wanted = change(param, product.b @ product.a, normalize)
-    assert_within(change(param, product, normalize), wanted, 1e-9 * wanted.abs().max())
-
-
-@pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @given(seed=st.integers(0, 99))
 def test_nothing_changes_where_factors_reach_all(dtype, normalize, seed):
@@ -115,17 +106,24 @@ def test_vectors_that_are_zero_or_equal_span_nothing():
 @given(quantized_params(), st.sampled_from(NORMALIZE))
 def test_a_base_in_low_precision_is_folded_into_as_by_a_switch(param, normalize):
     grad = normal(3, *param.shape, dtype=torch.float32)
-    got = compensate(param, grad, lr=1e-2, normalize=normalize)
-    wide = param._replace(base=torch.zeros(param.shape, dtype=torch.float64))
-    moved = compensate(wide, grad, lr=1e-2, normalize=normalize).base
-    eye = torch.eye(param.shape[-1], dtype=moved.dtype).expand(*moved.shape[:-2], -1, -1)
-    from dynlora_fn.bases import fold_base
+    wide = torch.promote_types(torch.float32, param.factors.b.dtype)
+    zero = param._replace(base=torch.zeros(param.shape, dtype=wide))
+    moved = compensate(zero, grad, lr=1e-2, normalize=normalize).base
+    eye = torch.eye(param.shape[-1], dtype=wide).expand(*moved.shape[:-2], -1, -1)
+    with untouched(param, grad):
+        got = compensate(param, grad, lr=1e-2, normalize=normalize)
+    assert_same(got, param._replace(base=fold_base(param.base, moved, eye, rank=1, name="w")))
 
-    wanted = fold_base(param.base, moved, eye, rank=1, name="w")
-    dense = [dl.materialize(param._replace(base=base)) for base in (got.base, wanted)]
-    scale = dense[1].abs().amax() + moved.abs().amax()
-    assert_within(dense[0], dense[1], 0.3 * float(scale))  # a number may fall on the other side of a code's limit
-    assert_same(got._replace(base=param.base), param)
+
+def test_changes_below_a_quantization_step_add_up():
+    param = dl.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
+    exact = param._replace(base=dequantize(param.base, torch.float32))
+    step, grad = float(exact.base.abs().max()) / 127, normal(1, 8, 16)
+    before = dl.materialize(exact)
+    for _ in range(40):
+        param, exact = (compensate(one, grad, lr=step / 20) for one in (param, exact))
+    assert (dl.materialize(exact) - before).abs().max() > 2 * step
+    assert_within(dl.materialize(param), dl.materialize(exact), step)
 
 
 def test_a_deferred_base_is_folded_into_below_what_waits():
@@ -156,8 +154,7 @@ def test_compiled_it_is_the_same_for_any_rate(normalize):
         return compensate(state, grads, lr=lr, normalize=normalize), None
 
     compiled = dl.compile_step(step, backend="aot_eager", donate=False)
-    with torch.compiler.set_stance("default"):
-        compiled(params, torch.tensor(0.1))
+    compiled(params, torch.tensor(0.1))
     with torch.compiler.set_stance("fail_on_recompile"):
         for lr in (torch.tensor(0.1), torch.tensor(0.2)):
             assert_same(compiled(params, lr).state, compensate(params, grads, lr=lr, normalize=normalize))
@@ -175,7 +172,6 @@ def test_projected_gradients_are_those_by_the_factors(path):
     got = project_gradients({"w": dense, "bias": dense[0]}, {"w": param, "bias": param.base[0]})
     for side, own in zip(got["w"], wanted, strict=True):
         assert_within(side, own, 1e-12 * own.abs().max())
-    assert got["bias"] is not None
     assert_same(got["bias"], dense[0])
 
 
@@ -186,16 +182,9 @@ def test_projected_gradients_keep_shapes_and_dtypes(param):
         assert (side.shape, side.dtype) == (own.shape, own.dtype)
 
 
-@pytest.mark.parametrize(
-    ("grad", "message"),
-    [
-        (torch.ones(8, 6), r"`grads` must .*\(6, 8\).* for 'w', got \(8, 6\)"),
-        (Factors(torch.ones(6, 3), torch.ones(2, 8)), r"got \(6, 3\) and \(2, 8\)"),
-    ],
-)
-def test_a_gradient_of_another_shape_is_refused(grad, message):
-    with pytest.raises(ValueError, match=message):
-        compensate({"w": low_rank(SHAPE)}, {"w": grad}, lr=0.1)
+def test_a_gradient_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"`grads` must have shape \(6, 8\) for 'w', got \(8, 6\)"):
+        compensate({"w": low_rank(SHAPE)}, {"w": torch.ones(8, 6)}, lr=0.1)
 
 
 def test_an_unknown_way_to_normalize_is_refused():

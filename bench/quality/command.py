@@ -16,6 +16,7 @@ from bench.quality.dense_methods import FullRank, Packaged
 from bench.quality.experiments import EXPERIMENTS
 from bench.quality.job import Job
 from bench.quality.low_rank import LowRankMethod
+from bench.quality.report import report
 from bench.quality.runs import SIZES, Run
 from bench.quality.sweeps import missing_of
 from bench.quality.train import Method, train
@@ -36,7 +37,7 @@ class Quality:
     """Where results are, and those of other experiments are found."""
     threads: int = 1
     plan: bool = False
-    """Print the plan alone."""
+    """Print the plan, and write the report of what there is, alone."""
     minutes: float = float("inf")
     """Stop after these; the same command goes on."""
     backend: str = "inductor"
@@ -50,27 +51,46 @@ def make(job: Job, run: Run) -> Method:
 
 def main(config: Quality) -> None:
     torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
     console = Console(width=120)
     config.folder.mkdir(parents=True, exist_ok=True)
     documents = text.split(text.text_files(config.text) if config.text else text.standard_library())
-    corpus = text.tokenize(documents, text.byte_tokenizer(), window=max(SIZES[size].length for size in SIZES) + 1)
-    digest, started = corpus.digest()[:12], time.perf_counter()
+    corpus = text.tokenize(documents, text.byte_tokenizer(), window=max(size.length for size in SIZES.values()) + 1)
+    until = time.perf_counter() + 60 * config.minutes
     for size in config.sizes:
         job = Job(SIZES[size], corpus, backend=config.backend)
-        while True:
-            found = store.read(config.folder, digest)
-            missing = missing_of(EXPERIMENTS[config.experiment](found, size).values())
-            if not missing:
-                break
-            _print_plan(console, missing, found, size)
-            if config.plan:
-                break
+        while missing := _missing(config, corpus, size, console):
             for run in missing:
-                if time.perf_counter() - started > 60 * config.minutes:
+                if config.plan or time.perf_counter() > until:
+                    _report(config, corpus)
                     return
-                result = store.append(config.folder / f"{config.experiment}.jsonl", run, train(job, run, make), digest)
+                result = train(job, run, make)
+                path = config.folder / f"{config.experiment}.jsonl"
+                store.append(path, run, result, digest_of(corpus))
                 console.print(f"{run.described()}: {result['loss']}, {result['seconds']:.1f} s", highlight=False)
+    _report(config, corpus)
+
+
+def digest_of(corpus: text.Corpus) -> str:
+    return corpus.digest()[:12]
+
+
+def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) -> list[Run]:
+    """The runs that have to be made before the next can be chosen."""
+    found = store.read(config.folder, digest_of(corpus))
+    missing = missing_of(EXPERIMENTS[config.experiment](found, size).values())
+    if missing:
+        _print_plan(console, missing, found, size)
+    return missing
+
+
+def _report(config: Quality, corpus: text.Corpus) -> None:
+    found = store.read(config.folder, digest_of(corpus))
+    report(
+        config.folder,
+        config.experiment,
+        found,
+        {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size != "tiny" or size in config.sizes},
+    )
 
 
 def _print_plan(console: Console, missing: Sequence[Run], found: store.Found, size: str) -> None:
