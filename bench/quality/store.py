@@ -28,6 +28,8 @@ def read(folder: Path, corpus: str) -> Found:
 
 def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict[str, Any]:
     line = {"run": run.described(), "corpus": corpus, **result, **origin()}
+    if path.exists() and not (old := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(old[: old.rfind(b"\n") + 1])  # a process was killed as it wrote
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
