@@ -104,8 +104,9 @@ def test_a_line_that_was_torn_is_run_again(tmp_path):
 # --- runs
 
 VARIANTS = [
-    *(Run("tiny", method) for method in METHODS),
-    Run("tiny", "switchlora", candidates="pool"),
+    *(Run("tiny", method) for method in METHODS if method != "switchlora"),
+    Run("tiny", "switchlora", interval=10),
+    Run("tiny", "switchlora", candidates="pool", interval=10),
     Run("tiny", "switchlora", candidates="pool", order="random", interval=10),
     Run("tiny", "switchlora", candidates="orthogonal", interval=10),
     Run("tiny", "switchlora", incoming="zero", interval=20),
@@ -113,20 +114,20 @@ VARIANTS = [
     Run("tiny", "switchlora", start_scale=0.5, side_lr=4.0, interval=10),
     Run("tiny", "switchlora", ratio=0.0, floor=0.2, until=0.8, interval=10),
     Run("tiny", "switchlora", base="int8+bfloat16", interval=10, compensate=0.1),
-    Run("tiny", "switchlora", compensate=0.1, reduced="int8", compensate_every=2),
+    Run("tiny", "switchlora", interval=10, compensate=0.1, reduced="int8", compensate_every=2),
 ]
 
 
 @pytest.mark.parametrize("run", VARIANTS, ids=lambda run: "-".join(str(value) for value in run.described().values()))
 def test_every_method_learns_and_repeats_itself(job, run):
-    run = replace(run, lr=CENTERS[run.method])
+    run = replace(run, lr=CENTERS[run.method], ratio=0.0)  # so that 24 steps have switches
     result = train(job, run, make)
     assert result["loss"] < result["curve"][0][1] - 0.05
     assert result["bytes"]["state"] > 0
     if run.method == "switchlora":
         assert result["measures"]["switched"] > 0
-        step = 0.02 if run.base == "float32" else 0.5
-        assert result["measures"]["largest_jump"] < 1e-4 * step * 50
+        # In low precision the weight that products see moves by its rounding.
+        assert result["measures"]["largest_jump"] < (1e-4 if run.base == "float32" else 0.05)
     assert train(job, run, make)["curve"] == result["curve"]
 
 

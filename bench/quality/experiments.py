@@ -16,12 +16,12 @@ NAMES = {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOL
 
 
 def contenders(size: str, fraction: int) -> dict[str, Run]:
-    """Full rank apart. The last one folds what the factors miss into the base, at the papers' rate for full rank."""
+    """Full rank apart. With a pool nothing would differ from seeded candidates here: as long as a run switches fewer
+    vectors than a pool has idle ones, it hands out the same (see `ablations` for more switches). The last one folds what the factors miss into the base, at the papers' rate for full rank."""
     switched = Run(size, "switchlora", fraction)
     return {
         **{name: Run(size, method, fraction) for method, name in NAMES.items()},
-        "SwitchLoRA, pool": replace(switched, candidates="pool"),
-        "switched, seeded": switched,
+        "switched": switched,
         "switched, compensated": replace(switched, compensate=COMPENSATE),
     }
 
@@ -30,7 +30,7 @@ def methods(found: Found, size: str) -> Rows:
     """All methods at rank d/4."""
     rows = {"full rank": swept(found, Run(size, "full"))}
     rows |= {name: swept(found, run) for name, run in contenders(size, 4).items()}
-    for name in ("switched, seeded", "switched, compensated"):
+    for name in ("switched", "switched, compensated"):
         quantized = [replace(run, base="int8+bfloat16") for run in rows[name].runs]
         rows[f"{name}, int8+bfloat16"] = of_runs(found, quantized)
     return rows
@@ -62,6 +62,8 @@ SCHEDULES = {
     "ratio 0.25": {"ratio": 0.25},
     "ratio 0.5": {"ratio": 0.5},
     "no decay": {"ratio": 0.0},
+    "no decay, pool": {"ratio": 0.0, "candidates": "pool"},
+    "no decay, pool, at random": {"ratio": 0.0, "candidates": "pool", "order": "random"},
     "no decay, ending at 0.8": {"ratio": 0.0, "until": 0.8},
     "ratio 0.1, floor 0.2": {"floor": 0.2},
     "interval 10, freeze 0": {"interval": 10, "freeze": 0},
@@ -82,7 +84,6 @@ RULES = {
     "reset_thawed": {"rule": "reset_thawed"},
     "transport": {"rule": "transport", "freeze": 0},
     "prune": {"rule": "prune", "freeze": 0},
-    "pool, in turn": {"candidates": "pool"},
     "pool, at random": {"candidates": "pool", "order": "random"},
     "outside the span": {"candidates": "orthogonal"},
     "zero-started": {"incoming": "zero"},
