@@ -16,8 +16,11 @@ NAMES = {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOL
 
 
 def contenders(size: str, fraction: int) -> dict[str, Run]:
-    """Full rank apart. With a pool nothing would differ from seeded candidates here: as long as a run switches fewer
-    vectors than a pool has idle ones, it hands out the same (see `ablations` for more switches). The last one folds what the factors miss into the base, at the papers' rate for full rank."""
+    """Full rank apart. The last one folds what the factors miss into the base, at the papers' rate for full rank.
+
+    A pool is none of them: as long as a run switches fewer vectors than a pool has idle ones, as it does here, it hands
+    out the same as a seed. `ablations` has runs that switch more.
+    """
     switched = Run(size, "switchlora", fraction)
     return {
         **{name: Run(size, method, fraction) for method, name in NAMES.items()},

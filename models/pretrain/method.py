@@ -91,11 +91,17 @@ def make_step(
         vectors they are drawn from the basis."""
         trainable, frozen, opt_state = state
 
-        def loss_fn(trainable: dict[str, Any], tokens: Tensor) -> Tensor:
+        def loss_fn(given: dict[str, Any], tokens: Tensor) -> Tensor:
+            params = given if config.compensate else dl.combine(given, frozen)
             with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
-                return next_token_loss(model, dl.combine(trainable, frozen), tokens)
+                return next_token_loss(model, params, tokens)
 
-        loss, grads = mean_over(dl.value_and_grad(loss_fn), trainable, tokens)
+        given = dl.materialize(state.params()) if config.compensate else trainable
+        loss, grads = mean_over(dl.value_and_grad(loss_fn), given, tokens)
+        if config.compensate:
+            dense, params = grads, state.params()
+            grads = {name: grad for name, grad in dl.project_gradients(dense, params).items() if name in trainable}
+            frozen = dl.partition(dl.compensate(params, dense, lr=lr * config.compensate), frozen=still).frozen
         grads, norm = dl.clip_by_global_norm(grads, config.clip)
         outgoing: dict[str, dl.Factors] = {}
         if plan is not None:
