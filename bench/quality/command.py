@@ -29,7 +29,7 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "large": 200.0}
 @dataclass(frozen=True)
 class Quality:
     experiment: tyro.conf.Positional[str]
-    """methods, ranks, ablations or compensation."""
+    """methods, ranks, ablations, compensation or transfer."""
     sizes: tuple[str, ...] = ("small",)
     text: tuple[Path, ...] = ()
     """Files or folders to train on, instead of the standard library."""

@@ -105,30 +105,40 @@ def ablations(found: Found, size: str) -> Rows:
     return ablated(found, swept(found, Run(size, "switchlora")), {**SCHEDULES, **RULES})
 
 
-ALONE = 2.0**-40  # of the factors' rate: only the base learns, and embedding, head and norms
+ALONE = 2.0**-40  # of the factors' rate: the base alone learns, and embedding, head and norms
 COMPENSATIONS = {
     "never switched": {"method": "lora", "start": "switchlora"},
+    "every 4th step": {"compensate_every": 4},
+    "in int8, every 4th step": {"reduced": "int8", "compensate_every": 4},
     "without": {"compensate": 0.0},
-    "without, never switched": {"compensate": 0.0, "method": "lora", "start": "switchlora"},
+    "rows, half the rate": {"normalize": "rows", "compensate": COMPENSATE / 2},
+    "rows": {"normalize": "rows"},
     "half the rate": {"compensate": COMPENSATE / 2},
     "twice the rate": {"compensate": COMPENSATE * 2},
-    "rows": {"normalize": "rows"},
-    "rows, half the rate": {"normalize": "rows", "compensate": COMPENSATE / 2},
     "every 2nd step": {"compensate_every": 2},
-    "every 4th step": {"compensate_every": 4},
     "every 8th step": {"compensate_every": 8},
     "in int8": {"reduced": "int8"},
-    "in int8, every 4th step": {"reduced": "int8", "compensate_every": 4},
+    "without, never switched": {"compensate": 0.0, "method": "lora", "start": "switchlora"},
 }
 
 
 def compensation(found: Found, size: str) -> Rows:
     """What is folded into the base beside the factors, at its best rates, and each change of it alone."""
     baseline = swept(found, Run(size, "switchlora", compensate=COMPENSATE))
-    rows = ablated(found, baseline, COMPENSATIONS)
+    rows = {"baseline": baseline}
     for run in baseline.runs[:1]:
         alone = replace(run, lr=run.lr * ALONE, dense_lr=run.dense_lr / ALONE, compensate=run.compensate / ALONE)
         rows["alone, factors at rest"] = at_seeds(found, alone)
+    return rows | ablated(found, baseline, COMPENSATIONS)
+
+
+def transfer(found: Found, size: str) -> Rows:
+    """The best rates of the small size, and half of them, at one seed: a first look at a size too dear to sweep."""
+    rows = {}
+    for name, stage in methods(found, "small").items():
+        for over in (1.0, 0.5):
+            runs = [replace(run, size=size, lr=run.lr * over) for run in stage.runs[:1]]
+            rows[f"{name}, {over:g} of the rates"] = of_runs(found, runs)
     return rows
 
 
@@ -137,4 +147,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ranks": ranks,
     "ablations": ablations,
     "compensation": compensation,
+    "transfer": transfer,
 }
