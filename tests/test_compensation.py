@@ -80,6 +80,18 @@ def test_its_size_does_not_depend_on_the_gradients(normalize):
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
+def test_members_of_a_stack_know_nothing_of_each_other(normalize):
+    """However much larger the gradient of one of them is."""
+    param, grads = (
+        low_rank(SHAPE, (2,)),
+        normal(1, 2, 6, 8) * torch.tensor([1.0, 1e-20], dtype=torch.float64)[:, None, None],
+    )
+    for got, member, grad in zip(change(param, grads, normalize), (0, 1), grads, strict=True):
+        alone = LowRank(param.base[member], Factors(*(leaf[member] for leaf in param.factors)), param.seed[member])
+        assert_within(got, change(alone, grad, normalize), 1e-12)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @given(seed=st.integers(0, 99))
 def test_nothing_changes_where_factors_reach_all(dtype, normalize, seed):
