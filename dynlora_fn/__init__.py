@@ -7,6 +7,8 @@ from dynlora_fn.adapter_reading import load_adapter as load_adapter
 from dynlora_fn.adapter_writing import save_adapter as save_adapter
 from dynlora_fn.basis import Bounds as Bounds
 from dynlora_fn.basis import basis_bounds as basis_bounds
+from dynlora_fn.compensation import compensate as compensate
+from dynlora_fn.compensation import project_gradients as project_gradients
 from dynlora_fn.contraction import linear as linear
 from dynlora_fn.cost import Cost as Cost
 from dynlora_fn.cost import Explanation as Explanation

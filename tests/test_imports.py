@@ -32,6 +32,7 @@ ALLOWED = {
     "rows": FIRST,
     "sharding": FIRST | {"bases", "tree"},
     "distributed": FIRST | {"bases", "rows", "sharding"},
+    "compensation": FIRST | {"base", "bases", "optim"},
     "quantized": CODES | {"bases"},
     "deferred": FIRST | {"bases"},
     "torchao_prototypes": FIRST,

@@ -72,6 +72,8 @@ METHODS = [
     ["--method", "relora", "--merge-every", "10"],
     ["--method", "switchlora"],
     ["--method", "switchlora", "--candidates", "pool"],
+    ["--method", "switchlora", "--compensate", "0.1"],
+    ["--method", "lora", "--compensate", "0.1", "--base-dtype", "int8"],
     ["--method", "switchlora", "--base-dtype", "bfloat16", "--compute-dtype", "bfloat16"],
     ["--method", "switchlora", "--grad-accum", "2"],
     ["--method", "switchlora", "--base-dtype", "int8", "--moments", "8bit"],
@@ -149,11 +151,12 @@ def test_closing_table_counts_the_bytes_of_codes_and_residuals(job, tmp_path, ba
         assert 0 < summary["drift"] < 0.1
 
 
-def test_compiled_equals_eager(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("options", [[], ["--compensate", "0.1"]], ids=["plain", "compensated"])
+def test_compiled_equals_eager(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]):
     """With the tracing of `torch.compile` but not its slow code generation."""
-    assert job("--out", tmp_path / "eager", "--steps", 12).code == 0
+    assert job("--out", tmp_path / "eager", "--steps", 12, *options).code == 0
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    assert job("--out", tmp_path / "compiled", "--steps", 12, "--compile").code == 0
+    assert job("--out", tmp_path / "compiled", "--steps", 12, "--compile", *options).code == 0
     eager, compiled = metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")
     assert sum(line["switched"] for line in eager) > 0
     torch.testing.assert_close([line["loss"] for line in compiled], [line["loss"] for line in eager])
@@ -253,6 +256,7 @@ BAD_INPUT = {
     "short text": (["--seq-len", "4000"], "the text must give at least 4001 tokens for"),
     "no text": (["--text", "nowhere"], "`text` must name files or folders, got 'nowhere'"),
     "pool": (["--candidates", "pool", "--method", "lora"], "`candidates` must be 'seeded' except for switchlora"),
+    "compensate": (["--compensate", "0.1", "--method", "full"], "`compensate` must be 0 for full"),
     "resume": (["--out", "nowhere", "--resume"], "`out` must hold a run to resume, got 'nowhere'"),
     "both": (["--dataset", "c4"], "`text` and `dataset` must not both be given"),
 }

@@ -74,6 +74,9 @@ class Config:
     """Share of the run after which vectors are switched 0.3 times as often."""
     freeze: int = 5
     """Steps that the counterpart of a switched vector stands still."""
+    compensate: float = 0.0
+    """Rate, over the learning rate, at which what the factors miss of the gradient is folded into the bases; 0.1 is a
+    good one. It takes the gradients of dense weights, as full-rank training does, but no moments of them."""
     merge_every: int = 100
     """Steps between ReLoRA's merges."""
 
@@ -117,7 +120,7 @@ class Config:
         for name in (*positive, "keep", "check_every", "merge_every", "dataset_characters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "freeze", "seed"):
+        for name in ("warmup", "weight_decay", "freeze", "compensate", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         for name in ("lr", "clip", "ratio", "interval"):
@@ -128,6 +131,8 @@ class Config:
             raise ValueError(f"`text` and `dataset` must not both be given, got {self.text[0]} and {self.dataset!r}")
         if self.candidates == "pool" and self.method != "switchlora":
             raise ValueError(f"`candidates` must be 'seeded' except for switchlora, got 'pool' for {self.method}")
+        if self.compensate and self.method == "full":
+            raise ValueError(f"`compensate` must be 0 for full, which misses nothing, got {self.compensate}")
         if self.base_dtype != "float32" and self.method == "full":
             raise ValueError(f"`base_dtype` must be float32 for full, which has no frozen base, got {self.base_dtype}")
         if self.resume and self.out is None:

@@ -93,19 +93,27 @@ def make_step(
     """`still` names full-rank tensors that are not trained."""
     dtype, device_type = config.compute_torch_dtype(), config.torch_device().type
     share = ranks.share(config.batch_size)
+    if config.compensate and ranks.size > 1:  # it would send the gradients of the dense weights
+        raise ValueError(f"`compensate` must be 0 with {ranks.size} processes, got {config.compensate}")
 
     def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any, stop: Tensor) -> tuple[State, Metrics]:
         """`tokens` is (grad_accum, rows of this process, seq_len + 1); without a plan nothing is switched, and without
         incoming vectors they are drawn from the basis."""
         trainable, frozen, opt_state = state
 
-        def loss_fn(trainable: dict[str, Any], tokens: Tensor) -> Tensor:
+        def loss_fn(given: dict[str, Any], tokens: Tensor) -> Tensor:
+            params = given if config.compensate else dl.combine(given, frozen)
             with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
-                return next_token_loss(model, dl.combine(trainable, frozen), tokens)
+                return next_token_loss(model, params, tokens)
 
-        loss, grads = mean_over(dl.value_and_grad(loss_fn), trainable, tokens)
+        given = dl.materialize(state.params()) if config.compensate else trainable
+        loss, grads = mean_over(dl.value_and_grad(loss_fn), given, tokens)
         if ranks.group is not None:
             loss, grads, stop = dl.mean_over_ranks((loss, grads, stop), ranks.group, share=share)
+        if config.compensate:
+            dense, params = grads, state.params()
+            grads = {name: grad for name, grad in dl.project_gradients(dense, params).items() if name in trainable}
+            frozen = dl.partition(dl.compensate(params, dense, lr=lr * config.compensate), frozen=still).frozen
         grads, norm = dl.clip_by_global_norm(grads, config.clip)
         outgoing: dict[str, dl.Factors] = {}
         if plan is not None:

@@ -1,0 +1,1 @@
+"""Does low-rank training with switches train as well as full rank? `python -m bench.quality EXPERIMENT`."""

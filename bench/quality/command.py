@@ -1,0 +1,104 @@
+"""One command for each experiment: prints the plan and the time it needs, and goes on where it stopped."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+from rich.console import Console
+
+import bench.common  # noqa: F401, settings that torch reads when it is loaded
+from bench.quality import store
+from bench.quality.dense_methods import FullRank, Packaged
+from bench.quality.experiments import EXPERIMENTS
+from bench.quality.job import Job
+from bench.quality.low_rank import LowRankMethod
+from bench.quality.report import report
+from bench.quality.runs import SIZES, Run
+from bench.quality.sweeps import missing_of
+from bench.quality.train import Method, train
+from models import corpus as text
+
+# A run's time where none of its size is known, in seconds: about what it takes on one core.
+_GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "large": 200.0}
+
+
+@dataclass(frozen=True)
+class Quality:
+    experiment: tyro.conf.Positional[str]
+    """methods, ranks, ablations, compensation or transfer."""
+    sizes: tuple[str, ...] = ("small",)
+    text: tuple[Path, ...] = ()
+    """Files or folders to train on, instead of the standard library."""
+    folder: Path = Path("bench/results/quality")
+    """Where results are, and those of other experiments are found."""
+    threads: int = 1
+    plan: bool = False
+    """Print the plan, and write the report of what there is, alone."""
+    minutes: float = float("inf")
+    """Stop after these; the same command goes on."""
+    backend: str = "inductor"
+
+
+def make(job: Job, run: Run) -> Method:
+    if run.method == "full":
+        return FullRank(job, run)
+    return Packaged(job, run) if run.method in ("galore", "apollo") else LowRankMethod(job, run)
+
+
+def main(config: Quality) -> None:
+    torch.set_num_threads(config.threads)
+    console = Console(width=120)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    documents = text.split(text.text_files(config.text) if config.text else text.standard_library())
+    corpus = text.tokenize(documents, text.byte_tokenizer(), window=max(size.length for size in SIZES.values()) + 1)
+    until = time.perf_counter() + 60 * config.minutes
+    for size in config.sizes:
+        job = Job(SIZES[size], corpus, backend=config.backend)
+        while missing := _missing(config, corpus, size, console):
+            for run in missing:
+                if config.plan or time.perf_counter() > until:
+                    _report(config, corpus)
+                    return
+                result = train(job, run, make)
+                path = config.folder / f"{config.experiment}.jsonl"
+                store.append(path, run, result, digest_of(corpus))
+                console.print(f"{run.described()}: {result['loss']}, {result['seconds']:.1f} s", highlight=False)
+    _report(config, corpus)
+
+
+def digest_of(corpus: text.Corpus) -> str:
+    return corpus.digest()[:12]
+
+
+def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) -> list[Run]:
+    """The runs that have to be made before the next can be chosen."""
+    found = store.read(config.folder, digest_of(corpus))
+    missing = missing_of(EXPERIMENTS[config.experiment](found, size).values())
+    if missing:
+        _print_plan(console, missing, found, size)
+    return missing
+
+
+def _report(config: Quality, corpus: text.Corpus) -> None:
+    found = store.read(config.folder, digest_of(corpus))
+    report(
+        config.folder,
+        config.experiment,
+        found,
+        {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size != "tiny" or size in config.sizes},
+    )
+
+
+def _print_plan(console: Console, missing: Sequence[Run], found: store.Found, size: str) -> None:
+    known = [line["seconds"] for run, line in found.items() if run.size == size]
+    seconds = median(known) if known else _GUESS[size]
+    minutes = len(missing) * seconds / 60
+    console.print(
+        f"{len(missing)} runs of {size} before the next choice, about {minutes:.0f} minutes:", highlight=False
+    )
+    for run in missing:
+        console.print(f"  {run.described()}", highlight=False, soft_wrap=True)

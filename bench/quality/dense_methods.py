@@ -1,0 +1,98 @@
+"""Full-rank AdamW, and GaLore and APOLLO from their packages: methods that train the dense weights."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import dynlora_fn as dl
+from bench.quality.job import CLIP, Job
+from bench.quality.runs import Run
+from models.llama import TARGETS
+
+
+def count_bytes(tree: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def inner_names(weights: Mapping[str, Tensor]) -> set[str]:
+    """Of the matrices that the low-rank methods have factors of."""
+    return {name for name in weights if any(fnmatchcase(name, target) for target in TARGETS)}
+
+
+class FullRank:
+    """AdamW on all weights; those that the others make low-rank are `lr`'s, the rest `dense_lr`'s."""
+
+    def __init__(self, job: Job, run: Run):
+        self._run, self._update = run, job.full_update
+        trainable = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
+        self._state = (trainable, job.optimizer.init(trainable))
+        self._inner = inner_names(trainable)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._state[0]
+
+    def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
+        lr = torch.tensor(self._run.lr * scale)
+        rates = {name: lr if name in self._inner else lr * self._run.dense_lr for name in grads}
+        self._state, _ = self._update(self._state, grads, rates)
+
+    def bytes(self) -> dict[str, int]:
+        return {"state": count_bytes(self._state[1]), "communicated": count_bytes(self._state[0])}
+
+    def measures(self) -> dict[str, Any]:
+        return {}
+
+
+class Packaged:
+    """An optimizer of another package on the same weights, which lie in stacks here and there one by one."""
+
+    def __init__(self, job: Job, run: Run):
+        self._run = run
+        self._weights = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
+        inner = inner_names(self._weights)
+        low, rest = [], []
+        self._members: list[tuple[nn.Parameter, str, int | None]] = []
+        for name, leaf in self._weights.items():
+            is_low = name in inner
+            for number in range(len(leaf)) if is_low else [None]:
+                parameter = nn.Parameter(leaf if number is None else leaf[number])  # of the same memory
+                self._members.append((parameter, name, number))
+                (low if is_low else rest).append(parameter)
+        self._optimizer = self._make(run, low, rest)
+
+    def _make(self, run: Run, low: list[nn.Parameter], rest: list[nn.Parameter]) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"lr": run.lr, "betas": (0.9, 0.999), "eps": 1e-8, "no_deprecation_warning": True}
+        low_rank = {"params": low, "rank": run.rank(), "update_proj_gap": 200, "proj_type": "std"}
+        groups = [{"params": rest, "kind": "dense"}, {**low_rank, "kind": "low"}]
+        if run.method == "galore":
+            from galore_torch import GaLoreAdamW  # noqa: PLC0415, an optional extra
+
+            return GaLoreAdamW([groups[0], groups[1] | {"scale": 0.25}], **options)  # its README's settings
+        from apollo_torch import APOLLOAdamW  # noqa: PLC0415, an optional extra
+
+        own = {"proj": "random", "scale_type": "channel", "scale": 1}  # its README's settings
+        return APOLLOAdamW([groups[0], groups[1] | own], **options)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._weights
+
+    def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._run.lr * scale * (self._run.dense_lr if group["kind"] == "dense" else 1.0)
+        for parameter, name, number in self._members:
+            parameter.grad = grads[name] if number is None else grads[name][number]
+        nn.utils.clip_grad_norm_([parameter for parameter, *_ in self._members], CLIP)
+        self._optimizer.step()
+
+    def bytes(self) -> dict[str, int]:
+        states = self._optimizer.state.values()
+        projectors = [vars(state["projector"]) for state in states if "projector" in state]
+        moments = [{key: leaf for key, leaf in state.items() if isinstance(leaf, Tensor)} for state in states]
+        return {"state": count_bytes([projectors, moments]), "communicated": count_bytes(self._weights)}
+
+    def measures(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,79 @@
+"""What the runs of one size share: corpus, model, and the compiled functions.
+
+Every method takes the gradient by the dense weight and goes on from there: low-rank factors project it, which is the
+"dense" path of the library. So one function is compiled for all methods, ranks and settings, and the methods see the
+same arithmetic.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
+
+import dynlora_fn as dl
+from bench.quality.runs import Size
+from models import corpus as text
+from models.llama import Llama, init_weights
+
+VALIDATION = 128  # windows
+CLIP = 1.0
+
+
+class Job:
+    def __init__(self, size: Size, corpus: text.Corpus, *, backend: str = "inductor"):
+        self.size, self.corpus, self._backend = size, corpus, backend
+        self.model = Llama(size.config())
+        self.optimizer = dl.adamw()
+        self._low_rank_updates: dict[int, Callable[..., Any]] = {}
+
+    def initial(self, seed: int) -> Llama:
+        return init_weights(Llama(self.size.config()), seed)
+
+    def batch(self, seed: int, step: int) -> Tensor:
+        """The same for every method."""
+        return text.batch(self.corpus.train, (self.size.batch,), window=self.size.length + 1, seed=seed, step=step)
+
+    def loss(self, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        logits = dl.call(self.model, weights, tokens[:, :-1])
+        return cross_entropy(logits.flatten(0, -2), tokens[:, 1:].flatten())
+
+    @cached_property
+    def gradients(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+        """Loss and gradients of (weights by name, tokens), of dense weights."""
+        value_and_grad = dl.value_and_grad(self.loss)
+
+        def gradients(weights: Any, tokens: Tensor) -> tuple[Tensor, Any]:
+            return tuple(value_and_grad(weights, tokens))  # type: ignore[return-value]
+
+        return torch.compile(gradients, fullgraph=True, dynamic=False, backend=self._backend)
+
+    @torch.no_grad()
+    def validation_loss(self, weights: Mapping[str, Tensor]) -> float:
+        windows = text.validation_batches(self.corpus.validation, 8, VALIDATION // 8, window=self.size.length + 1)
+        return torch.stack([self.loss(weights, tokens) for tokens in windows]).mean().item()
+
+    @cached_property
+    def full_update(self) -> Callable[..., Any]:
+        return self._updater()
+
+    def low_rank_update(self, rank: int) -> Callable[..., Any]:
+        if rank not in self._low_rank_updates:
+            self._low_rank_updates[rank] = self._updater()
+        return self._low_rank_updates[rank]
+
+    def _updater(self) -> Callable[..., Any]:
+        """Clip and AdamW in one graph, ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm), with a
+        rate for each leaf."""
+
+        def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
+            trainable, opt_state = state
+            grads, norm = dl.clip_by_global_norm(grads, CLIP)
+            directions, opt_state = self.optimizer.update(grads, opt_state, trainable, lr=1.0)
+            updates = tree_map(torch.mul, directions, rates)
+            return (dl.apply_updates(trainable, updates), opt_state), norm
+
+        return dl.compile_step(update, backend=self._backend)

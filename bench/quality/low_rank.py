@@ -1,0 +1,168 @@
+"""LoRA, ReLoRA and switched factors: methods that train factors of a frozen base."""
+
+import math
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import dynlora_fn as dl
+from bench.quality import schedules
+from bench.quality.dense_methods import count_bytes
+from bench.quality.job import Job
+from bench.quality.measures import overlap
+from bench.quality.runs import SIZES, Run
+from models.llama import TARGETS
+
+_LOOKS = 16  # switches around which the loss is taken, evenly over a run
+_PRUNE = 0.99  # ReLoRA's (arXiv:2307.05695)
+
+
+class LowRankMethod:
+    def __init__(self, job: Job, run: Run):
+        self._job, self._run = job, run
+        self._update_step = job.low_rank_update(run.rank())
+        start: dl.Start = run.start if run.method == "switchlora" else "lora"
+        base, residual = run.base.split("+") if "+" in run.base else (None, None)
+        params = dl.init(job.initial(run.seed), rank=run.rank(), seed=run.seed, targets=TARGETS, start=start)
+        if run.start_scale != 1:
+            params = {name: _scaled(param, run.start_scale) for name, param in params.items()}
+        self.params = dl.quantize(params, base, residual=residual) if base else params
+        self._opt_state = job.optimizer.init(dl.partition(self.params).trainable)
+        self._start = start
+        self._schedule = schedules.schedule(run, self.params)
+        self._pool = dl.init_pool(self.params) if run.candidates == "pool" else None
+        self._generator = torch.Generator().manual_seed(run.seed)
+        self._jumps: list[tuple[int, float, float, float]] = []
+        self._rows = self._spans()
+        self._overlaps: list[float] = []
+        self._switched = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        return dl.materialize(self.params)
+
+    def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
+        own = dl.project_gradients(grads, self.params)
+        self._compensate(step, grads, scale)
+        switched = self._schedule.switches(step, self.params)
+        self._switched += switched
+        is_looked_at = switched and len(self._jumps) * SIZES[self._run.size].steps <= step * _LOOKS
+        losses = [self._loss(tokens)] if is_looked_at else []
+        if switched:
+            self._switch(step)
+        losses += [self._loss(tokens)] if is_looked_at else []
+        trainable, frozen = dl.partition(self.params)
+        (trainable, self._opt_state), _ = self._update_step((trainable, self._opt_state), own, self._rates(step, scale))
+        self.params = dl.combine(trainable, frozen)
+        if is_looked_at:
+            self._jumps.append((step, *losses, self._loss(tokens)))
+        if (step + 1) % (SIZES[self._run.size].steps // 8) == 0:
+            self._follow()
+
+    def _compensate(self, step: int, grads: dict[str, Tensor], scale: float) -> None:
+        run = self._run
+        if run.compensate and step % run.compensate_every == 0:
+            inner = {name: grads[name] for name in _low_rank(self.params)}
+            inner = {name: in_int8(grad) for name, grad in inner.items()} if run.reduced == "int8" else inner
+            lr = run.lr * scale * run.compensate
+            self.params = dl.compensate(self.params, inner, lr=lr, normalize=run.normalize)
+
+    def _rates(self, step: int, scale: float) -> dict[str, Any]:
+        run = self._run
+        if run.method == "relora":  # jagged: each merge warms up again, over a twentieth of its part of the run
+            every = max(1, round(run.merge_every * SIZES[run.size].steps))
+            warmup = max(1, round(every / 20))
+            scale *= min(1.0, ((step + 1) % every + 1) / warmup) if step + 1 >= every else 1.0
+        lr, side = torch.tensor(run.lr * scale), math.sqrt(run.side_lr)
+        factors, dense = dl.Factors(b=lr * side, a=lr / side), lr * run.dense_lr
+        return {name: factors if isinstance(param, dl.LowRank) else dense for name, param in self.params.items()}
+
+    def _switch(self, step: int) -> None:
+        run, before = self._run, self.params
+        plan = self._schedule(step, before)
+        if run.incoming == "zero":
+            plan = schedules.both_sides(plan)
+        if run.order == "random" and self._pool is not None:
+            plan = schedules.at_random(plan, self._pool, self._generator)
+        self.params, outgoing = dl.switch(before, plan, incoming=self._incoming(plan))
+        if self._pool is not None:
+            self._pool = dl.put_back(self._pool, plan, outgoing, donate=True)
+        rule = "prune" if run.method == "relora" else run.rule
+        change = dl.Change(before, self.params) if rule == "transport" else None
+        self._opt_state = dl.project_optimizer_state(self._opt_state, plan, rule=rule, prune=_PRUNE, change=change)
+
+    def _incoming(self, plan: dict[str, dl.Plan]) -> dict[str, dl.Factors]:
+        run = self._run
+        if self._pool is not None:
+            incoming = dl.draw(self._pool, plan)
+        else:
+            incoming = dl.candidates(self.params, plan, start=self._start)
+        if run.start_scale != 1 and self._pool is None:
+            incoming = tree_map(lambda leaf: leaf * run.start_scale, incoming)
+        if run.candidates == "orthogonal":
+            incoming = schedules.outside(incoming, self.params)
+        if run.incoming == "zero":
+            incoming = {name: own._replace(b=torch.zeros_like(own.b)) for name, own in incoming.items()}
+        return incoming
+
+    def _loss(self, tokens: Tensor) -> float:
+        with torch.no_grad():
+            return self._job.loss(self.weights(), tokens).item()
+
+    def _spans(self) -> dict[str, Tensor]:
+        return {name: param.factors.a.clone() for name, param in _low_rank(self.params).items()}
+
+    def _follow(self) -> None:
+        before, self._rows = self._rows, self._spans()
+        self._overlaps.append(mean(overlap(before[name], rows).mean().item() for name, rows in self._rows.items()))
+
+    def bytes(self) -> dict[str, int]:
+        held = [_codes_and_residual(param.base) for param in _low_rank(self.params).values()]
+        trainable = dl.partition(self.params).trainable
+        run, dense = self._run, 0.0
+        if run.compensate:
+            dense = sum(param.shape.numel() for param in _low_rank(self.params).values()) / run.compensate_every
+        return {
+            "state": count_bytes(self._opt_state),
+            "factors": count_bytes([param.factors for param in _low_rank(self.params).values()]),
+            "bases": count_bytes(held),
+            "candidates": count_bytes(self._pool),
+            "communicated": count_bytes(trainable) + round(dense * (1 if run.reduced == "int8" else 4)),
+        }
+
+    def measures(self) -> dict[str, Any]:
+        jumps = [abs(after - before) for _, before, after, _ in self._jumps]
+        return {
+            "switched": self._switched,
+            "losses_around_switches": self._jumps,  # step; before, after it, after the update; on the step's batch
+            "largest_jump": max(jumps, default=0.0),
+            "overlaps": self._overlaps,
+            "finite": all(leaf.isfinite().all().item() for leaf in tree_leaves(self.params)),
+        }
+
+
+def _low_rank(params: Mapping[str, Any]) -> dict[str, dl.LowRank]:
+    return {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
+
+
+def in_int8(grad: Tensor) -> Tensor:
+    """Rounded to 255 steps a row."""
+    step = grad.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny) / 127
+    return (grad / step).round() * step
+
+
+def _scaled(param: Any, scale: float) -> Any:
+    """The same weight, from factors that are so many times as large."""
+    if not isinstance(param, dl.LowRank):
+        return param
+    factors = dl.Factors(*(leaf * scale for leaf in param.factors))
+    weight = dl.materialize(param)
+    product = dl.materialize(dl.LowRank(torch.zeros_like(weight), factors, param.seed))
+    return dl.LowRank(weight - product, factors, param.seed)
+
+
+def _codes_and_residual(base: Any) -> Any:
+    return base if isinstance(base, Tensor) else (base.codes, base.residual)

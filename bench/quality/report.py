@@ -1,0 +1,147 @@
+"""What an experiment has found so far: a Markdown table, and plots."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+
+from bench.quality.experiments import Rows
+from bench.quality.runs import SIZES
+from bench.quality.store import Found
+
+mpl.use("agg")
+
+
+COLUMNS = (
+    "",
+    "rate",
+    "of embedding, head, norms",
+    "validation loss",
+    "std",
+    "over the first",
+    "p",
+    "state, kB",
+    "sent a step, kB",
+    "effective rank",
+    "norm of the change",
+)
+
+
+class Row(NamedTuple):
+    """What the seeds of one row have in common."""
+
+    name: str
+    lr: float
+    dense_lr: float  # over `lr`
+    losses: list[float]
+    over_first: float  # mean difference to the first row of the table, seed by seed
+    p: float  # two-sided, of a paired t-test of it
+    state: int  # bytes, that of the optimizer and projections
+    communicated: int  # bytes a step
+    measures: Mapping[str, Any]
+
+
+def rows_of(found: Found, rows: Rows) -> list[Row]:
+    """Rows that have been run with all seeds; one that diverged at any of them has an infinite loss."""
+    finished = {name: stage.runs for name, stage in rows.items() if stage.runs and not stage.missing}
+    first: list[float] = []
+    made = []
+    for name, runs in finished.items():
+        lines = [found[run] for run in runs]
+        losses = [math.inf if line["loss"] is None else line["loss"] for line in lines]
+        first = first or losses
+        differences = [loss - other for loss, other in zip(losses, first, strict=True)]
+        last = next((line for line in lines if "bytes" in line), {"bytes": {}, "measures": {}})
+        made.append(
+            Row(
+                name,
+                runs[0].lr,
+                runs[0].dense_lr,
+                losses,
+                mean(differences),
+                paired_p(differences),
+                last["bytes"].get("state", 0),
+                last["bytes"].get("communicated", 0),
+                last["measures"],
+            )
+        )
+    return made
+
+
+def paired_p(differences: list[float]) -> float:
+    """That the mean of such differences is as far from zero by chance (Student's t, two-sided)."""
+    from scipy.stats import ttest_1samp  # noqa: PLC0415, an optional extra
+
+    if not all(map(math.isfinite, differences)) or not any(differences):
+        return math.nan
+    return float(ttest_1samp(differences, 0).pvalue)
+
+
+def table(rows: list[Row], size: str) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        spread = stdev(row.losses) if len(row.losses) > 1 and all(map(math.isfinite, row.losses)) else math.nan
+        cells = [
+            row.name,
+            f"{row.lr:.3g}",
+            f"{row.lr * row.dense_lr:.3g}",
+            f"{mean(row.losses):.4f}",
+            f"{spread:.4f}",
+            f"{row.over_first:+.4f}",
+            f"{row.p:.3f}",
+            f"{row.state / 1e3:.0f}",
+            f"{row.communicated / 1e3:.0f}",
+            f"{row.measures.get('effective_rank_share', math.nan):.2f}",
+            f"{row.measures.get('update_norm', math.nan):.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    parameters, steps = SIZES[size].parameters(), SIZES[size].steps
+    tokens = steps * SIZES[size].batch * SIZES[size].length
+    title = f"## {size}: {parameters:,} parameters without embedding and head, {steps} steps, {tokens:,} tokens"
+    return "\n".join([title, "", *lines, ""])
+
+
+def plots(found: Found, rows: Rows, path: Path) -> None:
+    """Loss against tokens, bytes of state, and bytes sent over the run."""
+    from matplotlib import pyplot  # noqa: PLC0415, slow to import
+
+    figure, (curves, states, sent) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    for name, stage in rows.items():
+        lines = [found[run] for run in stage.runs if run in found and found[run]["loss"] is not None]
+        if not lines or stage.missing:
+            continue
+        size = SIZES[stage.runs[0].size]
+        steps, losses = zip(*lines[0]["curve"], strict=True)
+        means = [mean(line["curve"][number][1] for line in lines) for number in range(len(losses))]
+        tokens = [step * size.batch * size.length for step in steps]
+        (drawn,) = curves.plot(tokens, means, marker=".", label=name)
+        loss = mean(line["loss"] for line in lines)
+        for axes, number in (
+            (states, lines[0]["bytes"]["state"]),
+            (sent, lines[0]["bytes"]["communicated"] * size.steps),
+        ):
+            axes.plot(number, loss, "o", color=drawn.get_color())
+            axes.annotate(name, (number, loss), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    curves.set(xlabel="tokens", ylabel="validation loss, nats a byte")
+    curves.legend(fontsize=7, frameon=False)
+    states.set(xlabel="state of the optimizer, bytes", xscale="log")
+    sent.set(xlabel="sent over the run where data are parallel, bytes", xscale="log")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def report(folder: Path, experiment: str, found: Found, by_size: Mapping[str, Rows]) -> None:
+    """EXPERIMENT.md, and EXPERIMENT_SIZE.png for each size."""
+    parts = [f"# `python -m bench.quality {experiment}`", ""]
+    for size, rows in by_size.items():
+        finished = rows_of(found, rows)
+        if finished:
+            parts += [table(finished, size), f"![curves]({experiment}_{size}.png)", ""]
+            plots(found, rows, folder / f"{experiment}_{size}.png")
+        open_rows = [name for name, stage in rows.items() if stage.missing or not stage.runs]
+        if open_rows:
+            parts += [f"Still to be run at size {size}: {', '.join(open_rows)}.", ""]
+    (folder / f"{experiment}.md").write_text("\n".join(parts))

@@ -1,0 +1,48 @@
+"""Runs that are finished, a JSON object a line; a run that is there is not made again."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.quality.runs import Run
+
+Found = dict[Run, dict[str, Any]]
+
+
+def read(folder: Path, corpus: str) -> Found:
+    """What all studies in the folder have found on that corpus. The last line may be torn."""
+    found: Found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for text in path.read_text().split("\n")[:-1]:
+            line = json.loads(text)
+            if line["corpus"] == corpus:
+                found[Run(**line["run"])] = line
+    return found
+
+
+def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict[str, Any]:
+    line = {"run": run.described(), "corpus": corpus, **result, **origin()}
+    if path.exists() and not (old := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(old[: old.rfind(b"\n") + 1])  # a process was killed as it wrote
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return line
+
+
+def origin() -> dict[str, Any]:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return {
+        "commit": commit,
+        "command": " ".join(["python -m bench.quality", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }

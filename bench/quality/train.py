@@ -1,0 +1,67 @@
+"""One run from its first step to its result, by any of the methods."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from bench.quality.job import Job
+from bench.quality.measures import Tracker
+from bench.quality.runs import Run
+
+EVALUATIONS = 8  # over a run
+_WARMUP, _LEAST = 0.05, 0.1  # share of the run, and of the peak that is left at its end
+
+
+class Method(Protocol):
+    """A method in the middle of a run."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Dense, for the forward pass."""
+
+    def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
+        """One step by the gradients of the dense weights, at `scale` times the peak rates."""
+
+    def bytes(self) -> dict[str, int]:
+        """What the method keeps beside weights, and what it sends a step where data are parallel."""
+
+    def measures(self) -> dict[str, Any]:
+        """What it can tell of itself at the end."""
+
+
+class Diverged(NamedTuple):
+    step: int
+
+
+def rate(step: int, steps: int) -> float:
+    """Over the peak: linear warm-up, then cosine to a tenth. The same for every method."""
+    warmup = max(1, round(_WARMUP * steps))
+    progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
+    return (_LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * progress)) / 2) * min(1.0, (step + 1) / warmup)
+
+
+def train(job: Job, run: Run, make: Callable[[Job, Run], Method]) -> dict[str, Any]:
+    started, steps = time.perf_counter(), job.size.steps
+    method = make(job, run)
+    tracker = Tracker(method.weights())
+    curve: list[tuple[int, float]] = []
+    for step in range(steps):
+        tokens = job.batch(run.seed, step)
+        loss, grads = job.gradients(method.weights(), tokens)
+        if not math.isfinite(loss.item()):
+            return {"loss": None, "diverged": step, "curve": curve, "seconds": time.perf_counter() - started}
+        method.update(step, grads, tokens, rate(step, steps))
+        if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
+            weights = method.weights()
+            curve.append((step + 1, job.validation_loss(weights)))
+            tracker.look(weights)
+    return {
+        "loss": curve[-1][1] if math.isfinite(curve[-1][1]) else None,
+        "curve": curve,
+        "seconds": time.perf_counter() - started,
+        "tokens": steps * job.size.batch * job.size.length,
+        "bytes": method.bytes(),
+        "measures": {**tracker.measures(), **method.measures()},
+    }
