@@ -63,6 +63,8 @@ def test_what_is_small_or_of_no_whole_blocks_stays_as_it_is():
     assert state.mu["bias"].dtype == torch.float64
     odd = adamw(moments="8bit").init({"w": torch.ones(101, 101)})
     assert odd.mu["w"].dtype == torch.float32
+    small = adamw(moments="8bit").init({"w": torch.ones(16, 32)})
+    assert small.mu["w"].dtype == torch.float32
     assert not any(leaf.any() for leaf in tree_leaves(decode_moments((state.mu, state.nu))))
 
 

@@ -121,6 +121,32 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
     assert not torch.equal(dequantize(got.base, torch.float32)[:, 1::2], dequantize(param.base, torch.float32)[:, 1::2])
 
 
+@pytest.mark.parametrize("residual", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_quantizing_keeps_the_weight_from_format_to_format(kind, residual):
+    """What was missed goes over as well: two residuals' roundings away, not two formats' errors."""
+    param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
+    first = quantize(param, kind, residual=residual)
+    assert_within(kept(first.base), param.base, rounding(first, param.base.double().abs().amax()))
+    second = quantize(first, "nf4", residual=residual)
+    bound = rounding(second, param.base.double().abs().amax())
+    assert_within(kept(second.base), kept(first.base), bound)
+
+
+def test_a_residual_lies_where_it_is_asked_for():
+    param = quantize(low_rank(SHAPE), "int8", residual="int8", residual_device="meta")
+    assert {leaf.device.type for leaf in tree_leaves(param.base.residual)} == {"meta"}
+    assert {leaf.device.type for leaf in tree_leaves(param.base.codes)} == {"cpu"}
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8", "nf4", "nvfp4", "mxfp4"])
+def test_torchaos_tensor_is_of_a_dtype_that_it_knows(kind):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        held = quantize(low_rank(SHAPE, base_dtype=dtype), kind)
+        wanted = torch.bfloat16 if dtype == torch.bfloat16 and kind != "nf4" else torch.float32
+        assert to_torchao(held).dtype == wanted
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", NAMES)
 def test_quantizing_leaves_the_old_base_as_it_is(kind, dtype):
@@ -294,7 +320,7 @@ def test_what_is_not_finite_is_refused_by_name(kind, value):
 def test_a_model_that_is_not_finite_is_refused_by_name(value):
     weight = torch.ones(8, 16)
     weight[3, 5] = value
-    with pytest.raises(ValueError, match=r"weight 'fc\.weight' must be finite"):
+    with pytest.raises(ValueError, match=rf"weight 'fc\.weight' must be finite .* got numbers from .*{value}"):
         dl.init({"fc.weight": weight}, rank=2, seed=0, targets=["*"], base="int8")
 
 
