@@ -103,11 +103,12 @@ def count_bytes(tree: Any) -> int:
 @cache
 def params_of(model: Model, base: str | None) -> dict[str, Any]:
     """Ours on a base, or without one full-rank parameters."""
-    held, residual = BASES[base] if base else (None, None)
+    if base is None:
+        return dl.init(shapes(model), rank=model.rank, seed=0, targets=[])
+    held, residual = BASES[base]
     narrow = min(model.rank, model.key_width)
     rank = {"*.key.weight": narrow, "*.value.weight": narrow, "*": model.rank}
-    targets = TARGETS if base else []
-    return dl.init(shapes(model), rank=rank, seed=0, targets=targets, base=held, residual=residual)
+    return dl.init(shapes(model), rank=rank, seed=0, targets=TARGETS, base=held, residual=residual)
 
 
 def computing_flops(params: dict[str, Any], model: Model, tokens: int, *, is_full: bool) -> float:

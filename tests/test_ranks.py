@@ -221,6 +221,7 @@ def _fill_the_disk_of_the_second(rank: int) -> None:
         at_step(15, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
     """Not what a donated step has written over it in the meantime."""
     state = {"x": torch.arange(100_000.0), "count": torch.tensor(3), "half": torch.ones(2, 3, dtype=torch.bfloat16)}

@@ -135,7 +135,7 @@ def _memory_and_messages(base, residual) -> dict:
     held, whole = sharded[name].base.base, params[name].base
     codes = whole if isinstance(whole, torch.Tensor) else whole.codes
     return {
-        "share": bytes_of(held) / bytes_of(whole),
+        "share": sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(held)) / bytes_of(whole),
         "step": step,
         "one": bytes_of(codes) / 6,
         "predicted": dl.wire_bytes(trainable, frozen).bases,
