@@ -196,7 +196,8 @@ def test_a_rate_with_an_end_switches_nothing_afterwards():
 
 def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(PATH)
-    config = Quality("methods", ("tiny",), (tmp_path / "text.txt",), tmp_path / "out", 1, backend="eager")
+    text_file = (tmp_path / "text.txt",)
+    config = Quality("methods", ("tiny",), text=text_file, folder=tmp_path / "out", threads=1, backend="eager")
     made = []
 
     def brief(job, run, make):
@@ -212,6 +213,8 @@ def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bench.quality.command.train", brief)
     main(replace(config, minutes=0))
     assert not made
+    main(replace(config, rows=("full rank",)))
+    assert {run.method for run in made} == {"full"}
     main(config)
     assert len(made) == len(set(made)) > 50
     count = len(made)
