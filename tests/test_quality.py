@@ -11,6 +11,7 @@ from strategies import Shape, assert_within, low_rank, normal
 import dynlora_fn as dl
 from bench.quality import schedules, store
 from bench.quality.command import Quality, main, make
+from bench.quality.dense_methods import count_bytes
 from bench.quality.experiments import EXPERIMENTS
 from bench.quality.job import Job
 from bench.quality.measures import effective_rank, overlap
@@ -53,6 +54,11 @@ def test_a_paired_test_sees_differences_seed_by_seed():
 # --- sweeps
 
 
+def bowl(run: Run) -> float:
+    """Best at the papers' rates."""
+    return abs(math.log2(run.lr / CENTERS[run.method])) + abs(math.log2(run.dense_lr))
+
+
 def found_by(loss, run: Run) -> tuple[store.Found, Stage]:
     """The search with runs that cost nothing."""
     found: store.Found = {}
@@ -83,12 +89,12 @@ def test_all_runs_that_an_experiment_asks_for_can_be_named_and_read_again(tmp_pa
         found: store.Found = {}
         for _ in range(20):
             missing = {run for stage in experiment(found, "tiny").values() for run in stage.missing}
-            found |= {run: {"loss": run.lr} if run.lr < CENTERS[run.method] else {"loss": 1.0} for run in missing}
+            found |= {run: {"loss": bowl(run)} for run in missing}
         for number, run in enumerate(found):
-            if number < 40:
+            if number < 12:
                 store.append(tmp_path / f"{name}.jsonl", run, {"loss": 1.0}, "corpus")
         read = store.read(tmp_path, "corpus")
-        assert set(list(found)[:40]) <= set(read)
+        assert set(list(found)[:12]) <= set(read)
     assert not store.read(tmp_path, "another")
 
 
@@ -145,6 +151,22 @@ def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
             assert_within(own, other, 1e-5 * other.abs().max() + 1e-9)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "switchlora"])
+def test_what_is_sent_is_what_is_trained(job, method):
+    run = Run("tiny", method)
+    method = make(job, run)
+    trained = method.weights() if run.method == "full" else dl.partition(method.params).trainable
+    assert run.sent_bytes() == count_bytes(trained)
+
+
+def test_a_compensated_step_sends_the_dense_gradients():
+    full, plain = Run("small", "full").sent_bytes(), Run("small", "switchlora").sent_bytes()
+    compensated = Run("small", "switchlora", compensate=0.1)
+    assert compensated.sent_bytes() == full
+    assert replace(compensated, compensate_every=4).sent_bytes() == round(full / 4 + plain * 3 / 4)
+    assert replace(compensated, reduced="int8").sent_bytes() == plain + SIZES["small"].parameters()
+
+
 def test_the_rate_warms_up_and_falls_to_a_tenth():
     rates = [rate(step, 100) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -174,22 +196,25 @@ def test_a_rate_with_an_end_switches_nothing_afterwards():
 
 def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(PATH)
-    config = Quality("methods", ("tiny",), (tmp_path / "text.txt",), tmp_path / "out", 1, backend="eager")
+    text_file = (tmp_path / "text.txt",)
+    config = Quality("methods", ("tiny",), text=text_file, folder=tmp_path / "out", threads=1, backend="eager")
     made = []
 
     def brief(job, run, make):
         made.append(run)
         return {
-            "loss": run.lr + run.dense_lr,
+            "loss": bowl(run),
             "curve": [(1, 1.0)],
             "seconds": 0.0,
-            "bytes": {"state": 1, "communicated": 1},
+            "bytes": {"state": 1},
             "measures": {},
         }
 
     monkeypatch.setattr("bench.quality.command.train", brief)
     main(replace(config, minutes=0))
     assert not made
+    main(replace(config, rows=("full rank",)))
+    assert {run.method for run in made} == {"full"}
     main(config)
     assert len(made) == len(set(made)) > 50
     count = len(made)

@@ -29,8 +29,10 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "large": 200.0}
 @dataclass(frozen=True)
 class Quality:
     experiment: tyro.conf.Positional[str]
-    """methods, ranks, ablations, compensation or transfer."""
+    """methods, ranks, ablations or compensation."""
     sizes: tuple[str, ...] = ("small",)
+    rows: tuple[str, ...] = ()
+    """Of the experiment's table, all unless given."""
     text: tuple[Path, ...] = ()
     """Files or folders to train on, instead of the standard library."""
     folder: Path = Path("bench/results/quality")
@@ -77,7 +79,10 @@ def digest_of(corpus: text.Corpus) -> str:
 def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) -> list[Run]:
     """The runs that have to be made before the next can be chosen."""
     found = store.read(config.folder, digest_of(corpus))
-    missing = missing_of(EXPERIMENTS[config.experiment](found, size).values())
+    rows = EXPERIMENTS[config.experiment](found, size)
+    if unknown := set(config.rows) - set(rows):
+        raise SystemExit(f"`rows` must be of {', '.join(rows)}, got {', '.join(unknown)}")
+    missing = missing_of(stage for name, stage in rows.items() if not config.rows or name in config.rows)
     if missing:
         _print_plan(console, missing, found, size)
     return missing

@@ -41,7 +41,7 @@ class FullRank:
         self._state, _ = self._update(self._state, grads, rates)
 
     def bytes(self) -> dict[str, int]:
-        return {"state": count_bytes(self._state[1]), "communicated": count_bytes(self._state[0])}
+        return {"state": count_bytes(self._state[1])}
 
     def measures(self) -> dict[str, Any]:
         return {}
@@ -92,7 +92,7 @@ class Packaged:
         states = self._optimizer.state.values()
         projectors = [vars(state["projector"]) for state in states if "projector" in state]
         moments = [{key: leaf for key, leaf in state.items() if isinstance(leaf, Tensor)} for state in states]
-        return {"state": count_bytes([projectors, moments]), "communicated": count_bytes(self._weights)}
+        return {"state": count_bytes([projectors, moments])}
 
     def measures(self) -> dict[str, Any]:
         return {}

@@ -132,20 +132,9 @@ def compensation(found: Found, size: str) -> Rows:
     return rows | ablated(found, baseline, COMPENSATIONS)
 
 
-def transfer(found: Found, size: str) -> Rows:
-    """The best rates of the small size, and half of them, at one seed: a first look at a size too dear to sweep."""
-    rows = {}
-    for name, stage in methods(found, "small").items():
-        for over in (1.0, 0.5):
-            runs = [replace(run, size=size, lr=run.lr * over) for run in stage.runs[:1]]
-            rows[f"{name}, {over:g} of the rates"] = of_runs(found, runs)
-    return rows
-
-
 EXPERIMENTS: dict[str, Experiment] = {
     "methods": methods,
     "ranks": ranks,
     "ablations": ablations,
     "compensation": compensation,
-    "transfer": transfer,
 }

@@ -121,16 +121,11 @@ class LowRankMethod:
 
     def bytes(self) -> dict[str, int]:
         held = [_codes_and_residual(param.base) for param in _low_rank(self.params).values()]
-        trainable = dl.partition(self.params).trainable
-        run, dense = self._run, 0.0
-        if run.compensate:
-            dense = sum(param.shape.numel() for param in _low_rank(self.params).values()) / run.compensate_every
         return {
             "state": count_bytes(self._opt_state),
             "factors": count_bytes([param.factors for param in _low_rank(self.params).values()]),
             "bases": count_bytes(held),
             "candidates": count_bytes(self._pool),
-            "communicated": count_bytes(trainable) + round(dense * (1 if run.reduced == "int8" else 4)),
         }
 
     def measures(self) -> dict[str, Any]:

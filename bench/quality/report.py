@@ -40,7 +40,7 @@ class Row(NamedTuple):
     over_first: float  # mean difference to the first row of the table, seed by seed
     p: float  # two-sided, of a paired t-test of it
     state: int  # bytes, that of the optimizer and projections
-    communicated: int  # bytes a step
+    sent: int  # bytes a step
     measures: Mapping[str, Any]
 
 
@@ -64,7 +64,7 @@ def rows_of(found: Found, rows: Rows) -> list[Row]:
                 mean(differences),
                 paired_p(differences),
                 last["bytes"].get("state", 0),
-                last["bytes"].get("communicated", 0),
+                runs[0].sent_bytes(),
                 last["measures"],
             )
         )
@@ -93,7 +93,7 @@ def table(rows: list[Row], size: str) -> str:
             f"{row.over_first:+.4f}",
             f"{row.p:.3f}",
             f"{row.state / 1e3:.0f}",
-            f"{row.communicated / 1e3:.0f}",
+            f"{row.sent / 1e3:.0f}",
             f"{row.measures.get('effective_rank_share', math.nan):.2f}",
             f"{row.measures.get('update_norm', math.nan):.2f}",
         ]
@@ -121,7 +121,7 @@ def plots(found: Found, rows: Rows, path: Path) -> None:
         loss = mean(line["loss"] for line in lines)
         for axes, number in (
             (states, lines[0]["bytes"]["state"]),
-            (sent, lines[0]["bytes"]["communicated"] * size.steps),
+            (sent, stage.runs[0].sent_bytes() * size.steps),
         ):
             axes.plot(number, loss, "o", color=drawn.get_color())
             axes.annotate(name, (number, loss), xytext=(4, 4), textcoords="offset points", fontsize=7)

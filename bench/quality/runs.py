@@ -72,6 +72,23 @@ class Run:
     def rank(self) -> int:
         return SIZES[self.size].width // self.fraction
 
+    def sent_bytes(self) -> int:
+        """A step, where data are parallel: gradients that are reduced, in float32 unless they are in int8.
+
+        The factors' gradients follow from the dense ones, so that a step which is compensated sends these alone, unless
+        they are in int8.
+        """
+        size, rank = SIZES[self.size], self.rank()
+        rest = 2 * size.vocabulary * size.width + (2 * size.layers + 1) * size.width
+        inner, low = size.parameters(), rank * size.layers * (8 * size.width + 3 * (size.width + size.hidden))
+        if self.method in ("full", "galore", "apollo"):
+            return 4 * (inner + rest)
+        if not self.compensate:
+            return 4 * (low + rest)
+        dense = inner + 4 * low if self.reduced == "int8" else 4 * inner
+        share = 1 / self.compensate_every
+        return round(share * dense + (1 - share) * 4 * low) + 4 * rest
+
     def described(self) -> dict[str, Any]:
         """What differs from the defaults, size, method, fraction, rate and seed always."""
         always = {"size", "method", "fraction", "lr", "seed"}

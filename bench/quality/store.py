@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict
     return line
 
 
+@cache
 def origin() -> dict[str, Any]:
+    """Looked up once: it is of the code that was loaded."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return {

@@ -25,7 +25,7 @@ class Method(Protocol):
         """One step by the gradients of the dense weights, at `scale` times the peak rates."""
 
     def bytes(self) -> dict[str, int]:
-        """What the method keeps beside weights, and what it sends a step where data are parallel."""
+        """What the method keeps beside dense weights."""
 
     def measures(self) -> dict[str, Any]:
         """What it can tell of itself at the end."""
