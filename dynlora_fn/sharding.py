@@ -8,8 +8,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from dynlora_fn.bases import base_shape, on_rows, whole
+from dynlora_fn.formats import kind_of
 from dynlora_fn.tree import map_low_rank
-from dynlora_fn.types import Deferred, Held, LowRank, NF4Codes, Param, Params, Quantized, Sharded, Sharding, Standing
+from dynlora_fn.types import (
+    Deferred,
+    Held,
+    LowRank,
+    NF4Codes,
+    NVFP4Codes,
+    Param,
+    Params,
+    Quantized,
+    Sharded,
+    Sharding,
+    Standing,
+)
 
 Group: TypeAlias = "torch.distributed.ProcessGroup | DeviceMesh"
 
@@ -31,8 +44,8 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
         group: the processes, a group or a mesh of one dimension.
 
     Raises:
-        ValueError: if a base is in nf4, whose scales are shared by rows, is sharded already, or the mesh has more than
-            one dimension; it names the weight.
+        ValueError: if a base is in nf4 or nvfp4, whose scales are shared by rows, is sharded already, or the mesh has
+            more than one dimension; it names the weight.
 
     Numerics: products see the bits that they see of the whole base. A fold into codes multiplies matrices of fewer
         rows, whose last bit may be rounded in another way.
@@ -68,9 +81,9 @@ def _shard(name: str, param: LowRank, group: Group) -> LowRank:
 def _shard_base(name: str, base: Standing, group: Group) -> Sharded:
     if isinstance(base, Sharded):
         raise ValueError(f"`params` must not be sharded already, got {name!r}, which is")
-    if isinstance(base, Quantized) and isinstance(base.codes, NF4Codes):
+    if isinstance(base, Quantized) and isinstance(base.codes, NF4Codes | NVFP4Codes):
         rule = "hold bases whose rows have scales of their own to be sharded, in int8, float8 or full precision"
-        raise ValueError(f"`params` must {rule}, got {name!r} in nf4")
+        raise ValueError(f"`params` must {rule}, got {name!r} in {kind_of(base.codes)}")
     sharding = sharding_of(group, base_shape(base)[-2])
 
     def own(leaf: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ ALLOWED = {
     "opaque_codes": FIRST | {"base", "formats"},
     "bases": CODES | {"rows"},
     "rows": FIRST,
-    "sharding": FIRST | {"bases", "tree"},
+    "sharding": FIRST | {"bases", "formats", "tree"},
     "distributed": FIRST | {"bases", "rows", "sharding"},
     "compensation": FIRST | {"base", "bases", "optim"},
     "quantized": CODES | {"bases"},

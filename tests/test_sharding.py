@@ -170,9 +170,10 @@ def _refusals() -> None:
         dl.shard(sharded, group)
     with pytest.raises(ValueError, match="must be quantized before they are sharded, got 'weight'"):
         dl.quantize(sharded, "int8")
-    nf4 = dl.init(linear, rank=2, seed=0, targets=["weight"], base="nf4", residual=None)
-    with pytest.raises(ValueError, match=r"whose rows have scales of their own.*got 'weight' in nf4"):
-        dl.shard(nf4, group)
+    for base in ("nf4", "nvfp4"):
+        tied = dl.init(linear, rank=2, seed=0, targets=["weight"], base=base, residual=None)
+        with pytest.raises(ValueError, match=rf"whose rows have scales of their own.*got 'weight' in {base}"):
+            dl.shard(tied, group)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "model"))
     with pytest.raises(ValueError, match="`group` must be a mesh of one dimension"):
         dl.shard(dl.unshard(sharded), mesh)
