@@ -59,11 +59,18 @@ def whole(param: LowRank) -> Tensor:
 
 
 def step_of(param: LowRank) -> Tensor:
-    """Half a step of the base's codes at most, by the largest entry of the weight: (*stack, 1, 1)."""
+    """Half a step of the base's codes at most, by the largest entry of the weight: (*stack, 1, 1).
+
+    Without a residual the weight that was quantized is not kept, whose largest entry may have been rounded down itself:
+    5 to 4 in mxfp4.
+    """
     share = {"int8": 1 / 254, "float8": 2**-4, "nf4": 0.17, "nvfp4": 0.2, "mxfp4": 0.2}
     base = param.base
     kind = "plain" if isinstance(base, Tensor) else kind_of(base.codes)
-    return kept(base).abs().amax((-2, -1), keepdim=True) * share.get(kind, eps(torch.bfloat16) / 2) * 1.01
+    half = share.get(kind, eps(torch.bfloat16) / 2)
+    is_whole = not isinstance(base, Tensor) and tree_leaves(base.residual)
+    largest = kept(base).abs().amax((-2, -1), keepdim=True) / (1 if is_whole else 1 - half)
+    return largest * half * 1.01
 
 
 def rounding(param: LowRank, magnitude: Tensor) -> Tensor:
