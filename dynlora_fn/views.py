@@ -95,7 +95,7 @@ def transposed(view: View) -> View:
 
 
 def _turned(base: Any) -> Any:
-    """Dense for none: a product that dequantizes it keeps the codes for its backward pass."""
+    """The base transposed. Codes only by a mark, since a product dequantizes them and keeps nothing dense."""
     if isinstance(base, Transposed):
         return base.base
     plain = base.codes if isinstance(base, Quantized) else base
