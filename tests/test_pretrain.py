@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from damage import damage_by_a_bit, damage_by_truncation
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -201,16 +202,6 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, options: s
     assert whole.wait() == 0
     for name in ("metrics.jsonl", "model.safetensors", "checkpoints/step-00000060/state.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-def damage_by_truncation(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def damage_by_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def remove(path: Path) -> None:

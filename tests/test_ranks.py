@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from damage import damage_by_a_bit, damage_by_truncation
 from ranks import in_ranks, started
 from safetensors.torch import load_file
 
@@ -167,16 +168,6 @@ def _alone(text: Path, folder: Path) -> list[Outcome]:
     run.batch = draw
     outcomes.append(job(arguments(text, folder / "asked", resume=True), ranks=ALONE))
     return outcomes
-
-
-def damage_by_truncation(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def damage_by_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_taken(text: Path, tmp_path: Path):
@@ -354,6 +345,7 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
     for changed, message in (
         ({"batch-size": 1}, "`batch_size` must be at least the number of processes, 2, got 1"),
         ({"shard": True, "base-dtype": "nf4"}, "`shard` must have frozen bases in another format than nf4, got nf4"),
+        ({"compensate": 0.1}, "`compensate` must be 0 with 2 processes, got 0.1"),
         ({"resume": True}, "`out` must hold a run to resume"),
         ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 32"),
     ):

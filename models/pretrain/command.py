@@ -13,8 +13,9 @@ from dynlora_fn import DriftedError
 from models.pretrain.checkpoint import SaveError
 from models.pretrain.config import Config, continued
 from models.pretrain.ranks import Ranks, is_restarted, joined
+from models.pretrain.recorder import DivergedError
 from models.pretrain.report import closing_table
-from models.pretrain.run import DivergedError, Prepared, train
+from models.pretrain.run import Prepared, train
 
 
 def run_command(kind: type[Config], prepare: Callable[..., Prepared], *, module: str, files: str) -> None:

@@ -146,6 +146,8 @@ class Config:
         if self.batch_size < ranks.size:
             rule = f"be at least the number of processes, {ranks.size}"
             raise ValueError(f"`batch_size` must {rule}, got {self.batch_size}")
+        if self.compensate and ranks.size > 1:  # it would send the gradients of the dense weights
+            raise ValueError(f"`compensate` must be 0 with {ranks.size} processes, got {self.compensate}")
         if self.shard and ranks.group is None:
             raise ValueError("`shard` must come with processes to share between, started by torchrun, got this one")
         if self.shard and (self.method == "full" or self.base_dtype == "nf4"):
@@ -163,15 +165,19 @@ class Config:
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine down to a tenth of the peak at the last step."""
-        progress = min(1.0, max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup)))
-        lr = self.peak_lr() * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
-        lr *= min(1.0, (step + 1) / max(1, self.warmup))
+        lr = self.peak_lr() * warmup_cosine(step, self.steps, self.warmup)
         if self.method == "relora" and step >= self.merge_every:
             lr *= min(1.0, (step % self.merge_every + 1) / max(1, self.warmup // 10))
         return lr
 
     def folder(self) -> Path:
         return self.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{self.method}"
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """The learning rate over its peak: linear warm-up, then cosine to a tenth at the last step."""
+    progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
+    return (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2) * min(1.0, (step + 1) / max(1, warmup))
 
 
 def continued(config: ConfigT) -> ConfigT:

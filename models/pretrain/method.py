@@ -93,8 +93,6 @@ def make_step(
     """`still` names full-rank tensors that are not trained."""
     dtype, device_type = config.compute_torch_dtype(), config.torch_device().type
     share = ranks.share(config.batch_size)
-    if config.compensate and ranks.size > 1:  # it would send the gradients of the dense weights
-        raise ValueError(f"`compensate` must be 0 with {ranks.size} processes, got {config.compensate}")
 
     def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any, stop: Tensor) -> tuple[State, Metrics]:
         """`tokens` is (grad_accum, rows of this process, seq_len + 1); without a plan nothing is switched, and without

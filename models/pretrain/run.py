@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +16,10 @@ from models import corpus as text
 from models import llama
 from models.pretrain.checkpoint import Saver, load_checkpoint
 from models.pretrain.config import Config, prepare_folder
-from models.pretrain.method import Method, Metrics, State, make_method, next_token_loss
+from models.pretrain.method import Method, State, make_method, next_token_loss
 from models.pretrain.ranks import ALONE, Preemption, Ranks
-from models.pretrain.report import MetricsFile, ProgressBar, plot, read_metrics, sizes
-
-_FLUSH_EVERY = 10  # steps between two looks at the device's results
-
-
-class DivergedError(ValueError):
-    """The loss or the gradient is no longer finite."""
+from models.pretrain.recorder import Recorder, wire_bytes
+from models.pretrain.report import plot, read_metrics, sizes
 
 
 class Saved(NamedTuple):
@@ -143,12 +137,12 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
             done = step + 1
             if is_last or done % config.eval_every == 0:
                 recorder.flush(validate=lambda: validate(run, state))  # noqa: B023, called at once
-            if run.ranks.group is not None and done % config.check_every == 0:
+            is_saved = is_last or is_stopped or done % config.save_every == 0
+            if is_saved:
+                recorder.flush()  # sees that all is finite
+            if run.ranks.group is not None and (is_saved or done % config.check_every == 0):
                 dl.check_replicas((state, pool), run.ranks.group)
-            if is_last or is_stopped or done % config.save_every == 0:
-                recorder.flush()  # sees that all is finite before it is saved
-                if run.ranks.group is not None:
-                    dl.check_replicas((state, pool), run.ranks.group)
+            if is_saved:
                 saver.start(done, Saved(state, pool))
             if is_stopped:
                 return None
@@ -191,58 +185,6 @@ def validation_loss(run: Prepared, state: State) -> float:
     if run.ranks.group is not None:
         loss = dl.mean_over_ranks(loss, run.ranks.group, share=run.ranks.share(config.batch_size))
     return loss.item()
-
-
-class Recorder:
-    """Collects metrics without waiting for the device, and writes and shows them a few steps at a time."""
-
-    def __init__(self, run: Prepared, console: Console):
-        self.file = MetricsFile(run.folder / "metrics.jsonl", run.first_step) if run.ranks.is_first else None
-        self.bar = ProgressBar(console, run.config.steps, run.first_step)
-        self._config, self._ranks = run.config, run.ranks
-        self._wire = wire_bytes(run)
-        self._pending: list[tuple[int, Metrics, int]] = []
-        self._rates: list[float] = []  # tokens a second
-        self._since = time.perf_counter()
-
-    def record(self, step: int, metrics: Metrics, switched: int) -> None:
-        if len(self._pending) == _FLUSH_EVERY:
-            self.flush()
-        self._pending.append((step, metrics._replace(outgoing={}), switched))
-
-    def flush(self, validate: Callable[[], dict[str, float]] | None = None) -> None:
-        """Writes what is pending; what is validated belongs to the last step of it."""
-        if not self._pending:
-            return
-        lines = [self._line(*pending) for pending in self._pending]  # waits for the device
-        tokens_per_step = self._config.grad_accum * self._config.batch_size * self._config.seq_len
-        self._rates.append(len(lines) * tokens_per_step / (time.perf_counter() - self._since))
-        if validate is not None:
-            lines[-1] |= validate()
-        if self.file:
-            self.file.append(lines)
-        steps_left = self._config.steps - lines[-1]["step"]
-        self.bar.show(lines[-1], self.tokens_per_second(), steps_left * tokens_per_step / self.tokens_per_second())
-        self._pending.clear()
-        self._since = time.perf_counter()
-
-    def tokens_per_second(self) -> float:
-        """The median, so that compilation and the machine's other work do not count."""
-        return median(self._rates) if self._rates else math.nan
-
-    def _line(self, step: int, metrics: Metrics, switched: int) -> dict[str, Any]:
-        line = {"step": step + 1, "loss": metrics.loss.item(), "grad_norm": metrics.grad_norm.item()}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(line[name]):
-                raise DivergedError(f"`{name}` must be finite to go on, got {line[name]} at step {step + 1}")
-        wire = {"wire_bytes": self._wire._asdict()} if self._ranks.size > 1 else {}
-        return line | {"lr": self._config.lr_at(step), "switched": switched, **wire}
-
-
-def wire_bytes(run: Prepared) -> dl.WireBytes:
-    """Of a step of several processes."""
-    trainable, frozen, _ = run.method.state
-    return dl.wire_bytes(trainable, frozen, gathers=2 * run.config.grad_accum)
 
 
 def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> dict[str, Any]:
