@@ -20,6 +20,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Timing(NamedTuple):
     @classmethod
     def of(cls, times: list[float]) -> "Timing":
         return cls(*quantiles(times, n=4, method="inclusive"), times)
+
+
+def count_bytes(tree: Any) -> int:
+    """Of the tensors in it, on the meta device too."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 def synchronize(device: str) -> None:

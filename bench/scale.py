@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
-from bench.common import Common, finish, start, table
+from bench.common import Common, count_bytes, finish, start, table
 from bench.memory import Memory, in_a_process_of_its_own
 from bench.training import Ours, Size
 from models.llama import TARGETS
@@ -94,10 +93,6 @@ def shapes(model: Model) -> dict[str, Tensor]:
     sizes = {f"layers.{at}.{name}.weight": size for at in range(model.layers) for name, size in block.items()}
     ends = {"embedding.weight": (model.vocabulary, width), "head.weight": (model.vocabulary, width)}
     return {name: torch.empty(size, device="meta") for name, size in {**sizes, **ends, "norm.weight": (width,)}.items()}
-
-
-def count_bytes(tree: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree))
 
 
 @cache

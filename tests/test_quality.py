@@ -9,17 +9,18 @@ import torch
 from strategies import Shape, assert_within, low_rank, normal
 
 import dynlora_fn as dl
+from bench.common import count_bytes
 from bench.quality import schedules, store
 from bench.quality.command import Quality, main, make
-from bench.quality.dense_methods import count_bytes
 from bench.quality.experiments import EXPERIMENTS
 from bench.quality.job import Job
 from bench.quality.measures import effective_rank, overlap
 from bench.quality.report import paired_p, rows_of
 from bench.quality.runs import METHODS, SIZES, Run
 from bench.quality.sweeps import CENTERS, Stage, neighbors, swept
-from bench.quality.train import rate, train
+from bench.quality.train import train
 from models import corpus as text
+from models.pretrain.config import warmup_cosine
 
 PATH = "".join(f"line {number}: {number * number}\n" for number in range(400))
 
@@ -168,7 +169,7 @@ def test_a_compensated_step_sends_the_dense_gradients():
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth():
-    rates = [rate(step, 100) for step in range(100)]
+    rates = [warmup_cosine(step, 100, 5) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert sorted(rates[5:], reverse=True) == rates[5:]
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)

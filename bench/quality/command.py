@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 import tyro
@@ -28,9 +29,8 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "large": 200.0}
 
 @dataclass(frozen=True)
 class Quality:
-    experiment: tyro.conf.Positional[str]
-    """methods, ranks, ablations or compensation."""
-    sizes: tuple[str, ...] = ("small",)
+    experiment: tyro.conf.Positional[Literal["methods", "ranks", "ablations", "compensation"]]
+    sizes: tuple[Literal["tiny", "small", "medium", "large"], ...] = ("small",)
     rows: tuple[str, ...] = ()
     """Of the experiment's table, all unless given."""
     text: tuple[Path, ...] = ()

@@ -6,16 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
+from bench.common import count_bytes
 from bench.quality.job import CLIP, Job
 from bench.quality.runs import Run
 from models.llama import TARGETS
-
-
-def count_bytes(tree: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def inner_names(weights: Mapping[str, Tensor]) -> set[str]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
+from bench.common import count_bytes
 from bench.quality import schedules
-from bench.quality.dense_methods import count_bytes
 from bench.quality.job import Job
 from bench.quality.measures import overlap
 from bench.quality.runs import SIZES, Run

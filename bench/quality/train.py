@@ -10,9 +10,10 @@ from torch import Tensor
 from bench.quality.job import Job
 from bench.quality.measures import Tracker
 from bench.quality.runs import Run
+from models.pretrain.config import warmup_cosine
 
 EVALUATIONS = 8  # over a run
-_WARMUP, _LEAST = 0.05, 0.1  # share of the run, and of the peak that is left at its end
+_WARMUP = 0.05  # share of the run
 
 
 class Method(Protocol):
@@ -35,16 +36,9 @@ class Diverged(NamedTuple):
     step: int
 
 
-def rate(step: int, steps: int) -> float:
-    """Over the peak: linear warm-up, then cosine to a tenth. The same for every method."""
-    warmup = max(1, round(_WARMUP * steps))
-    progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
-    return (_LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * progress)) / 2) * min(1.0, (step + 1) / warmup)
-
-
 def train(job: Job, run: Run, make: Callable[[Job, Run], Method]) -> dict[str, Any]:
     started, steps = time.perf_counter(), job.size.steps
-    method = make(job, run)
+    method, warmup = make(job, run), max(1, round(_WARMUP * steps))
     tracker = Tracker(method.weights())
     curve: list[tuple[int, float]] = []
     for step in range(steps):
@@ -52,7 +46,7 @@ def train(job: Job, run: Run, make: Callable[[Job, Run], Method]) -> dict[str, A
         loss, grads = job.gradients(method.weights(), tokens)
         if not math.isfinite(loss.item()):
             return {"loss": None, "diverged": step, "curve": curve, "seconds": time.perf_counter() - started}
-        method.update(step, grads, tokens, rate(step, steps))
+        method.update(step, grads, tokens, warmup_cosine(step, steps, warmup))
         if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
             weights = method.weights()
             curve.append((step + 1, job.validation_loss(weights)))
