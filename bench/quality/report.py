@@ -129,6 +129,8 @@ def plots(found: Found, rows: Rows, path: Path) -> None:
     curves.legend(fontsize=7, frameon=False)
     states.set(xlabel="state of the optimizer, bytes", xscale="log")
     sent.set(xlabel="sent over the run where data are parallel, bytes", xscale="log")
+    for axes in (states, sent):
+        axes.margins(x=1.0)  # room for names beside the points
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -143,5 +145,5 @@ def report(folder: Path, experiment: str, found: Found, by_size: Mapping[str, Ro
             plots(found, rows, folder / f"{experiment}_{size}.png")
         open_rows = [name for name, stage in rows.items() if stage.missing or not stage.runs]
         if open_rows:
-            parts += [f"Still to be run at size {size}: {', '.join(open_rows)}.", ""]
+            parts += [f"Still to be run at size {size}: {'; '.join(open_rows)}.", ""]
     (folder / f"{experiment}.md").write_text("\n".join(parts))
