@@ -11,14 +11,10 @@ from torch import Tensor
 from dynlora_fn.base import widest, without_autocast
 from dynlora_fn.bases import fold_base
 from dynlora_fn.optim import Rate, rate_of
+from dynlora_fn.spectrum import norm, over_norm, with_even_spectrum
 from dynlora_fn.types import Base, Deferred, Factors, LowRank, Param, Params
 
 Normalize: TypeAlias = Literal["spectrum", "rows"]
-
-# Five steps of x -> x (a + b x^2 + c x^4) bring every singular value from 1e-2 to 1 between 0.68 and 1.14: the
-# coefficients of Muon (Jordan et al., 2024), chosen for their slope at zero.
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
 
 
 def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, Factors | Tensor]:
@@ -126,9 +122,9 @@ def _compensate(name: str, param: LowRank, grad: Tensor, lr: Rate, normalize: No
     with without_autocast(grad.device.type):
         rest = _outside_of(param.factors, grad)
         if normalize == "spectrum":
-            change = _with_even_spectrum(rest) * sqrt(max(param.shape[-2:]))
+            change = with_even_spectrum(rest) * sqrt(max(param.shape[-2:]))
         else:
-            change = _over_norm(rest, dim=-1) * sqrt(param.shape[-1])
+            change = over_norm(rest, dim=-1) * sqrt(param.shape[-1])
         base = _subtracted(param.base, lr * change, name=name)
     return param._replace(base=base)
 
@@ -150,8 +146,8 @@ def _outside_of(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float
     for _ in range(2):  # the second time for the errors of the first, of which little else may be left
         rest = rest - columns @ (columns.mT @ rest)
         rest = rest - (rest @ rows) @ rows.mT
-    least = _norm(grad, dim=(-2, -1)) * (max(grad.shape[-2:]) * torch.finfo(wide).eps)
-    return torch.where(_norm(rest, dim=-1) <= least, 0, rest)
+    least = norm(grad, dim=(-2, -1)) * (max(grad.shape[-2:]) * torch.finfo(wide).eps)
+    return torch.where(norm(rest, dim=-1) <= least, 0, rest)
 
 
 def _basis(columns: Float[Tensor, "*stack n rank"]) -> Float[Tensor, "*stack n rank"]:
@@ -160,23 +156,3 @@ def _basis(columns: Float[Tensor, "*stack n rank"]) -> Float[Tensor, "*stack n r
     sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()  # (*stack, rank)
     least = sizes.amax(-1, keepdim=True) * (max(columns.shape[-2:]) * torch.finfo(columns.dtype).eps)
     return torch.where((sizes > least)[..., None, :], orthonormal, 0)
-
-
-def _with_even_spectrum(rest: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
-    """The same singular vectors, all singular values near 1, zeros apart."""
-    is_tall = rest.shape[-2] > rest.shape[-1]
-    x = _over_norm(rest.mT if is_tall else rest, dim=(-2, -1))
-    first, third, fifth = _NEWTON_SCHULZ
-    for _ in range(_STEPS):
-        gram = x @ x.mT
-        x = first * x + (third * gram + fifth * gram @ gram) @ x
-    return x.mT if is_tall else x
-
-
-def _over_norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
-    """Zeros stay zeros."""
-    return matrix / _norm(matrix, dim).clamp(min=torch.finfo(matrix.dtype).tiny)
-
-
-def _norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
-    return matrix.square().sum(dim, keepdim=True).sqrt()

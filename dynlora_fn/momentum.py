@@ -1,13 +1,15 @@
-"""Optimizers with one moment: stochastic gradient descent with momentum, and Lion."""
+"""Optimizers with one moment: stochastic gradient descent with momentum, Lion and Muon."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import sqrt
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn.optim import Rate, Transform, Tree, nothing_frozen, one_less, rate_of, without_frozen, zero_moments
+from dynlora_fn.spectrum import with_even_spectrum
 from dynlora_fn.types import Factors, Trainable
 
 
@@ -52,6 +54,32 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
     def direction(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
         sign = (betas[0] * mu + (1 - betas[0]) * grad).sign()
         return betas[1] * mu + (1 - betas[1]) * grad, sign + weight_decay * param
+
+    return _of_one_moment(direction)
+
+
+def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
+    """Muon (Jordan et al., 2024): every direction in which a matrix is trained moves by the same.
+
+    ``mu = momentum * mu + grad`` and ``updates = -lr * (even(grad + momentum * mu) + weight_decay * trainable)``, where
+    `even` keeps singular vectors and brings all singular values near ``sqrt(max(rows, columns))``: those of a matrix
+    whose entries' root mean square is near 1, so that `lr` compares with AdamW's. Of factors, `b` and `a` are each such
+    a matrix. A vector whose moment is zero, one that is frozen after a switch, stays where it is. Other arguments of
+    `update`, dtypes and frozen vectors are as in `adamw`.
+
+    Embedding, head and norms fare better with AdamW: see `multi_transform`.
+
+    Raises:
+        ValueError: in `update`, if a leaf has fewer than two axes.
+    """
+    _check_share("momentum", momentum)
+
+    def direction(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+        if param.ndim < 2:
+            raise ValueError(f"`trainable` must be matrices to be trained by muon, got shape {tuple(param.shape)}")
+        mu = momentum * mu + grad
+        along = with_even_spectrum(grad + momentum * mu) * sqrt(max(param.shape[-2:]))
+        return mu, along + weight_decay * param
 
     return _of_one_moment(direction)
 

@@ -20,6 +20,8 @@ from dynlora_fn import (
     adamw,
     apply_updates,
     lion,
+    multi_transform,
+    muon,
     partition,
     project_optimizer_state,
     sgd,
@@ -173,11 +175,15 @@ def own_state(transform: Any) -> Any:
     return make
 
 
+FACTORS_BY_MUON = multi_transform(
+    {"muon": muon(), "sgd": sgd()}, lambda name, leaf: "muon" if isinstance(leaf, Factors) else "sgd"
+)
 # By optimizer: how its state is made.
 OPTIMIZERS = {
     "adamw": own_state(adamw()),
     "sgd": own_state(sgd()),
     "lion": own_state(lion()),
+    "muon": own_state(FACTORS_BY_MUON),
     "torch.optim.AdamW": torch_state(torch.optim.AdamW),
     "torch.optim.SGD": torch_state(torch.optim.SGD, momentum=0.9),
     "torch.optim.RMSprop": torch_state(torch.optim.RMSprop, momentum=0.9),
@@ -372,7 +378,7 @@ def test_lion_is_its_paper_s():
     torch.testing.assert_close(state.mu["w"], torch.tensor([0.625, -0.75]))
 
 
-@pytest.mark.parametrize("transform", [sgd(), lion(), adamw()])
+@pytest.mark.parametrize("transform", [sgd(), lion(), FACTORS_BY_MUON, adamw()])
 def test_a_frozen_vector_stands_still_for_exactly_so_long(transform):
     trainable = partition(weights()).trainable
     state = project_optimizer_state(own_state(transform)(trainable), one_switch(**SWITCH))

@@ -1,7 +1,5 @@
 """Full-rank AdamW, and GaLore and APOLLO from their packages: methods that train the dense weights."""
 
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -9,31 +7,24 @@ from torch import Tensor, nn
 
 import dynlora_fn as dl
 from bench.common import count_bytes
-from bench.quality.job import CLIP, Job
+from bench.quality.job import CLIP, OPTIMIZERS, Job, is_inner
 from bench.quality.runs import Run
-from models.llama import TARGETS
-
-
-def inner_names(weights: Mapping[str, Tensor]) -> set[str]:
-    """Of the matrices that the low-rank methods have factors of."""
-    return {name for name in weights if any(fnmatchcase(name, target) for target in TARGETS)}
 
 
 class FullRank:
-    """AdamW on all weights; those that the others make low-rank are `lr`'s, the rest `dense_lr`'s."""
+    """AdamW on all weights, or Muon on those that the others make low-rank; these are `lr`'s, the rest `dense_lr`'s."""
 
     def __init__(self, job: Job, run: Run):
-        self._run, self._update = run, job.full_update
+        self._run, self._update = run, job.update(run.optimizer)
         trainable = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
-        self._state = (trainable, job.optimizer.init(trainable))
-        self._inner = inner_names(trainable)
+        self._state = (trainable, OPTIMIZERS[run.optimizer].init(trainable))
 
     def weights(self) -> dict[str, Tensor]:
         return self._state[0]
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
         lr = torch.tensor(self._run.lr * scale)
-        rates = {name: lr if name in self._inner else lr * self._run.dense_lr for name in grads}
+        rates = {name: lr if is_inner(name) else lr * self._run.dense_lr for name in grads}
         self._state, _ = self._update(self._state, grads, rates)
 
     def bytes(self) -> dict[str, int]:
@@ -49,11 +40,10 @@ class Packaged:
     def __init__(self, job: Job, run: Run):
         self._run = run
         self._weights = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
-        inner = inner_names(self._weights)
         low, rest = [], []
         self._members: list[tuple[nn.Parameter, str, int | None]] = []
         for name, leaf in self._weights.items():
-            is_low = name in inner
+            is_low = is_inner(name)
             for number in range(len(leaf)) if is_low else [None]:
                 parameter = nn.Parameter(leaf if number is None else leaf[number])  # of the same memory
                 self._members.append((parameter, name, number))

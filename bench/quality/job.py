@@ -7,7 +7,7 @@ same arithmetic.
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +23,24 @@ VALIDATION = 128  # windows
 CLIP = 1.0
 
 
+def is_inner(name: str) -> bool:
+    """Of the matrices that the low-rank methods have factors of."""
+    return ".attention." in name or ".feed_forward." in name
+
+
+OPTIMIZERS = {
+    "adamw": dl.adamw(),
+    "muon": dl.multi_transform(
+        {"muon": dl.muon(), "adamw": dl.adamw()}, lambda name, _: "muon" if is_inner(name) else "adamw"
+    ),
+}
+
+
 class Job:
     def __init__(self, size: Size, corpus: text.Corpus, *, backend: str = "inductor"):
         self.size, self.corpus, self._backend = size, corpus, backend
         self.model = Llama(size.config())
-        self.optimizer = dl.adamw()
-        self._low_rank_updates: dict[int, Callable[..., Any]] = {}
+        self._updates: dict[tuple[str, int | None], Callable[..., Any]] = {}
 
     def initial(self, seed: int) -> Llama:
         return init_weights(Llama(self.size.config()), seed)
@@ -56,23 +68,18 @@ class Job:
         windows = text.validation_batches(self.corpus.validation, 8, VALIDATION // 8, window=self.size.length + 1)
         return torch.stack([self.loss(weights, tokens) for tokens in windows]).mean().item()
 
-    @cached_property
-    def full_update(self) -> Callable[..., Any]:
-        return self._updater()
+    def update(self, optimizer: Literal["adamw", "muon"], rank: int | None = None) -> Callable[..., Any]:
+        """Clip and optimizer in one graph, ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm),
+        with a rate for each leaf."""
+        if (optimizer, rank) not in self._updates:
+            self._updates[optimizer, rank] = self._updater(OPTIMIZERS[optimizer])
+        return self._updates[optimizer, rank]
 
-    def low_rank_update(self, rank: int) -> Callable[..., Any]:
-        if rank not in self._low_rank_updates:
-            self._low_rank_updates[rank] = self._updater()
-        return self._low_rank_updates[rank]
-
-    def _updater(self) -> Callable[..., Any]:
-        """Clip and AdamW in one graph, ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm), with a
-        rate for each leaf."""
-
+    def _updater(self, optimizer: dl.Transform) -> Callable[..., Any]:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
             trainable, opt_state = state
             grads, norm = dl.clip_by_global_norm(grads, CLIP)
-            directions, opt_state = self.optimizer.update(grads, opt_state, trainable, lr=1.0)
+            directions, opt_state = optimizer.update(grads, opt_state, trainable, lr=1.0)
             updates = tree_map(torch.mul, directions, rates)
             return (dl.apply_updates(trainable, updates), opt_state), norm
 

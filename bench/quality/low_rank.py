@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from bench.common import count_bytes
 from bench.quality import schedules
-from bench.quality.job import Job
+from bench.quality.job import OPTIMIZERS, Job
 from bench.quality.measures import overlap
 from bench.quality.runs import SIZES, Run
 from models.llama import TARGETS
@@ -24,14 +24,14 @@ _PRUNE = 0.99  # ReLoRA's (arXiv:2307.05695)
 class LowRankMethod:
     def __init__(self, job: Job, run: Run):
         self._job, self._run = job, run
-        self._update_step = job.low_rank_update(run.rank())
+        self._update_step = job.update(run.optimizer, run.rank())
         start: dl.Start = run.start if run.method == "switchlora" else "lora"
         base, residual = run.base.split("+") if "+" in run.base else (None, None)
         params = dl.init(job.initial(run.seed), rank=run.rank(), seed=run.seed, targets=TARGETS, start=start)
         if run.start_scale != 1:
             params = {name: _scaled(param, run.start_scale) for name, param in params.items()}
         self.params = dl.quantize(params, base, residual=residual) if base else params
-        self._opt_state = job.optimizer.init(dl.partition(self.params).trainable)
+        self._opt_state = OPTIMIZERS[run.optimizer].init(dl.partition(self.params).trainable)
         self._start = start
         self._schedule = schedules.schedule(run, self.params)
         self._pool = dl.init_pool(self.params) if run.candidates == "pool" else None

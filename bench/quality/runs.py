@@ -45,6 +45,7 @@ class Run:
     lr: float = 1e-3  # the peak
     dense_lr: float = 1.0  # that of embedding, head and norms, over `lr`
     side_lr: float = 1.0  # that of `b` over that of `a`; their geometric mean is `lr`
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; all else has AdamW
     seed: int = 0
 
     # switches
