@@ -41,10 +41,10 @@ from dynlora_fn.moments import UnsignedMoment as UnsignedMoment
 from dynlora_fn.momentum import MomentumState as MomentumState
 from dynlora_fn.momentum import MomentumUpdates as MomentumUpdates
 from dynlora_fn.momentum import lion as lion
-from dynlora_fn.momentum import muon as muon
 from dynlora_fn.momentum import sgd as sgd
 from dynlora_fn.multi import MultiUpdates as MultiUpdates
 from dynlora_fn.multi import multi_transform as multi_transform
+from dynlora_fn.muon import muon as muon
 from dynlora_fn.optim import AdamWState as AdamWState
 from dynlora_fn.optim import Clipped as Clipped
 from dynlora_fn.optim import Transform as Transform

@@ -1,15 +1,13 @@
-"""Optimizers with one moment: stochastic gradient descent with momentum, Lion and Muon."""
+"""Optimizers with one moment: stochastic gradient descent with momentum, and Lion."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import sqrt
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn.optim import Rate, Transform, Tree, nothing_frozen, one_less, rate_of, without_frozen, zero_moments
-from dynlora_fn.spectrum import with_even_spectrum
 from dynlora_fn.types import Factors, Trainable
 
 
@@ -33,7 +31,7 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
     ``mu = momentum * mu + grad + weight_decay * trainable`` and ``updates = -lr * mu``. Arguments of `update`, dtypes
     and frozen vectors are as in `adamw`.
     """
-    _check_share("momentum", momentum)
+    check_share("momentum", momentum)
 
     def direction(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
         mu = momentum * mu + (grad + weight_decay * param)
@@ -49,7 +47,7 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
     ``mu = beta2 * mu + (1 - beta2) * grad``. Arguments of `update`, dtypes and frozen vectors are as in `adamw`.
     """
     for beta in betas:
-        _check_share("betas", beta)
+        check_share("betas", beta)
 
     def direction(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
         sign = (betas[0] * mu + (1 - betas[0]) * grad).sign()
@@ -58,33 +56,7 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
     return _of_one_moment(direction)
 
 
-def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
-    """Muon (Jordan et al., 2024): every direction in which a matrix is trained moves by the same.
-
-    ``mu = momentum * mu + grad`` and ``updates = -lr * (even(grad + momentum * mu) + weight_decay * trainable)``, where
-    `even` keeps singular vectors and brings all singular values near ``sqrt(max(rows, columns))``: those of a matrix
-    whose entries' root mean square is near 1, so that `lr` compares with AdamW's. Of factors, `b` and `a` are each such
-    a matrix. A vector whose moment is zero, one that is frozen after a switch, stays where it is. Other arguments of
-    `update`, dtypes and frozen vectors are as in `adamw`.
-
-    Embedding, head and norms fare better with AdamW: see `multi_transform`.
-
-    Raises:
-        ValueError: in `update`, if a leaf has fewer than two axes.
-    """
-    _check_share("momentum", momentum)
-
-    def direction(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
-        if param.ndim < 2:
-            raise ValueError(f"`trainable` must be matrices to be trained by muon, got shape {tuple(param.shape)}")
-        mu = momentum * mu + grad
-        along = with_even_spectrum(grad + momentum * mu) * sqrt(max(param.shape[-2:]))
-        return mu, along + weight_decay * param
-
-    return _of_one_moment(direction)
-
-
-def _check_share(name: str, value: float) -> None:
+def check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}")
 

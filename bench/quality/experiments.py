@@ -24,16 +24,23 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
     switched = Run(size, "switchlora", fraction)
     return {
         **{name: Run(size, method, fraction) for method, name in NAMES.items()},
+        "LoRA, Muon": Run(size, "lora", fraction, optimizer="muon"),
         "switched": switched,
         "switched, compensated": replace(switched, compensate=COMPENSATE),
+        "switched, Muon": replace(switched, optimizer="muon"),
     }
+
+
+def of_full_rank(found: Found, size: str) -> Rows:
+    full = Run(size, "full")
+    return {"full rank": swept(found, full), "full rank, Muon": swept(found, replace(full, optimizer="muon"))}
 
 
 def methods(found: Found, size: str) -> Rows:
     """All methods at rank d/4."""
-    rows = {"full rank": swept(found, Run(size, "full"))}
+    rows = of_full_rank(found, size)
     rows |= {name: swept(found, run) for name, run in contenders(size, 4).items()}
-    for name in ("switched", "switched, compensated"):
+    for name in ("switched", "switched, compensated", "switched, Muon"):
         quantized = [replace(run, base="int8+bfloat16") for run in rows[name].runs]
         rows[f"{name}, int8+bfloat16"] = of_runs(found, quantized)
     return rows
@@ -41,7 +48,7 @@ def methods(found: Found, size: str) -> Rows:
 
 def ranks(found: Found, size: str) -> Rows:
     """All methods at rank d/8 and d/2."""
-    rows = {"full rank": swept(found, Run(size, "full"))}
+    rows = of_full_rank(found, size)
     for fraction in (8, 2):
         rows |= {f"{name}, d/{fraction}": swept(found, run) for name, run in contenders(size, fraction).items()}
     return rows

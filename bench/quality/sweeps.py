@@ -11,6 +11,7 @@ from bench.quality.store import Found
 SEEDS = (0, 1, 2)
 # Where the sweep starts: the papers' rates.
 CENTERS = {"full": 2e-3, "lora": 1e-2, "relora": 1e-2, "galore": 1e-2, "apollo": 1e-2, "switchlora": 2e-2}
+MUON = 2e-3  # of the dense weight, whatever is trained: AdamW's for that
 
 
 class Stage(NamedTuple):
@@ -32,7 +33,7 @@ def swept(found: Found, run: Run, *, seeds: Sequence[int] = SEEDS) -> Stage:
     A search by neighbors from the papers' rate for both: one twice or half as high, the other four times or a quarter
     as high, until all four neighbors are worse.
     """
-    best = replace(run, lr=CENTERS[run.method], dense_lr=1.0, seed=seeds[0])
+    best = replace(run, lr=CENTERS[run.method] if run.optimizer == "adamw" else MUON, dense_lr=1.0, seed=seeds[0])
     while True:
         near = [best, *neighbors(best)]
         if missing := [one for one in near if one not in found]:
