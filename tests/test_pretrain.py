@@ -74,6 +74,8 @@ METHODS = [
     ["--method", "switchlora"],
     ["--method", "switchlora", "--candidates", "pool"],
     ["--method", "switchlora", "--compensate", "0.1"],
+    ["--method", "switchlora", "--optimizer", "muon"],
+    ["--method", "full", "--optimizer", "muon", "--dense-lr", "0.02"],
     ["--method", "lora", "--compensate", "0.1", "--base-dtype", "int8"],
     ["--method", "switchlora", "--base-dtype", "bfloat16", "--compute-dtype", "bfloat16"],
     ["--method", "switchlora", "--grad-accum", "2"],

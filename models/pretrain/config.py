@@ -13,6 +13,7 @@ import torch
 from models.pretrain.ranks import ALONE, Ranks
 
 LEARNING_RATES = {"full": 1e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
+MUON, BESIDE_MUON = 2e-3, 1e-2  # of the dense weight, whatever is trained; and of what has AdamW
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ between a run and its continuation, since no number depends on it.
 _FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every")
@@ -61,9 +62,14 @@ class Config:
     grad_accum: int = 1
     """Backward passes whose gradients are averaged for one step."""
     lr: float | None = None
-    """Peak learning rate; the paper's unless given: 1e-3 full, 1e-2 lora and relora, 2e-2 switchlora."""
+    """Peak learning rate; the papers' for AdamW unless given, 1e-3 full, 1e-2 lora and relora, 2e-2 switchlora, and
+    2e-3 for Muon."""
+    dense_lr: float | None = None
+    """That of embedding, head and norms; `lr` unless given, and 1e-2 beside Muon."""
     warmup: int = 50
     """Steps of linear warm-up, then cosine to a tenth; ReLoRA warms up again after each merge, a tenth as long."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of factors, or of the matrices in their place for full; embedding, head and norms have AdamW."""
     weight_decay: float = 0.0
     clip: float = 1.0
     """Norm that gradients are clipped to."""
@@ -89,7 +95,7 @@ class Config:
     shard: bool = False
     """Of several processes, each keeps its share of the rows of every base, and gathers a layer's when it needs it."""
     moments: Literal["float32", "8bit"] = "float32"
-    """Of AdamW's two moments: 4 bytes or 1 for each number that is trained."""
+    """Of AdamW's two moments: 4 bytes or 1 for each number that it trains."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations, through autocast; factors, full-rank weights and moments are float32."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,7 +129,7 @@ class Config:
         for name in ("warmup", "weight_decay", "freeze", "compensate", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
-        for name in ("lr", "clip", "ratio", "interval"):
+        for name in ("lr", "dense_lr", "clip", "ratio", "interval"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}")
@@ -161,7 +167,15 @@ class Config:
         return _DTYPES[self.compute_dtype]
 
     def peak_lr(self) -> float:
-        return LEARNING_RATES[self.method] if self.lr is None else self.lr
+        if self.lr is not None:
+            return self.lr
+        return MUON if self.optimizer == "muon" else LEARNING_RATES[self.method]
+
+    def dense_share(self) -> float:
+        """The learning rate of embedding, head and norms over that of factors."""
+        if self.dense_lr is not None:
+            return self.dense_lr / self.peak_lr()
+        return BESIDE_MUON / self.peak_lr() if self.optimizer == "muon" else 1.0
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine down to a tenth of the peak at the last step."""

@@ -1,6 +1,7 @@
 """The methods as compositions of the transforms: parameters, schedule and one pure training step."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ class State(NamedTuple):
 
     trainable: dict[str, Any]
     frozen: dict[str, Any]
-    opt_state: dl.AdamWState
+    opt_state: Any
 
     def params(self) -> dict[str, Any]:
         return dl.combine(self.trainable, self.frozen)
@@ -53,7 +54,7 @@ def make_method(
     if config.shard:
         assert ranks.group is not None
         params = dl.shard(params, ranks.group)
-    optimizer = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
+    optimizer = make_optimizer(config, inner_names(config, params, targets))
     names = still(params)
     trainable, frozen = dl.partition(params, frozen=names)
     return Method(
@@ -75,6 +76,31 @@ def init_params(config: Config, model: nn.Module, targets: Sequence[str]) -> dic
         residual=None if config.residual == "none" else config.residual,
         residual_device=config.residual_device,
     )
+
+
+def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) -> frozenset[str]:
+    """The low-rank weights, and for full those that would be."""
+    globs = config.targets or targets if config.method == "full" else ()
+    return frozenset(
+        name
+        for name, param in params.items()
+        if isinstance(param, dl.LowRank) or any(fnmatchcase(name, glob) for glob in globs)
+    )
+
+
+def make_optimizer(config: Config, inner: frozenset[str]) -> dl.Transform:
+    """Takes one learning rate, that of the `inner` weights."""
+    adamw = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
+    optimizers = {"adamw": adamw, "muon": dl.muon(weight_decay=config.weight_decay)}
+    both = dl.multi_transform(
+        {"inner": optimizers[config.optimizer], "rest": adamw}, lambda name, _: "inner" if name in inner else "rest"
+    )
+
+    def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.MultiUpdates:
+        rates = {name: lr if name in inner else lr * config.dense_share() for name in trainable}
+        return both.update(grads, opt_state, trainable, lr=rates)
+
+    return dl.Transform(both.init, update)
 
 
 def start(config: Config) -> dl.Start:
