@@ -55,10 +55,22 @@ def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
-def module_step(model: nn.Module, size: Size, device: str, dtype: torch.dtype, **compile_options: Any) -> Callable:
-    """The usual loop: `torch.compile` of the model, ``backward()`` and a fused AdamW, in place."""
+def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+
+
+def module_step(
+    model: nn.Module,
+    size: Size,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = fused_adamw,
+    **compile_options: Any,
+) -> Callable:
+    """The usual loop: `torch.compile` of the model, ``backward()`` and an optimizer that writes in place."""
+    optimizer = make_optimizer(model)
     forward = torch.compile(model, fullgraph=True, dynamic=False, **compile_options) if compile_options else model
     tokens = size.tokens_on(device)
 
@@ -73,8 +85,8 @@ def module_step(model: nn.Module, size: Size, device: str, dtype: torch.dtype, *
     return run
 
 
-def full_step(size: Size, device: str, dtype: torch.dtype = torch.float32, **compile_options: Any) -> Callable:
-    return module_step(size.model(device), size, device, dtype, **compile_options)
+def full_step(size: Size, device: str, dtype: torch.dtype = torch.float32, **options: Any) -> Callable:
+    return module_step(size.model(device), size, device, dtype, **options)
 
 
 def peft_step(
@@ -106,12 +118,14 @@ class Ours:
         donate: bool = True,
         base: str | None = None,
         residual: str | None = "bfloat16",
+        optimizer: dl.Transform | None = None,
+        compensate: float = 0.0,
         **compile_options: Any,
     ):
         model = size.model(device)
         self.params = dl.init(model, rank=rank, seed=0, targets=TARGETS, base=base, residual=residual)
         self.schedule = dl.switchlora(STEPS)
-        optimizer = dl.adamw()
+        optimizer = dl.adamw() if optimizer is None else optimizer
         trainable, frozen = dl.partition(self.params)
         self.state = (trainable, frozen, optimizer.init(trainable))
         self.tokens, self.lr = size.tokens_on(device), torch.tensor(LR, device=device)
@@ -120,15 +134,21 @@ class Ours:
         def gradients(state: Any, tokens: Tensor) -> tuple[Any, Tensor]:
             trainable, frozen, _ = state
 
-            def loss_fn(trainable: Any) -> Tensor:
+            def loss_fn(given: Any) -> Tensor:
                 with autocast(device, dtype):
-                    return loss_of(dl.call(model, dl.combine(trainable, frozen), tokens[:, :-1]), tokens)
+                    params = given if compensate else dl.combine(given, frozen)
+                    return loss_of(dl.call(model, params, tokens[:, :-1]), tokens)
 
-            loss, grads = dl.value_and_grad(loss_fn)(trainable)
+            given = dl.materialize(dl.combine(trainable, frozen)) if compensate else trainable
+            loss, grads = dl.value_and_grad(loss_fn)(given)
             return grads, loss
 
         def update(state: Any, grads: Any, lr: Tensor, plan: Any) -> tuple[Any, None]:
             trainable, frozen, opt_state = state
+            if compensate:
+                params, dense = dl.combine(trainable, frozen), grads
+                grads = dl.project_gradients(dense, params)
+                trainable, frozen = dl.partition(dl.compensate(params, dense, lr=lr * compensate))
             if plan is not None:
                 params, _ = dl.switch(dl.combine(trainable, frozen), plan)
                 opt_state = dl.project_optimizer_state(opt_state, plan)

@@ -44,7 +44,6 @@ from dynlora_fn.momentum import lion as lion
 from dynlora_fn.momentum import sgd as sgd
 from dynlora_fn.multi import MultiUpdates as MultiUpdates
 from dynlora_fn.multi import multi_transform as multi_transform
-from dynlora_fn.muon import muon as muon
 from dynlora_fn.optim import AdamWState as AdamWState
 from dynlora_fn.optim import Clipped as Clipped
 from dynlora_fn.optim import Transform as Transform
@@ -52,6 +51,7 @@ from dynlora_fn.optim import Updates as Updates
 from dynlora_fn.optim import adamw as adamw
 from dynlora_fn.optim import apply_updates as apply_updates
 from dynlora_fn.optim import clip_by_global_norm as clip_by_global_norm
+from dynlora_fn.orthogonalized import muon as muon
 from dynlora_fn.paths import Path as Path
 from dynlora_fn.pool import Pool as Pool
 from dynlora_fn.pool import SidePool as SidePool

@@ -49,7 +49,7 @@ ALLOWED = {
     "optim": FIRST | {"moments"},
     "multi": FIRST | {"optim"},
     "momentum": FIRST | {"optim"},
-    "muon": FIRST | {"momentum", "optim", "spectrum"},
+    "orthogonalized": FIRST | {"momentum", "optim", "spectrum"},
     "projection": FIRST | {"moments"},
     "targets": {"tree"},
     "lowrank": BELOW | {"bases"},

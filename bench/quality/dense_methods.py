@@ -34,6 +34,22 @@ class FullRank:
         return {}
 
 
+def packaged(
+    method: str, low: list[nn.Parameter], rest: list[nn.Parameter], *, lr: float, rank: int, gap: int = 200
+) -> torch.optim.Optimizer:
+    """By its README's settings, with `gap` steps between new projections of the gradients of `low`."""
+    options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "no_deprecation_warning": True}
+    low_rank = {"params": low, "rank": rank, "update_proj_gap": gap, "proj_type": "std", "kind": "low"}
+    dense = {"params": rest, "kind": "dense"}
+    if method == "galore":
+        from galore_torch import GaLoreAdamW  # noqa: PLC0415, an optional extra
+
+        return GaLoreAdamW([dense, low_rank | {"scale": 0.25}], **options)
+    from apollo_torch import APOLLOAdamW  # noqa: PLC0415, an optional extra
+
+    return APOLLOAdamW([dense, low_rank | {"proj": "random", "scale_type": "channel", "scale": 1}], **options)
+
+
 class Packaged:
     """An optimizer of another package on the same weights, which lie in stacks here and there one by one."""
 
@@ -48,20 +64,7 @@ class Packaged:
                 parameter = nn.Parameter(leaf if number is None else leaf[number])  # of the same memory
                 self._members.append((parameter, name, number))
                 (low if is_low else rest).append(parameter)
-        self._optimizer = self._make(run, low, rest)
-
-    def _make(self, run: Run, low: list[nn.Parameter], rest: list[nn.Parameter]) -> torch.optim.Optimizer:
-        options: dict[str, Any] = {"lr": run.lr, "betas": (0.9, 0.999), "eps": 1e-8, "no_deprecation_warning": True}
-        low_rank = {"params": low, "rank": run.rank(), "update_proj_gap": 200, "proj_type": "std"}
-        groups = [{"params": rest, "kind": "dense"}, {**low_rank, "kind": "low"}]
-        if run.method == "galore":
-            from galore_torch import GaLoreAdamW  # noqa: PLC0415, an optional extra
-
-            return GaLoreAdamW([groups[0], groups[1] | {"scale": 0.25}], **options)  # its README's settings
-        from apollo_torch import APOLLOAdamW  # noqa: PLC0415, an optional extra
-
-        own = {"proj": "random", "scale_type": "channel", "scale": 1}  # its README's settings
-        return APOLLOAdamW([groups[0], groups[1] | own], **options)
+        self._optimizer = packaged(run.method, low, rest, lr=run.lr, rank=run.rank())
 
     def weights(self) -> dict[str, Tensor]:
         return self._weights

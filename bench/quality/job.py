@@ -70,7 +70,7 @@ class Job:
 
     def update(self, optimizer: Literal["adamw", "muon"], rank: int | None = None) -> Callable[..., Any]:
         """Clip and optimizer in one graph, ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm),
-        with a rate for each leaf."""
+        with a rate by name, or one for each side of a weight."""
         if (optimizer, rank) not in self._updates:
             self._updates[optimizer, rank] = self._updater(OPTIMIZERS[optimizer])
         return self._updates[optimizer, rank]
@@ -79,8 +79,10 @@ class Job:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
             trainable, opt_state = state
             grads, norm = dl.clip_by_global_norm(grads, CLIP)
-            directions, opt_state = optimizer.update(grads, opt_state, trainable, lr=1.0)
-            updates = tree_map(torch.mul, directions, rates)
+            both = {name: rate for name, rate in rates.items() if isinstance(rate, dl.Factors)}
+            lr = {name: 1.0 if name in both else rate for name, rate in rates.items()}
+            updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+            updates |= {name: tree_map(torch.mul, updates[name], rate) for name, rate in both.items()}
             return (dl.apply_updates(trainable, updates), opt_state), norm
 
         return dl.compile_step(update, backend=self._backend)

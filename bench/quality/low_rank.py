@@ -77,7 +77,8 @@ class LowRankMethod:
             warmup = max(1, round(every / 20))
             scale *= min(1.0, ((step + 1) % every + 1) / warmup) if step + 1 >= every else 1.0
         lr, side = torch.tensor(run.lr * scale), math.sqrt(run.side_lr)
-        factors, dense = dl.Factors(b=lr * side, a=lr / side), lr * run.dense_lr
+        factors = lr if side == 1 else dl.Factors(b=lr * side, a=lr / side)
+        dense = lr * run.dense_lr
         return {name: factors if isinstance(param, dl.LowRank) else dense for name, param in self.params.items()}
 
     def _switch(self, step: int) -> None:
