@@ -15,6 +15,7 @@ from dynlora_fn.spectrum import norm, with_even_spectrum
 from dynlora_fn.types import Factors, Trainable
 
 _DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent ones move by no more
+_LONGEST = 0.1  # of both factors' lengths
 
 
 def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
@@ -36,8 +37,9 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     lengths of those and the angles between them. So `lr` compares with that of the dense weight, not with AdamW's for
     factors. Muon of `b` as a matrix would make a long step wherever a vector of `a` is long.
 
-    Frozen vectors stand still, and no factor moves in one update by more than both are long together: right after a
-    `merge`, where `b` is zero, no step of `a` would else be long enough. Embedding, head and norms fare better with
+    Frozen vectors stand still, and no factor moves in one update by more than a tenth of what both are long together
+    (Frobenius norms): where `b` is zero, as in a LoRA's beginning or after a `merge`, no step of `a` would else be long
+    enough. Embedding, head and norms fare better with
     AdamW: see `multi_transform`. Other arguments of `update` are as in `adamw`.
 
     Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs an update.
@@ -93,7 +95,7 @@ def _even_factors(along: Factors, factors: Factors, rate: Rate, frozen_for: Fact
     size = a.shape[-2] * sqrt(max(b.shape[-2], a.shape[-1]))
     even_b = size * with_even_spectrum(along.b @ of_a.mT) @ of_a
     even_a = size * of_b.mT @ with_even_spectrum(of_b @ along.a)
-    longest = (norm(b, dim=(-2, -1)) + norm(a, dim=(-2, -1))) / rate
+    longest = _LONGEST * (norm(b, dim=(-2, -1)) + norm(a, dim=(-2, -1))) / rate
     return Factors(
         b=torch.where(frozen_for.b > 0, 0, _at_most(even_b, longest)),
         a=torch.where(frozen_for.a > 0, 0, _at_most(even_a, longest)),

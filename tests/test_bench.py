@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 RESIDUALS = ("none", "int8", "bfloat16")
 KEYS = {
     "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
+    "step_methods": {"full rank", "GaLore", "APOLLO", "LoRA", "switched", "switched, compensated", "switched, Muon"},
     "switch": {"switch_over_copy"},
     "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
     "memory_base": {"int8+bfloat16 state", "nf4+bfloat16 peak", "bfloat16+none total"},
