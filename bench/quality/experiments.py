@@ -90,7 +90,6 @@ SCHEDULES = {
 }
 RULES = {
     "keep": {"rule": "keep", "freeze": 0},
-    "keep, frozen": {"rule": "keep"},
     "reset_thawed": {"rule": "reset_thawed"},
     "transport": {"rule": "transport", "freeze": 0},
     "prune": {"rule": "prune", "freeze": 0},

@@ -14,6 +14,8 @@ from bench.quality.store import Found
 
 mpl.use("agg")
 
+_MOST_CURVES = 12  # in one plot
+
 
 COLUMNS = (
     "",
@@ -104,11 +106,26 @@ def table(rows: list[Row], size: str) -> str:
     return "\n".join([title, "", *lines, ""])
 
 
-def plots(found: Found, rows: Rows, path: Path) -> None:
+def points(rows: list[Row], path: Path) -> None:
+    """The loss of every row at each seed, their mean, and that of the first row."""
+    from matplotlib import pyplot  # noqa: PLC0415, slow to import
+
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
+    for place, row in enumerate(rows):
+        axes.plot(row.losses, [place] * len(row.losses), "o", color="0.6", markersize=4)
+        axes.plot(mean(row.losses), place, "o", color="C0", markersize=6)
+    axes.axvline(mean(rows[0].losses), color="0.8", zorder=0)
+    axes.set(xlabel="validation loss, nats a byte", yticks=range(len(rows)), yticklabels=[row.name for row in rows])
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def curves(found: Found, rows: Rows, path: Path) -> None:
     """Loss against tokens, bytes of state, and bytes sent over the run."""
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
-    figure, (curves, states, sent) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure, (over_tokens, states, sent) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
     for name, stage in rows.items():
         lines = [found[run] for run in stage.runs if run in found and found[run]["loss"] is not None]
         if not lines or stage.missing:
@@ -117,7 +134,7 @@ def plots(found: Found, rows: Rows, path: Path) -> None:
         steps, losses = zip(*lines[0]["curve"], strict=True)
         means = [mean(line["curve"][number][1] for line in lines) for number in range(len(losses))]
         tokens = [step * size.batch * size.length for step in steps]
-        (drawn,) = curves.plot(tokens, means, marker=".", label=name)
+        (drawn,) = over_tokens.plot(tokens, means, marker=".", label=name)
         loss = mean(line["loss"] for line in lines)
         for axes, number in (
             (states, lines[0]["bytes"]["state"]),
@@ -125,8 +142,8 @@ def plots(found: Found, rows: Rows, path: Path) -> None:
         ):
             axes.plot(number, loss, "o", color=drawn.get_color())
             axes.annotate(name, (number, loss), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    curves.set(xlabel="tokens", ylabel="validation loss, nats a byte")
-    curves.legend(fontsize=7, frameon=False)
+    over_tokens.set(xlabel="tokens", ylabel="validation loss, nats a byte")
+    over_tokens.legend(fontsize=7, frameon=False)
     states.set(xlabel="state of the optimizer, bytes", xscale="log")
     sent.set(xlabel="sent over the run where data are parallel, bytes", xscale="log")
     for axes in (states, sent):
@@ -141,8 +158,12 @@ def report(folder: Path, experiment: str, found: Found, by_size: Mapping[str, Ro
     for size, rows in by_size.items():
         finished = rows_of(found, rows)
         if finished:
-            parts += [table(finished, size), f"![curves]({experiment}_{size}.png)", ""]
-            plots(found, rows, folder / f"{experiment}_{size}.png")
+            parts += [table(finished, size), f"![losses]({experiment}_{size}.png)", ""]
+            path = folder / f"{experiment}_{size}.png"
+            if len(finished) > _MOST_CURVES:
+                points(finished, path)
+            else:
+                curves(found, rows, path)
         open_rows = [name for name, stage in rows.items() if stage.missing or not stage.runs]
         if open_rows:
             parts += [f"Still to be run at size {size}: {'; '.join(open_rows)}.", ""]
