@@ -12,7 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from dynlora_fn import opaque, opaque_codes, saved
+from dynlora_fn import gathers, opaque, opaque_codes, saved
 
 aten = torch.ops.aten
 _CONVERT = torch.ops.prims.convert_element_type.default
@@ -40,9 +40,11 @@ class Rewrites(CustomGraphPass):
                 _stack_at_once(graph, node)
         graph.eliminate_dead_code()
         saved.compute_again(graph)
+        gathers.gather_in_turn(graph)
+        graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, opaque.__file__, opaque_codes.__file__, saved.__file__))
+        return get_hash_for_files((__file__, *(one.__file__ for one in (gathers, opaque, opaque_codes, saved))))
 
 
 def _form_merged_weight(graph: Graph, node: Node) -> None:
