@@ -12,6 +12,7 @@ from dynlora_fn.base import fold, inner_tensors, widest
 from dynlora_fn.bases import Device, ResidualKind, base_shape, dequantize, fold_base, restack, settled, whole
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
 from dynlora_fn.quantized import quantize_base
+from dynlora_fn.sharding import Group, shard
 from dynlora_fn.stacking import Stack, find_stacks
 from dynlora_fn.targets import Target, Targets, as_matrices, select
 from dynlora_fn.torchao_tensors import from_torchao, is_torchao
@@ -33,6 +34,7 @@ def init(
     residual_device: Device = None,
     dtype: torch.dtype = torch.float32,
     stack: bool = True,
+    group: "Group | None" = None,
 ) -> dict[str, Param]:
     """Parameters whose weights equal the model's to the precision of the base.
 
@@ -60,6 +62,8 @@ def init(
         base, residual, residual_device: of bases in low precision, as in `quantize`.
         dtype: of the factors.
         stack: whether weights that repeat over layers become one parameter, such as ``layers.*.q.weight``.
+        group: of processes that share the bases, as by `shard`: each weight is cut before the next one is read, so that
+            beside its own rows a process never holds more than one base.
 
     Returns:
         By name a `LowRank` for each target and a tensor for everything else, none of which requires a gradient.
@@ -84,22 +88,30 @@ def init(
     if stack:
         groups = find_stacks({name: (found.get(name), *_kind(tensor)) for name, tensor in tensors.items()})
     params: dict[str, Param] = {}
-    for pattern, group in groups.items():
-        target, dtypes = found.get(group.members[0]), tensors[group.members[0]].dtype
-        held = [_as_base(name, read(name), target is not None, residual, residual_device) for name in group.members]
-        stacked = restack(held, group.shape)
+
+    def made(pattern: str, own: Stack) -> Param:
+        target, dtypes = found.get(own.members[0]), tensors[own.members[0]].dtype
+        held = [_as_base(name, read(name), target is not None, residual, residual_device) for name in own.members]
+        stacked = restack(held, own.shape)
         if target is None:
-            params[pattern] = stacked  # type: ignore[assignment]
-            continue
-        matrices = _as_matrices(pattern, stacked, target, len(group.shape))
-        seeds = _seeds(seed, group.members, base_shape(matrices)[:-2], held[0])
+            assert isinstance(stacked, Tensor)
+            return stacked
+        matrices = _as_matrices(pattern, stacked, target, len(own.shape))
+        seeds = _seeds(seed, own.members, base_shape(matrices)[:-2], held[0])
         # Rounded once: what is to be quantized is not rounded before.
         plain_dtype = base_dtype or (dtypes if base is None else widest(dtypes))
         param = _split(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
             quantized = quantize_base(pattern, whole(settled(param).base), base, residual, residual_device, dtypes)
             param = param._replace(base=quantized)
-        params[pattern] = param
+        return param
+
+    for pattern, own in groups.items():
+        if group is None or own.members[0] not in found:
+            params[pattern] = made(pattern, own)
+        else:  # each is cut before the next is read
+            parts = [shard({pattern: made(pattern, Stack([name], ()))}, group)[pattern] for name in own.members]
+            params[pattern] = restack(parts, own.shape)  # type: ignore[type-var]
     return params
 
 

@@ -54,7 +54,7 @@ ALLOWED = {
     "projection": FIRST | {"moments"},
     "targets": {"tree"},
     "lowrank": BELOW | {"bases"},
-    "initial": BELOW | {"bases", "lowrank", "quantized", "targets", "torchao_tensors"},
+    "initial": BELOW | {"bases", "lowrank", "quantized", "sharding", "targets", "torchao_tensors"},
     "paths": set(),
     "contraction": BELOW | {"bases", "formats", "paths"},
     "views": BELOW | {"bases", "lowrank"},

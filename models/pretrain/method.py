@@ -50,10 +50,7 @@ def make_method(
 ) -> Method:
     """The method with `targets` unless the settings name others; `still` says of the parameters which full-rank ones
     are not trained."""
-    params = init_params(config, model, targets)
-    if config.shard:
-        assert ranks.group is not None
-        params = dl.shard(params, ranks.group)
+    params = init_params(config, model, targets, ranks=ranks)
     optimizer = make_optimizer(config, inner_names(config, params, targets))
     names = still(params)
     trainable, frozen = dl.partition(params, frozen=names)
@@ -65,7 +62,7 @@ def make_method(
     )
 
 
-def init_params(config: Config, model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
+def init_params(config: Config, model: nn.Module, targets: Sequence[str], *, ranks: Ranks = ALONE) -> dict[str, Any]:
     return dl.init(
         model,
         rank=config.rank,
@@ -75,6 +72,7 @@ def init_params(config: Config, model: nn.Module, targets: Sequence[str]) -> dic
         base=None if config.base_dtype == "float32" else config.base_dtype,
         residual=None if config.residual == "none" else config.residual,
         residual_device=config.residual_device,
+        group=ranks.group if config.shard else None,
     )
 
 
