@@ -1,8 +1,7 @@
 """Bases as they are held: taken apart into members, dequantized, and folded into, at once or later."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
-from functools import partial
+from dataclasses import astuple, replace
 from typing import Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
@@ -89,7 +88,7 @@ def seen(base: Standing | Transposed) -> tuple[Layout, list[Tensor]]:
 def whole_codes(layout: Layout, tensors: Sequence[Tensor]) -> Codes:
     """The codes, gathered if need be, in the very bytes that the processes hold."""
     if layout.sharding:
-        tensors = [gather(tensor, Sharding(*layout.sharding)) for tensor in tensors]
+        tensors = codes_on_rows(gather, layout.kind, tensors, Sharding(*layout.sharding))
     return built(layout.kind, tensors)
 
 
@@ -97,15 +96,30 @@ def whole(base: Standing) -> Held:
     """The base with all of its rows, and its residual with all of its own."""
     if not isinstance(base, Sharded):
         return base
-    return on_rows(partial(gather, sharding=base.sharding), base.base)
+    return on_rows(gather, base.base, base.sharding)
 
 
-def on_rows(change: Callable[[Tensor], Tensor], base: Held) -> Held:
+OnRows: TypeAlias = Callable[[Tensor, Sharding], Tensor]
+
+
+def on_rows(change: OnRows, base: Held, sharding: Sharding) -> Held:
     """`change` of every tensor that has the base's rows."""
     if isinstance(base, Tensor):
-        return change(base)
-    codes, residual = tree_map(change, (base.codes, base.residual))
-    return base._replace(codes=codes, residual=residual)
+        return change(base, sharding)
+    kind, residual = kind_of(base.codes), tree_map(lambda leaf: change(leaf, sharding), base.residual)
+    return base._replace(codes=built(kind, codes_on_rows(change, kind, flat(base.codes), sharding)), residual=residual)
+
+
+def codes_on_rows(change: OnRows, kind: str, tensors: Sequence[Tensor], sharding: Sharding) -> list[Tensor]:
+    """The same of the tensors of codes. nf4's scales, and their factors, lie row after row in a single axis: a process
+    has as many as any other, and its own are the row that it has."""
+    if kind != "nf4":
+        return [change(tensor, sharding) for tensor in tensors]
+    codes, *blocks, mean = tensors
+    held = codes.shape[-2] // sharding.share  # the shares of all processes, or that of this one
+    processes = replace(sharding, rows=sharding.size)
+    blocks = [change(block.reshape(*block.shape[:-1], held, -1), processes).flatten(-2) for block in blocks]
+    return [change(codes, sharding), *blocks, mean]
 
 
 def plain_dtype(base: Base) -> torch.dtype:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
-from dynlora_fn.bases import seen
+from dynlora_fn.bases import codes_on_rows, seen
 from dynlora_fn.rows import all_gather
 from dynlora_fn.sharding import Group, process_group
-from dynlora_fn.types import Deferred, Factors, Frozen, Sharded, Trainable
+from dynlora_fn.types import Deferred, Factors, Frozen, Sharded, Sharding, Trainable
 
 
 def mean_over_ranks(tree: Any, group: Group, *, share: float | None = None) -> Any:
@@ -92,9 +92,16 @@ def _sharded(base: Any) -> Sharded | None:
 
 def _gathered_bytes(base: Sharded) -> int:
     """Of the shares of all processes, which are padded to the longest."""
-    _, tensors = seen(base)
-    rows = base.sharding.size * base.sharding.share
-    return sum(rows * leaf.numel() // max(leaf.shape[-2], 1) * leaf.element_size() for leaf in tensors)
+    found = []
+
+    def count(leaf: Tensor, sharding: Sharding) -> Tensor:
+        each = leaf.numel() // max(leaf.shape[-2], 1) * leaf.element_size()
+        found.append(sharding.size * sharding.share * each)
+        return leaf
+
+    layout, tensors = seen(base)
+    codes_on_rows(count, layout.kind, tensors, base.sharding)
+    return sum(found)
 
 
 def _bytes(tree: Any) -> int:

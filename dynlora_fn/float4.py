@@ -46,13 +46,13 @@ def blank(kind: str, name: str, weight: Tensor) -> NVFP4Codes | MXFP4Codes:
 def encode_nvfp4(weight: Tensor, like: NVFP4Codes) -> NVFP4Codes:
     blocks = weight.reshape(len(weight), -1, BLOCKS["nvfp4"])  # (out, blocks, 16)
     largest = blocks.abs().amax(-1)
-    factor = largest.amax() / (_MOST_SCALE * _MOST)
+    factor = (largest.amax(-1, keepdim=True) if like.factor.ndim else largest.amax()) / (_MOST_SCALE * _MOST)
     # Of the smallest weights the factor's inverse would be infinite; a power of two changes no bit of the quotients.
     lift = torch.where(factor < _LEAST_FACTOR, 2.0**64, 1.0).to(torch.float32)
     lifted = (factor * lift).clamp_(min=_LEAST_FACTOR)
     scale = (largest * lift / _MOST / lifted).clamp_(_LEAST_SCALE, _MOST_SCALE).to(torch.float8_e4m3fn)
     inverse = (1.0 / lifted) / scale.to(torch.float32)
-    codes = _pack((blocks * lift).mul_(inverse[..., None]))
+    codes = _pack((blocks * lift[..., None]).mul_(inverse[..., None]))
     is_swizzled = like.scale.shape != scale.shape
     return NVFP4Codes(codes.reshape(like.codes.shape), swizzled(scale) if is_swizzled else scale, factor)
 
@@ -72,13 +72,34 @@ def decode(codes: NVFP4Codes | MXFP4Codes) -> Tensor:
     if isinstance(codes, NVFP4Codes):
         scale, blocks = codes.scale, 2 * half // BLOCKS["nvfp4"]
         scale = scale if scale.shape[-1] == blocks else plain(scale, out_features, blocks)
-        factors = codes.factor[..., None, None] * scale.to(torch.float32)
+        factor = codes.factor if has_factors_by_row(codes) else codes.factor[..., None, None]
+        factors = factor * scale.to(torch.float32)
     else:
         factors = torch.pow(2.0, codes.scale.to(torch.float32) - 127)
     numbers = torch.stack([codes.codes & 0b1111, codes.codes >> 4], dim=-1)
     units = torch.tensor(_VALUES, dtype=torch.float32, device=numbers.device)[numbers.int()]
     values = units.reshape(*factors.shape, -1).mul_(factors[..., None])
     return values.reshape(*stack, out_features, 2 * half)
+
+
+def has_factors_by_row(codes: NVFP4Codes) -> bool:
+    return codes.factor.ndim == codes.codes.ndim
+
+
+def with_factors_by_row(codes: NVFP4Codes) -> NVFP4Codes:
+    """The same numbers, whose rows are encoded again apart from each other. Scales are no longer in tiles."""
+    *_, out_features, half = codes.codes.shape
+    scale, blocks = codes.scale, 2 * half // BLOCKS["nvfp4"]
+    scale = scale if scale.shape[-1] == blocks else plain(scale, out_features, blocks)
+    factor = codes.factor[..., None, None].expand(*codes.codes.shape[:-1], 1).clone()
+    return NVFP4Codes(codes.codes, scale, factor)
+
+
+def with_one_factor(codes: NVFP4Codes) -> NVFP4Codes:
+    """The way back, as long as the factors of all rows are the same."""
+    first = codes.factor[..., :1, :]
+    is_one = has_factors_by_row(codes) and bool((codes.factor == first).all())
+    return codes._replace(factor=first[..., 0, 0].clone()) if is_one else codes
 
 
 def _pack(units: Tensor) -> Tensor:

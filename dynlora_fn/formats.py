@@ -85,14 +85,15 @@ def encode(weight: Tensor, like: Codes, *, again: bool = False) -> Codes:
     """A weight (out, in), in float32 at least, in the format of `like`.
 
     What was codes before is encoded `again`, with as many steps on both sides: by torchao's int8, which has 127.5, the
-    most negative number of a row would become 128 / 127.5 of itself each time, and without a residual explode.
+    most negative number of a row would become 128 / 127.5 of itself each time, and without a residual explode. nf4
+    keeps its mean, and nvfp4 factors by row where there are any.
     """
     if isinstance(like, Int8Codes):
         return encode_int8(weight, 127 if again else 127.5, _LEAST_SCALE)
     if isinstance(like, Float8Codes):
         return _encode_float8(weight, like.codes.dtype)
     if isinstance(like, NF4Codes):
-        return nf4.encode(weight.to(torch.float32), like)
+        return nf4.encode(weight.to(torch.float32), like, again=again)
     if isinstance(like, NVFP4Codes):
         return float4.encode_nvfp4(weight.to(torch.float32), like)
     if isinstance(like, MXFP4Codes):
@@ -152,4 +153,4 @@ def shape_of(codes: Codes) -> torch.Size:
 
 def is_tied(codes: Codes) -> bool:
     """Whether a number anywhere in the weight may change the codes of all of it, instead of its row's."""
-    return isinstance(codes, NF4Codes | NVFP4Codes)
+    return isinstance(codes, NF4Codes) or (isinstance(codes, NVFP4Codes) and not float4.has_factors_by_row(codes))

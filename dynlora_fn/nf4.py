@@ -30,10 +30,12 @@ def blank(name: str, weight: Tensor) -> NF4Codes:
     )
 
 
-def encode(weight: Tensor, like: NF4Codes) -> NF4Codes:
+def encode(weight: Tensor, like: NF4Codes, *, again: bool = False) -> NF4Codes:
+    """What was codes before keeps its mean, which is but the middle that scales are counted from: a new one would tie
+    all rows together."""
     blocks = weight.reshape(like.scales.shape[-1], -1)
     largest = blocks.abs().amax(-1)
-    mean = largest.mean()
+    mean = like.mean.to(largest.dtype) if again else largest.mean()
     differences = (largest - mean).reshape(like.factor.shape[-1], -1)
     factor = 256 / (2 * differences.abs().amax(-1))
     # Where all blocks of a factor are alike it is infinite, and their scales' differences are no numbers but zero.

@@ -63,8 +63,8 @@ def quantize(
     Numerics: the codes are torchao's for the base in float32, bit for bit, except that rows or blocks of zeros stay
     zeros. An entry is off by at most half a step: int8 ``scale / 2``, float8 e4m3 ``2**-4`` of it or ``scale / 2**10``,
     bfloat16 ``2**-9`` of it; nf4 0.152 of its block's largest entry, and 1/128 of what the largest entries of blocks
-    that share a factor are off from their mean; nvfp4 a fifth of its block's largest entry or ``2**-19`` of the
-    weight's; mxfp4 a fifth of its block's largest entry.
+    that share a factor are off from the mean of all when the base was quantized first; nvfp4 a fifth of its block's
+    largest entry or ``2**-19`` of the weight's; mxfp4 a fifth of its block's largest entry.
 
     Example:
         >>> from torch import nn

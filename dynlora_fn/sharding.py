@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from dynlora_fn.bases import base_shape, on_rows, whole
-from dynlora_fn.formats import kind_of
+from dynlora_fn.float4 import with_factors_by_row, with_one_factor
 from dynlora_fn.tree import map_low_rank
 from dynlora_fn.types import (
     Deferred,
@@ -44,11 +44,15 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
         group: the processes, a group or a mesh of one dimension.
 
     Raises:
-        ValueError: if a base is in nf4 or nvfp4, whose scales are shared by rows, is sharded already, or the mesh has
-            more than one dimension; it names the weight.
+        ValueError: if a base is sharded already or in nf4 where the rows of a process share a factor with those of
+            another (they are whole runs of 16,384 numbers in most weights), or the mesh has more than one dimension; it
+            names the weight.
 
     Numerics: products see the bits that they see of the whole base. A fold into codes multiplies matrices of fewer
-        rows, whose last bit may be rounded in another way.
+        rows, whose last bit may be rounded in another way. A whole base in nf4 is encoded anew wherever it is folded
+        into; sharded, by those processes on whose rows anything changes. nvfp4 has one factor for the weight, by which
+        no rows can be encoded apart from others: once a sharded one is folded into, each row has its own, and stays
+        so when it is unsharded.
     """
     if isinstance(params, LowRank):
         return _shard("param", params, group)
@@ -67,8 +71,15 @@ def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
 def _unshard(param: LowRank) -> LowRank:
     base = param.base
     if isinstance(base, Deferred):
-        return param._replace(base=base._replace(base=whole(base.base)))
-    return param._replace(base=whole(base))
+        return param._replace(base=base._replace(base=_unsharded(base.base)))
+    return param._replace(base=_unsharded(base))
+
+
+def _unsharded(base: Standing) -> Held:
+    held = whole(base)
+    if isinstance(held, Quantized) and isinstance(held.codes, NVFP4Codes):
+        return held._replace(codes=with_one_factor(held.codes))
+    return held
 
 
 def _shard(name: str, param: LowRank, group: Group) -> LowRank:
@@ -81,15 +92,20 @@ def _shard(name: str, param: LowRank, group: Group) -> LowRank:
 def _shard_base(name: str, base: Standing, group: Group) -> Sharded:
     if isinstance(base, Sharded):
         raise ValueError(f"`params` must not be sharded already, got {name!r}, which is")
-    if isinstance(base, Quantized) and isinstance(base.codes, NF4Codes | NVFP4Codes):
-        rule = "hold bases whose rows have scales of their own to be sharded, in int8, float8 or full precision"
-        raise ValueError(f"`params` must {rule}, got {name!r} in {kind_of(base.codes)}")
-    sharding = sharding_of(group, base_shape(base)[-2])
+    *_, rows, columns = base_shape(base)
+    sharding = sharding_of(group, rows)
+    if isinstance(base, Quantized) and isinstance(base.codes, NVFP4Codes):
+        base = base._replace(codes=with_factors_by_row(base.codes))
+    if isinstance(base, Quantized) and isinstance(base.codes, NF4Codes):
+        shared = rows * columns // base.codes.factor.shape[-1]
+        if rows % sharding.size or sharding.share * columns % shared:
+            rule = f"have rows for {sharding.size} processes in whole runs of {shared} numbers, which share a factor"
+            raise ValueError(f"`params` in nf4 must {rule}, got {name!r} of shape {(rows, columns)}")
 
-    def own(leaf: Tensor) -> Tensor:
+    def own(leaf: Tensor, sharding: Sharding) -> Tensor:
         return leaf[..., sharding.own, :].clone()  # so that the rest can be freed
 
-    return Sharded(on_rows(own, base), sharding)
+    return Sharded(on_rows(own, base, sharding), sharding)
 
 
 def sharding_of(group: Group, rows: int) -> Sharding:
@@ -124,10 +140,9 @@ def _as_dtensors(node: Any) -> Any:
         return node
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415 (takes a second to import)
 
-    sharding = node.sharding
-    group = torch._C._distributed_c10d._resolve_process_group(sharding.group)  # type: ignore[arg-type]
+    group = torch._C._distributed_c10d._resolve_process_group(node.sharding.group)  # type: ignore[arg-type]
 
-    def placed(leaf: Tensor) -> Tensor:
+    def placed(leaf: Tensor, sharding: Sharding) -> Tensor:
         shape = torch.Size((*leaf.shape[:-2], sharding.rows, leaf.shape[-1]))
         stride = torch.empty(shape, device="meta").stride()
         mesh = DeviceMesh.from_group(group, leaf.device.type)
@@ -136,5 +151,5 @@ def _as_dtensors(node: Any) -> Any:
         )
         return made
 
-    held: Held = on_rows(placed, node.base)
+    held: Held = on_rows(placed, node.base, node.sharding)
     return node._replace(base=held)

@@ -35,6 +35,9 @@ def tensor_of(codes: NVFP4Codes | MXFP4Codes, like: Tensor) -> Tensor:
         rule = "must be in torchao.prototype.mx_formats to be made, as in torchao 0.18"
         raise ImportError(f"torchao's prototypes NVFP4Tensor and MXTensor {rule}, got {error}") from error
     if isinstance(codes, NVFP4Codes):
+        if codes.factor.ndim:
+            rule = "have one factor for the weight to be torchao's, not one for each row as when it has been sharded"
+            raise ValueError(f"`params` in nvfp4 must {rule}: see `quantize`, got {tuple(codes.factor.shape)}")
         is_swizzled = codes.scale.shape[-1] * 8 != codes.codes.shape[-1]
         made: Tensor = NVFP4Tensor(
             codes.codes, codes.scale, 16, like.dtype, per_tensor_scale=codes.factor, is_swizzled_scales=is_swizzled

@@ -23,7 +23,7 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
     stack = stack if base is None else quantize(stack, base)
     # No process is asked when operations are traced.
     sharding = Sharding("none", 4, 3, rows)
-    base = Sharded(on_rows(lambda leaf: leaf[..., sharding.own, :].clone(), stack.base), sharding)
+    base = Sharded(on_rows(lambda leaf, own: leaf[..., own.own, :].clone(), stack.base, sharding), sharding)
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
 
     def loss(factors, base, x):

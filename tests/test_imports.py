@@ -31,7 +31,7 @@ ALLOWED = {
     "opaque_codes": FIRST | {"base", "formats"},
     "bases": CODES | {"rows"},
     "rows": FIRST,
-    "sharding": FIRST | {"bases", "formats", "tree"},
+    "sharding": FIRST | {"bases", "float4", "tree"},
     "distributed": FIRST | {"bases", "rows", "sharding"},
     "compensation": FIRST | {"base", "bases", "optim", "spectrum"},
     "quantized": CODES | {"bases"},

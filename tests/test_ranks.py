@@ -344,7 +344,8 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
     out = tmp_path / "run"
     for changed, message in (
         ({"batch-size": 1}, "`batch_size` must be at least the number of processes, 2, got 1"),
-        ({"shard": True, "base-dtype": "nf4"}, "`shard` must have frozen bases in another format than nf4, got nf4"),
+        ({"shard": True, "method": "full"}, "`shard` must come with frozen bases, got full, which has none"),
+        ({"shard": True, "base-dtype": "nf4"}, "`params` in nf4 must have rows for 2 processes in whole runs of "),
         ({"compensate": 0.1}, "`compensate` must be 0 with 2 processes, got 0.1"),
         ({"resume": True}, "`out` must hold a run to resume"),
         ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 32"),

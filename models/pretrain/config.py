@@ -156,9 +156,8 @@ class Config:
             raise ValueError(f"`compensate` must be 0 with {ranks.size} processes, got {self.compensate}")
         if self.shard and ranks.group is None:
             raise ValueError("`shard` must come with processes to share between, started by torchrun, got this one")
-        if self.shard and (self.method == "full" or self.base_dtype == "nf4"):
-            got = f"{self.base_dtype} for {self.method}"
-            raise ValueError(f"`shard` must have frozen bases in another format than nf4, got {got}")
+        if self.shard and self.method == "full":
+            raise ValueError("`shard` must come with frozen bases, got full, which has none")
 
     def torch_device(self) -> torch.device:
         return _device("device", self.device)
