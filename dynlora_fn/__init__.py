@@ -70,6 +70,7 @@ from dynlora_fn.schedule import never as never
 from dynlora_fn.schedule import switchlora as switchlora
 from dynlora_fn.sharding import as_dtensors as as_dtensors
 from dynlora_fn.sharding import shard as shard
+from dynlora_fn.sharding import shard_factors as shard_factors
 from dynlora_fn.sharding import unshard as unshard
 from dynlora_fn.stacking import unstack as unstack
 from dynlora_fn.step import Step as Step

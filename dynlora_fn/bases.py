@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
-from typing import Literal, NamedTuple, TypeAlias, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from dynlora_fn.base import fold
 from dynlora_fn.formats import built, encode_residual, flat, kind_of, shape_of
 from dynlora_fn.opaque_codes import residual_of
 from dynlora_fn.rows import gather
+from dynlora_fn.shares import whole_factors
 from dynlora_fn.types import (
     Base,
     Codes,
@@ -71,7 +72,7 @@ class Layout(NamedTuple):
     """How tensors make up what products see of a base: constants alone, so that it goes along with them in a graph."""
 
     kind: str  # of the codes
-    sharding: tuple[str, int, int, int] | None = None  # the fields of it, if these are rows of this process alone
+    sharding: tuple[Any, ...] | None = None  # the fields of it, if these are rows of this process alone
     is_transposed: bool = False
 
 
@@ -156,7 +157,7 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
     if isinstance(base, Deferred):
         return _deferred(base, left, right, rank=rank, name=name)
     if isinstance(base, Sharded):
-        own = left[..., base.sharding.own, :]
+        own = left if base.sharding.columns else left[..., base.sharding.own, :]  # `left` is sharded as `b` is
         return base._replace(base=fold_base(base.base, own, right, rank=rank, name=name))
     codes, kind = flat(base.codes), kind_of(base.codes)
     new = torch.ops.dynlora_fn.fold_codes(codes, kind, flat(base.residual), left.detach(), right.detach(), rank, name)
@@ -181,9 +182,25 @@ class Settled(NamedTuple):
     factors: Factors
 
 
+def standing(param: LowRank) -> Standing:
+    """Its base, without what waits."""
+    return param.base.base if isinstance(param.base, Deferred) else param.base
+
+
+def settled_rank(param: LowRank) -> int:
+    """Of its factors."""
+    waiting = param.base.pending.b.shape[-1] if isinstance(param.base, Deferred) else 0
+    return param.factors.b.shape[-1] + waiting
+
+
 def settled(param: LowRank) -> Settled:
-    """The same weight with what waits to be folded among its factors, as further slots of which none is trained."""
+    """The same weight with what waits to be folded among its factors, as further slots of which none is trained.
+    Sharded factors are gathered."""
     base, (b, a) = param.base, param.factors
+    if sharding := param.factor_sharding:
+        assert isinstance(base, Sharded)
+        held = base._replace(sharding=replace(sharding, columns=None))
+        return Settled(held, whole_factors(param.factors, sharding))
     if not isinstance(base, Deferred):
         return Settled(base, param.factors)
     waiting_b, waiting_a = (leaf.detach() for leaf in base.pending)

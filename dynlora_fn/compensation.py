@@ -37,11 +37,17 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
 def _projected(grad: Tensor, param: Param) -> Factors | Tensor:
     if not isinstance(param, LowRank):
         return grad
+    _refuse_sharded_factors(param)
     b, a = param.factors
     wide, rank = widest(grad.dtype, b.dtype, a.dtype), b.shape[-1]
     grad = grad.to(wide)
     grad_b, grad_a = grad @ a.to(wide).mT / rank, b.to(wide).mT @ grad / rank
     return Factors(b=grad_b.to(b.dtype), a=grad_a.to(a.dtype))
+
+
+def _refuse_sharded_factors(param: LowRank) -> None:
+    if param.factor_sharding:
+        raise ValueError("`params` must have whole factors for gradients of dense weights, got sharded ones")
 
 
 @overload
@@ -119,6 +125,7 @@ def compensate(
 def _compensate(name: str, param: LowRank, grad: Tensor, lr: Rate, normalize: Normalize) -> LowRank:
     if grad.shape != param.shape:
         raise ValueError(f"`grads` must have shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}")
+    _refuse_sharded_factors(param)
     with without_autocast(grad.device.type):
         rest = _outside_of(param.factors, grad)
         if normalize == "spectrum":

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn.base import autocast_now, widest, without_autocast
-from dynlora_fn.bases import Layout, dequantize, seen, settled, whole_codes
+from dynlora_fn.bases import Layout, Settled, dequantize, seen, settled, settled_rank, standing, whole_codes
 from dynlora_fn.paths import Path, cheapest
-from dynlora_fn.types import LowRank
+from dynlora_fn.shares import own_gradients, whole_factors
+from dynlora_fn.types import Factors, LowRank, Sharded, Sharding
 
 
 def linear(
@@ -32,26 +33,36 @@ def linear(
         x: the input.
         param: the weight, without stack axes.
         bias: added to every output.
-        path: "factored", "merged" or "dense"; the cheapest by FLOPs for these shapes unless given.
+        path: "factored", "merged" or "dense"; the cheapest by FLOPs for these shapes unless given, of a sharded weight
+            one of the last two.
 
     Numerics: a merged weight is formed in the widest dtype of base and factors, float32 at least, and rounded once to
     that of the product. It is formed again for the backward pass, of which only `x` and `param` are kept.
     """
     if path is not None and path not in get_args(Path):
         raise ValueError(f"`path` must be one of {', '.join(get_args(Path))}, got {path!r}")
-    held, (b, a) = settled(param)
+    path = _cheapest(x, param) if path is None else path
+    # Sharded factors are gathered for each of its products, but for those of the factored path, which keeps them.
+    is_gathered_later = param.factor_sharding and path != "factored"
+    held, (b, a) = Settled(param.base, param.factors) if is_gathered_later else settled(param)  # type: ignore[arg-type]
     layout, tensors = seen(held)
     codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if path is None:
-        out_features, in_features = param.shape
-        path = cheapest(tokens=prod(x.shape[:-1]), out_features=out_features, in_features=in_features, rank=b.shape[-1])
     if path == "factored":
         return _factored(x, b, a, bias, layout, *codes)
     output: Tensor = _merged(x, b, a, bias, path == "dense", layout, *codes)
     return output
+
+
+def _cheapest(x: Tensor, param: LowRank) -> Path:
+    """For these shapes. Processes whose batches differ must gather alike what is sharded: "merged" and "dense" do, but
+    "factored" needs no base for the gradient of an input that has none."""
+    out_features, in_features = param.shape
+    rank, tokens = settled_rank(param), prod(x.shape[:-1])
+    path = cheapest(tokens=tokens, out_features=out_features, in_features=in_features, rank=rank)
+    return "merged" if path == "factored" and isinstance(standing(param), Sharded) else path
 
 
 def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -80,6 +91,26 @@ def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tens
     return torch.addmm(_dense(layout, codes, wide), left.to(wide), right.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
 
 
+def _factor_sharding(layout: Layout) -> Sharding | None:
+    sharding = Sharding(*layout.sharding) if layout.sharding else None
+    return None if sharding is None or sharding.columns is None else sharding
+
+
+def _gathered(b: Tensor, a: Tensor, layout: Layout) -> Factors:
+    sharding = _factor_sharding(layout)
+    return Factors(b, a) if sharding is None else whole_factors(Factors(b, a), sharding)
+
+
+def _own_gradients(b: Tensor, a: Tensor, layout: Layout) -> Factors:
+    sharding = _factor_sharding(layout)
+    return Factors(b, a) if sharding is None else own_gradients(Factors(b, a), sharding)
+
+
+def _refuse_sharded(layout: Layout, what: str) -> None:
+    if _factor_sharding(layout) is not None:
+        raise NotImplementedError(f"`params` must hold whole factors for {what}, got sharded ones: see `unshard`")
+
+
 # Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _merged(
@@ -95,6 +126,7 @@ class _Merged(torch.autograd.Function):
     def forward(
         x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
     ) -> Tensor:
+        b, a = _gathered(b, a, layout)
         with without_autocast(x.device.type):
             return _times(x, _merge(x, b, a, layout, codes), layout, bias)
 
@@ -108,6 +140,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, b, a, *codes = ctx.saved_tensors
+        b, a = _gathered(b, a, ctx.layout)
         with without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
@@ -119,7 +152,8 @@ class _Merged(torch.autograd.Function):
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         rank = b.shape[-1]
-        own = grad_x.reshape(x.shape), grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, grad_bias
+        grad_b, grad_a = _own_gradients(grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, ctx.layout)
+        own = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
         return *own, None, None, *(None for _ in codes)
 
     @staticmethod
@@ -136,12 +170,14 @@ class _Merged(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         """An ensemble shares the base, and per-sample gradients all of the weight: the factored path multiplies by what
         is shared once for all members."""
+        _refuse_sharded(layout, "`torch.vmap`")
         in_dims = (*in_dims[:4], None, *in_dims[6:])
         return torch.vmap(_factored, in_dims=in_dims)(x, b, a, bias, layout, *codes), 0
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
         x, b, a, *codes = ctx.saved_tensors
+        _refuse_sharded(ctx.layout, "tangents")
         rank = b.shape[-1]
         terms = [
             None if x_tangent is None else _factored(x_tangent, b, a, None, ctx.layout, *codes),

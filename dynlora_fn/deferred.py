@@ -41,6 +41,8 @@ def _defer(name: str, param: LowRank, vectors: int) -> LowRank:
     base, (b, a) = param.base, param.factors
     if isinstance(base, Deferred):
         raise ValueError(f"`params` must not be deferred already, got {name!r}, which is")
+    if param.factor_sharding:
+        raise ValueError(f"`params` must have whole factors to be deferred, got {name!r} with sharded ones")
     shape = param.shape
     pending = Factors(b.new_zeros((*shape[:-1], vectors)), a.new_zeros((*shape[:-2], vectors, shape[-1])))
     return param._replace(base=Deferred(base, pending))

@@ -12,15 +12,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from dynlora_fn.bases import codes_on_rows, seen
 from dynlora_fn.rows import all_gather
-from dynlora_fn.sharding import Group, process_group
-from dynlora_fn.types import Deferred, Factors, Frozen, Sharded, Sharding, Trainable
+from dynlora_fn.sharding import Group, is_under, process_group, shardings_in
+from dynlora_fn.types import Deferred, Factors, Frozen, Plans, Sharded, Sharding, Trainable, factor_shardings
 
 
-def mean_over_ranks(tree: Any, group: Group, *, share: float | None = None) -> Any:
+def mean_over_ranks(
+    tree: Any, group: Group, *, share: float | None = None, frozen: Mapping[str, Frozen | Tensor] | None = None
+) -> Any:
     """The mean of each tensor over the processes, the same bits on all of them: one all-reduce for each dtype.
 
     Tensors of a dtype travel as one, so that a step sends one message however many weights there are. It goes wherever
@@ -31,15 +33,20 @@ def mean_over_ranks(tree: Any, group: Group, *, share: float | None = None) -> A
         group: the processes, a group or a mesh of one dimension.
         share: of this process in the mean, all of them adding up to 1, for batches of unequal sizes; 1 / their number
             unless given.
+        frozen: the rest of the parameters, where factors are sharded: what stands under their names in `tree` has been
+            reduced already, and stays.
 
     Numerics: each term is scaled first and summed in its own dtype, in an order that depends on the number of
     processes.
     """
     share = 1 / process_group(group).size() if share is None else share
-    leaves, structure = tree_flatten(tree)
+    shardings = factor_shardings(frozen or {})
+    paths, structure = tree_flatten_with_path(tree)
+    leaves = [leaf for _, leaf in paths]
     buckets: dict[torch.dtype, list[int]] = defaultdict(list)
-    for at, leaf in enumerate(leaves):
-        buckets[leaf.dtype].append(at)
+    for at, (path, leaf) in enumerate(paths):
+        if not is_under(path, shardings):
+            buckets[leaf.dtype].append(at)
     for members in buckets.values():
         bucket = torch.cat([leaves[at].flatten() for at in members]) * share
         reduced: Tensor = functional.wait_tensor(functional.all_reduce(bucket, "sum", group))  # type: ignore[no-untyped-call]
@@ -50,12 +57,16 @@ def mean_over_ranks(tree: Any, group: Group, *, share: float | None = None) -> A
 
 
 class WireBytes(NamedTuple):
-    """Bytes of a step that processes reduce and gather, by kind. By the ring algorithms, each of n processes sends
-    ``2 (n - 1) / n`` of what is reduced and ``(n - 1) / n`` of what is gathered. Nothing is sent for switching."""
+    """Bytes of a step that processes reduce, gather and scatter, by kind. By the ring algorithms, each of n processes
+    sends ``2 (n - 1) / n`` of what is reduced and ``(n - 1) / n`` of what is gathered or scattered. Nothing is sent for
+    switching, unless factors are sharded."""
 
     factors: int  # gradients, reduced
     full_rank: int  # likewise
     bases: int  # gathered
+    gathered: int = 0  # sharded factors
+    scattered: int = 0  # their gradients, reduced
+    switched: int = 0  # rows of theirs, gathered to be folded into bases
 
     @property
     def reduced(self) -> int:
@@ -63,26 +74,42 @@ class WireBytes(NamedTuple):
 
 
 def wire_bytes(
-    trainable: Trainable, frozen: Mapping[str, Frozen | Tensor] | None = None, *, gathers: int = 2
+    trainable: Trainable,
+    frozen: Mapping[str, Frozen | Tensor] | None = None,
+    *,
+    gathers: int = 2,
+    plan: Plans | None = None,
 ) -> WireBytes:
     """What data-parallel processes reduce and gather in a step, from the shapes and dtypes of its tensors alone.
 
     Args:
         trainable: what gradients are taken of.
         frozen: the rest, of which sharded bases are gathered.
-        gathers: of each base in a step: two for each backward pass, three where `remat` computes its block again.
+        gathers: of each base in a step, and of sharded factors: two for each backward pass, three where `remat`
+            computes its block again.
+        plan: of a step that switches.
 
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
         >>> params = dl.init(nn.Linear(64, 64), rank=8, seed=0, targets=["weight"])
         >>> dl.wire_bytes(dl.partition(params).trainable)  # 4,352 by full-rank training
-        WireBytes(factors=4096, full_rank=256, bases=0)
+        WireBytes(factors=4096, full_rank=256, bases=0, gathered=0, scattered=0, switched=0)
     """
-    factors = _bytes([leaf for leaf in trainable.values() if isinstance(leaf, Factors)])
+    shardings = factor_shardings(frozen or {})
+    whole = [leaf for name, leaf in trainable.items() if isinstance(leaf, Factors) and name not in shardings]
+    full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
     sharded = [_sharded(leaf.base) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen)]
     bases = sum(_gathered_bytes(base) for base in sharded if base is not None)
-    return WireBytes(factors, _bytes(trainable) - factors, gathers * bases)
+    shares = own = 0
+    for name, sharding in shardings.items():
+        leaf = trainable[name]
+        assert isinstance(leaf, Factors)
+        shares += _padded_bytes(leaf.b, sharding) + _padded_bytes(leaf.a.mT, sharding.of_columns)
+        if plan and name in plan:
+            vectors = sum(side.slots.shape[-1] for side in (plan[name].b, plan[name].a))
+            own += _padded_bytes(leaf.a.mT, sharding.of_columns) // leaf.a.shape[-2] * vectors
+    return WireBytes(_bytes(whole), _bytes(full_rank), gathers * bases, gathers * shares, shares, own)
 
 
 def _sharded(base: Any) -> Sharded | None:
@@ -95,13 +122,17 @@ def _gathered_bytes(base: Sharded) -> int:
     found = []
 
     def count(leaf: Tensor, sharding: Sharding) -> Tensor:
-        each = leaf.numel() // max(leaf.shape[-2], 1) * leaf.element_size()
-        found.append(sharding.size * sharding.share * each)
+        found.append(_padded_bytes(leaf, sharding))
         return leaf
 
     layout, tensors = seen(base)
     codes_on_rows(count, layout.kind, tensors, base.sharding)
     return sum(found)
+
+
+def _padded_bytes(leaf: Tensor, sharding: Sharding) -> int:
+    each = leaf.shape[:-2].numel() * leaf.shape[-1] * leaf.element_size()
+    return sharding.size * sharding.share * each
 
 
 def _bytes(tree: Any) -> int:
@@ -118,7 +149,8 @@ class DriftedError(RuntimeError):
 def check_replicas(state: Any, group: Group) -> None:
     """Returns if all processes hold the same bits, and otherwise raises on each of them, naming those that do not.
 
-    It reads the state once and sends eight bytes for each tensor. Sharded bases are left out, which differ.
+    It reads the state once and sends eight bytes for each tensor. Left out is what differs: sharded bases, and all that
+    is by the name of sharded factors.
 
     Args:
         state: a tree of tensors.
@@ -128,7 +160,10 @@ def check_replicas(state: Any, group: Group) -> None:
         DriftedError: with the processes that differ from the majority, and the tensor in which the first of them does.
     """
     leaves = tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Sharded))[0]
-    replicated = [(keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    shardings = shardings_in(state)
+    replicated = [
+        (keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and not is_under(path, shardings)
+    ]
     own = checksums([leaf for _, leaf in replicated])
     processes = process_group(group)
     every = all_gather(own[None], processes.size(), processes.group_name).tolist()

@@ -12,7 +12,7 @@ from dynlora_fn.base import fold, widest
 from dynlora_fn.bases import dequantize, fold_base, plain_dtype, settled
 from dynlora_fn.basis import Bounds, Request, basis_bounds, uniform
 from dynlora_fn.tree import map_low_rank
-from dynlora_fn.types import Base, Deferred, Factors, LowRank, Param, Params
+from dynlora_fn.types import Base, Deferred, Factors, LowRank, Param, Params, Sharded
 
 Start: TypeAlias = Literal["switchlora", "lora"]
 
@@ -95,6 +95,9 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 def _merge(name: str, param: LowRank) -> LowRank:
     held, (b, a) = settled(param)
     base: Base = fold_base(held, b, a, rank=b.shape[-1], name=name)
+    if isinstance(param.base, Sharded):
+        assert isinstance(base, Sharded)
+        base = base._replace(sharding=param.base.sharding)
     if isinstance(param.base, Deferred):
         base = Deferred(base, tree_map(torch.zeros_like, param.base.pending))  # type: ignore[arg-type]
     return LowRank(base, param.factors._replace(b=torch.zeros_like(param.factors.b)), param.seed)

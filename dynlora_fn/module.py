@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from dynlora_fn.rules import METHODS, RULES
 from dynlora_fn.stacking import unstack
 from dynlora_fn.types import LowRank, Param, Params
-from dynlora_fn.views import View, refuse, view_of
+from dynlora_fn.views import View, gathered, refuse, view_of
 
 
 def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -125,12 +126,15 @@ def _as_weight(view: View) -> "_Weight":
 
 
 def _follow(rule: Any, *args: Any, **kwargs: Any) -> Any:
-    views = [_view_in(arg) for arg in args]
-    return _as_weights(rule(*views, **{name: _view_in(arg) for name, arg in kwargs.items()}))
+    views = [_view_in(arg, rule) for arg in args]
+    return _as_weights(rule(*views, **{name: _view_in(arg, rule) for name, arg in kwargs.items()}))
 
 
-def _view_in(arg: Any) -> Any:
-    return arg._view if isinstance(arg, _Weight) else arg
+def _view_in(arg: Any, rule: Any) -> Any:
+    if not isinstance(arg, _Weight):
+        return arg
+    gathers = rule is RULES[linear]  # sharded factors itself, and not for as long as the result is needed
+    return arg._view if gathers else gathered(arg._view)
 
 
 def _as_weights(result: Any) -> Any:

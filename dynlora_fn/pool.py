@@ -41,6 +41,8 @@ def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str
 
 
 def _init_pool(param: LowRank, device: torch.device | str) -> Pool:
+    if param.factor_sharding:
+        raise ValueError("`params` must have whole factors to be given a pool, got sharded ones")
     shape, rank = param.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype

@@ -1,7 +1,7 @@
 """Rows of a base that lie on several processes, put together."""
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,8 +24,28 @@ def gather(shard: Shaped[Tensor, "*stack rows in"], sharding: Sharding) -> Shape
     return gathered.view(dtype).movedim(0, -2) if dtype.itemsize == 1 else gathered.movedim(0, -2)
 
 
+def scatter(whole: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[Tensor, "*stack rows n"]:
+    """The rows of this process of the sum over all of them, by one functional reduce-scatter."""
+    rows = whole.movedim(-2, 0)
+    missing = sharding.size * sharding.share - len(rows)
+    if missing:
+        rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
+    operations = torch.ops._c10d_functional
+    summed = operations.reduce_scatter_tensor(rows.contiguous(), "sum", sharding.size, sharding.group)
+    own = sharding.own
+    summed = operations.wait_tensor(summed)[: own.stop - own.start]
+    return summed.movedim(0, -2)  # type: ignore[no-any-return]
+
+
 def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
     """Those of all processes of a group, named, one behind the other along the first axis."""
     operations = torch.ops._c10d_functional  # by themselves: they go through `torch.func`, and their wrappers do not
     gathered: Tensor = operations.wait_tensor(operations.all_gather_into_tensor(tensor.contiguous(), size, group))
     return gathered
+
+
+def all_reduce(tensor: Tensor, group: str) -> Tensor:
+    """The sum over all processes of a group, named."""
+    operations = torch.ops._c10d_functional
+    reduced: Tensor = operations.wait_tensor(operations.all_reduce(tensor, "sum", group))
+    return reduced

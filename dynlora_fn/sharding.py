@@ -1,17 +1,22 @@
 """Frozen bases that lie on several processes, each with some of their rows."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_map_with_path
 
 from dynlora_fn.bases import base_shape, on_rows, whole
 from dynlora_fn.float4 import with_factors_by_row, with_one_factor
+from dynlora_fn.shares import whole_factors
 from dynlora_fn.tree import map_low_rank
 from dynlora_fn.types import (
     Deferred,
+    Factors,
     Held,
     LowRank,
     NF4Codes,
@@ -69,6 +74,10 @@ def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _unshard(param: LowRank) -> LowRank:
+    if sharding := param.factor_sharding:
+        assert isinstance(param.base, Sharded)
+        held = param.base._replace(sharding=replace(sharding, columns=None))
+        param = param._replace(base=held, factors=whole_factors(param.factors, sharding))
     base = param.base
     if isinstance(base, Deferred):
         return param._replace(base=base._replace(base=_unsharded(base.base)))
@@ -80,6 +89,48 @@ def _unsharded(base: Standing) -> Held:
     if isinstance(held, Quantized) and isinstance(held.codes, NVFP4Codes):
         return held._replace(codes=with_one_factor(held.codes))
     return held
+
+
+@overload
+def shard_factors(params: LowRank, *, part: float | None = ...) -> LowRank: ...
+@overload
+def shard_factors(params: Params, *, part: float | None = ...) -> dict[str, Param]: ...
+def shard_factors(params: LowRank | Params, *, part: float | None = None) -> LowRank | dict[str, Param]:
+    """The same weights, of whose factors each process keeps a share as well: `b` by the rows that it has of the base,
+    `a` by as many columns.
+
+    What is trained, its gradients and the optimizer's state are then a share of themselves. The factors of a weight are
+    gathered for each product and let go of, in the backward pass again, and its gradients are reduced there, each
+    process being left with its own: `mean_over_ranks` and `clip_by_global_norm` must be told by ``frozen=``. A switch
+    draws the incoming vectors without a message, but needs all of those rows of `a` that it folds into the base:
+    ``vectors * in`` numbers are gathered for each weight.
+
+    Args:
+        params: one weight, or weights by name, whose bases are sharded; full-rank tensors stay whole.
+        part: of this process in the mean of the gradients, as `mean_over_ranks`'s `share`; 1 / their number unless
+            given.
+
+    Raises:
+        ValueError: if a base is not sharded, folds wait in it or its factors are sharded already; it names the weight.
+
+    Numerics: those of whole factors but for the order in which gradients are summed up.
+    """
+    if isinstance(params, LowRank):
+        return _shard_factors("param", params, part)
+    return {
+        name: _shard_factors(name, param, part) if isinstance(param, LowRank) else param
+        for name, param in params.items()
+    }
+
+
+def _shard_factors(name: str, param: LowRank, part: float | None) -> LowRank:
+    base, (b, a) = param.base, param.factors
+    if not isinstance(base, Sharded) or base.sharding.columns is not None:
+        raise ValueError(f"`params` must have sharded bases and whole factors, none of them deferred, got {name!r}")
+    part = 1 / base.sharding.size if part is None else part
+    sharding = replace(base.sharding, columns=a.shape[-1], part=part)
+    own = Factors(b[..., sharding.own, :].clone(), a[..., sharding.of_columns.own].clone())
+    return param._replace(base=base._replace(sharding=sharding), factors=own)
 
 
 def _shard(name: str, param: LowRank, group: Group) -> LowRank:
@@ -132,24 +183,52 @@ def as_dtensors(tree: Any) -> Any:
     Args:
         tree: of tensors, with sharded bases in it: parameters, or all of a state.
     """
-    return tree_map(_as_dtensors, tree, is_leaf=lambda node: isinstance(node, Sharded))
+    shardings = shardings_in(tree)
+
+    def place(path: Any, node: Any) -> Any:
+        if isinstance(node, Sharded):
+            return node._replace(base=on_rows(partial(_placed, axis=-2), node.base, node.sharding))
+        side = getattr(path[-1], "name", None) if path else None
+        if (name := is_under(path, shardings)) is None or not isinstance(node, Tensor) or not _has_numbers(node):
+            return node
+        if side not in ("b", "a"):
+            raise ValueError(f"`tree` must hold moments of sharded factors in float32, got others for {name!r}")
+        if side == "b":
+            return _placed(node, shardings[name], -2)
+        return _placed(node, shardings[name].of_columns, -1)
+
+    return tree_map_with_path(place, tree, is_leaf=lambda node: isinstance(node, Sharded))
 
 
-def _as_dtensors(node: Any) -> Any:
-    if not isinstance(node, Sharded):
-        return node
+def _has_numbers(leaf: Tensor) -> bool:
+    """Unlike seeds, and counts of vectors, which are the same everywhere."""
+    return leaf.dtype not in (torch.int32, torch.int64)
+
+
+def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415 (takes a second to import)
 
-    group = torch._C._distributed_c10d._resolve_process_group(node.sharding.group)  # type: ignore[arg-type]
+    group = torch._C._distributed_c10d._resolve_process_group(sharding.group)  # type: ignore[arg-type]
+    shape = list(leaf.shape)
+    shape[axis] = sharding.rows
+    mesh = DeviceMesh.from_group(group, leaf.device.type)
+    stride = torch.empty(shape, device="meta").stride()
+    place, whole = [Shard(leaf.ndim + axis)], torch.Size(shape)
+    made: Tensor = DTensor.from_local(leaf, mesh, place, run_check=False, shape=whole, stride=stride)
+    return made
 
-    def placed(leaf: Tensor, sharding: Sharding) -> Tensor:
-        shape = torch.Size((*leaf.shape[:-2], sharding.rows, leaf.shape[-1]))
-        stride = torch.empty(shape, device="meta").stride()
-        mesh = DeviceMesh.from_group(group, leaf.device.type)
-        made: Tensor = DTensor.from_local(
-            leaf, mesh, [Shard(leaf.ndim - 2)], run_check=False, shape=shape, stride=stride
-        )
-        return made
 
-    held: Held = on_rows(placed, node.base, node.sharding)
-    return node._replace(base=held)
+def shardings_in(tree: Any) -> dict[str, Sharding]:
+    """Of all sharded factors by name, wherever their bases are in a state."""
+    found, _ = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Sharded))
+    named = {_names(path)[-1]: leaf.sharding for path, leaf in found if isinstance(leaf, Sharded) and _names(path)}
+    return {name: sharding for name, sharding in named.items() if sharding.columns is not None}
+
+
+def is_under(path: Any, names: Mapping[str, Any]) -> str | None:
+    """Which of the names, if any, a leaf of a tree is under."""
+    return next((name for name in _names(path) if name in names), None)
+
+
+def _names(path: Any) -> list[str]:
+    return [key.key for key in path if isinstance(key, MappingKey)]

@@ -10,12 +10,14 @@ from torch import Tensor
 from dynlora_fn.base import widest
 from dynlora_fn.bases import fold_base, plain_dtype
 from dynlora_fn.lowrank import BasisSlice, Start, basis_vectors
+from dynlora_fn.rows import gather
 from dynlora_fn.types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
 
 
 class Switched(NamedTuple):
     """`outgoing` holds the replaced vectors, laid out as factors: `b` (*stack, out, count), `a` (*stack, count, in).
-    Entries of the plan that are not active hold what stays in their slots."""
+    Entries of the plan that are not active hold what stays in their slots. Of sharded factors, the share that this
+    process has."""
 
     param: LowRank
     outgoing: Factors
@@ -114,12 +116,16 @@ def _low_rank(params: Params, name: str) -> LowRank:
 def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switched:
     b, a = param.factors
     _check_incoming(name, param, plan, incoming)
+    if sharding := param.factor_sharding:
+        incoming = Factors(incoming.b[..., sharding.own, :], incoming.a[..., sharding.of_columns.own])
     wide = widest(a.dtype, plain_dtype(param.base))
     new_a = _replace(a, plan.a, incoming.a, wide)
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
     # One fold of both sides: the columns that meet each row of differences, and the other way about.
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
+    if sharding:  # rows of the base are whole
+        right = gather(right.mT, sharding.of_columns).mT
     base = fold_base(param.base, left, right, rank=a.shape[-2], name=name)
     factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
     return Switched(LowRank(base, factors, param.seed), Factors(b=new_b.outgoing.mT, a=new_a.outgoing))

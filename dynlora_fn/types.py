@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -88,11 +88,19 @@ class Sharding:
     size: int  # its number of processes
     rank: int  # of this one in it
     rows: int  # of the whole base, `out`
+    columns: int | None = None  # `in`, where the factors are sharded as well: `b` by its rows, `a` by its columns
+    part: float = 1.0  # of this process in the mean of gradients, by which those of sharded factors are reduced
 
     @property
     def share(self) -> int:
         """The most rows that a process holds."""
         return -(-self.rows // self.size)
+
+    @property
+    def of_columns(self) -> "Sharding":
+        """The columns of `a`, as if they were rows."""
+        assert self.columns is not None
+        return replace(self, rows=self.columns)
 
     @property
     def own(self) -> slice:
@@ -139,7 +147,16 @@ class LowRank(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """Of the weight, (*stack, out, in)."""
+        sharding = self.factor_sharding
+        if sharding is not None and sharding.columns is not None:
+            return torch.Size((*self.factors.b.shape[:-2], sharding.rows, sharding.columns))
         return torch.Size((*self.factors.b.shape[:-1], self.factors.a.shape[-1]))
+
+    @property
+    def factor_sharding(self) -> Sharding | None:
+        """How the factors are sharded; None if this process holds all of them."""
+        sharding = self.base.sharding if isinstance(self.base, Sharded) else None
+        return None if sharding is None or sharding.columns is None else sharding
 
 
 class Frozen(NamedTuple):
@@ -170,3 +187,13 @@ Param: TypeAlias = LowRank | Tensor
 Params: TypeAlias = Mapping[str, Param]
 Plans: TypeAlias = Mapping[str, Plan]
 Trainable: TypeAlias = Mapping[str, Factors | Tensor]
+
+
+def factor_shardings(frozen: Mapping[str, Frozen | Tensor]) -> dict[str, Sharding]:
+    """Of all sharded factors by name."""
+    held = {
+        name: leaf.base.sharding
+        for name, leaf in frozen.items()
+        if isinstance(leaf, Frozen) and isinstance(leaf.base, Sharded)
+    }
+    return {name: sharding for name, sharding in held.items() if sharding.columns is not None}

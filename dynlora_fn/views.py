@@ -48,7 +48,7 @@ class View(NamedTuple):
 
 def matrix_shape(param: LowRank) -> tuple[int, ...]:
     """(*stack, out, in), by the factors: a base may be stored in any way."""
-    return (*param.factors.b.shape[:-1], param.factors.a.shape[-1])
+    return tuple(param.shape)
 
 
 def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
@@ -57,8 +57,10 @@ def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
     Raises:
         ValueError: if it is none of those in the table above; with the name and both shapes.
     """
-    param = LowRank(*settled(param), param.seed)  # what waits to be folded is among the factors from here on
     have, shape = matrix_shape(param), tuple(shape)
+    if param.factor_sharding and have == shape:
+        return View(name, (param,))  # gathered for each product
+    param = LowRank(*settled(param), param.seed)  # what waits to be folded is among the factors from here on
     if have == shape:
         return View(name, (param,))
     *stack, rows, columns = have
@@ -126,6 +128,13 @@ def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
 
 def _of(part: LowRank, base: Any, b: Tensor, a: Tensor) -> LowRank:
     return LowRank(base, Factors(b, a), part.seed)
+
+
+def gathered(view: View) -> View:
+    """With whole factors."""
+    if not any(part.factor_sharding for part in view.parts):
+        return view
+    return view._replace(parts=tuple(LowRank(*settled(part), part.seed) for part in view.parts))
 
 
 def dense(view: View) -> Tensor:
