@@ -12,7 +12,7 @@ from dynlora_fn.base import widest, without_autocast
 from dynlora_fn.bases import fold_base
 from dynlora_fn.optim import Rate, rate_of
 from dynlora_fn.spectrum import norm, over_norm, with_even_spectrum
-from dynlora_fn.types import Base, Deferred, Factors, LowRank, Param, Params
+from dynlora_fn.types import Base, Deferred, Factors, LowRank, Param, Params, Sharded
 
 Normalize: TypeAlias = Literal["spectrum", "rows"]
 
@@ -141,6 +141,9 @@ def _subtracted(base: Base, change: Tensor, *, name: str) -> Base:
         return (base - change).to(base.dtype)
     if isinstance(base, Deferred):  # there is room for switches alone to wait
         return base._replace(base=_subtracted(base.base, change, name=name))  # type: ignore[arg-type]
+    if isinstance(base, Sharded):
+        own = change[..., base.sharding.own, :]
+        return base._replace(base=_subtracted(base.base, own, name=name))  # type: ignore[arg-type]
     identity = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
     return fold_base(base, -change, identity.expand(*change.shape[:-2], -1, -1), rank=1, name=name)
 

@@ -114,7 +114,8 @@ def test_the_run_is_the_same_on_any_number_of_processes(text: Path, tmp_path: Pa
             torch.testing.assert_close(*numbers, rtol=1e-3, atol=0)
         assert [line["switched"] for line in lines] == [line["switched"] for line in found[1][0]]
         assert summary["validation_loss"] == pytest.approx(found[1][1]["validation_loss"], rel=1e-4)
-        wire = {"factors": summary["bytes"]["factors"], "full_rank": summary["bytes"]["full_rank"], "bases": 0}
+        wire = {"factors": summary["bytes"]["factors"], "full_rank": summary["bytes"]["full_rank"]}
+        wire |= dict.fromkeys(("bases", "gathered", "scattered", "switched"), 0)
         assert summary["wire_bytes_per_step"] == wire
         assert all(line["wire_bytes"] == wire for line in lines)
         share = summary["reduced_bytes_per_step"] / summary["full_rank_reduced_bytes_per_step"]
@@ -122,12 +123,26 @@ def test_the_run_is_the_same_on_any_number_of_processes(text: Path, tmp_path: Pa
         assert summary["processes"] == size
 
 
+def test_compensation_reduces_dense_gradients(text: Path, tmp_path: Path):
+    options = {"compensate": 0.1, "steps": 8, "eval-every": 8, "base-dtype": "int8"}
+    found = {}
+    for size, own in ((1, {}), (2, {}), (3, {"shard": True})):
+        outcomes = in_ranks(size, job, arguments(text, tmp_path / str(size), **options, **own, json=True))
+        assert [outcome.code for outcome in outcomes] == [0] * size, outcomes
+        found[size] = metrics(tmp_path / str(size)), json.loads(outcomes[0].out.splitlines()[-1])
+    for size in (2, 3):
+        losses = [torch.tensor([line["loss"] for line in found[one][0]]) for one in (size, 1)]
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+        summary = found[size][1]
+        assert summary["reduced_bytes_per_step"] == summary["full_rank_reduced_bytes_per_step"]
+
+
 # --- checkpoints
 
 
 def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_path: Path):
-    """With sharded bases in int8, so that what is saved in four parts is cut anew."""
-    options = {"base-dtype": "int8", "shard": True, "save-every": 100, "steps": 24}
+    """With sharded bases in int8 and sharded factors, so that what is saved in four parts is cut anew."""
+    options = {"base-dtype": "int8", "shard": True, "shard-factors": True, "save-every": 100, "steps": 24}
     whole = in_ranks(4, job, arguments(text, tmp_path / "whole", **options))
     assert [outcome.code for outcome in whole] == [0] * 4, whole
     asked = in_ranks(4, job, arguments(text, tmp_path / "asked", **options), _ask_the_third)
@@ -346,7 +361,8 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
         ({"batch-size": 1}, "`batch_size` must be at least the number of processes, 2, got 1"),
         ({"shard": True, "method": "full"}, "`shard` must come with frozen bases, got full, which has none"),
         ({"shard": True, "base-dtype": "nf4"}, "`params` in nf4 must have rows for 2 processes in whole runs of "),
-        ({"compensate": 0.1}, "`compensate` must be 0 with 2 processes, got 0.1"),
+        ({"compensate": 0.1, "shard": True, "shard-factors": True}, "`compensate` must be 0 with --shard-factors, got"),
+        ({"shard-factors": True}, "`shard_factors` must come with --shard, seeded candidates and float32 moments, got"),
         ({"resume": True}, "`out` must hold a run to resume"),
         ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 32"),
     ):

@@ -82,7 +82,8 @@ class Config:
     """Steps that the counterpart of a switched vector stands still."""
     compensate: float = 0.0
     """Rate, over the learning rate, at which what the factors miss of the gradient is folded into the bases; 0.1 is a
-    good one. It takes the gradients of dense weights, as full-rank training does, but no moments of them."""
+    good one. It takes the gradients of dense weights, as full-rank training does, but no moments of them; several
+    processes reduce them."""
     merge_every: int = 100
     """Steps between ReLoRA's merges."""
 
@@ -94,6 +95,9 @@ class Config:
     """Where residuals lie, cpu for host memory; with the bases unless given."""
     shard: bool = False
     """Of several processes, each keeps its share of the rows of every base, and gathers a layer's when it needs it."""
+    shard_factors: bool = False
+    """With --shard, each process keeps its share of the factors, their gradients and moments as well. A switch then
+    sends the rows that it folds into the bases."""
     moments: Literal["float32", "8bit"] = "float32"
     """Of AdamW's two moments: 4 bytes or 1 for each number that it trains."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -152,10 +156,15 @@ class Config:
         if self.batch_size < ranks.size:
             rule = f"be at least the number of processes, {ranks.size}"
             raise ValueError(f"`batch_size` must {rule}, got {self.batch_size}")
-        if self.compensate and ranks.size > 1:  # it would send the gradients of the dense weights
-            raise ValueError(f"`compensate` must be 0 with {ranks.size} processes, got {self.compensate}")
         if self.shard and ranks.group is None:
             raise ValueError("`shard` must come with processes to share between, started by torchrun, got this one")
+        if self.shard_factors and self.compensate:
+            raise ValueError(f"`compensate` must be 0 with --shard-factors, got {self.compensate}")
+        if self.shard_factors and (not self.shard or self.candidates == "pool" or self.moments == "8bit"):
+            got = f"candidates {self.candidates}, moments {self.moments}, {'with' if self.shard else 'without'} it"
+            raise ValueError(
+                f"`shard_factors` must come with --shard, seeded candidates and float32 moments, got {got}"
+            )
         if self.shard and self.method == "full":
             raise ValueError("`shard` must come with frozen bases, got full, which has none")
 

@@ -51,6 +51,9 @@ def make_method(
     """The method with `targets` unless the settings name others; `still` says of the parameters which full-rank ones
     are not trained."""
     params = init_params(config, model, targets, ranks=ranks)
+    params = init_params(config, model, targets, ranks=ranks)
+    if config.shard_factors:
+        params = dl.shard_factors(params, part=ranks.share(config.batch_size))
     optimizer = make_optimizer(config, inner_names(config, params, targets))
     names = still(params)
     trainable, frozen = dl.partition(params, frozen=names)
@@ -131,12 +134,12 @@ def make_step(
         given = dl.materialize(state.params()) if config.compensate else trainable
         loss, grads = mean_over(dl.value_and_grad(loss_fn), given, tokens)
         if ranks.group is not None:
-            loss, grads, stop = dl.mean_over_ranks((loss, grads, stop), ranks.group, share=share)
+            loss, grads, stop = dl.mean_over_ranks((loss, grads, stop), ranks.group, share=share, frozen=frozen)
         if config.compensate:
             dense, params = grads, state.params()
             grads = {name: grad for name, grad in dl.project_gradients(dense, params).items() if name in trainable}
             frozen = dl.partition(dl.compensate(params, dense, lr=lr * config.compensate), frozen=still).frozen
-        grads, norm = dl.clip_by_global_norm(grads, config.clip)
+        grads, norm = dl.clip_by_global_norm(grads, config.clip, frozen=frozen)
         outgoing: dict[str, dl.Factors] = {}
         if plan is not None:
             params = dl.combine(trainable, frozen)

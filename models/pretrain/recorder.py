@@ -29,7 +29,7 @@ class Recorder:
         self.file = MetricsFile(run.folder / "metrics.jsonl", run.first_step) if run.ranks.is_first else None
         self.bar = ProgressBar(console, run.config.steps, run.first_step)
         self._config, self._ranks = run.config, run.ranks
-        self._wire = wire_bytes(run)
+        self._wire, self._switching = wire_bytes(run), wire_bytes(run, is_switching=True)
         self._pending: list[tuple[int, Metrics, int]] = []
         self._rates: list[float] = []  # tokens a second
         self._since = time.perf_counter()
@@ -64,11 +64,18 @@ class Recorder:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(line[name]):
                 raise DivergedError(f"`{name}` must be finite to go on, got {line[name]} at step {step + 1}")
-        wire = {"wire_bytes": self._wire._asdict()} if self._ranks.size > 1 else {}
+        sent = self._switching if switched else self._wire
+        wire = {"wire_bytes": sent._asdict()} if self._ranks.size > 1 else {}
         return line | {"lr": self._config.lr_at(step), "switched": switched, **wire}
 
 
-def wire_bytes(run: "Prepared") -> dl.WireBytes:
+def wire_bytes(run: "Prepared", *, is_switching: bool = False) -> dl.WireBytes:
     """Of a step of several processes."""
-    trainable, frozen, _ = run.method.state
-    return dl.wire_bytes(trainable, frozen, gathers=2 * run.config.grad_accum)
+    (trainable, frozen, _), params, passes = run.method.state, run.method.state.params(), run.config.grad_accum
+    plan = run.method.schedule(0, params) if is_switching else None
+    if run.config.compensate:  # of dense weights, which are formed once a step
+        wire = dl.wire_bytes(trainable, frozen, gathers=1)
+        numbers = sum(param.shape.numel() for param in params.values() if isinstance(param, dl.LowRank))
+        return wire._replace(factors=4 * numbers)
+    wire = dl.wire_bytes(trainable, frozen, gathers=2 * passes, plan=plan)
+    return wire._replace(scattered=passes * wire.scattered)

@@ -107,7 +107,9 @@ def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
     params = method.state.params()
     low_rank = [param for param in params.values() if isinstance(param, LowRank)]
     whole = sum(param.shape.numel() for param in params.values())
-    trainable = sum(leaf.numel() for leaf in tree_leaves(method.state.trainable))
+    factors = sum(param.shape[:-2].numel() * _rank(param) * sum(param.shape[-2:]) for param in low_rank)
+    full_rank = [leaf for leaf in method.state.trainable.values() if isinstance(leaf, Tensor)]
+    trainable = factors + sum(leaf.numel() for leaf in full_rank)
     return {
         "parameters": whole,
         "trainable": trainable,
@@ -123,9 +125,13 @@ def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
         },
         "full_rank_adamw_bytes": {"full_rank": 4 * whole, "gradients": 4 * whole, "optimizer": 8 * whole},
         "wire_bytes_per_step": wire._asdict(),
-        "reduced_bytes_per_step": wire.reduced,
+        "reduced_bytes_per_step": wire.reduced + wire.scattered,
         "full_rank_reduced_bytes_per_step": 4 * whole,
     }
+
+
+def _rank(param: LowRank) -> int:
+    return param.factors.b.shape[-1]
 
 
 def _held(base: Any) -> Any:
@@ -172,6 +178,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_row("  share of full rank's", f"{share:.1%}")
     if summary["wire_bytes_per_step"]["bases"]:
         table.add_row("bytes of bases gathered a step", f"{summary['wire_bytes_per_step']['bases']:,}", "0")
+    if summary["wire_bytes_per_step"]["gathered"]:
+        table.add_row("bytes of factors gathered a step", f"{summary['wire_bytes_per_step']['gathered']:,}", "0")
     table.add_row("processes", f"{summary['processes']}", end_section=True)
     table.add_row("vectors switched", f"{summary['switched']:,}")
     if summary["drift"] is not None:
