@@ -117,7 +117,9 @@ def computing_flops(params: dict[str, Any], model: Model, tokens: int, *, is_ful
     return linear + forward + 6 * tokens * model.vocabulary * model.width
 
 
-def predict(config: Scale, model: Model, base: str | None, *, is_sharded: bool) -> Predicted:
+def predict(
+    config: Scale, model: Model, base: str | None, *, is_sharded: bool, shards_factors: bool = False
+) -> Predicted:
     ours = params_of(model, base)
     low_rank = ours if base else params_of(model, "float32")
     trainable, frozen = dl.partition(ours)
@@ -129,6 +131,14 @@ def predict(config: Scale, model: Model, base: str | None, *, is_sharded: bool) 
         state -= bases * ring
         codes = sum(_seen_bytes(param.base) for param in ours.values() if isinstance(param, dl.LowRank))
         gathered, sent = _largest(ours), sent + 3 * ring * codes  # forward, again for `remat`, and backward
+        if shards_factors:
+            factors = [leaf for leaf in trainable.values() if isinstance(leaf, dl.Factors)]
+            held = count_bytes(factors)
+            state, gradients = state - 3 * held * ring, gradients - held * ring  # two moments beside them
+            reduced -= held
+            # They are gathered three times too, their gradients scattered, and a switch sends its rows.
+            sent += 2 * ring * held + ring * _switched(ours)
+            gathered += max(count_bytes(leaf) // leaf.b.shape[:-2].numel() for leaf in factors)
     elif is_sharded:  # full rank: weights, gradients and moments in shards
         state, gradients = state / config.gpus, gradients / config.gpus
         gathered, sent = _block_bytes(model), 4 * ring * reduced  # the same three, and gradients are scattered
@@ -143,6 +153,13 @@ def predict(config: Scale, model: Model, base: str | None, *, is_sharded: bool) 
         seconds_computing=flops / config.flops,
         seconds_sending=sent / config.bandwidth,
     )
+
+
+def _switched(params: dict[str, Any]) -> int:
+    """Rows of `a` in a step that switches, at the start of a run."""
+    plan = dl.switchlora(40_000)(0, params)
+    vectors = {name: own.b.slots.shape[-1] + own.a.slots.shape[-1] for name, own in plan.items()}
+    return sum(count * 4 * params[name].factors.a[..., 0, :].numel() for name, count in vectors.items())
 
 
 def _seen_bytes(base: Any) -> int:
@@ -205,15 +222,23 @@ def checked(config: Scale) -> dict[str, dict[str, float]]:
 
 
 def methods(config: Scale, model: Model) -> dict[str, Callable[[], Predicted]]:
-    """Full rank and ours, replicated and sharded. nf4 holds no odd rows, and shares scales between them."""
+    """Full rank and ours, replicated and sharded. nf4 holds no odd rows."""
     bases = [base for base in BASES if base != "nf4" or model.hidden % 2 == 0]
     made = {"full rank": partial(predict, config, model, None, is_sharded=False)}
     made["full rank, FSDP"] = partial(predict, config, model, None, is_sharded=True)
     for base in bases:
         made[base] = partial(predict, config, model, base, is_sharded=False)
-        if base != "nf4":
-            made[f"{base}, sharded"] = partial(predict, config, model, base, is_sharded=True)
+        if base == "nf4" and not _divides(model, config.gpus):
+            continue
+        made[f"{base}, sharded"] = partial(predict, config, model, base, is_sharded=True)
+        made[f"{base}, factors too"] = partial(predict, config, model, base, is_sharded=True, shards_factors=True)
     return made
+
+
+def _divides(model: Model, gpus: int) -> bool:
+    """Whether nf4's runs of numbers that share a factor divide the rows of each process."""
+    block = [leaf.shape for name, leaf in shapes(model).items() if name.startswith("layers.0.")]
+    return all(rows % gpus == 0 and rows // gpus * columns % 2**14 == 0 for rows, *rest in block for columns in rest)
 
 
 def main(config: Scale) -> None:
