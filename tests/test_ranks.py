@@ -405,6 +405,10 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
         ({"shard": True, "method": "full"}, "`shard` must come with frozen bases, got full, which has none"),
         ({"shard": True, "base-dtype": "nf4"}, "`params` in nf4 must have rows for 2 processes in whole runs of "),
         ({"compensate": 0.1, "shard": True, "shard-factors": True}, "`compensate` must be 0 with --shard-factors, got"),
+        (
+            {"optimizer": "muon", "shard": True, "shard-factors": True},
+            "`optimizer` must be adamw with --shard-factors, got muon",
+        ),
         ({"shard-factors": True}, "`shard_factors` must come with --shard, seeded candidates and float32 moments, got"),
         ({"resume": True}, "`out` must hold a run to resume"),
         ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 32"),

@@ -158,6 +158,8 @@ class Config:
             raise ValueError(f"`batch_size` must {rule}, got {self.batch_size}")
         if self.shard and ranks.group is None:
             raise ValueError("`shard` must come with processes to share between, started by torchrun, got this one")
+        if self.shard_factors and self.optimizer == "muon":
+            raise ValueError("`optimizer` must be adamw with --shard-factors, got muon, which takes whole matrices")
         if self.shard_factors and self.compensate:
             raise ValueError(f"`compensate` must be 0 with --shard-factors, got {self.compensate}")
         if self.shard_factors and (not self.shard or self.candidates == "pool" or self.moments == "8bit"):
