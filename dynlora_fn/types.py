@@ -53,7 +53,7 @@ class NVFP4Codes(NamedTuple):
 
     codes: UInt8[Tensor, "*stack out half_in"]  # two numbers a byte, the first one below
     scale: Float[Tensor, "*stack rows blocks"]  # float8_e4m3fn; (out, blocks), or in tiles as tensor cores read them
-    factor: Float[Tensor, "*stack"]  # float32; (*stack, out, 1) where rows lie on several processes
+    factor: Float[Tensor, "..."]  # float32, (*stack); (*stack, out, 1) where rows lie on several processes
 
 
 class MXFP4Codes(NamedTuple):
