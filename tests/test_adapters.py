@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import assert_same, normal
 from test_zoo import made
 from torch import Tensor, nn
 from zoo import CASES, GPT2, LLAMA, TOKENS
@@ -26,6 +25,7 @@ from dynlora_fn import (
     switch,
     unstack,
 )
+from dynlora_fn.testing import assert_same, normal
 
 peft = pytest.importorskip("peft")
 LOGITS = 1e-5  # that they may differ by, in float32

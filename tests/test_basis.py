@@ -9,12 +9,12 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Shape, any_shapes, assert_same, seeds, shapes
 from test_traces import FILES
 
 from dynlora_fn import BasisSlice, Factors, basis_bounds, basis_vectors
 from dynlora_fn.basis import Request, philox
 from dynlora_fn.basis import uniform as uniforms
+from dynlora_fn.testing import Shape, any_shapes, assert_same, seeds, shapes
 
 SIDES = ("b", "a")
 EPS = np.finfo(float).eps

@@ -4,13 +4,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Shape, assert_same, assert_within, dtypes, eps, low_rank, low_rank_params, normal, untouched
-from test_quantized import quantized_params
+from strategies import plain_params, quantized_params
 from torch import Tensor
 
 import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, compensate, project_gradients
 from dynlora_fn.bases import dequantize, fold_base
+from dynlora_fn.testing import (
+    PLAIN,
+    Shape,
+    assert_same,
+    assert_within,
+    dtypes,
+    eps,
+    low_rank,
+    normal,
+    untouched,
+)
 
 NORMALIZE = ["spectrum", "rows"]
 SHAPE = Shape(6, 8, 2)
@@ -43,7 +53,7 @@ def change(param: LowRank, grad: Tensor, normalize: str, lr: float = 0.5) -> Ten
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[LowRank, Tensor]:
     """Any weight, and a gradient that may be zero in some rows."""
-    param = draw(low_rank_params(base_dtypes=st.sampled_from([torch.float64, torch.float32])))
+    param = draw(plain_params(storages=PLAIN[:2]))
     grad = normal(draw(st.integers(0, 99)), *param.shape, dtype=draw(dtypes))
     return param, grad * (torch.arange(param.shape[-2]) % 3 < draw(st.integers(0, 3)))[:, None]
 
@@ -187,7 +197,7 @@ def test_projected_gradients_are_those_by_the_factors(path):
     assert_same(got["bias"], dense[0])
 
 
-@given(low_rank_params())
+@given(plain_params())
 def test_projected_gradients_keep_shapes_and_dtypes(param):
     got = project_gradients({"w": normal(1, *param.shape, dtype=torch.float32)}, {"w": param})["w"]
     for side, own in zip(got, param.factors, strict=True):

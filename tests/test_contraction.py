@@ -7,7 +7,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Shape, assert_within, eps, low_rank, low_rank_params, normal, seeds, untouched
+from strategies import plain_params
 from torch import Tensor, nn
 from torch.func import grad, jacfwd, jacrev, jvp, vjp
 from torch.utils._pytree import tree_leaves, tree_map
@@ -16,12 +16,13 @@ import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, contraction, linear, quantize
 from dynlora_fn.bases import dequantize
 from dynlora_fn.paths import PRODUCTS, cheapest, flops
+from dynlora_fn.testing import Shape, assert_within, eps, low_rank, normal, seeds, untouched
 from dynlora_fn.views import View, transposed
 
 PATHS = ("factored", "merged", "dense")
 
 
-@given(low_rank_params(stacks=st.just(())), st.sampled_from(PATHS), st.integers(0, 3), st.booleans(), seeds)
+@given(plain_params(stacks=st.just(())), st.sampled_from(PATHS), st.integers(0, 3), st.booleans(), seeds)
 def test_every_path_is_the_dense_product(param, path, batch, has_bias, seed):
     out_features, in_features = param.base.shape
     dtype = reference.working_dtype(param)
@@ -37,7 +38,7 @@ def test_every_path_is_the_dense_product(param, path, batch, has_bias, seed):
     assert_within(got, wanted, bound)
 
 
-@given(low_rank_params(stacks=st.just(())), st.sampled_from(PATHS), seeds)
+@given(plain_params(stacks=st.just(())), st.sampled_from(PATHS), seeds)
 def test_gradients_are_those_of_the_dense_product(param, path, seed):
     out_features, in_features = param.base.shape
     rank, dtype = param.factors.a.shape[-2], reference.working_dtype(param)

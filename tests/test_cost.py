@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from strategies import normal
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import adamw, call, combine, explain, init, partition, peak_memory, remat, value_and_grad
+from dynlora_fn.testing import normal
 
 
 def make() -> dict:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Shape, assert_same, low_rank, seeds
 from test_schedule import assert_no_frozen_vector_is_switched, plans_of, ranks, switched, weight
 
 from dynlora_fn import Schedule, dithered, every, switchlora
+from dynlora_fn.testing import Shape, assert_same, low_rank, seeds
 
 
 def test_dithering_keeps_the_rate_on_average():

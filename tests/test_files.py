@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import assert_same
 from test_zoo import made
 from torch import nn
 from zoo import CASES, TOKENS
 
 from dynlora_fn import LowRank, call, init, open_weights, save_merged, save_weights, state_dict
+from dynlora_fn.testing import assert_same
 
 transformers = pytest.importorskip("transformers")
 NAMES = ["Llama: linear, grouped heads", "Llama: tied embedding and head", "GPT-2: Conv1D, fused QKV as a stack"]

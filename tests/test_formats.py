@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import assert_same, assert_within, eps, normal, seeds
 from torch import Tensor
 
 from dynlora_fn import Factors, LowRank, from_torchao, quantize
 from dynlora_fn.formats import KINDS, NAMES, PROTOTYPES, blank, decode, encode, encode_residual
 from dynlora_fn.opaque_codes import exact
+from dynlora_fn.testing import assert_same, assert_within, eps, normal, seeds
 from dynlora_fn.types import Codes, Int8Codes, MXFP4Codes, NF4Codes, NVFP4Codes
 
 torchao = pytest.importorskip("torchao.quantization")

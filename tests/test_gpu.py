@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from strategies import assert_same
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
 from dynlora_fn.basis import Request, uniform
+from dynlora_fn.testing import assert_same
 from models import mlp
 
 pytestmark = [

@@ -11,7 +11,8 @@ import pytest
 import dynlora_fn
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path for path in (ROOT / "dynlora_fn").rglob("*.py") if path.name != "__init__.py")
+MODULES = sorted(path for path in (ROOT / "dynlora_fn").glob("*.py") if path.name != "__init__.py")
+KIT = sorted((ROOT / "dynlora_fn" / "testing").glob("*.py"))  # on top: it may import all of the others, which none does
 
 FIRST = {"types"}
 BELOW = {"types", "tree", "stacking", "basis", "base"}
@@ -98,6 +99,22 @@ def test_modules_import_what_lies_below_them(path: Path):
     source = path.read_text()
     assert of_package(source) <= ALLOWED[path.stem]
     assert not [name for name in imported(source) if name.startswith(".") or name == "dynlora_fn"]
+
+
+@pytest.mark.parametrize("path", KIT, ids=lambda path: path.stem)
+def test_the_kit_imports_modules_by_their_full_names(path: Path):
+    names = [name for name in imported(path.read_text()) if name.split(".")[0] == "dynlora_fn"]
+    assert path.stem == "values" or any(name.startswith("dynlora_fn.testing.") for name in names) or not names
+    assert all(of_module(name) in {*ALLOWED, "testing"} for name in names)
+
+
+def of_module(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_the_kit_is_no_part_of_the_package():
+    script = "import sys, dynlora_fn; assert not {'hypothesis', 'dynlora_fn.testing'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_the_reader_of_imports_sees_all_forms():

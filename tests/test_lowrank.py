@@ -5,19 +5,7 @@ import reference
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import (
-    Shape,
-    any_shapes,
-    assert_same,
-    assert_within,
-    dtypes,
-    eps,
-    low_rank,
-    low_rank_params,
-    normal,
-    seeds,
-    untouched,
-)
+from strategies import plain_params
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +16,18 @@ from dynlora_fn import (
     materialize,
     merge,
     unstack,
+)
+from dynlora_fn.testing import (
+    Shape,
+    any_shapes,
+    assert_same,
+    assert_within,
+    dtypes,
+    eps,
+    low_rank,
+    normal,
+    seeds,
+    untouched,
 )
 
 starts = st.sampled_from(["switchlora", "lora"])
@@ -173,7 +173,7 @@ def test_init_refuses_integers():
 THIRDS = low_rank(Shape(4, 5, 3), base_dtype=torch.float32, factor_dtype=torch.bfloat16)  # b / 3 is not in bfloat16
 
 
-@given(low_rank_params())
+@given(plain_params())
 @example(THIRDS)
 def test_materialize_is_the_dense_weight(param):
     with untouched(param):
@@ -184,7 +184,7 @@ def test_materialize_is_the_dense_weight(param):
     assert_within(weight, reference.weight(param), bound)
 
 
-@given(low_rank_params())
+@given(plain_params())
 @example(THIRDS)
 def test_merge_keeps_the_weight(param):
     with untouched(param):
@@ -200,7 +200,7 @@ def test_merge_keeps_the_weight(param):
     assert_within(reference.weight(merged), reference.weight(param), bound)
 
 
-@given(low_rank_params())
+@given(plain_params())
 def test_merging_twice_is_merging_once(param):
     assert_same(merge(merge(param)), merge(param))
 

@@ -5,15 +5,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    assert_same,
-    assert_within,
-    eps,
-    low_rank_params,
-    normal,
-    seeds,
-    untouched,
-)
+from strategies import plain_params
 from test_lowrank import EPS, TARGETS, TOLERANCE, network
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -28,6 +20,15 @@ from dynlora_fn import (
     materialize,
     partition,
     value_and_grad,
+)
+from dynlora_fn.testing import (
+    Storage,
+    assert_same,
+    assert_within,
+    eps,
+    normal,
+    seeds,
+    untouched,
 )
 
 
@@ -205,9 +206,7 @@ def test_an_unmodified_llama_trains_its_low_rank_weights(llama):
     torch.testing.assert_close(compiled_gradients(loss_fn, trainable, tokens), (loss, grads), **tolerance)
 
 
-@given(
-    low_rank_params(stacks=st.just(()), base_dtypes=st.just(torch.float32), factor_dtypes=st.just(torch.float32)), seeds
-)
+@given(plain_params(stacks=st.just(()), storages=[Storage("float32")], factor_dtypes=st.just(torch.float32)), seeds)
 def test_autocast_runs_in_bfloat16_and_stays_close(param, seed):
     x = normal(seed, 5, param.base.shape[1], dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Shape, assert_same, low_rank, normal, plans, seeds, untouched
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -22,6 +21,7 @@ from dynlora_fn import (
     project_optimizer_state,
 )
 from dynlora_fn.moments import blank_moment, decode_moments, encode_moments
+from dynlora_fn.testing import Shape, assert_same, low_rank, normal, plans, seeds, untouched
 
 torchao = pytest.importorskip("torchao.optim.subclass_8bit")
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import Shape, assert_same, assert_within, eps, low_rank, normal, untouched
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -18,6 +17,7 @@ from dynlora_fn import (
     partition,
     project_optimizer_state,
 )
+from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, untouched
 
 LR = 0.01
 

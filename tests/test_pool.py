@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Shape, any_shapes, assert_same, normal, plan_of, seeds, untouched
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,6 +24,7 @@ from dynlora_fn import (
     put_back,
     switch,
 )
+from dynlora_fn.testing import Shape, any_shapes, assert_same, normal, plan_of, seeds, untouched
 
 members = st.integers(1, 3)  # of a stack; a single weight has no stack axis
 

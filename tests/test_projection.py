@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Shape, assert_same, low_rank, low_rank_params, normal, plans, untouched
 from test_optim import one_switch, some_trainable
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
@@ -27,6 +26,7 @@ from dynlora_fn import (
     sgd,
     switch,
 )
+from dynlora_fn.testing import Shape, assert_same, low_rank, low_rank_params, normal, plans, untouched
 
 
 class Momentum(NamedTuple):

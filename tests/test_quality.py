@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategies import Shape, assert_within, low_rank, normal
 
 import dynlora_fn as dl
 from bench.common import count_bytes
@@ -19,6 +18,7 @@ from bench.quality.report import paired_p, rows_of
 from bench.quality.runs import METHODS, SIZES, Run
 from bench.quality.sweeps import CENTERS, Stage, neighbors, swept
 from bench.quality.train import train
+from dynlora_fn.testing import Shape, assert_within, low_rank, normal
 from models import corpus as text
 from models.pretrain.config import warmup_cosine
 

@@ -7,103 +7,49 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    Shape,
-    assert_same,
-    assert_within,
-    eps,
-    low_rank,
-    normal,
-    plan_of,
-    plans,
-    seeds,
-    stacks,
-    untouched,
-)
+from strategies import quantized_params
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn import LowRank, Plan, SidePlan, drift, merge, quantize, switch, to_torchao, unstack
+from dynlora_fn import Plan, drift, merge, quantize, switch, to_torchao, unstack
 from dynlora_fn.bases import dequantize
 from dynlora_fn.float4 import BLOCKS
-from dynlora_fn.formats import NAMES, kind_of
-from dynlora_fn.opaque_codes import exact
+from dynlora_fn.formats import NAMES
+from dynlora_fn.testing import (
+    Shape,
+    assert_same,
+    assert_within,
+    eps,
+    exact_weight,
+    low_rank,
+    normal,
+    plan_of,
+    plans,
+    rounding,
+    seeds,
+    untouched,
+)
+from dynlora_fn.testing.shadow import half_step, kept
 
 RESIDUALS = ("bfloat16", "int8", None)
 SHAPE = Shape(8, 32, 4)  # of a size that all blocks divide
 
 
-@st.composite
-def quantized_params(draw: st.DrawFn, stacks: st.SearchStrategy[tuple[int, ...]] = stacks) -> LowRank:
-    kind, residual = draw(st.sampled_from(NAMES)), draw(st.sampled_from(RESIDUALS))
-    block = BLOCKS.get(kind, 8)  # of nf4's 64 numbers there are enough in 8 rows
-    shape = Shape(8 * draw(st.integers(1, 3)), block * draw(st.integers(1, 3)), draw(st.integers(1, 8)))
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-    param = low_rank(shape, draw(stacks), draw(seeds), base_dtype=torch.float32, factor_dtype=dtype)
-    return quantize(param, kind, residual=residual)
-
-
 cases = quantized_params().flatmap(lambda param: st.tuples(st.just(param), plans(param), seeds))
 
 
-def kept(base: Any) -> Tensor:
-    """Codes and residual together, in float64."""
-    return base.double() if isinstance(base, Tensor) else exact(base.codes, base.residual, torch.float64)
-
-
-def whole(param: LowRank) -> Tensor:
-    """The weight that is never lost but for the residual's own rounding."""
-    b, a = (factor.double() for factor in param.factors)
-    return kept(param.base) + b @ a / a.shape[-2]
-
-
-def step_of(param: LowRank) -> Tensor:
-    """Half a step of the base's codes at most, by the largest entry of the weight: (*stack, 1, 1).
-
-    Without a residual the weight that was quantized is not kept, whose largest entry may have been rounded down itself:
-    5 to 4 in mxfp4.
-    """
-    share = {"int8": 1 / 254, "float8": 2**-4, "nf4": 0.17, "nvfp4": 0.2, "mxfp4": 0.2}
-    base = param.base
-    kind = "plain" if isinstance(base, Tensor) else kind_of(base.codes)
-    half = share.get(kind, eps(torch.bfloat16) / 2)
-    is_whole = not isinstance(base, Tensor) and tree_leaves(base.residual)
-    largest = kept(base).abs().amax((-2, -1), keepdim=True) / (1 if is_whole else 1 - half)
-    return largest * half * 1.01
-
-
-def rounding(param: LowRank, magnitude: Tensor) -> Tensor:
-    """Of codes and residual together: the residual's own, of what is at most half a step."""
-    base, work = param.base, 64 * eps(torch.float32) * magnitude
-    if isinstance(base, Tensor) or not tree_leaves(base.residual):
-        return step_of(param) + work
-    return step_of(param) * (1 / 254 if isinstance(base.residual, dl.Int8Codes) else eps(torch.bfloat16) / 2) + work
-
-
-def magnitude(param: LowRank, other: LowRank) -> Tensor:
-    b, a = (factor.double().abs() for factor in param.factors)
-    d, c = (factor.double().abs() for factor in other.factors)
-    products = (b + d) @ (a + c) / a.shape[-2]
-    return (kept(param.base).abs() + products).amax((-2, -1), keepdim=True)
-
-
 @given(cases)
-def test_switch_keeps_the_weight(case):
-    """What is kept to the rounding of the residual, what products see to one step of the codes."""
+def test_products_see_what_is_kept_to_a_step_of_the_codes(case):
     param, plan, _ = case
-    got = switch(param, plan).param
-    bound = rounding(got, magnitude(param, got))
-    assert_within(whole(got), whole(param), bound)
-    assert_within(dequantize(got.base, torch.float64), kept(got.base), step_of(got))
+    for one in (param, switch(param, plan).param):
+        assert_within(dequantize(one.base, torch.float64), kept(one.base), half_step(one.base))
 
 
 @given(quantized_params())
-def test_merge_keeps_the_weight_and_merging_twice_is_merging_once(param):
-    with untouched(param):
-        merged = merge(param)
+def test_merging_twice_is_merging_once(param):
+    merged = merge(param)
     assert not merged.factors.b.any()
-    assert_within(whole(merged), whole(param), rounding(merged, magnitude(param, merged)))
     assert_same(merge(merged), merged)
 
 
@@ -134,10 +80,9 @@ def test_quantizing_keeps_the_weight_from_format_to_format(kind, residual):
     """What was missed goes over as well: two residuals' roundings away, not two formats' errors."""
     param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
     first = quantize(param, kind, residual=residual)
-    assert_within(kept(first.base), param.base, rounding(first, param.base.double().abs().amax()))
+    assert_within(kept(first.base), param.base, rounding(param, first))
     second = quantize(first, "nf4", residual=residual)
-    bound = rounding(second, param.base.double().abs().amax())
-    assert_within(kept(second.base), kept(first.base), bound)
+    assert_within(kept(second.base), kept(first.base), rounding(first, second))
 
 
 def test_a_residual_lies_where_it_is_asked_for():
@@ -172,7 +117,7 @@ def test_a_slot_of_zeros_hides_no_other(kind):
         side.select(axis, 0).zero_()
         held = quantize(param, kind)
         merged = merge(held)
-        assert_within(whole(merged), whole(held), rounding(merged, magnitude(held, merged)))
+        assert_within(exact_weight(merged), exact_weight(held), rounding(held, merged))
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4"])
@@ -184,26 +129,6 @@ def test_folds_of_next_to_nothing_leave_a_base_without_a_residual_as_it_is(kind)
         param = merge(param._replace(factors=tiny))
         bases.append(dequantize(param.base, torch.float32))
     torch.testing.assert_close(bases[-1], bases[0], rtol=40 * eps(torch.float32), atol=0)
-
-
-@given(cases)
-def test_arguments_are_untouched_and_kinds_are_kept(case):
-    param, plan, _ = case
-    with untouched(param, plan):
-        got = switch(param, plan).param
-    for new, old in zip(tree_leaves(got), tree_leaves(param), strict=True):
-        assert (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
-
-
-@given(quantized_params(stacks=st.just((3,))).flatmap(lambda param: st.tuples(st.just(param), plans(param))))
-def test_a_stack_is_the_loop_and_the_vmap_over_its_members(case):
-    param, plan = case
-    own = Plan(*(SidePlan(*(leaf.broadcast_to(3, -1) for leaf in side)) for side in (plan.b, plan.a)), plan.frozen_for)
-    in_dims = (0, tree_map(lambda leaf: 0 if leaf.ndim > 1 else None, plan))
-    assert_same(switch(param, plan), torch.vmap(switch, in_dims=in_dims)(param, plan))
-    for number in range(3):
-        one, its = (tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, tree) for tree in (param, own))  # noqa: B023
-        assert_same(switch(one, its), tree_map(lambda leaf: leaf[number], switch(param, plan)))  # noqa: B023
 
 
 # --- compiled
@@ -373,14 +298,14 @@ def test_both_kinds_of_bases_are_refused():
 
 @given(quantized_params())
 def test_drift_is_what_products_miss(param):
-    exact_weight, seen = whole(param), dl.materialize(param)
-    missed = (seen.double() - exact_weight).norm() / exact_weight.norm()
+    right, seen = exact_weight(param), dl.materialize(param)
+    missed = (seen.double() - right).norm() / right.norm()
     if isinstance(param.base, Tensor) or not tree_leaves(param.base.residual):
         assert drift(param).isnan()
     else:
         # Two sums and the norm of what is computed in the factors' dtype, float32 at least.
         torch.testing.assert_close(drift(param).double(), missed, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(drift(param, exact_weight).double(), missed, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(drift(param, right).double(), missed, rtol=1e-3, atol=1e-6)
 
 
 def test_drift_is_reported_by_name():

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import assert_same, normal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import LowRank, call, combine, init, materialize, partition, unstack, value_and_grad
+from dynlora_fn.testing import assert_same, normal
 from models import recipes
 from models.mlp import MLP
 

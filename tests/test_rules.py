@@ -6,7 +6,6 @@ from math import prod
 
 import pytest
 import torch
-from strategies import Shape, low_rank, normal
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -24,6 +23,7 @@ from dynlora_fn import (
     switch,
     value_and_grad,
 )
+from dynlora_fn.testing import Shape, low_rank, normal
 
 # Sums of up to 40 products of numbers of about 1 follow each other three at a time, in float64.
 TOLERANCE = {"rtol": 0, "atol": 3 * 40 * 64 * torch.finfo(torch.float64).eps}

@@ -3,13 +3,13 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_same, normal
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import dropout, rms_norm, silu
 
 from dynlora_fn import peak_memory, saved
 from dynlora_fn.saved import compute_again
+from dynlora_fn.testing import assert_same, normal
 
 aten = torch.ops.aten
 X = normal(1, 32, 16, dtype=torch.float32)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import assert_same
 
 from dynlora_fn import Factors, LowRank, Plan, Schedule, SidePlan, every, never, switchlora
+from dynlora_fn.testing import assert_same, schedules
 
 decays = st.sampled_from([1.0, 0.9999, 0.99])
 
@@ -37,15 +37,7 @@ def switched(side: SidePlan) -> list[tuple[int, int]]:
     return list(zip(side.slots[side.active].tolist(), side.indices[side.active].tolist(), strict=True))
 
 
-@st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
-    """With a rate, down to the shortest interval that the freeze allows."""
-    freeze, steps = draw(st.integers(0, 6)), draw(st.sampled_from([1, 1, 2, 5]))
-    least = max(2 * steps * math.ceil(freeze / steps), steps)
-    interval = draw(st.one_of(st.just(least), st.integers(least, 60), st.integers(4 * least, 240).map(lambda n: n / 4)))
-    return Schedule(interval=interval, decay=draw(decays), every=steps, freeze=freeze)
-
-
+rates = schedules(kinds=["rate"])  # down to the shortest interval that the freeze allows
 ranks = st.integers(1, 12)
 
 
@@ -61,7 +53,7 @@ def due(schedule: Schedule, param: LowRank, steps: int) -> Iterator[Fraction]:
 # --- by rate
 
 
-@given(schedules(), ranks)
+@given(rates, ranks)
 @example(Schedule(interval=49, every=49, freeze=0), 1)  # 1 / 49 * 49 < 1 in floating point
 @example(Schedule(interval=10), 7)  # and 7 / 10 * 45 + 3.5 is 35
 def test_as_many_are_switched_as_come_due(schedule: Schedule, rank):
@@ -88,7 +80,7 @@ def test_every_slot_is_switched_once_an_interval_on_each_side(rank, interval):
         assert sorted(slots) == sorted(list(range(rank)) * 5)
 
 
-@given(schedules(), ranks, st.integers(1, 40))
+@given(rates, ranks, st.integers(1, 40))
 @example(Schedule(interval=10, every=10, freeze=0), 12, 2)  # fewer idle ones than come due
 def test_slots_and_vectors_come_in_turn(schedule: Schedule, rank, idle):
     """Side b starts half a turn behind; both bring in the vectors after the `rank` first ones of the basis. None is
@@ -129,7 +121,7 @@ def assert_no_frozen_vector_is_switched(plans: Iterator[Plan], rank: int) -> Non
         frozen_for = {name: [max(left - 1, 0) for left in side] for name, side in frozen_for.items()}
 
 
-@given(schedules(), ranks)
+@given(rates, ranks)
 @example(Schedule(interval=10), 7)  # at step 94, in floating point
 def test_no_switch_meets_a_frozen_vector(schedule: Schedule, rank):
     assert_no_frozen_vector_is_switched(plans_of(schedule, weight(64, 64, rank), 300), rank)
@@ -148,13 +140,13 @@ def test_the_rate_falls_as_the_paper_says():
     assert 15_290 < most < 15_300
 
 
-@given(schedules(), ranks, st.integers(0, 10**6))
+@given(rates, ranks, st.integers(0, 10**6))
 def test_a_step_in_a_tensor_gives_the_same_plan(schedule: Schedule, rank, step):
     params = {"w": weight(64, 40, rank)}
     assert_same(schedule(torch.tensor(step), params), schedule(step, params))
 
 
-@given(schedules(), ranks, st.sampled_from([(), (3,), (2, 3)]))
+@given(rates, ranks, st.sampled_from([(), (3,), (2, 3)]))
 def test_switches_counts_the_active_entries_of_the_whole_stack(schedule: Schedule, rank, stack):
     params = {"w": weight(64, 64, rank, stack), "full": weight(rank, 64, rank), "norm": torch.zeros(3)}
     for step in range(60):
@@ -163,7 +155,7 @@ def test_switches_counts_the_active_entries_of_the_whole_stack(schedule: Schedul
         assert schedule.switches(step, params) == active * math.prod(stack)
 
 
-@given(schedules(), st.integers(1, 8), ranks)
+@given(rates, st.integers(1, 8), ranks)
 def test_a_step_takes_no_more_than_a_pool_has_idle(schedule: Schedule, idle, rank):
     for plan in plans_of(schedule, weight(rank + idle, 64, rank), 60):
         assert plan.b.slots.shape[-1] <= idle

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from strategies import assert_same, eps, normal, untouched
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +24,7 @@ from dynlora_fn import (
     switch,
     value_and_grad,
 )
+from dynlora_fn.testing import assert_same, eps, normal, untouched
 
 EPS = eps(torch.float64)
 MAX_NORM = 0.5

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from strategies import assert_same, normal
 from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.quantization.granularity import PerRow
 
 from dynlora_fn import compile_step
+from dynlora_fn.testing import assert_same, normal
 
 X = normal(1, 8, 16, dtype=torch.float32)
 

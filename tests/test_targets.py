@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import assert_same
 from torch import nn
 
 from dynlora_fn import LowRank, init, state_dict
+from dynlora_fn.testing import assert_same
 
 
 def model() -> nn.Module:

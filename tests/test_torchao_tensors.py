@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import assert_same, normal
 from test_formats import dense, prototype
 from torch import Tensor, nn
 
 import dynlora_fn as dl
 from dynlora_fn import from_torchao, init, to_torchao, unstack
 from dynlora_fn.formats import KINDS, PROTOTYPES, blank, decode, encode
+from dynlora_fn.testing import assert_same, normal
 
 torchao = pytest.importorskip("torchao.quantization")
 

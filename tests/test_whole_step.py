@@ -6,7 +6,6 @@ from typing import Any
 
 import reference
 import torch
-from strategies import assert_same
 from test_step import MAX_NORM, RANK, SWITCHING, TrainState, batches, make_run, run_for
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -18,6 +17,7 @@ from dynlora_fn import (
     never,
     unstack,
 )
+from dynlora_fn.testing import assert_same
 
 
 def flat(state: TrainState) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import assert_same, eps, untouched
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from zoo import CASES, Case
@@ -24,6 +23,7 @@ from dynlora_fn import (
     unstack,
     value_and_grad,
 )
+from dynlora_fn.testing import assert_same, eps, untouched
 
 pytest.importorskip("transformers")
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from strategies import normal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from dynlora_fn.testing import normal
 
 
 class Case(NamedTuple):
