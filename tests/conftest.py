@@ -13,9 +13,11 @@ import torch
 from hypothesis import settings
 
 # A first example may compile or import, so that a deadline tells nothing. In CI, where nobody shrinks by hand, every
-# run draws the same examples. `--hypothesis-profile thorough` draws many, before a release.
+# run draws the same examples. `--hypothesis-profile thorough` draws many, before a release, and
+# `sequences` is for `tests/test_machine.py`.
 settings.register_profile("dynlora", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
 settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.register_profile("sequences", deadline=None, max_examples=2000, stateful_step_count=30)
 settings.load_profile("dynlora")
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -23,6 +23,7 @@ from dynlora_fn.testing.comparing import eps as eps
 from dynlora_fn.testing.comparing import untouched as untouched
 from dynlora_fn.testing.compiled import check_compiles as check_compiles
 from dynlora_fn.testing.compiled import check_vmap as check_vmap
+from dynlora_fn.testing.machine import TransformMachine as TransformMachine
 from dynlora_fn.testing.promises import BrokenPromiseError as BrokenPromiseError
 from dynlora_fn.testing.shadow import exact_weight as exact_weight
 from dynlora_fn.testing.shadow import rounding as rounding
