@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dynlora_fn.base import fold
-from dynlora_fn.formats import built, encode_residual, flat, kind_of, shape_of
+from dynlora_fn.formats import built, flat, int8_residual, kind_of, shape_of
 from dynlora_fn.opaque_codes import residual_of
 from dynlora_fn.rows import gather
 from dynlora_fn.shares import whole_factors
@@ -19,7 +19,6 @@ from dynlora_fn.types import (
     Deferred,
     Factors,
     Held,
-    Int8Codes,
     LowRank,
     Quantized,
     Residual,
@@ -43,8 +42,7 @@ def encode_rest(rest: Tensor, residual: ResidualKind, device: Device) -> Residua
     """What codes miss, as a residual on a device."""
     if residual is None:
         return ()
-    bfloat16 = rest.to(torch.bfloat16)
-    made = bfloat16 if residual == "bfloat16" else encode_residual(rest, Int8Codes(bfloat16, bfloat16))
+    made = rest.to(torch.bfloat16) if residual == "bfloat16" else int8_residual(rest)
     return tree_map(lambda tensor: tensor.to(device or tensor.device), made)  # type: ignore[no-any-return]
 
 

@@ -64,7 +64,7 @@ class Request(NamedTuple):
 
     seed: Int[Tensor, "*stack"]
     side: Side
-    indices: Int[Tensor, "*stack count"]
+    indices: Int[Tensor, "*#stack count"]
     length: int  # numbers in a vector
 
 

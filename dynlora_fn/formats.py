@@ -103,7 +103,11 @@ def encode(weight: Tensor, like: Codes, *, again: bool = False) -> Codes:
 
 def encode_residual(weight: Tensor, like: Int8Codes | Tensor) -> Int8Codes | Tensor:
     """The same for what codes miss, which may be far smaller than a weight."""
-    return encode_int8(weight, 127, _LEAST_RESIDUAL_SCALE) if isinstance(like, Int8Codes) else weight.to(like.dtype)
+    return int8_residual(weight) if isinstance(like, Int8Codes) else weight.to(like.dtype)
+
+
+def int8_residual(weight: Tensor) -> Int8Codes:
+    return encode_int8(weight, 127, _LEAST_RESIDUAL_SCALE)
 
 
 def encode_int8(weight: Tensor, steps: float, least_scale: float) -> Int8Codes:

@@ -21,8 +21,8 @@ class BasisSlice(NamedTuple):
     """Vectors of both sides of a weight's basis. Without stack axes, the same ones for the whole stack."""
 
     seed: Int[Tensor, "*stack"]
-    b_indices: Int[Tensor, "*stack b_count"]
-    a_indices: Int[Tensor, "*stack a_count"]
+    b_indices: Int[Tensor, "*#stack b_count"]
+    a_indices: Int[Tensor, "*#stack a_count"]
     shape: Sequence[int]  # of the weight, (out, in); it sets the bounds together with the rank and the start
     rank: int
     start: Start

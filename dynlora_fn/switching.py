@@ -152,7 +152,7 @@ def _rows_after(
     rows: Float[Tensor, "*stack rank n"],
     plan: SidePlan,
     incoming: Float[Tensor, "*stack count n"],
-    index: Int[Tensor, "*stack wanted"],
+    index: Int[Tensor, "*#stack wanted"],
 ) -> Float[Tensor, "*stack wanted n"]:
     """The new vectors at `index` alone. Read out of all of them, those would have to be in memory before the optimizer
     writes them, which compiled is a copy of the factors."""
@@ -184,7 +184,7 @@ def _sources(
 
 
 def take_rows(
-    matrix: Float[Tensor, "*stack rows n"], index: Int[Tensor, "*stack count"]
+    matrix: Float[Tensor, "*stack rows n"], index: Int[Tensor, "*#stack count"]
 ) -> Float[Tensor, "*stack count n"]:
     """``matrix[..., index, :]``, with the same index for the whole stack or one for each member."""
     shape = (*matrix.shape[:-2], index.shape[-1], matrix.shape[-1])

@@ -24,6 +24,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores: more threads than cores wait for each other
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shapes", action="store_true", help="enforce the shapes in the annotations of dynlora_fn")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--shapes"):
+        import shapes  # noqa: PLC0415, for this option alone
+
+        shapes.install()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     """Dynamo keeps what it compiled by code object: without this, one test's graphs count as another's recompiles."""

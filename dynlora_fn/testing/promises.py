@@ -33,7 +33,8 @@ def hold(
         is_slow: whether an example takes so long that none is made smaller. The first one drawn is the smallest there
             is.
     """
-    phases = [Phase.explicit, Phase.generate, *([] if is_slow else [Phase.shrink])]
+    unwanted = {Phase.explain, *([Phase.shrink] if is_slow else [])}
+    phases = [phase for phase in settings().phases if phase not in unwanted]
     if not isinstance(arguments, st.SearchStrategy):
         given_ones = as_tuple(arguments)
         try:

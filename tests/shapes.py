@@ -1,0 +1,116 @@
+"""The shapes in annotations, enforced: ``pytest --shapes``.
+
+Every function of the package is checked as it is called by the annotations of its tensors, and every tuple that goes
+in or comes out by those of its fields, a weight's together. Compilers trace functions without the checks.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, get_type_hints
+
+import jaxtyping
+import torch
+from torch import Tensor
+
+
+class ShapeError(TypeError):
+    """A tensor that is not what its annotation says, or does not fit another one."""
+
+
+def install() -> None:
+    """From now on for all of `dynlora_fn` that is not imported yet."""
+    jaxtyping.install_import_hook("dynlora_fn", "shapes.checked")
+    for owner, name in ((torch, "compile"), (torch.export, "export")):
+        setattr(owner, name, _tracing(getattr(owner, name)))
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What jaxtyping calls with arguments, and with arguments and result, of each function."""
+    signature = inspect.signature(function)
+    hints = {name: options for name, own in signature.parameters.items() if (options := _options(own.annotation))}
+
+    @wraps(function)
+    def look(*args: Any, **kwargs: Any) -> None:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            _look(value)
+            if name in hints and isinstance(value, Tensor) and not any(isinstance(value, one) for one in hints[name]):
+                got = f"{value.dtype} {tuple(value.shape)}"
+                raise ShapeError(f"{function.__qualname__}: {name} must be {hints[name]}, got {got}")
+
+    return look
+
+
+def _look(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for own in value.values():
+            _look(own)
+    elif isinstance(value, tuple | list):
+        is_own = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
+        if is_own and not isinstance(value, _pairs()):
+            with jaxtyping.jaxtyped("context"):
+                _check_fields(value)
+        for own in value:
+            _look(own)
+
+
+def _check_fields(value: Any) -> None:
+    for name, hint in _hints(type(value)).items():
+        own = getattr(value, name)
+        if isinstance(own, Tensor) and not any(isinstance(own, option) for option in _options(hint)):
+            raise ShapeError(f"{type(value).__name__}.{name} must be {hint}, got {own.dtype} {tuple(own.shape)}")
+        if name == "factors":  # in the same context as the base that they belong to
+            _check_fields(own)
+
+
+def _pairs() -> type:
+    """Also hold incoming vectors, counts and masks: their shapes are those of a weight in a weight alone."""
+    from dynlora_fn.types import Factors  # noqa: PLC0415, once the hook is there
+
+    return Factors
+
+
+_SEEN: dict[type, dict[str, Any]] = {}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    if kind not in _SEEN:
+        _SEEN[kind] = {name: hint for name, hint in get_type_hints(kind).items() if _options(hint)}
+    return _SEEN[kind]
+
+
+def _options(hint: Any) -> list[Any]:
+    """The annotations of tensors among the types of a union."""
+    parts = getattr(hint, "__args__", None) or [hint]
+    return [part for part in parts if isinstance(part, type) and issubclass(part, jaxtyping.AbstractArray)]
+
+
+def _tracing(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Functions that are traced are called without the checks."""
+
+    @wraps(make)
+    def without(*args: Any, **kwargs: Any) -> Any:
+        with _disabled():
+            made = make(*args, **kwargs)
+        if not callable(made) or isinstance(made, torch.nn.Module | torch.export.ExportedProgram):
+            return made
+
+        @wraps(made)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disabled():
+                return made(*args, **kwargs)
+
+        return run
+
+    return without
+
+
+@contextmanager
+def _disabled() -> Iterator[None]:
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
