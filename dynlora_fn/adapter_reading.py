@@ -1,6 +1,5 @@
 """LoRA adapters of PEFT, in."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn.adapter_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, factors_of
-from dynlora_fn.files import open_weights
+from dynlora_fn.files import open_weights, read_json
 from dynlora_fn.initial import init
 from dynlora_fn.stacking import unstack
 from dynlora_fn.types import Factors, LowRank, Param
@@ -55,13 +54,26 @@ def load_adapter(
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"`folder` must hold {CONFIG}, got {str(folder)!r}")
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"`folder` must hold an adapter of type 'LORA', got {config.get('peft_type')!r}")
     for name in _REFUSED:
         if config.get(name):
             raise ValueError(f"the adapter must be plain LoRA, got {name} = {config[name]!r}")
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict) or not all(map(_is_number, (config.get("lora_alpha"), *alphas.values()))):
+        got = f"{config.get('lora_alpha')!r} and {alphas!r}"
+        raise ValueError(f"{CONFIG} must hold numbers as `lora_alpha` and in `alpha_pattern`, got {got}")
+    for pattern in alphas:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{CONFIG} must hold patterns of names in `alpha_pattern`, got {pattern!r}") from error
     return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _sorted(

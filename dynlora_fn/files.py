@@ -32,8 +32,12 @@ class Weights(Mapping[str, Tensor]):
         self._where = dict(where)
 
     def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._where[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+        path = self._where[name]
+        with _opened(path) as file:
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except (safetensors().SafetensorError, RuntimeError, TypeError) as error:  # as its versions have it
+                raise ValueError(f"`path` must hold {name!r} whole, got {str(path)!r}: {error}") from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +57,7 @@ def open_weights(path: Path | str) -> Weights:
         path: of a file or a folder.
 
     Raises:
-        ValueError: if there is none, or an index names a file or a tensor that is missing.
+        ValueError: if there is none, it is damaged, or an index names a file or a tensor that is missing; it names it.
     """
     path = Path(path)
     if path.is_dir() and (path / INDEX).is_file():
@@ -65,13 +69,36 @@ def open_weights(path: Path | str) -> Weights:
 
 
 def _indexed(folder: Path) -> dict[str, Path]:
-    where = {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
+        raise ValueError(f"{INDEX} must map names of tensors to files beside it as `weight_map`, got {files!r:.80}")
+    where = {name: folder / file for name, file in files.items()}
     for file in sorted(set(where.values())):
         if not file.is_file():
             raise ValueError(f"`path` must hold every file that {INDEX} names, got none called {file.name!r}")
         if missing := {name for name, own in where.items() if own == file} - set(_names(file)):
             raise ValueError(f"{INDEX} must name what is there, got {sorted(missing)[0]!r}, not in {file.name!r}")
     return where
+
+
+def _is_file_name(value: object) -> bool:
+    """Of a file beside the index: it cannot point elsewhere."""
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        ValueError: if it holds none; it names the file.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} must hold JSON, got {str(path)!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} must hold a JSON object, got {type(found).__name__} in {str(path)!r}")
+    return found
 
 
 def _names(file: Path) -> list[str]:

@@ -25,6 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--damaged", type=int, default=40, help="damaged inputs of each kind in tests/test_damage.py")
     parser.addoption("--shapes", action="store_true", help="enforce the shapes in the annotations of dynlora_fn")
 
 

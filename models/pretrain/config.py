@@ -237,7 +237,7 @@ def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
     if config.resume:
         if not path.is_file():
             raise ValueError(f"`out` must hold a run to resume, got {str(folder)!r} without config.json")
-        _check_same(json.loads(path.read_text()), record, folder)
+        _check_same(_read(path), record, folder)
     elif folder.exists() and (not folder.is_dir() or any(path != temporary for path in folder.iterdir())):
         rule = "be new or empty, or come with --resume"
         raise ValueError(f"`out` must {rule}, got {str(folder)!r}, which holds something")
@@ -245,6 +245,16 @@ def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(record, indent=1) + "\n")
         temporary.rename(path)
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"`resume` must find the run's configuration, got {str(path)!r}, which is no JSON") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`resume` must find the run's configuration, got {found!r:.80} in {str(path)!r}")
+    return found
 
 
 def _check_same(old: dict[str, object], new: dict[str, object], folder: Path) -> None:

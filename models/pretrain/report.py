@@ -37,10 +37,26 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, *, before: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics file up to step `before`; a torn last line is dropped."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    metrics = [json.loads(line) for line in lines]
+    """The lines of a metrics file up to step `before`; a torn last line is dropped.
+
+    Raises:
+        ValueError: if another line is no metrics; it names the file and the line.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    metrics = [_metrics(line, path, number) for number, line in enumerate(lines, start=1)]
     return [line for line in metrics if before is None or line["step"] <= before]
+
+
+def _metrics(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ValueError(
+            f"metrics must be JSON objects with a step, got {line[:60]!r} in line {number} of {str(path)!r}"
+        )
+    return found
 
 
 class ProgressBar:
