@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 # What tests each module first, fast ones before slow ones, and what is not worth its time for a mutant.
 TESTS = {
     "basis": ["test_basis", "test_lowrank"],
-    "base": ["test_switching", "test_lowrank", "test_promises", "test_subclasses"],
+    "base": ["test_base", "test_switching", "test_lowrank", "test_promises", "test_subclasses"],
     "schedule": ["test_schedule", "test_dither"],
     "lowrank": ["test_lowrank", "test_switching", "test_promises"],
     "switching": ["test_switching", "test_promises", "test_pool"],
@@ -173,7 +173,7 @@ class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, self.path, "exec"), module.__dict__)
 
 
-def _run_tests(mutant: Mutant | None, files: list[str]) -> int:
+def _run_tests(mutant: Mutant | None, files: list[str], skipped: str) -> int:
     import pytest  # noqa: PLC0415, preloaded
     from hypothesis import Phase, settings  # noqa: PLC0415
 
@@ -182,11 +182,11 @@ def _run_tests(mutant: Mutant | None, files: list[str]) -> int:
     phases = [Phase.explicit, Phase.generate]
     settings.register_profile("mutants", deadline=None, max_examples=15, derandomize=True, database=None, phases=phases)
     paths = [str(ROOT / "tests" / f"{name}.py") for name in files]
-    options = ["-x", "-q", "-n0", "-k", SKIPPED, "-p", "no:cacheprovider", "--hypothesis-profile", "mutants", "--tb=no"]
+    options = ["-x", "-q", "-n0", "-k", skipped, "-p", "no:cacheprovider", "--hypothesis-profile", "mutants", "--tb=no"]
     return int(pytest.main([*options, *paths]))
 
 
-def run(mutant: Mutant | None, files: list[str], seconds: float) -> tuple[str, float]:
+def run(mutant: Mutant | None, files: list[str], skipped: str, seconds: float) -> tuple[str, float]:
     start = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -195,7 +195,7 @@ def run(mutant: Mutant | None, files: list[str], seconds: float) -> tuple[str, f
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            os._exit(_run_tests(mutant, files))
+            os._exit(_run_tests(mutant, files, skipped))
         os._exit(1)
     while time.monotonic() - start < seconds:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", default=[*TESTS], choices=[*TESTS])
     parser.add_argument("--every", type=int, default=1, help="one mutant in so many")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for one mutant")
-    parser.add_argument("--again", type=Path, help="run only those that survived by this file")
+    parser.add_argument("--again", type=Path, help="run only those that survived by this file, with slow tests too")
     parser.add_argument("--out", type=Path, help="JSON to write, after every mutant")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -230,14 +230,15 @@ def main() -> None:
         before = json.loads(args.again.read_text())["survived"]
         wanted = {(one["module"], one["line"], one["before"], one["after"]) for one in before}
         mutants = [one for one in mutants if (one.module, one.line, one.before, one.after) in wanted]
-    for module in args.modules:
-        how, seconds = run(None, TESTS[module], 20 * args.timeout)
+    skipped = "not inductor" if args.again else SKIPPED
+    for module in {one.module for one in mutants}:
+        how, seconds = run(None, TESTS[module], skipped, 20 * args.timeout)
         print(f"{module}: without a mutant its tests take {seconds:.1f} s", flush=True)
         if how != "survived":
             raise SystemExit(f"the tests of {module} fail without a mutant")
     outcomes = []
     for number, mutant in enumerate(mutants):
-        outcomes.append(Outcome(mutant, *run(mutant, TESTS[mutant.module], args.timeout)))
+        outcomes.append(Outcome(mutant, *run(mutant, TESTS[mutant.module], skipped, args.timeout)))
         if outcomes[-1].how != "killed":
             print(
                 number,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_traces import FILES
 
-from dynlora_fn import BasisSlice, Factors, basis_bounds, basis_vectors
+from dynlora_fn import BasisSlice, Factors, basis, basis_bounds, basis_vectors
 from dynlora_fn.basis import Request, philox
 from dynlora_fn.basis import uniform as uniforms
 from dynlora_fn.testing import Shape, any_shapes, assert_same, seeds, shapes
@@ -185,3 +185,19 @@ def test_plain_lora_starts_from_zero_and_from_the_range_of_linear_layers(shape: 
 def test_an_unknown_start_is_refused():
     with pytest.raises(ValueError, match="`start` must be 'switchlora' or 'lora', got 'zeros'"):
         factors(0, Shape(2, 2, 1), start="zeros")
+
+
+def test_no_more_words_are_drawn_than_are_needed(monkeypatch: pytest.MonkeyPatch):
+    """Four numbers a block: three blocks for ten of them, two for five."""
+    drawn = []
+
+    def counted(counter, key):
+        drawn.append(torch.broadcast_tensors(*counter, *key)[0].numel())
+        return philox(counter, key)
+
+    monkeypatch.setattr(basis, "philox", counted)
+    indices = torch.arange(6).reshape(2, 3)
+    seed = torch.tensor([1, 2])
+    a, b = uniforms([Request(seed, "a", indices, 10), Request(seed, "b", indices[0], 5)])
+    assert (tuple(a.shape), tuple(b.shape)) == ((2, 3, 10), (2, 3, 5))
+    assert drawn == [6 * 3 + 6 * 2]

@@ -261,3 +261,29 @@ def test_schedules_that_cannot_be_kept_are_refused(arguments, message):
 def test_a_run_without_steps_is_refused(arguments):
     with pytest.raises(ValueError, match="`total_steps` and `ratio` must be positive"):
         switchlora(**arguments)
+
+
+# --- edges
+
+
+@pytest.mark.parametrize("schedule", [Schedule(interval=4, freeze=1), every(2, 1), switchlora(50, interval=10)])
+def test_a_stack_has_the_plans_of_one_of_its_members(schedule):
+    for step in range(12):
+        alone, stacked = (schedule(step, {"w": weight(9, 8, 4, stack)}) for stack in ((), (3,)))
+        assert_same(stacked, alone)
+        assert schedule.switches(step, {"w": weight(9, 8, 4, (3,))}) == 3 * schedule.switches(
+            step, {"w": weight(9, 8, 4)}
+        )
+
+
+def test_as_many_as_half_the_slots_fit_into_a_freeze():
+    assert every(5, 2, freeze=5).most(weight(9, 8, 4)) == 2
+    with pytest.raises(ValueError, match="`count` must be at most 2 in any 5 steps"):
+        every(5, 3, freeze=5).most(weight(9, 8, 4))
+
+
+def test_defaults_are_the_papers():
+    assert switchlora(1000) == Schedule(interval=40, decay=0.3 ** (1 / 100), freeze=5)
+    assert switchlora(1).freeze == 5
+    assert Schedule(count=3, freeze=0).most(weight(4, 4, 4)) == 3  # without a pool there is no end of candidates
+    assert Schedule(count=3, freeze=0, from_pool=True).most(weight(4, 4, 4)) == 0
