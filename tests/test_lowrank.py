@@ -93,6 +93,17 @@ def test_init_draws_the_first_vectors_of_the_basis(shape: Shape, seed):
             torch.testing.assert_close(vector, unit * reference.bound(side, *shape), rtol=32 * EPS, atol=0)
 
 
+@given(any_shapes, seeds)
+def test_plain_loras_vectors_are_within_one_over_the_root_of_in(shape: Shape, seed):
+    """U(-1 / sqrt(in), 1 / sqrt(in)), as `torch.nn.Linear`; zeros on side b."""
+    weight = normal(seed, *shape[:2])
+    options = {"rank": shape.rank, "seed": seed, "targets": ["w"], "start": "lora", "dtype": torch.float64}
+    param = init({"w": weight}, **options)["w"]
+    for number, row in enumerate(param.factors.a):
+        unit = torch.tensor(reference.uniform(param.seed.item(), "a", number, len(row)), dtype=torch.float64)
+        torch.testing.assert_close(row, unit / shape.in_features**0.5, rtol=8 * EPS, atol=0)
+
+
 def test_init_copies_and_asks_for_no_gradient():
     model = network()
     with untouched(list(model.parameters())):

@@ -44,6 +44,20 @@ def test_the_block_on_low_precision_runs_and_its_drift_is_small(capsys: pytest.C
     assert str(drifts) in capsys.readouterr().out
 
 
+def test_the_bugs_that_the_kit_is_shown_with_are_found(capsys: pytest.CaptureFixture[str]):
+    (block,) = (block[1] for block in BLOCKS if "BrokenPromiseError" in block[1])
+    exec(block, {})
+    weight, state = capsys.readouterr().out.split("promised: ")[1:]
+    assert re.match(
+        r"the weight is kept\nhappened: off by up to (.|\n)*Shape\(out_features=2, in_features=2, rank=2\)", weight
+    )
+    assert re.match(
+        r"the counterparts .* start afresh, and nothing else changes\n"
+        r"happened: \.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and holds (.|\n)*rank=1",
+        state,
+    )
+
+
 def test_the_table_of_models_is_what_is_tested():
     from test_zoo import EAGER_ALONE  # noqa: PLC0415, imports transformers
     from zoo import CASES  # noqa: PLC0415

@@ -322,7 +322,7 @@ def test_examples_are_the_calls_that_make_them():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: testing.shapes(largest=0), "`largest` and `multiples` must be at least 1, got 0"),
+        (lambda: testing.shapes(largest=0), "`largest` must be at least 1, got 0"),
         (lambda: low_rank_params(storages=[]), "`storages` must name at least one, got none"),
         (
             lambda: low_rank_params(shapes=st.just(Shape(3, 3, 1)), storages=[testing.Storage("nf4")]),

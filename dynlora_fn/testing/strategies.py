@@ -34,21 +34,21 @@ stacks: st.SearchStrategy[tuple[int, ...]] = st.sampled_from([(), (1,), (3,), (2
 
 
 @st.composite
-def shapes(draw: st.DrawFn, *, largest: int = 8, multiples: tuple[int, int] = (1, 1)) -> Shape:
+def shapes(draw: st.DrawFn, *, largest: int = 8) -> Shape:
     """Matrices of any proportion with any rank that fits them, 1 and min(out, in) among them.
 
     Args:
-        largest: number of `multiples` along an axis.
-        multiples: that `out` and `in` are of, for formats with blocks.
+        largest: of the numbers along an axis.
     """
-    if largest < 1 or min(multiples) < 1:
-        raise ValueError(f"`largest` and `multiples` must be at least 1, got {largest} and {multiples}")
-    out_features, in_features = (step * draw(st.integers(1, largest)) for step in multiples)
+    if largest < 1:
+        raise ValueError(f"`largest` must be at least 1, got {largest}")
+    out_features, in_features = draw(st.integers(1, largest)), draw(st.integers(1, largest))
     least = min(out_features, in_features)
     return Shape(out_features, in_features, draw(st.one_of(st.just(1), st.just(least), st.integers(1, least))))
 
 
 any_shapes = shapes()
+_BLOCKS = {"nf4": (8, 8), "nvfp4": (1, 16), "mxfp4": (1, 32)}
 
 
 @st.composite
@@ -72,7 +72,7 @@ def low_rank_params(
         raise ValueError("`storages` must name at least one, got none")
     if shapes is None:
         storage = draw(st.sampled_from(storages))
-        shape = draw(_fitting(storage))
+        shape = _fitting(storage, draw(any_shapes))
     else:
         shape = draw(shapes)
         fitting = [storage for storage in storages if fits(storage, shape)]
@@ -92,10 +92,13 @@ def low_rank_params(
     )
 
 
-def _fitting(storage: Storage) -> st.SearchStrategy[Shape]:
-    """Shapes that the format's blocks divide, small ones."""
-    blocks = {"nf4": (8, 8), "nvfp4": (1, 16), "mxfp4": (1, 32)}.get(storage.kind)
-    return shapes(largest=3, multiples=blocks) if blocks else any_shapes
+def _fitting(storage: Storage, shape: Shape) -> Shape:
+    """A shape that the format's blocks divide. Drawn like any other, so that an example can go over to a format without
+    blocks as it is made smaller."""
+    if storage.kind not in _BLOCKS:
+        return shape
+    out, in_ = (block * (1 + (size - 1) % 3) for block, size in zip(_BLOCKS[storage.kind], shape[:2], strict=True))
+    return Shape(out, in_, min(shape.rank, out, in_))
 
 
 def plans(params: LowRank | Params) -> st.SearchStrategy[Any]:
