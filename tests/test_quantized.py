@@ -194,8 +194,11 @@ def run(state: Any, step: Callable[..., Any], steps: int) -> tuple[Any, list[Ten
     return state, losses
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("kind", NAMES)
+# Each format with a residual, and each kind of residual, since a step takes seconds to compile.
+HELD = [*((kind, "bfloat16") for kind in NAMES), ("int8", "int8"), ("int8", None), ("nf4", None), ("bfloat16", None)]
+
+
+@pytest.mark.parametrize(("kind", "residual"), HELD)
 def test_a_donated_state_keeps_its_memory_and_equals_eager(kind, residual):
     wanted = run(*training(kind, residual), 12)
     state, step = training(kind, residual)
