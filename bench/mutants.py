@@ -216,7 +216,8 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", default=[*TESTS], choices=[*TESTS])
     parser.add_argument("--every", type=int, default=1, help="one mutant in so many")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for one mutant")
-    parser.add_argument("--again", type=Path, help="run only those that survived by this file, with slow tests too")
+    parser.add_argument("--again", type=Path, help="run only those that survived by this file")
+    parser.add_argument("--slow", action="store_true", help="tests that take long too")
     parser.add_argument("--out", type=Path, help="JSON to write, after every mutant")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -230,7 +231,7 @@ def main() -> None:
         before = json.loads(args.again.read_text())["survived"]
         wanted = {(one["module"], one["line"], one["before"], one["after"]) for one in before}
         mutants = [one for one in mutants if (one.module, one.line, one.before, one.after) in wanted]
-    skipped = "not inductor" if args.again else SKIPPED
+    skipped = "not inductor" if args.slow else SKIPPED
     for module in {one.module for one in mutants}:
         how, seconds = run(None, TESTS[module], skipped, 20 * args.timeout)
         print(f"{module}: without a mutant its tests take {seconds:.1f} s", flush=True)

@@ -11,7 +11,7 @@ def defer(params: LowRank, *, vectors: int) -> LowRank: ...
 @overload
 def defer(params: Params, *, vectors: int) -> dict[str, Param]: ...
 def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Param]:
-    """The same weights whose folds wait until `fold_pending`: `switch` keeps the differences as vectors, exactly.
+    """The same weights whose folds wait until `fold_pending`: `switch` keeps the differences as vectors.
 
     ``weight = base + (pending.b @ pending.a + b @ a) / rank``. The forward and backward pass take them along as that
     many more slots, which cost as much as trained ones. Where more come than there is room for, the oldest are folded,
@@ -20,6 +20,8 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
     Args:
         params: one weight, or weights by name, of any kind of base.
         vectors: that can wait; a switch brings one for each entry of its plan, of both sides.
+
+    Numerics: differences wait in the factors' dtype: exact in float32 or wider, and rounded to it in bfloat16.
 
     Example:
         >>> from torch import nn

@@ -27,19 +27,26 @@ def install() -> None:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What jaxtyping calls with arguments, and with arguments and result, of each function."""
+    """What jaxtyping calls with the arguments, and with arguments and result, of each function; it returns those."""
     signature = inspect.signature(function)
-    hints = {name: options for name, own in signature.parameters.items() if (options := _options(own.annotation))}
+    hints = {name: own.annotation for name, own in signature.parameters.items()}
 
     @wraps(function)
-    def look(*args: Any, **kwargs: Any) -> None:
+    def look(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            _look(value)
-            if name in hints and isinstance(value, Tensor) and not any(isinstance(value, one) for one in hints[name]):
-                got = f"{value.dtype} {tuple(value.shape)}"
-                raise ShapeError(f"{function.__qualname__}: {name} must be {hints[name]}, got {got}")
+            _check(f"{function.__qualname__}: {name}", value, hints[name])
+        _check(f"{function.__qualname__}: what it returns", result, signature.return_annotation)
+        return result
 
     return look
+
+
+def _check(what: str, value: Any, hint: Any) -> None:
+    _look(value)
+    options = _options(hint)
+    if options and isinstance(value, Tensor) and not any(isinstance(value, option) for option in options):
+        raise ShapeError(f"{what} must be {hint}, got {value.dtype} {tuple(value.shape)}")
 
 
 def _look(value: Any) -> None:
@@ -56,12 +63,13 @@ def _look(value: Any) -> None:
 
 
 def _check_fields(value: Any) -> None:
+    for name in ("factors", "pending"):
+        if hasattr(value, name):  # in the same context as the base that they belong to
+            _check_fields(getattr(value, name))
     for name, hint in _hints(type(value)).items():
         own = getattr(value, name)
         if isinstance(own, Tensor) and not any(isinstance(own, option) for option in _options(hint)):
             raise ShapeError(f"{type(value).__name__}.{name} must be {hint}, got {own.dtype} {tuple(own.shape)}")
-        if name == "factors":  # in the same context as the base that they belong to
-            _check_fields(own)
 
 
 def _pairs() -> type:
