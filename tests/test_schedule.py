@@ -276,6 +276,11 @@ def test_a_stack_has_the_plans_of_one_of_its_members(schedule):
         )
 
 
+def test_limits_are_those_of_the_matrix_in_a_stack():
+    assert every(1, "all").most(weight(9, 8, 4, (3,))) == 4
+    assert every(1, "all", from_pool=True).most(weight(6, 6, 4, (3,))) == 2
+
+
 def test_as_many_as_half_the_slots_fit_into_a_freeze():
     assert every(5, 2, freeze=5).most(weight(9, 8, 4)) == 2
     with pytest.raises(ValueError, match="`count` must be at most 2 in any 5 steps"):
