@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from strategies import Shape, low_rank, normal
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -10,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dynlora_fn import linear, quantize, unstack
 from dynlora_fn.bases import on_rows
 from dynlora_fn.inductor import Rewrites
+from dynlora_fn.testing import Shape, low_rank, normal
 from dynlora_fn.types import Sharded, Sharding
 
 X = normal(1, 64, 8, dtype=torch.float32)

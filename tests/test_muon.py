@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from strategies import Shape, assert_same, assert_within, eps, low_rank, normal, seeds
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors, adamw, apply_updates, lion, multi_transform, muon, partition, sgd
+from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, seeds
 
 MOMENTUM, DECAY, LR = 0.9, 0.5, 0.125
 SMALL = 2.0**-20  # a rate at which no step is too long
