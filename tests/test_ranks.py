@@ -143,7 +143,7 @@ def test_compensation_reduces_dense_gradients(text: Path, tmp_path: Path):
 
 def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_path: Path):
     """With sharded bases in int8 and sharded factors, so that what is saved in four parts is cut anew."""
-    options = {"base-dtype": "int8", "shard": True, "shard-factors": True, "save-every": 100, "steps": 24}
+    options = {"base-dtype": "int8", "shard": True, "shard-factors": True, "save-every": 100, "steps": 18}
     whole = in_ranks(4, job, arguments(text, tmp_path / "whole", **options))
     assert [outcome.code for outcome in whole] == [0] * 4, whole
     asked = in_ranks(4, job, arguments(text, tmp_path / "asked", **options), _ask_the_third)

@@ -43,7 +43,7 @@ class Gathered(TorchDispatchMode):
     more, up to a second later: what the program itself holds is still there then.
     """
 
-    def __init__(self, room: float = 0):
+    def __init__(self, room: float = float("inf")):
         super().__init__()
         self.room = room
         self.total = self.most = self.scattered = 0

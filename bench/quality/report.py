@@ -126,6 +126,7 @@ def curves(found: Found, rows: Rows, path: Path) -> None:
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
     figure, (over_tokens, states, sent) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    over_tokens.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # no color twice
     for name, stage in rows.items():
         lines = [found[run] for run in stage.runs if run in found and found[run]["loss"] is not None]
         if not lines or stage.missing:

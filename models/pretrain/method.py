@@ -93,9 +93,8 @@ def make_optimizer(config: Config, inner: frozenset[str]) -> dl.Transform:
     """Takes one learning rate, that of the `inner` weights."""
     adamw = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
     optimizers = {"adamw": adamw, "muon": dl.muon(weight_decay=config.weight_decay)}
-    both = dl.multi_transform(
-        {"inner": optimizers[config.optimizer], "rest": adamw}, lambda name, _: "inner" if name in inner else "rest"
-    )
+    transforms = {"inner": optimizers[config.optimizer], "rest": adamw}
+    both = dl.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
 
     def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.MultiUpdates:
         rates = {name: lr if name in inner else lr * config.dense_share() for name in trainable}
