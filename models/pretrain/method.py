@@ -51,7 +51,6 @@ def make_method(
     """The method with `targets` unless the settings name others; `still` says of the parameters which full-rank ones
     are not trained."""
     params = init_params(config, model, targets, ranks=ranks)
-    params = init_params(config, model, targets, ranks=ranks)
     if config.shard_factors:
         params = dl.shard_factors(params, part=ranks.share(config.batch_size))
     optimizer = make_optimizer(config, inner_names(config, params, targets))
