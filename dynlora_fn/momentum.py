@@ -61,10 +61,12 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}")
 
 
-def _of_one_moment(direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Transform:
-    def init(trainable: Trainable) -> MomentumState:
-        return MomentumState(zero_moments(trainable), nothing_frozen(trainable))
+def no_momentum(trainable: Trainable) -> MomentumState:
+    """The state before the first update."""
+    return MomentumState(zero_moments(trainable), nothing_frozen(trainable))
 
+
+def _of_one_moment(direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Transform:
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> MomentumUpdates:
@@ -81,4 +83,4 @@ def _of_one_moment(direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, T
             mu[name], updates[name] = both if is_pair else (Factors(*own) for own in zip(*both, strict=True))
         return MomentumUpdates(updates, MomentumState(mu, one_less(opt_state.frozen_for)))
 
-    return Transform(init, update)
+    return Transform(no_momentum, update)

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dynlora_fn.momentum import MomentumState, MomentumUpdates, check_share
-from dynlora_fn.optim import Rate, Transform, Tree, nothing_frozen, one_less, rate_of, without_frozen, zero_moments
+from dynlora_fn.momentum import MomentumState, MomentumUpdates, check_share, no_momentum
+from dynlora_fn.optim import Rate, Transform, Tree, one_less, rate_of, without_frozen
 from dynlora_fn.spectrum import norm, with_even_spectrum
 from dynlora_fn.types import Factors, Trainable
 
@@ -39,8 +39,8 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
 
     Frozen vectors stand still, and no factor moves in one update by more than a tenth of what both are long together
     (Frobenius norms): where `b` is zero, as in a LoRA's beginning or after a `merge`, no step of `a` would else be long
-    enough. Embedding, head and norms fare better with
-    AdamW: see `multi_transform`. Other arguments of `update` are as in `adamw`.
+    enough. Embedding, head and norms fare better with AdamW: see `multi_transform`. Other arguments of `update` are as
+    in `adamw`.
 
     Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs an update.
 
@@ -51,9 +51,6 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     between 0.68 and 1.14, smaller ones below. Gram matrices are damped by a thousandth of their mean diagonal.
     """
     check_share("momentum", momentum)
-
-    def init(trainable: Trainable) -> MomentumState:
-        return MomentumState(zero_moments(trainable), nothing_frozen(trainable))
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
@@ -72,7 +69,7 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
             updates[name] = tree_map(partial(_scaled, rate), decayed)
         return MomentumUpdates(updates, MomentumState(mu, one_less(opt_state.frozen_for)))
 
-    return Transform(init, update)
+    return Transform(no_momentum, update)
 
 
 def _scaled(rate: Rate, even: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
-from dynlora_fn.bases import ResidualKind
+from dynlora_fn.bases import ResidualKind, standing
 from dynlora_fn.deferred import defer, fold_pending
 from dynlora_fn.files import open_weights, save_weights
 from dynlora_fn.initial import init
@@ -37,7 +37,6 @@ from dynlora_fn.testing.small_model import (
     magnitude,
     map_bases,
     stacked,
-    standing,
     unstacked,
 )
 from dynlora_fn.testing.strategies import plans

@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn.base import widest
-from dynlora_fn.bases import dequantize, plain_dtype, whole
+from dynlora_fn.bases import dequantize, plain_dtype, standing, whole
 from dynlora_fn.formats import kind_of
 from dynlora_fn.opaque_codes import exact
 from dynlora_fn.testing.comparing import eps
-from dynlora_fn.types import Base, Deferred, Factors, Held, Int8Codes, LowRank, Standing
+from dynlora_fn.types import Deferred, Factors, Held, Int8Codes, LowRank, Standing
 
 # Half a step of the codes at most, in shares of the largest number of a weight: see `quantize`.
 _HALF_STEPS = {"int8": 1 / 254, "float8": 2**-4, "nf4": 0.17, "nvfp4": 0.2, "mxfp4": 0.2}
@@ -18,18 +18,18 @@ _HALF_STEPS = {"int8": 1 / 254, "float8": 2**-4, "nf4": 0.17, "nvfp4": 0.2, "mxf
 def exact_weight(param: LowRank) -> Tensor:
     """The weight that is never lost: codes and residual, all that waits, and the factors. Products do not see the
     residual; see `seen_weight`."""
-    return kept(_standing(param.base)) + sum(product(*pair) for pair in _products(param))
+    return kept(standing(param)) + sum(product(*pair) for pair in _products(param))
 
 
 def seen_weight(param: LowRank) -> Tensor:
     """The weight that products see."""
-    return dequantize(_standing(param.base), torch.float64).double() + sum(product(*pair) for pair in _products(param))
+    return dequantize(standing(param), torch.float64).double() + sum(product(*pair) for pair in _products(param))
 
 
 def magnitude(param: LowRank) -> Tensor:
     """The same with all terms positive. Rounding errors are relative to this, since terms may cancel."""
     absolute = [(Factors(b.abs(), a.abs()), rank) for (b, a), rank in _products(param)]
-    return kept(_standing(param.base)).abs() + sum(product(*pair) for pair in absolute)
+    return kept(standing(param)).abs() + sum(product(*pair) for pair in absolute)
 
 
 def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
@@ -43,7 +43,7 @@ def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
         before, after: one weight.
         folds: how often the transform folds into the base.
     """
-    old, new = _standing(before.base), _standing(after.base)
+    old, new = standing(before), standing(after)
     work = widest(before.factors.b.dtype, after.factors.b.dtype, plain_dtype(old), plain_dtype(new))
     terms = 8 + 2 * sum(factors.b.shape[-1] for param in (before, after) for factors, _ in _products(param))
     total = magnitude(before) + magnitude(after) + _mixed(before, after)
@@ -89,10 +89,6 @@ def _rounded(base: Standing, slack: Tensor) -> Tensor:
     if not tree_leaves(held.residual):
         return step
     return step * (1 / 254 if isinstance(held.residual, Int8Codes) else eps(torch.bfloat16) / 2) * 1.01
-
-
-def _standing(base: Base) -> Standing:
-    return base.base if isinstance(base, Deferred) else base
 
 
 def _products(param: LowRank) -> list[tuple[Factors, int]]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dynlora_fn.bases import standing
 from dynlora_fn.testing.shadow import half_step, kept, product
-from dynlora_fn.types import Deferred, Factors, LowRank, NF4Codes, NVFP4Codes, Param, Quantized, Sharded, Standing
+from dynlora_fn.types import Deferred, Factors, LowRank, NF4Codes, NVFP4Codes, Param, Quantized, Sharded
 
 LAYERS = ("layers.0.weight", "layers.1.weight")
 STACK = "layers.*.weight"
@@ -77,8 +78,3 @@ def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
 def stacked(tree: Mapping[str, Leaf]) -> dict[str, Leaf]:
     stack = tree_map(lambda *leaves: torch.stack(leaves), *(tree[name] for name in LAYERS))
     return {STACK: stack, **{name: leaf for name, leaf in tree.items() if name not in LAYERS}}
-
-
-def standing(param: LowRank) -> Standing:
-    """The base without what waits."""
-    return param.base.base if isinstance(param.base, Deferred) else param.base
