@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.finetune.__main__ import main
+from models.finetune.config import Config
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -135,3 +136,8 @@ def test_a_damaged_model_is_named(job, given, tmp_path):
     outcome = job(*settings(given, tmp_path / "run", model=tmp_path / "model", tokenizer=given[0]))
     assert outcome.code == 2
     assert "`model` must hold a causal language model" in outcome.err
+
+
+def test_what_is_trained_beside_factors_has_their_rate_unless_told():
+    assert Config(optimizer="muon").dense_share() == 1
+    assert Config(optimizer="muon", lr=1e-3, dense_lr=2e-3).dense_share() == 2

@@ -46,3 +46,7 @@ class Config(PretrainConfig):
 
     def peak_lr(self) -> float:
         return LEARNING_RATES[self.method] if self.lr is None else self.lr
+
+    def dense_share(self) -> float:
+        """A trained model's embedding, head and norms take no rate that was found for a new one's."""
+        return 1.0 if self.dense_lr is None else self.dense_lr / self.peak_lr()
