@@ -11,12 +11,12 @@ import dynlora_fn as dl
 from bench.common import count_bytes
 from bench.quality import schedules, store
 from bench.quality.command import Quality, main, make
-from bench.quality.experiments import EXPERIMENTS
+from bench.quality.experiments import EXPERIMENTS, sweep
 from bench.quality.job import Job
 from bench.quality.measures import effective_rank, overlap
 from bench.quality.report import paired_p, rows_of
 from bench.quality.runs import METHODS, SIZES, Run
-from bench.quality.sweeps import CENTERS, Stage, neighbors, swept
+from bench.quality.sweeps import CENTERS, MUON, Stage, neighbors, swept
 from bench.quality.train import train
 from dynlora_fn.testing import Shape, assert_within, low_rank, normal
 from models import corpus as text
@@ -83,6 +83,27 @@ def test_every_method_is_swept_until_all_neighbors_are_worse(method, lr, dense):
     assert (best.lr, best.lr * best.dense_lr) == (center * 2.0**lr, center * 2.0**dense)
     assert [run.seed for run in stage.runs] == [0, 1, 2]
     assert all(found[run]["loss"] is None or found[run]["loss"] > found[best]["loss"] for run in neighbors(best))
+
+
+def test_a_sweep_starts_where_it_is_told_to():
+    start = replace(Run("tiny", "lora"), lr=CENTERS["lora"] / 4, dense_lr=16.0)
+    first = swept({}, Run("tiny", "lora", fraction=8), start=start).missing[0]
+    assert first == replace(start, fraction=8)
+
+
+def test_the_largest_size_and_other_ranks_start_where_sweeps_of_the_same_method_ended():
+    def loss(run: Run) -> float:
+        return abs(math.log2(run.lr / MUON) - 2) + abs(math.log2(run.dense_lr) + 4)
+
+    found, stage = found_by(loss, Run("medium", "lora", optimizer="muon"))
+    best = stage.runs[0]
+    assert (best.lr, best.dense_lr) == (MUON * 4, 1 / 16)
+    large = replace(best, size="large")
+    assert sweep(found, Run("large", "lora", optimizer="muon")).missing == [large, *neighbors(large)]
+    assert sweep(found, Run("large", "lora")) == Stage([], [])  # its start is not known
+    eighth = Run("medium", "lora", fraction=8)
+    assert sweep(found, eighth).missing == sweep(found, replace(eighth, fraction=4)).missing != []
+    assert sweep(found, replace(eighth, optimizer="muon")).missing[0] == replace(best, fraction=8)
 
 
 def test_all_runs_that_an_experiment_asks_for_can_be_named_and_read_again(tmp_path):

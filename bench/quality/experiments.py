@@ -31,15 +31,31 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
     }
 
 
+SMALLER = {"large": "medium"}
+
+
+def sweep(found: Found, run: Run) -> Stage:
+    """From the papers' rates. The largest size starts where the one before it ended, other ranks where d/4 did: that
+    takes half as many runs. Until it has ended there, the stage has neither runs nor missing ones at this size.
+    """
+    if run.fraction != 4:
+        start = sweep(found, replace(run, fraction=4))
+        return swept(found, run, start=start.runs[0]) if start.runs else start
+    if smaller := SMALLER.get(run.size):
+        start = sweep(found, replace(run, size=smaller))
+        return swept(found, run, start=start.runs[0]) if start.runs else Stage([], [])
+    return swept(found, run)
+
+
 def of_full_rank(found: Found, size: str) -> Rows:
     full = Run(size, "full")
-    return {"full rank": swept(found, full), "full rank, Muon": swept(found, replace(full, optimizer="muon"))}
+    return {"full rank": sweep(found, full), "full rank, Muon": sweep(found, replace(full, optimizer="muon"))}
 
 
 def methods(found: Found, size: str) -> Rows:
     """All methods at rank d/4."""
     rows = of_full_rank(found, size)
-    rows |= {name: swept(found, run) for name, run in contenders(size, 4).items()}
+    rows |= {name: sweep(found, run) for name, run in contenders(size, 4).items()}
     for name in ("switched", "switched, compensated", "switched, Muon"):
         quantized = [replace(run, base="int8+bfloat16") for run in rows[name].runs]
         rows[f"{name}, int8+bfloat16"] = of_runs(found, quantized)
@@ -50,7 +66,7 @@ def ranks(found: Found, size: str) -> Rows:
     """All methods at rank d/8 and d/2."""
     rows = of_full_rank(found, size)
     for fraction in (8, 2):
-        rows |= {f"{name}, d/{fraction}": swept(found, run) for name, run in contenders(size, fraction).items()}
+        rows |= {f"{name}, d/{fraction}": sweep(found, run) for name, run in contenders(size, fraction).items()}
     return rows
 
 
@@ -108,7 +124,7 @@ RULES = {
 
 def ablations(found: Found, size: str) -> Rows:
     """One setting at a time of the paper's recipe, seeded, at its best rate."""
-    return ablated(found, swept(found, Run(size, "switchlora")), {**SCHEDULES, **RULES})
+    return ablated(found, sweep(found, Run(size, "switchlora")), {**SCHEDULES, **RULES})
 
 
 ALONE = 2.0**-40  # of the factors' rate: the base alone learns, and embedding, head and norms
@@ -130,7 +146,7 @@ COMPENSATIONS = {
 
 def compensation(found: Found, size: str) -> Rows:
     """What is folded into the base beside the factors, at its best rates, and each change of it alone."""
-    baseline = swept(found, Run(size, "switchlora", compensate=COMPENSATE))
+    baseline = sweep(found, Run(size, "switchlora", compensate=COMPENSATE))
     rows = {"baseline": baseline}
     for run in baseline.runs[:1]:
         alone = replace(run, lr=run.lr * ALONE, dense_lr=run.dense_lr / ALONE, compensate=run.compensate / ALONE)

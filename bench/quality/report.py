@@ -14,8 +14,7 @@ from bench.quality.store import Found
 
 mpl.use("agg")
 
-_MOST_CURVES = 12  # in one plot
-
+_MARKERS = "os^DvPX"
 
 COLUMNS = (
     "",
@@ -125,30 +124,24 @@ def curves(found: Found, rows: Rows, path: Path) -> None:
     """Loss against tokens, bytes of state, and bytes sent over the run."""
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
-    figure, (over_tokens, states, sent) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure, (over_tokens, states, sent) = pyplot.subplots(1, 3, figsize=(17, 5), layout="constrained")
     over_tokens.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # no color twice
-    for name, stage in rows.items():
+    for number, (name, stage) in enumerate(rows.items()):
         lines = [found[run] for run in stage.runs if run in found and found[run]["loss"] is not None]
         if not lines or stage.missing:
             continue
-        size = SIZES[stage.runs[0].size]
+        size, marker = SIZES[stage.runs[0].size], _MARKERS[number % len(_MARKERS)]
         steps, losses = zip(*lines[0]["curve"], strict=True)
-        means = [mean(line["curve"][number][1] for line in lines) for number in range(len(losses))]
+        means = [mean(line["curve"][place][1] for line in lines) for place in range(len(losses))]
         tokens = [step * size.batch * size.length for step in steps]
-        (drawn,) = over_tokens.plot(tokens, means, marker=".", label=name)
+        (drawn,) = over_tokens.plot(tokens, means, marker=marker, markersize=4, linewidth=1, label=name)
         loss = mean(line["loss"] for line in lines)
-        for axes, number in (
-            (states, lines[0]["bytes"]["state"]),
-            (sent, stage.runs[0].sent_bytes() * size.steps),
-        ):
-            axes.plot(number, loss, "o", color=drawn.get_color())
-            axes.annotate(name, (number, loss), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        states.plot(lines[0]["bytes"]["state"], loss, marker, color=drawn.get_color())
+        sent.plot(stage.runs[0].sent_bytes() * size.steps, loss, marker, color=drawn.get_color())
     over_tokens.set(xlabel="tokens", ylabel="validation loss, nats a byte")
-    over_tokens.legend(fontsize=7, frameon=False)
     states.set(xlabel="state of the optimizer, bytes", xscale="log")
     sent.set(xlabel="sent over the run where data are parallel, bytes", xscale="log")
-    for axes in (states, sent):
-        axes.margins(x=1.0)  # room for names beside the points
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -161,7 +154,7 @@ def report(folder: Path, experiment: str, found: Found, by_size: Mapping[str, Ro
         if finished:
             parts += [table(finished, size), f"![losses]({experiment}_{size}.png)", ""]
             path = folder / f"{experiment}_{size}.png"
-            if len(finished) > _MOST_CURVES:
+            if "baseline" in rows:
                 points(finished, path)
             else:
                 curves(found, rows, path)

@@ -26,14 +26,15 @@ def loss_of(found: Found, run: Run) -> float:
     return math.inf if loss is None else loss
 
 
-def swept(found: Found, run: Run, *, seeds: Sequence[int] = SEEDS) -> Stage:
+def swept(found: Found, run: Run, *, start: Run | None = None, seeds: Sequence[int] = SEEDS) -> Stage:
     """The best rates at the first seed, run at all seeds: that of the matrices or factors, and that of embedding, head
     and norms.
 
-    A search by neighbors from the papers' rate for both: one twice or half as high, the other four times or a quarter
-    as high, until all four neighbors are worse.
+    A search by neighbors from the papers' rate for both, or from those of `start`: one twice or half as high, the other
+    four times or a quarter as high, until all four neighbors are worse.
     """
-    best = replace(run, lr=CENTERS[run.method] if run.optimizer == "adamw" else MUON, dense_lr=1.0, seed=seeds[0])
+    lr, dense_lr = (start.lr, start.dense_lr) if start else (papers_rate(run), 1.0)
+    best = replace(run, lr=lr, dense_lr=dense_lr, seed=seeds[0])
     while True:
         near = [best, *neighbors(best)]
         if missing := [one for one in near if one not in found]:
@@ -42,6 +43,10 @@ def swept(found: Found, run: Run, *, seeds: Sequence[int] = SEEDS) -> Stage:
         if better == best:
             return at_seeds(found, best, seeds)
         best = better
+
+
+def papers_rate(run: Run) -> float:
+    return CENTERS[run.method] if run.optimizer == "adamw" else MUON
 
 
 def neighbors(run: Run) -> list[Run]:
