@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import Factors, LowRank, Plan, Schedule, SidePlan, every, never, switchlora
 from dynlora_fn.testing import assert_same, schedules
@@ -144,6 +145,17 @@ def test_the_rate_falls_as_the_paper_says():
 def test_a_step_in_a_tensor_gives_the_same_plan(schedule: Schedule, rank, step):
     params = {"w": weight(64, 40, rank)}
     assert_same(schedule(torch.tensor(step), params), schedule(step, params))
+
+
+@given(rates, ranks)
+def test_a_step_in_a_tensor_is_not_read(schedule: Schedule, rank):
+    """So that a plan is made on the device, without waiting for it: tensors on the meta device have no values."""
+    params = {"w": tree_map(lambda leaf: leaf.to("meta"), weight(64, 40, rank))}
+    step = torch.empty((), dtype=torch.int64, device="meta")
+    of_meta, plan = schedule(step, params)["w"], schedule(0, {"w": weight(64, 40, rank)}).get("w")
+    assert all(leaf.is_meta for leaf in tree_leaves(of_meta))
+    if plan is not None:
+        assert tree_map(lambda leaf: leaf.shape, of_meta) == tree_map(lambda leaf: leaf.shape, plan)
 
 
 @given(rates, ranks, st.sampled_from([(), (3,), (2, 3)]))
