@@ -91,17 +91,17 @@ def test_a_sweep_starts_where_it_is_told_to():
     assert first == replace(start, fraction=8)
 
 
-def test_the_largest_size_and_other_ranks_start_where_sweeps_of_the_same_method_ended():
+def test_larger_sizes_and_other_ranks_start_where_sweeps_of_the_same_method_ended():
     def loss(run: Run) -> float:
         return abs(math.log2(run.lr / MUON) - 2) + abs(math.log2(run.dense_lr) + 4)
 
-    found, stage = found_by(loss, Run("medium", "lora", optimizer="muon"))
+    found, stage = found_by(loss, Run("small", "lora", optimizer="muon"))
     best = stage.runs[0]
     assert (best.lr, best.dense_lr) == (MUON * 4, 1 / 16)
-    large = replace(best, size="large")
-    assert sweep(found, Run("large", "lora", optimizer="muon")).missing == [large, *neighbors(large)]
-    assert sweep(found, Run("large", "lora")) == Stage([], [])  # its start is not known
-    eighth = Run("medium", "lora", fraction=8)
+    medium = replace(best, size="medium")
+    assert sweep(found, Run("medium", "lora", optimizer="muon")).missing == [medium, *neighbors(medium)]
+    assert sweep(found, Run("medium", "lora")) == Stage([], [])  # its start is not known
+    eighth = Run("small", "lora", fraction=8)
     assert sweep(found, eighth).missing == sweep(found, replace(eighth, fraction=4)).missing != []
     assert sweep(found, replace(eighth, optimizer="muon")).missing[0] == replace(best, fraction=8)
 

@@ -24,13 +24,13 @@ from bench.quality.train import Method, train
 from models import corpus as text
 
 # A run's time where none of its size is known, in seconds: about what it takes on one core.
-_GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "large": 200.0}
+_GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 200.0}
 
 
 @dataclass(frozen=True)
 class Quality:
     experiment: tyro.conf.Positional[Literal["methods", "ranks", "ablations", "compensation"]]
-    sizes: tuple[Literal["tiny", "small", "medium", "large"], ...] = ("small",)
+    sizes: tuple[Literal["tiny", "small", "medium", "main", "large"], ...] = ("small",)
     rows: tuple[str, ...] = ()
     """Of the experiment's table, all unless given."""
     text: tuple[Path, ...] = ()

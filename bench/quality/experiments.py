@@ -31,12 +31,12 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
     }
 
 
-SMALLER = {"large": "medium"}
+SMALLER = {"medium": "small", "main": "medium", "large": "medium"}
 
 
 def sweep(found: Found, run: Run) -> Stage:
-    """From the papers' rates. The largest size starts where the one before it ended, other ranks where d/4 did: that
-    takes half as many runs. Until it has ended there, the stage has neither runs nor missing ones at this size.
+    """From the papers' rates at the smallest size. The others start where the size before ended, other ranks where d/4
+    did: that takes half as many runs. Until it has ended there, the stage has neither runs nor missing ones.
     """
     if run.fraction != 4:
         start = sweep(found, replace(run, fraction=4))

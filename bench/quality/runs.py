@@ -31,6 +31,7 @@ SIZES = {
     "tiny": Size(width=16, hidden=48, layers=2, heads=2, steps=24, batch=2, length=32),  # whether it runs
     "small": Size(width=64, hidden=176, layers=2, heads=2, steps=1200),  # 0.10 million
     "medium": Size(width=128, hidden=352, layers=4, heads=4, steps=800),  # 0.80 million
+    "main": Size(width=128, hidden=352, layers=4, heads=4, steps=400, batch=8, length=256),  # the main job's batch
     "large": Size(width=256, hidden=688, layers=4, heads=8, steps=800),  # 3.2 million
 }
 
