@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -39,7 +39,7 @@ class CompileTime(Common):
         return Size(width=self.width, layers=self.layers, length=16 if self.quick else 256)
 
     def options(self) -> dict[str, Any]:
-        return {"backend": "aot_eager"} if self.quick else {"mode": "default"}
+        return {"backend": "eager"} if self.quick else {"mode": "default"}
 
 
 def compiled(config: CompileTime) -> Callable[[], Any]:
@@ -69,6 +69,9 @@ def measure(config: CompileTime) -> float:
 
 
 def in_a_process_of_its_own(config: CompileTime, case: str, layers: int) -> float:
+    """Where it is only to be seen that it runs, the first case alone has one."""
+    if config.quick and (case, layers) != ("update", config.shallow):
+        return measure(replace(config, case=case, layers=layers))
     flags = ["--case", case, "--layers", str(layers), "--width", str(config.width), "--fraction", str(config.fraction)]
     flags += ["--device", config.device, "--threads", str(config.threads), *(["--quick"] if config.quick else [])]
     own = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
@@ -103,7 +106,7 @@ def main(config: CompileTime) -> None:
         print(measure(config))
         return
     if config.quick:
-        config = CompileTime(**{**vars(config), "width": 64, "shallow": 1, "deep": 2, "layers": 1, "repeats": 1})
+        config = replace(config, width=64, shallow=1, deep=2, layers=1, repeats=1)
     console = start(config)
     cases = [("update", config.shallow), ("update", config.deep), ("plain", config.layers)]
     cases += [] if config.quick else [("static", config.layers)]

@@ -171,5 +171,6 @@ class Ours:
         return self.schedule(step, self.params)
 
     def share_that_switches(self) -> float:
-        """Of the steps of a run, those in which anything is switched."""
-        return sum(self.schedule.switches(step, self.params) > 0 for step in range(STEPS)) / STEPS
+        """Of the steps of a run, those in which anything is switched. Weights of one shape switch together."""
+        by_shape = {str(param.shape): param for param in self.params.values() if isinstance(param, dl.LowRank)}
+        return sum(self.schedule.switches(step, by_shape) > 0 for step in range(STEPS)) / STEPS

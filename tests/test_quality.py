@@ -147,6 +147,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("run", VARIANTS, ids=lambda run: "-".join(str(value) for value in run.described().values()))
+@torch.compiler.set_stance("force_eager")  # tracing takes longer than the run; one test below has it
 def test_every_method_learns_and_repeats_itself(job, run):
     run = replace(run, lr=CENTERS[run.method], ratio=0.0)  # so that 24 steps have switches
     result = train(job, run, make)
