@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import Phase, settings
-from hypothesis.stateful import rule, run_state_machine_as_test
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from ranks import in_ranks
 
 import dynlora_fn as dl
+from dynlora_fn.bases import standing
 from dynlora_fn.testing import TransformMachine
+from dynlora_fn.testing.small_model import is_sharded
 
 FEW = settings(max_examples=15, stateful_step_count=15, deadline=None)
 CURRENT = settings() if settings.get_current_profile_name() == "sequences" else FEW
@@ -14,6 +17,36 @@ CURRENT = settings() if settings.get_current_profile_name() == "sequences" else 
 
 def test_transforms_in_any_order_keep_the_weights():
     run_state_machine_as_test(TransformMachine, settings=CURRENT)
+
+
+def test_two_processes_go_through_the_same_sequences():
+    """So that what is sharded lies on both of them, plain and in codes."""
+    for held in in_ranks(2, _sequences):
+        assert held >= {"Tensor", "Quantized"}
+
+
+def _sequences() -> set[str]:
+    seen = set()
+
+    class OfTwo(TransformMachine):
+        # Matrices of 32 x 32 have one run of nf4's factors of scales, and one scale for all of nvfp4: not two.
+        @precondition(lambda self: self.every(lambda param: not is_sharded(param) and codes_of(param) not in WHOLE))
+        @rule()
+        def shard(self):
+            super().shard()
+            seen.update(type(standing(param).base).__name__ for param in self.weights().values())
+
+    alike = settings(FEW, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(OfTwo, settings=alike)
+    return seen
+
+
+WHOLE = (dl.NF4Codes, dl.NVFP4Codes)
+
+
+def codes_of(param: dl.LowRank) -> type | None:
+    base = standing(param)
+    return type(base.codes) if isinstance(base, dl.Quantized) else None
 
 
 class WithABug(TransformMachine):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from dynlora_fn.bases import standing
 from dynlora_fn.testing.shadow import half_step, kept, product
-from dynlora_fn.types import Deferred, Factors, LowRank, NF4Codes, NVFP4Codes, Param, Quantized, Sharded
+from dynlora_fn.types import Deferred, Factors, LowRank, Param, Sharded
 
 LAYERS = ("layers.0.weight", "layers.1.weight")
 STACK = "layers.*.weight"
@@ -54,13 +54,6 @@ def all_factors(param: LowRank) -> list[Factors]:
 
 def is_sharded(param: LowRank) -> bool:
     return isinstance(standing(param), Sharded)
-
-
-def can_be_sharded(param: LowRank) -> bool:
-    base = standing(param)
-    return not isinstance(base, Sharded) and not (
-        isinstance(base, Quantized) and isinstance(base.codes, NF4Codes | NVFP4Codes)
-    )
 
 
 def map_bases(change: Callable[[Any], Any], params: Mapping[str, Param]) -> dict[str, Param]:
