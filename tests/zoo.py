@@ -68,7 +68,7 @@ VIT = of_transformers(
     image_size=8,
     patch_size=4,
     hidden_size=12,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     intermediate_size=16,
 )
@@ -99,7 +99,7 @@ def mixtral(implementation: str) -> Callable[[], nn.Module]:
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).double()
 
 
 def convolutions() -> nn.Module:
