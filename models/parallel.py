@@ -1,21 +1,27 @@
-"""Tensor parallelism for `models.llama` (arXiv:1909.08053), by DTensor.
+"""Tensor parallelism for `models.llama` and `models.mlp` (arXiv:1909.08053), by DTensor.
 
 Each process holds some heads of every attention and some of the hidden numbers of every feed-forward layer, with what
-belongs to them of bases, factors and moments.
+belongs to them of bases, factors and moments. Of a perceptron it holds rows and columns by turns, and of layers that
+are stacked rows.
 
 =================  =====================================  ==============  ==============  ==========================
 weights            of                                     base            b               a
 =================  =====================================  ==============  ==============  ==========================
-columns of x W^T   query, key, value, gate, up            rows of `out`   rows of `out`   whole
-rows of x W^T      output, down                           part of `in`    whole           part of `in`
-others             embedding, norms, head                 whole
+columns of x W^T   query, key, value, gate, up;           rows of `out`   rows of `out`   whole
+                   layers.0, layers.2, ..., layers.*
+rows of x W^T      output, down; layers.1, layers.3, ...  part of `in`    whole           part of `in`
+others             embedding, norms, head, biases         whole
 =================  =====================================  ==============  ==============  ==========================
 
 A state holds this process's part of each tensor, so that the optimizer and a switch are those of `dynlora_fn` as they
 are; `placed` says for the loss what the parts are parts of. A switch folds parts into parts and sends nothing. A step
 is run under torch's `implicit_replication`, since positions and tokens are plain tensors.
+
+Bases go into low precision once they are parts, ``dynlora_fn.quantize(split(params, mesh), "int8")``: each part has
+scales of its own, so that a fold stays within it. Each process dequantizes its part, one weight at a time.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -24,17 +30,23 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
+from dynlora_fn.opaque_codes import exact
 
 BY_OUT = (".query.weight", ".key.weight", ".value.weight", ".gate.weight", ".up.weight")
 BY_IN = (".attention.output.weight", ".down.weight")
+LAYER = re.compile(r"layers\.(\d+|\*)\.weight")  # of a perceptron
 _OUT, _IN = -2, -1
 
 
 def _axis(name: str) -> int | None:
     """Which axis of a weight the processes share."""
+    if layer := LAYER.fullmatch(name):
+        return _IN if layer[1] != "*" and int(layer[1]) % 2 else _OUT
     return _OUT if name.endswith(BY_OUT) else _IN if name.endswith(BY_IN) else None
 
 
@@ -61,7 +73,7 @@ def split(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
             continue
         axes, size = _axes(name), mesh.size()
         if not isinstance(param.base, Tensor):
-            rule = "have bases in full precision to be split for tensor parallelism"
+            rule = "have bases in full precision to be split, and can be quantized then"
             raise ValueError(f"`params` must {rule}, got {type(param.base).__name__} for {name!r}")
         if axes["base"] is not None and param.shape[axes["base"]] % size:
             raise ValueError(f"`params` must divide into {size} parts, got {name!r} of shape {tuple(param.shape)}")
@@ -78,17 +90,39 @@ def _placement(leaf: Tensor, axis: int | None) -> Placement:
     return Replicate() if axis is None else Shard(leaf.ndim + axis)
 
 
+@register_sharding(torch.ops.dynlora_fn.dequantize.default)
+def _dequantized(codes: Any, kind: str, dtype: torch.dtype) -> list[Any]:
+    """A part of the weight, of the same part of all its tensors."""
+    placements = [Replicate(), *map(Shard, range(len(codes[0].shape)))]
+    return [([placement], [placement] * len(codes) + [None, None]) for placement in placements]
+
+
+def _place_base(name: str, base: Any, axis: int | None, mesh: DeviceMesh) -> Any:
+    """A residual stays as it is: no product reads it."""
+    if isinstance(base, Tensor):
+        return _place(base, axis, mesh)
+    if not isinstance(base, dl.Quantized) or isinstance(base.codes, dl.NF4Codes | dl.NVFP4Codes):
+        kind = type(base.codes if isinstance(base, dl.Quantized) else base).__name__
+        rule = "have bases whose rows have scales of their own, neither deferred nor sharded otherwise"
+        raise ValueError(f"`parts` must {rule}, got {kind} for {name!r}")
+    return base._replace(codes=tree_map(lambda leaf: _place(leaf, axis, mesh), base.codes))
+
+
 def placed(parts: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """DTensors in the same memory, of `parts` as `split` or `dynlora_fn.partition` gives them."""
+    """DTensors in the same memory, of `parts` as `split` or `dynlora_fn.partition` gives them.
+
+    Raises:
+        ValueError: if a base is in nf4 or nvfp4, whose rows share a factor; it names the weight.
+    """
 
     def place(name: str, leaf: Any) -> Any:
         axes = _axes(name)
         if isinstance(leaf, dl.Factors):
             return dl.Factors(*(_place(side, axes[key], mesh) for key, side in leaf._asdict().items()))
         if isinstance(leaf, dl.Frozen):
-            return leaf._replace(base=_place(leaf.base, axes["base"], mesh))  # type: ignore[arg-type]
+            return leaf._replace(base=_place_base(name, leaf.base, axes["base"], mesh))
         if isinstance(leaf, dl.LowRank):
-            base = _place(leaf.base, axes["base"], mesh)  # type: ignore[arg-type]
+            base = _place_base(name, leaf.base, axes["base"], mesh)
             return leaf._replace(base=base, factors=place(name, leaf.factors))
         return _place(leaf, None, mesh)
 
@@ -134,7 +168,8 @@ def outline(parts: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
         if isinstance(part, dl.LowRank):
             axes = _axes(name)
             factors = dl.Factors(*(shape(leaf, axes[side]) for side, leaf in part.factors._asdict().items()))
-            whole[name] = part._replace(base=shape(part.base, axes["base"]), factors=factors)  # type: ignore[arg-type]
+            base = factors.b.new_zeros(()).expand(*factors.b.shape[:-1], factors.a.shape[-1])
+            whole[name] = part._replace(base=base, factors=factors)
         else:
             whole[name] = part
     return whole
@@ -150,7 +185,17 @@ def switch(parts: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceMe
 
 
 def joined(parts: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """The whole parameters of all processes, which all must ask for."""
-    return torch.utils._pytree.tree_map(
-        lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, placed(parts, mesh)
-    )
+    """The whole parameters of all processes, which all must ask for, with bases in full precision."""
+    whole = placed(in_full_precision(parts), mesh)
+    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, whole)
+
+
+def in_full_precision(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with what codes and residuals stand for together as bases, in float32."""
+
+    def full(param: Any) -> Any:
+        if not isinstance(param, dl.LowRank) or not isinstance(param.base, dl.Quantized):
+            return param
+        return param._replace(base=exact(param.base.codes, param.base.residual, torch.float32))
+
+    return {name: full(param) for name, param in params.items()}
