@@ -58,7 +58,7 @@ def _wait(graph: Graph, gather: Node, other: Node) -> None:
         chain.pop()
     with graph.inserting_before(gather):
         source = _source(chain[-1])
-        new = graph.call_function(_AFTER, (source, other))
+        new = graph.call_function(_AFTER, (source, [other]))
         new.meta["val"] = source.meta["val"]
         for node in reversed(chain[1:]):
             old, late = _source(node), new

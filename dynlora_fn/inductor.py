@@ -12,7 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from dynlora_fn import gathers, opaque, opaque_codes, saved
+from dynlora_fn import blocks, gathers, opaque, opaque_codes, saved
 
 aten = torch.ops.aten
 _CONVERT = torch.ops.prims.convert_element_type.default
@@ -27,13 +27,12 @@ class Rewrites(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         graph.eliminate_dead_code()  # a dead user is one all the same
+        blocks.compute_in_turn(graph)
         for node in list(graph.nodes):
             if node.target is aten.addmm.default:
                 _form_merged_weight(graph, node)
             elif node.target is torch.ops.dynlora_fn.dequantize.default:
                 _dequantize_in_products(graph, node)
-            elif node.target is torch.ops.dynlora_fn.late.default:
-                _replace(graph, node, torch.ops.dynlora_fn.after.default, node.args)
             elif node.target is aten.unbind.int:
                 _separate_vectors(graph, node)
             elif node.target is aten.cat.default and _is_stack(node):
@@ -44,7 +43,7 @@ class Rewrites(CustomGraphPass):
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, *(one.__file__ for one in (gathers, opaque, opaque_codes, saved))))
+        return get_hash_for_files((__file__, *(one.__file__ for one in (blocks, gathers, opaque, opaque_codes, saved))))
 
 
 def _form_merged_weight(graph: Graph, node: Node) -> None:

@@ -90,7 +90,8 @@ def _buffers(nodes: list[Node]) -> dict[Node, set[Node]]:
     buffers: dict[Node, set[Node]] = {}
     when = uses(nodes, depths(nodes))
     for node in nodes:
-        inputs = set().union(*(buffers[source] for source in node.all_input_nodes))
+        sources = node.all_input_nodes[:1] if is_view(node) else node.all_input_nodes  # not what it is to come after
+        inputs = set().union(*(buffers[source] for source in sources))
         is_own = node.op != "output" and not is_view(node)
         if is_fused(node):
             is_own = _is_kept(node, is_again=len(inputs) > 1 and len(set(when[node])) > 1)

@@ -37,6 +37,11 @@ def bytes_of(value: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
+def is_view_of(user: Node, node: Node) -> bool:
+    """And not of another that is to come after the node."""
+    return is_view(user) and user.all_input_nodes[0] is node
+
+
 def without_views(node: Node) -> Node:
     """What the node is a view of."""
     return without_views(node.all_input_nodes[0]) if is_view(node) else node
@@ -58,7 +63,7 @@ def uses(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[int]]:
     found: dict[Node, list[int]] = {}
     for node in reversed(nodes):
         reads = [
-            found[user] if is_view(user) else [min(found[user]) if is_fused(user) else depth[user]]
+            found[user] if is_view_of(user, node) else [min(found[user]) if is_fused(user) else depth[user]]
             for user in node.users
         ]
         found[node] = [read for one in reads for read in one] or [depth[node]]

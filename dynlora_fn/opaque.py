@@ -10,7 +10,7 @@ from torch import Tensor
 
 _LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("separate(Tensor x) -> Tensor")
-_LIBRARY.define("after(Tensor(a) x, Tensor other) -> Tensor(a)")
+_LIBRARY.define("after(Tensor(a) x, Tensor[] others) -> Tensor(a)")
 _LIBRARY.define("late(Tensor x, Tensor other) -> Tensor")
 _LIBRARY.define("stack(Tensor[] xs) -> Tensor")
 _LIBRARY.define(
@@ -23,8 +23,8 @@ def _separate(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _after(x: Tensor, other: Tensor) -> Tensor:
-    """`x`, for what is not to be computed before `other` is."""
+def _after(x: Tensor, others: list[Tensor]) -> Tensor:
+    """`x`, for what is not to be computed before `others` are."""
     return x.view_as(x)
 
 

@@ -114,7 +114,7 @@ class _Saved:
 def _after(graph: Graph, node: Node, other: Node) -> Node:
     """The node, but not before the other. Inductor would fuse both computations of one result into one kernel, and keep
     what is computed again all the same."""
-    after = graph.call_function(torch.ops.dynlora_fn.after.default, (node, other))
+    after = graph.call_function(torch.ops.dynlora_fn.after.default, (node, [other]))
     after.meta["val"] = node.meta["val"]
     return after
 
