@@ -11,14 +11,17 @@ from torch.utils._pytree import tree_map
 
 from dynlora_fn.momentum import MomentumState, MomentumUpdates, check_share, no_momentum
 from dynlora_fn.optim import Rate, Transform, Tree, one_less, rate_of, without_frozen
-from dynlora_fn.spectrum import norm, with_even_spectrum
-from dynlora_fn.types import Factors, Trainable
+from dynlora_fn.rows import all_reduce
+from dynlora_fn.spectrum import with_even_spectra, with_even_spectrum
+from dynlora_fn.types import Factors, Frozen, Sharding, Trainable, factor_shardings
 
 _DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent ones move by no more
 _LONGEST = 0.1  # of both factors' lengths
 
 
-def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
+def muon(
+    *, momentum: float = 0.95, weight_decay: float = 0.0, frozen: Mapping[str, Frozen | Tensor] | None = None
+) -> Transform:
     """Muon (Jordan et al., 2024): every direction in which a weight can move moves by the same.
 
     A matrix, with `even` keeping its singular vectors and bringing all singular values near 1::
@@ -42,7 +45,15 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     enough. Embedding, head and norms fare better with AdamW: see `multi_transform`. Other arguments of `update` are as
     in `adamw`.
 
-    Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs an update.
+    Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs an update. Where they are sharded, four
+    matrices (rank, rank) for each weight are reduced over the processes.
+
+    Args:
+        momentum: see above.
+        weight_decay: likewise.
+        frozen: the rest of the parameters, where factors are sharded: of matrices that processes have in parts, the
+            Gram matrices are the sums of theirs. Only which they are is kept. It cannot be told from a share of a
+            factor that it is none, so that without this every process would even out its own.
 
     Raises:
         ValueError: in `update`, if a leaf that is no factor has fewer than two axes.
@@ -51,6 +62,7 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     between 0.68 and 1.14, smaller ones below. Gram matrices are damped by a thousandth of their mean diagonal.
     """
     check_share("momentum", momentum)
+    shardings = factor_shardings(frozen or {})
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
@@ -62,7 +74,7 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
         for name, leaf in trainable.items():
             rate, even = rate_of(lr, name), along[name]
             if isinstance(leaf, Factors):
-                even = _even_factors(even, leaf, rate, opt_state.frozen_for[name])
+                even = _even_factors(even, leaf, rate, opt_state.frozen_for[name], shardings.get(name))
             else:
                 even = _even(name, even)
             decayed = tree_map(lambda own, param: own + weight_decay * param.to(own.dtype), even, leaf)
@@ -82,21 +94,36 @@ def _even(name: str, along: Tensor) -> Tensor:
     return with_even_spectrum(along) * sqrt(max(along.shape[-2:]))
 
 
-def _even_factors(along: Factors, factors: Factors, rate: Rate, frozen_for: Factors) -> Factors:
+def _even_factors(
+    along: Factors, factors: Factors, rate: Rate, frozen_for: Factors, sharding: Sharding | None
+) -> Factors:
     b, a = (side.to(own.dtype) for side, own in zip(factors, along, strict=True))
-    gram_b, gram_a = b.mT @ b, a @ a.mT  # (*stack, rank, rank)
+    total = partial(all_reduce, group=sharding.group) if sharding else _as_it_is
+    gram_b, gram_a = total(torch.stack([b.mT @ b, a @ a.mT]))  # (*stack, rank, rank)
     size_b, size_a = _mean_diagonal(gram_b), _mean_diagonal(gram_a)
     # The other side's size, for a factor that is zero.
     of_b = _whitening(gram_b, _DAMPING * (size_b + _DAMPING * size_a))
     of_a = _whitening(gram_a, _DAMPING * (size_a + _DAMPING * size_b))
-    size = a.shape[-2] * sqrt(max(b.shape[-2], a.shape[-1]))
-    even_b = size * with_even_spectrum(along.b @ of_a.mT) @ of_a
-    even_a = size * of_b.mT @ with_even_spectrum(of_b @ along.a)
-    longest = _LONGEST * (norm(b, dim=(-2, -1)) + norm(a, dim=(-2, -1))) / rate
+    rest_b, rest_a = along.b @ of_a.mT, of_b @ along.a
+    if sharding:
+        turned, even_a = with_even_spectra([rest_b.mT, rest_a], total)
+        even_b, sizes = turned.mT, (sharding.rows, sharding.columns or 0)
+    else:
+        even_b, even_a = with_even_spectrum(rest_b), with_even_spectrum(rest_a)
+        sizes = b.shape[-2], a.shape[-1]
+    size = a.shape[-2] * sqrt(max(sizes))
+    even_b, even_a = size * even_b @ of_a, size * of_b.mT @ even_a
+    squares = [side.square().sum((-2, -1), keepdim=True) for side in (b, a, even_b, even_a)]
+    own_b, own_a, length_b, length_a = total(torch.stack(squares)).sqrt()
+    longest = _LONGEST * (own_b + own_a) / rate
     return Factors(
-        b=torch.where(frozen_for.b > 0, 0, _at_most(even_b, longest)),
-        a=torch.where(frozen_for.a > 0, 0, _at_most(even_a, longest)),
+        b=torch.where(frozen_for.b > 0, 0, _at_most(even_b, length_b, longest)),
+        a=torch.where(frozen_for.a > 0, 0, _at_most(even_a, length_a, longest)),
     )
+
+
+def _as_it_is(whole: Tensor) -> Tensor:
+    return whole
 
 
 def _whitening(
@@ -114,6 +141,6 @@ def _mean_diagonal(gram: Float[Tensor, "*stack rank rank"]) -> Float[Tensor, "*s
     return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
 
-def _at_most(matrix: Tensor, length: Tensor) -> Tensor:
-    """The matrix, or as much of it as is no longer than that."""
-    return matrix * (length / norm(matrix, dim=(-2, -1)).clamp(min=torch.finfo(matrix.dtype).tiny)).clamp(max=1)
+def _at_most(matrix: Tensor, length: Tensor, longest: Tensor) -> Tensor:
+    """The matrix of that length, or as much of it as is no longer than the longest."""
+    return matrix * (longest / length.clamp(min=torch.finfo(matrix.dtype).tiny)).clamp(max=1)

@@ -101,10 +101,10 @@ def shard_factors(params: LowRank | Params, *, part: float | None = None) -> Low
 
     What is trained, its gradients and the optimizer's state are then a share of themselves. The factors of a weight are
     gathered for each product and let go of, in the backward pass again, and its gradients are reduced there, each
-    process being left with its own: `mean_over_ranks` and `clip_by_global_norm` must be told by ``frozen=``. The
-    optimizer must go number by number, as `adamw` does and `muon` does not. A switch draws the incoming vectors without
-    a message, but needs all of those rows of `a` that it folds into the base: ``vectors * in`` numbers are gathered for
-    each weight.
+    process being left with its own: `mean_over_ranks`, `clip_by_global_norm` and `muon` must be told by ``frozen=``.
+    Any other optimizer must go number by number, as `adamw` does. A switch draws the incoming vectors without a message,
+    but needs all of those rows of `a` that it folds into the base: ``vectors * in`` numbers are gathered for each
+    weight.
 
     Args:
         params: one weight, or weights by name, whose bases are sharded; full-rank tensors stay whole.

@@ -53,7 +53,7 @@ ALLOWED = {
     "optim": FIRST | {"moments", "rows"},
     "multi": FIRST | {"optim"},
     "momentum": FIRST | {"optim"},
-    "orthogonalized": FIRST | {"momentum", "optim", "spectrum"},
+    "orthogonalized": FIRST | {"momentum", "optim", "rows", "spectrum"},
     "projection": FIRST | {"moments"},
     "targets": {"tree"},
     "lowrank": BELOW | {"bases"},

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
+from dynlora_fn.testing import normal
 
 SCHEDULE = dl.switchlora(40, interval=10, ratio=1.0)
 
@@ -130,6 +131,42 @@ def _loss(trainable, frozen, x, model=NET):
 
 def test_bits_are_those_of_whole_factors():
     in_ranks(2, _bits)
+
+
+def _muon() -> None:
+    """Of three processes, with rows that they do not divide evenly."""
+    params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
+    params = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
+    whole = dl.partition(params).trainable
+    own, frozen = dl.partition(dl.shard_factors(dl.shard(params, torch.distributed.group.WORLD)))
+
+    def part(factors, sharding):
+        return dl.Factors(factors.b[..., sharding.own, :], factors.a[..., sharding.of_columns.own])
+
+    def moved(optimizer, trainable, lr, of=lambda name, grad: grad):
+        state = optimizer.init(trainable)
+        for step in range(2):
+            grads = {
+                name: of(name, dl.Factors(normal(step, *leaf.b.shape), normal(step + 9, *leaf.a.shape)))
+                for name, leaf in whole.items()
+            }
+            updates, state = optimizer.update(grads, state, trainable, lr=lr)
+            trainable = dl.apply_updates(trainable, updates)
+        return trainable
+
+    def of(name, grad):
+        return part(grad, frozen[name].base.sharding)
+
+    for lr in (1e-6, 1.0):  # where no step is too long, and where all are
+        expected = moved(dl.muon(), whole, lr)
+        wanted = {name: of(name, leaf) for name, leaf in expected.items()}
+        got = moved(dl.muon(frozen=frozen), own, lr, of)
+        assert all((wanted[name].b - own[name].b).abs().max() > 1e-3 * lr for name in wanted)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 * lr)
+
+
+def test_muon_moves_shares_as_it_moves_whole_factors():
+    in_ranks(3, _muon)
 
 
 def _shares() -> dict:

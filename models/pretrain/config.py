@@ -159,7 +159,7 @@ class Config:
         if self.shard and ranks.group is None:
             raise ValueError("`shard` must come with processes to share between, started by torchrun, got this one")
         if self.shard_factors and self.optimizer == "muon":
-            raise ValueError("`optimizer` must be adamw with --shard-factors, got muon, which takes whole matrices")
+            raise ValueError("`optimizer` must be adamw with --shard-factors, got muon, whose messages nobody counts")
         if self.shard_factors and self.compensate:
             raise ValueError(f"`compensate` must be 0 with --shard-factors, got {self.compensate}")
         if self.shard_factors and (not self.shard or self.candidates == "pool" or self.moments == "8bit"):
