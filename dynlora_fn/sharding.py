@@ -102,9 +102,9 @@ def shard_factors(params: LowRank | Params, *, part: float | None = None) -> Low
     What is trained, its gradients and the optimizer's state are then a share of themselves. The factors of a weight are
     gathered for each product and let go of, in the backward pass again, and its gradients are reduced there, each
     process being left with its own: `mean_over_ranks`, `clip_by_global_norm` and `muon` must be told by ``frozen=``.
-    Any other optimizer must go number by number, as `adamw` does. A switch draws the incoming vectors without a message,
-    but needs all of those rows of `a` that it folds into the base: ``vectors * in`` numbers are gathered for each
-    weight.
+    Any other optimizer must go number by number, as `adamw` does. A switch draws the incoming vectors without a
+    message, but needs all of those rows of `a` that it folds into the base: ``vectors * in`` numbers are gathered for
+    each weight.
 
     Args:
         params: one weight, or weights by name, whose bases are sharded; full-rank tensors stay whole.
@@ -183,20 +183,30 @@ def as_dtensors(tree: Any) -> Any:
 
     Args:
         tree: of tensors, with sharded bases in it: parameters, or all of a state.
+
+    Raises:
+        ValueError: if moments of sharded factors are in 8 bit and their shares differ in size; it names the weight. A
+            process whose own share is held in float32, since the blocks do not divide it, cannot tell.
+
+    Numerics: moments in 8 bit are blocks of this process's own numbers, whose scales lie row after row by processes. As
+        many processes can go on from them; for others their shape is another, which is refused on loading.
     """
     shardings = shardings_in(tree)
 
     def place(path: Any, node: Any) -> Any:
         if isinstance(node, Sharded):
             return node._replace(base=on_rows(partial(_placed, axis=-2), node.base, node.sharding))
-        side = getattr(path[-1], "name", None) if path else None
         if (name := is_under(path, shardings)) is None or not isinstance(node, Tensor) or not _has_numbers(node):
             return node
-        if side not in ("b", "a"):
-            raise ValueError(f"`tree` must hold moments of sharded factors in float32, got others for {name!r}")
-        if side == "b":
-            return _placed(node, shardings[name], -2)
-        return _placed(node, shardings[name].of_columns, -1)
+        *_, above, last = ("", *(getattr(key, "name", "") for key in path))
+        side = above if last in ("codes", "scale") else last
+        sharding = shardings[name] if side == "b" else shardings[name].of_columns
+        if side != last and sharding.rows % sharding.size:
+            rule = "hold shares of one size where moments are in 8 bit"
+            raise ValueError(f"`tree` must {rule}, got {sharding.rows} for {sharding.size} processes of {name!r}")
+        if last == "scale":
+            return _placed(node[None], replace(sharding, rows=sharding.size), -2)
+        return _placed(node, sharding, -2 if side == "b" else -1)
 
     return tree_map_with_path(place, tree, is_leaf=lambda node: isinstance(node, Sharded))
 

@@ -1,14 +1,17 @@
 """Factors of which each process holds a share, with all that the optimizer keeps of them: the step of whole ones."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import in_ranks
 from test_distributed import Traffic
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.distributed import checkpoint
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn.testing import normal
+from dynlora_fn.testing import assert_same, normal
 
 SCHEDULE = dl.switchlora(40, interval=10, ratio=1.0)
 
@@ -133,6 +136,48 @@ def test_bits_are_those_of_whole_factors():
     in_ranks(2, _bits)
 
 
+WEIGHT = dl.init({"w": normal(0, 256, 60, dtype=torch.float32)}, rank=60, seed=0, targets=["w"])
+
+
+def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
+    """The frozen part, and the rest after some updates."""
+    optimizer = dl.adamw(moments="8bit")
+    group = group or torch.distributed.group.WORLD
+    trainable, frozen = dl.partition(dl.shard_factors(dl.shard(weight, group)))
+    trainable, moments = (trainable, optimizer.init(trainable)) if state is None else state
+    for seed in seeds:
+        grads = tree_map(lambda leaf: normal(seed, *leaf.shape, dtype=torch.float32), trainable)  # noqa: B023, at once
+        updates, moments = optimizer.update(grads, moments, trainable, lr=0.01)
+        trainable = dl.apply_updates(trainable, updates)
+    return frozen, (trainable, moments)
+
+
+def named(state: tuple) -> dict:
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(dl.as_dtensors(state))[0]}
+
+
+def _eight_bit(folder: Path) -> None:
+    frozen, state = eight_bit(WEIGHT, range(2))
+    assert isinstance(state[1].mu["w"].b, dl.SignedMoment)
+    assert isinstance(state[1].nu["w"].a, torch.Tensor)  # of too few numbers
+    checkpoint.save(named((frozen, state)), checkpoint_id=folder)
+    frozen, loaded = eight_bit(WEIGHT, range(0))
+    checkpoint.load(named((frozen, loaded)), checkpoint_id=folder)
+    assert_same(loaded, state)
+    assert_same(eight_bit(WEIGHT, range(2, 4), loaded), eight_bit(WEIGHT, range(4)))
+    with pytest.raises(ValueError, match=r"shares of one size where moments are in 8 bit, got 257 for 2 .* of 'w'"):
+        named(eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(0)))
+    alone = [torch.distributed.new_group([rank]) for rank in range(2)][torch.distributed.get_rank()]
+    with pytest.raises(
+        checkpoint.CheckpointException, match=r"Size mismatch .*\[2, 30\].*\[1, 60\].*mu\['w'\].b.scale"
+    ):
+        checkpoint.load(named(eight_bit(WEIGHT, range(0), group=alone)), checkpoint_id=folder, no_dist=True)
+
+
+def test_moments_in_8_bit_go_on_with_as_many_processes(tmp_path: Path):
+    in_ranks(2, _eight_bit, tmp_path)
+
+
 def _muon() -> None:
     """Of three processes, with rows that they do not divide evenly."""
     params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
@@ -235,10 +280,6 @@ def _refusals() -> None:
     }
     with pytest.raises(NotImplementedError, match=r"must hold whole factors for `torch.vmap`"):
         torch.vmap(lambda x: dl.linear(x, linear["w"], path="merged"))(torch.ones(3, 4))
-    moments = dl.adamw(moments="8bit").init({"w": dl.Factors(torch.zeros(4096, 4), torch.zeros(4, 4096))})
-    frozen = {"w": dl.Frozen(next(iter(sharded.values())).base, torch.tensor(0))}
-    with pytest.raises(ValueError, match="must hold moments of sharded factors in float32, got others for 'w'"):
-        dl.as_dtensors((frozen, moments))
 
 
 def test_what_sharded_factors_cannot_do_is_refused():
