@@ -1,6 +1,7 @@
 """Several processes of one group, for tests: forked from one that has imported what they need."""
 
 import multiprocessing
+import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
@@ -66,8 +67,26 @@ def _work(rank: int, size: int, folder: str, end: Connection, function: Callable
     store = torch.distributed.FileStore(str(Path(folder) / "store"), size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
-        outcome = function(*args)
+        with _counted():
+            outcome = function(*args)
     except BaseException:
         outcome = _Failure(f"rank {rank}: {traceback.format_exc()}")
     end.send_bytes(pickle.dumps(outcome))  # by value: tensors would share memory with a process that has ended
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """What this process reaches, where `coverage` runs the suite; it is killed before it could save that by itself."""
+    if "COVERAGE_RUN" not in os.environ:
+        yield
+        return
+    import coverage  # noqa: PLC0415, for this alone
+
+    counter = coverage.Coverage(data_suffix=True)
+    counter.start()
+    try:
+        yield
+    finally:
+        counter.stop()
+        counter.save()
