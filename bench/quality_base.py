@@ -46,6 +46,7 @@ def validation_loss(config: QualityBase, contender: str, seed: int) -> float:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             warmup=config.steps // 8,
+            optimizer="adamw",
             base_dtype=base,  # type: ignore[arg-type]
             residual=residual,  # type: ignore[arg-type]
             device=config.device,

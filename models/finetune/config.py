@@ -23,6 +23,8 @@ class Config(PretrainConfig):
     rank: int = 16
     targets: tuple[str, ...] = ()
     """Names or globs of the weights that become low-rank, all of the linear layers but the head unless given."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of factors, or of the matrices in their place for full."""
     train_rest: bool = False
     """Train embeddings, norms, biases and the head too, full-rank."""
     steps: int = 200

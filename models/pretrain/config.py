@@ -13,7 +13,7 @@ import torch
 from models.pretrain.ranks import ALONE, Ranks
 
 LEARNING_RATES = {"full": 1e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
-MUON, BESIDE_MUON = 1e-3, 1.6e-2  # what bench.quality found at two sizes; of the second 8e-3 and 3.2e-2
+MUON, BESIDE_MUON = 2e-3, 3.2e-2  # what `python -m bench.quality methods --sizes main` found on this job's batch
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ between a run and its continuation, since no number depends on it.
 _FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every")
@@ -63,13 +63,14 @@ class Config:
     """Backward passes whose gradients are averaged for one step."""
     lr: float | None = None
     """Peak learning rate; the papers' for AdamW unless given, 1e-3 full, 1e-2 lora and relora, 2e-2 switchlora, and
-    1e-3 for Muon."""
+    2e-3 for Muon."""
     dense_lr: float | None = None
-    """That of embedding, head and norms; `lr` unless given, and 1.6e-2 beside Muon."""
+    """That of embedding, head and norms; `lr` unless given, and 3.2e-2 beside Muon."""
     warmup: int = 50
     """Steps of linear warm-up, then cosine to a tenth; ReLoRA warms up again after each merge, a tenth as long."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of factors, or of the matrices in their place for full; embedding, head and norms have AdamW."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """Of factors, or of the matrices in their place for full; embedding, head and norms have AdamW. Unless given it is
+    muon for switchlora, but for --shard-factors and --moments 8bit, and adamw otherwise."""
     weight_decay: float = 0.0
     clip: float = 1.0
     """Norm that gradients are clipped to."""
@@ -158,7 +159,7 @@ class Config:
             raise ValueError(f"`batch_size` must {rule}, got {self.batch_size}")
         if self.shard and ranks.group is None:
             raise ValueError("`shard` must come with processes to share between, started by torchrun, got this one")
-        if self.shard_factors and self.optimizer == "muon":
+        if self.shard_factors and self.inner_optimizer() == "muon":
             raise ValueError("`optimizer` must be adamw with --shard-factors, got muon, whose messages nobody counts")
         if self.shard_factors and self.compensate:
             raise ValueError(f"`compensate` must be 0 with --shard-factors, got {self.compensate}")
@@ -176,16 +177,22 @@ class Config:
     def compute_torch_dtype(self) -> torch.dtype:
         return _DTYPES[self.compute_dtype]
 
+    def inner_optimizer(self) -> Literal["adamw", "muon"]:
+        if self.optimizer is not None:
+            return self.optimizer
+        is_muons = self.method == "switchlora" and not self.shard_factors and self.moments == "float32"
+        return "muon" if is_muons else "adamw"
+
     def peak_lr(self) -> float:
         if self.lr is not None:
             return self.lr
-        return MUON if self.optimizer == "muon" else LEARNING_RATES[self.method]
+        return MUON if self.inner_optimizer() == "muon" else LEARNING_RATES[self.method]
 
     def dense_share(self) -> float:
         """The learning rate of embedding, head and norms over that of factors."""
         if self.dense_lr is not None:
             return self.dense_lr / self.peak_lr()
-        return BESIDE_MUON / self.peak_lr() if self.optimizer == "muon" else 1.0
+        return BESIDE_MUON / self.peak_lr() if self.inner_optimizer() == "muon" else 1.0
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine down to a tenth of the peak at the last step."""

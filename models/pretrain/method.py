@@ -92,7 +92,7 @@ def make_optimizer(config: Config, inner: frozenset[str]) -> dl.Transform:
     """Takes one learning rate, that of the `inner` weights."""
     adamw = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
     optimizers = {"adamw": adamw, "muon": dl.muon(weight_decay=config.weight_decay)}
-    transforms = {"inner": optimizers[config.optimizer], "rest": adamw}
+    transforms = {"inner": optimizers[config.inner_optimizer()], "rest": adamw}
     both = dl.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
 
     def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.MultiUpdates:
