@@ -13,7 +13,7 @@ import torch
 from models.pretrain.ranks import ALONE, Ranks
 
 LEARNING_RATES = {"full": 1e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
-MUON, BESIDE_MUON = 2e-3, 3.2e-2  # what `python -m bench.quality methods --sizes main` found on this job's batch
+MUON, BESIDE_MUON = 2e-3, 3.2e-2  # by `bench.quality methods`: the first on this job's batch, the second at size medium
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ between a run and its continuation, since no number depends on it.
 _FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every")
