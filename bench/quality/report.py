@@ -133,14 +133,14 @@ def curves(found: Found, rows: Rows, path: Path) -> None:
         size, marker = SIZES[stage.runs[0].size], _MARKERS[number % len(_MARKERS)]
         steps, losses = zip(*lines[0]["curve"], strict=True)
         means = [mean(line["curve"][place][1] for line in lines) for place in range(len(losses))]
-        tokens = [step * size.batch * size.length for step in steps]
+        tokens = [step * size.batch * size.length / 1e3 for step in steps]
         (drawn,) = over_tokens.plot(tokens, means, marker=marker, markersize=4, linewidth=1, label=name)
         loss = mean(line["loss"] for line in lines)
-        states.plot(lines[0]["bytes"]["state"], loss, marker, color=drawn.get_color())
-        sent.plot(stage.runs[0].sent_bytes() * size.steps, loss, marker, color=drawn.get_color())
-    over_tokens.set(xlabel="tokens", ylabel="validation loss, nats a byte")
-    states.set(xlabel="state of the optimizer, bytes", xscale="log")
-    sent.set(xlabel="sent over the run where data are parallel, bytes", xscale="log")
+        states.plot(lines[0]["bytes"]["state"] / 1e6, loss, marker, color=drawn.get_color())
+        sent.plot(stage.runs[0].sent_bytes() * size.steps / 1e6, loss, marker, color=drawn.get_color())
+    over_tokens.set(xlabel="thousand tokens", ylabel="validation loss, nats a byte")
+    states.set(xlabel="state of the optimizer, MB", xlim=(0, None))
+    sent.set(xlabel="sent over the run where data are parallel, MB", xlim=(0, None))
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
