@@ -88,6 +88,8 @@ def has_factors_by_row(codes: NVFP4Codes) -> bool:
 
 def with_factors_by_row(codes: NVFP4Codes) -> NVFP4Codes:
     """The same numbers, whose rows are encoded again apart from each other. Scales are no longer in tiles."""
+    if has_factors_by_row(codes):
+        return codes
     *_, out_features, half = codes.codes.shape
     scale, blocks = codes.scale, 2 * half // BLOCKS["nvfp4"]
     scale = scale if scale.shape[-1] == blocks else plain(scale, out_features, blocks)

@@ -156,6 +156,7 @@ def _compare_tied(base, residual) -> None:
         else:  # but for the last bit of a product, which may move a code
             assert (weights[0] != weights[1]).float().mean() < 1e-3
             assert torch.equal(dl.materialize(folded[name]), weights[0])
+    assert bits(dl.shard(dl.unshard(folded), group)) == bits(folded)  # once more
     assert dl.wire_bytes(*dl.partition(sharded)).bases == _seen_bytes(params, base, 2)
     x, packed = torch.randn(4096, 64), dl.partition(sharded)
 

@@ -31,6 +31,7 @@ from dynlora_fn.testing.small_model import (
     STACK,
     Net,
     all_factors,
+    are_alike,
     dense,
     is_sharded,
     magnitude,
@@ -217,7 +218,7 @@ class TransformMachine(RuleBasedStateMachine):
         self.opt_state = AdamWState(*(unstacked(tree) for tree in self.opt_state))
         assert_same(self.weights(), before)
 
-    @precondition(lambda self: STACK not in self.params)
+    @precondition(lambda self: STACK not in self.params and are_alike(self.params))
     @rule()
     def stack(self) -> None:
         before = self.weights()

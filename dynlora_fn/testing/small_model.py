@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn.bases import standing
 from dynlora_fn.testing.shadow import half_step, kept, product
@@ -61,6 +61,13 @@ def map_bases(change: Callable[[Any], Any], params: Mapping[str, Param]) -> dict
         name: param._replace(base=change(param.base)) if isinstance(param, LowRank) else param
         for name, param in params.items()
     }
+
+
+def are_alike(params: Mapping[str, Any]) -> bool:
+    """Whether the layers are held in tensors of the same shapes: nvfp4 that was folded into in shards is not as it was
+    before."""
+    first, second = ([leaf.shape for leaf in tree_leaves(params[name])] for name in LAYERS)
+    return first == second
 
 
 def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
