@@ -21,7 +21,8 @@ def codes_of(held: Any) -> NVFP4Codes | MXFP4Codes | None:
     if type(held).__name__ == "NVFP4Tensor" and held.per_tensor_scale is not None and not held.per_tensor_scale.ndim:
         return NVFP4Codes(held.qdata, held.scale, held.per_tensor_scale)
     if type(held).__name__ == "MXTensor" and held.elem_dtype == torch.float4_e2m1fn_x2:
-        return MXFP4Codes(held.qdata, held.scale.view(torch.uint8))
+        is_swizzled = held.scale.shape[0] != held.qdata.shape[0]
+        return None if is_swizzled else MXFP4Codes(held.qdata, held.scale.view(torch.uint8))
     return None
 
 

@@ -75,10 +75,11 @@ def _codes(held: Any) -> Codes | None:
     if torchao_prototypes.is_prototype(held):
         views = torchao_prototypes.codes_of(held)
         return None if views is None else tree_map(_copy, views)
-    if isinstance(held, Int8Tensor):
-        return Int8Codes(_copy(held.qdata), _copy(held.scale))
-    if isinstance(held, Float8Tensor):
-        return Float8Codes(_copy(held.qdata), _copy(held.scale))
+    if isinstance(held, Int8Tensor | Float8Tensor):
+        if held.scale.shape != (held.shape[0], 1):
+            return None
+        kind = Int8Codes if isinstance(held, Int8Tensor) else Float8Codes
+        return kind(_copy(held.qdata), _copy(held.scale))
     if isinstance(held, NF4Tensor) and held.shape[1] % 2 == 0:
         inner = (held.quantized_data, held.quantized_scalers, held.quantization_factor, held.scaler_mean)
         data, *rest = (_copy(tensor) for tensor in inner)

@@ -92,7 +92,9 @@ def dense_base(param: LowRank) -> Tensor:
 
 def transposed(view: View) -> View:
     """``weight.mT = base.mT + a.mT @ b.mT / rank``."""
-    parts = tuple(_of(part, _turned(part.base), part.factors.a.mT, part.factors.b.mT) for part in view.parts)
+    parts = tuple(
+        LowRank(_turned(part.base), Factors(part.factors.a.mT, part.factors.b.mT), part.seed) for part in view.parts
+    )
     return view._replace(parts=parts, axis=COLUMNS if view.axis == ROWS else ROWS)
 
 
@@ -107,27 +109,16 @@ def _turned(base: Any) -> Any:
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:
     """``weight[*stack, rows, columns]``, rows and columns being slices."""
     b, a = part.factors
-    return _of(
-        part,
-        dense_base(part)[(*stack, rows, columns)],
-        b[(*stack, rows, slice(None))],
-        a[(*stack, slice(None), columns)],
-    )
+    factors = Factors(b[(*stack, rows, slice(None))], a[(*stack, slice(None), columns)])
+    return LowRank(dense_base(part)[(*stack, rows, columns)], factors, part.seed[stack])
 
 
 def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
     """``weight.view(*shape, in)`` of a matrix: a stack whose members share `a`."""
     b, a = part.factors
-    return _of(
-        part,
-        dense_base(part).reshape(*shape, a.shape[-1]),
-        b.reshape(*shape, b.shape[-1]),
-        a.expand(*shape[:-1], *a.shape),
-    )
-
-
-def _of(part: LowRank, base: Any, b: Tensor, a: Tensor) -> LowRank:
-    return LowRank(base, Factors(b, a), part.seed)
+    stack = shape[:-1]
+    factors = Factors(b.reshape(*shape, b.shape[-1]), a.expand(*stack, *a.shape))
+    return LowRank(dense_base(part).reshape(*shape, a.shape[-1]), factors, part.seed.expand(stack))
 
 
 def gathered(view: View) -> View:

@@ -22,7 +22,7 @@ class ShapeError(TypeError):
 def install() -> None:
     """From now on for all of `dynlora_fn` that is not imported yet."""
     jaxtyping.install_import_hook("dynlora_fn", "shapes.checked")
-    torch.compile = torch.export.export = _skipped
+    torch.compile, torch.export.export = _skipping_when_called, _skipped
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,6 +91,11 @@ def _options(hint: Any) -> list[Any]:
     """The annotations of tensors among the types of a union."""
     parts = getattr(hint, "__args__", None) or [hint]
     return [part for part in parts if isinstance(part, type) and issubclass(part, jaxtyping.AbstractArray)]
+
+
+def _skipping_when_called(model: Any = None, **_: Any) -> Any:
+    """In place of what is compiled: packages decorate functions of theirs as they are imported."""
+    return _skipped if model is not None else lambda _: _skipped
 
 
 def _skipped(*_: Any, **__: Any) -> Any:
