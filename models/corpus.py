@@ -46,7 +46,11 @@ class Tokenizer(NamedTuple):
 
 def standard_library() -> list[Document]:
     """The sources of Python's standard library, without its tests: text that every machine with Python has."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    return python_sources(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def python_sources(root: Path) -> list[Document]:
+    """Python's files in a folder, without tests and packages that are installed in it."""
     paths = (path for path in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts))
     return list(_text_files(root, paths))
 

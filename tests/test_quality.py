@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +183,14 @@ def test_what_is_sent_is_what_is_trained(job, method):
     assert run.sent_bytes() == count_bytes(trained)
 
 
+def test_the_test_text_is_another_one(job):
+    assert job.held_out("validation") is job.corpus.validation
+    sources = bytes(job.held_out("test").numpy()).decode()
+    assert Path(torch.nn.__file__).read_text() in sources
+    weights = make(job, Run("tiny", "full")).weights()
+    assert job.held_out_loss(weights, "test") != job.held_out_loss(weights, "validation")
+
+
 def test_a_compensated_step_sends_the_dense_gradients():
     full, plain = Run("small", "full").sent_bytes(), Run("small", "switchlora").sent_bytes()
     compensated = Run("small", "switchlora", compensate=0.1)
@@ -245,6 +254,11 @@ def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(made) == count
     assert "full rank" in (tmp_path / "out" / "methods.md").read_text()
     assert (tmp_path / "out" / "methods_tiny.png").stat().st_size > 1000
+    main(replace(config, experiment="test"))  # the same rates and seeds, by another text
+    chosen = {replace(run, held_out="test") for run in made[:count] if run.seed > 0}
+    assert {run for run in made[count:] if run.seed > 0} == chosen
+    assert "| test loss |" in (tmp_path / "out" / "test.md").read_text()
+    assert "small" not in (tmp_path / "out" / "test.md").read_text()  # it was not begun
     found = store.read(tmp_path / "out", next(iter({line["corpus"] for line in _lines(tmp_path)})))
     rows = rows_of(found, EXPERIMENTS["methods"](found, "tiny"))
     assert [row.over_first for row in rows if row.name == "full rank"] == [0]

@@ -29,7 +29,7 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 20
 
 @dataclass(frozen=True)
 class Quality:
-    experiment: tyro.conf.Positional[Literal["methods", "ranks", "ablations", "compensation"]]
+    experiment: tyro.conf.Positional[Literal["methods", "ranks", "test", "ablations", "compensation"]]
     sizes: tuple[Literal["tiny", "small", "medium", "main", "large"], ...] = ("small",)
     rows: tuple[str, ...] = ()
     """Of the experiment's table, all unless given."""
@@ -61,8 +61,10 @@ def main(config: Quality) -> None:
     for size in config.sizes:
         job = Job(SIZES[size], corpus, backend=config.backend)
         while missing := _missing(config, corpus, size, console):
+            if config.plan:
+                break
             for run in missing:
-                if config.plan or time.perf_counter() > until:
+                if time.perf_counter() > until:
                     _report(config, corpus)
                     return
                 result = train(job, run, make)
@@ -90,12 +92,9 @@ def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) 
 
 def _report(config: Quality, corpus: text.Corpus) -> None:
     found = store.read(config.folder, digest_of(corpus))
-    report(
-        config.folder,
-        config.experiment,
-        found,
-        {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size != "tiny" or size in config.sizes},
-    )
+    begun = store.sizes_in(config.folder / f"{config.experiment}.jsonl")
+    rows = {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size in begun}
+    report(config.folder, config.experiment, found, rows)
 
 
 def _print_plan(console: Console, missing: Sequence[Run], found: store.Found, size: str) -> None:

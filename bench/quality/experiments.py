@@ -70,6 +70,12 @@ def ranks(found: Found, size: str) -> Rows:
     return rows
 
 
+def test(found: Found, size: str) -> Rows:
+    """All methods at the rates and seeds of `methods`, by their loss on a text that no rate was chosen by."""
+    finished = {name: stage.runs for name, stage in methods(found, size).items() if not stage.missing}
+    return {name: of_runs(found, [replace(run, held_out="test") for run in runs]) for name, runs in finished.items()}
+
+
 def of_runs(found: Found, runs: Sequence[Run]) -> Stage:
     return Stage([run for run in runs if run not in found], list(runs))
 
@@ -157,6 +163,7 @@ def compensation(found: Found, size: str) -> Rows:
 EXPERIMENTS: dict[str, Experiment] = {
     "methods": methods,
     "ranks": ranks,
+    "test": test,
     "ablations": ablations,
     "compensation": compensation,
 }

@@ -7,6 +7,7 @@ same arithmetic.
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from bench.quality.runs import Size
 from models import corpus as text
 from models.llama import Llama, init_weights
 
-VALIDATION = 128  # windows
+WINDOWS = {"validation": 128, "test": 512}
 CLIP = 1.0
 
 
@@ -63,9 +64,19 @@ class Job:
 
         return torch.compile(gradients, fullgraph=True, dynamic=False, backend=self._backend)
 
+    def held_out(self, kind: Literal["validation", "test"]) -> Tensor:
+        """The stream that rates are chosen by, or one that nothing was chosen by: the sources of torch."""
+        return self.corpus.validation if kind == "validation" else self._sources_of_torch
+
+    @cached_property
+    def _sources_of_torch(self) -> Tensor:
+        documents = text.python_sources(Path(torch.__file__).parent)
+        return torch.from_numpy(text.byte_tokenizer().encode(documents).copy())
+
     @torch.no_grad()
-    def validation_loss(self, weights: Mapping[str, Tensor]) -> float:
-        windows = text.validation_batches(self.corpus.validation, 8, VALIDATION // 8, window=self.size.length + 1)
+    def held_out_loss(self, weights: Mapping[str, Tensor], kind: Literal["validation", "test"]) -> float:
+        window, batches = self.size.length + 1, WINDOWS[kind] // 16
+        windows = text.validation_batches(self.held_out(kind), batches, 16, window=window)
         return torch.stack([self.loss(weights, tokens) for tokens in windows]).mean().item()
 
     def update(self, optimizer: Literal["adamw", "muon"], rank: int | None = None) -> Callable[..., Any]:

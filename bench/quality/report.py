@@ -20,7 +20,7 @@ COLUMNS = (
     "",
     "rate",
     "of embedding, head, norms",
-    "validation loss",
+    "{held_out} loss",
     "std",
     "over the first",
     "p",
@@ -37,6 +37,7 @@ class Row(NamedTuple):
     name: str
     lr: float
     dense_lr: float  # over `lr`
+    held_out: str
     losses: list[float]
     over_first: float  # mean difference to the first row of the table, seed by seed
     p: float  # two-sided, of a paired t-test of it
@@ -61,6 +62,7 @@ def rows_of(found: Found, rows: Rows) -> list[Row]:
                 name,
                 runs[0].lr,
                 runs[0].dense_lr,
+                runs[0].held_out,
                 losses,
                 mean(differences),
                 paired_p(differences),
@@ -82,7 +84,8 @@ def paired_p(differences: list[float]) -> float:
 
 
 def table(rows: list[Row], size: str) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    header = " | ".join(COLUMNS).format(held_out=rows[0].held_out)
+    lines = [f"| {header} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         spread = stdev(row.losses) if len(row.losses) > 1 and all(map(math.isfinite, row.losses)) else math.nan
         cells = [
@@ -114,13 +117,15 @@ def points(rows: list[Row], path: Path) -> None:
         axes.plot(row.losses, [place] * len(row.losses), "o", color="0.6", markersize=4)
         axes.plot(mean(row.losses), place, "o", color="C0", markersize=6)
     axes.axvline(mean(rows[0].losses), color="0.8", zorder=0)
-    axes.set(xlabel="validation loss, nats a byte", yticks=range(len(rows)), yticklabels=[row.name for row in rows])
+    axes.set(
+        xlabel=f"{rows[0].held_out} loss, nats a byte", yticks=range(len(rows)), yticklabels=[row.name for row in rows]
+    )
     axes.invert_yaxis()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def curves(found: Found, rows: Rows, path: Path) -> None:
+def curves(found: Found, rows: Rows, held_out: str, path: Path) -> None:
     """Loss against tokens, bytes of state, and bytes sent over the run."""
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
@@ -138,7 +143,7 @@ def curves(found: Found, rows: Rows, path: Path) -> None:
         loss = mean(line["loss"] for line in lines)
         states.plot(lines[0]["bytes"]["state"] / 1e6, loss, marker, color=drawn.get_color())
         sent.plot(stage.runs[0].sent_bytes() * size.steps / 1e6, loss, marker, color=drawn.get_color())
-    over_tokens.set(xlabel="thousand tokens", ylabel="validation loss, nats a byte")
+    over_tokens.set(xlabel="thousand tokens", ylabel=f"{held_out} loss, nats a byte")
     states.set(xlabel="state of the optimizer, MB", xlim=(0, None))
     sent.set(xlabel="sent over the run where data are parallel, MB", xlim=(0, None))
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
@@ -157,7 +162,7 @@ def report(folder: Path, experiment: str, found: Found, by_size: Mapping[str, Ro
             if "baseline" in rows:
                 points(finished, path)
             else:
-                curves(found, rows, path)
+                curves(found, rows, finished[0].held_out, path)
         open_rows = [name for name, stage in rows.items() if stage.missing or not stage.runs]
         if open_rows:
             parts += [f"Still to be run at size {size}: {'; '.join(open_rows)}.", ""]

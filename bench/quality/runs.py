@@ -48,6 +48,7 @@ class Run:
     side_lr: float = 1.0  # that of `b` over that of `a`; their geometric mean is `lr`
     optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; all else has AdamW
     seed: int = 0
+    held_out: Literal["validation", "test"] = "validation"  # the text that the loss is of
 
     # switches
     interval: float = 40

@@ -17,14 +17,24 @@ Found = dict[Run, dict[str, Any]]
 
 
 def read(folder: Path, corpus: str) -> Found:
-    """What all studies in the folder have found on that corpus. The last line may be torn."""
+    """What all studies in the folder have found on that corpus."""
     found: Found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for text in path.read_text().split("\n")[:-1]:
+        for text in _lines(path):
             line = json.loads(text)
             if line["corpus"] == corpus:
                 found[Run(**line["run"])] = line
     return found
+
+
+def sizes_in(path: Path) -> set[str]:
+    """Of the runs that are in a file, on whatever corpus."""
+    return {json.loads(text)["run"]["size"] for text in _lines(path)}
+
+
+def _lines(path: Path) -> list[str]:
+    """The last one may be torn, and is left out then."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict[str, Any]:

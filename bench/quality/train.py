@@ -49,7 +49,7 @@ def train(job: Job, run: Run, make: Callable[[Job, Run], Method]) -> dict[str, A
         method.update(step, grads, tokens, warmup_cosine(step, steps, warmup))
         if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
             weights = method.weights()
-            curve.append((step + 1, job.validation_loss(weights)))
+            curve.append((step + 1, job.held_out_loss(weights, run.held_out)))
             tracker.look(weights)
     return {
         "loss": curve[-1][1] if math.isfinite(curve[-1][1]) else None,
