@@ -66,6 +66,8 @@ def measure(config: StepMethods) -> dict[str, Timing]:
         contenders[f"{name}, switching"] = lambda: ours.run(plan)
         often[name] = (f"{name}, switching", ours.share_that_switches())
 
+    of_inner = muon(lambda name, _: is_inner(name))
+    contenders["full rank, Muon"] = Ours(size, rank, device, dtype, targets=(), optimizer=of_inner, **options).run
     add("switched")
     add("switched, compensated", compensate=COMPENSATE)
     add("switched, Muon", optimizer=muon(lambda _, leaf: isinstance(leaf, dl.Factors)))

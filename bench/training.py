@@ -1,6 +1,6 @@
 """Whole training steps of a llama by each method, ready to be called again and again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,10 +120,11 @@ class Ours:
         residual: str | None = "bfloat16",
         optimizer: dl.Transform | None = None,
         compensate: float = 0.0,
+        targets: Sequence[str] = TARGETS,
         **compile_options: Any,
     ):
         model = size.model(device)
-        self.params = dl.init(model, rank=rank, seed=0, targets=TARGETS, base=base, residual=residual)
+        self.params = dl.init(model, rank=rank, seed=0, targets=targets, base=base, residual=residual)
         self.schedule = dl.switchlora(STEPS)
         optimizer = dl.adamw() if optimizer is None else optimizer
         trainable, frozen = dl.partition(self.params)
