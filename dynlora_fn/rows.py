@@ -31,25 +31,22 @@ def scatter(whole: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[T
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
     given, operations = rows.contiguous(), torch.ops._c10d_functional
-    pending = operations.reduce_scatter_tensor(given, "sum", sharding.size, sharding.group)
+    summed = operations.reduce_scatter_tensor(given, "sum", sharding.size, sharding.group)
     own = sharding.own
-    summed = operations.wait_tensor(pending)[: own.stop - own.start]
+    summed = operations.wait_tensor(summed)[: own.stop - own.start]
     return summed.movedim(0, -2)  # type: ignore[no-any-return]
 
 
 def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
     """Those of all processes of a group, named, one behind the other along the first axis."""
-    # Operations by themselves: they go through `torch.func`, and their wrappers do not. What a collective works on has
-    # a name until it is done: Python must not take it apart while a thread of gloo's holds it (pytorch/pytorch#75529).
-    given, operations = tensor.contiguous(), torch.ops._c10d_functional
-    pending = operations.all_gather_into_tensor(given, size, group)
-    gathered: Tensor = operations.wait_tensor(pending)
+    operations = torch.ops._c10d_functional  # by themselves: they go through `torch.func`, and their wrappers do not
+    given = tensor.contiguous()  # has a name, so that it is not freed while gloo reads it (pytorch/pytorch#75529)
+    gathered: Tensor = operations.wait_tensor(operations.all_gather_into_tensor(given, size, group))
     return gathered
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
     """The sum over all processes of a group, named."""
     operations = torch.ops._c10d_functional
-    pending = operations.all_reduce(tensor, "sum", group)
-    reduced: Tensor = operations.wait_tensor(pending)
+    reduced: Tensor = operations.wait_tensor(operations.all_reduce(tensor, "sum", group))
     return reduced

@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
-from bench.quality.runs import Size
+from bench.quality.runs import HeldOut, Size
 from models import corpus as text
 from models.llama import Llama, init_weights
 
-WINDOWS = {"validation": 128, "test": 512}
+WINDOWS: dict[HeldOut, int] = {"validation": 128, "test": 512}
 CLIP = 1.0
 
 
@@ -64,7 +64,7 @@ class Job:
 
         return torch.compile(gradients, fullgraph=True, dynamic=False, backend=self._backend)
 
-    def held_out(self, kind: Literal["validation", "test"]) -> Tensor:
+    def held_out(self, kind: HeldOut) -> Tensor:
         """The stream that rates are chosen by, or one that nothing was chosen by: the sources of torch."""
         return self.corpus.validation if kind == "validation" else self._sources_of_torch
 
@@ -74,7 +74,7 @@ class Job:
         return torch.from_numpy(text.byte_tokenizer().encode(documents).copy())
 
     @torch.no_grad()
-    def held_out_loss(self, weights: Mapping[str, Tensor], kind: Literal["validation", "test"]) -> float:
+    def held_out_loss(self, weights: Mapping[str, Tensor], kind: HeldOut) -> float:
         window, batches = self.size.length + 1, WINDOWS[kind] // 16
         windows = text.validation_batches(self.held_out(kind), batches, 16, window=window)
         return torch.stack([self.loss(weights, tokens) for tokens in windows]).mean().item()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 
 from bench.quality.experiments import Rows
-from bench.quality.runs import SIZES
+from bench.quality.runs import SIZES, HeldOut
 from bench.quality.store import Found
 
 mpl.use("agg")
@@ -37,7 +37,7 @@ class Row(NamedTuple):
     name: str
     lr: float
     dense_lr: float  # over `lr`
-    held_out: str
+    held_out: HeldOut
     losses: list[float]
     over_first: float  # mean difference to the first row of the table, seed by seed
     p: float  # two-sided, of a paired t-test of it
@@ -125,7 +125,7 @@ def points(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def curves(found: Found, rows: Rows, held_out: str, path: Path) -> None:
+def curves(found: Found, rows: Rows, held_out: HeldOut, path: Path) -> None:
     """Loss against tokens, bytes of state, and bytes sent over the run."""
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 

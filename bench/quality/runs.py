@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from models.llama import LlamaConfig
 
+HeldOut = Literal["validation", "test"]
 METHODS = ("full", "lora", "relora", "galore", "apollo", "switchlora")
 
 
@@ -48,7 +49,7 @@ class Run:
     side_lr: float = 1.0  # that of `b` over that of `a`; their geometric mean is `lr`
     optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; all else has AdamW
     seed: int = 0
-    held_out: Literal["validation", "test"] = "validation"  # the text that the loss is of
+    held_out: HeldOut = "validation"  # the text that the loss is of
 
     # switches
     interval: float = 40
