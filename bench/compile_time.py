@@ -84,7 +84,7 @@ def call_overhead(config: CompileTime) -> float:
     """Seconds of a whole call of a step whose work is next to nothing."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(config.device)
     params = dl.init(model, rank=2, seed=0, targets=["*.weight"])
-    optimizer, x = dl.adamw(), torch.randn(4, 8, device=config.device)
+    optimizer, x = dl.optim.adamw(), torch.randn(4, 8, device=config.device)
     trainable, frozen = dl.partition(params)
     state = trainable, frozen, optimizer.init(trainable)
 

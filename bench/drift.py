@@ -15,7 +15,7 @@ import tyro
 
 import dynlora_fn as dl
 from bench.common import Common, finish, start, table
-from dynlora_fn.opaque_codes import exact as with_residual
+from dynlora_fn.bases._ops import decode_exact as with_residual
 
 BASES = ("bfloat16", "int8", "float8", "nf4")
 RESIDUALS = ("none", "int8", "bfloat16")
@@ -41,10 +41,10 @@ def contenders(config: Drift, weight: dl.LowRank, vectors: int) -> dict[str, dl.
     for base in config.bases:
         for residual in config.residuals:
             kind: Any = None if residual == "none" else residual
-            made[f"{base}+{residual}"] = dl.quantize(weight, base, residual=kind)
+            made[f"{base}+{residual}"] = dl.bases.quantize(weight, base, residual=kind)
     if config.deferred:
         waiting = {
-            f"{name} deferred": dl.defer(param, vectors=config.deferred * vectors) for name, param in made.items()
+            f"{name} deferred": dl.bases.defer(param, vectors=config.deferred * vectors) for name, param in made.items()
         }
         made |= waiting
     return made
@@ -61,23 +61,25 @@ def exact_weight(config: Drift) -> dl.LowRank:
 def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> dict[str, float]:
     """Relative, in Frobenius norms."""
     dense = dl.materialize(exact)
-    base = param.base.base if isinstance(param.base, dl.Deferred) else param.base
+    base = param.base.base if isinstance(param.base, dl.bases.Deferred) else param.base
     kept = base if isinstance(base, torch.Tensor) else with_residual(base.codes, base.residual, torch.float64)
-    kept = param.base._replace(base=kept.double()) if isinstance(param.base, dl.Deferred) else kept.double()
-    error = dl.drift(param, dense).item()
+    kept = param.base._replace(base=kept.double()) if isinstance(param.base, dl.bases.Deferred) else kept.double()
+    error = dl.bases.drift(param, dense).item()
     kind, _ = name.split("+")
-    once = exact._replace(base=exact.base.float()) if kind == "float32" else dl.quantize(exact, kind, residual=None)
+    once = (
+        exact._replace(base=exact.base.float()) if kind == "float32" else dl.bases.quantize(exact, kind, residual=None)
+    )
     return {
         "error": error,
-        "kept": dl.drift(param._replace(base=kept), dense).item(),
-        "over_once": error / dl.drift(once, dense).item(),
+        "kept": dl.bases.drift(param._replace(base=kept), dense).item(),
+        "over_once": error / dl.bases.drift(once, dense).item(),
     }
 
 
 def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
     """The errors of all contenders after a quarter of the steps and at the end, and how many folds there were."""
     exact = exact_weight(config)
-    schedule = dl.switchlora(config.steps, every=every)
+    schedule = dl.schedules.switchlora(config.steps, every=every)
     first = schedule(0, {"w": exact})["w"]
     params = contenders(config, exact, first.b.slots.shape[-1] + first.a.slots.shape[-1])
     folds = 0
@@ -89,7 +91,7 @@ def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, dict[str, fl
             exact = dl.switch(exact, plan, incoming=incoming).param
             params = {name: dl.switch(param, plan, incoming=incoming).param for name, param in params.items()}
             if config.deferred and folds % config.deferred == 0:
-                params = dl.fold_pending(params)
+                params = dl.bases.fold_pending(params)
         if step + 1 in (config.steps // 4, config.steps):
             yield folds, {name: errors(param, exact, name) for name, param in params.items()}
 

@@ -63,7 +63,7 @@ def loss(run: Callable[..., Any], batch: Tensor) -> Tensor:
 
 
 def one_step(model: nn.Module, frozen: Any) -> Callable[[Any, Tensor], Any]:
-    optimizer, gradients = dl.adamw(), torch.func.grad(loss_of(model, loss, frozen))
+    optimizer, gradients = dl.optim.adamw(), torch.func.grad(loss_of(model, loss, frozen))
 
     def step(trainable: Any, x: Tensor) -> Any:
         updates, _ = optimizer.update(gradients(trainable, x), optimizer.init(trainable), trainable, lr=1e-2)

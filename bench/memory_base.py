@@ -41,7 +41,7 @@ def bytes_a_number(config: MemoryBase, base: str) -> dict[str, float]:
     params = dl.init(model, rank=config.width // config.fraction, seed=0, targets=TARGETS, **held_in(base))
     low_rank = [param for param in params.values() if isinstance(param, dl.LowRank)]
     numbers = sum(param.shape.numel() for param in low_rank)
-    residuals = [param.base.residual for param in low_rank if isinstance(param.base, dl.Quantized)]
+    residuals = [param.base.residual for param in low_rank if isinstance(param.base, dl.bases.Quantized)]
     residual = sum(leaf.nbytes for leaf in tree_leaves(residuals))
     whole = sum(leaf.nbytes for param in low_rank for leaf in tree_leaves(param.base))
     return {"codes": (whole - residual) / numbers, "residual": residual / numbers}

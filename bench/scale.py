@@ -124,8 +124,8 @@ def predict(
     low_rank = ours if base else params_of(model, "float32")
     trainable, frozen = dl.partition(ours)
     ring = (config.gpus - 1) / config.gpus
-    moments, bases = count_bytes(dl.adamw().init(trainable)), count_bytes(frozen)
-    gradients = reduced = dl.wire_bytes(trainable).reduced
+    moments, bases = count_bytes(dl.optim.adamw().init(trainable)), count_bytes(frozen)
+    gradients = reduced = dl.parallel.wire_bytes(trainable).reduced
     state, gathered, sent = count_bytes(trainable) + moments + bases, 0.0, 2 * ring * reduced
     if is_sharded and base:
         state -= bases * ring
@@ -157,13 +157,13 @@ def predict(
 
 def _switched(params: dict[str, Any]) -> int:
     """Rows of `a` in a step that switches, at the start of a run."""
-    plan = dl.switchlora(40_000)(0, params)
+    plan = dl.schedules.switchlora(40_000)(0, params)
     vectors = {name: own.b.slots.shape[-1] + own.a.slots.shape[-1] for name, own in plan.items()}
     return sum(count * 4 * params[name].factors.a[..., 0, :].numel() for name, count in vectors.items())
 
 
 def _seen_bytes(base: Any) -> int:
-    return count_bytes(base.codes if isinstance(base, dl.Quantized) else base)
+    return count_bytes(base.codes if isinstance(base, dl.bases.Quantized) else base)
 
 
 def _largest(params: dict[str, Any]) -> int:
@@ -199,9 +199,9 @@ def traced_peak(layers: int) -> int:
 def shares() -> dict[str, float]:
     """The paper's figures at 1.3B: trainable numbers, and bytes reduced over full-rank data parallelism's."""
     model = MODELS["1.3B"]
-    whole = dl.wire_bytes(dl.partition(params_of(model, None)).trainable).reduced
+    whole = dl.parallel.wire_bytes(dl.partition(params_of(model, None)).trainable).reduced
     own = {rank: params_of(model._replace(rank=rank), "float32") for rank in (256, 512)}
-    reduced = {rank: dl.wire_bytes(dl.partition(params).trainable).reduced for rank, params in own.items()}
+    reduced = {rank: dl.parallel.wire_bytes(dl.partition(params).trainable).reduced for rank, params in own.items()}
     return {
         "full_rank_parameters": whole / 4,
         **{f"trainable_at_{rank}": one / 4 for rank, one in reduced.items()},

@@ -42,9 +42,10 @@ def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], tor
     return make
 
 
-def muon(choose: Callable[[str, Any], bool]) -> dl.Transform:
-    return dl.multi_transform(
-        {"muon": dl.muon(), "adamw": dl.adamw()}, lambda name, leaf: "muon" if choose(name, leaf) else "adamw"
+def muon(choose: Callable[[str, Any], bool]) -> dl.optim.Transform:
+    return dl.optim.multi_transform(
+        {"muon": dl.optim.muon(), "adamw": dl.optim.adamw()},
+        lambda name, leaf: "muon" if choose(name, leaf) else "adamw",
     )
 
 

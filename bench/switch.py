@@ -30,8 +30,8 @@ def contender(config: Switch, width: int, fraction: int, count: int) -> Any:
     weights = {f"layers.{n}.weight": torch.randn(width, width, device=config.device) for n in range(config.layers)}
     params = dl.init(weights, rank=width // fraction, seed=0, targets=["*"])
     trainable, frozen = dl.partition(params)
-    state = trainable, frozen, dl.adamw().init(trainable)
-    plan = dl.every(1, count)(1, params)
+    state = trainable, frozen, dl.optim.adamw().init(trainable)
+    plan = dl.schedules.every(1, count)(1, params)
 
     def step(state: Any, plan: Any) -> tuple[Any, None]:
         trainable, frozen, opt_state = state

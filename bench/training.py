@@ -118,15 +118,15 @@ class Ours:
         donate: bool = True,
         base: str | None = None,
         residual: str | None = "bfloat16",
-        optimizer: dl.Transform | None = None,
+        optimizer: dl.optim.Transform | None = None,
         compensate: float = 0.0,
         targets: Sequence[str] = TARGETS,
         **compile_options: Any,
     ):
         model = size.model(device)
         self.params = dl.init(model, rank=rank, seed=0, targets=targets, base=base, residual=residual)
-        self.schedule = dl.switchlora(STEPS)
-        optimizer = dl.adamw() if optimizer is None else optimizer
+        self.schedule = dl.schedules.switchlora(STEPS)
+        optimizer = dl.optim.adamw() if optimizer is None else optimizer
         trainable, frozen = dl.partition(self.params)
         self.state = (trainable, frozen, optimizer.init(trainable))
         self.tokens, self.lr = size.tokens_on(device), torch.tensor(LR, device=device)
@@ -148,8 +148,8 @@ class Ours:
             trainable, frozen, opt_state = state
             if compensate:
                 params, dense = dl.combine(trainable, frozen), grads
-                grads = dl.project_gradients(dense, params)
-                trainable, frozen = dl.partition(dl.compensate(params, dense, lr=lr * compensate))
+                grads = dl.optim.project_gradients(dense, params)
+                trainable, frozen = dl.partition(dl.optim.compensate(params, dense, lr=lr * compensate))
             if plan is not None:
                 params, _ = dl.switch(dl.combine(trainable, frozen), plan)
                 opt_state = dl.project_optimizer_state(opt_state, plan)

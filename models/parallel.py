@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
-from dynlora_fn.opaque_codes import exact
+from dynlora_fn.bases._ops import decode_exact
 
 BY_OUT = (".query.weight", ".key.weight", ".value.weight", ".gate.weight", ".up.weight")
 BY_IN = (".attention.output.weight", ".down.weight")
@@ -101,8 +101,8 @@ def _place_base(name: str, base: Any, axis: int | None, mesh: DeviceMesh) -> Any
     """A residual stays as it is: no product reads it."""
     if isinstance(base, Tensor):
         return _place(base, axis, mesh)
-    if not isinstance(base, dl.Quantized) or isinstance(base.codes, dl.NF4Codes | dl.NVFP4Codes):
-        kind = type(base.codes if isinstance(base, dl.Quantized) else base).__name__
+    if not isinstance(base, dl.bases.Quantized) or isinstance(base.codes, dl.bases.NF4Codes | dl.bases.NVFP4Codes):
+        kind = type(base.codes if isinstance(base, dl.bases.Quantized) else base).__name__
         rule = "have bases whose rows have scales of their own, neither deferred nor sharded otherwise"
         raise ValueError(f"`parts` must {rule}, got {kind} for {name!r}")
     return base._replace(codes=tree_map(lambda leaf: _place(leaf, axis, mesh), base.codes))
@@ -143,13 +143,13 @@ def own(grads: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def value_and_grad(loss_fn: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., dl.ValueAndGrad]:
+def value_and_grad(loss_fn: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., dl.nn.ValueAndGrad]:
     """`dynlora_fn.value_and_grad` of what is `placed`: the loss, and each process's parts of the gradients."""
 
-    def function(trainable: Mapping[str, Any], *args: Any) -> dl.ValueAndGrad:
+    def function(trainable: Mapping[str, Any], *args: Any) -> dl.nn.ValueAndGrad:
         with sdpa_kernel(SDPBackend.MATH) if mesh.device_type == "cpu" else nullcontext():  # DTensor has no other there
             loss, grads = dl.value_and_grad(loss_fn)(trainable, *args)
-        return dl.ValueAndGrad(loss.full_tensor(), own(grads))
+        return dl.nn.ValueAndGrad(loss.full_tensor(), own(grads))
 
     return function
 
@@ -194,8 +194,8 @@ def in_full_precision(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters with what codes and residuals stand for together as bases, in float32."""
 
     def full(param: Any) -> Any:
-        if not isinstance(param, dl.LowRank) or not isinstance(param.base, dl.Quantized):
+        if not isinstance(param, dl.LowRank) or not isinstance(param.base, dl.bases.Quantized):
             return param
-        return param._replace(base=exact(param.base.codes, param.base.residual, torch.float32))
+        return param._replace(base=decode_exact(param.base.codes, param.base.residual, torch.float32))
 
     return {name: full(param) for name, param in params.items()}

@@ -31,7 +31,7 @@ def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float
 
 
 def lora(
-    model: nn.Module, loss: Loss, batches: Iterable[Any], *, targets: dl.Targets, rank: int, lr: float
+    model: nn.Module, loss: Loss, batches: Iterable[Any], *, targets: dl.interop.Targets, rank: int, lr: float
 ) -> dict[str, Any]:
     """Fine-tuning from the model's weights: ``b = 0`` at first, the factors alone are trained (arXiv:2106.09685)."""
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
@@ -46,7 +46,7 @@ def full_rank_names(params: dict[str, Any]) -> list[str]:
 def descend(
     model: nn.Module, loss: Loss, batches: Iterable[Any], trainable: Any, frozen: Any, *, lr: float
 ) -> dict[str, Any]:
-    optimizer, value_and_grad = dl.adamw(), dl.value_and_grad(loss_of(model, loss, frozen))
+    optimizer, value_and_grad = dl.optim.adamw(), dl.value_and_grad(loss_of(model, loss, frozen))
     opt_state = optimizer.init(trainable)
     for batch in batches:
         updates, opt_state = optimizer.update(value_and_grad(trainable, batch).grads, opt_state, trainable, lr=lr)
@@ -55,7 +55,14 @@ def descend(
 
 
 def chain_of_lora(
-    model: nn.Module, loss: Loss, batches: Sequence[Any], *, targets: dl.Targets, rank: int, lr: float, links: int
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence[Any],
+    *,
+    targets: dl.interop.Targets,
+    rank: int,
+    lr: float,
+    links: int,
 ) -> dict[str, Any]:
     """LoRA, merged, and LoRA again with an optimizer of its own (arXiv:2401.04151)."""
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
@@ -63,7 +70,7 @@ def chain_of_lora(
     for link in range(links):
         trainable, frozen = dl.partition(params)
         params = descend(model, loss, batches[link * length : (link + 1) * length], trainable, frozen, lr=lr)
-        plan = dl.every(1)(link, params)  # all vectors: `a` drawn anew, b = 0, their product in the base
+        plan = dl.schedules.every(1)(link, params)  # all vectors: `a` drawn anew, b = 0, their product in the base
         params, _ = dl.switch(params, plan, incoming=dl.candidates(params, plan, start="lora"))
     return params
 
@@ -73,7 +80,7 @@ def relora(
     loss: Loss,
     batches: Iterable[Any],
     *,
-    targets: dl.Targets,
+    targets: dl.interop.Targets,
     rank: int,
     lr: float,
     every: int,
@@ -81,7 +88,7 @@ def relora(
     prune: float = 0.99,
 ) -> dict[str, Any]:
     """Merged and redrawn every so often, the optimizer's state pruned, the rate warmed up again (arXiv:2307.05695)."""
-    schedule, optimizer = dl.every(every), dl.adamw()
+    schedule, optimizer = dl.schedules.every(every), dl.optim.adamw()
     trainable, frozen = dl.partition(dl.init(model, rank=rank, seed=0, targets=targets, start="lora"))
     opt_state = optimizer.init(trainable)
     for step, batch in enumerate(batches):
@@ -102,25 +109,25 @@ def switchlora(
     loss: Loss,
     batches: Sequence[Any],
     *,
-    targets: dl.Targets,
+    targets: dl.interop.Targets,
     rank: int,
     lr: float,
     interval: float = 40,
     is_pooled: bool = False,
 ) -> dict[str, Any]:
     """A few vectors at each step, drawn from a seed or from a pool that they return to (arXiv:2406.06564)."""
-    schedule, optimizer = dl.switchlora(len(batches), interval=interval), dl.adamw()
+    schedule, optimizer = dl.schedules.switchlora(len(batches), interval=interval), dl.optim.adamw()
     params = dl.init(model, rank=rank, seed=0, targets=targets)
-    pool = dl.init_pool(params) if is_pooled else None
+    pool = dl.switching.init_pool(params) if is_pooled else None
     trainable, frozen = dl.partition(params)
     opt_state = optimizer.init(trainable)
     for step, batch in enumerate(batches):
         grads = dl.value_and_grad(loss_of(model, loss, frozen))(trainable, batch).grads
         params = dl.combine(trainable, frozen)
         plan = schedule(step, params)
-        incoming = dl.candidates(params, plan) if pool is None else dl.draw(pool, plan)
+        incoming = dl.candidates(params, plan) if pool is None else dl.switching.draw(pool, plan)
         params, outgoing = dl.switch(params, plan, incoming=incoming)
-        pool = None if pool is None else dl.put_back(pool, plan, outgoing)
+        pool = None if pool is None else dl.switching.put_back(pool, plan, outgoing)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
         updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
@@ -128,7 +135,7 @@ def switchlora(
     return dl.combine(trainable, frozen)
 
 
-def accumulated(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, parts: Sequence[Any]) -> Any:
+def accumulated(value_and_grad: Callable[..., dl.nn.ValueAndGrad], trainable: Any, parts: Sequence[Any]) -> Any:
     """The gradients of the mean loss over parts of a batch, one backward pass at a time."""
     total = value_and_grad(trainable, parts[0]).grads
     for part in parts[1:]:
@@ -148,7 +155,7 @@ def ensemble(
     loss: Loss,
     batches: Iterable[Any],
     *,
-    targets: dl.Targets,
+    targets: dl.interop.Targets,
     rank: int,
     seeds: Sequence[int],
     lrs: Sequence[float],
@@ -158,7 +165,7 @@ def ensemble(
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     frozen = dl.partition(params, frozen=full_rank_names(params)).frozen
     trainable = tree_map(lambda *leaves: torch.stack(leaves), *(own_factors(params, seed) for seed in seeds))
-    optimizer, gradients = dl.adamw(), torch.func.grad(loss_of(model, loss, frozen))
+    optimizer, gradients = dl.optim.adamw(), torch.func.grad(loss_of(model, loss, frozen))
     opt_state = torch.vmap(optimizer.init)(trainable)
 
     def step(trainable: Any, opt_state: Any, lr: Tensor, batch: Any) -> tuple[Any, Any]:
@@ -174,5 +181,5 @@ def own_factors(params: dict[str, Any], seed: int) -> dict[str, dl.Factors]:
     """LoRA's first factors of another basis, ``b = 0``: the base is the same for all."""
     low_rank = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     moved = {name: param._replace(seed=param.seed + seed) for name, param in low_rank.items()}
-    plan = dl.every(1)(0, moved)
+    plan = dl.schedules.every(1)(0, moved)
     return dl.candidates(moved, plan, start="lora")

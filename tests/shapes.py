@@ -73,7 +73,7 @@ def _check_fields(value: Any) -> None:
 
 def _pairs() -> type:
     """Also hold incoming vectors, counts and masks: their shapes are those of a weight in a weight alone."""
-    from dynlora_fn.types import Factors  # noqa: PLC0415, once the hook is there
+    from dynlora_fn._core._types import Factors  # noqa: PLC0415, once the hook is there
 
     return Factors
 

@@ -10,21 +10,9 @@ from test_zoo import made
 from torch import Tensor, nn
 from zoo import CASES, GPT2, LLAMA, TOKENS
 
-from dynlora_fn import (
-    LowRank,
-    call,
-    candidates,
-    every,
-    init,
-    load_adapter,
-    materialize,
-    merge,
-    open_weights,
-    save_adapter,
-    state_dict,
-    switch,
-    unstack,
-)
+from dynlora_fn import LowRank, call, candidates, init, materialize, merge, state_dict, switch, unstack
+from dynlora_fn.interop import load_adapter, open_weights, save_adapter
+from dynlora_fn.schedules import every
 from dynlora_fn.testing import assert_same, normal
 
 peft = pytest.importorskip("peft")

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynlora_fn as dl
-from dynlora_fn.base import autocast_now, fold, inner_tensors, widest, without_autocast
+from dynlora_fn._core._dtypes import autocast_now, widest, without_autocast
+from dynlora_fn._core._tree import inner_tensors
+from dynlora_fn.bases._fold import fold
 from dynlora_fn.testing import Shape, low_rank, normal
 
 
@@ -76,7 +78,7 @@ def test_memory_lies_in_the_tensors_within():
     plain = torch.zeros(3)
     assert inner_tensors(plain)[0] is plain
     params = dl.init(nn.Linear(8, 4, bias=False), rank=2, seed=0, targets=["weight"], base="int8")
-    (held,) = dl.to_torchao(params).values()
+    (held,) = dl.bases.to_torchao(params).values()
     inner = inner_tensors(held)
     assert len(inner) > 1
     assert all(type(leaf) is Tensor for leaf in inner)

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_traces import FILES
 
-from dynlora_fn import BasisSlice, Factors, basis, basis_bounds, basis_vectors
-from dynlora_fn.basis import Request, philox
-from dynlora_fn.basis import uniform as uniforms
+from dynlora_fn import Factors
+from dynlora_fn.switching import BasisSlice, basis_bounds, basis_vectors
+from dynlora_fn.switching._basis import Request, philox
+from dynlora_fn.switching._basis import uniform as uniforms
 from dynlora_fn.testing import Shape, any_shapes, assert_same, seeds, shapes
 
 SIDES = ("b", "a")

@@ -8,19 +8,10 @@ from strategies import plain_params, quantized_params
 from torch import Tensor
 
 import dynlora_fn as dl
-from dynlora_fn import Factors, LowRank, compensate, project_gradients
-from dynlora_fn.bases import dequantize, fold_base
-from dynlora_fn.testing import (
-    PLAIN,
-    Shape,
-    assert_same,
-    assert_within,
-    dtypes,
-    eps,
-    low_rank,
-    normal,
-    untouched,
-)
+from dynlora_fn import Factors, LowRank
+from dynlora_fn.bases._base import dequantize, fold_base
+from dynlora_fn.optim import compensate, project_gradients
+from dynlora_fn.testing import PLAIN, Shape, assert_same, assert_within, dtypes, eps, low_rank, normal, untouched
 
 NORMALIZE = ["spectrum", "rows"]
 SHAPE = Shape(6, 8, 2)
@@ -138,7 +129,7 @@ def test_a_base_in_low_precision_is_folded_into_as_by_a_switch(param, normalize)
 
 
 def test_changes_below_a_quantization_step_add_up():
-    param = dl.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
+    param = dl.bases.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
     exact = param._replace(base=dequantize(param.base, torch.float32))
     step, grad = float(exact.base.abs().max()) / 127, normal(1, 8, 16)
     before = dl.materialize(exact)
@@ -149,8 +140,8 @@ def test_changes_below_a_quantization_step_add_up():
 
 
 def test_a_deferred_base_is_folded_into_below_what_waits():
-    param = dl.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
-    waiting, grad = dl.defer(param, vectors=4), normal(1, 8, 16)
+    param = dl.bases.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
+    waiting, grad = dl.bases.defer(param, vectors=4), normal(1, 8, 16)
     got = compensate(waiting, grad, lr=1e-2)
     assert_same(got.base.base, compensate(param, grad, lr=1e-2).base)
     assert_same(got.base.pending, waiting.base.pending)
@@ -215,6 +206,6 @@ def test_an_unknown_way_to_normalize_is_refused():
 
 
 def test_a_weight_that_is_not_finite_is_named():
-    param = dl.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
+    param = dl.bases.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
     with pytest.raises(ValueError, match="weight 'w'"):
         compensate({"w": param}, {"w": torch.full((8, 16), torch.nan)}, lr=0.1)

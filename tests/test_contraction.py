@@ -13,11 +13,12 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn import Factors, LowRank, contraction, linear, quantize
-from dynlora_fn.bases import dequantize
-from dynlora_fn.paths import PRODUCTS, cheapest, flops
+from dynlora_fn import Factors, LowRank, linear
+from dynlora_fn.bases import quantize
+from dynlora_fn.bases._base import dequantize
+from dynlora_fn.nn._contraction_paths import PRODUCTS, cheapest_path, flops
+from dynlora_fn.nn._view import View, transposed
 from dynlora_fn.testing import Shape, assert_within, eps, low_rank, normal, seeds, untouched
-from dynlora_fn.views import View, transposed
 
 PATHS = ("factored", "merged", "dense")
 
@@ -254,13 +255,13 @@ def test_flops_are_those_of_the_table():
 )
 def test_the_cheapest_path_is_taken(tokens, rank, path):
     """At high rank the dense gradient, with few tokens the factored form, else the merged weight."""
-    assert cheapest(tokens=tokens, out_features=512, in_features=512, rank=rank) == path
+    assert cheapest_path(tokens=tokens, out_features=512, in_features=512, rank=rank) == path
 
 
 def test_no_path_costs_much_more_than_full_rank_at_any_rank():
     for rank in range(1, 513):
         sizes = {"tokens": 4096, "out_features": 512, "in_features": 512, "rank": rank}
-        assert flops(cheapest(**sizes), **sizes) <= flops("full", **sizes) * (1 + 4 * rank / (3 * 4096))
+        assert flops(cheapest_path(**sizes), **sizes) <= flops("full", **sizes) * (1 + 4 * rank / (3 * 4096))
 
 
 def test_batches_of_any_size_share_a_graph():

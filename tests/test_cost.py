@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynlora_fn import adamw, call, combine, explain, init, partition, peak_memory, remat, value_and_grad
+from dynlora_fn import call, combine, explain, init, partition, peak_memory, remat, value_and_grad
+from dynlora_fn.optim import adamw
 from dynlora_fn.testing import normal
 
 

@@ -49,7 +49,7 @@ def write_sharded(folder: Path) -> None:
     weights = {name: weight.detach() for name, weight in MODEL.state_dict().items()}
     names = sorted(weights)
     for number, part in enumerate((names[:2], names[2:])):
-        dl.save_weights({name: weights[name] for name in part}, folder / f"part{number}.safetensors")
+        dl.interop.save_weights({name: weights[name] for name in part}, folder / f"part{number}.safetensors")
     where = {name: f"part{number}.safetensors" for number, part in enumerate((names[:2], names[2:])) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
@@ -57,7 +57,7 @@ def write_sharded(folder: Path) -> None:
 def into_model(folder: Path) -> Any:
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
-    return dl.init(empty, weights=dl.open_weights(folder), rank=2, seed=0, targets=["*.weight"])
+    return dl.init(empty, weights=dl.interop.open_weights(folder), rank=2, seed=0, targets=["*.weight"])
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -90,12 +90,12 @@ def write_metrics(folder: Path) -> None:
 CONFIG = Config(steps=3)
 PARAMETER = r"^`weights` must .*'\d\.(weight|bias)'"
 KINDS = {
-    "weights": Kind(lambda folder: dl.save_merged(MODEL, PARAMS, folder), into_model, says=PARAMETER),
+    "weights": Kind(lambda folder: dl.interop.save_merged(MODEL, PARAMS, folder), into_model, says=PARAMETER),
     "weights in shards": Kind(write_sharded, into_model, says=PARAMETER),
     "index of shards": Kind(write_sharded, into_model, "*.json", PARAMETER),
     "adapter": Kind(
-        lambda folder: dl.save_adapter(MODEL, PARAMS, folder) and None,
-        lambda folder: dl.load_adapter(MODEL, folder, seed=0),
+        lambda folder: dl.interop.save_adapter(MODEL, PARAMS, folder) and None,
+        lambda folder: dl.interop.load_adapter(MODEL, folder, seed=0),
         "adapter_*",
         "^the adapter must|^`folder` must hold an adapter",
     ),

@@ -10,7 +10,8 @@ from torch.func import grad
 from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
-from dynlora_fn import Factors, LowRank, defer, fold_pending, linear, materialize, merge, quantize, switch
+from dynlora_fn import Factors, LowRank, linear, materialize, merge, switch
+from dynlora_fn.bases import defer, fold_pending, quantize
 from dynlora_fn.testing import Shape, assert_same, eps, low_rank, normal, plan_of, plans, untouched
 
 PARAM = quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
-from dynlora_fn.distributed import checksums
+from dynlora_fn.parallel._check_replicas import checksums
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.int8])
@@ -46,11 +46,11 @@ def fresh(net: nn.Module, **options) -> dict:
     return dl.init(net, rank=4, seed=0, targets=["*.0.weight"], **options)
 
 
-SCHEDULE = dl.switchlora(200, interval=10, ratio=1.0)
+SCHEDULE = dl.schedules.switchlora(200, interval=10, ratio=1.0)
 
 
 def make_step(net: nn.Module, group=None, share=None):
-    optimizer = dl.adamw()
+    optimizer = dl.optim.adamw()
 
     def step(state, tokens, lr, plan):
         trainable, frozen, opt_state = state
@@ -60,7 +60,7 @@ def make_step(net: nn.Module, group=None, share=None):
             return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
         result = tuple(dl.value_and_grad(loss_fn)(trainable))
-        loss, grads = result if group is None else dl.mean_over_ranks(result, group, share=share)
+        loss, grads = result if group is None else dl.parallel.all_reduce_mean(result, group, share=share)
         params, _ = dl.switch(dl.combine(trainable, frozen), plan)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
@@ -72,7 +72,7 @@ def make_step(net: nn.Module, group=None, share=None):
 
 def start(params: dict) -> tuple:
     trainable, frozen = dl.partition(params)
-    return trainable, frozen, dl.adamw().init(trainable)
+    return trainable, frozen, dl.optim.adamw().init(trainable)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -107,10 +107,12 @@ def _reduce_trees() -> dict:
     }
     before = copy.deepcopy(tree)
     with Traffic() as traffic:
-        mean = dl.mean_over_ranks(tree, group)
-    by_mesh = dl.mean_over_ranks(tree, mesh)
-    shared = dl.mean_over_ranks(tree, group, share=[0.25, 0.75][rank])
-    compiled = torch.compile(lambda tree: dl.mean_over_ranks(tree, group), fullgraph=True, backend="aot_eager")(tree)
+        mean = dl.parallel.all_reduce_mean(tree, group)
+    by_mesh = dl.parallel.all_reduce_mean(tree, mesh)
+    shared = dl.parallel.all_reduce_mean(tree, group, share=[0.25, 0.75][rank])
+    compiled = torch.compile(
+        lambda tree: dl.parallel.all_reduce_mean(tree, group), fullgraph=True, backend="aot_eager"
+    )(tree)
     assert bits(tree) == bits(before)
     assert bits(mean) == bits(by_mesh) == bits(compiled)
     return {"mean": mean, "shared": shared, "calls": traffic.calls}
@@ -143,14 +145,14 @@ def _train_in_parallel(steps: int) -> dict:
     state = start(fresh(net))
     with Traffic() as traffic:
         state, losses, switched = train(state, step, steps, slice(rows.start, rows.stop))
-    dl.check_replicas(state, group)
+    dl.parallel.check_replicas(state, group)
     return {
         "state": bits(state),
         "losses": losses,
         "calls": traffic.calls,
         "bytes": traffic.bytes,
         "switched": switched,
-        "wire": dl.wire_bytes(state[0]),
+        "wire": dl.parallel.wire_bytes(state[0]),
     }
 
 
@@ -174,13 +176,15 @@ def test_losses_are_those_of_one_process_and_switching_sends_nothing(size: int):
 def test_bytes_are_the_trainable_share_of_full_ranks():
     params = fresh(model())
     trainable, frozen = dl.partition(params)
-    wire = dl.wire_bytes(trainable, frozen)
+    wire = dl.parallel.wire_bytes(trainable, frozen)
     numbers = sum(leaf.numel() for leaf in tree_leaves(trainable))
-    assert wire == dl.WireBytes(factors=4 * 3 * 4 * (18 + 18), full_rank=wire.reduced - 4 * 3 * 4 * 36, bases=0)
+    assert wire == dl.parallel.WireBytes(
+        factors=4 * 3 * 4 * (18 + 18), full_rank=wire.reduced - 4 * 3 * 4 * 36, bases=0
+    )
     assert wire.reduced == 4 * numbers
     whole, _ = dl.partition(dl.init(model(), rank=1, seed=0, targets=[]))
-    assert dl.wire_bytes(whole).factors == 0
-    assert dl.wire_bytes(whole).full_rank == 4 * sum(leaf.numel() for leaf in model().parameters())
+    assert dl.parallel.wire_bytes(whole).factors == 0
+    assert dl.parallel.wire_bytes(whole).full_rank == 4 * sum(leaf.numel() for leaf in model().parameters())
 
 
 # --- inside of a compiled step
@@ -192,7 +196,7 @@ def _compiled_steps() -> tuple:
     params = dl.init(net, rank=4, seed=0, targets=["1.0.weight", "2.0.weight"], base="int8")
     eager, losses, _ = train(start(params), make_step(net, group), 4, rows)
     step = dl.compile_step(make_step(net, group), backend="aot_eager")
-    state, compiled_losses, _ = train(start(dl.shard(params, group)), step, 4, rows)
+    state, compiled_losses, _ = train(start(dl.parallel.shard(params, group)), step, 4, rows)
     return (losses, compiled_losses), (eager[0], state[0])
 
 
@@ -233,13 +237,13 @@ def test_checksums_of_views_and_of_nothing():
 def _drifted() -> list[str]:
     rank, size, group = torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.distributed.group.WORLD
     state = {"mu": torch.ones(3, 2), "count": [torch.tensor(7), torch.zeros(4, dtype=torch.bfloat16)]}
-    params = dl.shard(dl.init(nn.Linear(4, 4, bias=False), rank=1, seed=0, targets=["weight"]), group)
-    dl.check_replicas((state, params), init_device_mesh("cpu", (size,)))  # though the rows of the base differ
+    params = dl.parallel.shard(dl.init(nn.Linear(4, 4, bias=False), rank=1, seed=0, targets=["weight"]), group)
+    dl.parallel.check_replicas((state, params), init_device_mesh("cpu", (size,)))  # though the rows of the base differ
     messages = []
     for drifted in ([2], [1, 2], list(range(1, size)), range(size)):
         own = torch.tensor(7 + (rank if drifted == range(size) else rank in drifted))
-        with pytest.raises(dl.DriftedError) as error:
-            dl.check_replicas({**state, "count": [own, state["count"][1]]}, group)
+        with pytest.raises(dl.parallel.DriftedError) as error:
+            dl.parallel.check_replicas({**state, "count": [own, state["count"][1]]}, group)
         messages.append(str(error.value))
     return messages
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_schedule import assert_no_frozen_vector_is_switched, plans_of, ranks, switched, weight
 
-from dynlora_fn import Schedule, dithered, every, switchlora
+from dynlora_fn.schedules import Schedule, dithered, every, switchlora
 from dynlora_fn.testing import Shape, assert_same, low_rank, seeds
 
 

@@ -13,7 +13,8 @@ from test_zoo import made
 from torch import nn
 from zoo import CASES, TOKENS
 
-from dynlora_fn import LowRank, call, init, open_weights, save_merged, save_weights, state_dict
+from dynlora_fn import LowRank, call, init, state_dict
+from dynlora_fn.interop import open_weights, save_merged, save_weights
 from dynlora_fn.testing import assert_same
 
 transformers = pytest.importorskip("transformers")
@@ -113,7 +114,7 @@ def test_without_the_extra_it_is_named():
     script = (
         "import sys; sys.modules['safetensors'] = sys.modules['safetensors.torch'] = None\n"
         "import dynlora_fn as dl, torch\n"
-        "try: dl.save_weights({'w': torch.zeros(1)}, '/dev/null')\n"
+        "try: dl.interop.save_weights({'w': torch.zeros(1)}, '/dev/null')\n"
         "except ImportError as error: assert 'dynlora-fn[files]' in str(error), error\n"
         "else: raise SystemExit('no error')"
     )

@@ -6,11 +6,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynlora_fn import Factors, LowRank, from_torchao, quantize
-from dynlora_fn.formats import KINDS, NAMES, PROTOTYPES, blank, decode, encode, encode_residual
-from dynlora_fn.opaque_codes import exact
+from dynlora_fn import Factors, LowRank
+from dynlora_fn.bases import from_torchao, quantize
+from dynlora_fn.bases._float4 import MXFP4Codes, NVFP4Codes
+from dynlora_fn.bases._formats import KINDS, NAMES, PROTOTYPES, Codes, decode, empty_codes, encode, encode_residual
+from dynlora_fn.bases._nf4 import NF4Codes
+from dynlora_fn.bases._ops import decode_exact
+from dynlora_fn.bases._rowwise import Int8Codes
 from dynlora_fn.testing import assert_same, assert_within, eps, normal, seeds
-from dynlora_fn.types import Codes, Int8Codes, MXFP4Codes, NF4Codes, NVFP4Codes
 
 torchao = pytest.importorskip("torchao.quantization")
 
@@ -49,7 +52,7 @@ def prototype(weight: Tensor, kind: str) -> Tensor:
 
 
 def coded(weight: Tensor, kind: str) -> Codes:
-    return encode(weight, blank(kind, "w", weight))
+    return encode(weight, empty_codes(kind, "w", weight))
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ def test_the_largest_numbers_are_kept_or_refused(kind, share):
     param = LowRank(weight, Factors(torch.zeros(4, 1), torch.zeros(1, 64)), torch.tensor(0))
     if share == 1 / 300 or torch.isfinite(decode(coded(weight, kind), torch.float32)).all():
         base = quantize({"w": param}, kind)["w"].base
-        kept = exact(base.codes, base.residual, torch.float64)
+        kept = decode_exact(base.codes, base.residual, torch.float64)
         assert_within(kept, weight, 2.0**-8 * bound(weight.double(), base.codes))
     else:
         with pytest.raises(ValueError, match="weight 'w' must be finite to be held in low precision"):

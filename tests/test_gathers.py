@@ -6,11 +6,13 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dynlora_fn import linear, quantize, unstack
-from dynlora_fn.bases import on_rows
-from dynlora_fn.inductor import Rewrites
+from dynlora_fn import linear, unstack
+from dynlora_fn._core._types import Sharding
+from dynlora_fn.bases import quantize
+from dynlora_fn.bases._sharded import map_rows
+from dynlora_fn.bases._types import Sharded
+from dynlora_fn.compile._passes import Rewrites
 from dynlora_fn.testing import Shape, low_rank, normal
-from dynlora_fn.types import Sharded, Sharding
 
 X = normal(1, 64, 8, dtype=torch.float32)
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
@@ -23,7 +25,7 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
     stack = stack if base is None else quantize(stack, base)
     # No process is asked when operations are traced.
     sharding = Sharding("none", 4, 3, rows)
-    base = Sharded(on_rows(lambda leaf, own: leaf[..., own.own, :].clone(), stack.base, sharding), sharding)
+    base = Sharded(map_rows(lambda leaf, own: leaf[..., own.own, :].clone(), stack.base, sharding), sharding)
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
 
     def loss(factors, base, x):

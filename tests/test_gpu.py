@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn.basis import Request, uniform
+from dynlora_fn.switching._basis import Request, uniform
 from dynlora_fn.testing import assert_same
 from models import mlp
 
@@ -28,8 +28,10 @@ def test_residuals_in_host_memory_are_folded_into_as_on_the_device(residual, is_
     """Codes on the device, residuals beside them or on the host: the same bits, and each stays where it lies."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).cuda()
     (param,) = dl.init({"w": weight}, rank=8, seed=0, targets=["w"]).values()
-    near, far = (dl.quantize(param, "int8", residual=residual, residual_device=device) for device in ("cuda", "cpu"))
-    schedule = dl.switchlora(100, interval=10)
+    near, far = (
+        dl.bases.quantize(param, "int8", residual=residual, residual_device=device) for device in ("cuda", "cpu")
+    )
+    schedule = dl.schedules.switchlora(100, interval=10)
     switch = torch.compile(dl.switch, fullgraph=True) if is_compiled else dl.switch
     for step in range(20):
         plan = schedule(step, {"w": param})["w"]
@@ -45,7 +47,7 @@ def test_training_with_switches_agrees_with_the_host(is_compiled: bool):
     model = mlp.MLP([16, 16, 16, 8])
     params = dl.init(model, rank=4, seed=0, targets=mlp.TARGETS)
     batches = torch.randn(20, 32, 16, generator=torch.Generator().manual_seed(0))
-    schedule, optimizer = dl.switchlora(20, interval=10), dl.adamw()
+    schedule, optimizer = dl.schedules.switchlora(20, interval=10), dl.optim.adamw()
 
     def step(state, batch, lr):
         trainable, frozen, opt_state, t = state

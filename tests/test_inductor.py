@@ -7,10 +7,11 @@ import torch
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dynlora_fn import LowRank, compile_step, linear, quantize, unstack
-from dynlora_fn.inductor import Rewrites
+from dynlora_fn import LowRank, compile_step, linear, unstack
+from dynlora_fn.bases import quantize
+from dynlora_fn.compile._passes import Rewrites
+from dynlora_fn.nn._view import View, transposed
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal
-from dynlora_fn.views import View, transposed
 
 STACK = low_rank(Shape(6, 8, 2), (3,), base_dtype=torch.float32, factor_dtype=torch.float32)
 X = normal(1, 5, 8, dtype=torch.float32)

@@ -9,14 +9,7 @@ from strategies import plain_params
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import (
-    LowRank,
-    call,
-    init,
-    materialize,
-    merge,
-    unstack,
-)
+from dynlora_fn import LowRank, call, init, materialize, merge, unstack
 from dynlora_fn.testing import (
     Shape,
     any_shapes,

@@ -7,9 +7,9 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from ranks import in_ranks
 
 import dynlora_fn as dl
-from dynlora_fn.bases import standing
+from dynlora_fn.bases._pending import without_pending
 from dynlora_fn.testing import TransformMachine
-from dynlora_fn.testing.small_model import is_sharded
+from dynlora_fn.testing._small_model import is_sharded
 
 FEW = settings(max_examples=15, stateful_step_count=15, deadline=None)
 CURRENT = settings() if settings.get_current_profile_name() == "sequences" else FEW
@@ -34,19 +34,19 @@ def _sequences() -> set[str]:
         @rule()
         def shard(self):
             super().shard()
-            seen.update(type(standing(param).base).__name__ for param in self.weights().values())
+            seen.update(type(without_pending(param).base).__name__ for param in self.weights().values())
 
     alike = settings(FEW, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(OfTwo, settings=alike)
     return seen
 
 
-WHOLE = (dl.NF4Codes, dl.NVFP4Codes)
+WHOLE = (dl.bases.NF4Codes, dl.bases.NVFP4Codes)
 
 
 def codes_of(param: dl.LowRank) -> type | None:
-    base = standing(param)
-    return type(base.codes) if isinstance(base, dl.Quantized) else None
+    base = without_pending(param)
+    return type(base.codes) if isinstance(base, dl.bases.Quantized) else None
 
 
 class WithABug(TransformMachine):

@@ -11,25 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import (
-    LowRank,
-    call,
-    combine,
-    init,
-    linear,
-    materialize,
-    partition,
-    value_and_grad,
-)
-from dynlora_fn.testing import (
-    Storage,
-    assert_same,
-    assert_within,
-    eps,
-    normal,
-    seeds,
-    untouched,
-)
+from dynlora_fn import LowRank, call, combine, init, linear, materialize, partition, value_and_grad
+from dynlora_fn.testing import Storage, assert_same, assert_within, eps, normal, seeds, untouched
 
 
 def mean_square(output: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dynlora_fn import Factors, adamw, apply_updates, lion, multi_transform, muon, partition, sgd
+from dynlora_fn import Factors, apply_updates, partition
+from dynlora_fn.optim import adamw, lion, multi_transform, muon, sgd
 from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, seeds
 
 MOMENTUM, DECAY, LR = 0.9, 0.5, 0.125

@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynlora_fn import (
-    Factors,
-    Plan,
-    SidePlan,
-    adamw,
-    apply_updates,
-    clip_by_global_norm,
-    partition,
-    project_optimizer_state,
-)
+from dynlora_fn import Factors, Plan, SidePlan, apply_updates, partition, project_optimizer_state
+from dynlora_fn.optim import adamw, clip_by_global_norm
 from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, untouched
 
 LR = 0.01

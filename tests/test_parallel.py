@@ -16,7 +16,7 @@ from dynlora_fn.testing import assert_within, eps
 from models import llama, mlp, parallel
 from models.pretrain.method import next_token_loss
 
-SCHEDULE = dl.switchlora(40, interval=10, ratio=1.0)
+SCHEDULE = dl.schedules.switchlora(40, interval=10, ratio=1.0)
 
 
 class Job(NamedTuple):
@@ -48,7 +48,7 @@ def job(widths: tuple[int, ...] = (), layers: int = 2) -> Job:
 
 
 def step_of(own: Job, mesh=None):
-    optimizer = dl.adamw()
+    optimizer = dl.optim.adamw()
 
     def step(state, batch, lr, plan):
         trainable, frozen, opt_state = state
@@ -69,7 +69,7 @@ def step_of(own: Job, mesh=None):
 
 def train(own: Job, params, step, whole, steps: int = 6):
     trainable, frozen = dl.partition(params)
-    state, losses = (trainable, frozen, dl.adamw().init(trainable)), []
+    state, losses = (trainable, frozen, dl.optim.adamw().init(trainable)), []
     for number in range(steps):
         plan = SCHEDULE(number, whole(dl.combine(*state[:2])))
         state, loss = step(state, own.batch(number), torch.tensor(1e-2), plan)
@@ -85,7 +85,7 @@ def _train(widths, base, backend) -> None:
         assert 2 * parts[name].base.numel() == own.params[name].base.numel()
     whole = own.params
     if base:  # rounded number by number, so that parts are those of the whole
-        parts, whole = (dl.quantize(params, base) for params in (parts, whole))
+        parts, whole = (dl.bases.quantize(params, base) for params in (parts, whole))
     expected, wanted = train(own, whole, step_of(own), dict)
     step = step_of(own, mesh)
     if backend:
@@ -96,7 +96,7 @@ def _train(widths, base, backend) -> None:
     got, wanted = parallel.joined(parts, mesh), parallel.in_full_precision(expected)
     assert len(low_rank) == (7 if not widths else len(own.model.layers) - (widths[0] == widths[1]))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-5)
-    dl.check_replicas(tree_leaves(got), mesh)
+    dl.parallel.check_replicas(tree_leaves(got), mesh)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_step_in_parts_is_that_of_the_whole(widths, base, backend):
 def _codes(base: str) -> None:
     """Each part has scales of its own, so that the whole has more of them than any whole base in the format."""
     mesh, own = init_device_mesh("cpu", (2,)), job()
-    parts = dl.quantize(parallel.split(own.params, mesh), base)
+    parts = dl.bases.quantize(parallel.split(own.params, mesh), base)
     codes = {
         name: part._replace(base=part.base._replace(residual=())) if isinstance(part, dl.LowRank) else part
         for name, part in parts.items()
@@ -128,7 +128,7 @@ def _codes(base: str) -> None:
     for name, leaf in parallel.placed(grads, mesh).items():
         for got, want in zip(tree_leaves(leaf), tree_leaves(wanted.grads[name]), strict=True):
             torch.testing.assert_close(got.full_tensor(), want, rtol=1e-3, atol=1e-6)
-    plan = dl.every(1)(1, own.params)
+    plan = dl.schedules.every(1)(1, own.params)
     before = dl.materialize(parallel.joined(parts, mesh))
     switched = parallel.switch(parts, plan, mesh)
     after = dl.materialize(parallel.joined(switched, mesh))
@@ -150,8 +150,8 @@ def _refusals() -> None:
         parallel.split(job((6, 16, 16, 5)).params, mesh)
     own = job((8, 64, 64))
     with pytest.raises(ValueError, match=r"full precision to be split, and can be quantized then, got Quantized"):
-        parallel.split(dl.quantize(own.params, "int8"), mesh)
-    parts = dl.quantize(parallel.split(own.params, mesh), "nf4", residual=None)
+        parallel.split(dl.bases.quantize(own.params, "int8"), mesh)
+    parts = dl.bases.quantize(parallel.split(own.params, mesh), "nf4", residual=None)
     with pytest.raises(ValueError, match=r"rows have scales of their own, .*, got NF4Codes for 'layers.0.weight'"):
         parallel.placed(parts, mesh)
 

@@ -10,20 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynlora_fn import (
-    Factors,
-    LowRank,
-    Plan,
-    Pool,
-    Schedule,
-    SidePlan,
-    candidates,
-    draw,
-    init,
-    init_pool,
-    put_back,
-    switch,
-)
+from dynlora_fn import Factors, LowRank, Plan, SidePlan, candidates, init, switch
+from dynlora_fn.schedules import Schedule
+from dynlora_fn.switching import Pool, draw, init_pool, put_back
 from dynlora_fn.testing import Shape, any_shapes, assert_same, normal, plan_of, seeds, untouched
 
 members = st.integers(1, 3)  # of a stack; a single weight has no stack axis

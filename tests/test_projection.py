@@ -11,21 +11,8 @@ from test_optim import one_switch, some_trainable
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
-from dynlora_fn import (
-    AdamWState,
-    Change,
-    Factors,
-    Plan,
-    adamw,
-    apply_updates,
-    lion,
-    multi_transform,
-    muon,
-    partition,
-    project_optimizer_state,
-    sgd,
-    switch,
-)
+from dynlora_fn import Factors, Plan, apply_updates, partition, project_optimizer_state, switch
+from dynlora_fn.optim import AdamWState, Change, adamw, lion, multi_transform, muon, sgd
 from dynlora_fn.testing import Shape, assert_same, low_rank, low_rank_params, normal, plans, untouched
 
 

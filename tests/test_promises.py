@@ -17,14 +17,17 @@ from dynlora_fn.testing import Shape, low_rank, low_rank_params, plan_of, trees
 TRANSFORMS: dict[str, tuple[Any, Any]] = {
     "switch": (dl.switch, None),
     "merge": (dl.merge, None),
-    "fold_pending": (dl.fold_pending, None),
+    "fold_pending": (dl.bases.fold_pending, None),
     "merge by name": (dl.merge, trees()),
-    "fold_pending by name": (dl.fold_pending, trees()),
+    "fold_pending by name": (dl.bases.fold_pending, trees()),
 }
 # These give a base of another kind.
 CONVERSIONS = {
-    "defer": (partial(dl.defer, vectors=3), low_rank_params(deferred=False)),
-    "quantize by name": (lambda params: dl.quantize(params, "int8"), trees(weights=low_rank_params(deferred=False))),
+    "defer": (partial(dl.bases.defer, vectors=3), low_rank_params(deferred=False)),
+    "quantize by name": (
+        lambda params: dl.bases.quantize(params, "int8"),
+        trees(weights=low_rank_params(deferred=False)),
+    ),
 }
 ALL = TRANSFORMS | CONVERSIONS
 
@@ -60,17 +63,17 @@ def test_structure_shapes_and_dtypes_are_kept(transform, arguments):
     testing.check_keeps_structure(transform, arguments=arguments)
 
 
-@pytest.mark.parametrize("transform", [dl.switch, dl.merge, dl.fold_pending])
+@pytest.mark.parametrize("transform", [dl.switch, dl.merge, dl.bases.fold_pending])
 def test_a_stack_is_the_loop_and_the_vmap_over_its_members(transform):
     testing.check_vmap(transform)
 
 
-@pytest.mark.parametrize("transform", [dl.switch, dl.merge, dl.fold_pending])
+@pytest.mark.parametrize("transform", [dl.switch, dl.merge, dl.bases.fold_pending])
 def test_one_graph_serves_all_plans(transform):
     testing.check_compiles(transform)
 
 
-@pytest.mark.parametrize("optimizer", [dl.adamw(), dl.sgd(), dl.lion()], ids=["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("optimizer", [dl.optim.adamw(), dl.optim.sgd(), dl.optim.lion()], ids=["adamw", "sgd", "lion"])
 def test_only_the_counterparts_start_afresh(optimizer):
     testing.check_state_projection(dl.project_optimizer_state, optimizer=optimizer)
 
@@ -85,7 +88,7 @@ def training() -> tuple[Any, Any]:
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
     weights = {name: testing.normal(len(name), *own.shape, dtype=own.dtype) for name, own in model.named_parameters()}
     params = dl.init(model, weights=weights, rank=4, seed=0, targets=["*.weight"], base="int8")
-    optimizer, schedule = dl.adamw(), dl.Schedule(interval=2, freeze=1)
+    optimizer, schedule = dl.optim.adamw(), dl.schedules.Schedule(interval=2, freeze=1)
 
     def step(state: Any, number: int) -> tuple[Any, Any]:
         trainable, frozen, opt_state = state

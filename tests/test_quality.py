@@ -168,7 +168,7 @@ def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
     wanted = dl.value_and_grad(lambda trainable: job.loss(dl.combine(trainable, frozen), tokens))(trainable)
     loss, grads = job.gradients(method.weights(), tokens)
     assert_within(loss, wanted.value, 1e-5)
-    for name, grad in dl.project_gradients(grads, method.params).items():
+    for name, grad in dl.optim.project_gradients(grads, method.params).items():
         for own, other in zip(
             *(torch.utils._pytree.tree_leaves(one) for one in (grad, wanted.grads[name])), strict=True
         ):
@@ -208,8 +208,8 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
 
 def test_random_rows_are_idle_and_distinct():
     params = {"w": low_rank(Shape(8, 12, 3), (2,), base_dtype=torch.float32, factor_dtype=torch.float32)}
-    pool = dl.init_pool(params)
-    plan = dl.every(1, count=3)(0, params)
+    pool = dl.switching.init_pool(params)
+    plan = dl.schedules.every(1, count=3)(0, params)
     drawn = schedules.at_random(plan, pool, torch.Generator().manual_seed(0))["w"]
     for side, held in ((drawn.b, pool["w"].b.held), (drawn.a, pool["w"].a.held)):
         for rows, own in zip(side.indices, held, strict=True):

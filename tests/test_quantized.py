@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn import Plan, drift, merge, quantize, switch, to_torchao, unstack
-from dynlora_fn.bases import dequantize
-from dynlora_fn.float4 import BLOCKS
-from dynlora_fn.formats import NAMES
+from dynlora_fn import Plan, merge, switch, unstack
+from dynlora_fn.bases import drift, quantize, to_torchao
+from dynlora_fn.bases._base import dequantize
+from dynlora_fn.bases._float4 import BLOCKS
+from dynlora_fn.bases._formats import NAMES
 from dynlora_fn.testing import (
     Shape,
     assert_same,
@@ -30,7 +31,7 @@ from dynlora_fn.testing import (
     seeds,
     untouched,
 )
-from dynlora_fn.testing.shadow import half_step, kept
+from dynlora_fn.testing._shadow import half_step, kept
 
 RESIDUALS = ("bfloat16", "int8", None)
 SHAPE = Shape(8, 32, 4)  # of a size that all blocks divide
@@ -164,7 +165,7 @@ class Net(nn.Module):
 
 def training(kind: str, residual: str | None, model: nn.Module | None = None) -> tuple[Any, Callable[..., Any]]:
     torch.manual_seed(0)
-    net, optimizer, schedule = model or Net(), dl.adamw(), dl.Schedule(interval=4, freeze=2)
+    net, optimizer, schedule = model or Net(), dl.optim.adamw(), dl.schedules.Schedule(interval=4, freeze=2)
     params = dl.init(net, rank=4, seed=0, targets=["*weight"], base=kind, residual=residual)
 
     def step(state: Any, x: Tensor, t: Tensor) -> tuple[Any, Tensor]:

@@ -9,8 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import call, combine, compile_step, init, linear, partition, products, remat, value_and_grad
-from dynlora_fn.blocks import compute_in_turn
+from dynlora_fn import call, combine, compile_step, init, linear, partition, remat, value_and_grad
+from dynlora_fn.compile._order_remat_blocks import compute_in_turn
 from dynlora_fn.testing import assert_same, normal
 
 X = normal(1, 2, 5, 8)

@@ -10,19 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from dynlora_fn import (
-    LowRank,
-    Plan,
-    SidePlan,
-    call,
-    combine,
-    defer,
-    materialize,
-    partition,
-    quantize,
-    switch,
-    value_and_grad,
-)
+from dynlora_fn import LowRank, Plan, SidePlan, call, combine, materialize, partition, switch, value_and_grad
+from dynlora_fn.bases import defer, quantize
 from dynlora_fn.testing import Shape, low_rank, normal
 
 # Sums of up to 40 products of numbers of about 1 follow each other three at a time, in float64.

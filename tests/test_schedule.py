@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynlora_fn import Factors, LowRank, Plan, Schedule, SidePlan, every, never, switchlora
+from dynlora_fn import Factors, LowRank, Plan, SidePlan
+from dynlora_fn.schedules import Schedule, every, never, switchlora
 from dynlora_fn.testing import assert_same, schedules
 
 decays = st.sampled_from([1.0, 0.9999, 0.99])

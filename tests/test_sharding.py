@@ -79,27 +79,27 @@ def _compare(base, residual) -> None:
     group = torch.distributed.group.WORLD
     params = fresh(base, residual)
     before = bits(params)
-    sharded = dl.shard(params, group)
+    sharded = dl.parallel.shard(params, group)
     assert bits(params) == before
-    assert bits(dl.unshard(sharded)) == before
+    assert bits(dl.parallel.unshard(sharded)) == before
     assert bits(dl.materialize(sharded)) == bits(dl.materialize(params))
     assert bits(dl.state_dict(NET, sharded)) == bits(dl.state_dict(NET, params))
 
-    plan = dl.every(1)(1, params)
+    plan = dl.schedules.every(1)(1, params)
     merged = {kind: dl.merge(one) for kind, one in (("whole", params), ("sharded", sharded))}
     switched = {kind: dl.switch(one, plan).params for kind, one in merged.items()}
-    waiting = {kind: dl.switch(dl.defer(one, vectors=8), plan).params for kind, one in merged.items()}
-    folded = {kind: dl.fold_pending(one) for kind, one in waiting.items()}
+    waiting = {kind: dl.switch(dl.bases.defer(one, vectors=8), plan).params for kind, one in merged.items()}
+    folded = {kind: dl.bases.fold_pending(one) for kind, one in waiting.items()}
     assert bits(merged["whole"]) != bits(switched["whole"]) != bits(folded["whole"])
     for pair in (merged, switched, folded):
         assert bits(dl.partition(pair["sharded"]).trainable) == bits(dl.partition(pair["whole"]).trainable)
         if base is None:
-            assert bits(dl.unshard(pair["sharded"])) == bits(pair["whole"])
+            assert bits(dl.parallel.unshard(pair["sharded"])) == bits(pair["whole"])
         # The product that is folded into codes is one of a matrix with fewer rows: a processor may round its last bit
         # in another way.
-        weights = [dl.materialize(dl.unshard(one)) for one in (pair["sharded"], pair["whole"])]
+        weights = [dl.materialize(dl.parallel.unshard(one)) for one in (pair["sharded"], pair["whole"])]
         torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
-        drifts = [dl.drift(one) for one in (pair["sharded"], pair["whole"])]
+        drifts = [dl.bases.drift(one) for one in (pair["sharded"], pair["whole"])]
         torch.testing.assert_close(*drifts, rtol=1e-4, atol=0, equal_nan=True)
 
     for tokens in (1, 4096):  # the path is the cheapest one for so many
@@ -142,13 +142,13 @@ def tied_net() -> nn.Module:
 def _compare_tied(base, residual) -> None:
     group, model = torch.distributed.group.WORLD, tied_net()
     params = dl.init(model, rank=2, seed=0, targets=["*.weight"], base=base, residual=residual)
-    sharded = dl.shard(params, group)
-    assert bits(dl.unshard(sharded)) == bits(params)
+    sharded = dl.parallel.shard(params, group)
+    assert bits(dl.parallel.unshard(sharded)) == bits(params)
     assert bits(dl.materialize(sharded)) == bits(dl.materialize(params))
-    folded, whole = (dl.switch(one, dl.every(1)(1, one)).params for one in (sharded, params))
+    folded, whole = (dl.switch(one, dl.schedules.every(1)(1, one)).params for one in (sharded, params))
     for name in (name for name, param in params.items() if isinstance(param, dl.LowRank)):
-        held = dl.unshard(folded)[name].base
-        weights = [dl.materialize(one[name]) for one in (dl.unshard(folded), whole)]
+        held = dl.parallel.unshard(folded)[name].base
+        weights = [dl.materialize(one[name]) for one in (dl.parallel.unshard(folded), whole)]
         if base == "nvfp4":  # each row has a factor of its own, and with it other codes: quantized as well
             assert held.codes.factor.shape == (*weights[0].shape[:-1], 1)
             missed = [(weight - dl.materialize(params[name])).norm() for weight in weights]
@@ -156,8 +156,8 @@ def _compare_tied(base, residual) -> None:
         else:  # but for the last bit of a product, which may move a code
             assert (weights[0] != weights[1]).float().mean() < 1e-3
             assert torch.equal(dl.materialize(folded[name]), weights[0])
-    assert bits(dl.shard(dl.unshard(folded), group)) == bits(folded)  # once more
-    assert dl.wire_bytes(*dl.partition(sharded)).bases == _seen_bytes(params, base, 2)
+    assert bits(dl.parallel.shard(dl.parallel.unshard(folded), group)) == bits(folded)  # once more
+    assert dl.parallel.wire_bytes(*dl.partition(sharded)).bases == _seen_bytes(params, base, 2)
     x, packed = torch.randn(4096, 64), dl.partition(sharded)
 
     def loss(trainable, frozen):
@@ -165,7 +165,7 @@ def _compare_tied(base, residual) -> None:
 
     with Gathered() as seen:
         grads = dl.value_and_grad(loss)(*packed)
-    assert seen.total == dl.wire_bytes(*packed).bases
+    assert seen.total == dl.parallel.wire_bytes(*packed).bases
     assert bits(grads) == bits(dl.value_and_grad(loss)(*dl.partition(params)))
 
 
@@ -183,8 +183,10 @@ def _seen_bytes(params, base, gathers) -> int:
 def _compare_all_tied() -> None:
     for base, residual in TIED:
         _compare_tied(base, residual)
-    placed = dl.as_dtensors(
-        dl.shard(dl.init(tied_net(), rank=2, seed=0, targets=["*.weight"], base="nf4"), torch.distributed.group.WORLD)
+    placed = dl.parallel.as_dtensors(
+        dl.parallel.shard(
+            dl.init(tied_net(), rank=2, seed=0, targets=["*.weight"], base="nf4"), torch.distributed.group.WORLD
+        )
     )
     whole = dl.init(tied_net(), rank=2, seed=0, targets=["*.weight"], base="nf4")["*.*.weight"].base.codes
     for name in ("codes", "scales", "factor"):
@@ -193,7 +195,7 @@ def _compare_all_tied() -> None:
         assert torch.equal(made.full_tensor(), getattr(whole, name))
     one_factor = dl.init(nn.Linear(64, 64), rank=2, seed=0, targets=["weight"], base="nf4")
     with pytest.raises(ValueError, match=r"in whole runs of 4096 numbers, which.*got 'weight' of shape \(64, 64\)"):
-        dl.shard(one_factor, torch.distributed.group.WORLD)
+        dl.parallel.shard(one_factor, torch.distributed.group.WORLD)
 
 
 def test_tied_rows_give_the_bits_of_the_whole():
@@ -208,7 +210,7 @@ def _memory_and_messages(base, residual) -> dict:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)))
     params = dl.init(model, rank=4, seed=0, targets=["*.0.weight"], base=base, residual=residual)
-    sharded = dl.shard(params, group)
+    sharded = dl.parallel.shard(params, group)
     trainable, frozen = dl.partition(sharded)
 
     def loss(trainable):
@@ -220,13 +222,13 @@ def _memory_and_messages(base, residual) -> dict:
     with Gathered(room=one) as step:
         dl.value_and_grad(loss)(trainable)
     with Gathered() as switch:
-        switched, _ = dl.switch(sharded, dl.every(1)(1, sharded))
+        switched, _ = dl.switch(sharded, dl.schedules.every(1)(1, sharded))
         dl.merge(switched)
     return {
         "share": sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(held)) / bytes_of(whole),
         "step": step,
         "one": one,
-        "predicted": dl.wire_bytes(trainable, frozen).bases,
+        "predicted": dl.parallel.wire_bytes(trainable, frozen).bases,
         "switch": switch.total,
     }
 
@@ -261,10 +263,10 @@ def _compiled_numbers(base, residual) -> dict:
         def loss(trainable):
             return dl.call(model, dl.combine(trainable, frozen), x).square().mean()
 
-        loss, grads = dl.mean_over_ranks(tuple(dl.value_and_grad(loss)(trainable)), group)
+        loss, grads = dl.parallel.all_reduce_mean(tuple(dl.value_and_grad(loss)(trainable)), group)
         return (dl.apply_updates(trainable, tree_map(lambda leaf: -leaf, grads)), frozen), loss
 
-    state, x = dl.partition(dl.shard(params, group)), torch.ones(64, 18)
+    state, x = dl.partition(dl.parallel.shard(params, group)), torch.ones(64, 18)
     expected = [step(state, x)[1]]
     expected.append(step(step(state, x)[0], x)[1])
     # What is gathered is told apart from what is written over it.
@@ -341,10 +343,10 @@ def _made_in_shards(base, residual) -> None:
     whole = 64 * 64 * 4
     assert 0 < max(weights.left[1:3]) <= whole / 4  # the rows of one weight, of three that make a stack
     assert max(weights.left) <= 3 * whole / 4  # of all three
-    expected = dl.shard(dl.init(model, **options), group)
+    expected = dl.parallel.shard(dl.init(model, **options), group)
     assert expected.keys() == params.keys()
     assert bits(params) == bits(expected)
-    assert bits(dl.unshard(params)) == bits(dl.init(model, **options))
+    assert bits(dl.parallel.unshard(params)) == bits(dl.init(model, **options))
 
 
 @pytest.mark.parametrize(("base", "residual"), [(None, None), ("int8", "bfloat16")])
@@ -358,15 +360,15 @@ def test_parameters_are_made_in_shards_one_weight_at_a_time(base, residual):
 def _refusals() -> None:
     group = torch.distributed.group.WORLD
     linear = nn.Linear(64, 64)
-    sharded = dl.shard(dl.init(linear, rank=2, seed=0, targets=["weight"]), group)
+    sharded = dl.parallel.shard(dl.init(linear, rank=2, seed=0, targets=["weight"]), group)
     with pytest.raises(ValueError, match="must not be sharded already, got 'weight'"):
-        dl.shard(sharded, group)
+        dl.parallel.shard(sharded, group)
     with pytest.raises(ValueError, match="must be quantized before they are sharded, got 'weight'"):
-        dl.quantize(sharded, "int8")
+        dl.bases.quantize(sharded, "int8")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "model"))
     with pytest.raises(ValueError, match="`group` must be a mesh of one dimension"):
-        dl.shard(dl.unshard(sharded), mesh)
-    assert dl.shard(dl.unshard(sharded), mesh["data"])["weight"].base.sharding.rows == 64
+        dl.parallel.shard(dl.parallel.unshard(sharded), mesh)
+    assert dl.parallel.shard(dl.parallel.unshard(sharded), mesh["data"])["weight"].base.sharding.rows == 64
 
 
 def test_what_cannot_be_sharded_is_refused_by_name():
@@ -379,8 +381,8 @@ def test_what_cannot_be_sharded_is_refused_by_name():
 def _dtensors() -> None:
     group = torch.distributed.group.WORLD
     params = fresh("int8", "bfloat16")
-    sharded = dl.shard(params, group)
-    placed = dl.as_dtensors({"params": sharded})["params"]
+    sharded = dl.parallel.shard(params, group)
+    placed = dl.parallel.as_dtensors({"params": sharded})["params"]
     for name in ("3.weight", "*.*.weight"):
         held, whole = placed[name].base.base, params[name].base
         for one, other in zip((held.codes.codes, held.residual), (whole.codes.codes, whole.residual), strict=True):

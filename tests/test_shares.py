@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 import dynlora_fn as dl
 from dynlora_fn.testing import assert_same, normal
 
-SCHEDULE = dl.switchlora(40, interval=10, ratio=1.0)
+SCHEDULE = dl.schedules.switchlora(40, interval=10, ratio=1.0)
 
 
 def net() -> nn.Module:
@@ -36,11 +36,11 @@ def bytes_of(tree) -> int:
 
 def start(params: dict) -> tuple:
     trainable, frozen = dl.partition(params)
-    return trainable, frozen, dl.adamw().init(trainable)
+    return trainable, frozen, dl.optim.adamw().init(trainable)
 
 
 def make_step(group, share, is_sharded: bool):
-    optimizer = dl.adamw()
+    optimizer = dl.optim.adamw()
 
     def step(state, tokens, lr, plan):
         trainable, frozen, opt_state = state
@@ -50,8 +50,10 @@ def make_step(group, share, is_sharded: bool):
             logits = dl.call(NET, dl.combine(trainable, frozen), tokens[:, :-1])
             return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-        loss, grads = dl.mean_over_ranks(tuple(dl.value_and_grad(loss_fn)(trainable)), group, share=share, frozen=own)
-        grads, norm = dl.clip_by_global_norm(grads, 0.5, frozen=own)
+        loss, grads = dl.parallel.all_reduce_mean(
+            tuple(dl.value_and_grad(loss_fn)(trainable)), group, share=share, frozen=own
+        )
+        grads, norm = dl.optim.clip_by_global_norm(grads, 0.5, frozen=own)
         params, _ = dl.switch(dl.combine(trainable, frozen), plan)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
@@ -73,7 +75,7 @@ def train(state, step, steps: int, rows: slice):
 
 def whole_of(state) -> tuple:
     """Parameters and moments of all processes, in the form that checkpoints read."""
-    placed = dl.as_dtensors(state)
+    placed = dl.parallel.as_dtensors(state)
     return tree_map(lambda leaf: leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf, (placed[0], placed[2]))
 
 
@@ -82,12 +84,12 @@ def _train(base, backend) -> None:
     rows = slice(rank * 5 // size, (rank + 1) * 5 // size)
     share = (rows.stop - rows.start) / 5
     expected, wanted = train(start(fresh(base)), make_step(group, share, False), 12, rows)
-    params = dl.shard_factors(dl.shard(fresh(base), group), part=share)
+    params = dl.parallel.shard_factors(dl.parallel.shard(fresh(base), group), part=share)
     step = make_step(group, share, True)
     if backend:
         step = dl.compile_step(step, backend=backend)
     state, told = train(start(params), step, 12, rows)
-    dl.check_replicas(state, group)
+    dl.parallel.check_replicas(state, group)
     torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-6)
     got, want = whole_of(state), (expected[0], expected[2])
     torch.testing.assert_close(got, tree_map(lambda leaf: leaf, want), rtol=2e-3, atol=2e-5)
@@ -104,19 +106,19 @@ def test_a_step_is_that_of_whole_factors(size, base, backend):
 def _bits() -> None:
     group = torch.distributed.group.WORLD
     params = fresh()
-    sharded = dl.shard_factors(dl.shard(params, group))
+    sharded = dl.parallel.shard_factors(dl.parallel.shard(params, group))
     assert {name: leaf.shape for name, leaf in sharded.items()} == {name: leaf.shape for name, leaf in params.items()}
 
     def assert_equal(one, other):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
-    assert_equal(dl.unshard(sharded), params)
+    assert_equal(dl.parallel.unshard(sharded), params)
     assert_equal(dl.materialize(sharded), dl.materialize(params))
-    assert_equal(dl.unshard(dl.merge(sharded)), dl.merge(params))
-    plan = dl.every(1)(1, params)
+    assert_equal(dl.parallel.unshard(dl.merge(sharded)), dl.merge(params))
+    plan = dl.schedules.every(1)(1, params)
     switched, outgoing = dl.switch(sharded, plan)
     expected, wanted = dl.switch(params, plan)
-    assert_equal(dl.unshard(switched), expected)
+    assert_equal(dl.parallel.unshard(switched), expected)
     (name, *_) = outgoing
     own = sharded[name].base.sharding
     assert_equal(outgoing[name].b, wanted[name].b[..., own.own, :])
@@ -141,9 +143,9 @@ WEIGHT = dl.init({"w": normal(0, 256, 60, dtype=torch.float32)}, rank=60, seed=0
 
 def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
     """The frozen part, and the rest after some updates."""
-    optimizer = dl.adamw(moments="8bit")
+    optimizer = dl.optim.adamw(moments="8bit")
     group = group or torch.distributed.group.WORLD
-    trainable, frozen = dl.partition(dl.shard_factors(dl.shard(weight, group)))
+    trainable, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(weight, group)))
     trainable, moments = (trainable, optimizer.init(trainable)) if state is None else state
     for seed in seeds:
         grads = tree_map(lambda leaf: normal(seed, *leaf.shape, dtype=torch.float32), trainable)  # noqa: B023, at once
@@ -153,12 +155,12 @@ def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
 
 
 def named(state: tuple) -> dict:
-    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(dl.as_dtensors(state))[0]}
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(dl.parallel.as_dtensors(state))[0]}
 
 
 def _eight_bit(folder: Path) -> None:
     frozen, state = eight_bit(WEIGHT, range(2))
-    assert isinstance(state[1].mu["w"].b, dl.SignedMoment)
+    assert isinstance(state[1].mu["w"].b, dl.optim.SignedMoment)
     assert isinstance(state[1].nu["w"].a, torch.Tensor)  # of too few numbers
     checkpoint.save(named((frozen, state)), checkpoint_id=folder)
     frozen, loaded = eight_bit(WEIGHT, range(0))
@@ -183,7 +185,7 @@ def _muon() -> None:
     params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
     params = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     whole = dl.partition(params).trainable
-    own, frozen = dl.partition(dl.shard_factors(dl.shard(params, torch.distributed.group.WORLD)))
+    own, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD)))
 
     def part(factors, sharding):
         return dl.Factors(factors.b[..., sharding.own, :], factors.a[..., sharding.of_columns.own])
@@ -203,9 +205,9 @@ def _muon() -> None:
         return part(grad, frozen[name].base.sharding)
 
     for lr in (1e-6, 1.0):  # where no step is too long, and where all are
-        expected = moved(dl.muon(), whole, lr)
+        expected = moved(dl.optim.muon(), whole, lr)
         wanted = {name: of(name, leaf) for name, leaf in expected.items()}
-        got = moved(dl.muon(frozen=frozen), own, lr, of)
+        got = moved(dl.optim.muon(frozen=frozen), own, lr, of)
         assert all((wanted[name].b - own[name].b).abs().max() > 1e-3 * lr for name in wanted)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 * lr)
 
@@ -219,7 +221,7 @@ def _shares() -> dict:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64, bias=False), nn.GELU()) for _ in range(3)))
     params = dl.init(model, rank=4, seed=0, targets=TARGETS, group=group)
-    whole, own = start(params), start(dl.shard_factors(params))
+    whole, own = start(params), start(dl.parallel.shard_factors(params))
     x = torch.ones(512, 64)  # so many that factors are merged into the weight, or gathered
 
     def loss(trainable):
@@ -227,8 +229,8 @@ def _shares() -> dict:
 
     with Traffic() as traffic:
         grads = dl.value_and_grad(loss)(own[0]).grads
-        dl.mean_over_ranks(grads, group, frozen=own[1])
-    plan = dl.every(1)(1, params)
+        dl.parallel.all_reduce_mean(grads, group, frozen=own[1])
+    plan = dl.schedules.every(1)(1, params)
     with Traffic() as switching:
         dl.switch(dl.combine(*own[:2]), plan)
     counts = sum(leaf.numel() * 4 for leaf in tree_leaves((own[2].count, own[2].frozen_for)))
@@ -238,7 +240,7 @@ def _shares() -> dict:
         "grads": bytes_of(grads) / bytes_of(whole[0]),
         "traffic": traffic.bytes,
         "switching": switching.bytes,
-        "wire": dl.wire_bytes(*own[:2], plan=plan),
+        "wire": dl.parallel.wire_bytes(*own[:2], plan=plan),
         "whole": bytes_of(whole[0]),
     }
 
@@ -263,20 +265,22 @@ def _refusals() -> None:
     group = torch.distributed.group.WORLD
     params = fresh()
     with pytest.raises(ValueError, match=r"must have sharded bases and whole factors, .*, got '0.weight'"):
-        dl.shard_factors(params)
-    sharded = dl.shard_factors(dl.shard(params, group))
+        dl.parallel.shard_factors(params)
+    sharded = dl.parallel.shard_factors(dl.parallel.shard(params, group))
     with pytest.raises(ValueError, match=r"must have sharded bases and whole factors"):
-        dl.shard_factors(sharded)
+        dl.parallel.shard_factors(sharded)
     for change in (
-        lambda: dl.defer(sharded, vectors=8),
-        lambda: dl.init_pool(sharded),
-        lambda: dl.compensate(sharded, dl.materialize(params), lr=0.1),
-        lambda: dl.project_gradients(dl.materialize(params), sharded),
+        lambda: dl.bases.defer(sharded, vectors=8),
+        lambda: dl.switching.init_pool(sharded),
+        lambda: dl.optim.compensate(sharded, dl.materialize(params), lr=0.1),
+        lambda: dl.optim.project_gradients(dl.materialize(params), sharded),
     ):
         with pytest.raises(ValueError, match="must have whole factors"):
             change()
     linear = {
-        "w": dl.shard_factors(dl.shard(dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"]), group))["w"]
+        "w": dl.parallel.shard_factors(
+            dl.parallel.shard(dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"]), group)
+        )["w"]
     }
     with pytest.raises(NotImplementedError, match=r"must hold whole factors for `torch.vmap`"):
         torch.vmap(lambda x: dl.linear(x, linear["w"], path="merged"))(torch.ones(3, 4))

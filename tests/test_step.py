@@ -11,11 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from dynlora_fn import (
-    Schedule,
-    adamw,
     apply_updates,
     call,
-    clip_by_global_norm,
     combine,
     compile_step,
     init,
@@ -24,6 +21,8 @@ from dynlora_fn import (
     switch,
     value_and_grad,
 )
+from dynlora_fn.optim import adamw, clip_by_global_norm
+from dynlora_fn.schedules import Schedule
 from dynlora_fn.testing import assert_same, eps, normal, untouched
 
 EPS = eps(torch.float64)

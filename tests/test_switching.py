@@ -13,17 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors, LowRank, Plan, SidePlan, candidates, linear, switch
-from dynlora_fn.testing import (
-    Shape,
-    assert_same,
-    assert_within,
-    eps,
-    low_rank,
-    normal,
-    plan_of,
-    plans,
-    seeds,
-)
+from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, plan_of, plans, seeds
 
 # A weight, a plan for it, and a seed for all else.
 cases = plain_params().flatmap(lambda param: st.tuples(st.just(param), plans(param), seeds))

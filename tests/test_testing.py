@@ -205,7 +205,7 @@ def occurs(strategy: st.SearchStrategy[Any], condition: Any) -> bool:
 
 
 def storage_of(param: LowRank) -> tuple[str, str]:
-    base = param.base.base if isinstance(param.base, dl.Deferred) else param.base
+    base = param.base.base if isinstance(param.base, dl.bases.Deferred) else param.base
     if isinstance(base, torch.Tensor):
         return str(base.dtype), ""
     codes = "bfloat16" if isinstance(base.codes, torch.Tensor) else type(base.codes).__name__
@@ -223,7 +223,7 @@ def test_weights_of_every_kind_occur():
         seen["storage"].add(storage_of(param))
         seen["stack"].add(tuple(param.seed.shape))
         seen["dtype"].add(param.factors.b.dtype)
-        seen["deferred"].add(isinstance(param.base, dl.Deferred))
+        seen["deferred"].add(isinstance(param.base, dl.bases.Deferred))
         seen["edges"] |= {rank == 1 < min(param.shape[-2:]), rank == min(param.shape[-2:]), out_features > in_features}
         assert param.factors.b.shape == (*param.shape[:-1], rank)
 
@@ -280,7 +280,7 @@ def test_schedules_of_every_kind_occur():
 def test_states_are_those_of_the_parameters(data):
     params = data.draw(trees())
     state = data.draw(testing.optimizer_states(params))
-    wanted = dl.adamw().init(dl.partition(params).trainable)
+    wanted = dl.optim.adamw().init(dl.partition(params).trainable)
     kinds = [tree_map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, wanted)]
     assert kinds[0] == kinds[1]
 

@@ -10,8 +10,9 @@ from test_formats import dense, prototype
 from torch import Tensor, nn
 
 import dynlora_fn as dl
-from dynlora_fn import from_torchao, init, to_torchao, unstack
-from dynlora_fn.formats import KINDS, PROTOTYPES, blank, decode, encode
+from dynlora_fn import init, unstack
+from dynlora_fn.bases import from_torchao, to_torchao
+from dynlora_fn.bases._formats import KINDS, PROTOTYPES, decode, empty_codes, encode
 from dynlora_fn.testing import assert_same, normal
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -120,7 +121,7 @@ def test_scales_in_tiles_stay_in_tiles(shape):
     assert tensor.is_swizzled_scales
     assert_same(inner(to_torchao(base)), inner(tensor))
     assert_same(decode(base.codes, torch.float32), tensor.dequantize(torch.float32))
-    plain = encode(weight, blank("nvfp4", "w", weight))
+    plain = encode(weight, empty_codes("nvfp4", "w", weight))
     assert_same(encode(weight, base.codes), base.codes)
     assert_same(decode(plain, torch.float32), decode(base.codes, torch.float32))
 
@@ -131,14 +132,14 @@ def test_prototypes_are_imported_where_they_are_asked_for_alone():
 import sys, torch
 import dynlora_fn as dl
 param = dl.init({"w": torch.ones(32, 32)}, rank=2, seed=0, targets=["w"], base="int8")["w"]
-dl.to_torchao(param)
-held = dl.quantize(param, "mxfp4"), dl.quantize(param, "nvfp4")
+dl.bases.to_torchao(param)
+held = dl.bases.quantize(param, "mxfp4"), dl.bases.quantize(param, "nvfp4")
 [dl.merge(one) for one in held]
 assert not [name for name in sys.modules if name.startswith("torchao.prototype.mx_formats")]
 sys.modules["torchao.prototype.mx_formats.mx_tensor"] = None
 for one in held:
     try:
-        dl.to_torchao(one)
+        dl.bases.to_torchao(one)
     except ImportError as error:
         assert "must be in torchao.prototype.mx_formats to be made, as in torchao 0.18, got" in str(error)
     else:

@@ -18,22 +18,18 @@ from dynlora_fn import (
     Factors,
     LowRank,
     Plan,
-    Pool,
     SidePlan,
-    SidePool,
-    adamw,
     apply_updates,
     call,
-    clip_by_global_norm,
     combine,
-    draw,
     materialize,
     partition,
     project_optimizer_state,
-    put_back,
     switch,
     value_and_grad,
 )
+from dynlora_fn.optim import adamw, clip_by_global_norm
+from dynlora_fn.switching import Pool, SidePool, draw, put_back
 
 FOLDER = Path(os.environ.get("DYNLORA_TRACES") or Path(__file__).parent / "traces")
 FILES = sorted(FOLDER.glob("*.npz"))

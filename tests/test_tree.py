@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import Factors, Frozen, LowRank, combine, init, materialize, partition, unstack
-from dynlora_fn.stacking import Stack, find_stacks
+from dynlora_fn import Factors, LowRank, combine, init, materialize, partition, unstack
+from dynlora_fn._core._stacking import Stack, find_stacks
+from dynlora_fn._core._types import Frozen
 from dynlora_fn.testing import Shape, assert_same, low_rank, low_rank_params, normal, untouched
 
 SHAPE = Shape(4, 6, 2)

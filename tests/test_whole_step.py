@@ -10,13 +10,8 @@ from test_step import MAX_NORM, RANK, SWITCHING, TrainState, batches, make_run, 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dynlora_fn import (
-    Factors,
-    combine,
-    contraction,
-    never,
-    unstack,
-)
+from dynlora_fn import Factors, combine, unstack
+from dynlora_fn.schedules import never
 from dynlora_fn.testing import assert_same
 
 

@@ -10,7 +10,6 @@ from zoo import CASES, Case
 
 from dynlora_fn import (
     LowRank,
-    adamw,
     apply_updates,
     call,
     checkpoint_contexts,
@@ -23,6 +22,7 @@ from dynlora_fn import (
     unstack,
     value_and_grad,
 )
+from dynlora_fn.optim import adamw
 from dynlora_fn.testing import assert_same, eps, untouched
 
 pytest.importorskip("transformers")

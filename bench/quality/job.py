@@ -30,9 +30,9 @@ def is_inner(name: str) -> bool:
 
 
 OPTIMIZERS = {
-    "adamw": dl.adamw(),
-    "muon": dl.multi_transform(
-        {"muon": dl.muon(), "adamw": dl.adamw()}, lambda name, _: "muon" if is_inner(name) else "adamw"
+    "adamw": dl.optim.adamw(),
+    "muon": dl.optim.multi_transform(
+        {"muon": dl.optim.muon(), "adamw": dl.optim.adamw()}, lambda name, _: "muon" if is_inner(name) else "adamw"
     ),
 }
 
@@ -86,10 +86,10 @@ class Job:
             self._updates[optimizer, rank] = self._updater(OPTIMIZERS[optimizer])
         return self._updates[optimizer, rank]
 
-    def _updater(self, optimizer: dl.Transform) -> Callable[..., Any]:
+    def _updater(self, optimizer: dl.optim.Transform) -> Callable[..., Any]:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
             trainable, opt_state = state
-            grads, norm = dl.clip_by_global_norm(grads, CLIP)
+            grads, norm = dl.optim.clip_by_global_norm(grads, CLIP)
             both = {name: rate for name, rate in rates.items() if isinstance(rate, dl.Factors)}
             lr = {name: 1.0 if name in both else rate for name, rate in rates.items()}
             updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)

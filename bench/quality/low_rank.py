@@ -25,16 +25,16 @@ class LowRankMethod:
     def __init__(self, job: Job, run: Run):
         self._job, self._run = job, run
         self._update_step = job.update(run.optimizer, run.rank())
-        start: dl.Start = run.start if run.method == "switchlora" else "lora"
+        start: dl.switching.Start = run.start if run.method == "switchlora" else "lora"
         base, residual = run.base.split("+") if "+" in run.base else (None, None)
         params = dl.init(job.initial(run.seed), rank=run.rank(), seed=run.seed, targets=TARGETS, start=start)
         if run.start_scale != 1:
             params = {name: _scaled(param, run.start_scale) for name, param in params.items()}
-        self.params = dl.quantize(params, base, residual=residual) if base else params
+        self.params = dl.bases.quantize(params, base, residual=residual) if base else params
         self._opt_state = OPTIMIZERS[run.optimizer].init(dl.partition(self.params).trainable)
         self._start = start
         self._schedule = schedules.schedule(run, self.params)
-        self._pool = dl.init_pool(self.params) if run.candidates == "pool" else None
+        self._pool = dl.switching.init_pool(self.params) if run.candidates == "pool" else None
         self._generator = torch.Generator().manual_seed(run.seed)
         self._jumps: list[tuple[int, float, float, float]] = []
         self._rows = self._spans()
@@ -45,7 +45,7 @@ class LowRankMethod:
         return dl.materialize(self.params)
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
-        own = dl.project_gradients(grads, self.params)
+        own = dl.optim.project_gradients(grads, self.params)
         self._compensate(step, grads, scale)
         switched = self._schedule.switches(step, self.params)
         self._switched += switched
@@ -68,7 +68,7 @@ class LowRankMethod:
             inner = {name: grads[name] for name in _low_rank(self.params)}
             inner = {name: in_int8(grad) for name, grad in inner.items()} if run.reduced == "int8" else inner
             lr = run.lr * scale * run.compensate
-            self.params = dl.compensate(self.params, inner, lr=lr, normalize=run.normalize)
+            self.params = dl.optim.compensate(self.params, inner, lr=lr, normalize=run.normalize)
 
     def _rates(self, step: int, scale: float) -> dict[str, Any]:
         run = self._run
@@ -90,15 +90,15 @@ class LowRankMethod:
             plan = schedules.at_random(plan, self._pool, self._generator)
         self.params, outgoing = dl.switch(before, plan, incoming=self._incoming(plan))
         if self._pool is not None:
-            self._pool = dl.put_back(self._pool, plan, outgoing, donate=True)
+            self._pool = dl.switching.put_back(self._pool, plan, outgoing, donate=True)
         rule = "prune" if run.method == "relora" else run.rule
-        change = dl.Change(before, self.params) if rule == "transport" else None
+        change = dl.optim.Change(before, self.params) if rule == "transport" else None
         self._opt_state = dl.project_optimizer_state(self._opt_state, plan, rule=rule, prune=_PRUNE, change=change)
 
     def _incoming(self, plan: dict[str, dl.Plan]) -> dict[str, dl.Factors]:
         run = self._run
         if self._pool is not None:
-            incoming = dl.draw(self._pool, plan)
+            incoming = dl.switching.draw(self._pool, plan)
         else:
             incoming = dl.candidates(self.params, plan, start=self._start)
         if run.start_scale != 1 and self._pool is None:

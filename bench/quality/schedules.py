@@ -12,19 +12,19 @@ from bench.quality.runs import SIZES, Run
 _DECAY = 0.3  # of the rate after `ratio` of the run (arXiv:2406.06564)
 
 
-def schedule(run: Run, params: Mapping[str, Any]) -> dl.Schedule | dl.Dithered:
+def schedule(run: Run, params: Mapping[str, Any]) -> dl.schedules.Schedule | dl.schedules.Dithered:
     steps = SIZES[run.size].steps
     if run.method == "lora":
-        return dl.never()
+        return dl.schedules.never()
     if run.method == "relora":
-        return dl.every(max(1, round(run.merge_every * steps)))
+        return dl.schedules.every(max(1, round(run.merge_every * steps)))
     decay = _DECAY ** (1 / (run.ratio * steps)) if run.ratio else 1.0
     interval = run.interval / 2 if run.incoming == "zero" else run.interval  # both sides go at once
-    plain = dl.Schedule(interval=interval, decay=decay, freeze=run.freeze, every=run.every)
+    plain = dl.schedules.Schedule(interval=interval, decay=decay, freeze=run.freeze, every=run.every)
     return plain if run.floor == 0 and run.until == 1 else _tabled(plain, run, params)
 
 
-def _tabled(plain: dl.Schedule, run: Run, params: Mapping[str, Any]) -> dl.Dithered:
+def _tabled(plain: dl.schedules.Schedule, run: Run, params: Mapping[str, Any]) -> dl.schedules.Dithered:
     """A rate with a floor or an end."""
     steps = SIZES[run.size].steps
     at = torch.arange(1, steps + 1, dtype=torch.float64)
@@ -35,7 +35,7 @@ def _tabled(plain: dl.Schedule, run: Run, params: Mapping[str, Any]) -> dl.Dithe
         if isinstance(param, dl.LowRank):
             table = (param.factors.a.shape[-2] * turns).floor().long()
             tables[name] = table.reshape(-1, *(1 for _ in param.seed.shape)).expand(-1, *param.seed.shape).contiguous()
-    return dl.Dithered(plain, tables)
+    return dl.schedules.Dithered(plain, tables)
 
 
 def both_sides(plan: dict[str, dl.Plan]) -> dict[str, dl.Plan]:
@@ -43,10 +43,12 @@ def both_sides(plan: dict[str, dl.Plan]) -> dict[str, dl.Plan]:
     return {name: own._replace(b=own.a) for name, own in plan.items()}
 
 
-def at_random(plan: dict[str, dl.Plan], pool: Mapping[str, dl.Pool], generator: torch.Generator) -> dict[str, dl.Plan]:
+def at_random(
+    plan: dict[str, dl.Plan], pool: Mapping[str, dl.switching.Pool], generator: torch.Generator
+) -> dict[str, dl.Plan]:
     """The plan with idle rows of the pool drawn at random instead of in turn."""
 
-    def side(own: dl.SidePlan, pool: dl.SidePool) -> dl.SidePlan:
+    def side(own: dl.SidePlan, pool: dl.switching.SidePool) -> dl.SidePlan:
         is_idle = torch.ones(pool.vectors.shape[:-1]).scatter(-1, pool.held, 0.0)
         flat = is_idle.reshape(-1, is_idle.shape[-1])
         rows = torch.multinomial(flat, own.slots.shape[-1], generator=generator)

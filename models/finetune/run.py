@@ -32,10 +32,12 @@ def prepare(config: Config, console: Console, ranks: Ranks = ALONE) -> Prepared:
 
     def export(params: dict[str, Any]) -> None:
         if config.export != "adapter":
-            dl.save_merged(model, params, folder / "model")
+            dl.interop.save_merged(model, params, folder / "model")
         if config.export != "merged" and config.method != "full":
             original = load_model(config.model).state_dict()
-            errors = dl.save_adapter(model, params, folder / "adapter", original=original, rank=config.adapter_rank)
+            errors = dl.interop.save_adapter(
+                model, params, folder / "adapter", original=original, rank=config.adapter_rank
+            )
             worst = max(errors, key=errors.__getitem__)
             text = f"adapter/ has all but {errors[worst]:.2%} of the change of {worst}, and more of the others'"
             console.print(text, highlight=False, soft_wrap=True)

@@ -55,7 +55,7 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """What all processes end with alike leaves no checkpoint half written."""
-        if kind is None or issubclass(kind, ValueError | dl.DriftedError):
+        if kind is None or issubclass(kind, ValueError | dl.parallel.DriftedError):
             self.finish()
 
     def start(self, step: int, state: Any) -> None:
@@ -178,7 +178,7 @@ class _Writer(checkpoint.HuggingFaceStorageWriter):
 
 
 def _named(state: Any) -> dict[str, Tensor]:
-    return dict(_leaves(dl.as_dtensors(state)))
+    return dict(_leaves(dl.parallel.as_dtensors(state)))
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Tensor]]:

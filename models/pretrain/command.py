@@ -9,7 +9,7 @@ from typing import NoReturn
 import tyro
 from rich.console import Console
 
-from dynlora_fn import DriftedError
+from dynlora_fn.parallel import DriftedError
 from models.pretrain.checkpoint import SaveError
 from models.pretrain.config import Config, continued
 from models.pretrain.ranks import Ranks, is_restarted, joined

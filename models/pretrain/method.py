@@ -34,9 +34,9 @@ class Metrics(NamedTuple):
 
 
 class Method(NamedTuple):
-    schedule: dl.Schedule
+    schedule: dl.schedules.Schedule
     state: State
-    pool: dict[str, dl.Pool]
+    pool: dict[str, dl.switching.Pool]
     step: Callable[..., tuple[State, Metrics]]  # (state, tokens, lr, plan, incoming, stop)
 
 
@@ -52,14 +52,14 @@ def make_method(
     are not trained."""
     params = init_params(config, model, targets, ranks=ranks)
     if config.shard_factors:
-        params = dl.shard_factors(params, part=ranks.share(config.batch_size))
+        params = dl.parallel.shard_factors(params, part=ranks.share(config.batch_size))
     optimizer = make_optimizer(config, inner_names(config, params, targets))
     names = still(params)
     trainable, frozen = dl.partition(params, frozen=names)
     return Method(
         schedule=make_schedule(config),
         state=State(trainable, frozen, optimizer.init(trainable)),
-        pool=dl.init_pool(params) if config.candidates == "pool" else {},
+        pool=dl.switching.init_pool(params) if config.candidates == "pool" else {},
         step=make_step(config, model, optimizer, still=names, ranks=ranks),
     )
 
@@ -88,32 +88,32 @@ def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) 
     )
 
 
-def make_optimizer(config: Config, inner: frozenset[str]) -> dl.Transform:
+def make_optimizer(config: Config, inner: frozenset[str]) -> dl.optim.Transform:
     """Takes one learning rate, that of the `inner` weights."""
-    adamw = dl.adamw(weight_decay=config.weight_decay, moments=config.moments)
-    optimizers = {"adamw": adamw, "muon": dl.muon(weight_decay=config.weight_decay)}
+    adamw = dl.optim.adamw(weight_decay=config.weight_decay, moments=config.moments)
+    optimizers = {"adamw": adamw, "muon": dl.optim.muon(weight_decay=config.weight_decay)}
     transforms = {"inner": optimizers[config.inner_optimizer()], "rest": adamw}
-    both = dl.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
+    both = dl.optim.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
 
     def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.MultiUpdates:
         rates = {name: lr if name in inner else lr * config.dense_share() for name in trainable}
         return both.update(grads, opt_state, trainable, lr=rates)
 
-    return dl.Transform(both.init, update)
+    return dl.optim.Transform(both.init, update)
 
 
-def start(config: Config) -> dl.Start:
+def start(config: Config) -> dl.switching.Start:
     return "switchlora" if config.method == "switchlora" else "lora"
 
 
-def make_schedule(config: Config) -> dl.Schedule:
+def make_schedule(config: Config) -> dl.schedules.Schedule:
     if config.method == "switchlora":
-        return dl.switchlora(config.steps, interval=config.interval, ratio=config.ratio, freeze=config.freeze)
-    return dl.every(config.merge_every) if config.method == "relora" else dl.never()
+        return dl.schedules.switchlora(config.steps, interval=config.interval, ratio=config.ratio, freeze=config.freeze)
+    return dl.schedules.every(config.merge_every) if config.method == "relora" else dl.schedules.never()
 
 
 def make_step(
-    config: Config, model: nn.Module, optimizer: dl.Transform, *, still: Sequence[str] = (), ranks: Ranks = ALONE
+    config: Config, model: nn.Module, optimizer: dl.optim.Transform, *, still: Sequence[str] = (), ranks: Ranks = ALONE
 ) -> Callable[..., tuple[State, Metrics]]:
     """`still` names full-rank tensors that are not trained."""
     dtype, device_type = config.compute_torch_dtype(), config.torch_device().type
@@ -132,12 +132,16 @@ def make_step(
         given = dl.materialize(state.params()) if config.compensate else trainable
         loss, grads = mean_over(dl.value_and_grad(loss_fn), given, tokens)
         if ranks.group is not None:
-            loss, grads, stop = dl.mean_over_ranks((loss, grads, stop), ranks.group, share=share, frozen=frozen)
+            loss, grads, stop = dl.parallel.all_reduce_mean(
+                (loss, grads, stop), ranks.group, share=share, frozen=frozen
+            )
         if config.compensate:
             dense, params = grads, state.params()
-            grads = {name: grad for name, grad in dl.project_gradients(dense, params).items() if name in trainable}
-            frozen = dl.partition(dl.compensate(params, dense, lr=lr * config.compensate), frozen=still).frozen
-        grads, norm = dl.clip_by_global_norm(grads, config.clip, frozen=frozen)
+            grads = {
+                name: grad for name, grad in dl.optim.project_gradients(dense, params).items() if name in trainable
+            }
+            frozen = dl.partition(dl.optim.compensate(params, dense, lr=lr * config.compensate), frozen=still).frozen
+        grads, norm = dl.optim.clip_by_global_norm(grads, config.clip, frozen=frozen)
         outgoing: dict[str, dl.Factors] = {}
         if plan is not None:
             params = dl.combine(trainable, frozen)
@@ -151,7 +155,9 @@ def make_step(
     return step
 
 
-def mean_over(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, microbatches: Tensor) -> dl.ValueAndGrad:
+def mean_over(
+    value_and_grad: Callable[..., dl.nn.ValueAndGrad], trainable: Any, microbatches: Tensor
+) -> dl.nn.ValueAndGrad:
     """Loss and gradients averaged over the first axis, one backward pass at a time."""
     total = value_and_grad(trainable, microbatches[0])
     for microbatch in microbatches[1:]:

@@ -69,13 +69,13 @@ class Recorder:
         return line | {"lr": self._config.lr_at(step), "switched": switched, **wire}
 
 
-def wire_bytes(run: "Prepared", *, is_switching: bool = False) -> dl.WireBytes:
+def wire_bytes(run: "Prepared", *, is_switching: bool = False) -> dl.parallel.WireBytes:
     """Of a step of several processes."""
     (trainable, frozen, _), params, passes = run.method.state, run.method.state.params(), run.config.grad_accum
     plan = run.method.schedule(0, params) if is_switching else None
     if run.config.compensate:  # of dense weights, which are formed once a step
-        wire = dl.wire_bytes(trainable, frozen, gathers=1)
+        wire = dl.parallel.wire_bytes(trainable, frozen, gathers=1)
         numbers = sum(param.shape.numel() for param in params.values() if isinstance(param, dl.LowRank))
         return wire._replace(factors=4 * numbers)
-    wire = dl.wire_bytes(trainable, frozen, gathers=2 * passes, plan=plan)
+    wire = dl.parallel.wire_bytes(trainable, frozen, gathers=2 * passes, plan=plan)
     return wire._replace(scattered=passes * wire.scattered)

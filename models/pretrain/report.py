@@ -12,7 +12,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dynlora_fn import LowRank, Quantized, Sharded, WireBytes
+from dynlora_fn import LowRank
+from dynlora_fn.bases import Quantized, Sharded
+from dynlora_fn.parallel import WireBytes
 from models.pretrain.method import Method
 
 mpl.use("agg")

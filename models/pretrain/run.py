@@ -26,7 +26,7 @@ class Saved(NamedTuple):
     """All that a continued run starts from; batches depend on nothing but the seed and the step."""
 
     state: State
-    pool: dict[str, dl.Pool]
+    pool: dict[str, dl.switching.Pool]
 
 
 class Prepared(NamedTuple):
@@ -57,7 +57,7 @@ def prepare(config: Config, console: Console, ranks: Ranks = ALONE) -> Prepared:
         described = {"name": config.model, "vocabulary": corpus.vocabulary}
         # One entry: the order of several is not fixed, and equal runs write equal files.
         metadata = {"llama": json.dumps(described)}
-        dl.save_weights(dl.state_dict(model, params), folder / "model.safetensors", metadata=metadata)
+        dl.interop.save_weights(dl.state_dict(model, params), folder / "model.safetensors", metadata=metadata)
 
     return start_or_continue(config, ranks, folder, corpus, model, method, export, console)
 
@@ -123,7 +123,7 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
             switched = run.method.schedule.switches(step, state.params())
             # Without a plan where nothing is switched, so that such a step costs nothing.
             plan = run.method.schedule(step, state.params()) if switched else None
-            incoming = dl.draw(pool, plan) if pool and plan else None
+            incoming = dl.switching.draw(pool, plan) if pool and plan else None
             lr, asked = torch.tensor(config.lr_at(step)), torch.tensor(float(preemption.is_asked))
             # Whether any process was asked to end comes with the gradients, so that all end after the same step. A look
             # at the step before leaves a device one to work on.
@@ -131,7 +131,7 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
             state, metrics = step_fn(state, batch(run, step), lr, plan, incoming, asked.to(config.torch_device()))
             stop = metrics.stop
             if pool and plan:
-                pool = dl.put_back(pool, plan, metrics.outgoing, donate=True)
+                pool = dl.switching.put_back(pool, plan, metrics.outgoing, donate=True)
             recorder.record(step, metrics, switched)
             is_stopped = not is_last and before.item() > 0
             done = step + 1
@@ -141,7 +141,7 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
             if is_saved:
                 recorder.flush()  # sees that all is finite
             if run.ranks.group is not None and (is_saved or done % config.check_every == 0):
-                dl.check_replicas((state, pool), run.ranks.group)
+                dl.parallel.check_replicas((state, pool), run.ranks.group)
             if is_saved:
                 saver.start(done, Saved(state, pool))
             if is_stopped:
@@ -168,7 +168,7 @@ def batch(run: Prepared, step: int) -> Tensor:
 
 def validate(run: Prepared, state: State) -> dict[str, float]:
     """The validation loss, and the largest drift of a base among those whose residual tells it."""
-    drifts = [drift.item() for drift in dl.drift(state.params()).values()]
+    drifts = [drift.item() for drift in dl.bases.drift(state.params()).values()]
     known = [drift for drift in drifts if not math.isnan(drift)]
     return {"validation_loss": validation_loss(run, state)} | ({"drift": max(known)} if known else {})
 
@@ -183,13 +183,13 @@ def validation_loss(run: Prepared, state: State) -> float:
         losses = [next_token_loss(run.model, state.params(), tokens) for tokens in batches]
     loss = torch.stack(losses).mean()
     if run.ranks.group is not None:
-        loss = dl.mean_over_ranks(loss, run.ranks.group, share=run.ranks.share(config.batch_size))
+        loss = dl.parallel.all_reduce_mean(loss, run.ranks.group, share=run.ranks.share(config.batch_size))
     return loss.item()
 
 
 def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> dict[str, Any]:
     """Writes the model and the plot, by the first process, and returns the summary."""
-    params = dl.unshard(state.params())
+    params = dl.parallel.unshard(state.params())
     if not run.ranks.is_first:
         return {}
     run.export(params)

@@ -1,0 +1,1 @@
+"""Types, trees, stacks, dtypes, collectives and torch's private names. Internal."""

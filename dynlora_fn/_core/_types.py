@@ -1,0 +1,110 @@
+"""The tuples everything here is made of.
+
+``*stack`` stands for any number of leading axes: weights of one shape that repeat over layers live in one tuple.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils._pytree import register_constant
+
+Side: TypeAlias = Literal["b", "a"]
+
+
+class Factors(NamedTuple):
+    """The trained low-rank factors of one weight. Slot k is the pair ``b[..., :, k]``, ``a[..., k, :]``."""
+
+    b: Float[Tensor, "*stack out rank"]
+    a: Float[Tensor, "*stack rank in"]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which rows of a base this process holds: as many as every other, but for the last ones."""
+
+    group: str  # the name of the process group
+    size: int  # its number of processes
+    rank: int  # of this one in it
+    rows: int  # of the whole base, `out`
+    columns: int | None = None  # `in`, where the factors are sharded as well: `b` by its rows, `a` by its columns
+    part: float = 1.0  # of this process in the mean of gradients, by which those of sharded factors are reduced
+
+    @property
+    def share(self) -> int:
+        """The most rows that a process holds."""
+        return -(-self.rows // self.size)
+
+    @property
+    def of_columns(self) -> "Sharding":
+        """The columns of `a`, as if they were rows."""
+        assert self.columns is not None
+        return replace(self, rows=self.columns)
+
+    @property
+    def own(self) -> slice:
+        """The rows that this process holds."""
+        first = min(self.rank * self.share, self.rows)
+        return slice(first, min(first + self.share, self.rows))
+
+
+register_constant(Sharding)  # no leaf, so that a tree of bases holds tensors alone
+
+
+class LowRank(NamedTuple):
+    """One weight, ``base + b @ a / rank`` (arXiv:2406.06564, eq. 1 with alpha = 1).
+
+    The scale is always ``1 / rank``, so that the forward pass and a switch cannot disagree about it.
+    """
+
+    # A plain tensor or a tuple of `dynlora_fn.bases`. Only `switch` and `merge` change it, never a gradient.
+    base: Float[Tensor, "*stack out in"] | Any
+    factors: Factors
+    seed: Int[Tensor, "*stack"]  # names the basis that incoming vectors are drawn from
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, (*stack, out, in)."""
+        sharding = self.factor_sharding
+        if sharding is not None and sharding.columns is not None:
+            return torch.Size((*self.factors.b.shape[:-2], sharding.rows, sharding.columns))
+        return torch.Size((*self.factors.b.shape[:-1], self.factors.a.shape[-1]))
+
+    @property
+    def factor_sharding(self) -> Sharding | None:
+        """How the factors are sharded; None if this process holds all of them."""
+        sharding: Sharding | None = None if isinstance(self.base, Tensor) else getattr(self.base, "sharding", None)
+        return None if sharding is None or sharding.columns is None else sharding
+
+
+class Frozen(NamedTuple):
+    """What `partition` keeps of a `LowRank` out of the gradient's reach."""
+
+    base: Float[Tensor, "*stack out in"] | Any
+    seed: Int[Tensor, "*stack"]
+
+
+class SidePlan(NamedTuple):
+    """What is switched on one side in one step. ``count`` is fixed, so that no step compiles anew; `active` says
+    which entries take part; the others must name a slot all the same. Without stack axes it holds for a whole stack."""
+
+    slots: Int[Tensor, "*stack count"]  # which slots, distinct where active
+    indices: Int[Tensor, "*stack count"]  # which vectors of the basis come in; of a pool, modulo its size
+    active: Bool[Tensor, "*stack count"]
+
+
+class Plan(NamedTuple):
+    """What one step switches in one weight, and for how many steps the counterparts are then frozen."""
+
+    b: SidePlan
+    a: SidePlan
+    frozen_for: Int[Tensor, ""]
+
+
+Param: TypeAlias = LowRank | Tensor
+Params: TypeAlias = Mapping[str, Param]
+Plans: TypeAlias = Mapping[str, Plan]
+Trainable: TypeAlias = Mapping[str, Factors | Tensor]

@@ -1,0 +1,16 @@
+"""Frozen bases in torchao's low-precision formats, with a residual or deferred folds."""
+
+from dynlora_fn.bases._deferred import defer as defer
+from dynlora_fn.bases._deferred import fold_pending as fold_pending
+from dynlora_fn.bases._float4 import MXFP4Codes as MXFP4Codes
+from dynlora_fn.bases._float4 import NVFP4Codes as NVFP4Codes
+from dynlora_fn.bases._nf4 import NF4Codes as NF4Codes
+from dynlora_fn.bases._quantize import drift as drift
+from dynlora_fn.bases._quantize import quantize as quantize
+from dynlora_fn.bases._rowwise import Float8Codes as Float8Codes
+from dynlora_fn.bases._rowwise import Int8Codes as Int8Codes
+from dynlora_fn.bases._torchao_tensors import from_torchao as from_torchao
+from dynlora_fn.bases._torchao_tensors import to_torchao as to_torchao
+from dynlora_fn.bases._types import Deferred as Deferred
+from dynlora_fn.bases._types import Quantized as Quantized
+from dynlora_fn.bases._types import Sharded as Sharded

@@ -1,0 +1,11 @@
+"""Models, state dicts, safetensors files and PEFT adapters, in and out."""
+
+from dynlora_fn.interop._init import init as init
+from dynlora_fn.interop._peft_load import load_adapter as load_adapter
+from dynlora_fn.interop._peft_save import save_adapter as save_adapter
+from dynlora_fn.interop._safetensors import Weights as Weights
+from dynlora_fn.interop._safetensors import open_weights as open_weights
+from dynlora_fn.interop._safetensors import save_merged as save_merged
+from dynlora_fn.interop._safetensors import save_weights as save_weights
+from dynlora_fn.interop._state_dict import state_dict as state_dict
+from dynlora_fn.interop._targets import Targets as Targets

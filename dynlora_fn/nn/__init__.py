@@ -1,0 +1,12 @@
+"""Low-rank weights inside unmodified modules."""
+
+from dynlora_fn.nn._call import call as call
+from dynlora_fn.nn._contraction_paths import ContractionPath as ContractionPath
+from dynlora_fn.nn._explain import Cost as Cost
+from dynlora_fn.nn._explain import Explanation as Explanation
+from dynlora_fn.nn._explain import explain as explain
+from dynlora_fn.nn._linear import linear as linear
+from dynlora_fn.nn._remat import checkpoint_contexts as checkpoint_contexts
+from dynlora_fn.nn._remat import remat as remat
+from dynlora_fn.nn._value_and_grad import ValueAndGrad as ValueAndGrad
+from dynlora_fn.nn._value_and_grad import value_and_grad as value_and_grad

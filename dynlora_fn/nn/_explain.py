@@ -1,0 +1,134 @@
+"""What training some parameters costs, weight by weight, beside full-rank training."""
+
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from dynlora_fn._core._types import Param, Params
+from dynlora_fn.bases._pending import with_pending
+from dynlora_fn.bases._types import Sharded
+from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
+
+_MOMENT_BYTES = 4  # of each of the two moments
+
+
+class Cost(NamedTuple):
+    """Of one parameter, stacks counted in full: FLOPs of a forward and backward pass, and bytes."""
+
+    name: str
+    shape: tuple[int, ...]  # of the weight, (*stack, out, in)
+    rank: int | None  # None: trained full-rank
+    path: ContractionPath | None  # how it is contracted; None where it is no low-rank weight
+    flops: int | None  # None where it depends on the model: embeddings, norms, biases
+    full_flops: int | None
+    base: int  # bytes of what is frozen
+    trainable: int
+    gradient: int
+    optimizer: int  # two moments in float32, and the counts
+    full: int  # of weight, gradient and moments if it were trained full-rank
+    merged: int  # of one merged weight: what the contraction takes beside its results, one at a time
+
+
+class Explanation(NamedTuple):
+    """What `explain` returns; printing it gives a table."""
+
+    tokens: int
+    costs: list[Cost]
+
+    def __str__(self) -> str:
+        header = [
+            "weight",
+            "shape",
+            "rank",
+            "path",
+            "GFLOP",
+            "full",
+            "base MB",
+            "factors",
+            "grads",
+            "optimizer",
+            "full",
+        ]
+        rows = [_row(cost) for cost in self.costs]
+        low_rank = [cost for cost in self.costs if cost.rank is not None]
+        totals = {
+            field: sum(getattr(cost, field) or 0 for cost in self.costs)
+            for field in ("flops", "full_flops", "base", "trainable", "gradient", "optimizer", "full")
+        }
+        total = Cost("all", (), None, None, merged=max((cost.merged for cost in low_rank), default=0), **totals)
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 4 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [header, *rows, _row(total)]
+        ]
+        return "\n".join(
+            [f"one step of {self.tokens:,} tokens", *lines, f"largest merged weight: {total.merged / 1e6:.3f} MB"]
+        )
+
+
+def explain(params: Params, *, tokens: int) -> Explanation:
+    """What a training step of so many tokens costs, weight by weight: FLOPs and bytes, full-rank beside it.
+
+    The path is the one that `linear` takes if all tokens pass through a weight at once, with its FLOPs by opt_einsum's
+    count. For the memory of a whole step, activations and all, see `peak_memory`.
+
+    Args:
+        params: by name, stacks or single weights; looked at for shapes and dtypes alone.
+        tokens: in a batch: all that is multiplied by a weight in one call, batch times length.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(512, 512, bias=False), rank=64, seed=0, targets=["weight"])
+        >>> (cost,) = dl.explain(params, tokens=2048).costs
+        >>> cost.path, cost.flops / cost.full_flops
+        ('merged', 0.8541666666666666)
+    """
+    return Explanation(tokens, [_cost(name, param, tokens) for name, param in params.items()])
+
+
+def _cost(name: str, param: Param, tokens: int) -> Cost:
+    if isinstance(param, Tensor):
+        size, own = _bytes([param]), _MOMENT_BYTES * 2 * param.numel() + 4
+        return Cost(name, tuple(param.shape), None, None, None, None, 0, size, size, own, 2 * size + own, 0)
+    *stack, out_features, in_features = param.shape
+    rank, members = param.factors.a.shape[-2], prod(stack)
+    sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
+    path, trainable = cheapest_path(**sizes), _bytes(param.factors)
+    numbers = sum(leaf.numel() for leaf in param.factors)
+    weight = members * out_features * in_features
+    standing, _ = with_pending(param)
+    base = standing.base if isinstance(standing, Sharded) else standing
+    dense = base if isinstance(base, Tensor) else base.like  # what full-rank training would store
+    wide = max(dense.element_size(), param.factors.b.element_size(), 4)
+    return Cost(
+        name=name,
+        shape=tuple(param.shape),
+        rank=rank,
+        path=path,
+        flops=members * flops(path, **sizes),
+        full_flops=members * flops("full", **sizes),
+        base=_bytes([param.base, param.seed]),
+        trainable=trainable,
+        gradient=trainable,
+        # A count and the steps left of the freeze for each vector of both sides.
+        optimizer=_MOMENT_BYTES * 2 * numbers + 4 * 4 * members * rank,
+        full=weight * (2 * dense.element_size() + 2 * _MOMENT_BYTES) + 4,
+        merged=0 if path == "factored" else out_features * in_features * wide,
+    )
+
+
+def _bytes(tree: object) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree))
+
+
+def _row(cost: Cost) -> list[str]:
+    giga = ["-" if value is None else f"{value / 1e9:.3f}" for value in (cost.flops, cost.full_flops)]
+    mega = [f"{value / 1e6:.3f}" for value in (cost.base, cost.trainable, cost.gradient, cost.optimizer, cost.full)]
+    shape = "x".join(map(str, cost.shape)) or "-"
+    return [cost.name, shape, str(cost.rank or "-"), cost.path or "-", *giga, *mega]

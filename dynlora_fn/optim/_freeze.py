@@ -1,0 +1,41 @@
+"""Vectors that sit out updates: their gradients are zero."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from dynlora_fn._core._types import Factors, Trainable
+from dynlora_fn.optim._transform import Tree
+
+
+def no_vectors_frozen(trainable: Trainable) -> dict[str, Factors]:
+    """The updates that each vector still sits out: none."""
+    return {name: Factors(*_zero_count(leaf)) for name, leaf in trainable.items() if isinstance(leaf, Factors)}
+
+
+def count_down(frozen_for: Mapping[str, Factors]) -> dict[str, Factors]:
+    left: dict[str, Factors] = tree_map(lambda leaf: (leaf - 1).clamp(min=0), dict(frozen_for))
+    return left
+
+
+def zero_frozen(grads: Trainable, frozen_for: Mapping[str, Factors]) -> Tree:
+    """Gradients that are zero for frozen vectors."""
+    return {
+        name: tree_map(_freeze, grad, frozen_for[name]) if isinstance(grad, Factors) else grad
+        for name, grad in grads.items()
+    }
+
+
+def _zero_count(leaf: Factors | Tensor) -> Factors | Tensor:
+    if isinstance(leaf, Factors):
+        return Factors(
+            b=torch.zeros_like(leaf.b[..., :1, :], dtype=torch.int32),
+            a=torch.zeros_like(leaf.a[..., :1], dtype=torch.int32),
+        )
+    return torch.zeros((), dtype=torch.int32, device=leaf.device)
+
+
+def _freeze(grad: Tensor, frozen_for: Tensor) -> Tensor:
+    return torch.where(frozen_for > 0, 0, grad)

@@ -1,0 +1,128 @@
+"""Vectors that are regenerated from ``(seed, side, index)`` instead of being stored.
+
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain int64 tensor
+operations: no state, no memory, the same bits on every device and for every number of threads, eager and compiled.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dynlora_fn._core._types import Side
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_SIDE_WORD = {"b": 0, "a": 1}
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product.
+
+    By 16-bit halves, since a 64-bit product overflows int64, which Inductor does not compile faithfully on CPU.
+    """
+    low = (word & 0xFFFF) * constant
+    middle = (word >> 16) * constant + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Philox-4x32-10: four random 32-bit words for each counter and key, which broadcast against each other.
+
+    Args:
+        counter: four int64 tensors with values in [0, 2**32).
+        key: two int64 tensors with values in [0, 2**32).
+
+    Returns:
+        Four int64 tensors with values in [0, 2**32).
+
+    Example:
+        >>> zero = torch.tensor(0)
+        >>> [f"{word.item():08x}" for word in philox((zero, zero, zero, zero), (zero, zero))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+class Request(NamedTuple):
+    """Vectors number `indices` of one side of the basis named `seed`; of each basis of a stack, the same ones if
+    `indices` has no stack axes."""
+
+    seed: Int[Tensor, "*stack"]
+    side: Side
+    indices: Int[Tensor, "*#stack count"]
+    length: int  # numbers in a vector
+
+
+def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count length"]]:
+    """The vectors of each request, uniform in [-1, 1). Every value is a multiple of 2**-23, hence exact in float32.
+
+    All requests go through Philox together: one kernel when compiled, which for ten rounds is slow to compile. It looks
+    the words of a block of four numbers up by vector, since six words of 64 bits a block would take three times the
+    memory of the numbers.
+    """
+    by_length = sorted(range(len(requests)), key=lambda number: requests[number].length)
+    ordered = [requests[number] for number in by_length]
+    tables = [_vectors(request) for request in ordered]
+    index, side, seed = (torch.cat([column.flatten() for column in columns]) for columns in zip(*tables, strict=True))
+    sizes = [(table[0].numel(), -(-request.length // 4)) for table, request in zip(tables, ordered, strict=True)]
+    vector, block = _positions(sizes, index.device)
+    index, side, seed = index[vector], side[vector], seed[vector]
+    words = philox((block.long(), index & _MASK, (index >> 32) & _MASK, side), (seed & _MASK, (seed >> 32) & _MASK))
+    units = torch.stack([(word >> 8).to(torch.float32) * 2.0**-23 - 1 for word in words], dim=-1)
+    found = {}
+    parts = torch.split(units, [count * blocks for count, blocks in sizes])
+    for number, part, table, (_, blocks) in zip(by_length, parts, tables, sizes, strict=True):
+        found[number] = part.reshape(*table[0].shape, 4 * blocks)[..., : requests[number].length]
+    return [found[number] for number in range(len(requests))]
+
+
+def _vectors(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, side and seed of each vector: three tensors (*stack, count)."""
+    index, seed = torch.broadcast_tensors(request.indices, request.seed[..., None])  # type: ignore[no-untyped-call]
+    return index, torch.full_like(index, _SIDE_WORD[request.side]), seed
+
+
+def _positions(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each block of four numbers which vector it belongs to and which of its blocks it is. `sizes` are numbers of
+    vectors and of blocks in each; neighbours of equal length count as one."""
+    vectors, blocks, first = [], [], 0
+    for length, group in itertools.groupby(sizes, key=lambda size: size[1]):
+        count = sum(size[0] for size in group)
+        own, within = (torch.arange(number, dtype=torch.int32, device=device) for number in (count, length))
+        vectors.append((first + own)[:, None].expand(count, length).flatten())
+        blocks.append(within.expand(count, length).flatten())
+        first += count
+    return torch.cat(vectors), torch.cat(blocks)
+
+
+class Bounds(NamedTuple):
+    """Half the width of the uniform distribution that the vectors of each side are drawn from."""
+
+    b: float
+    a: float
+
+
+def basis_bounds(out_features: int, in_features: int, rank: int) -> Bounds:
+    """The bounds of SwitchLoRA's initialisation (arXiv:2406.06564, eq. 3): sqrt(3) times the standard deviations.
+
+    Both sides are non-zero, so that a vector that comes in meets a counterpart that can be trained at once.
+    """
+    gain = 1 / math.sqrt(3)  # of leaky_relu with a negative slope of sqrt(5)
+    std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * gain**0.5
+    std_a = (math.sqrt(out_features) * rank / in_features**1.5) ** 0.25 * gain**0.5
+    return Bounds(b=math.sqrt(3) * std_b, a=math.sqrt(3) * std_a)

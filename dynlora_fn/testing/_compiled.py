@@ -1,0 +1,140 @@
+"""Checkers of transforms under `torch.compile` and `torch.vmap`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from dynlora_fn._core._types import LowRank, Plan, SidePlan
+from dynlora_fn.testing._compare import assert_same, pairs
+from dynlora_fn.testing._promises import Arguments, arguments_of, hold, takes_a_plan
+from dynlora_fn.testing._strategies import low_rank_params, plans
+from dynlora_fn.testing._values import side_plan
+
+Transform = Callable[..., Any]
+
+
+def check_compiles(
+    transform: Transform,
+    *,
+    arguments: Arguments = None,
+    examples: int = 3,
+    backend: str = "aot_eager",
+    tolerance: float = 0.0,
+) -> None:
+    """One graph, which serves other values and plans of equal shapes without a recompile, and gives the eager result.
+
+    Args:
+        transform: of a weight, or of a weight and a plan.
+        arguments: a strategy for its arguments or a tuple of them; drawn of all kinds unless given. Weights and plans
+            with other values are made of them.
+        examples: how many to draw; each compiles anew, and so none is made smaller.
+        backend: of `torch.compile`; "aot_eager" needs no compiler and rounds as eager does.
+        tolerance: how far results may be off, in eps of a tensor's largest number. 0 asks for the same bits.
+
+    Raises:
+        BrokenPromiseError: if it does not; with an example.
+
+    Example:
+        >>> import dynlora_fn as dl
+        >>> check_compiles(dl.merge, examples=1)
+    """
+
+    def check(*given: Any) -> None:
+        def run(*given: Any) -> Any:
+            return transform(*given)
+
+        run.__code__ = run.__code__.replace()  # the compiler keeps graphs by code object
+        compiled = torch.compile(run, fullgraph=True, dynamic=False, backend=backend)
+        first, *others = (tuple(_with_values(one, seed) for one in given) for seed in range(3))
+        _assert_near(compiled(*first), transform(*first), tolerance)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for other in others:
+                _assert_near(compiled(*other), transform(*other), tolerance)
+
+    promise = "one graph, no recompile, the eager result"
+    hold(promise, check, arguments_of(transform, arguments), examples, is_slow=True)
+
+
+def check_vmap(
+    transform: Transform, *, arguments: Arguments = None, examples: int | None = None, tolerance: float = 0.0
+) -> None:
+    """Of a stack of weights it gives the stack of what it gives of each, called as it is and by `torch.vmap`.
+
+    Args:
+        transform: of a weight, or of a weight and a plan.
+        arguments: a strategy for its arguments or a tuple of them, whose tensors with axes share the first one; drawn
+            of all kinds unless given.
+        examples: how many to draw; the hypothesis profile's number unless given.
+        tolerance: as in `check_compiles`.
+
+    Raises:
+        BrokenPromiseError: if it does not; with the smallest example.
+
+    Example:
+        >>> import dynlora_fn as dl
+        >>> check_vmap(dl.merge)
+    """
+
+    def check(*given: Any) -> None:
+        size = next(leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(given) if leaf.ndim)
+        members = [tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, given) for number in range(size)]  # noqa: B023
+        looped = tree_map(lambda *leaves: torch.stack(leaves), *(transform(*one) for one in members))
+        _assert_near(transform(*given), looped, tolerance)
+        in_dims = tree_map(lambda leaf: 0 if leaf.ndim else None, given)
+        _assert_near(torch.vmap(transform, in_dims=in_dims)(*given), looped, tolerance)
+
+    if arguments is None:
+        weights = low_rank_params(stacks=st.sampled_from([(1,), (3,), (3, 2)]))
+        arguments = st.tuples(weights)
+        if takes_a_plan(transform):
+            arguments = weights.flatmap(lambda param: st.tuples(st.just(param), plans(param).map(_own(param))))
+    hold("a stack gives the stack of what its members give", check, arguments, examples)
+
+
+def _own(param: LowRank) -> Callable[[Plan], Plan]:
+    """A plan for each member instead of one for all."""
+    stack = param.seed.shape
+
+    def expanded(plan: Plan) -> Plan:
+        b, a = (SidePlan(*(leaf.broadcast_to(*stack, -1) for leaf in side)) for side in (plan.b, plan.a))
+        return Plan(b, a, plan.frozen_for)
+
+    return expanded
+
+
+def _with_values(tree: Any, seed: int) -> Any:
+    """Copies of weights and plans with other values, of the same shapes."""
+    if isinstance(tree, Mapping):
+        return {name: _with_values(leaf, seed) for name, leaf in tree.items()}
+    if isinstance(tree, Plan):
+        return Plan(_other_side(tree.b, seed), _other_side(tree.a, seed), (tree.frozen_for + seed) % 7)
+    if not isinstance(tree, LowRank):
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+    generator = torch.Generator().manual_seed(seed)
+    factor = 0.5 + torch.rand((), generator=generator, dtype=torch.float64)
+    factors = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), tree.factors)
+    return tree._replace(factors=factors, seed=torch.randint_like(tree.seed, 2**62, generator=generator))
+
+
+def _other_side(side: SidePlan, seed: int) -> SidePlan:
+    """As many entries of the same slots, another share of them active."""
+    *stack, count = side.slots.shape
+    rank = int(side.slots.max()) + 1 if side.slots.numel() else 0
+    return side_plan(max(rank, count), count, tuple(stack), seed, share_active=0.5)
+
+
+def _assert_near(got: Any, wanted: Any, tolerance: float) -> None:
+    if not tolerance:
+        assert_same(got, wanted)
+        return
+    for path, left, right in pairs(got, wanted):
+        if isinstance(right, Tensor) and right.is_floating_point() and right.numel():
+            bound = tolerance * torch.finfo(right.dtype).eps * right.abs().max().double()
+            error = (left.double() - right.double()).abs().max()
+            assert error <= bound, f"{path} is off by {error:.2e}, more than {bound:.2e}"
+        else:
+            assert_same(left, right)

@@ -1,0 +1,168 @@
+"""Checkers of what happens to the state of an optimizer, and of a run that is broken off."""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+
+from dynlora_fn._core._types import Factors, Param, Plan
+from dynlora_fn.optim._transform import Transform
+from dynlora_fn.testing._compare import assert_same, kind, untouched
+from dynlora_fn.testing._promises import Arguments, hold
+from dynlora_fn.testing._strategies import low_rank_params, optimizer_states, plans, seeds
+from dynlora_fn.testing._values import normal
+
+
+def check_state_projection(
+    project: Callable[[Any, Mapping[str, Plan]], Any],
+    *,
+    is_reset: bool = True,
+    optimizer: Transform | None = None,
+    arguments: Arguments = None,
+    examples: int | None = None,
+) -> None:
+    """The state of the switched vectors' counterparts starts afresh, and nothing else changes by a bit.
+
+    Of a slot that is switched on side a the state of ``b[:, k]`` becomes zero, moments and counts; of one on side b
+    that of ``a[k]`` (arXiv:2406.06564, section 3.3). What a field called ``frozen_for`` holds of them becomes the
+    plan's number of updates.
+
+    Args:
+        project: ``(opt_state, plan) -> opt_state``, where the plan is by name.
+        is_reset: whether the counterparts' state must become zero; if not, any change of it is right.
+        optimizer: whose states are drawn; `adamw()` unless given.
+        arguments: a strategy for pairs of state and plan, or one pair; drawn of all kinds unless given.
+        examples: how many to draw; the hypothesis profile's number unless given.
+
+    Raises:
+        BrokenPromiseError: if it does not; with the smallest example.
+
+    Example:
+        >>> import dynlora_fn as dl
+        >>> check_state_projection(dl.project_optimizer_state)
+    """
+
+    def check(state: Any, plan: Mapping[str, Plan]) -> None:
+        with untouched(state, plan):
+            new = project(state, plan)
+        before, structure = tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Factors))
+        after, same = tree_flatten_with_path(new, is_leaf=lambda node: isinstance(node, Factors))
+        assert structure == same, f"the structure is {same} instead of {structure}"
+        for (path, old), (_, leaf) in zip(before, after, strict=True):
+            name = next((own for own in plan if f"[{own!r}]" in keystr(path)), None)
+            if isinstance(old, Factors) and name is not None:
+                value = int(plan[name].frozen_for) if "frozen_for" in keystr(path) else 0
+                _check_factors(keystr(path), old, leaf, plan[name], value if is_reset else None)
+            else:
+                assert _is_same(leaf, old), f"{keystr(path)} has changed and belongs to no counterpart"
+
+    promise = "the counterparts of switched vectors start afresh, and nothing else changes"
+    hold(promise, check, _states_and_plans(optimizer) if arguments is None else arguments, examples)
+
+
+@st.composite
+def _states_and_plans(draw: st.DrawFn, optimizer: Transform | None) -> tuple[Any, dict[str, Plan]]:
+    param, bias = draw(low_rank_params()), draw(st.builds(normal, seeds, st.integers(1, 3)))
+    params: dict[str, Param] = {"w": param, "bias": bias}
+    state = draw(optimizer_states(params, optimizer=optimizer))
+    return state, {"w": draw(plans(param))}
+
+
+def _check_factors(path: str, old: Factors, new: Factors, plan: Plan, value: int | None) -> None:
+    """Vector by vector: those of side b lie along the last axis, those of side a along the one before it."""
+    for side, before, after, switched in (
+        ("b", old.b.mT, new.b.mT, plan.a),
+        ("a", old.a, new.a, plan.b),
+    ):
+        assert kind(after) == kind(before), f"{path}.{side} is {kind(after)} instead of {kind(before)}"
+        stack, rank = before.shape[:-2], before.shape[-2]
+        slots, active = (
+            leaf.broadcast_to(*stack, -1).reshape(stack.numel(), -1) for leaf in (switched.slots, switched.active)
+        )
+        rows = zip(before.reshape(-1, rank, before.shape[-1]), after.reshape(-1, rank, after.shape[-1]), strict=True)
+        for member, (member_before, member_after) in enumerate(rows):
+            counterparts = set(slots[member][active[member]].tolist())
+            for slot in range(rank):
+                where = f"{path}.{side}, slot {slot}" + (f" of member {member}" if stack.numel() > 1 else "")
+                if slot not in counterparts:
+                    assert _is_same(member_after[slot], member_before[slot]), (
+                        f"{where} has changed and is no counterpart"
+                    )
+                elif value is not None:
+                    got = member_after[slot].unique().tolist()
+                    assert got in ([], [value]), f"{where} is the counterpart of a switched vector and holds {got}"
+
+
+def _is_same(new: Any, old: Any) -> bool:
+    try:
+        assert_same(new, old)
+    except AssertionError:
+        return False
+    return True
+
+
+def check_resumes(
+    make: Callable[[], tuple[Any, Callable[[Any, int], tuple[Any, Any]]]],
+    *,
+    steps: int = 6,
+    save: Callable[[Any], Any] | None = None,
+    load: Callable[[Any, Any], Any] | None = None,
+    examples: int | None = None,
+) -> None:
+    """A run that ends anywhere and goes on from its saved state elsewhere has the bits of one that is not broken off.
+
+    Args:
+        make: ``() -> (state, step)``, as a process does when it starts: ``state, aux = step(state, number)``. What the
+            step keeps to itself instead of in the state is lost, as in a process that is killed.
+        steps: of the run.
+        save: of a state to anything; the tensors' bytes unless given.
+        load: ``(saved, template) -> state``, where the template is a fresh state.
+        examples: how many ends to draw; the hypothesis profile's number unless given.
+
+    Raises:
+        BrokenPromiseError: if it has not; with the earliest end.
+
+    Example:
+        >>> def make():
+        ...     return torch.zeros(2), lambda state, number: (state + number, None)
+        >>> check_resumes(make)
+    """
+    save, load = save or _saved, load or _loaded
+    wanted = _run(*make(), range(steps))
+
+    def check(end: int) -> None:
+        state, step = make()
+        first = _run(state, step, range(end))
+        kept = save(first[0])
+        state, step = make()
+        second = _run(load(kept, state), step, range(end, steps))
+        for number, (got, right) in enumerate(zip(first[1] + second[1], wanted[1], strict=True)):
+            assert _is_same(got, right), f"step {number} reports {got} instead of {right}, broken off after {end} steps"
+        assert_same(second[0], wanted[0])
+
+    ends = st.integers(0, steps).map(lambda end: (end,))
+    hold("a run that is broken off and goes on is the run that is not", check, ends, examples or steps + 1)
+
+
+def _run(state: Any, step: Callable[[Any, int], tuple[Any, Any]], numbers: range) -> tuple[Any, list[Any]]:
+    reports = []
+    for number in numbers:
+        state, report = step(state, number)
+        reports.append(
+            torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, report)
+        )
+    return state, reports
+
+
+def _saved(state: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(tree_leaves(state), file)
+    return file.getvalue()
+
+
+def _loaded(saved: bytes, template: Any) -> Any:
+    return tree_unflatten(torch.load(io.BytesIO(saved), weights_only=True), tree_flatten(template)[1])
