@@ -5,6 +5,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
+from dynlora_fn._core._torch import C10D
 from dynlora_fn._core._types import Sharding
 
 
@@ -30,23 +31,21 @@ def scatter(whole: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[T
     missing = sharding.size * sharding.share - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
-    given, operations = rows.contiguous(), torch.ops._c10d_functional
-    summed = operations.reduce_scatter_tensor(given, "sum", sharding.size, sharding.group)
+    given = rows.contiguous()
+    summed = C10D.reduce_scatter_tensor(given, "sum", sharding.size, sharding.group)
     own = sharding.own
-    summed = operations.wait_tensor(summed)[: own.stop - own.start]
+    summed = C10D.wait_tensor(summed)[: own.stop - own.start]
     return summed.movedim(0, -2)  # type: ignore[no-any-return]
 
 
 def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
     """Those of all processes of a group, named, one behind the other along the first axis."""
-    operations = torch.ops._c10d_functional  # by themselves: they go through `torch.func`, and their wrappers do not
     given = tensor.contiguous()  # has a name, so that it is not freed while gloo reads it (pytorch/pytorch#75529)
-    gathered: Tensor = operations.wait_tensor(operations.all_gather_into_tensor(given, size, group))
+    gathered: Tensor = C10D.wait_tensor(C10D.all_gather_into_tensor(given, size, group))
     return gathered
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
     """The sum over all processes of a group, named."""
-    operations = torch.ops._c10d_functional
-    reduced: Tensor = operations.wait_tensor(operations.all_reduce(tensor, "sum", group))
+    reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced

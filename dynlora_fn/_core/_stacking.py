@@ -10,8 +10,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from torch.utils._pytree import tree_flatten, tree_unflatten
-
+from dynlora_fn._core._torch import tree_flatten, tree_unflatten
 from dynlora_fn._core._types import LowRank, Param, Params
 
 

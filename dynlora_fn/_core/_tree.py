@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import Factors, Frozen, LowRank, Param, Params, Trainable
 
 

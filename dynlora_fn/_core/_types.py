@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import register_constant
+
+from dynlora_fn._core._torch import register_constant
 
 Side: TypeAlias = Literal["b", "a"]
 

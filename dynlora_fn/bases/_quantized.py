@@ -5,8 +5,8 @@ from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from dynlora_fn._core._torch import tree_flatten, tree_map, tree_unflatten
 from dynlora_fn.bases._formats import Residual, shape_of
 from dynlora_fn.bases._rowwise import int8_residual
 from dynlora_fn.bases._types import LocalBase, Quantized

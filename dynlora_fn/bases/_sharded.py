@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from dynlora_fn._core._collectives import gather
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Frozen, Sharding
 from dynlora_fn.bases._formats import code_tensors, codes_from_tensors, kind_of
 from dynlora_fn.bases._types import FoldedBase, LocalBase, Sharded

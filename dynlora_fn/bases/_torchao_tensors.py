@@ -8,9 +8,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.bases import _nf4, _torchao_prototypes
 from dynlora_fn.bases._base import fold_base

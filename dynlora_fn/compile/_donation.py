@@ -3,8 +3,8 @@
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
+from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_unflatten
 from dynlora_fn._core._tree import inner_tensors
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
+
+from dynlora_fn._core._torch import tree_leaves
 
 aten = torch.ops.aten
 

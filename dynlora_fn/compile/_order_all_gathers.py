@@ -7,11 +7,12 @@ import torch
 from torch.fx import Graph, Node
 
 import dynlora_fn.compile._ops  # noqa: F401 (registers the operations)
+from dynlora_fn._core._torch import C10D
 from dynlora_fn.compile._graph import is_fused, is_view
 
-_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+_GATHER = C10D.all_gather_into_tensor.default
 _AFTER = torch.ops.dynlora_fn.after.default
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_WAIT = C10D.wait_tensor.default
 
 
 def gather_in_turn(graph: Graph) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+from dynlora_fn._core._torch import CustomGraphPass, get_hash_for_files
 from dynlora_fn.bases import _ops as codes_ops
 from dynlora_fn.compile import _ops, _order_all_gathers, _order_remat_blocks, _recompute_activations
 

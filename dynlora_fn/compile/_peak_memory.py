@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map
 
+from dynlora_fn._core._torch import FakeTensorMode, tree_leaves, tree_map
 from dynlora_fn.compile._graph import bytes_of, depths, is_fused, is_reduction, is_view, uses
 
 
@@ -48,7 +47,7 @@ def peak_memory(step: Callable[..., Any], *args: Any) -> Peak:
 
 
 def _decompositions() -> dict[Any, Any]:
-    from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415 (takes a second to import)
+    from dynlora_fn._core._torch import select_decomp_table  # noqa: PLC0415 (takes a second to import)
 
     return dict(select_decomp_table())
 

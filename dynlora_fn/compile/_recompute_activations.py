@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 import dynlora_fn.compile._ops  # noqa: F401 (registers the operations)
+from dynlora_fn._core._torch import OpOverload
 from dynlora_fn.compile._graph import bytes_of, depths, is_fused, is_view, uses, without_views
 
 _NEAR = 2  # products between two uses: what is kept that much longer makes no peak
@@ -69,7 +70,7 @@ class _Saved:
 
     def is_early(self, node: Node) -> bool:
         """Whether it is a large result, used late alone, of what is kept until then anyway."""
-        is_own = isinstance(node.target, torch._ops.OpOverload) and not is_fused(node) and not is_view(node)
+        is_own = isinstance(node.target, OpOverload) and not is_fused(node) and not is_view(node)
         if not is_own or not node.all_input_nodes or not _is_pure(node) or not self.is_large(node):
             return False
         first = min(self.uses[node])

@@ -5,8 +5,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map
 
+from dynlora_fn._core._torch import (
+    inductor_mode_options,
+    keystr,
+    trace_autograd_ops,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+)
 from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn.compile._donation import Consumed, consume, memory_of
 
@@ -63,7 +71,7 @@ def compile_step(
         if donate and (debug or not is_checked):
             _check_donated(state)
             is_checked = True
-        with torch._dynamo.config.patch(trace_autograd_ops=True):  # for `torch.autograd.grad` inside the step
+        with trace_autograd_ops():  # for `torch.autograd.grad` inside the step
             problem, result = compiled(state, *args)
         if problem:
             raise ValueError(problem)
@@ -81,7 +89,7 @@ def _with_rewrites(options: dict[str, Any]) -> dict[str, Any]:
     from dynlora_fn.compile._passes import inductor_options  # noqa: PLC0415 (Inductor takes a second to import)
 
     # A mode is a name for options, and `torch.compile` takes one or the other.
-    own = {**options.get("options", {}), **torch._inductor.list_mode_options(options.get("mode", "default"))}
+    own = {**options.get("options", {}), **inductor_mode_options(options.get("mode", "default"))}
     rest = {name: value for name, value in options.items() if name not in ("mode", "options")}
     return {**rest, "options": {**inductor_options(), **own}}
 

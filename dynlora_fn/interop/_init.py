@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, find_stacks
+from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn._core._types import LowRank, Param
 from dynlora_fn.bases._base import dequantize, fold_base

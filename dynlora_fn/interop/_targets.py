@@ -5,8 +5,8 @@ from math import prod
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from dynlora_fn._core._torch import ConvNd
 from dynlora_fn._core._tree import match, matches
 
 Targets: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, Tensor], bool]
@@ -88,7 +88,7 @@ def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:
 
 
 def _is_spatial(model: nn.Module | None, name: str) -> bool:
-    return model is not None and isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
+    return model is not None and isinstance(model.get_submodule(name.rpartition(".")[0]), ConvNd)
 
 
 def _check(name: str, shape: tuple[int, ...], target: Target) -> None:

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 
 from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._torch import make_wrapper_subclass
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.nn._rules import METHODS, RULES
 from dynlora_fn.nn._view import View, gathered, refuse, view_of
@@ -120,7 +121,7 @@ def _as_weight(view: View) -> "_Weight":
         # Not a number, so that an operation that Dynamo does not dispatch could not go unseen.
         weight = b.new_full((), torch.nan).expand(shape).as_subclass(_Weight)
     else:
-        weight = Tensor._make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
+        weight = make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
     weight._view = view
     return weight
 

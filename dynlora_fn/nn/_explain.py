@@ -4,8 +4,8 @@ from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Param, Params
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.bases._types import Sharded

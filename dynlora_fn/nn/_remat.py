@@ -9,10 +9,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dynlora_fn._core._dtypes import Autocast, autocast_now
+from dynlora_fn._core._torch import TorchDispatchMode, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from dynlora_fn._core._tree import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dynlora_fn._core._torch import grouped_mm as torch_grouped_mm
 from dynlora_fn.nn._products import add_product, convolve, einsum, embedding, grouped_mm, linear, matmul
 from dynlora_fn.nn._reshaping import (
     chunk,
@@ -65,7 +66,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     functional.conv1d: convolve(1),
     functional.conv2d: convolve(2),
     functional.conv3d: convolve(3),
-    **dict.fromkeys((functional.grouped_mm, torch._grouped_mm), grouped_mm),
+    **dict.fromkeys((functional.grouped_mm, torch_grouped_mm), grouped_mm),
     functional.multi_head_attention_forward: _attention(),
     torch.einsum: einsum,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),

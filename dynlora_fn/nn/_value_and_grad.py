@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from dynlora_fn._core._torch import tree_flatten, tree_map, tree_unflatten
 
 
 class ValueAndGrad(NamedTuple):

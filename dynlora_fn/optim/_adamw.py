@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moment, encode_moments
 from dynlora_fn.optim._freeze import _zero_count, count_down, no_vectors_frozen, zero_frozen

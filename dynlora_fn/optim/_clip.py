@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn._core._collectives import all_reduce
+from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._types import Frozen, Trainable
 from dynlora_fn.bases._sharded import factor_shardings
 from dynlora_fn.optim._transform import Tree

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from dynlora_fn._core._torch import tree_map
 
 _BLOCK = 256
 _LEAST = 4096  # smaller tensors stay as they are, as those that the blocks do not divide: torchao's rule

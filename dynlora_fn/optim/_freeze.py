@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._transform import Tree
 

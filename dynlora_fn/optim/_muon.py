@@ -7,9 +7,9 @@ from math import sqrt
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from dynlora_fn._core._collectives import all_reduce
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Factors, Frozen, Sharding, Trainable
 from dynlora_fn.bases._sharded import factor_shardings
 from dynlora_fn.optim._freeze import count_down, zero_frozen

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._freeze import count_down, no_vectors_frozen, zero_frozen
 from dynlora_fn.optim._transform import Rate, Transform, Tree, rate_of, zero_moments

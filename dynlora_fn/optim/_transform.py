@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Trainable
 
 Tree = dict[str, Any]

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dynlora_fn._core._collectives import all_gather
+from dynlora_fn._core._torch import keystr, tree_flatten_with_path
 from dynlora_fn.bases._types import Sharded
 from dynlora_fn.parallel._shard import Group, is_under, process_group, shardings_in
 

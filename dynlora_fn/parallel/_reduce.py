@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import _functional_collectives as functional
-from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
+from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
 from dynlora_fn._core._types import Frozen
 from dynlora_fn.bases._sharded import factor_shardings
 from dynlora_fn.parallel._shard import Group, is_under, process_group
@@ -43,7 +42,7 @@ def all_reduce_mean(
             buckets[leaf.dtype].append(at)
     for members in buckets.values():
         bucket = torch.cat([leaves[at].flatten() for at in members]) * share
-        reduced: Tensor = functional.wait_tensor(functional.all_reduce(bucket, "sum", group))  # type: ignore[no-untyped-call]
+        reduced: Tensor = functional_collectives.wait_tensor(functional_collectives.all_reduce(bucket, "sum", group))  # type: ignore[no-untyped-call]
         parts = torch.split(reduced, [leaves[at].numel() for at in members])
         for at, part in zip(members, parts, strict=True):
             leaves[at] = part.reshape(leaves[at].shape)

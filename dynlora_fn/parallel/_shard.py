@@ -8,8 +8,8 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_map_with_path
 
+from dynlora_fn._core._torch import MappingKey, resolve_process_group, tree_flatten_with_path, tree_map_with_path
 from dynlora_fn._core._tree import map_low_rank
 from dynlora_fn._core._types import Factors, LowRank, Param, Params, Sharding
 from dynlora_fn.bases._float4 import NVFP4Codes, with_factors_by_row, with_one_factor
@@ -209,7 +209,7 @@ def _has_numbers(leaf: Tensor) -> bool:
 def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415 (takes a second to import)
 
-    group = torch._C._distributed_c10d._resolve_process_group(sharding.group)  # type: ignore[arg-type]
+    group = resolve_process_group(sharding.group)
     shape = list(leaf.shape)
     shape[axis] = sharding.rows
     mesh = DeviceMesh.from_group(group, leaf.device.type)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Factors, Frozen, Plans, Sharding, Trainable
 from dynlora_fn.bases._flatten import flatten_base
 from dynlora_fn.bases._sharded import factor_shardings, map_code_rows

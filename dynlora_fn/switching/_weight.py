@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_low_rank
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import dequantize, fold_base, plain_dtype

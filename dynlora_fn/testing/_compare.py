@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from dynlora_fn._core._torch import keystr, tree_flatten_with_path
 
 
 def assert_same(got: Any, wanted: Any) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._types import LowRank, Plan, SidePlan
 from dynlora_fn.testing._compare import assert_same, pairs
 from dynlora_fn.testing._promises import Arguments, arguments_of, hold, takes_a_plan
@@ -80,7 +80,7 @@ def check_vmap(
     """
 
     def check(*given: Any) -> None:
-        size = next(leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(given) if leaf.ndim)
+        size = next(leaf.shape[0] for leaf in tree_leaves(given) if leaf.ndim)
         members = [tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, given) for number in range(size)]  # noqa: B023
         looped = tree_map(lambda *leaves: torch.stack(leaves), *(transform(*one) for one in members))
         _assert_near(transform(*given), looped, tolerance)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._torch import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 from dynlora_fn._core._tree import combine, partition
 from dynlora_fn._core._types import LowRank, Param, Plan
 from dynlora_fn.bases._deferred import defer, fold_pending

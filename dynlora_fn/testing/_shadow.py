@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Factors, LowRank
 from dynlora_fn.bases._base import dequantize, plain_dtype
 from dynlora_fn.bases._formats import kind_of

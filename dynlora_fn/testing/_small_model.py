@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._types import Factors, LowRank, Param
 from dynlora_fn.bases._pending import without_pending
 from dynlora_fn.bases._types import Deferred, Sharded

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
+from dynlora_fn._core._torch import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 from dynlora_fn._core._types import Factors, Param, Plan
 from dynlora_fn.optim._transform import Transform
 from dynlora_fn.testing._compare import assert_same, kind, untouched
@@ -152,9 +152,7 @@ def _run(state: Any, step: Callable[[Any, int], tuple[Any, Any]], numbers: range
     reports = []
     for number in numbers:
         state, report = step(state, number)
-        reports.append(
-            torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, report)
-        )
+        reports.append(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, report))
     return state, reports
 
 

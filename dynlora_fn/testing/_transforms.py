@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn.testing._compare import assert_same, assert_within, kind, pairs, untouched
 from dynlora_fn.testing._promises import Arguments, arguments_of, hold, new_params, weights_of
 from dynlora_fn.testing._shadow import exact_weight, rounding

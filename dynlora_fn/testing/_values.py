@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition
 from dynlora_fn._core._types import Factors, LowRank, Params, Plan, SidePlan, Trainable
 from dynlora_fn.bases._deferred import defer

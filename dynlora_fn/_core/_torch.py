@@ -1,0 +1,85 @@
+"""Every private name of torch that the library uses, checked on the version in `CHECKED`.
+
+The other modules import these names from here, so that a new version of torch is adapted to in one place.
+`tests/core/test_torch_names.py` fails with the name of whatever has moved.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses import FakeTensorMode as FakeTensorMode
+from torch.distributed import _functional_collectives
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+from torch.utils._pytree import MappingKey as MappingKey
+from torch.utils._pytree import keystr as keystr
+from torch.utils._pytree import register_constant as register_constant
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_with_path as tree_map_with_path
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+if TYPE_CHECKING:
+    from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+    from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
+    from torch._inductor.decomposition import select_decomp_table as select_decomp_table
+
+CHECKED = "2.13.0"
+# Imported at their first use: Inductor takes a second to import.
+LAZY = {
+    "CustomGraphPass": "torch._inductor.custom_graph_pass",
+    "get_hash_for_files": "torch._inductor.custom_graph_pass",
+    "select_decomp_table": "torch._inductor.decomposition",
+}
+# Looked up at their first use, by their full names.
+USED = (
+    "torch._C._distributed_c10d._resolve_process_group",
+    "torch._dynamo.config.trace_autograd_ops",
+    "torch._grouped_mm",
+    "torch._inductor.list_mode_options",
+    "torch._ops.OpOverload",
+    "torch.Tensor._make_wrapper_subclass",
+    "torch.ops._c10d_functional.all_gather_into_tensor",
+    "torch.ops._c10d_functional.all_reduce",
+    "torch.ops._c10d_functional.reduce_scatter_tensor",
+    "torch.ops._c10d_functional.wait_tensor",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+ConvNd = _ConvNd
+functional_collectives = _functional_collectives
+# Functional collectives. Called directly: these operations go through `torch.func`, and torch's wrappers do not.
+C10D: Any = torch.ops._c10d_functional
+OpOverload = torch._ops.OpOverload
+grouped_mm: Callable[..., Any] = torch._grouped_mm
+make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+
+
+def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":
+    """Return the process group with this name."""
+    group: torch.distributed.ProcessGroup = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return group
+
+
+def trace_autograd_ops() -> AbstractContextManager[Any]:
+    """Let Dynamo trace `torch.autograd.grad` inside a compiled function."""
+    patch: AbstractContextManager[Any] = torch._dynamo.config.patch(trace_autograd_ops=True)
+    return patch
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """Return the Inductor options that a mode of `torch.compile` is a name for."""
+    options: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    return options
