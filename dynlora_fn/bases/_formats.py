@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dynlora_fn.bases import _float4, _nf4
+from dynlora_fn.bases import _float4, _nf4, _torchao
 from dynlora_fn.bases._float4 import MXFP4Codes, NVFP4Codes
 from dynlora_fn.bases._nf4 import NF4Codes
 from dynlora_fn.bases._rowwise import _LEAST_SCALE, Float8Codes, Int8Codes, _encode_float8, encode_int8, int8_residual
@@ -55,12 +55,10 @@ def format_of(base: object) -> tuple[str, torch.dtype]:
         raise ValueError(f"`base` must {_RULE}, got {base!r}")
     if type(base).__name__ == "NVFP4WeightOnlyConfig" and getattr(base, "use_dynamic_per_tensor_scale", False):
         return "nvfp4", torch.float8_e4m3fn  # by its name: a prototype is not imported to be told apart from
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow  # noqa: PLC0415 (a second)
-
-    if getattr(base, "granularity", None) == PerRow():
-        if isinstance(base, Int8WeightOnlyConfig):
+    if getattr(base, "granularity", None) == _torchao.PerRow():
+        if isinstance(base, _torchao.Int8WeightOnlyConfig):
             return "int8", torch.float8_e4m3fn
-        if isinstance(base, Float8WeightOnlyConfig):
+        if isinstance(base, _torchao.Float8WeightOnlyConfig):
             return "float8", base.weight_dtype
     raise ValueError(f"`base` must {_RULE}, got {base!r}")
 

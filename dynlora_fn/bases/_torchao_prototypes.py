@@ -29,9 +29,7 @@ def codes_of(held: Any) -> NVFP4Codes | MXFP4Codes | None:
 def tensor_of(codes: NVFP4Codes | MXFP4Codes, like: Tensor) -> Tensor:
     """Raises ImportError if torchao has its prototype elsewhere."""
     try:
-        from torchao.prototype.mx_formats.mx_tensor import MXTensor  # noqa: PLC0415
-        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor  # noqa: PLC0415
-        from torchao.quantization.quantize_.common.kernel_preference import KernelPreference  # noqa: PLC0415
+        from dynlora_fn.bases._torchao import KernelPreference, MXTensor, NVFP4Tensor  # noqa: PLC0415
     except ImportError as error:
         rule = "must be in torchao.prototype.mx_formats to be made, as in torchao 0.18"
         raise ImportError(f"torchao's prototypes NVFP4Tensor and MXTensor {rule}, got {error}") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import LowRank, Params
-from dynlora_fn.bases import _nf4, _torchao_prototypes
+from dynlora_fn.bases import _nf4, _torchao, _torchao_prototypes
 from dynlora_fn.bases._base import fold_base
 from dynlora_fn.bases._float4 import MXFP4Codes, NVFP4Codes
 from dynlora_fn.bases._formats import Codes, decode
@@ -64,19 +64,17 @@ def from_torchao(
 
 
 def _codes(held: Any) -> Codes | None:
-    from torchao.quantization import Float8Tensor, Int8Tensor, NF4Tensor  # noqa: PLC0415
-
     if held.ndim != 2:
         return None
     if _torchao_prototypes.is_prototype(held):
         views = _torchao_prototypes.codes_of(held)
         return None if views is None else tree_map(_copy, views)
-    if isinstance(held, Int8Tensor | Float8Tensor):
+    if isinstance(held, _torchao.Int8Tensor | _torchao.Float8Tensor):
         if held.scale.shape != (held.shape[0], 1):
             return None
-        kind = Int8Codes if isinstance(held, Int8Tensor) else Float8Codes
+        kind = Int8Codes if isinstance(held, _torchao.Int8Tensor) else Float8Codes
         return kind(_copy(held.qdata), _copy(held.scale))
-    if isinstance(held, NF4Tensor) and held.shape[1] % 2 == 0:
+    if isinstance(held, _torchao.NF4Tensor) and held.shape[1] % 2 == 0:
         inner = (held.quantized_data, held.quantized_scalers, held.quantization_factor, held.scaler_mean)
         data, *rest = (_copy(tensor) for tensor in inner)
         return NF4Codes(data.reshape(held.shape[0], -1), *rest)
@@ -136,24 +134,20 @@ def _tensor(codes: Codes, like: Tensor) -> Tensor:
         return _nf4_tensor(codes, like)
     if isinstance(codes, NVFP4Codes | MXFP4Codes):
         return _torchao_prototypes.tensor_of(codes, like)
-    from torchao.quantization import Float8Tensor, Int8Tensor  # noqa: PLC0415
-
     block = [1, codes.codes.shape[1]]
     if isinstance(codes, Float8Codes):
-        made: Tensor = Float8Tensor(codes.codes, codes.scale, block_size=block, dtype=like.dtype)
+        made: Tensor = _torchao.Float8Tensor(codes.codes, codes.scale, block_size=block, dtype=like.dtype)
     else:
         zero = torch.zeros_like(codes.scale, dtype=torch.int8)
-        made = Int8Tensor(codes.codes, codes.scale, block, like.dtype, zero_point=zero)
+        made = _torchao.Int8Tensor(codes.codes, codes.scale, block, like.dtype, zero_point=zero)
     return made
 
 
 def _nf4_tensor(codes: NF4Codes, like: Tensor) -> Tensor:
-    from torchao.quantization import NF4Tensor, to_nf4  # noqa: PLC0415
-
     shape, blocks = base_shape(Quantized(codes, (), like)), len(codes.scales)
     # What it says of a weight of this shape, by way of torchao itself.
     sizes = shape.numel() // blocks, blocks // len(codes.factor)
-    _, context = to_nf4(codes.mean.new_zeros(shape), *sizes).__tensor_flatten__()
+    _, context = _torchao.to_nf4(codes.mean.new_zeros(shape), *sizes).__tensor_flatten__()
     inner = {
         "quantized_data": codes.codes.flatten(),
         "scaler_mean": codes.mean,
@@ -161,5 +155,5 @@ def _nf4_tensor(codes: NF4Codes, like: Tensor) -> Tensor:
         "quantized_scalers": codes.scales,
         "nf4": torch.tensor(_nf4.VALUES, dtype=codes.mean.dtype, device=codes.mean.device),
     }
-    made: Tensor = NF4Tensor.__tensor_unflatten__(inner, context, None, None)
+    made: Tensor = _torchao.NF4Tensor.__tensor_unflatten__(inner, context, None, None)
     return made

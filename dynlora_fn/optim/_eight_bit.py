@@ -11,6 +11,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
+from dynlora_fn.bases import _torchao
+from dynlora_fn.bases._torchao import decode_8bit, encode_8bit
 
 _BLOCK = 256
 _LEAST = 4096  # smaller tensors stay as they are, as those that the blocks do not divide: torchao's rule
@@ -36,9 +38,7 @@ _Moment = SignedMoment | UnsignedMoment
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _values(is_signed: bool) -> tuple[float, ...]:
     """What each of the 256 codes stands for, beside the scale."""
-    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned  # noqa: PLC0415 (takes a second)
-
-    return tuple(get_qmap_signed() if is_signed else get_qmap_unsigned())
+    return tuple(_torchao.get_qmap_signed() if is_signed else _torchao.get_qmap_unsigned())
 
 
 def _table(moment: _Moment) -> Tensor:
@@ -57,23 +57,20 @@ def empty_moment(leaf: Tensor, kind: type[_Moment]) -> Any:
 
 def decode_moments(tree: Any) -> Any:
     """The tree with tensors for codes."""
-    from torchao.optim.quant_utils import dequant_with_qmap  # noqa: PLC0415
 
     def decode(leaf: Any) -> Any:
-        return dequant_with_qmap(leaf.codes, _table(leaf), leaf.scale) if isinstance(leaf, _Moment) else leaf
+        return decode_8bit(leaf.codes, _table(leaf), leaf.scale) if isinstance(leaf, _Moment) else leaf
 
     return tree_map(decode, tree, is_leaf=_is_moment)
 
 
 def encode_moments(tree: Any, like: Any) -> Any:
     """The tree with codes wherever `like` has them."""
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor  # noqa: PLC0415
 
     def encode(old: Any, leaf: Tensor) -> Any:
         if not isinstance(old, _Moment):
             return leaf
-        scaled, scale = scale_tensor(leaf.contiguous(), _BLOCK)
-        return type(old)(quantize_8bit_with_qmap(scaled, _table(old)), scale)
+        return type(old)(*encode_8bit(leaf.contiguous(), _table(old), _BLOCK))
 
     return tree_map(encode, like, tree, is_leaf=_is_moment)
 

@@ -1,0 +1,54 @@
+"""Every name of torchao that the library uses, checked on the version in `CHECKED`.
+
+torchao takes a second to import, so each name is imported at its first use. The prototypes may move or change:
+`tests/bases/test_torchao_names.py` fails with the name of whatever has moved.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+CHECKED = "0.18.0"
+NAMES = {
+    "Float8Tensor": "torchao.quantization",
+    "Float8WeightOnlyConfig": "torchao.quantization",
+    "Int8Tensor": "torchao.quantization",
+    "Int8WeightOnlyConfig": "torchao.quantization",
+    "NF4Tensor": "torchao.quantization",
+    "PerRow": "torchao.quantization",
+    "to_nf4": "torchao.quantization",
+    "KernelPreference": "torchao.quantization.quantize_.common.kernel_preference",
+    "MXTensor": "torchao.prototype.mx_formats.mx_tensor",
+    "NVFP4Tensor": "torchao.prototype.mx_formats.nvfp4_tensor",
+    "dequant_with_qmap": "torchao.optim.quant_utils",
+    "get_qmap_signed": "torchao.optim.subclass_8bit",
+    "get_qmap_unsigned": "torchao.optim.subclass_8bit",
+    "quantize_8bit_with_qmap": "torchao.optim.quant_utils",
+    "scale_tensor": "torchao.optim.quant_utils",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in NAMES:
+        return getattr(import_module(NAMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Dynamo traces the functions below. It follows an import statement, but not the function above.
+
+
+def decode_8bit(codes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+    """Return the numbers of `codes`, with the values in `table` and one scale for each block."""
+    from torchao.optim.quant_utils import dequant_with_qmap  # noqa: PLC0415
+
+    decoded: Tensor = dequant_with_qmap(codes, table, scale)
+    return decoded
+
+
+def encode_8bit(tensor: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return codes of the values in `table`, and one scale for each block of the flattened tensor."""
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor  # noqa: PLC0415
+
+    scaled, scale = scale_tensor(tensor, block)
+    return quantize_8bit_with_qmap(scaled, table), scale
