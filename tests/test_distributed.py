@@ -60,7 +60,7 @@ def make_step(net: nn.Module, group=None, share=None):
             return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
         result = tuple(dl.value_and_grad(loss_fn)(trainable))
-        loss, grads = result if group is None else dl.parallel.all_reduce_mean(result, group, share=share)
+        loss, grads = result if group is None else dl.parallel.all_reduce_mean(result, group, weight=share)
         params, _ = dl.switch(dl.combine(trainable, frozen), plan)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
@@ -109,7 +109,7 @@ def _reduce_trees() -> dict:
     with Traffic() as traffic:
         mean = dl.parallel.all_reduce_mean(tree, group)
     by_mesh = dl.parallel.all_reduce_mean(tree, mesh)
-    shared = dl.parallel.all_reduce_mean(tree, group, share=[0.25, 0.75][rank])
+    shared = dl.parallel.all_reduce_mean(tree, group, weight=[0.25, 0.75][rank])
     compiled = torch.compile(
         lambda tree: dl.parallel.all_reduce_mean(tree, group), fullgraph=True, backend="aot_eager"
     )(tree)

@@ -51,7 +51,7 @@ def make_step(group, share, is_sharded: bool):
             return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
         loss, grads = dl.parallel.all_reduce_mean(
-            tuple(dl.value_and_grad(loss_fn)(trainable)), group, share=share, frozen=own
+            tuple(dl.value_and_grad(loss_fn)(trainable)), group, weight=share, frozen=own
         )
         grads, norm = dl.optim.clip_by_global_norm(grads, 0.5, frozen=own)
         params, _ = dl.switch(dl.combine(trainable, frozen), plan)
@@ -84,7 +84,7 @@ def _train(base, backend) -> None:
     rows = slice(rank * 5 // size, (rank + 1) * 5 // size)
     share = (rows.stop - rows.start) / 5
     expected, wanted = train(start(fresh(base)), make_step(group, share, False), 12, rows)
-    params = dl.parallel.shard_factors(dl.parallel.shard(fresh(base), group), part=share)
+    params = dl.parallel.shard_factors(dl.parallel.shard(fresh(base), group), weight=share)
     step = make_step(group, share, True)
     if backend:
         step = dl.compile_step(step, backend=backend)
@@ -122,7 +122,7 @@ def _bits() -> None:
     (name, *_) = outgoing
     own = sharded[name].base.sharding
     assert_equal(outgoing[name].b, wanted[name].b[..., own.own, :])
-    assert_equal(outgoing[name].a, wanted[name].a[..., own.of_columns.own])
+    assert_equal(outgoing[name].a, wanted[name].a[..., own.as_columns.local_rows])
     x = torch.randint(11, (4, 5))
     via = [dl.value_and_grad(_loss, via=via)(*dl.partition(sharded), x).grads for via in ("func", "autograd")]
     assert_equal(*via)
@@ -188,7 +188,7 @@ def _muon() -> None:
     own, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD)))
 
     def part(factors, sharding):
-        return dl.Factors(factors.b[..., sharding.own, :], factors.a[..., sharding.of_columns.own])
+        return dl.Factors(factors.b[..., sharding.local_rows, :], factors.a[..., sharding.as_columns.local_rows])
 
     def moved(optimizer, trainable, lr, of=lambda name, grad: grad):
         state = optimizer.init(trainable)

@@ -18,22 +18,22 @@ def gather(shard: Shaped[Tensor, "*stack rows in"], sharding: Sharding) -> Shape
     dtype = rows.dtype
     if dtype.itemsize == 1:
         rows = rows.view(torch.uint8)  # not every backend, nor every operation, knows the formats of eight bits
-    missing = sharding.share - len(rows)
+    missing = sharding.rows_per_process - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
-    gathered = all_gather(rows, sharding.size, sharding.group)[: sharding.rows]
+    gathered = all_gather(rows, sharding.world_size, sharding.group)[: sharding.rows]
     return gathered.view(dtype).movedim(0, -2) if dtype.itemsize == 1 else gathered.movedim(0, -2)
 
 
 def scatter(whole: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[Tensor, "*stack rows n"]:
     """The rows of this process of the sum over all of them, by one functional reduce-scatter."""
     rows = whole.movedim(-2, 0)
-    missing = sharding.size * sharding.share - len(rows)
+    missing = sharding.world_size * sharding.rows_per_process - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
     given = rows.contiguous()
-    summed = C10D.reduce_scatter_tensor(given, "sum", sharding.size, sharding.group)
-    own = sharding.own
+    summed = C10D.reduce_scatter_tensor(given, "sum", sharding.world_size, sharding.group)
+    own = sharding.local_rows
     summed = C10D.wait_tensor(summed)[: own.stop - own.start]
     return summed.movedim(0, -2)  # type: ignore[no-any-return]
 

@@ -25,31 +25,31 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which rows of a base this process holds: as many as every other, but for the last ones."""
+    """Which rows of a base this process stores: equally many on each, and fewer on the last ones."""
 
     group: str  # the name of the process group
-    size: int  # its number of processes
-    rank: int  # of this one in it
-    rows: int  # of the whole base, `out`
-    columns: int | None = None  # `in`, where the factors are sharded as well: `b` by its rows, `a` by its columns
-    part: float = 1.0  # of this process in the mean of gradients, by which those of sharded factors are reduced
+    world_size: int
+    process: int  # the index of this process in the group
+    rows: int  # `out` of the unsharded base
+    columns: int | None = None  # `in` if the factors are sharded too: `b` by its rows, `a` by its columns
+    weight: float = 1.0  # of this process in the mean of the gradients of sharded factors
 
     @property
-    def share(self) -> int:
-        """The most rows that a process holds."""
-        return -(-self.rows // self.size)
+    def rows_per_process(self) -> int:
+        """The most rows that a process stores."""
+        return -(-self.rows // self.world_size)
 
     @property
-    def of_columns(self) -> "Sharding":
+    def as_columns(self) -> "Sharding":
         """The columns of `a`, as if they were rows."""
         assert self.columns is not None
         return replace(self, rows=self.columns)
 
     @property
-    def own(self) -> slice:
-        """The rows that this process holds."""
-        first = min(self.rank * self.share, self.rows)
-        return slice(first, min(first + self.share, self.rows))
+    def local_rows(self) -> slice:
+        """The rows that this process stores."""
+        first = min(self.process * self.rows_per_process, self.rows)
+        return slice(first, min(first + self.rows_per_process, self.rows))
 
 
 register_constant(Sharding)  # no leaf, so that a tree of bases holds tensors alone

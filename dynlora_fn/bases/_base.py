@@ -47,7 +47,7 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
     if isinstance(base, Deferred):
         return _deferred(base, left, right, rank=rank, name=name)
     if isinstance(base, Sharded):
-        own = left if base.sharding.columns else left[..., base.sharding.own, :]  # `left` is sharded as `b` is
+        own = left if base.sharding.columns else left[..., base.sharding.local_rows, :]  # `left` is sharded as `b` is
         return base._replace(base=fold_base(base.base, own, right, rank=rank, name=name))
     codes, kind = code_tensors(base.codes), kind_of(base.codes)
     new = torch.ops.dynlora_fn.fold_codes(

@@ -40,8 +40,8 @@ def map_code_rows(change: RowMap, kind: str, tensors: Sequence[Tensor], sharding
     if kind != "nf4":
         return [change(tensor, sharding) for tensor in tensors]
     codes, *blocks, mean = tensors
-    held = codes.shape[-2] // sharding.share  # the shares of all processes, or that of this one
-    processes = replace(sharding, rows=sharding.size)
+    held = codes.shape[-2] // sharding.rows_per_process  # the shares of all processes, or that of this one
+    processes = replace(sharding, rows=sharding.world_size)
     blocks = [change(block.reshape(*block.shape[:-1], held, -1), processes).flatten(-2) for block in blocks]
     return [change(codes, sharding), *blocks, mean]
 

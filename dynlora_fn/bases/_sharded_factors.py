@@ -39,7 +39,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
         sharding = Sharding(*constants)
-        return gather(b, sharding), gather(a.mT, sharding.of_columns).mT
+        return gather(b, sharding), gather(a.mT, sharding.as_columns).mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -54,8 +54,8 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def forward(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
         sharding = Sharding(*constants)
-        b, a = b * sharding.part, a.mT * sharding.part
-        return scatter(b, sharding), scatter(a, sharding.of_columns).mT
+        b, a = b * sharding.weight, a.mT * sharding.weight
+        return scatter(b, sharding), scatter(a, sharding.as_columns).mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -63,5 +63,5 @@ class _Own(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, None]:
-        whole, part = _Whole.apply(b, a, ctx.constants), Sharding(*ctx.constants).part  # type: ignore[no-untyped-call]
-        return *(side * part for side in whole), None
+        gathered, weight = _Whole.apply(b, a, ctx.constants), Sharding(*ctx.constants).weight  # type: ignore[no-untyped-call]
+        return *(side * weight for side in gathered), None

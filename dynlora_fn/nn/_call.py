@@ -52,7 +52,7 @@ def _refuse_wrappers(model: nn.Module) -> None:
                 rule = (
                     "be the module itself: a wrapper's hooks see no gradient here, and ranks would drift apart unseen"
                 )
-                instead = "reduce the gradients with `mean_over_ranks`, and `shard` the bases"
+                instead = "reduce the gradients with `all_reduce_mean`, and `shard` the bases"
                 where = f" at {name!r}" if name else ""
                 raise ValueError(f"`model` must {rule}; {instead}, got {kind.__name__}{where}")
 

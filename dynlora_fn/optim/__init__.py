@@ -15,4 +15,5 @@ from dynlora_fn.optim._sgd_lion import MomentumState as MomentumState
 from dynlora_fn.optim._sgd_lion import lion as lion
 from dynlora_fn.optim._sgd_lion import sgd as sgd
 from dynlora_fn.optim._transform import Transform as Transform
+from dynlora_fn.optim._transform import Updates as Updates
 from dynlora_fn.optim._transform import apply_updates as apply_updates

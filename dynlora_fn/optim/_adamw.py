@@ -12,14 +12,7 @@ from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moment, encode_moments
 from dynlora_fn.optim._freeze import _zero_count, count_down, no_vectors_frozen, zero_frozen
-from dynlora_fn.optim._transform import Rate, Transform, Tree, rate_of, zero_moments
-
-
-class Updates(NamedTuple):
-    """What `adamw`'s update returns."""
-
-    updates: Tree  # to be added, see `apply_updates`
-    opt_state: "AdamWState"
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, zero_moments
 
 
 class AdamWState(NamedTuple):

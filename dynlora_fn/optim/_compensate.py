@@ -143,7 +143,7 @@ def _subtracted(base: Base, change: Tensor, *, name: str) -> Base:
     if isinstance(base, Deferred):  # there is room for switches alone to wait
         return base._replace(base=_subtracted(base.base, change, name=name))  # type: ignore[arg-type]
     if isinstance(base, Sharded):
-        own = change[..., base.sharding.own, :]
+        own = change[..., base.sharding.local_rows, :]
         return base._replace(base=_subtracted(base.base, own, name=name))  # type: ignore[arg-type]
     identity = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
     return fold_base(base, -change, identity.expand(*change.shape[:-2], -1, -1), rank=1, name=name)

@@ -1,19 +1,12 @@
 """Several optimizers at once."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from dynlora_fn._core._types import Factors, Trainable
-from dynlora_fn.optim._transform import Rate, Transform, Tree
-
-
-class MultiUpdates(NamedTuple):
-    """What the updates of a `multi_transform` return."""
-
-    updates: Tree  # to be added, see `apply_updates`
-    opt_state: dict[str, Any]  # the states of all transforms, by what they are called
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates
 
 
 def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, Factors | Tensor], str]) -> Transform:
@@ -53,13 +46,13 @@ def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, 
 
     def update(
         grads: Trainable, opt_state: Mapping[str, Any], trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
-    ) -> MultiUpdates:
+    ) -> Updates:
         updates: Tree = {}
         new: dict[str, Any] = {}
         for key, own in parts(trainable).items():
             own_grads = {name: grads[name] for name in own}
             own_updates, new[key] = transforms[key].update(own_grads, opt_state[key], own, lr=lr)
             updates |= own_updates
-        return MultiUpdates({name: updates[name] for name in trainable}, new)
+        return Updates({name: updates[name] for name in trainable}, new)
 
     return Transform(init, update)

@@ -14,8 +14,8 @@ from dynlora_fn._core._types import Factors, Frozen, Sharding, Trainable
 from dynlora_fn.bases._sharded import factor_shardings
 from dynlora_fn.optim._freeze import count_down, zero_frozen
 from dynlora_fn.optim._newton_schulz import with_even_spectra, with_even_spectrum
-from dynlora_fn.optim._sgd_lion import MomentumState, MomentumUpdates, check_decay, init_momentum
-from dynlora_fn.optim._transform import Rate, Transform, Tree, rate_of
+from dynlora_fn.optim._sgd_lion import MomentumState, check_decay, init_momentum
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of
 
 _DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent ones move by no more
 _LONGEST = 0.1  # of both factors' lengths
@@ -68,7 +68,7 @@ def muon(
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
-    ) -> MomentumUpdates:
+    ) -> Updates:
         grads = zero_frozen(grads, opt_state.frozen_for)
         mu: Tree = tree_map(lambda m, g: momentum * m + g.to(m.dtype), opt_state.mu, grads)
         along: Tree = tree_map(lambda m, g: g.to(m.dtype) + momentum * m, mu, grads)
@@ -81,7 +81,7 @@ def muon(
                 even = _even(name, even)
             decayed = tree_map(lambda own, param: own + weight_decay * param.to(own.dtype), even, leaf)
             updates[name] = tree_map(partial(_scaled, rate), decayed)
-        return MomentumUpdates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
+        return Updates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
 
     return Transform(init_momentum, update)
 

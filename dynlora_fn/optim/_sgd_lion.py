@@ -9,7 +9,7 @@ from torch import Tensor
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._freeze import count_down, no_vectors_frozen, zero_frozen
-from dynlora_fn.optim._transform import Rate, Transform, Tree, rate_of, zero_moments
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, zero_moments
 
 
 class MomentumState(NamedTuple):
@@ -17,13 +17,6 @@ class MomentumState(NamedTuple):
 
     mu: Tree  # the moment, in float32 or the parameter's dtype if that is wider
     frozen_for: dict[str, Factors]  # int32, updates that each vector still sits out: per vector
-
-
-class MomentumUpdates(NamedTuple):
-    """What the updates of `sgd` and `lion` return."""
-
-    updates: Tree  # to be added, see `apply_updates`
-    opt_state: MomentumState
 
 
 def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
@@ -70,7 +63,7 @@ def init_momentum(trainable: Trainable) -> MomentumState:
 def _of_one_moment(direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Transform:
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
-    ) -> MomentumUpdates:
+    ) -> Updates:
         grads = zero_frozen(grads, opt_state.frozen_for)
 
         def step(rate: Rate, mu: Tensor, grad: Tensor, param: Tensor) -> list[Tensor]:
@@ -82,6 +75,6 @@ def _of_one_moment(direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, T
             both: Any = tree_map(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
             is_pair = isinstance(both, list)
             mu[name], updates[name] = both if is_pair else (Factors(*own) for own in zip(*both, strict=True))
-        return MomentumUpdates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
+        return Updates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
 
     return Transform(init_momentum, update)

@@ -21,6 +21,13 @@ class Transform(NamedTuple):
     update: Callable[..., Any]
 
 
+class Updates(NamedTuple):
+    """What `update` of a `Transform` returns."""
+
+    updates: Tree  # to be added, see `apply_updates`
+    opt_state: Any  # of the structure, shapes and dtypes that were passed in
+
+
 def zero_moments(trainable: Trainable) -> Tree:
     """Of the parameters' structure, in float32 or the parameter's dtype if that is wider."""
 

@@ -82,23 +82,23 @@ def _unsharded(base: FoldedBase) -> LocalBase:
 
 
 @overload
-def shard_factors(params: LowRank, *, part: float | None = ...) -> LowRank: ...
+def shard_factors(params: LowRank, *, weight: float | None = ...) -> LowRank: ...
 @overload
-def shard_factors(params: Params, *, part: float | None = ...) -> dict[str, Param]: ...
-def shard_factors(params: LowRank | Params, *, part: float | None = None) -> LowRank | dict[str, Param]:
+def shard_factors(params: Params, *, weight: float | None = ...) -> dict[str, Param]: ...
+def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> LowRank | dict[str, Param]:
     """The same weights, of whose factors each process keeps a share as well: `b` by the rows that it has of the base,
     `a` by as many columns.
 
     What is trained, its gradients and the optimizer's state are then a share of themselves. The factors of a weight are
     gathered for each product and let go of, in the backward pass again, and its gradients are reduced there, each
-    process being left with its own: `mean_over_ranks`, `clip_by_global_norm` and `muon` must be told by ``frozen=``.
+    process being left with its own: `all_reduce_mean`, `clip_by_global_norm` and `muon` must be told by ``frozen=``.
     Any other optimizer must go number by number, as `adamw` does. A switch draws the incoming vectors without a
     message, but needs all of those rows of `a` that it folds into the base: ``vectors * in`` numbers are gathered for
     each weight.
 
     Args:
         params: one weight, or weights by name, whose bases are sharded; full-rank tensors stay whole.
-        part: of this process in the mean of the gradients, as `mean_over_ranks`'s `share`; 1 / their number unless
+        weight: of this process in the mean of the gradients, as in `all_reduce_mean`; 1 / their number unless
             given.
 
     Raises:
@@ -107,20 +107,20 @@ def shard_factors(params: LowRank | Params, *, part: float | None = None) -> Low
     Numerics: those of whole factors but for the order in which gradients are summed up.
     """
     if isinstance(params, LowRank):
-        return _shard_factors("param", params, part)
+        return _shard_factors("param", params, weight)
     return {
-        name: _shard_factors(name, param, part) if isinstance(param, LowRank) else param
+        name: _shard_factors(name, param, weight) if isinstance(param, LowRank) else param
         for name, param in params.items()
     }
 
 
-def _shard_factors(name: str, param: LowRank, part: float | None) -> LowRank:
+def _shard_factors(name: str, param: LowRank, weight: float | None) -> LowRank:
     base, (b, a) = param.base, param.factors
     if not isinstance(base, Sharded) or base.sharding.columns is not None:
         raise ValueError(f"`params` must have sharded bases and whole factors, none of them deferred, got {name!r}")
-    part = 1 / base.sharding.size if part is None else part
-    sharding = replace(base.sharding, columns=a.shape[-1], part=part)
-    own = Factors(b[..., sharding.own, :].clone(), a[..., sharding.of_columns.own].clone())
+    weight = 1 / base.sharding.world_size if weight is None else weight
+    sharding = replace(base.sharding, columns=a.shape[-1], weight=weight)
+    own = Factors(b[..., sharding.local_rows, :].clone(), a[..., sharding.as_columns.local_rows].clone())
     return param._replace(base=base._replace(sharding=sharding), factors=own)
 
 
@@ -140,12 +140,14 @@ def _shard_base(name: str, base: FoldedBase, group: Group) -> Sharded:
         base = base._replace(codes=with_factors_by_row(base.codes))
     if isinstance(base, Quantized) and isinstance(base.codes, NF4Codes):
         shared = rows * columns // base.codes.factor.shape[-1]
-        if rows % sharding.size or sharding.share * columns % shared:
-            rule = f"have rows for {sharding.size} processes in whole runs of {shared} numbers, which share a factor"
+        if rows % sharding.world_size or sharding.rows_per_process * columns % shared:
+            rule = (
+                f"have rows for {sharding.world_size} processes in whole runs of {shared} numbers, which share a factor"
+            )
             raise ValueError(f"`params` in nf4 must {rule}, got {name!r} of shape {(rows, columns)}")
 
     def own(leaf: Tensor, sharding: Sharding) -> Tensor:
-        return leaf[..., sharding.own, :].clone()  # so that the rest can be freed
+        return leaf[..., sharding.local_rows, :].clone()  # so that the rest can be freed
 
     return Sharded(map_rows(own, base, sharding), sharding)
 
@@ -190,12 +192,12 @@ def as_dtensors(tree: Any) -> Any:
             return node
         *_, above, last = ("", *(getattr(key, "name", "") for key in path))
         side = above if last in ("codes", "scale") else last
-        sharding = shardings[name] if side == "b" else shardings[name].of_columns
-        if side != last and sharding.rows % sharding.size:
+        sharding = shardings[name] if side == "b" else shardings[name].as_columns
+        if side != last and sharding.rows % sharding.world_size:
             rule = "hold shares of one size where moments are in 8 bit"
-            raise ValueError(f"`tree` must {rule}, got {sharding.rows} for {sharding.size} processes of {name!r}")
+            raise ValueError(f"`tree` must {rule}, got {sharding.rows} for {sharding.world_size} processes of {name!r}")
         if last == "scale":
-            return _placed(node[None], replace(sharding, rows=sharding.size), -2)
+            return _placed(node[None], replace(sharding, rows=sharding.world_size), -2)
         return _placed(node, sharding, -2 if side == "b" else -1)
 
     return tree_map_with_path(place, tree, is_leaf=lambda node: isinstance(node, Sharded))

@@ -61,10 +61,10 @@ def wire_bytes(
     for name, sharding in shardings.items():
         leaf = trainable[name]
         assert isinstance(leaf, Factors)
-        shares += _padded_bytes(leaf.b, sharding) + _padded_bytes(leaf.a.mT, sharding.of_columns)
+        shares += _padded_bytes(leaf.b, sharding) + _padded_bytes(leaf.a.mT, sharding.as_columns)
         if plan and name in plan:
             vectors = sum(side.slots.shape[-1] for side in (plan[name].b, plan[name].a))
-            own += _padded_bytes(leaf.a.mT, sharding.of_columns) // leaf.a.shape[-2] * vectors
+            own += _padded_bytes(leaf.a.mT, sharding.as_columns) // leaf.a.shape[-2] * vectors
     return WireBytes(_bytes(whole), _bytes(full_rank), gathers * bases, gathers * shares, shares, own)
 
 
@@ -88,7 +88,7 @@ def _gathered_bytes(base: Sharded) -> int:
 
 def _padded_bytes(leaf: Tensor, sharding: Sharding) -> int:
     each = leaf.shape[:-2].numel() * leaf.shape[-1] * leaf.element_size()
-    return sharding.size * sharding.share * each
+    return sharding.world_size * sharding.rows_per_process * each
 
 
 def _bytes(tree: Any) -> int:

@@ -117,7 +117,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switche
     b, a = param.factors
     _check_incoming(name, param, plan, incoming)
     if sharding := param.factor_sharding:
-        incoming = Factors(incoming.b[..., sharding.own, :], incoming.a[..., sharding.of_columns.own])
+        incoming = Factors(incoming.b[..., sharding.local_rows, :], incoming.a[..., sharding.as_columns.local_rows])
     wide = widest(a.dtype, plain_dtype(param.base))
     new_a = _replace(a, plan.a, incoming.a, wide)
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
@@ -125,7 +125,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switche
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
     if sharding:  # rows of the base are whole
-        right = gather(right.mT, sharding.of_columns).mT
+        right = gather(right.mT, sharding.as_columns).mT
     base = fold_base(param.base, left, right, rank=a.shape[-2], name=name)
     factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
     return Switched(LowRank(base, factors, param.seed), Factors(b=new_b.outgoing.mT, a=new_a.outgoing))

@@ -52,7 +52,7 @@ def make_method(
     are not trained."""
     params = init_params(config, model, targets, ranks=ranks)
     if config.shard_factors:
-        params = dl.parallel.shard_factors(params, part=ranks.share(config.batch_size))
+        params = dl.parallel.shard_factors(params, weight=ranks.share(config.batch_size))
     optimizer = make_optimizer(config, inner_names(config, params, targets))
     names = still(params)
     trainable, frozen = dl.partition(params, frozen=names)
@@ -95,7 +95,7 @@ def make_optimizer(config: Config, inner: frozenset[str]) -> dl.optim.Transform:
     transforms = {"inner": optimizers[config.inner_optimizer()], "rest": adamw}
     both = dl.optim.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
 
-    def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.MultiUpdates:
+    def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.optim.Updates:
         rates = {name: lr if name in inner else lr * config.dense_share() for name in trainable}
         return both.update(grads, opt_state, trainable, lr=rates)
 
@@ -133,7 +133,7 @@ def make_step(
         loss, grads = mean_over(dl.value_and_grad(loss_fn), given, tokens)
         if ranks.group is not None:
             loss, grads, stop = dl.parallel.all_reduce_mean(
-                (loss, grads, stop), ranks.group, share=share, frozen=frozen
+                (loss, grads, stop), ranks.group, weight=share, frozen=frozen
             )
         if config.compensate:
             dense, params = grads, state.params()

@@ -183,7 +183,7 @@ def validation_loss(run: Prepared, state: State) -> float:
         losses = [next_token_loss(run.model, state.params(), tokens) for tokens in batches]
     loss = torch.stack(losses).mean()
     if run.ranks.group is not None:
-        loss = dl.parallel.all_reduce_mean(loss, run.ranks.group, share=run.ranks.share(config.batch_size))
+        loss = dl.parallel.all_reduce_mean(loss, run.ranks.group, weight=run.ranks.share(config.batch_size))
     return loss.item()
 
 
