@@ -15,22 +15,22 @@ ROOT = Path(__file__).parent.parent
 RESIDUALS = ("none", "int8", "bfloat16")
 KEYS = {
     "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
-    "step_methods": {"full rank", "GaLore", "APOLLO", "LoRA", "switched", "switched, compensated", "switched, Muon"},
+    "step_by_method": {"full rank", "GaLore", "APOLLO", "LoRA", "switched", "switched, compensated", "switched, Muon"},
     "switch": {"switch_over_copy"},
     "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
-    "memory_base": {"int8+bfloat16 state", "nf4+bfloat16 peak", "bfloat16+none total"},
+    "memory_by_base": {"int8+bfloat16 state", "nf4+bfloat16 peak", "bfloat16+none total"},
     "ensemble": {"forward_over_held", "step_over_held", "largest_difference"},
     "compile_time": {"compile_deep_over_shallow", "call_overhead_ms"},
     "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS}
     | {"int8+bfloat16 deferred", "nf4+none deferred"},
     "scale": {"reduced_over_full_rank", "trainable_at_512"},
-    "quality_base": {"float32+none", "int8+bfloat16"},
+    "quality_by_base": {"float32+none", "int8+bfloat16"},
 }
 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_benchmark_runs(name, tmp_path):
-    if name in ("memory", "memory_base", "ensemble") and not Path("/proc/self/clear_refs").exists():
+    if name in ("memory", "memory_by_base", "ensemble") and not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is read from Linux's /proc")
     out = tmp_path / "results.json"
     (printed,) = in_ranks(1, _run, name, out)
@@ -53,9 +53,9 @@ def _run(name: str, out: Path) -> str:
 
 def test_the_papers_figures_come_out_of_what_counts_the_bytes():
     """Trainable numbers at 1.3B (arXiv:2406.06564), and so the bytes that processes reduce: 54 % fewer."""
-    from bench.scale import shares  # noqa: PLC0415
+    from bench.scale import paper_figures  # noqa: PLC0415
 
-    found = shares()
+    found = paper_figures()
     assert round(found["full_rank_parameters"] / 1e6, 1) == 1339.5
     assert round(found["trainable_at_512"] / 1e6, 1) == 609.7
     assert round(found["trainable_at_256"] / 1e6, 1) == 370.7

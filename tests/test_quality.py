@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import dynlora_fn as dl
-from bench.common import count_bytes
-from bench.quality import schedules, store
-from bench.quality.command import Quality, main, make
+from bench.quality import store, study_schedules
+from bench.quality.execute import execute
 from bench.quality.experiments import EXPERIMENTS, sweep
 from bench.quality.job import Job
 from bench.quality.measures import effective_rank, overlap
-from bench.quality.report import paired_p, rows_of
 from bench.quality.runs import METHODS, SIZES, Run
+from bench.quality.study import Quality, main, make_method
 from bench.quality.sweeps import CENTERS, MUON, Stage, neighbors, swept
-from bench.quality.train import train
+from bench.quality.tables import paired_p, rows_of
+from bench.support.process_memory import count_bytes
 from dynlora_fn.testing import Shape, assert_within, low_rank, normal
 from models import corpus as text
 from models.pretrain.config import warmup_cosine
@@ -151,19 +151,19 @@ VARIANTS = [
 @torch.compiler.set_stance("force_eager")  # tracing takes longer than the run; one test below has it
 def test_every_method_learns_and_repeats_itself(job, run):
     run = replace(run, lr=CENTERS[run.method], ratio=0.0)  # so that 24 steps have switches
-    result = train(job, run, make)
+    result = execute(job, run, make_method)
     assert result["loss"] < result["curve"][0][1] - 0.05
     assert result["bytes"]["state"] > 0
     if run.method == "switchlora":
         assert result["measures"]["switched"] > 0
         # In low precision the weight that products see moves by its rounding.
         assert result["measures"]["largest_jump"] < (1e-4 if run.base == "float32" else 0.05)
-    assert train(job, run, make)["curve"] == result["curve"]
+    assert execute(job, run, make_method)["curve"] == result["curve"]
 
 
 def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
     run = Run("tiny", "switchlora")
-    method, tokens = make(job, run), job.batch(0, 0)
+    method, tokens = make_method(job, run), job.batch(0, 0)
     trainable, frozen = dl.partition(method.params)
     wanted = dl.value_and_grad(lambda trainable: job.loss(dl.combine(trainable, frozen), tokens))(trainable)
     loss, grads = job.gradients(method.weights(), tokens)
@@ -178,7 +178,7 @@ def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
 @pytest.mark.parametrize("method", ["full", "lora", "switchlora"])
 def test_what_is_sent_is_what_is_trained(job, method):
     run = Run("tiny", method)
-    method = make(job, run)
+    method = make_method(job, run)
     trained = method.weights() if run.method == "full" else dl.partition(method.params).trainable
     assert run.sent_bytes() == count_bytes(trained)
 
@@ -187,7 +187,7 @@ def test_the_test_text_is_another_one(job):
     assert job.held_out("validation") is job.corpus.validation
     sources = bytes(job.held_out("test").numpy()).decode()
     assert Path(torch.nn.__file__).read_text() in sources
-    weights = make(job, Run("tiny", "full")).weights()
+    weights = make_method(job, Run("tiny", "full")).weights()
     assert job.held_out_loss(weights, "test") != job.held_out_loss(weights, "validation")
 
 
@@ -210,7 +210,7 @@ def test_random_rows_are_idle_and_distinct():
     params = {"w": low_rank(Shape(8, 12, 3), (2,), base_dtype=torch.float32, factor_dtype=torch.float32)}
     pool = dl.init_pool(params)
     plan = dl.every(1, count=3)(0, params)
-    drawn = schedules.at_random(plan, pool, torch.Generator().manual_seed(0))["w"]
+    drawn = study_schedules.at_random(plan, pool, torch.Generator().manual_seed(0))["w"]
     for side, held in ((drawn.b, pool["w"].b.held), (drawn.a, pool["w"].a.held)):
         for rows, own in zip(side.indices, held, strict=True):
             assert len(set(rows.tolist())) == 3
@@ -220,7 +220,7 @@ def test_random_rows_are_idle_and_distinct():
 def test_a_rate_with_an_end_switches_nothing_afterwards():
     run = Run("small", "switchlora", ratio=0.0, until=0.5)
     params = {"w": low_rank(Shape(64, 64, 16), base_dtype=torch.float32, factor_dtype=torch.float32)}
-    schedule, steps = schedules.schedule(run, params), SIZES["small"].steps
+    schedule, steps = study_schedules.schedule_of(run, params), SIZES["small"].steps
     switched = [schedule.switches(step, params) for step in range(steps)]
     assert sum(switched) == 2 * (16 * steps // 2 // 40)
     assert not any(switched[steps // 2 :])
@@ -232,7 +232,7 @@ def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     config = Quality("methods", ("tiny",), text=text_file, folder=tmp_path / "out", threads=1, backend="eager")
     made = []
 
-    def brief(job, run, make):
+    def brief(job, run, make_method):
         made.append(run)
         return {
             "loss": bowl(run),
@@ -242,7 +242,7 @@ def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
             "measures": {},
         }
 
-    monkeypatch.setattr("bench.quality.command.train", brief)
+    monkeypatch.setattr("bench.quality.study.execute", brief)
     main(replace(config, minutes=0))
     assert not made
     main(replace(config, rows=("full rank",)))

@@ -1,6 +1,6 @@
-"""What does a base in low precision cost in quality? The main job from the same seeds, on each base.
+"""How much quality does a base in low precision cost? Trains the main job with the same seeds on each base.
 
-Validation loss in nats a token, relative to that on float32 bases: mean and standard deviation over the seeds.
+Reports the validation loss in nats per token, and its ratio to the loss on the first base, over the seeds.
 """
 
 import tempfile
@@ -12,13 +12,13 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from bench.common import Common, finish, start, table
+from bench.support.harness import Options, finish, start, table
 from models.pretrain.config import Config
 from models.pretrain.run import prepare, train
 
 
 @dataclass(frozen=True)
-class QualityBase(Common):
+class QualityByBase(Options):
     contenders: tuple[str, ...] = (
         "float32+none",
         "int8+int8",
@@ -28,7 +28,7 @@ class QualityBase(Common):
         "int8+none",
         "nf4+none",
     )
-    """BASE+RESIDUAL."""
+    """Formats of the bases, each as BASE+RESIDUAL."""
     seeds: tuple[int, ...] = (0, 1, 2)
     model: str = "llama-9m"
     steps: int = 400
@@ -37,7 +37,8 @@ class QualityBase(Common):
     compile: bool = False
 
 
-def validation_loss(config: QualityBase, contender: str, seed: int) -> float:
+def validation_loss(config: QualityByBase, contender: str, seed: int) -> float:
+    """Train on one base and return the validation loss at the end."""
     base, residual = contender.split("+")
     with tempfile.TemporaryDirectory() as folder:
         run: Any = Config(
@@ -59,10 +60,10 @@ def validation_loss(config: QualityBase, contender: str, seed: int) -> float:
         return train(prepare(run, Console(quiet=True)), Console(quiet=True))["validation_loss"]
 
 
-def main(config: QualityBase) -> None:
+def main(config: QualityByBase) -> None:
     if config.quick:
         small = {"model": "llama-tiny", "steps": 16, "batch_size": 2, "seq_len": 32, "seeds": (0, 1)}
-        config = QualityBase(**{**vars(config), **small, "contenders": ("float32+none", "int8+bfloat16")})
+        config = QualityByBase(**{**vars(config), **small, "contenders": ("float32+none", "int8+bfloat16")})
     console = start(config)
     losses: dict[str, list[float]] = {contender: [] for contender in config.contenders}
     for seed in config.seeds:
@@ -71,14 +72,14 @@ def main(config: QualityBase) -> None:
             console.print(f"seed {seed}, {contender}: {losses[contender][-1]:.4f}", highlight=False)
     reference = losses[config.contenders[0]]
     relative = {
-        name: [loss / wanted - 1 for loss, wanted in zip(found, reference, strict=True)]
-        for name, found in losses.items()
+        name: [loss / wanted - 1 for loss, wanted in zip(by_seed, reference, strict=True)]
+        for name, by_seed in losses.items()
     }
     rows = [
-        [name, mean(found), stdev(found), f"{mean(relative[name]):+.3%}", f"{max(relative[name]):+.3%}"]
-        for name, found in losses.items()
+        [name, mean(by_seed), stdev(by_seed), f"{mean(relative[name]):+.3%}", f"{max(relative[name]):+.3%}"]
+        for name, by_seed in losses.items()
     ]
-    columns = ["base+residual", "validation loss", "std", f"over {config.contenders[0]}", "at most"]
+    columns = ["base+residual", "validation loss", "std", f"over {config.contenders[0]}", "at most, of the seeds"]
     console.print(table(f"{config.model}, {config.steps} steps, {len(config.seeds)} seeds", columns, rows))
     results = {name: mean(values) for name, values in relative.items()}
     console.print(results)
@@ -86,4 +87,4 @@ def main(config: QualityBase) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(QualityBase))
+    main(tyro.cli(QualityByBase))

@@ -1,4 +1,4 @@
-"""When the low-rank methods switch, and what comes in."""
+"""Decide when the low-rank methods switch, and which vectors enter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,23 +9,24 @@ from torch import Tensor
 import dynlora_fn as dl
 from bench.quality.runs import SIZES, Run
 
-_DECAY = 0.3  # of the rate after `ratio` of the run (arXiv:2406.06564)
+_DECAY = 0.3  # the switching rate over the initial one, after `ratio` of the run (arXiv:2406.06564)
 
 
-def schedule(run: Run, params: Mapping[str, Any]) -> dl.Schedule | dl.Dithered:
+def schedule_of(run: Run, params: Mapping[str, Any]) -> dl.Schedule | dl.Dithered:
+    """Return the schedule of a run."""
     steps = SIZES[run.size].steps
     if run.method == "lora":
         return dl.never()
     if run.method == "relora":
         return dl.every(max(1, round(run.merge_every * steps)))
     decay = _DECAY ** (1 / (run.ratio * steps)) if run.ratio else 1.0
-    interval = run.interval / 2 if run.incoming == "zero" else run.interval  # both sides go at once
+    interval = run.interval / 2 if run.incoming == "zero" else run.interval  # both sides switch at once
     plain = dl.Schedule(interval=interval, decay=decay, freeze=run.freeze, every=run.every)
     return plain if run.floor == 0 and run.until == 1 else _tabled(plain, run, params)
 
 
 def _tabled(plain: dl.Schedule, run: Run, params: Mapping[str, Any]) -> dl.Dithered:
-    """A rate with a floor or an end."""
+    """Return a schedule whose rate has a floor or an end."""
     steps = SIZES[run.size].steps
     at = torch.arange(1, steps + 1, dtype=torch.float64)
     rate = (plain.decay**at).clamp(min=run.floor) * (at <= run.until * steps)
@@ -39,28 +40,31 @@ def _tabled(plain: dl.Schedule, run: Run, params: Mapping[str, Any]) -> dl.Dithe
 
 
 def both_sides(plan: dict[str, dl.Plan]) -> dict[str, dl.Plan]:
-    """The plan of side a for both sides: a pair of vectors goes at once."""
-    return {name: own._replace(b=own.a) for name, own in plan.items()}
+    """Use the plan of side a for both sides, so that both vectors of a slot are switched at once."""
+    return {name: sides._replace(b=sides.a) for name, sides in plan.items()}
 
 
 def at_random(plan: dict[str, dl.Plan], pool: Mapping[str, dl.Pool], generator: torch.Generator) -> dict[str, dl.Plan]:
-    """The plan with idle rows of the pool drawn at random instead of in turn."""
+    """Let the plan draw idle rows of the pool at random instead of in turn."""
 
-    def side(own: dl.SidePlan, pool: dl.SidePool) -> dl.SidePlan:
+    def side(plan: dl.SidePlan, pool: dl.SidePool) -> dl.SidePlan:
         is_idle = torch.ones(pool.vectors.shape[:-1]).scatter(-1, pool.held, 0.0)
         flat = is_idle.reshape(-1, is_idle.shape[-1])
-        rows = torch.multinomial(flat, own.slots.shape[-1], generator=generator)
-        return own._replace(
-            slots=own.slots.expand(*is_idle.shape[:-1], -1),
+        rows = torch.multinomial(flat, plan.slots.shape[-1], generator=generator)
+        return plan._replace(
+            slots=plan.slots.expand(*is_idle.shape[:-1], -1),
             indices=rows.reshape(*is_idle.shape[:-1], -1),
-            active=own.active.expand(*is_idle.shape[:-1], -1),
+            active=plan.active.expand(*is_idle.shape[:-1], -1),
         )
 
-    return {name: own._replace(b=side(own.b, pool[name].b), a=side(own.a, pool[name].a)) for name, own in plan.items()}
+    return {
+        name: sides._replace(b=side(sides.b, pool[name].b), a=side(sides.a, pool[name].a))
+        for name, sides in plan.items()
+    }
 
 
-def outside(incoming: dict[str, dl.Factors], params: Mapping[str, Any]) -> dict[str, dl.Factors]:
-    """The part of the vectors outside the span of those in use, as long as before."""
+def outside_span(incoming: dict[str, dl.Factors], params: Mapping[str, Any]) -> dict[str, dl.Factors]:
+    """Remove the part of the vectors inside the span of the factors. Their lengths stay."""
 
     def of_rows(vectors: Tensor, rows: Tensor) -> Tensor:
         basis = torch.linalg.qr(rows.mT).Q  # (*stack, n, rank)
@@ -69,8 +73,8 @@ def outside(incoming: dict[str, dl.Factors], params: Mapping[str, Any]) -> dict[
 
     return {
         name: dl.Factors(
-            b=of_rows(own.b.mT, params[name].factors.b.mT).mT.contiguous(),
-            a=of_rows(own.a, params[name].factors.a),
+            b=of_rows(vectors.b.mT, params[name].factors.b.mT).mT.contiguous(),
+            a=of_rows(vectors.a, params[name].factors.a),
         )
-        for name, own in incoming.items()
+        for name, vectors in incoming.items()
     }

@@ -1,9 +1,9 @@
-"""One run from its first step to its result, by any of the methods."""
+"""Execute one run of any method, from its first step to its result."""
 
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,33 +12,30 @@ from bench.quality.measures import Tracker
 from bench.quality.runs import Run
 from models.pretrain.config import warmup_cosine
 
-EVALUATIONS = 8  # over a run
-_WARMUP = 0.05  # share of the run
+EVALUATIONS = 8  # in a run
+_WARMUP = 0.05  # part of the run
 
 
 class Method(Protocol):
-    """A method in the middle of a run."""
+    """A method and its state in a run."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Dense, for the forward pass."""
+        """Return the dense weights for the forward pass."""
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
-        """One step by the gradients of the dense weights, at `scale` times the peak rates."""
+        """Take one step from the gradients of the dense weights, at `scale` times the peak rates."""
 
     def bytes(self) -> dict[str, int]:
-        """What the method keeps beside dense weights."""
+        """Return the bytes that the method stores beside the dense weights, by kind."""
 
     def measures(self) -> dict[str, Any]:
-        """What it can tell of itself at the end."""
+        """Return what the method has measured in the run."""
 
 
-class Diverged(NamedTuple):
-    step: int
-
-
-def train(job: Job, run: Run, make: Callable[[Job, Run], Method]) -> dict[str, Any]:
+def execute(job: Job, run: Run, make_method: Callable[[Job, Run], Method]) -> dict[str, Any]:
+    """Return losses, bytes and measures of a run. A run that diverges ends at that step, with loss None."""
     started, steps = time.perf_counter(), job.size.steps
-    method, warmup = make(job, run), max(1, round(_WARMUP * steps))
+    method, warmup = make_method(job, run), max(1, round(_WARMUP * steps))
     tracker = Tracker(method.weights())
     curve: list[tuple[int, float]] = []
     for step in range(steps):
@@ -50,7 +47,7 @@ def train(job: Job, run: Run, make: Callable[[Job, Run], Method]) -> dict[str, A
         if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
             weights = method.weights()
             curve.append((step + 1, job.held_out_loss(weights, run.held_out)))
-            tracker.look(weights)
+            tracker.record(weights)
     return {
         "loss": curve[-1][1] if math.isfinite(curve[-1][1]) else None,
         "curve": curve,

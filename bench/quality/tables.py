@@ -1,4 +1,4 @@
-"""What an experiment has found so far: a Markdown table, and plots."""
+"""Write the results of an experiment so far: Markdown tables and plots."""
 
 import math
 from collections.abc import Mapping
@@ -6,15 +6,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
+from bench.quality import plots
 from bench.quality.experiments import Rows
 from bench.quality.runs import SIZES, HeldOut
 from bench.quality.store import Found
-
-mpl.use("agg")
-
-_MARKERS = "os^DvPX"
 
 COLUMNS = (
     "",
@@ -32,7 +27,7 @@ COLUMNS = (
 
 
 class Row(NamedTuple):
-    """What the seeds of one row have in common."""
+    """The results of one row of the table."""
 
     name: str
     lr: float
@@ -40,24 +35,24 @@ class Row(NamedTuple):
     held_out: HeldOut
     losses: list[float]
     over_first: float  # mean difference to the first row of the table, seed by seed
-    p: float  # two-sided, of a paired t-test of it
-    state: int  # bytes, that of the optimizer and projections
-    sent: int  # bytes a step
+    p: float  # of a two-sided paired t-test of that difference
+    state: int  # bytes of optimizer state and projections
+    sent: int  # bytes per step
     measures: Mapping[str, Any]
 
 
 def rows_of(found: Found, rows: Rows) -> list[Row]:
-    """Rows that have been run with all seeds; one that diverged at any of them has an infinite loss."""
+    """Return the rows that are run with all seeds. A run that diverged has an infinite loss."""
     finished = {name: stage.runs for name, stage in rows.items() if stage.runs and not stage.missing}
     first: list[float] = []
-    made = []
+    result = []
     for name, runs in finished.items():
         lines = [found[run] for run in runs]
         losses = [math.inf if line["loss"] is None else line["loss"] for line in lines]
         first = first or losses
         differences = [loss - other for loss, other in zip(losses, first, strict=True)]
         last = next((line for line in lines if "bytes" in line), {"bytes": {}, "measures": {}})
-        made.append(
+        result.append(
             Row(
                 name,
                 runs[0].lr,
@@ -71,11 +66,11 @@ def rows_of(found: Found, rows: Rows) -> list[Row]:
                 last["measures"],
             )
         )
-    return made
+    return result
 
 
 def paired_p(differences: list[float]) -> float:
-    """That the mean of such differences is as far from zero by chance (Student's t, two-sided)."""
+    """Return the p-value of a two-sided t-test that the mean difference is zero."""
     from scipy.stats import ttest_1samp  # noqa: PLC0415, an optional extra
 
     if not all(map(math.isfinite, differences)) or not any(differences):
@@ -83,7 +78,8 @@ def paired_p(differences: list[float]) -> float:
     return float(ttest_1samp(differences, 0).pvalue)
 
 
-def table(rows: list[Row], size: str) -> str:
+def markdown_table(rows: list[Row], size: str) -> str:
+    """Return the table of one size in Markdown."""
     header = " | ".join(COLUMNS).format(held_out=rows[0].held_out)
     lines = [f"| {header} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
@@ -108,61 +104,18 @@ def table(rows: list[Row], size: str) -> str:
     return "\n".join([title, "", *lines, ""])
 
 
-def points(rows: list[Row], path: Path) -> None:
-    """The loss of every row at each seed, their mean, and that of the first row."""
-    from matplotlib import pyplot  # noqa: PLC0415, slow to import
-
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
-    for place, row in enumerate(rows):
-        axes.plot(row.losses, [place] * len(row.losses), "o", color="0.6", markersize=4)
-        axes.plot(mean(row.losses), place, "o", color="C0", markersize=6)
-    axes.axvline(mean(rows[0].losses), color="0.8", zorder=0)
-    axes.set(
-        xlabel=f"{rows[0].held_out} loss, nats a byte", yticks=range(len(rows)), yticklabels=[row.name for row in rows]
-    )
-    axes.invert_yaxis()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def curves(found: Found, rows: Rows, held_out: HeldOut, path: Path) -> None:
-    """Loss against tokens, bytes of state, and bytes sent over the run."""
-    from matplotlib import pyplot  # noqa: PLC0415, slow to import
-
-    figure, (over_tokens, states, sent) = pyplot.subplots(1, 3, figsize=(17, 5), layout="constrained")
-    over_tokens.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # no color twice
-    for number, (name, stage) in enumerate(rows.items()):
-        lines = [found[run] for run in stage.runs if run in found and found[run]["loss"] is not None]
-        if not lines or stage.missing:
-            continue
-        size, marker = SIZES[stage.runs[0].size], _MARKERS[number % len(_MARKERS)]
-        steps, losses = zip(*lines[0]["curve"], strict=True)
-        means = [mean(line["curve"][place][1] for line in lines) for place in range(len(losses))]
-        tokens = [step * size.batch * size.length / 1e3 for step in steps]
-        (drawn,) = over_tokens.plot(tokens, means, marker=marker, markersize=4, linewidth=1, label=name)
-        loss = mean(line["loss"] for line in lines)
-        states.plot(lines[0]["bytes"]["state"] / 1e6, loss, marker, color=drawn.get_color())
-        sent.plot(stage.runs[0].sent_bytes() * size.steps / 1e6, loss, marker, color=drawn.get_color())
-    over_tokens.set(xlabel="thousand tokens", ylabel=f"{held_out} loss, nats a byte")
-    states.set(xlabel="state of the optimizer, MB", xlim=(0, None))
-    sent.set(xlabel="sent over the run where data are parallel, MB", xlim=(0, None))
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def report(folder: Path, experiment: str, found: Found, by_size: Mapping[str, Rows]) -> None:
-    """EXPERIMENT.md, and EXPERIMENT_SIZE.png for each size."""
+def write_report(folder: Path, experiment: str, found: Found, by_size: Mapping[str, Rows]) -> None:
+    """Write EXPERIMENT.md, and EXPERIMENT_SIZE.png for each size."""
     parts = [f"# `python -m bench.quality {experiment}`", ""]
     for size, rows in by_size.items():
         finished = rows_of(found, rows)
         if finished:
-            parts += [table(finished, size), f"![losses]({experiment}_{size}.png)", ""]
+            parts += [markdown_table(finished, size), f"![losses]({experiment}_{size}.png)", ""]
             path = folder / f"{experiment}_{size}.png"
             if "baseline" in rows:
-                points(finished, path)
+                plots.points({row.name: row.losses for row in finished}, finished[0].held_out, path)
             else:
-                curves(found, rows, finished[0].held_out, path)
+                plots.curves(found, rows, finished[0].held_out, path)
         open_rows = [name for name, stage in rows.items() if stage.missing or not stage.runs]
         if open_rows:
             parts += [f"Still to be run at size {size}: {'; '.join(open_rows)}.", ""]

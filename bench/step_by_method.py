@@ -1,7 +1,7 @@
-"""How long is a step of each method of the study, by packages of its own?
+"""How long is a step of each method of the study? Other methods run from their packages.
 
-Those that do something every so many steps, switching and GaLore's and APOLLO's new projections, are averaged over a
-run; the optimizer's time is in it, which `step` has for AdamW alone.
+Switching and the new projections of GaLore and APOLLO happen only in some steps, so their time is averaged over a run.
+The optimizer's time is included. `bench.step` compares more settings, all with AdamW.
 """
 
 from collections.abc import Callable
@@ -13,26 +13,29 @@ import tyro
 from torch import nn
 
 import dynlora_fn as dl
-from bench.common import Common, Timing, finish, interleave, start, table
 from bench.quality.dense_methods import packaged
 from bench.quality.job import is_inner
-from bench.training import LR, Ours, Size, full_step
+from bench.support.harness import Options, finish, start, table
+from bench.support.timing import Timing, interleave, weighted
+from bench.support.training_steps import LR, LibraryStep, StepSize, full_step
 
 GAP = 200  # steps between new projections, as in the study
 COMPENSATE = 0.1
 
 
 @dataclass(frozen=True)
-class StepMethods(Common):
-    size: Size = field(default_factory=lambda: Size(layers=4))
+class StepByMethod(Options):
+    size: StepSize = field(default_factory=lambda: StepSize(layers=4))
     fraction: int = 4
-    """The rank is width over it."""
+    """Width over rank."""
     repeats: int = 9
     mode: str = "default"
-    """Of `torch.compile`, for all of them; nothing is compiled with `--quick`."""
+    """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
 
 
 def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return a function that makes GaLore's or APOLLO's optimizer of a model."""
+
     def make(model: nn.Module) -> torch.optim.Optimizer:
         named = dict(model.named_parameters())
         low = [parameter for name, parameter in named.items() if is_inner(name)]
@@ -43,46 +46,48 @@ def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], tor
 
 
 def muon(choose: Callable[[str, Any], bool]) -> dl.Transform:
+    """Return Muon for the leaves that `choose` selects and AdamW for the others."""
     return dl.multi_transform(
         {"muon": dl.muon(), "adamw": dl.adamw()}, lambda name, leaf: "muon" if choose(name, leaf) else "adamw"
     )
 
 
-def measure(config: StepMethods) -> dict[str, Timing]:
+def measure(config: StepByMethod) -> dict[str, Timing]:
+    """Time all contenders in turn."""
     size, device, dtype = config.size, config.device, torch.float32
     rank, options = size.width // config.fraction, {} if config.quick else {"mode": config.mode}
     contenders = {"full rank": full_step(size, device, **options)}
-    often = {}  # what is done now and then, in what share of the steps
+    occasional = {}  # by method: the step that it takes now and then, and in which fraction of the steps
     for name, method in (("GaLore", "galore"), ("APOLLO", "apollo")):
         for kind, gap in ((name, GAP), (f"{name}, new projections", 1)):
             make = make_packaged(method, rank, gap)
             contenders[kind] = full_step(size, device, make_optimizer=make, **options)
-        often[name] = (f"{name}, new projections", 1 / GAP)
+        occasional[name] = (f"{name}, new projections", 1 / GAP)
 
     def add(name: str, **settings: Any) -> None:
-        ours = Ours(size, rank, device, dtype, **settings, **options)
-        plan = ours.plan_at(int(ours.schedule.interval))
-        contenders[name] = ours.run
-        contenders[f"{name}, switching"] = lambda: ours.run(plan)
-        often[name] = (f"{name}, switching", ours.share_that_switches())
+        step = LibraryStep(size, rank, device, dtype, **settings, **options)
+        plan = step.first_plan()
+        contenders[name] = step.run
+        contenders[f"{name}, switching"] = lambda: step.run(plan)
+        occasional[name] = (f"{name}, switching", step.switching_fraction())
 
     of_inner = muon(lambda name, _: is_inner(name))
-    contenders["full rank, Muon"] = Ours(size, rank, device, dtype, targets=(), optimizer=of_inner, **options).run
+    full_muon = LibraryStep(size, rank, device, dtype, targets=(), optimizer=of_inner, **options)
+    contenders["full rank, Muon"] = full_muon.run
     add("switched")
     add("switched, compensated", compensate=COMPENSATE)
     add("switched, Muon", optimizer=muon(lambda _, leaf: isinstance(leaf, dl.Factors)))
     timings = interleave(contenders, repeats=config.repeats, device=device)
     timings["LoRA"] = timings["switched"]
-    for name, (other, share) in often.items():
-        pairs = zip(timings[name].all, timings.pop(other).all, strict=True)
-        timings[name] = Timing.of([(1 - share) * plain + share * now for plain, now in pairs])
+    for name, (rare, fraction) in occasional.items():
+        timings[name] = weighted(timings[name], timings.pop(rare), fraction)
     return timings
 
 
-def main(config: StepMethods) -> None:
+def main(config: StepByMethod) -> None:
     if config.quick:
-        size = Size(width=64, layers=2, batch=2, length=64, heads=2)
-        config = StepMethods(**{**vars(config), "size": size, "repeats": 3})
+        size = StepSize(width=64, layers=2, batch=2, length=64, heads=2)
+        config = StepByMethod(**{**vars(config), "size": size, "repeats": 3})
     console = start(config)
     timings = measure(config)
     full = timings["full rank"].median
@@ -94,4 +99,4 @@ def main(config: StepMethods) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(StepMethods))
+    main(tyro.cli(StepByMethod))
