@@ -1,1 +1,1 @@
-"""Example models in plain torch, and the main job, `python -m models.pretrain`."""
+"""Provide example models in plain torch, and two jobs: `python -m models.pretrain` and `python -m models.finetune`."""

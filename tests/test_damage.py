@@ -24,7 +24,7 @@ from models.pretrain.checkpoint import Saver, load_checkpoint
 from models.pretrain.config import Config, Output, Training
 from models.pretrain.folder import prepare_folder
 from models.pretrain.processes import SINGLE_PROCESS
-from models.pretrain.report import read_metrics
+from models.pretrain.progress import read_metrics
 
 
 class Kind(NamedTuple):
@@ -107,7 +107,7 @@ KINDS = {
             dataclasses.replace(CONFIG, output=Output(resume=True, out=folder)), folder, "abc"
         ),
     ),
-    "metrics": Kind(write_metrics, lambda folder: read_metrics(folder / "metrics.jsonl", before=4)),
+    "metrics": Kind(write_metrics, lambda folder: read_metrics(folder / "metrics.jsonl", up_to=4)),
     "text": Kind(write_text, read_text, says="^the text must give at least 2 tokens for"),
 }
 

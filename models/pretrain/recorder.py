@@ -12,7 +12,7 @@ import dynlora_fn as dl
 from models.pretrain.learning_rate import lr_at
 from models.pretrain.method import Metrics
 from models.pretrain.prepared import Prepared
-from models.pretrain.report import MetricsFile, ProgressBar
+from models.pretrain.progress import MetricsFile, ProgressBar
 
 _FLUSH_EVERY = 10  # steps between two reads of results from the device
 

@@ -16,8 +16,9 @@ from models.pretrain.learning_rate import lr_at
 from models.pretrain.method import State, next_token_loss
 from models.pretrain.prepared import Prepared, Saved
 from models.pretrain.processes import Preemption
+from models.pretrain.progress import read_metrics
 from models.pretrain.recorder import Recorder, wire_bytes
-from models.pretrain.report import plot, read_metrics, sizes
+from models.pretrain.report import plot, sizes
 
 
 def train(run: Prepared, console: Console) -> dict[str, Any] | None:
