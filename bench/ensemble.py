@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from bench.common import Common, finish, start, table
 from bench.memory import peak, reset_peak, resident
-from models.recipes import full_rank_names, loss_of, own_factors
+from models.recipes import full_rank_names, lora_factors, loss_of
 
 KINDS = ("forward", "step")
 MB = 1e6
@@ -45,7 +45,7 @@ def measure(config: Ensemble) -> dict[str, float]:
     model.to("meta")
     frozen = dl.partition(params, frozen=full_rank_names(params)).frozen
     trainable = tree_map(
-        lambda *leaves: torch.stack(leaves), *(own_factors(params, one) for one in range(config.members))
+        lambda *leaves: torch.stack(leaves), *(lora_factors(params, one) for one in range(config.members))
     )
     trainable = tree_map(lambda leaf: torch.randn_like(leaf) / config.width, trainable)
     del params
