@@ -1,4 +1,4 @@
-"""Text to tokens: files, folders, the standard library's sources or a Hugging Face dataset.
+"""Turn files, folders, Python's sources or a Hugging Face dataset into tokens.
 
 Everything is deterministic: the split depends on names, and a batch on the seed and the step.
 """
@@ -44,7 +44,10 @@ class Tokenizer(NamedTuple):
 
 
 def standard_library() -> list[Document]:
-    """Return the sources of Python's standard library without its tests. Every machine with Python has this text."""
+    """Return the sources of Python's standard library without its tests.
+
+    Every machine with Python has this text.
+    """
     return python_sources(Path(sysconfig.get_paths()["stdlib"]))
 
 
@@ -55,7 +58,9 @@ def python_sources(root: Path) -> list[Document]:
 
 
 def text_files(paths: Sequence[Path]) -> list[Document]:
-    """Return the text of files, and of all text files in folders. Hidden and binary files in folders are skipped.
+    """Return the text of files, and of all text files in folders.
+
+    Hidden and binary files in folders are skipped.
 
     Raises:
         ValueError: If a path does not exist, is a binary file, or if there is no text at all.
@@ -97,7 +102,7 @@ def _read(path: Path) -> str | None:
 
 
 def split(documents: list[Document]) -> Split:
-    """Split into training and validation text, by file, in the order of the hashes of their names.
+    """Split into training and validation text, by the hashes of file names.
 
     Files are taken for validation until they make up a twentieth of the text. A single file is cut at the end of a
     line, and its last tenth is for validation.
@@ -114,7 +119,7 @@ def split(documents: list[Document]) -> Split:
 
 
 def dataset(name: str, *, config: str | None, column: str, characters: int) -> Split:
-    """Stream the documents of a Hugging Face dataset, or of a local folder in one of its formats.
+    """Stream the documents of a Hugging Face dataset, by its name or local folder.
 
     The split called "validation" is for validation. Without one, the first twentieth of the documents is.
 
@@ -163,14 +168,17 @@ def _first_line(error: Exception) -> str:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer to UTF-8 bytes. A zero byte, which no text contains, separates documents."""
+    """Return a tokenizer to UTF-8 bytes.
+
+    A zero byte, which no text contains, separates documents.
+    """
     return Tokenizer(
         lambda documents: np.frombuffer("\0".join(document.text for document in documents).encode(), np.uint8), 256
     )
 
 
 def pretrained_tokenizer(name: str) -> Tokenizer:
-    """Return a tokenizer of `transformers` by its name or folder, or from a `tokenizers` file.
+    """Return a tokenizer of `transformers` by its name, folder or file.
 
     Its end token, if it has one, ends each document.
 
@@ -215,19 +223,28 @@ def tokenize(documents: Split, tokenizer: Tokenizer, *, window: int) -> Corpus:
 
 
 def batch(tokens: Tensor, shape: Sequence[int], *, window: int, seed: int, step: int) -> Tensor:
-    """Draw windows at random places, (*shape, window), int64: a pure function of the seed and the step."""
+    """Draw windows at random places, (*shape, window), int64.
+
+    The result depends only on the seed and the step.
+    """
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - window + 1, size=tuple(shape))
     return tokens[torch.from_numpy(starts)[..., None] + torch.arange(window)].long()
 
 
 def validation_batches(tokens: Tensor, count: int, size: int, *, window: int) -> Tensor:
-    """Return the same evenly spaced windows at each call: (count, size, window), int64."""
+    """Return evenly spaced windows, (count, size, window), int64.
+
+    They are the same at each call.
+    """
     starts = torch.linspace(0, len(tokens) - window, count * size).long().reshape(count, size)
     return tokens[starts[..., None] + torch.arange(window)].long()
 
 
 def unigram_loss(corpus: Corpus) -> float:
-    """Return the validation loss, in nats per token, of the frequencies of tokens in the training text plus one."""
+    """Return the validation loss of a unigram model, in nats per token.
+
+    Its frequencies are the counts of tokens in the training text, plus one.
+    """
     counts = torch.bincount(corpus.train.int(), minlength=corpus.vocabulary).double() + 1
     log_frequency = (counts / counts.sum()).log()
     return -log_frequency[corpus.validation.int()].mean().item()

@@ -1,4 +1,6 @@
-"""Tensor parallelism for `models.llama` and `models.mlp` (arXiv:1909.08053), by DTensor.
+"""Tensor parallelism for `models.llama` and `models.mlp`, by DTensor.
+
+The division of the weights is that of arXiv:1909.08053.
 
 Attention is sharded by heads, and a feed-forward layer by its hidden units. The layers of a perceptron are sharded by
 rows and by columns in turn, and layers that are stacked by rows.
@@ -99,7 +101,10 @@ def _dequantize_placements(codes: Any, kind: str, dtype: torch.dtype) -> list[An
 
 
 def _base_to_dtensors(name: str, base: Any, axis: int | None, mesh: DeviceMesh) -> Any:
-    """Convert the codes. The residual stays a plain tensor, because no product reads it."""
+    """Convert the codes.
+
+    The residual stays a plain tensor, because no product reads it.
+    """
     if isinstance(base, Tensor):
         return _to_dtensor(base, axis, mesh)
     if not isinstance(base, dl.Quantized) or isinstance(base.codes, dl.NF4Codes | dl.NVFP4Codes):
@@ -112,7 +117,9 @@ def _base_to_dtensors(name: str, base: Any, axis: int | None, mesh: DeviceMesh) 
 
 
 def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """Return DTensors that share memory with the shards, which may be partitioned by `dynlora_fn.partition`.
+    """Return DTensors that share memory with the shards.
+
+    `shards` may also be one of the trees that `dynlora_fn.partition` returns.
 
     Raises:
         ValueError: If a base is deferred, or in nf4 or nvfp4, whose rows share a factor. It names the weight.
@@ -133,7 +140,10 @@ def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def local_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
-    """Return this process's shards of gradients that are DTensors. Gradients of replicated tensors are summed."""
+    """Return this process's shards of gradients that are DTensors.
+
+    Gradients of replicated tensors are summed.
+    """
 
     def to_shard(leaf: DTensor, axis: int | None) -> Tensor:
         return leaf.redistribute(placements=[_placement(leaf, axis)]).to_local()
@@ -147,7 +157,10 @@ def local_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_and_grad(loss_fn: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., dl.ValueAndGrad]:
-    """Apply `dynlora_fn.value_and_grad` to DTensors. Return the loss and this process's shards of the gradients."""
+    """Apply `dynlora_fn.value_and_grad` to DTensors.
+
+    Return the loss and this process's shards of the gradients.
+    """
 
     def function(trainable: Mapping[str, Any], *args: Any) -> dl.ValueAndGrad:
         # On a CPU DTensor supports only this kernel of attention.
@@ -159,7 +172,7 @@ def value_and_grad(loss_fn: Callable[..., Tensor], mesh: DeviceMesh) -> Callable
 
 
 def full_shapes(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """Return parameters with their full shapes and without memory, for schedules and candidates.
+    """Return parameters of full shape without memory, for schedules and candidates.
 
     Those read only shapes and seeds.
     """
@@ -183,7 +196,10 @@ def full_shapes(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def switch(shards: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceMesh) -> dict[str, Any]:
-    """Apply `dynlora_fn.switch` to shards. Every process generates all vectors and takes its shards of them."""
+    """Apply `dynlora_fn.switch` to shards.
+
+    Every process generates all vectors and takes its shards of them.
+    """
     incoming = {
         name: dl.Factors(*(_shard(leaf, _axes(name)[side], mesh) for side, leaf in vectors._asdict().items()))
         for name, vectors in dl.candidates(full_shapes(shards, mesh), plan).items()
@@ -192,13 +208,19 @@ def switch(shards: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceM
 
 
 def gather(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """Return the full parameters, with bases in full precision. Collective: call it on every process."""
+    """Return the full parameters, with bases in full precision.
+
+    Collective: call it on every process.
+    """
     params = to_dtensors(in_full_precision(shards), mesh)
     return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, params)
 
 
 def in_full_precision(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters with quantized bases replaced by the sum of codes and residual, in float32."""
+    """Return the parameters with bases in full precision.
+
+    A quantized base is replaced by the sum of its codes and its residual, in float32.
+    """
 
     def dequantize(param: Any) -> Any:
         if not isinstance(param, dl.LowRank) or not isinstance(param.base, dl.Quantized):

@@ -34,7 +34,10 @@ def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float
 def lora(
     model: nn.Module, loss: Loss, batches: Iterable[Any], *, targets: dl.Targets, rank: int, lr: float
 ) -> dict[str, Any]:
-    """Fine-tune from the model's weights: ``b = 0`` at first, and only factors are trained (arXiv:2106.09685)."""
+    """Fine-tune from the model's weights (arXiv:2106.09685).
+
+    At first ``b = 0``, and only factors are trained.
+    """
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     trainable, frozen = dl.partition(params, frozen=full_rank_names(params))
     return descend(model, loss, batches, trainable, frozen, lr=lr)
@@ -60,7 +63,10 @@ def descend(
 def chain_of_lora(
     model: nn.Module, loss: Loss, batches: Sequence[Any], *, targets: dl.Targets, rank: int, lr: float, links: int
 ) -> dict[str, Any]:
-    """Train, merge and start again with new factors and optimizer state, `links` times (arXiv:2401.04151)."""
+    """Train, merge and start again, `links` times (arXiv:2401.04151).
+
+    Each time factors and optimizer state are new.
+    """
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     length = -(-len(batches) // links)
     for link in range(links):
@@ -83,7 +89,10 @@ def relora(
     warmup: int,
     prune: float = 0.99,
 ) -> dict[str, Any]:
-    """Merge and redraw factors every few steps, prune their moments, warm up the rate again (arXiv:2307.05695)."""
+    """Merge and redraw the factors every few steps (arXiv:2307.05695).
+
+    Each time most of the optimizer state is pruned, and the rate is warmed up again.
+    """
     schedule, optimizer = dl.every(every), dl.adamw()
     trainable, frozen = dl.partition(dl.init(model, rank=rank, seed=0, targets=targets, start="lora"))
     opt_state = optimizer.init(trainable)
@@ -111,7 +120,10 @@ def switchlora(
     interval: float = 40,
     is_pooled: bool = False,
 ) -> dict[str, Any]:
-    """Switch a few vectors at each step, generated from a seed or drawn from a pool (arXiv:2406.06564)."""
+    """Switch a few vectors at each step (arXiv:2406.06564).
+
+    They are generated from a seed, or drawn from a pool.
+    """
     schedule, optimizer = dl.switchlora(len(batches), interval=interval), dl.adamw()
     params = dl.init(model, rank=rank, seed=0, targets=targets)
     pool = dl.init_pool(params) if is_pooled else None
@@ -132,7 +144,10 @@ def switchlora(
 
 
 def accumulated(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, microbatches: Sequence[Any]) -> Any:
-    """Return the gradients of the mean loss over microbatches, with one backward pass at a time."""
+    """Return the gradients of the mean loss over microbatches.
+
+    The backward passes run one after the other.
+    """
     total = value_and_grad(trainable, microbatches[0]).grads
     for microbatch in microbatches[1:]:
         total = tree_map(torch.add, total, value_and_grad(trainable, microbatch).grads)
@@ -140,7 +155,10 @@ def accumulated(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, 
 
 
 def per_sample_gradients(model: nn.Module, loss: Loss, params: dict[str, Any], samples: Any) -> Any:
-    """Return the gradients of each sample along the first axis, in one call. Each sample is a batch of size 1."""
+    """Return the gradients of each sample along the first axis, in one call.
+
+    Each sample is a batch of size 1.
+    """
     trainable, frozen = dl.partition(params)
     gradients = torch.func.grad(loss_of(model, loss, frozen))
     return torch.vmap(gradients, in_dims=(None, 0))(trainable, tree_map(lambda leaf: leaf[:, None], samples))
@@ -176,7 +194,7 @@ def ensemble(
 
 
 def lora_factors(params: dict[str, Any], seed: int) -> dict[str, dl.Factors]:
-    """Return LoRA's initial factors, ``b = 0``, from a basis that `seed` selects. The base is the same for all."""
+    """Return LoRA's initial factors, ``b = 0``, from a basis that `seed` selects."""
     low_rank = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     reseeded = {name: param._replace(seed=param.seed + seed) for name, param in low_rank.items()}
     plan = dl.every(1)(0, reseeded)

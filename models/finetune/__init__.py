@@ -1,1 +1,4 @@
-"""Fine-tune a model of `transformers` on text. `python -m models.finetune --help` lists the options."""
+"""Fine-tune a model of `transformers` on text.
+
+`python -m models.finetune --help` lists the options.
+"""

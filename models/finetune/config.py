@@ -1,4 +1,7 @@
-"""The options for fine-tuning a model of `transformers`: those of pre-training, with other defaults and three more."""
+"""The options for fine-tuning a model of `transformers`.
+
+They are those of pre-training with other defaults, and three more.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +68,7 @@ class Output(pretrain.Output):
 
 @dataclass(frozen=True)
 class Config(pretrain.Config):
-    """Fine-tune a causal language model of `transformers` on text, with low-rank factors.
+    """Fine-tune a causal language model of `transformers`, with low-rank factors.
 
     The model is read from a local folder.
     """

@@ -1,4 +1,7 @@
-"""Prepare the training loop of `models.pretrain` for a model in a folder, and export files that other tools read."""
+"""Prepare a model of `transformers` for the training loop of `models.pretrain`.
+
+The results are files that other tools read.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +22,9 @@ from models.pretrain.processes import SINGLE_PROCESS, Processes
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
-    """Do everything up to the first step. All input is checked before anything is written.
+    """Do everything up to the first step.
+
+    All input is checked before anything is written.
 
     Raises:
         ValueError: If the input is invalid, in one line.
@@ -41,7 +46,9 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 
 
 def load_model(folder: str) -> nn.Module:
-    """Load a causal language model for inference, so that it has no dropout and a resumed run is exact.
+    """Load a causal language model.
+
+    It is in evaluation mode: without dropout, a resumed run is exact.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the folder.
@@ -79,7 +86,10 @@ def untrained_names(config: Config, params: Mapping[str, Any]) -> list[str]:
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Return the weights of all linear layers, including Hugging Face's Conv1D, except the head, tied or not."""
+    """Return the weights of all linear layers except the head, tied or not.
+
+    Hugging Face's Conv1D counts as linear.
+    """
     head = model.get_output_embeddings()
     layers = [(name, layer) for name, layer in model.named_modules() if layer is not head]
     return [
@@ -88,7 +98,10 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def drop_values(model: nn.Module) -> None:
-    """Move the parameters to the meta device in place: the state has their values, and two copies cost memory."""
+    """Move the parameters to the meta device, in place.
+
+    The state has their values, and a second copy would cost memory.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     replacements = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in parameters.values()}
     for name, parameter in parameters.items():

@@ -1,4 +1,6 @@
-"""Checkpoints as safetensors and checksums, written in the background by all processes together.
+"""Write and load checkpoints as safetensors with checksums.
+
+All processes write together, in the background.
 
 A checkpoint is a folder that appears complete, by renaming. One that is damaged is refused. The storage format of
 `torch.distributed.checkpoint` is used, so that three processes can load what four saved. No file contains a pickled
@@ -50,9 +52,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the pending checkpoint, except after an error that other processes may not have.
+        """Finish the pending checkpoint, except after an error of this process only.
 
-        Every process would have to finish it, and those that have failed do not.
+        Every process takes part in writing. A ValueError or a DriftedError is raised on all of them.
         """
         if kind is None or issubclass(kind, ValueError | dl.DriftedError):
             self.finish()
@@ -90,7 +92,7 @@ class Saver:
 
 
 def load_checkpoint(folder: Path, template: Any, processes: Processes) -> Loaded | None:
-    """Return the newest undamaged checkpoint, or None if there is no checkpoint. Collective.
+    """Return the newest undamaged checkpoint, or None if there is none. Collective.
 
     Args:
         folder: The folder of all checkpoints.
@@ -133,7 +135,7 @@ def _find_mismatch(path: Path, template: Any) -> str | None:
 
 
 class _Writer(checkpoint.HuggingFaceStorageWriter):
-    """Write one file and its checksum per process, and rename the folder once all processes have written."""
+    """Write one file with its checksum per process, then rename the folder."""
 
     def __init__(self, folder: Path, step: int, world_size: int, *, keep: int):
         super().__init__(str(_temporary(folder, step)), save_distributed=True)
@@ -152,7 +154,10 @@ class _Writer(checkpoint.HuggingFaceStorageWriter):
         return future
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """Rename the folder. `torch.distributed.checkpoint` calls this on one process, once all have written."""
+        """Rename the folder.
+
+        `torch.distributed.checkpoint` calls this on one process, once all have written.
+        """
         path, target = Path(self.path), self._folder / f"step-{self._step:08d}"
         join_sums(path)
         shutil.rmtree(target, ignore_errors=True)  # it exists where the run was resumed from an older checkpoint
@@ -175,6 +180,6 @@ def _temporary(folder: Path, step: int) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """Return the messages of the processes that failed, without repetitions and tracebacks."""
+    """Return the messages of the processes that failed, without repetitions."""
     failures = error.failures if isinstance(error, CheckpointException) else {0: (error,)}
     return "; ".join(dict.fromkeys(str(failure[0]) for failure in failures.values()))

@@ -1,4 +1,4 @@
-"""Files that survive a crash, and the checksums that show whether they are damaged."""
+"""Write files that survive a crash, and checksums that show damage."""
 
 import hashlib
 import os
@@ -24,7 +24,10 @@ def join_sums(folder: Path) -> None:
 
 
 def find_damage(folder: Path, processes: Processes) -> str | None:
-    """Return what is wrong with the files that this process checks, or None. The processes divide the files."""
+    """Return what is wrong with the files that this process checks, or None.
+
+    The processes divide the files.
+    """
     try:
         sums = dict(reversed(line.split("  ")) for line in (folder / SUMS).read_text().splitlines())
         files = sorted(file.name for file in folder.iterdir() if file.name != SUMS)
@@ -51,7 +54,10 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder, so that a renaming survives a crash."""
+    """Wait until the disk has the names in a folder.
+
+    A renaming then survives a crash.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

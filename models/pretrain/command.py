@@ -58,7 +58,7 @@ def _run(config: Config, prepare: Callable[..., Prepared], processes: Processes,
     if not processes.is_first:
         return
     if summary is None:
-        console.print(f"asked to end, and saved: {advice}", highlight=False, soft_wrap=True)
+        console.print(f"stopped by SIGTERM after a checkpoint: {advice}", highlight=False, soft_wrap=True)
         return
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(closing_table(summary))

@@ -1,4 +1,7 @@
-"""The options of the command line, in groups. Each flag is the name of its field: `--seq-len` sets `data.seq_len`."""
+"""The options of the command line, in groups.
+
+Each flag is the name of its field without the group: `--seq-len` sets `data.seq_len`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -164,7 +167,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Config:
-    """Pre-train a LLaMA with low-rank factors whose vectors are switched during training.
+    """Pre-train a LLaMA with low-rank factors whose vectors are switched.
 
     Without options it trains on the bytes of the sources of Python's standard library.
     """

@@ -1,4 +1,4 @@
-"""The folder of a run, and the record of its options that a resumed run is compared with."""
+"""The folder of a run, and the record of its options."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,9 @@ def run_folder(config: Config) -> Path:
 
 
 def resume_after_restart(config: ConfigT) -> ConfigT:
-    """Return the options of restarted processes: they resume if their predecessors have begun to write.
+    """Return the options of restarted processes.
+
+    They resume if the processes before them have begun to write.
 
     Raises:
         ValueError: If `out` is not given, so that the folder is unknown.
@@ -32,7 +34,7 @@ def resume_after_restart(config: ConfigT) -> ConfigT:
 
 
 def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
-    """Create the folder of a new run, or check that a resumed run has the same options.
+    """Create the folder of a new run, or check the options of a resumed one.
 
     The record in config.json is flat, one entry per option, whatever the groups of `Config` are.
 

@@ -6,7 +6,9 @@ from models.pretrain.config import Config
 
 
 def lr_at(config: Config, step: int) -> float:
-    """Return the learning rate of the factors, or of the same matrices for full, at a step counted from 0.
+    """Return the learning rate at a step, counted from 0.
+
+    It is that of the factors, or of the same matrices for full.
 
     ReLoRA warms up again after each merge.
     """
@@ -19,7 +21,10 @@ def lr_at(config: Config, step: int) -> float:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Return the learning rate over its peak: linear warm-up, then a cosine to a tenth at the last step."""
+    """Return the learning rate over its peak.
+
+    A linear warm-up is followed by a cosine to a tenth at the last step.
+    """
     progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
     return (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2) * min(1.0, (step + 1) / max(1, warmup))
 

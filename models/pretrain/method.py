@@ -1,4 +1,7 @@
-"""The methods as compositions of the transforms: parameters, schedule, optimizer and one pure training step."""
+"""The methods as compositions of the transforms.
+
+A method is a schedule, a first state and one pure training step.
+"""
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -91,7 +94,10 @@ def init_params(
 
 
 def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) -> frozenset[str]:
-    """Return the names of the low-rank weights, or for full of the weights that the other methods make low-rank."""
+    """Return the names of the low-rank weights.
+
+    For full, these are the weights that the other methods make low-rank.
+    """
     training = config.training
     globs = training.targets or targets if training.method == "full" else ()
     return frozenset(
@@ -102,7 +108,10 @@ def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) 
 
 
 def make_optimizer(config: Config, inner: frozenset[str]) -> dl.Transform:
-    """Return the optimizer. It takes the learning rate of the `inner` weights and scales it for the others."""
+    """Return the optimizer.
+
+    It takes the learning rate of the `inner` weights and scales it for the others.
+    """
     weight_decay, scale = config.optimization.weight_decay, dense_lr_scale(config)
     adamw = dl.adamw(weight_decay=weight_decay, moments=config.precision.moments)
     optimizers = {"adamw": adamw, "muon": dl.muon(weight_decay=weight_decay)}
@@ -137,7 +146,10 @@ def make_step(
     untrained: Sequence[str] = (),
     processes: Processes = SINGLE_PROCESS,
 ) -> Callable[..., tuple[State, Metrics]]:
-    """Return the training step. `untrained` names the full-rank tensors that are not trained."""
+    """Return the training step.
+
+    `untrained` names the full-rank tensors that are not trained.
+    """
     dtype, device_type, compensate = compute_dtype(config), run_device(config).type, config.training.compensate
     clip, weight = config.optimization.clip, processes.weight(config.data.batch_size)
 
@@ -176,7 +188,10 @@ def make_step(
 
 
 def mean_over(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, microbatches: Tensor) -> dl.ValueAndGrad:
-    """Return loss and gradients averaged over the first axis, with one backward pass at a time."""
+    """Return loss and gradients averaged over the first axis.
+
+    The backward passes run one after the other.
+    """
     total = value_and_grad(trainable, microbatches[0])
     for microbatch in microbatches[1:]:
         total = tree_map(torch.add, total, value_and_grad(trainable, microbatch))
@@ -184,7 +199,10 @@ def mean_over(value_and_grad: Callable[..., dl.ValueAndGrad], trainable: Any, mi
 
 
 def next_token_loss(model: nn.Module, params: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats per token. The model returns logits, or an output with a field `logits`."""
+    """Return the mean cross-entropy in nats per token.
+
+    The model returns logits, or an output with a field `logits`.
+    """
     output = dl.call(model, params, tokens[..., :-1])
     logits = getattr(output, "logits", output)
     return cross_entropy(logits.flatten(0, -2).float(), tokens[..., 1:].flatten())

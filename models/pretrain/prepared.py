@@ -1,4 +1,4 @@
-"""Everything up to the first step: corpus, model, method, folder, and the state of a resumed run."""
+"""Prepare a run: corpus, model, method, folder, and the state to resume from."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,10 @@ Export = Callable[[dict[str, Any]], None]  # writes the final parameters into th
 
 
 class Saved(NamedTuple):
-    """Everything that a resumed run needs. Batches depend only on the seed and the step."""
+    """Everything that a resumed run needs.
+
+    Batches depend only on the seed and the step.
+    """
 
     state: State
     pool: dict[str, dl.Pool]
@@ -44,7 +47,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
-    """Do everything up to the first step. All input is checked before anything is written.
+    """Do everything up to the first step.
+
+    All input is checked before anything is written.
 
     Raises:
         ValueError: If the input is invalid, in one line.
@@ -86,7 +91,9 @@ def start_or_resume(
     export: Export,
     console: Console,
 ) -> Prepared:
-    """Create the folder of a new run, or load the newest undamaged checkpoint of a resumed one.
+    """Create the folder of a new run, or load a checkpoint of a resumed one.
+
+    It is the newest that is not damaged.
 
     Raises:
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.

@@ -1,4 +1,7 @@
-"""The processes that `torchrun` starts: which one this is, its rows of a batch, and the values they agree on."""
+"""The processes that `torchrun` starts.
+
+Which process this is, its rows of a batch, and what the processes agree on.
+"""
 
 import os
 import signal
@@ -24,7 +27,10 @@ class Processes(NamedTuple):
         return self.process == 0
 
     def rows(self, count: int) -> slice:
-        """Return this process's slice of `count` rows. It is not empty if there are at least `world_size` rows."""
+        """Return this process's slice of `count` rows.
+
+        It is not empty if there are at least `world_size` rows.
+        """
         return slice(self.process * count // self.world_size, (self.process + 1) * count // self.world_size)
 
     def weight(self, count: int) -> float:
@@ -33,7 +39,10 @@ class Processes(NamedTuple):
         return (rows.stop - rows.start) / count
 
     def from_first(self, value: Any) -> Any:
-        """Return the value that the first process passes. Collective: call it on every process."""
+        """Return the value that the first process passes.
+
+        Collective: call it on every process.
+        """
         values = [value]
         if self.group is not None:
             distributed.broadcast_object_list(values, src=0, group=self.group)
@@ -51,7 +60,10 @@ class Processes(NamedTuple):
         return bool(self.first_not_none(value or None))
 
     def background_group(self) -> ProcessGroup | None:
-        """Return a group of the same processes for another thread, whose messages stay apart from this thread's."""
+        """Return a group of the same processes for another thread.
+
+        Its messages are not mixed up with those of this thread.
+        """
         return None if self.group is None else distributed.new_group(backend="gloo")
 
 
@@ -80,7 +92,10 @@ def join_processes() -> Iterator[Processes]:
 
 
 def is_restarted() -> bool:
-    """Return whether `torchrun` has restarted the processes of this machine. It does not report other machines."""
+    """Return whether `torchrun` has restarted the processes of this machine.
+
+    It does not report other machines.
+    """
     return _restarts() > 0
 
 

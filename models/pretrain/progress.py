@@ -10,10 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class MetricsFile:
-    """Write one JSON object per line, one line per step. Times are left out, so that equal runs write equal files."""
+    """Write one JSON object per step, one per line.
+
+    Times are left out, so that equal runs write equal files.
+    """
 
     def __init__(self, path: Path, first_step: int):
-        """Open the file. Lines from `first_step` on, which a killed run may have left, are dropped."""
+        """Open the file.
+
+        Lines of later steps than `first_step`, which a killed run may have left, are dropped.
+        """
         self._path = path
         lines = read_metrics(path, up_to=first_step)
         temporary = path.with_suffix(".writing")
@@ -28,7 +34,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, *, up_to: int | None = None) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file up to a step, by default all. An incomplete last line is dropped.
+    """Return the lines of a metrics file up to a step, by default all.
+
+    An incomplete last line is dropped.
 
     Raises:
         ValueError: If any other line has no metrics. It names the file and the line.
@@ -51,7 +59,7 @@ def _parse(line: bytes, path: Path, line_number: int) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """Show a live bar in a terminal, and elsewhere a plain line at each validation loss."""
+    """Show a live bar in a terminal, elsewhere a line at each validation loss."""
 
     def __init__(self, console: Console, steps: int, done: int):
         self._console = console

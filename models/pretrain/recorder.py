@@ -39,7 +39,10 @@ class Recorder:
         self._pending.append((step, metrics._replace(outgoing={}), switched))
 
     def flush(self, validate: Callable[[], dict[str, float]] | None = None) -> None:
-        """Write the pending steps. The results of `validate` are added to the last of them."""
+        """Write the pending steps.
+
+        The results of `validate` are added to the last of them.
+        """
         if not self._pending:
             return
         lines = [self._line(*pending) for pending in self._pending]  # waits for the device
@@ -56,7 +59,7 @@ class Recorder:
         self._since = time.perf_counter()
 
     def tokens_per_second(self) -> float:
-        """Return the median, so that neither compilation nor other work of the machine counts."""
+        """Return the median, which compilation and other work do not change."""
         return median(self._rates) if self._rates else math.nan
 
     def _line(self, step: int, metrics: Metrics, switched: int) -> dict[str, Any]:

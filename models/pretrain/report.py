@@ -1,4 +1,4 @@
-"""The results of a run: loss.png, the sizes that it reports, and the closing table."""
+"""The results of a run: loss.png, its sizes and the closing table."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ mpl.use("agg")
 
 
 def plot(metrics: list[dict[str, Any]], unigram_loss: float, path: Path) -> None:
-    """Plot training and validation loss above, and the vectors switched at each step below."""
+    """Plot training and validation loss, and the vectors switched at each step."""
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
     figure, (losses, switches) = pyplot.subplots(
@@ -41,7 +41,9 @@ def plot(metrics: list[dict[str, Any]], unigram_loss: float, path: Path) -> None
 
 
 def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
-    """Return counts of parameters, and bytes of this process beside those of full-rank AdamW in float32.
+    """Return counts of parameters, and bytes of this process by kind.
+
+    Bytes of full-rank AdamW in float32 are included for comparison.
 
     `wire` is what several processes send in a step.
     """

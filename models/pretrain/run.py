@@ -1,4 +1,4 @@
-"""The training loop: batches in, metrics and checkpoints out, the merged model at the end."""
+"""The training loop, and the results that it writes at the end."""
 
 import math
 import time
@@ -22,7 +22,9 @@ from models.pretrain.report import plot, sizes
 
 
 def train(run: Prepared, console: Console) -> dict[str, Any] | None:
-    """Train to the last step and return the summary. After SIGTERM, save and return None.
+    """Train to the last step and return the summary.
+
+    After SIGTERM, save and return None.
 
     Raises:
         DivergedError: If the loss or the gradient is no longer finite. The last good checkpoint remains.
@@ -71,7 +73,10 @@ def _saver(run: Prepared) -> Saver:
 
 
 def batch(run: Prepared, step: int) -> Tensor:
-    """Return this process's rows of a batch that does not depend on the number of processes."""
+    """Return this process's rows of the batch.
+
+    The batch does not depend on the number of processes.
+    """
     data = run.config.data
     tokens = text.batch(
         run.corpus.train,
@@ -84,7 +89,10 @@ def batch(run: Prepared, step: int) -> Tensor:
 
 
 def validate(run: Prepared, state: State) -> dict[str, float]:
-    """Return the validation loss, and the largest drift of the bases whose residual measures it."""
+    """Return the validation loss, and the largest drift of a base.
+
+    Only bases with a residual have a known drift.
+    """
     drifts = [drift.item() for drift in dl.drift(state.params()).values()]
     known = [drift for drift in drifts if not math.isnan(drift)]
     return {"validation_loss": validation_loss(run, state)} | ({"drift": max(known)} if known else {})
@@ -105,7 +113,10 @@ def validation_loss(run: Prepared, state: State) -> float:
 
 
 def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> dict[str, Any]:
-    """Write the model and the plot from the first process, and return the summary. Collective."""
+    """Write the model and the plot, and return the summary. Collective.
+
+    Only the first process writes. The others return an empty summary.
+    """
     params = dl.unshard(state.params())
     if not run.processes.is_first:
         return {}
