@@ -115,8 +115,9 @@ def make_optimizer(config: Config, inner: frozenset[str]) -> dl.Transform:
     weight_decay, scale = config.optimization.weight_decay, dense_lr_scale(config)
     adamw = dl.adamw(weight_decay=weight_decay, moments=config.precision.moments)
     optimizers = {"adamw": adamw, "muon": dl.muon(weight_decay=weight_decay)}
-    transforms = {"inner": optimizers[config.inner_optimizer()], "dense": adamw}
-    both = dl.multi_transform(transforms, lambda name, _: "inner" if name in inner else "dense")
+    # The labels are in the names of a checkpoint's tensors: another label makes older checkpoints unreadable.
+    transforms = {"inner": optimizers[config.inner_optimizer()], "rest": adamw}
+    both = dl.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
 
     def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.MultiUpdates:
         rates = {name: lr if name in inner else lr * scale for name in trainable}
