@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from bench.support.harness import Options, finish, run_in_subprocess, start, table
 from bench.support.process_memory import MB, RETURN_FREED_MEMORY, count_bytes, peak_bytes, reset_peak, resident_bytes
-from models.recipes import full_rank_names, loss_of, own_factors
+from models.recipes import full_rank_names, lora_factors, loss_of
 
 KINDS = ("forward", "step")
 SMALL = {"width": 64, "layers": 2, "rank": 4}
@@ -43,7 +43,7 @@ def measure(config: Ensemble) -> dict[str, float]:
     model.to("meta")
     frozen = dl.partition(params, frozen=full_rank_names(params)).frozen
     trainable = tree_map(
-        lambda *leaves: torch.stack(leaves), *(own_factors(params, member) for member in range(config.members))
+        lambda *leaves: torch.stack(leaves), *(lora_factors(params, member) for member in range(config.members))
     )
     trainable = tree_map(lambda leaf: torch.randn_like(leaf) / config.width, trainable)
     del params

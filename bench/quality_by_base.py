@@ -13,8 +13,9 @@ import tyro
 from rich.console import Console
 
 from bench.support.harness import Options, finish, start, table
-from models.pretrain.config import Config
-from models.pretrain.run import prepare, train
+from models.pretrain.config import Config, Data, Machine, Optimization, Output, Precision, Training
+from models.pretrain.prepared import prepare
+from models.pretrain.run import train
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,12 @@ def validation_loss(config: QualityByBase, contender: str, seed: int) -> float:
     base, residual = contender.split("+")
     with tempfile.TemporaryDirectory() as folder:
         run: Any = Config(
-            model=config.model,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            warmup=config.steps // 8,
-            optimizer="adamw",
-            base_dtype=base,  # type: ignore[arg-type]
-            residual=residual,  # type: ignore[arg-type]
-            device=config.device,
-            compile=config.compile,
-            seed=seed,
-            eval_every=config.steps,
-            save_every=config.steps,
-            out=Path(folder) / "run",
+            training=Training(model=config.model, steps=config.steps, seed=seed),
+            data=Data(batch_size=config.batch_size, seq_len=config.seq_len),
+            optimization=Optimization(optimizer="adamw", warmup=config.steps // 8),
+            precision=Precision(base_dtype=base, residual=residual),  # type: ignore[arg-type]
+            machine=Machine(device=config.device, compile=config.compile),
+            output=Output(eval_every=config.steps, save_every=config.steps, out=Path(folder) / "run"),
         )
         return train(prepare(run, Console(quiet=True)), Console(quiet=True))["validation_loss"]
 

@@ -38,7 +38,7 @@ def test_split_is_by_file_and_by_name_alone(tmp_path: Path):
     assert {document.name for document in parts.train}.isdisjoint(document.name for document in parts.validation)
     assert sorted(parts.train + parts.validation) == sorted(documents)
     share = sum(len(d.text) for d in parts.validation) / sum(len(d.text) for d in documents)
-    assert corpus.VALIDATION_SHARE <= share < 2 * corpus.VALIDATION_SHARE
+    assert corpus.VALIDATION_FRACTION <= share < 2 * corpus.VALIDATION_FRACTION
     (tmp_path / "a").rename(tmp_path / "moved")
     assert corpus.split(corpus.text_files([tmp_path / "moved"])) == parts
     assert corpus.split(corpus.text_files([tmp_path / "moved" / path.name for path in reversed(paths)])) == parts

@@ -21,9 +21,10 @@ import dynlora_fn as dl
 from dynlora_fn.testing import assert_same, untouched
 from models import corpus
 from models.pretrain.checkpoint import Saver, load_checkpoint
-from models.pretrain.config import Config, prepare_folder
-from models.pretrain.ranks import ALONE
-from models.pretrain.report import read_metrics
+from models.pretrain.config import Config, Output, Training
+from models.pretrain.folder import prepare_folder
+from models.pretrain.processes import SINGLE_PROCESS
+from models.pretrain.progress import read_metrics
 
 
 class Kind(NamedTuple):
@@ -61,12 +62,12 @@ def into_model(folder: Path) -> Any:
 
 
 def write_checkpoint(folder: Path) -> None:
-    with Saver(folder, ALONE, keep=1) as saver:
+    with Saver(folder, SINGLE_PROCESS, keep=1) as saver:
         saver.start(1, STATE)
 
 
 def read_checkpoint(folder: Path) -> Any:
-    loaded = load_checkpoint(folder, STATE, ALONE)
+    loaded = load_checkpoint(folder, STATE, SINGLE_PROCESS)
     assert loaded is not None
     assert_same(loaded.state, STATE)  # what is whole is what was saved
     return loaded
@@ -87,7 +88,7 @@ def write_metrics(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
-CONFIG = Config(steps=3)
+CONFIG = Config(training=Training(steps=3))
 PARAMETER = r"^`weights` must .*'\d\.(weight|bias)'"
 KINDS = {
     "weights": Kind(lambda folder: dl.save_merged(MODEL, PARAMS, folder), into_model, says=PARAMETER),
@@ -102,9 +103,11 @@ KINDS = {
     "checkpoint": Kind(write_checkpoint, read_checkpoint, "step-*/*"),
     "run's configuration": Kind(
         lambda folder: prepare_folder(CONFIG, folder, "abc"),
-        lambda folder: prepare_folder(dataclasses.replace(CONFIG, resume=True, out=folder), folder, "abc"),
+        lambda folder: prepare_folder(
+            dataclasses.replace(CONFIG, output=Output(resume=True, out=folder)), folder, "abc"
+        ),
     ),
-    "metrics": Kind(write_metrics, lambda folder: read_metrics(folder / "metrics.jsonl", before=4)),
+    "metrics": Kind(write_metrics, lambda folder: read_metrics(folder / "metrics.jsonl", up_to=4)),
     "text": Kind(write_text, read_text, says="^the text must give at least 2 tokens for"),
 }
 

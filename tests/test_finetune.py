@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models.finetune.__main__ import main
-from models.finetune.config import Config
+from models.finetune.config import Config, Optimization
+from models.pretrain.learning_rate import dense_lr_scale
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -139,5 +140,6 @@ def test_a_damaged_model_is_named(job, given, tmp_path):
 
 
 def test_what_is_trained_beside_factors_has_their_rate_unless_told():
-    assert Config(optimizer="muon").dense_share() == 1
-    assert Config(optimizer="muon", lr=1e-3, dense_lr=2e-3).dense_share() == 2
+    assert dense_lr_scale(Config(optimization=Optimization(optimizer="muon"))) == 1
+    rates = Optimization(optimizer="muon", lr=1e-3, dense_lr=2e-3)
+    assert dense_lr_scale(Config(optimization=rates)) == 2

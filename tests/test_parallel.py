@@ -56,7 +56,7 @@ def step_of(own: Job, mesh=None):
             loss, grads = dl.value_and_grad(own.loss)(trainable, frozen, batch)
             params, _ = dl.switch(dl.combine(trainable, frozen), plan)
         else:
-            given = parallel.placed(trainable, mesh), parallel.placed(frozen, mesh)
+            given = parallel.to_dtensors(trainable, mesh), parallel.to_dtensors(frozen, mesh)
             loss, grads = parallel.value_and_grad(own.loss, mesh)(*given, batch)
             params = parallel.switch(dl.combine(trainable, frozen), plan, mesh)
         opt_state = dl.project_optimizer_state(opt_state, plan)
@@ -79,7 +79,7 @@ def train(own: Job, params, step, whole, steps: int = 6):
 
 def _train(widths, base, backend) -> None:
     mesh, own = init_device_mesh("cpu", (2,)), job(widths, layers=1)
-    parts = parallel.split(own.params, mesh)
+    parts = parallel.shard(own.params, mesh)
     low_rank = [name for name, param in own.params.items() if isinstance(param, dl.LowRank)]
     for name in low_rank:
         assert 2 * parts[name].base.numel() == own.params[name].base.numel()
@@ -91,9 +91,9 @@ def _train(widths, base, backend) -> None:
     if backend:
         step = dl.compile_step(step, backend=backend)
     with implicit_replication():
-        parts, losses = train(own, parts, step, lambda parts: parallel.outline(parts, mesh))
+        parts, losses = train(own, parts, step, lambda parts: parallel.full_shapes(parts, mesh))
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
-    got, wanted = parallel.joined(parts, mesh), parallel.in_full_precision(expected)
+    got, wanted = parallel.gather(parts, mesh), parallel.in_full_precision(expected)
     assert len(low_rank) == (7 if not widths else len(own.model.layers) - (widths[0] == widths[1]))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-5)
     dl.check_replicas(tree_leaves(got), mesh)
@@ -114,24 +114,24 @@ def test_a_step_in_parts_is_that_of_the_whole(widths, base, backend):
 def _codes(base: str) -> None:
     """Each part has scales of its own, so that the whole has more of them than any whole base in the format."""
     mesh, own = init_device_mesh("cpu", (2,)), job()
-    parts = dl.quantize(parallel.split(own.params, mesh), base)
+    parts = dl.quantize(parallel.shard(own.params, mesh), base)
     codes = {
         name: part._replace(base=part.base._replace(residual=())) if isinstance(part, dl.LowRank) else part
         for name, part in parts.items()
     }
-    seen = parallel.joined(codes, mesh)  # what products see, as one whole
+    seen = parallel.gather(codes, mesh)  # what products see, as one whole
     wanted = dl.value_and_grad(own.loss)(*dl.partition(seen), own.batch(0))
-    trainable, frozen = (parallel.placed(tree, mesh) for tree in dl.partition(parts))
+    trainable, frozen = (parallel.to_dtensors(tree, mesh) for tree in dl.partition(parts))
     with implicit_replication():
         loss, grads = parallel.value_and_grad(own.loss, mesh)(trainable, frozen, own.batch(0))
     torch.testing.assert_close(loss, wanted.value)
-    for name, leaf in parallel.placed(grads, mesh).items():
+    for name, leaf in parallel.to_dtensors(grads, mesh).items():
         for got, want in zip(tree_leaves(leaf), tree_leaves(wanted.grads[name]), strict=True):
             torch.testing.assert_close(got.full_tensor(), want, rtol=1e-3, atol=1e-6)
     plan = dl.every(1)(1, own.params)
-    before = dl.materialize(parallel.joined(parts, mesh))
+    before = dl.materialize(parallel.gather(parts, mesh))
     switched = parallel.switch(parts, plan, mesh)
-    after = dl.materialize(parallel.joined(switched, mesh))
+    after = dl.materialize(parallel.gather(switched, mesh))
     for name in plan:
         assert not torch.equal(switched[name].factors.a, parts[name].factors.a)
         # A residual of at most a sixteenth, float8's half a step, is rounded to eight bits, before and after.
@@ -146,14 +146,16 @@ def test_parts_in_low_precision_have_scales_of_their_own(base):
 
 def _refusals() -> None:
     mesh = init_device_mesh("cpu", (2,))
-    with pytest.raises(ValueError, match=r"must divide into 2 parts, got 'layers.2.weight' of shape \(5, 16\)"):
-        parallel.split(job((6, 16, 16, 5)).params, mesh)
+    with pytest.raises(ValueError, match=r"must divide into 2 shards, got 'layers.2.weight' of shape \(5, 16\)"):
+        parallel.shard(job((6, 16, 16, 5)).params, mesh)
     own = job((8, 64, 64))
-    with pytest.raises(ValueError, match=r"full precision to be split, and can be quantized then, got Quantized"):
-        parallel.split(dl.quantize(own.params, "int8"), mesh)
-    parts = dl.quantize(parallel.split(own.params, mesh), "nf4", residual=None)
-    with pytest.raises(ValueError, match=r"rows have scales of their own, .*, got NF4Codes for 'layers.0.weight'"):
-        parallel.placed(parts, mesh)
+    with pytest.raises(ValueError, match=r"full precision, got Quantized for .*; shard first, then quantize"):
+        parallel.shard(dl.quantize(own.params, "int8"), mesh)
+    parts = dl.quantize(parallel.shard(own.params, mesh), "nf4", residual=None)
+    with pytest.raises(
+        ValueError, match=r"codes with a scale per row or block of a row, got NF4Codes for 'layers.0.weight'"
+    ):
+        parallel.to_dtensors(parts, mesh)
 
 
 def test_what_cannot_be_split_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,32 @@ def test_resume_with_another_configuration_says_in_what(job: Job, tmp_path: Path
     (text / "0.txt").write_text("something else altogether\n" * 50)
     assert "corpus was" in job("--out", tmp_path / "run", "--steps", 2, "--resume").err
     assert contents(tmp_path / "run") == before
+
+
+# As written by the version before options were grouped.
+FLAT_RECORD = """
+{"method": "switchlora", "model": "llama-tiny", "rank": 8, "targets": [], "candidates": "seeded", "text": null,
+"dataset": null, "dataset_config": null, "text_column": "text", "dataset_characters": 200000000, "tokenizer": null,
+"steps": 20, "batch_size": 2, "seq_len": 32, "grad_accum": 1, "lr": null, "dense_lr": null, "warmup": 4,
+"optimizer": null, "weight_decay": 0.0, "clip": 1.0, "interval": 10.0, "ratio": 1.0, "freeze": 5, "compensate": 0.0,
+"merge_every": 100, "base_dtype": "float32", "residual": "bfloat16", "residual_device": null, "shard": false,
+"shard_factors": false, "moments": "float32", "compute_dtype": "float32", "device": null, "compile": false, "seed": 0,
+"eval_every": 100, "eval_batches": 2, "save_every": 10, "corpus": null}
+"""
+
+
+def test_a_run_with_a_flat_record_of_its_options_resumes(job: Job, tmp_path: Path):
+    arguments = ["--out", tmp_path / "run", "--steps", 20, "--save-every", 10]
+    job(*arguments)
+    path = tmp_path / "run" / "config.json"
+    record, flat = json.loads(path.read_text()), json.loads(FLAT_RECORD)
+    flat |= {name: record[name] for name in ("text", "device", "corpus")}  # those of this machine
+    path.write_text(json.dumps(flat))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
+    outcome = job(*arguments, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "continuing after step 10" in outcome.out
+    assert record == flat
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(job: Job, tmp_path: Path):

@@ -21,7 +21,7 @@ from bench.quality.tables import paired_p, rows_of
 from bench.support.process_memory import count_bytes
 from dynlora_fn.testing import Shape, assert_within, low_rank, normal
 from models import corpus as text
-from models.pretrain.config import warmup_cosine
+from models.pretrain.learning_rate import warmup_cosine
 
 PATH = "".join(f"line {number}: {number * number}\n" for number in range(400))
 

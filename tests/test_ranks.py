@@ -27,7 +27,7 @@ import dynlora_fn as dl
 from models.pretrain import command, method, run
 from models.pretrain.__main__ import main
 from models.pretrain.checkpoint import Saver, load_checkpoint
-from models.pretrain.ranks import ALONE, Ranks
+from models.pretrain.processes import SINGLE_PROCESS, Processes
 
 ROOT = Path(__file__).parent.parent
 MODEL = "--model llama-tiny --rank 8 --batch-size 12 --seq-len 16 --eval-batches 1 --warmup 4 --interval 10 --ratio 1"
@@ -57,15 +57,16 @@ def arguments(text: Path, out: Path, **changed: object) -> list[str]:
     ]
 
 
-def job(given: list[str], fault: Callable[[int], None] | None = None, *, ranks: Ranks | None = None) -> Outcome:
+def job(given: list[str], fault: Callable[[int], None] | None = None, *, processes: Processes | None = None) -> Outcome:
     """The command in this process, among those of the group that it is in unless told."""
-    if ranks is None:
-        ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.distributed.group.WORLD)
-    command.joined = lambda: contextlib.nullcontext(ranks)
+    if processes is None:
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        processes = Processes(rank, size, torch.distributed.group.WORLD)
+    command.join_processes = lambda: contextlib.nullcontext(processes)
     sys.argv = ["pretrain", *given]
     out, err, code = io.StringIO(), io.StringIO(), 0
     if fault:
-        fault(ranks.rank)
+        fault(processes.process)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
@@ -148,7 +149,7 @@ def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_pat
     assert [outcome.code for outcome in whole] == [0] * 4, whole
     asked = in_ranks(4, job, arguments(text, tmp_path / "asked", **options), _ask_the_third)
     assert [outcome.code for outcome in asked] == [0] * 4, asked
-    assert "asked to end, and saved: continue with --out" in asked[0].out.replace("\n", " ")
+    assert "stopped by SIGTERM after a checkpoint: continue with --out" in asked[0].out.replace("\n", " ")
     (saved,) = (tmp_path / "asked" / "checkpoints").iterdir()
     assert saved.name == "step-00000007"
     for size in (4, 3, 2, 1):
@@ -178,11 +179,11 @@ def test_one_process_saves_at_sigterm_and_goes_on_bit_for_bit(text: Path, tmp_pa
 
 def _alone(text: Path, folder: Path) -> list[Outcome]:
     draw = run.batch
-    outcomes = [job(arguments(text, folder / "whole"), ranks=ALONE)]
+    outcomes = [job(arguments(text, folder / "whole"), processes=SINGLE_PROCESS)]
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    outcomes.append(job(arguments(text, folder / "asked"), ranks=ALONE))
+    outcomes.append(job(arguments(text, folder / "asked"), processes=SINGLE_PROCESS))
     run.batch = draw
-    outcomes.append(job(arguments(text, folder / "asked", resume=True), ranks=ALONE))
+    outcomes.append(job(arguments(text, folder / "asked", resume=True), processes=SINGLE_PROCESS))
     return outcomes
 
 
@@ -274,23 +275,23 @@ def _fill(path: Path) -> None:
 def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
     """Not what a donated step has written over it in the meantime."""
     state = {"x": torch.arange(100_000.0), "count": torch.tensor(3), "half": torch.ones(2, 3, dtype=torch.bfloat16)}
-    saver = Saver(tmp_path, ALONE, keep=2)
+    saver = Saver(tmp_path, SINGLE_PROCESS, keep=2)
     expected = {name: leaf.clone() for name, leaf in state.items()}
     for step in (1, 2, 3):
         saver.start(step, state)
         for leaf in state.values():
             leaf.add_(1)
         saver.finish()
-        loaded = load_checkpoint(tmp_path, state, ALONE)
+        loaded = load_checkpoint(tmp_path, state, SINGLE_PROCESS)
         assert loaded is not None
         assert (loaded.step, loaded.refused) == (step, [])
         torch.testing.assert_close(loaded.state, expected, rtol=0, atol=0)
         expected = {name: leaf + 1 for name, leaf in expected.items()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     with pytest.raises(ValueError, match="it holds other tensors"):
-        load_checkpoint(tmp_path, {"x": state["x"]}, ALONE)
+        load_checkpoint(tmp_path, {"x": state["x"]}, SINGLE_PROCESS)
     with pytest.raises(ValueError, match=r"\['x'\] is \(100000,\) torch.float32 instead of \(4,\) torch.float32"):
-        load_checkpoint(tmp_path, {**state, "x": torch.zeros(4)}, ALONE)
+        load_checkpoint(tmp_path, {**state, "x": torch.zeros(4)}, SINGLE_PROCESS)
 
 
 # --- what one process alone does

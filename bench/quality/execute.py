@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.quality.job import Job
 from bench.quality.measures import Tracker
 from bench.quality.runs import Run
-from models.pretrain.config import warmup_cosine
+from models.pretrain.learning_rate import warmup_cosine
 
 EVALUATIONS = 8  # in a run
 _WARMUP = 0.05  # part of the run
