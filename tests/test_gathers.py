@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dynlora_fn import linear, quantize, unstack
 from dynlora_fn.bases import on_rows
-from dynlora_fn.inductor import Rewrites
+from dynlora_fn.inductor import GraphPasses
 from dynlora_fn.testing import Shape, low_rank, normal
 from dynlora_fn.types import Sharded, Sharding
 
@@ -59,7 +59,7 @@ def test_each_product_comes_between_its_own_gather_and_the_next(base, rows):
     graph = graph_of_a_step(base, rows)
     before = [node for node in graph.nodes if node.target is GATHER]
     assert not any(waits_for(node) & set(before) for node in before)
-    Rewrites()(graph)
+    GraphPasses()(graph)
     graph.lint()
     users = [node for node in graph.nodes if node.target in PRODUCTS]
     gathered = [{node for node in waits_for(user) if node.target is GATHER} for user in users]
@@ -74,7 +74,7 @@ def test_each_product_comes_between_its_own_gather_and_the_next(base, rows):
 def test_what_is_sent_is_padded_then():
     """All of it at the start would be a copy of what the process holds."""
     graph = graph_of_a_step(None, 7)
-    Rewrites()(graph)
+    GraphPasses()(graph)
     first, *later = [node.args[0] for node in graph.nodes if node.target is GATHER]
     assert len(later) == 11
     for node in (first, *later):

@@ -8,7 +8,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dynlora_fn import LowRank, compile_step, linear, quantize, unstack
-from dynlora_fn.inductor import Rewrites
+from dynlora_fn.inductor import PASSES, GraphPasses
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal
 from dynlora_fn.views import View, transposed
 
@@ -23,7 +23,7 @@ def rewritten(function, *args):
         make_fx(function, decomposition_table=table, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
         for _ in range(2)
     )
-    Rewrites()(after.graph)
+    GraphPasses()(after.graph)
     after.graph.lint()
     after.recompile()
     return before, after, Counter(node.target for node in after.graph.nodes)
@@ -128,6 +128,21 @@ def test_a_bias_is_added_where_the_base_is_dequantized(path):
 def test_look_alikes_keep_their_values(function):
     before, after, _ = rewritten(function, X)
     assert_same(after(X), before(X))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_that_is_skipped_does_not_run(name, monkeypatch):
+    called = []
+    for each in PASSES:
+        monkeypatch.setitem(PASSES, each, lambda graph, each=each: called.append(each))
+    GraphPasses(skip=[name])(torch.fx.Graph())
+    assert called == [each for each in PASSES if each != name]
+    assert GraphPasses(skip=[name]).uuid() != GraphPasses().uuid()
+
+
+def test_an_unknown_pass_cannot_be_skipped():
+    with pytest.raises(ValueError, match=r"`skip` names unknown graph passes \['fuse'\]; choose from \['order_remat"):
+        GraphPasses(skip=["fuse"])
 
 
 @pytest.mark.inductor

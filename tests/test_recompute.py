@@ -10,7 +10,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import call, combine, compile_step, init, linear, partition, products, remat, value_and_grad
-from dynlora_fn.blocks import compute_in_turn
+from dynlora_fn.blocks import order_remat_blocks
 from dynlora_fn.testing import assert_same, normal
 
 X = normal(1, 2, 5, 8)
@@ -105,7 +105,7 @@ def test_a_block_waits_for_all_that_is_made_of_the_one_after_it():
         for one, later in zip(late, ({*late[1:]}, {late[2]}, set()), strict=True)
     ]
     assert all(not products <= waits_for(one) for products, one in zip(own, late[1:], strict=False))
-    compute_in_turn(made.graph)
+    order_remat_blocks(made.graph)
     made.graph.lint()
     after = [node for node in made.graph.nodes if node.target is torch.ops.dynlora_fn.after.default]
     assert len(after) == 3

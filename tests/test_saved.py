@@ -7,8 +7,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import dropout, rms_norm, silu
 
-from dynlora_fn import peak_memory, saved
-from dynlora_fn.saved import compute_again
+from dynlora_fn import peak_memory
+from dynlora_fn.inductor import PASSES
+from dynlora_fn.saved import recompute_activations
 from dynlora_fn.testing import assert_same, normal
 
 aten = torch.ops.aten
@@ -35,7 +36,7 @@ def loss(weights, x):
 def test_values_stay_bit_for_bit():
     before = graph_of(torch.func.grad_and_value(loss, argnums=(0, 1)), WEIGHTS, X)
     after = graph_of(torch.func.grad_and_value(loss, argnums=(0, 1)), WEIGHTS, X)
-    compute_again(after.graph)
+    recompute_activations(after.graph)
     after.graph.lint()
     after.recompile()
     assert len(after.graph.nodes) > len(before.graph.nodes)
@@ -46,7 +47,7 @@ def test_values_stay_bit_for_bit():
 def test_the_peak_falls(monkeypatch):
     args = torch.func.grad(loss), WEIGHTS, X
     low = peak_memory(*args).step
-    monkeypatch.setattr(saved, "compute_again", lambda graph: None)
+    monkeypatch.delitem(PASSES, "recompute_activations")
     # A norm and a gate in each block are not kept; those of one block, formed again, are alive at the peak.
     assert low <= peak_memory(*args).step - len(WEIGHTS) * X.nbytes
 
@@ -60,7 +61,7 @@ def test_what_is_used_late_alone_is_formed_late():
         return y.T @ narrow
 
     before, after = graph_of(step, X, WEIGHTS[0]), graph_of(step, X, WEIGHTS[0])
-    compute_again(after.graph)
+    recompute_activations(after.graph)
     after.recompile()
     assert_same(after(X, WEIGHTS[0]), before(X, WEIGHTS[0]))
     last, narrow = [node for node in after.graph.nodes if node.target is aten.mm.default][-3:-1]
@@ -75,7 +76,7 @@ def test_a_random_result_is_kept():
         return x.square().sum()
 
     before, after = (graph_of(torch.func.grad(lossy), WEIGHTS, X) for _ in range(2))
-    compute_again(after.graph)
+    recompute_activations(after.graph)
     after.recompile()
     randoms = [
         [
@@ -104,7 +105,7 @@ def test_small_results_are_kept():
 
     args = normal(1, 200, 16, dtype=torch.float32), normal(2, 16, dtype=torch.float32)
     graph = graph_of(function, *args)
-    compute_again(graph.graph)
+    recompute_activations(graph.graph)
     assert count(graph, aten.sin.default) == 1
 
 
@@ -131,7 +132,7 @@ def test_any_program_keeps_its_values(program):
 
     args = normal(3, 16, 16), normal(4, 16, 16)
     before, after = graph_of(function, *args), graph_of(function, *args)
-    compute_again(after.graph)
+    recompute_activations(after.graph)
     after.graph.lint()
     after.recompile()
     assert_same(after(*args), before(*args))

@@ -48,11 +48,11 @@ def test_use_of_a_consumed_one_is_caught(quantize):
     expected, _ = step((weight, torch.tensor(0)), X)
     state, _ = compile_step(step, debug=True, backend="aot_eager")((weight, torch.tensor(0)), X)
     assert_same(state[0].dequantize(), expected[0].dequantize())
-    with pytest.raises(RuntimeError, match=r"must not be used after a step has written over it.*`dequantize`"):
+    with pytest.raises(RuntimeError, match=r"was written over by a step, and `dequantize` uses it"):
         weight.dequantize()
 
 
 def test_memory_that_is_held_twice_is_refused(quantize):
     weight = quantize(X)
-    with pytest.raises(ValueError, match="must hold no memory twice"):
+    with pytest.raises(ValueError, match="share memory"):
         compile_step(lambda state: (state, None), backend="aot_eager")((weight, weight.qdata))
