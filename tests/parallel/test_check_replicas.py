@@ -41,26 +41,27 @@ def test_checksums_of_views_and_of_nothing():
 
 
 def _drifted() -> list[str]:
-    rank, size, group = torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.distributed.group.WORLD
+    process, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.group.WORLD
     state = {"mu": torch.ones(3, 2), "count": [torch.tensor(7), torch.zeros(4, dtype=torch.bfloat16)]}
     params = dl.shard(dl.init(nn.Linear(4, 4, bias=False), rank=1, seed=0, targets=["weight"]), group)
-    dl.check_replicas((state, params), init_device_mesh("cpu", (size,)))  # though the rows of the base differ
+    dl.check_replicas((state, params), init_device_mesh("cpu", (world_size,)))  # though the rows of the base differ
     messages = []
-    for drifted in ([2], [1, 2], list(range(1, size)), range(size)):
-        own = torch.tensor(7 + (rank if drifted == range(size) else rank in drifted))
+    for drifted in ([2], [1, 2], list(range(1, world_size)), range(world_size)):
+        count = torch.tensor(7 + (process if drifted == range(world_size) else process in drifted))
         with pytest.raises(dl.DriftedError) as error:
-            dl.check_replicas({**state, "count": [own, state["count"][1]]}, group)
+            dl.check_replicas({**state, "count": [count, state["count"][1]]}, group)
         messages.append(str(error.value))
     return messages
 
 
 def test_processes_that_have_drifted_are_named():
     messages = in_processes(5, _drifted)
-    assert all(one == messages[0] for one in messages)
-    rule = "`state` must be the same on all processes, got"
+    assert all(other == messages[0] for other in messages)
+    start = "`state` must be the same on all processes, got"
     assert messages[0] == [
-        f"{rule} rank 2 with another, from ['count'][0] on",
-        f"{rule} ranks 1, 2 with another, from ['count'][0] on",
-        f"{rule} rank 0 with another, from ['count'][0] on",
-        f"{rule} 5 different ones, by ranks: [[0], [1], [2], [3], [4]]",
+        f"{start} rank 2 with another, from ['count'][0] on",
+        f"{start} ranks 1, 2 with another, from ['count'][0] on",
+        f"{start} rank 0 with another, from ['count'][0] on",
+        f"{start} 5 different ones, by ranks: [[0], [1], [2], [3], [4]]",
     ]

@@ -61,19 +61,19 @@ def bits(tree) -> list[bytes]:
 
 
 def _reduce_trees() -> dict:
-    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     tree = {
-        "x": torch.arange(6.0).reshape(2, 3) * (rank + 1),
-        "y": (torch.ones(3, dtype=torch.float64) * rank, torch.tensor(float(rank))),
+        "x": torch.arange(6.0).reshape(2, 3) * (process + 1),
+        "y": (torch.ones(3, dtype=torch.float64) * process, torch.tensor(float(process))),
         "empty": torch.zeros(0, 2),
-        "half": torch.full((2, 1), rank + 1.0, dtype=torch.bfloat16),
+        "half": torch.full((2, 1), process + 1.0, dtype=torch.bfloat16),
     }
     before = copy.deepcopy(tree)
     with Traffic() as traffic:
         mean = dl.mean_over_ranks(tree, group)
     by_mesh = dl.mean_over_ranks(tree, mesh)
-    shared = dl.mean_over_ranks(tree, group, share=[0.25, 0.75][rank])
+    shared = dl.mean_over_ranks(tree, group, share=[0.25, 0.75][process])
     compiled = torch.compile(lambda tree: dl.mean_over_ranks(tree, group), fullgraph=True, backend="aot_eager")(tree)
     assert bits(tree) == bits(before)
     assert bits(mean) == bits(by_mesh) == bits(compiled)
@@ -97,8 +97,9 @@ def test_a_mean_takes_one_reduction_for_each_dtype():
 
 
 def _train_in_parallel(steps: int) -> dict:
-    rank, size, group = torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.distributed.group.WORLD
-    rows = range(12)[rank * 12 // size : (rank + 1) * 12 // size]
+    process, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.group.WORLD
+    rows = range(12)[process * 12 // world_size : (process + 1) * 12 // world_size]
     net = model()
     step = make_step(net, group, share=len(rows) / 12)
     state = start(fresh(net))
@@ -133,8 +134,8 @@ def test_losses_are_those_of_one_process_and_switching_sends_nothing(size: int):
 
 
 def _compiled_steps() -> tuple:
-    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
-    net, rows = model(), slice(6 * rank, 6 * rank + 6)
+    process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    net, rows = model(), slice(6 * process, 6 * process + 6)
     params = dl.init(net, rank=4, seed=0, targets=["1.0.weight", "2.0.weight"], base="int8")
     eager, losses, _ = train(start(params), make_step(net, group), 4, rows)
     step = dl.compile_step(make_step(net, group), backend="aot_eager")

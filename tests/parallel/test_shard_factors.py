@@ -78,8 +78,9 @@ def whole_of(state) -> tuple:
 
 
 def _train(base, backend) -> None:
-    rank, size, group = torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.distributed.group.WORLD
-    rows = slice(rank * 5 // size, (rank + 1) * 5 // size)
+    process, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.group.WORLD
+    rows = slice(process * 5 // world_size, (process + 1) * 5 // world_size)
     share = (rows.stop - rows.start) / 5
     expected, wanted = train(start(fresh(base)), make_step(group, share, False), 12, rows)
     params = dl.shard_factors(dl.shard(fresh(base), group), part=share)
@@ -167,7 +168,7 @@ def _eight_bit(folder: Path) -> None:
     assert_same(eight_bit(WEIGHT, range(2, 4), loaded), eight_bit(WEIGHT, range(4)))
     with pytest.raises(ValueError, match=r"shares of one size where moments are in 8 bit, got 257 for 2 .* of 'w'"):
         named(eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(0)))
-    alone = [torch.distributed.new_group([rank]) for rank in range(2)][torch.distributed.get_rank()]
+    alone = [torch.distributed.new_group([process]) for process in range(2)][torch.distributed.get_rank()]
     with pytest.raises(
         checkpoint.CheckpointException, match=r"Size mismatch .*\[2, 30\].*\[1, 60\].*mu\['w'\].b.scale"
     ):

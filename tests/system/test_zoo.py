@@ -156,8 +156,5 @@ def test_the_models_own_checkpointing():
 
 def test_attention_is_one_operation():
     """All of the above with `scaled_dot_product_attention`, on what low-rank weights gave it."""
-    assert {
-        model_and_params(CASES[name])[0].config._attn_implementation
-        for name in CASES
-        if "Llama" in name or "ViT" in name
-    } == {"sdpa"}
+    models = [model_and_params(CASES[name])[0] for name in CASES if "Llama" in name or "ViT" in name]
+    assert {model.config._attn_implementation for model in models} == {"sdpa"}

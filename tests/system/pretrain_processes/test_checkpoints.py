@@ -41,8 +41,8 @@ def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_pat
         torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
 
 
-def _ask_the_third(rank: int) -> None:
-    if rank == 2:
+def _ask_the_third(process: int) -> None:
+    if process == 2:
         at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 

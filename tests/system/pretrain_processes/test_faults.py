@@ -30,8 +30,8 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(text: Path, tmp_path
     assert all(leaf.isfinite().all() for path in saved.glob("*.safetensors") for leaf in load_file(path).values())
 
 
-def _spoil_the_loss_of_the_second(rank: int) -> None:
-    if rank == 1:
+def _spoil_the_loss_of_the_second(process: int) -> None:
+    if process == 1:
         loss = method.next_token_loss
         at_step(13, lambda: setattr(method, "next_token_loss", lambda *given: loss(*given) * torch.nan))
 
@@ -44,8 +44,8 @@ def test_a_process_that_drifts_is_named(text: Path, tmp_path: Path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
 
 
-def _let_the_third_drift(rank: int) -> None:
-    if rank == 2:
+def _let_the_third_drift(process: int) -> None:
+    if process == 2:
         apply = dl.apply_updates
 
         def a_little_more(trainable: Any, updates: Any) -> Any:

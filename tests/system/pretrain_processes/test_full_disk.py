@@ -40,9 +40,9 @@ def _end_at_a_full_disk(text: Path, out: Path, whole: Path, fault: Callable[[int
     assert_same_run(out, whole)
 
 
-def _limit_the_second(rank: int) -> None:
+def _limit_the_second(process: int) -> None:
     """No file may grow beyond that: the limit on a process that comes closest."""
-    if rank == 1:
+    if process == 1:
         at_step(15, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
 
 
@@ -62,9 +62,9 @@ def _can_mount(folder: Path) -> bool:
     return True
 
 
-def _fill_the_disk(folder: Path, rank: int) -> None:
+def _fill_the_disk(folder: Path, process: int) -> None:
     """A small one of their own for checkpoints."""
-    if rank == 0:
+    if process == 0:
         at_step(5, lambda: _mount(folder))
         at_step(15, lambda: _fill(folder / FILLER))
 
