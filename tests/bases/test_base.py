@@ -63,7 +63,7 @@ def test_a_base_on_the_meta_device_is_folded_into(count):
 
 def test_a_stack_folds_as_its_members_do():
     param = low_rank(Shape(5, 7, 3), (2,))
-    whole = fold(param.base, *param.factors, rank=3)
-    for number in range(2):
-        one = fold(param.base[number], param.factors.b[number], param.factors.a[number], rank=3)
-        assert torch.equal(whole[number], one)
+    stacked = fold(param.base, *param.factors, rank=3)
+    for member in range(2):
+        alone = fold(param.base[member], param.factors.b[member], param.factors.a[member], rank=3)
+        assert torch.equal(stacked[member], alone)

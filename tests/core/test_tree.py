@@ -88,8 +88,8 @@ def test_memory_lies_in_the_tensors_within():
     plain = torch.zeros(3)
     assert inner_tensors(plain)[0] is plain
     params = dl.init(nn.Linear(8, 4, bias=False), rank=2, seed=0, targets=["weight"], base="int8")
-    (held,) = dl.to_torchao(params).values()
-    inner = inner_tensors(held)
+    (tensor,) = dl.to_torchao(params).values()
+    inner = inner_tensors(tensor)
     assert len(inner) > 1
     assert all(type(leaf) is Tensor for leaf in inner)
     assert {leaf.dtype for leaf in inner} >= {torch.int8}

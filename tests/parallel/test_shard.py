@@ -22,10 +22,10 @@ def _compare(base, residual) -> None:
     assert bits(dl.state_dict(NET, sharded)) == bits(dl.state_dict(NET, params))
 
     plan = dl.every(1)(1, params)
-    merged = {kind: dl.merge(one) for kind, one in (("whole", params), ("sharded", sharded))}
-    switched = {kind: dl.switch(one, plan).params for kind, one in merged.items()}
-    waiting = {kind: dl.switch(dl.defer(one, vectors=8), plan).params for kind, one in merged.items()}
-    folded = {kind: dl.fold_pending(one) for kind, one in waiting.items()}
+    merged = {kind: dl.merge(tree) for kind, tree in (("whole", params), ("sharded", sharded))}
+    switched = {kind: dl.switch(tree, plan).params for kind, tree in merged.items()}
+    waiting = {kind: dl.switch(dl.defer(tree, vectors=8), plan).params for kind, tree in merged.items()}
+    folded = {kind: dl.fold_pending(tree) for kind, tree in waiting.items()}
     assert bits(merged["whole"]) != bits(switched["whole"]) != bits(folded["whole"])
     for pair in (merged, switched, folded):
         assert bits(dl.partition(pair["sharded"]).trainable) == bits(dl.partition(pair["whole"]).trainable)
@@ -33,21 +33,21 @@ def _compare(base, residual) -> None:
             assert bits(dl.unshard(pair["sharded"])) == bits(pair["whole"])
         # The product that is folded into codes is one of a matrix with fewer rows: a processor may round its last bit
         # in another way.
-        weights = [dl.materialize(dl.unshard(one)) for one in (pair["sharded"], pair["whole"])]
+        weights = [dl.materialize(dl.unshard(tree)) for tree in (pair["sharded"], pair["whole"])]
         torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
-        drifts = [dl.drift(one) for one in (pair["sharded"], pair["whole"])]
+        drifts = [dl.drift(tree) for tree in (pair["sharded"], pair["whole"])]
         torch.testing.assert_close(*drifts, rtol=1e-4, atol=0, equal_nan=True)
 
     for tokens in (1, 4096):  # the path is the cheapest one for so many
         x = torch.randn(tokens, 18)
-        grads = [dl.value_and_grad(_loss)(one[0], one[1], x) for one in map(dl.partition, (params, sharded))]
+        grads = [dl.value_and_grad(_loss)(tree[0], tree[1], x) for tree in map(dl.partition, (params, sharded))]
         if tokens > 1:  # of whole ones, so few tokens go by the factored path
             assert bits(grads[0]) == bits(grads[1])
         torch.testing.assert_close(grads[1], grads[0])
     via = dl.value_and_grad(_loss, via="autograd")(*dl.partition(sharded), x)
     torch.testing.assert_close(via, grads[0])
     per_sample = torch.func.vmap(torch.func.grad(_loss), in_dims=(None, None, 0))
-    rows = [per_sample(*dl.partition(one), x[:3, None]) for one in (params, sharded)]
+    rows = [per_sample(*dl.partition(tree), x[:3, None]) for tree in (params, sharded)]
     torch.testing.assert_close(rows[1], rows[0])
 
 
@@ -97,9 +97,9 @@ def _compare_tied(base, residual) -> None:
     def loss(trainable, frozen):
         return dl.call(model, dl.combine(trainable, frozen), x).square().mean()
 
-    with Gathered() as seen:
+    with Gathered() as gathered:
         grads = dl.value_and_grad(loss)(*packed)
-    assert seen.total == dl.wire_bytes(*packed).bases
+    assert gathered.total == dl.wire_bytes(*packed).bases
     assert bits(grads) == bits(dl.value_and_grad(loss)(*dl.partition(params)))
 
 
@@ -122,9 +122,9 @@ def _compare_all_tied() -> None:
     )
     whole = dl.init(tied_net(), rank=2, seed=0, targets=["*.weight"], base="nf4")["*.*.weight"].base.codes
     for name in ("codes", "scales", "factor"):
-        made = getattr(placed["*.*.weight"].base.base.codes, name)
-        assert made.shape == getattr(whole, name).shape
-        assert torch.equal(made.full_tensor(), getattr(whole, name))
+        placed_leaf = getattr(placed["*.*.weight"].base.base.codes, name)
+        assert placed_leaf.shape == getattr(whole, name).shape
+        assert torch.equal(placed_leaf.full_tensor(), getattr(whole, name))
     one_factor = dl.init(nn.Linear(64, 64), rank=2, seed=0, targets=["weight"], base="nf4")
     with pytest.raises(ValueError, match=r"in whole runs of 4096 numbers, which.*got 'weight' of shape \(64, 64\)"):
         dl.shard(one_factor, torch.distributed.group.WORLD)

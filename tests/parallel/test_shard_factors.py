@@ -44,14 +44,16 @@ def make_step(group, share, is_sharded: bool):
 
     def step(state, tokens, lr, plan):
         trainable, frozen, opt_state = state
-        own = frozen if is_sharded else None
+        sharded_frozen = frozen if is_sharded else None
 
         def loss_fn(trainable):
             logits = dl.call(NET, dl.combine(trainable, frozen), tokens[:, :-1])
             return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-        loss, grads = dl.mean_over_ranks(tuple(dl.value_and_grad(loss_fn)(trainable)), group, share=share, frozen=own)
-        grads, norm = dl.clip_by_global_norm(grads, 0.5, frozen=own)
+        loss, grads = dl.mean_over_ranks(
+            tuple(dl.value_and_grad(loss_fn)(trainable)), group, share=share, frozen=sharded_frozen
+        )
+        grads, norm = dl.clip_by_global_norm(grads, 0.5, frozen=sharded_frozen)
         params, _ = dl.switch(dl.combine(trainable, frozen), plan)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
@@ -63,9 +65,9 @@ def make_step(group, share, is_sharded: bool):
 
 def train(state, step, steps: int, rows: slice):
     told = []
-    for number in range(steps):
-        tokens = torch.randint(11, (5, 9), generator=torch.Generator().manual_seed(number))[rows]
-        plan = SCHEDULE(number, dl.combine(*state[:2]))
+    for index in range(steps):
+        tokens = torch.randint(11, (5, 9), generator=torch.Generator().manual_seed(index))[rows]
+        plan = SCHEDULE(index, dl.combine(*state[:2]))
         state, metrics = step(state, tokens, torch.tensor(1e-2), plan)
         told.append(torch.stack(metrics))
     return state, torch.stack(told)
@@ -92,7 +94,7 @@ def _train(base, backend) -> None:
     torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-6)
     got, want = whole_of(state), (expected[0], expected[2])
     torch.testing.assert_close(got, tree_map(lambda leaf: leaf, want), rtol=2e-3, atol=2e-5)
-    weights = [dl.state_dict(NET, dl.combine(*one[:2])) for one in (state, expected)]
+    weights = [dl.state_dict(NET, dl.combine(*result[:2])) for result in (state, expected)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-4)
 
 
@@ -108,8 +110,8 @@ def _bits() -> None:
     sharded = dl.shard_factors(dl.shard(params, group))
     assert {name: leaf.shape for name, leaf in sharded.items()} == {name: leaf.shape for name, leaf in params.items()}
 
-    def assert_equal(one, other):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    def assert_equal(left, right):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
 
     assert_equal(dl.unshard(sharded), params)
     assert_equal(dl.materialize(sharded), dl.materialize(params))
@@ -119,9 +121,9 @@ def _bits() -> None:
     expected, wanted = dl.switch(params, plan)
     assert_equal(dl.unshard(switched), expected)
     (name, *_) = outgoing
-    own = sharded[name].base.sharding
-    assert_equal(outgoing[name].b, wanted[name].b[..., own.own, :])
-    assert_equal(outgoing[name].a, wanted[name].a[..., own.of_columns.own])
+    sharding = sharded[name].base.sharding
+    assert_equal(outgoing[name].b, wanted[name].b[..., sharding.own, :])
+    assert_equal(outgoing[name].a, wanted[name].a[..., sharding.of_columns.own])
     x = torch.randint(11, (4, 5))
     via = [dl.value_and_grad(_loss, via=via)(*dl.partition(sharded), x).grads for via in ("func", "autograd")]
     assert_equal(*via)
@@ -184,7 +186,7 @@ def _muon() -> None:
     params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
     params = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     whole = dl.partition(params).trainable
-    own, frozen = dl.partition(dl.shard_factors(dl.shard(params, torch.distributed.group.WORLD)))
+    sharded, frozen = dl.partition(dl.shard_factors(dl.shard(params, torch.distributed.group.WORLD)))
 
     def part(factors, sharding):
         return dl.Factors(factors.b[..., sharding.own, :], factors.a[..., sharding.of_columns.own])
@@ -206,8 +208,8 @@ def _muon() -> None:
     for lr in (1e-6, 1.0):  # where no step is too long, and where all are
         expected = moved(dl.muon(), whole, lr)
         wanted = {name: of(name, leaf) for name, leaf in expected.items()}
-        got = moved(dl.muon(frozen=frozen), own, lr, of)
-        assert all((wanted[name].b - own[name].b).abs().max() > 1e-3 * lr for name in wanted)
+        got = moved(dl.muon(frozen=frozen), sharded, lr, of)
+        assert all((wanted[name].b - sharded[name].b).abs().max() > 1e-3 * lr for name in wanted)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 * lr)
 
 
@@ -220,26 +222,26 @@ def _shares() -> dict:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64, bias=False), nn.GELU()) for _ in range(3)))
     params = dl.init(model, rank=4, seed=0, targets=TARGETS, group=group)
-    whole, own = start(params), start(dl.shard_factors(params))
+    whole, sharded = start(params), start(dl.shard_factors(params))
     x = torch.ones(512, 64)  # so many that factors are merged into the weight, or gathered
 
     def loss(trainable):
-        return dl.call(model, dl.combine(trainable, own[1]), x).square().mean()
+        return dl.call(model, dl.combine(trainable, sharded[1]), x).square().mean()
 
     with Traffic() as traffic:
-        grads = dl.value_and_grad(loss)(own[0]).grads
-        dl.mean_over_ranks(grads, group, frozen=own[1])
+        grads = dl.value_and_grad(loss)(sharded[0]).grads
+        dl.mean_over_ranks(grads, group, frozen=sharded[1])
     plan = dl.every(1)(1, params)
     with Traffic() as switching:
-        dl.switch(dl.combine(*own[:2]), plan)
-    counts = sum(leaf.numel() * 4 for leaf in tree_leaves((own[2].count, own[2].frozen_for)))
+        dl.switch(dl.combine(*sharded[:2]), plan)
+    counts = sum(leaf.numel() * 4 for leaf in tree_leaves((sharded[2].count, sharded[2].frozen_for)))
     return {
-        "trainable": bytes_of(own[0]) / bytes_of(whole[0]),
-        "moments": (bytes_of(own[2]) - counts) / (bytes_of(whole[2]) - counts),
+        "trainable": bytes_of(sharded[0]) / bytes_of(whole[0]),
+        "moments": (bytes_of(sharded[2]) - counts) / (bytes_of(whole[2]) - counts),
         "grads": bytes_of(grads) / bytes_of(whole[0]),
         "traffic": traffic.bytes,
         "switching": switching.bytes,
-        "wire": dl.wire_bytes(*own[:2], plan=plan),
+        "wire": dl.wire_bytes(*sharded[:2], plan=plan),
         "whole": bytes_of(whole[0]),
     }
 

@@ -13,6 +13,6 @@ def test_bytes_are_the_trainable_share_of_full_ranks():
     numbers = sum(leaf.numel() for leaf in tree_leaves(trainable))
     assert wire == dl.WireBytes(factors=4 * 3 * 4 * (18 + 18), full_rank=wire.reduced - 4 * 3 * 4 * 36, bases=0)
     assert wire.reduced == 4 * numbers
-    whole, _ = dl.partition(dl.init(model(), rank=1, seed=0, targets=[]))
-    assert dl.wire_bytes(whole).factors == 0
-    assert dl.wire_bytes(whole).full_rank == 4 * sum(leaf.numel() for leaf in model().parameters())
+    trainable, _ = dl.partition(dl.init(model(), rank=1, seed=0, targets=[]))
+    assert dl.wire_bytes(trainable).factors == 0
+    assert dl.wire_bytes(trainable).full_rank == 4 * sum(leaf.numel() for leaf in model().parameters())

@@ -28,7 +28,7 @@ def install() -> None:
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """What jaxtyping calls with the arguments, and with arguments and result, of each function; it returns those."""
     signature = inspect.signature(function)
-    hints = {name: own.annotation for name, own in signature.parameters.items()}
+    hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
     @wraps(function)
     def look(*args: Any, **kwargs: Any) -> Any:
@@ -50,15 +50,15 @@ def _check(what: str, value: Any, hint: Any) -> None:
 
 def _look(value: Any) -> None:
     if isinstance(value, dict):  # a look into a lazy mapping would make its weights
-        for own in value.values():
-            _look(own)
+        for item in value.values():
+            _look(item)
     elif isinstance(value, tuple | list):
         is_own = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
         if is_own and not isinstance(value, _pairs()):
             with jaxtyping.jaxtyped("context"):
                 _check_fields(value)
-        for own in value:
-            _look(own)
+        for item in value:
+            _look(item)
 
 
 def _check_fields(value: Any) -> None:
@@ -66,9 +66,9 @@ def _check_fields(value: Any) -> None:
         if hasattr(value, name):  # in the same context as the base that they belong to
             _check_fields(getattr(value, name))
     for name, hint in _hints(type(value)).items():
-        own = getattr(value, name)
-        if isinstance(own, Tensor) and not any(isinstance(own, option) for option in _options(hint)):
-            raise ShapeError(f"{type(value).__name__}.{name} must be {hint}, got {own.dtype} {tuple(own.shape)}")
+        field = getattr(value, name)
+        if isinstance(field, Tensor) and not any(isinstance(field, option) for option in _options(hint)):
+            raise ShapeError(f"{type(value).__name__}.{name} must be {hint}, got {field.dtype} {tuple(field.shape)}")
 
 
 def _pairs() -> type:

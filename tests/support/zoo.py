@@ -89,12 +89,12 @@ def mixtral(implementation: str) -> Callable[[], nn.Module]:
         use_cache=False,
     )
 
-    def made() -> nn.Module:
+    def build() -> nn.Module:
         model = make()
         model.set_experts_implementation(implementation)
         return model
 
-    return made
+    return build
 
 
 def encoder() -> nn.Module:

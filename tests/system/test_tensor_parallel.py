@@ -47,17 +47,17 @@ def job(widths: tuple[int, ...] = (), layers: int = 2) -> Job:
     return Job(model, dl.init(model, rank=4, seed=0, targets=targets))
 
 
-def step_of(own: Job, mesh=None):
+def step_of(task: Job, mesh=None):
     optimizer = dl.adamw()
 
     def step(state, batch, lr, plan):
         trainable, frozen, opt_state = state
         if mesh is None:
-            loss, grads = dl.value_and_grad(own.loss)(trainable, frozen, batch)
+            loss, grads = dl.value_and_grad(task.loss)(trainable, frozen, batch)
             params, _ = dl.switch(dl.combine(trainable, frozen), plan)
         else:
             given = parallel.placed(trainable, mesh), parallel.placed(frozen, mesh)
-            loss, grads = parallel.value_and_grad(own.loss, mesh)(*given, batch)
+            loss, grads = parallel.value_and_grad(task.loss, mesh)(*given, batch)
             params = parallel.switch(dl.combine(trainable, frozen), plan, mesh)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
@@ -67,34 +67,34 @@ def step_of(own: Job, mesh=None):
     return step
 
 
-def train(own: Job, params, step, whole, steps: int = 6):
+def train(task: Job, params, step, whole, steps: int = 6):
     trainable, frozen = dl.partition(params)
     state, losses = (trainable, frozen, dl.adamw().init(trainable)), []
-    for number in range(steps):
-        plan = SCHEDULE(number, whole(dl.combine(*state[:2])))
-        state, loss = step(state, own.batch(number), torch.tensor(1e-2), plan)
+    for index in range(steps):
+        plan = SCHEDULE(index, whole(dl.combine(*state[:2])))
+        state, loss = step(state, task.batch(index), torch.tensor(1e-2), plan)
         losses.append(loss.item())
     return dl.combine(*state[:2]), losses
 
 
 def _train(widths, base, backend) -> None:
-    mesh, own = init_device_mesh("cpu", (2,)), job(widths, layers=1)
-    parts = parallel.split(own.params, mesh)
-    low_rank = [name for name, param in own.params.items() if isinstance(param, dl.LowRank)]
+    mesh, task = init_device_mesh("cpu", (2,)), job(widths, layers=1)
+    parts = parallel.split(task.params, mesh)
+    low_rank = [name for name, param in task.params.items() if isinstance(param, dl.LowRank)]
     for name in low_rank:
-        assert 2 * parts[name].base.numel() == own.params[name].base.numel()
-    whole = own.params
+        assert 2 * parts[name].base.numel() == task.params[name].base.numel()
+    whole = task.params
     if base:  # rounded number by number, so that parts are those of the whole
         parts, whole = (dl.quantize(params, base) for params in (parts, whole))
-    expected, wanted = train(own, whole, step_of(own), dict)
-    step = step_of(own, mesh)
+    expected, wanted = train(task, whole, step_of(task), dict)
+    step = step_of(task, mesh)
     if backend:
         step = dl.compile_step(step, backend=backend)
     with implicit_replication():
-        parts, losses = train(own, parts, step, lambda parts: parallel.outline(parts, mesh))
+        parts, losses = train(task, parts, step, lambda parts: parallel.outline(parts, mesh))
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
     got, wanted = parallel.joined(parts, mesh), parallel.in_full_precision(expected)
-    assert len(low_rank) == (7 if not widths else len(own.model.layers) - (widths[0] == widths[1]))
+    assert len(low_rank) == (7 if not widths else len(task.model.layers) - (widths[0] == widths[1]))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-5)
     dl.check_replicas(tree_leaves(got), mesh)
 
@@ -113,22 +113,22 @@ def test_a_step_in_parts_is_that_of_the_whole(widths, base, backend):
 
 def _codes(base: str) -> None:
     """Each part has scales of its own, so that the whole has more of them than any whole base in the format."""
-    mesh, own = init_device_mesh("cpu", (2,)), job()
-    parts = dl.quantize(parallel.split(own.params, mesh), base)
+    mesh, task = init_device_mesh("cpu", (2,)), job()
+    parts = dl.quantize(parallel.split(task.params, mesh), base)
     codes = {
         name: part._replace(base=part.base._replace(residual=())) if isinstance(part, dl.LowRank) else part
         for name, part in parts.items()
     }
     seen = parallel.joined(codes, mesh)  # what products see, as one whole
-    wanted = dl.value_and_grad(own.loss)(*dl.partition(seen), own.batch(0))
+    wanted = dl.value_and_grad(task.loss)(*dl.partition(seen), task.batch(0))
     trainable, frozen = (parallel.placed(tree, mesh) for tree in dl.partition(parts))
     with implicit_replication():
-        loss, grads = parallel.value_and_grad(own.loss, mesh)(trainable, frozen, own.batch(0))
+        loss, grads = parallel.value_and_grad(task.loss, mesh)(trainable, frozen, task.batch(0))
     torch.testing.assert_close(loss, wanted.value)
     for name, leaf in parallel.placed(grads, mesh).items():
         for got, want in zip(tree_leaves(leaf), tree_leaves(wanted.grads[name]), strict=True):
             torch.testing.assert_close(got.full_tensor(), want, rtol=1e-3, atol=1e-6)
-    plan = dl.every(1)(1, own.params)
+    plan = dl.every(1)(1, task.params)
     before = dl.materialize(parallel.joined(parts, mesh))
     switched = parallel.switch(parts, plan, mesh)
     after = dl.materialize(parallel.joined(switched, mesh))
@@ -148,10 +148,10 @@ def _refusals() -> None:
     mesh = init_device_mesh("cpu", (2,))
     with pytest.raises(ValueError, match=r"must divide into 2 parts, got 'layers.2.weight' of shape \(5, 16\)"):
         parallel.split(job((6, 16, 16, 5)).params, mesh)
-    own = job((8, 64, 64))
+    task = job((8, 64, 64))
     with pytest.raises(ValueError, match=r"full precision to be split, and can be quantized then, got Quantized"):
-        parallel.split(dl.quantize(own.params, "int8"), mesh)
-    parts = dl.quantize(parallel.split(own.params, mesh), "nf4", residual=None)
+        parallel.split(dl.quantize(task.params, "int8"), mesh)
+    parts = dl.quantize(parallel.split(task.params, mesh), "nf4", residual=None)
     with pytest.raises(ValueError, match=r"rows have scales of their own, .*, got NF4Codes for 'layers.0.weight'"):
         parallel.placed(parts, mesh)
 

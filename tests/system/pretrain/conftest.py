@@ -13,8 +13,8 @@ from tests.support.pretrain import SMALL, Job, Outcome
 def text(tmp_path: Path) -> Path:
     folder = tmp_path / "text"
     folder.mkdir()
-    for number in range(6):
-        (folder / f"{number}.txt").write_text("".join(f"{number} times {k} is {number * k}\n" for k in range(60)))
+    for index in range(6):
+        (folder / f"{index}.txt").write_text("".join(f"{index} times {k} is {index * k}\n" for k in range(60)))
     return folder
 
 

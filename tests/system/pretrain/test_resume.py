@@ -39,7 +39,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, options: s
         "20",
         *options.split(),
     ]
-    whole = start([*arguments, "--out", str(tmp_path / "whole")])
+    uninterrupted = start([*arguments, "--out", str(tmp_path / "whole")])
     killed = start([*arguments, "--out", str(tmp_path / "killed")])
     lines = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -52,7 +52,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, options: s
     output, _ = resumed.communicate()
     assert resumed.returncode == 0, output
     assert "continuing after step 0" not in output
-    assert whole.wait() == 0
+    assert uninterrupted.wait() == 0
     for name in ("metrics.jsonl", "model.safetensors", "checkpoints/step-00000060/state.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

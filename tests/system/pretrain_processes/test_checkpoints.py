@@ -22,8 +22,8 @@ from tests.support.processes import in_processes
 def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_path: Path):
     """With sharded bases in int8 and sharded factors, so that what is saved in four parts is cut anew."""
     options = {"base-dtype": "int8", "shard": True, "shard-factors": True, "save-every": 100, "steps": 10}
-    whole = in_processes(4, job, arguments(text, tmp_path / "whole", **options))
-    assert [outcome.code for outcome in whole] == [0] * 4, whole
+    uninterrupted = in_processes(4, job, arguments(text, tmp_path / "whole", **options))
+    assert [outcome.code for outcome in uninterrupted] == [0] * 4, uninterrupted
     asked = in_processes(4, job, arguments(text, tmp_path / "asked", **options), _ask_the_third)
     assert [outcome.code for outcome in asked] == [0] * 4, asked
     assert "asked to end, and saved: continue with --out" in asked[0].out.replace("\n", " ")
@@ -37,7 +37,7 @@ def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_pat
         assert "continuing after step 7" in outcomes[0].out
         if size == 4:
             assert_same_run(out, tmp_path / "whole")
-        losses = [torch.tensor([line["loss"] for line in metrics(one)]) for one in (out, tmp_path / "whole")]
+        losses = [torch.tensor([line["loss"] for line in metrics(folder)]) for folder in (out, tmp_path / "whole")]
         torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
 
 
@@ -72,7 +72,7 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_taken(text: Path,
     assert [path.name for path in checkpoints] == ["step-00000010", "step-00000015", "step-00000020"]
     # Nothing but safetensors and their checksums: no pickled object anywhere.
     for path in checkpoints:
-        names = {f"state-{number:05d}-of-00004.safetensors" for number in range(1, 5)}
+        names = {f"state-{shard:05d}-of-00004.safetensors" for shard in range(1, 5)}
         assert {file.name for file in path.iterdir()} == {"SHA256SUMS", *names}
         assert all(load_file(path / name) for name in names)
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path, check=True)

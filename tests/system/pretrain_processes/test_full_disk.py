@@ -27,7 +27,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_one_clear_error(text: Path,
         subprocess.run(["umount", checkpoints], check=False)
 
 
-def _end_at_a_full_disk(text: Path, out: Path, whole: Path, fault: Callable[[int], None], reason: str) -> None:
+def _end_at_a_full_disk(text: Path, out: Path, uninterrupted: Path, fault: Callable[[int], None], reason: str) -> None:
     given = arguments(text, out, **{"save-every": 10})
     outcomes = in_processes(2, job, given, fault)
     assert [outcome.code for outcome in outcomes] == [2, 2], outcomes
@@ -37,7 +37,7 @@ def _end_at_a_full_disk(text: Path, out: Path, whole: Path, fault: Callable[[int
     (out / "checkpoints" / FILLER).unlink(missing_ok=True)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000010"]
     assert [outcome.code for outcome in in_processes(2, job, [*given, "--resume"])] == [0, 0]
-    assert_same_run(out, whole)
+    assert_same_run(out, uninterrupted)
 
 
 def _limit_the_second(process: int) -> None:
