@@ -130,6 +130,7 @@ def test_look_alikes_keep_their_values(function):
     assert_same(after(X), before(X))
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_a_mode_and_options_of_the_caller_hold():
     step = compile_step(lambda state: (state + 1, None), donate=False, options={"realize_reads_threshold": 3})
