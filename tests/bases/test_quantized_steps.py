@@ -85,6 +85,7 @@ def test_a_donated_state_keeps_its_memory_and_equals_eager(kind, residual):
     assert wanted[1][-1] < wanted[1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nvfp4", "mxfp4"])
 def test_a_step_that_switches_equals_eager_with_inductor(kind):

@@ -59,6 +59,7 @@ def test_a_step_that_changes_the_kind_of_its_state_is_refused(step, message):
         compile_step(step, backend="aot_eager")({"x": torch.zeros(2)})
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_a_step_that_switches_equals_eager_with_inductor():
     run, wanted = make_run(SWITCHING), run_for(make_run(SWITCHING), 12)

@@ -159,6 +159,7 @@ def test_every_path_of_every_base_is_that_of_the_dense_one(kind, path):
         check_transform(name, quantize(STACK, kind), path, is_compiled=True)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("path", ["merged", "dense"])
 def test_every_path_is_the_plain_one_with_inductor(path):

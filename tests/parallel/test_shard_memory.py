@@ -96,6 +96,7 @@ def _seen(base):
     return base if isinstance(base, torch.Tensor) else base.codes
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_compiled_one_weight_is_gathered_at_a_time():
     """On four processes with rows that must be padded."""
