@@ -130,7 +130,6 @@ def test_look_alikes_keep_their_values(function):
     assert_same(after(X), before(X))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_that_is_skipped_does_not_run(name, monkeypatch):
     called = []
@@ -146,9 +145,7 @@ def test_an_unknown_pass_cannot_be_skipped():
         GraphPasses(skip=["fuse"])
 
 
-=======
 @pytest.mark.slow
->>>>>>> refs/heads/tests
 @pytest.mark.inductor
 def test_a_mode_and_options_of_the_caller_hold():
     step = compile_step(lambda state: (state + 1, None), donate=False, options={"realize_reads_threshold": 3})
