@@ -1,1 +1,1 @@
-"""One script for each question: ``python -m bench.NAME [--quick] [--json] [--out FILE]``."""
+"""Answer one question with each program: ``python -m bench.NAME [--quick] [--json] [--out FILE]``."""

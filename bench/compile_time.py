@@ -1,12 +1,8 @@
-"""How long does it take to compile, against depth; and what does a call of a compiled step cost beside its work?
+"""How does compile time grow with depth, and what overhead does a call of a compiled step have?
 
-Each case in a process of its own without any cache, after a trivial function that loads the compiler.
+Each case runs in a separate process without any cache, after a trivial function that loads the compiler.
 """
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,46 +14,51 @@ import tyro
 from torch import nn
 
 import dynlora_fn as dl
-from bench.common import Common, finish, interleave, start, table
-from bench.training import Ours, Size, loss_of
+from bench.support.harness import Options, finish, run_in_subprocess, start, table
+from bench.support.timing import interleave
+from bench.support.training_steps import LibraryStep, StepSize, loss_of
 
 
 @dataclass(frozen=True)
-class CompileTime(Common):
+class CompileTime(Options):
     width: int = 512
     fraction: int = 4
     """Width over rank."""
     shallow: int = 4
     deep: int = 32
+    """Depths at which compiling the update is compared."""
     layers: int = 8
-    """Of the whole step."""
+    """Number of layers of the model in a whole training step."""
     repeats: int = 2
     case: str | None = None
-    """Compile this one in this process, with so many layers as `layers` says, and print the seconds."""
+    """Compile only this case, with `layers` layers, in this process, and print the seconds."""
 
-    def size(self) -> Size:
-        return Size(width=self.width, layers=self.layers, length=16 if self.quick else 256)
+    def size(self) -> StepSize:
+        """Return the size of the measured step."""
+        return StepSize(width=self.width, layers=self.layers, length=16 if self.quick else 256)
 
     def options(self) -> dict[str, Any]:
+        """Return the options of `torch.compile`."""
         return {"backend": "eager"} if self.quick else {"mode": "default"}
 
 
 def compiled(config: CompileTime) -> Callable[[], Any]:
-    """A function whose first call compiles the case."""
+    """Return a function whose first call compiles the case."""
     size, device = config.size(), config.device
     if config.case == "plain":
         model, tokens = size.model(device), size.tokens_on(device)
         forward = torch.compile(model, fullgraph=True, dynamic=False, **config.options())
         return lambda: loss_of(forward(tokens[:, :-1]), tokens).backward()
-    ours = Ours(size, size.width // config.fraction, device, **config.options())
-    plan = ours.plan_at(int(ours.schedule.interval))
+    step = LibraryStep(size, size.width // config.fraction, device, **config.options())
+    plan = step.first_plan()
     if config.case == "update":
-        step, grads = dl.compile_step(ours.update, **config.options()), dl.partition(ours.params).trainable
-        return lambda: step(ours.state, grads, ours.lr, plan)
-    return {"static": ours.run, "switching": lambda: ours.run(plan)}[str(config.case)]
+        update, grads = dl.compile_step(step.update, **config.options()), dl.partition(step.params).trainable
+        return lambda: update(step.state, grads, step.lr, plan)
+    return {"static": step.run, "switching": lambda: step.run(plan)}[str(config.case)]
 
 
 def measure(config: CompileTime) -> float:
+    """Return the seconds of the first call less those of the second."""
     torch.compile(lambda x: x + 1, **config.options())(torch.zeros(3, device=config.device))
     function = compiled(config)
     started = time.perf_counter()
@@ -68,20 +69,17 @@ def measure(config: CompileTime) -> float:
     return first - (time.perf_counter() - started)
 
 
-def in_a_process_of_its_own(config: CompileTime, case: str, layers: int) -> float:
-    """Where it is only to be seen that it runs, this one does."""
+def measure_case(config: CompileTime, case: str, layers: int) -> float:
+    """Measure a case in a separate process. With `quick`, this process measures it, which is faster."""
     if config.quick:
         return measure(replace(config, case=case, layers=layers))
     flags = ["--case", case, "--layers", str(layers), "--width", str(config.width), "--fraction", str(config.fraction)]
     flags += ["--device", config.device, "--threads", str(config.threads)]
-    own = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    command = [sys.executable, "-m", "bench.compile_time", *flags]
-    output = subprocess.run(command, env=own, check=True, capture_output=True, text=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
+    return float(run_in_subprocess("bench.compile_time", flags, {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}))
 
 
 def call_overhead(config: CompileTime) -> float:
-    """Seconds of a whole call of a step whose work is next to nothing."""
+    """Return the seconds of a call of a step that has almost no work."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(config.device)
     params = dl.init(model, rank=2, seed=0, targets=["*.weight"])
     optimizer, x = dl.optim.adamw(), torch.randn(4, 8, device=config.device)
@@ -114,11 +112,10 @@ def main(config: CompileTime) -> None:
     times: dict[str, list[float]] = {f"{case} {layers}": [] for case, layers in cases}
     for _ in range(config.repeats):
         for case, layers in cases:
-            times[f"{case} {layers}"].append(in_a_process_of_its_own(config, case, layers))
+            times[f"{case} {layers}"].append(measure_case(config, case, layers))
     seconds = {name: median(values) for name, values in times.items()}
-    console.print(
-        table("seconds to compile", ["case, layers", "median", "all"], [[n, s, times[n]] for n, s in seconds.items()])
-    )
+    rows = [[name, value, times[name]] for name, value in seconds.items()]
+    console.print(table("seconds to compile", ["case, layers", "median", "all"], rows))
     plain, layers = seconds[f"plain {config.layers}"], config.layers
     results = {
         "compile_deep_over_shallow": seconds[f"update {config.deep}"] / seconds[f"update {config.shallow}"],

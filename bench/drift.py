@@ -1,9 +1,11 @@
-"""How far does a weight in low precision drift over a run's switches? Every base, residual and fold interval.
+"""How far does a weight in low precision drift over a run's switches? Varies base, residual and fold interval.
 
-The factors stand still but for the switches, so that the exact weight, kept in float64 beside, is all that there is to
-know. ``error`` is that of the weight that products see, ``kept`` that of codes and residual together, which all later
-folds start from. ``over once`` compares the former with quantizing the exact base a single time. ``deferred`` ones hold
-the differences of several folds as vectors, exactly, and fold them together.
+Only switches change the factors, so a copy of the weight in float64 is the exact result.
+
+- ``error`` is the error of the weight that products use.
+- ``over once`` is its ratio to the error of quantizing the exact base a single time.
+- ``kept`` is the error of codes and residual together, from which later folds start.
+- ``deferred`` contenders store the differences of several folds exactly, as vectors, and fold them together.
 """
 
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import torch
 import tyro
 
 import dynlora_fn as dl
-from bench.common import Common, finish, start, table
+from bench.support.harness import Options, finish, start, table
 from dynlora_fn.bases._ops import decode_exact as with_residual
 
 BASES = ("bfloat16", "int8", "float8", "nf4")
@@ -22,48 +24,49 @@ RESIDUALS = ("none", "int8", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Drift(Common):
+class Drift(Options):
     width: int = 512
     rank: int = 128
     steps: int = 40_000
-    """Of the schedule."""
+    """Steps of the schedule."""
     every: tuple[int, ...] = (1, 8, 20)
-    """Steps between two folds."""
+    """Intervals between two folds, in steps."""
     bases: tuple[str, ...] = BASES
     residuals: tuple[str, ...] = RESIDUALS
     deferred: int = 8
-    """Folds that wait for each other, in a second contender of each base and residual; 0 for none."""
+    """Number of folds that the deferred contenders fold together. 0 leaves these contenders out."""
+
+
+Errors = dict[str, float]  # of one contender, by kind
 
 
 def contenders(config: Drift, weight: dl.LowRank, vectors: int) -> dict[str, dl.LowRank]:
-    """Of weights whose folds bring so many vectors each."""
-    made = {"float32+none": weight._replace(base=weight.base.float())}
+    """Return the weight in every format. Each fold adds `vectors` vectors."""
+    params = {"float32+none": weight._replace(base=weight.base.float())}
     for base in config.bases:
         for residual in config.residuals:
             kind: Any = None if residual == "none" else residual
-            made[f"{base}+{residual}"] = dl.bases.quantize(weight, base, residual=kind)
+            params[f"{base}+{residual}"] = dl.bases.quantize(weight, base, residual=kind)
     if config.deferred:
-        waiting = {
-            f"{name} deferred": dl.bases.defer(param, vectors=config.deferred * vectors) for name, param in made.items()
-        }
-        made |= waiting
-    return made
+        pending = config.deferred * vectors
+        params |= {f"{name} deferred": dl.bases.defer(param, vectors=pending) for name, param in params.items()}
+    return params
 
 
 def exact_weight(config: Drift) -> dl.LowRank:
-    """In float64 but for the factors: the base is what keeps the weight."""
+    """Return the weight with its base in float64. Folds change the base only, so the factors may stay in float32."""
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(config.width, config.width, generator=generator, dtype=torch.float64)
     (param,) = dl.init({"w": weight.to(config.device)}, rank=config.rank, seed=0, targets=["w"]).values()
     return param
 
 
-def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> dict[str, float]:
-    """Relative, in Frobenius norms."""
+def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> Errors:
+    """Return relative errors in Frobenius norms."""
     dense = dl.materialize(exact)
     base = param.base.base if isinstance(param.base, dl.bases.Deferred) else param.base
-    kept = base if isinstance(base, torch.Tensor) else with_residual(base.codes, base.residual, torch.float64)
-    kept = param.base._replace(base=kept.double()) if isinstance(param.base, dl.bases.Deferred) else kept.double()
+    stored = base if isinstance(base, torch.Tensor) else with_residual(base.codes, base.residual, torch.float64)
+    stored = param.base._replace(base=stored.double()) if isinstance(param.base, dl.bases.Deferred) else stored.double()
     error = dl.bases.drift(param, dense).item()
     kind, _ = name.split("+")
     once = (
@@ -71,13 +74,13 @@ def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> dict[str, float]:
     )
     return {
         "error": error,
-        "kept": dl.bases.drift(param._replace(base=kept), dense).item(),
+        "kept": dl.bases.drift(param._replace(base=stored), dense).item(),
         "over_once": error / dl.bases.drift(once, dense).item(),
     }
 
 
-def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
-    """The errors of all contenders after a quarter of the steps and at the end, and how many folds there were."""
+def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, Errors]]]:
+    """Yield the number of folds and the errors of all contenders, after a quarter of the steps and at the end."""
     exact = exact_weight(config)
     schedule = dl.schedules.switchlora(config.steps, every=every)
     first = schedule(0, {"w": exact})["w"]
@@ -100,23 +103,23 @@ def main(config: Drift) -> None:
     if config.quick:
         config = Drift(**{**vars(config), "width": 64, "rank": 16, "steps": 400, "every": (1, 8)})
     console = start(config)
-    found: dict[int, list[dict[str, dict[str, float]]]] = {}
+    raw: dict[int, list[dict[str, Errors]]] = {}
     for every in config.every:
-        found[every] = []
-        for folds, at in run(config, every):
-            found[every].append(at)
-            rows = [[name, one["error"], one["over_once"], one["kept"]] for name, one in at.items()]
+        raw[every] = []
+        for folds, by_name in run(config, every):
+            raw[every].append(by_name)
+            rows = [[name, error["error"], error["over_once"], error["kept"]] for name, error in by_name.items()]
             title = f"every {every} steps, {folds} folds, {config.width}x{config.width}, rank {config.rank}"
             console.print(table(title, ["base+residual", "error", "over once", "kept"], rows))
     results: dict[str, float] = {}
-    early, late = found[config.every[0]]
+    early, late = raw[config.every[0]]
     for name in late:
         results[name] = late[name]["error"]
         results[f"{name} over once"] = late[name]["over_once"]
         results[f"{name} kept"] = late[name]["kept"]
         results[f"{name} growth"] = late[name]["error"] / early[name]["error"]
     console.print(results)
-    finish(config, results, found)
+    finish(config, results, raw)
 
 
 if __name__ == "__main__":

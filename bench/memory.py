@@ -1,136 +1,121 @@
-"""How much memory does a step take at its peak, beyond the state? Each in a process of its own, against `explain`.
+"""How much memory does a step take at its peak, beyond the state? Compares with the prediction of `peak_memory`.
 
-``gradients`` is the forward and backward pass alone, ``update`` the switch and the optimizer alone, given gradients.
-On a CPU the peak is the process's resident memory (Linux), on CUDA the allocator's.
+``gradients`` is the forward and backward pass. ``update`` is the switch and the optimizer, with gradients as inputs.
+Each case runs in a separate process. The peak is its resident memory (Linux) on a CPU, and the allocator's on CUDA.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
-from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
-from bench.common import Common, finish, start, synchronize, table
-from bench.training import Ours, Size, full_step
+from bench.support.harness import Options, finish, run_in_subprocess, start, table
+from bench.support.process_memory import MB, RETURN_FREED_MEMORY, count_bytes, peak_bytes, reset_peak, resident_bytes
+from bench.support.training_steps import LibraryStep, StepSize, full_step
 
 KINDS = ("full", "static", "switching", "gradients", "update", "remat")
-MB = 1e6
 
 
 @dataclass(frozen=True)
-class Memory(Common):
+class Memory(Options):
     widths: tuple[int, ...] = (256, 384, 512)
     layers: int = 8
     fraction: int = 4
     """Width over rank."""
     base: Literal["bfloat16", "int8", "float8", "nf4"] | None = None
-    """Of the low-rank weights; float32 unless given."""
+    """Format of the bases. Default None means float32."""
     residual: Literal["int8", "bfloat16"] | None = "bfloat16"
-    """Of such a base."""
+    """Format of the residual of such a base."""
     kind: str | None = None
-    """Measure this one in this process, for the first of the widths, and print three numbers."""
+    """Measure only this kind, at the first width, in this process, and print three figures."""
 
-    def size(self, width: int) -> Size:
-        return Size(width=width, layers=self.layers, length=64 if self.quick else 256)
+    def size(self, width: int) -> StepSize:
+        """Return the size of the measured step."""
+        return StepSize(width=width, layers=self.layers, length=64 if self.quick else 256)
 
     def options(self) -> dict[str, Any]:
-        """Of `torch.compile`; none, and nothing is compiled, where it is only to be seen that it runs."""
+        """Return the options of `torch.compile`. With `quick`, there are none and nothing is compiled."""
         return {} if self.quick else {"mode": "default"}
 
 
 class Contender(NamedTuple):
+    """A function to measure, its predicted peak, and the state that it starts from."""
+
     run: Callable[[], Any]
     predict: Callable[[], int]
     state: Any = ()
 
 
-def contender(config: Memory, size: Size) -> Contender:
-    """What is measured, what is predicted of it, and the state that it goes on from."""
+def contender(config: Memory, size: StepSize) -> Contender:
+    """Build the contender of `config.kind`."""
     if config.kind == "full":
         return Contender(full_step(size, config.device, **config.options()), lambda: 0)
     wrap = (lambda model: dl.remat(model, ["layers.*"])) if config.kind == "remat" else None
-    kept = {"base": config.base, "residual": config.residual}
-    ours = Ours(size, size.width // config.fraction, config.device, wrap=wrap, **kept, **config.options())
+    storage = {"base": config.base, "residual": config.residual}
+    step = LibraryStep(size, size.width // config.fraction, config.device, wrap=wrap, **storage, **config.options())
     if config.kind == "gradients":
-        run, state = compiled(ours.gradients, config, donate=False), ours.state
-        predict = lambda: dl.peak_memory(ours.gradients, state, ours.tokens).step  # noqa: E731
-        return Contender(lambda: run(state, ours.tokens), predict, state)
+        return gradients_contender(config, step)
     if config.kind == "update":
-        plan, grads = ours.plan_at(int(ours.schedule.interval)), dl.partition(ours.params).trainable
-        run = compiled(ours.update, config)
+        return update_contender(config, step)
+    plan = step.first_plan() if config.kind == "switching" else None
+    arguments = (step.state, step.tokens, step.lr, plan)
+    return Contender(lambda: step.run(plan), lambda: dl.peak_memory(step.pure_step, *arguments).step, step.state)
 
-        def update() -> None:
-            ours.state, _ = run(ours.state, grads, ours.lr, plan)
 
-        predict = lambda: dl.peak_memory(ours.update, ours.state, grads, ours.lr, plan).step  # noqa: E731
-        return Contender(update, predict, ours.state)
-    plan = ours.plan_at(int(ours.schedule.interval)) if config.kind == "switching" else None
-    arguments = (ours.state, ours.tokens, ours.lr, plan)
-    return Contender(lambda: ours.run(plan), lambda: dl.peak_memory(ours.pure_step, *arguments).step, ours.state)
+def gradients_contender(config: Memory, step: LibraryStep) -> Contender:
+    """Return the forward and backward pass."""
+    run, state = compiled(step.gradients, config, donate=False), step.state
+    predict = lambda: dl.peak_memory(step.gradients, state, step.tokens).step  # noqa: E731
+    return Contender(lambda: run(state, step.tokens), predict, state)
+
+
+def update_contender(config: Memory, step: LibraryStep) -> Contender:
+    """Return the switch and the optimizer, with gradients as inputs."""
+    plan, grads = step.first_plan(), dl.partition(step.params).trainable
+    run = compiled(step.update, config)
+
+    def update() -> None:
+        step.state, _ = run(step.state, grads, step.lr, plan)
+
+    predict = lambda: dl.peak_memory(step.update, step.state, grads, step.lr, plan).step  # noqa: E731
+    return Contender(update, predict, step.state)
 
 
 def compiled(function: Callable, config: Memory, **options: Any) -> Callable:
+    """Compile a function as a step. With `quick`, it is returned unchanged."""
     return function if config.quick else dl.compile_step(function, **config.options(), **options)
 
 
 def measure(config: Memory) -> dict[str, float]:
+    """Return the measured and predicted bytes at the peak, beyond the state, and the bytes of the state."""
     run, predict, state = contender(config, config.size(config.widths[0]))
-    held = sum(leaf.nbytes for leaf in tree_leaves(state))
+    state_bytes = count_bytes(state)
     for _ in range(3):
         run()
-    before = resident(config.device)
+    before = resident_bytes(config.device)
     reset_peak(config.device)
     for _ in range(2):
         run()
-    return {"measured": max(peak(config.device) - before, 1), "predicted": predict(), "state": held}
+    return {"measured": max(peak_bytes(config.device) - before, 1), "predicted": predict(), "state": state_bytes}
 
 
-def resident(device: str) -> int:
-    synchronize(device)
-    return torch.cuda.memory_allocated() if device.startswith("cuda") else _status("VmRSS")
-
-
-def peak(device: str) -> int:
-    synchronize(device)
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
-
-
-def reset_peak(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def in_a_process_of_its_own(config: Memory, width: int, kind: str) -> dict[str, float]:
-    """Where it is only to be seen that it runs, full rank alone has one."""
+def measure_kind(config: Memory, width: int, kind: str) -> dict[str, float]:
+    """Measure a kind in a separate process. With `quick`, this process measures it, except for full rank."""
     if config.quick and kind != "full":
         return measure(replace(config, kind=kind, widths=(width,)))
     flags = ["--quick"] if config.quick else []
     flags += ["--kind", kind, "--widths", str(width), "--layers", str(config.layers)]
     flags += ["--fraction", str(config.fraction), "--device", config.device, "--threads", str(config.threads)]
     flags += ["--base", str(config.base), "--residual", str(config.residual)]
-    # What is freed goes back to the system at once, or resident memory would not tell what is in use.
-    own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "bench.memory", *flags]
-    output = subprocess.run(command, env=own, check=True, capture_output=True, text=True).stdout
-    return dict(json.loads(output.splitlines()[-1]))
+    return dict(run_in_subprocess("bench.memory", flags, RETURN_FREED_MEMORY))
 
 
 def largest_weight(config: Memory, width: int) -> int:
+    """Return the bytes of the largest weight in float32."""
     model = config.size(width).config()
     return 4 * model.width * model.hidden
 
@@ -144,28 +129,28 @@ def main(config: Memory) -> None:
         return
     console = start(config)
     last = config.widths[-1]
-    # The widths before the last are there for what is predicted of a step, with and without `remat`.
+    # The widths before the last only check the prediction of a step, with and without `remat`.
     cases = [(width, kind) for width in config.widths for kind in KINDS if width == last or kind in ("static", "remat")]
-    found = {(width, kind): in_a_process_of_its_own(config, width, kind) for width, kind in cases}
+    raw = {(width, kind): measure_kind(config, width, kind) for width, kind in cases}
     rows = []
-    for (width, kind), one in found.items():
-        ratio = one["predicted"] / one["measured"] if one["predicted"] else "-"
-        rows.append([width, kind, one["measured"] / MB, one["predicted"] / MB or "-", ratio])
+    for (width, kind), case in raw.items():
+        ratio = case["predicted"] / case["measured"] if case["predicted"] else "-"
+        rows.append([width, kind, case["measured"] / MB, case["predicted"] / MB or "-", ratio])
     columns = ["width", "step", "measured MB", "predicted MB", "predicted / measured"]
     base = f"{config.base}+{config.residual} bases" if config.base else "float32"
     console.print(table(f"peak beyond the state, {base}, {config.layers} layers", columns, rows))
-    extra = found[last, "switching"]["measured"] - found[last, "gradients"]["measured"]
+    extra = raw[last, "switching"]["measured"] - raw[last, "gradients"]["measured"]
     results = {
         "extra_peak_over_weight": extra / largest_weight(config, last),
-        "update_peak_over_weight": found[last, "update"]["measured"] / largest_weight(config, last),
+        "update_peak_over_weight": raw[last, "update"]["measured"] / largest_weight(config, last),
         "predicted_over_measured": {
-            width: found[width, "static"]["predicted"] / found[width, "static"]["measured"] for width in config.widths
+            width: raw[width, "static"]["predicted"] / raw[width, "static"]["measured"] for width in config.widths
         },
-        "remat_peak_ratio": found[last, "remat"]["measured"] / found[last, "static"]["measured"],
-        "static_over_full": found[last, "static"]["measured"] / found[last, "full"]["measured"],
+        "remat_peak_ratio": raw[last, "remat"]["measured"] / raw[last, "static"]["measured"],
+        "static_over_full": raw[last, "static"]["measured"] / raw[last, "full"]["measured"],
     }
     console.print(results)
-    finish(config, results, {f"{width} {kind}": one for (width, kind), one in found.items()})
+    finish(config, results, {f"{width} {kind}": case for (width, kind), case in raw.items()})
 
 
 if __name__ == "__main__":

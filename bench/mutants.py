@@ -1,12 +1,11 @@
-"""How many small faults in the core the suite notices: ``python -m bench.mutants``.
+"""How many small faults in the core do the tests notice?
 
-Each mutant is one change of one expression of one module, made in memory. A process that has imported torch, but not
-the package, forks for each: the child imports the package with the mutant in it and runs the module's tests until one
-fails. What runs out of time is told apart from what fails and from what passes.
+Each mutant changes one expression of one module, in memory. A process that has imported torch, but not the package,
+forks for each mutant. The child imports the package with the mutant and runs the module's tests until one fails.
+Mutants that run out of time are counted separately.
 """
 
 import argparse
-import ast
 import contextlib
 import importlib
 import importlib.abc
@@ -16,14 +15,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
-# What tests each module first, fast ones before slow ones, and what is not worth its time for a mutant.
+from bench.support.mutations import ROOT, Mutant, mutants_of, mutated, path_of
+
+# The tests of each module, fast ones first, and the tests that take too long for a mutant.
 TESTS = {
     "basis": ["test_basis", "test_lowrank"],
     "base": ["test_base", "test_switching", "test_lowrank", "test_promises", "test_subclasses"],
@@ -42,128 +40,23 @@ PRELOADED = (
 )  # fmt: skip
 
 
-class Mutant(NamedTuple):
-    """One change: of the node with this number in the module's tree, in one of the ways there are."""
-
-    module: str
-    node: int
-    way: int
-    line: int
-    before: str
-    after: str
-
-
 class Outcome(NamedTuple):
+    """What the tests said about a mutant."""
+
     mutant: Mutant
     how: str  # "killed", "timeout" or "survived"
     seconds: float
 
 
-# --- what is changed
-
-SWAPS: dict[type, tuple[type, ...]] = {
-    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,), ast.FloorDiv: (ast.Mult,),
-    ast.Mod: (ast.Add,), ast.Pow: (ast.Mult,), ast.MatMult: (ast.Mult,), ast.LShift: (ast.RShift,),
-    ast.RShift: (ast.LShift,), ast.BitAnd: (ast.BitOr,), ast.BitOr: (ast.BitAnd,), ast.BitXor: (ast.BitOr,),
-    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,), ast.And: (ast.Or,), ast.Or: (ast.And,),
-}  # fmt: skip
-NAMES = {
-    "any": "all", "all": "any", "min": "max", "max": "min", "amin": "amax", "amax": "amin", "floor": "ceil",
-    "ceil": "floor", "zeros_like": "ones_like", "b": "a", "a": "b", "left": "right", "right": "left",
-}  # fmt: skip
-
-
-def changes(node: ast.AST) -> Iterator[ast.AST]:  # noqa: PLR0912, a table
-    """All that the node is replaced by, one after the other."""
-    if isinstance(node, ast.BinOp | ast.BoolOp):
-        for kind in SWAPS.get(type(node.op), ()):
-            yield _with(node, op=kind())
-    elif isinstance(node, ast.Compare):
-        for kind in SWAPS.get(type(node.ops[0]), ()):
-            yield _with(node, ops=[kind(), *node.ops[1:]])
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
-        yield node.operand
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield ast.Constant(not node.value)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        yield ast.Constant(node.value + 1)
-        if node.value:
-            yield ast.Constant(0)
-    elif isinstance(node, ast.IfExp):
-        yield node.body
-        yield node.orelse
-    elif isinstance(node, ast.If):
-        yield _with(node, test=ast.Constant(True))
-        yield _with(node, test=ast.Constant(False))
-    elif isinstance(node, ast.Attribute) and node.attr in NAMES and isinstance(node.ctx, ast.Load):
-        yield _with(node, attr=NAMES[node.attr])
-    elif isinstance(node, ast.Name) and node.id in NAMES and isinstance(node.ctx, ast.Load):
-        yield ast.Name(NAMES[node.id], ast.Load())
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield ast.Pass()
-
-
-def _with(node: Any, **fields: Any) -> Any:
-    return type(node)(**{**{name: getattr(node, name) for name in node._fields}, **fields})
-
-
-def mutants_of(module: str) -> list[Mutant]:
-    tree = ast.parse(source_of(module))
-    return [
-        Mutant(module, number, way, node.lineno, ast.unparse(node).split("\n")[0], ast.unparse(new).split("\n")[0])
-        for number, node in enumerate(_own(tree))
-        for way, new in enumerate(changes(node))
-    ]
-
-
-def _own(tree: ast.AST) -> list[Any]:
-    """Nodes that do something: neither annotations, overloads, docstrings nor what an error says."""
-    found: list[Any] = []
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
-            return
-        if isinstance(node, ast.FunctionDef) and any("overload" in ast.unparse(one) for one in node.decorator_list):
-            return
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "rule":
-            return  # of an error
-        found.append(node)
-        for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list", "type_ignores"):
-                continue
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
-                    visit(child)
-
-    visit(tree)
-    return found
-
-
-def mutated(mutant: Mutant) -> str:
-    tree = ast.parse(source_of(mutant.module))
-    target = _own(tree)[mutant.node]
-    new = list(changes(deepcopy(target)))[mutant.way]
-
-    class Replace(ast.NodeTransformer):
-        def visit(self, node: ast.AST) -> Any:
-            return new if node is target else self.generic_visit(node)
-
-    return ast.unparse(ast.fix_missing_locations(Replace().visit(tree)))
-
-
-def source_of(module: str) -> str:
-    return (ROOT / "dynlora_fn" / f"{module}.py").read_text()
-
-
-# --- one mutant in a process of its own
+# --- one mutant in a forked process
 
 
 class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import the mutant in place of its module."""
+
     def __init__(self, mutant: Mutant):
         self.name, self.source = f"dynlora_fn.{mutant.module}", mutated(mutant)
-        self.path = str(ROOT / "dynlora_fn" / f"{mutant.module}.py")
+        self.path = str(path_of(mutant.module))
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         return importlib.util.spec_from_loader(name, self, origin=self.path) if name == self.name else None
@@ -187,6 +80,7 @@ def _run_tests(mutant: Mutant | None, files: list[str], skipped: str) -> int:
 
 
 def run(mutant: Mutant | None, files: list[str], skipped: str, seconds: float) -> tuple[str, float]:
+    """Run the tests in a fork and return how they ended and the seconds that they took. None means no mutant."""
     start = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -208,18 +102,23 @@ def run(mutant: Mutant | None, files: list[str], skipped: str, seconds: float) -
     return "timeout", time.monotonic() - start
 
 
-# --- all of them
+# --- all mutants
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", default=[*TESTS], choices=[*TESTS])
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="run every N-th mutant")
+    parser.add_argument("--timeout", type=float, default=90, help="seconds for one mutant")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="run only the mutants that survived in this file")
+    parser.add_argument("--slow", action="store_true", help="also run tests that take long")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file, written after every mutant")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", nargs="+", default=[*TESTS], choices=[*TESTS])
-    parser.add_argument("--every", type=int, default=1, help="one mutant in so many")
-    parser.add_argument("--timeout", type=float, default=90, help="seconds for one mutant")
-    parser.add_argument("--again", type=Path, help="run only those that survived by this file")
-    parser.add_argument("--slow", action="store_true", help="tests that take long too")
-    parser.add_argument("--out", type=Path, help="JSON to write, after every mutant")
-    args = parser.parse_args()
+    args = arguments()
     os.chdir(ROOT)
     os.environ |= {"CI": "1", "OMP_NUM_THREADS": "1"}
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -229,30 +128,27 @@ def main() -> None:
     mutants = [mutant for module in args.modules for mutant in mutants_of(module)][:: args.every]
     if args.again:
         before = json.loads(args.again.read_text())["survived"]
-        wanted = {(one["module"], one["line"], one["before"], one["after"]) for one in before}
-        mutants = [one for one in mutants if (one.module, one.line, one.before, one.after) in wanted]
+        survivors = {(entry["module"], entry["line"], entry["before"], entry["after"]) for entry in before}
+        mutants = [m for m in mutants if (m.module, m.line, m.before, m.after) in survivors]
     skipped = "not inductor" if args.slow else SKIPPED
-    for module in {one.module for one in mutants}:
+    for module in {mutant.module for mutant in mutants}:
         how, seconds = run(None, TESTS[module], skipped, 20 * args.timeout)
         print(f"{module}: without a mutant its tests take {seconds:.1f} s", flush=True)
         if how != "survived":
-            raise SystemExit(f"the tests of {module} fail without a mutant")
+            raise SystemExit(f"the tests of {module} fail without a mutant; fix them first")
     outcomes = []
-    for number, mutant in enumerate(mutants):
+    for index, mutant in enumerate(mutants):
         outcomes.append(Outcome(mutant, *run(mutant, TESTS[mutant.module], skipped, args.timeout)))
         if outcomes[-1].how != "killed":
-            print(
-                number,
-                outcomes[-1].how,
-                f"{mutant.module}:{mutant.line}: {mutant.before} -> {mutant.after}",
-                flush=True,
-            )
+            change = f"{mutant.module}:{mutant.line}: {mutant.before} -> {mutant.after}"
+            print(index, outcomes[-1].how, change, flush=True)
         if args.out:
             args.out.write_text(json.dumps(summary(outcomes), indent=1) + "\n")
     print(json.dumps(summary(outcomes)["modules"], indent=1))
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Return the counts of each module and the mutants that were not killed."""
     modules: dict[str, dict[str, int]] = {}
     for mutant, how, _ in outcomes:
         counts = modules.setdefault(mutant.module, {"killed": 0, "timeout": 0, "survived": 0})
@@ -261,7 +157,10 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "seconds": round(sum(outcome.seconds for outcome in outcomes)),
         "modules": modules,
-        **{how: [one.mutant._asdict() for one in outcomes if one.how == how] for how in ("survived", "timeout")},
+        **{
+            how: [outcome.mutant._asdict() for outcome in outcomes if outcome.how == how]
+            for how in ("survived", "timeout")
+        },
     }
 
 

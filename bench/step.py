@@ -1,7 +1,7 @@
-"""How long is a training step? Full rank, PEFT's LoRA, and this library without and with switching.
+"""How long is a training step? Compares full rank, PEFT's LoRA, and this library with and without switching.
 
-``switched`` is averaged over the schedule of a run of 40,000 steps: the time of a step in which vectors are
-switched, at the start, where they are most, and of one without, each weighted by how many there are.
+``switched`` is averaged over the schedule of a run of 40,000 steps. A step that switches is measured at the start of
+the schedule, where most vectors are switched. It is weighted with the fraction of steps that switch anything.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,56 +9,57 @@ from dataclasses import dataclass, field, replace
 import torch
 import tyro
 
-from bench.common import Common, Timing, finish, interleave, start, table
-from bench.training import Ours, Size, full_step, peft_step
+from bench.support.harness import Options, finish, start, table
+from bench.support.timing import Timing, interleave, weighted
+from bench.support.training_steps import LibraryStep, StepSize, full_step, peft_step
 
 
 @dataclass(frozen=True)
-class Step(Common):
-    size: Size = field(default_factory=Size)
+class Step(Options):
+    size: StepSize = field(default_factory=StepSize)
     fractions: tuple[int, ...] = (4, 8)
-    """Ranks, as width over rank."""
+    """The ranks, each as width over rank."""
     dtype: str = "float32"
-    """That of the products, by autocast; weights and moments are float32."""
+    """Dtype of the products, by autocast. Weights and moments are float32."""
     bases: tuple[str, ...] = ()
-    """Such as ``int8+bfloat16``: also with bases in low precision and a residual, at the first of the ranks."""
+    """Also measure bases in low precision at the first rank, each as BASE+RESIDUAL (``int8+bfloat16``)."""
     repeats: int = 20
     eager: bool = False
-    """Nothing is compiled."""
+    """Compile nothing."""
     mode: str = "default"
-    """Of `torch.compile`, for all of them; nothing is compiled with `--quick`."""
+    """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
 
 
 def measure(config: Step) -> dict[str, Timing]:
+    """Time all contenders in turn."""
     size, device, dtype = config.size, config.device, getattr(torch, config.dtype)
     options = {} if config.eager or config.quick else {"mode": config.mode}
     contenders = {"full": full_step(size, device, dtype, **options)}
-    shares = {}
+    switching_fractions = {}
 
-    def add(kind: str, rank: int, **kept: str | None) -> None:
-        ours = Ours(size, rank, device, dtype, **kept, **options)
-        plan = ours.plan_at(int(ours.schedule.interval))
-        contenders[f"static {kind}"] = ours.run
-        contenders[f"switching {kind}"] = lambda: ours.run(plan)
-        shares[kind] = ours.share_that_switches()
+    def add(kind: str, rank: int, **base: str | None) -> None:
+        step = LibraryStep(size, rank, device, dtype, **base, **options)
+        plan = step.first_plan()
+        contenders[f"static {kind}"] = step.run
+        contenders[f"switching {kind}"] = lambda: step.run(plan)
+        switching_fractions[kind] = step.switching_fraction()
 
     for fraction in config.fractions:
         contenders[f"peft d/{fraction}"] = peft_step(size, size.width // fraction, device, dtype, **options)
         add(f"d/{fraction}", size.width // fraction)
     for name in config.bases:
         base, residual = name.split("+")
-        kept = {"base": base, "residual": None if residual == "none" else residual}
-        add(f"{name} d/{config.fractions[0]}", size.width // config.fractions[0], **kept)
+        storage = {"base": base, "residual": None if residual == "none" else residual}
+        add(f"{name} d/{config.fractions[0]}", size.width // config.fractions[0], **storage)
     timings = interleave(contenders, repeats=config.repeats, device=device)
-    for kind, share in shares.items():
-        pairs = zip(timings[f"static {kind}"].all, timings[f"switching {kind}"].all, strict=True)
-        timings[f"switched {kind}"] = Timing.of(
-            [(1 - share) * static + share * switching for static, switching in pairs]
-        )
+    for kind, fraction in switching_fractions.items():
+        timings[f"switched {kind}"] = weighted(timings[f"static {kind}"], timings[f"switching {kind}"], fraction)
     return timings
 
 
 def ratios(timings: dict[str, Timing], fractions: tuple[int, ...], bases: tuple[str, ...]) -> dict[str, float]:
+    """Return the ratios of medians that the benchmark reports."""
+
     def ratio(name: str, other: str) -> float:
         return timings[name].median / timings[other].median
 
@@ -75,14 +76,12 @@ def ratios(timings: dict[str, Timing], fractions: tuple[int, ...], bases: tuple[
 
 def main(config: Step) -> None:
     if config.quick:
-        size = Size(width=64, layers=2, batch=2, length=64, heads=2)
+        size = StepSize(width=64, layers=2, batch=2, length=64, heads=2)
         config = replace(config, size=size, repeats=5)
     console = start(config)
     timings = measure(config)
-    rows = [
-        [name, *(1e3 * value for value in timing[:3]), timing.median / timings["full"].median]
-        for name, timing in timings.items()
-    ]
+    full = timings["full"].median
+    rows = [[name, *(1e3 * value for value in timing[:3]), timing.median / full] for name, timing in timings.items()]
     kind = "eager" if config.eager else "compiled"
     title = f"one {kind} step in ms, {config.dtype}, {config.size.tokens} tokens, width {config.size.width}"
     console.print(table(title, ["", "lower quartile", "median", "upper quartile", "over full"], rows))

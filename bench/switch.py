@@ -1,7 +1,7 @@
-"""How long does one switch take, and how many bytes does it move? Against rank, width and count.
+"""How long does one switch take, and how many bytes per second does it move? Varies rank, width and count.
 
-The switch alone, compiled and donated: vectors drawn from the basis, the difference folded into the base in place, the
-optimizer's state projected. Beside it a copy of the base: the least that whatever reads and writes it takes.
+The switch is compiled and donated: it generates vectors from the basis, folds the difference into the base in place,
+and projects the optimizer state. A copy of the base gives the least time that reading and writing the base takes.
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,23 @@ import torch
 import tyro
 
 import dynlora_fn as dl
-from bench.common import Common, Timing, finish, interleave, start, table
+from bench.support.harness import Options, finish, start, table
+from bench.support.timing import Timing, interleave
 
 
 @dataclass(frozen=True)
-class Switch(Common):
+class Switch(Options):
     widths: tuple[int, ...] = (512, 1024)
     fractions: tuple[int, ...] = (4, 8)
-    """Width over rank."""
+    """The ranks, each as width over rank."""
     counts: tuple[int, ...] = (1, 4, 16)
-    """Vectors of each side, of each weight."""
+    """Number of vectors switched on each side of each weight."""
     layers: int = 8
     repeats: int = 20
 
 
 def contender(config: Switch, width: int, fraction: int, count: int) -> Any:
+    """Return a compiled switch of `count` vectors on each side."""
     weights = {f"layers.{n}.weight": torch.randn(width, width, device=config.device) for n in range(config.layers)}
     params = dl.init(weights, rank=width // fraction, seed=0, targets=["*"])
     trainable, frozen = dl.partition(params)
@@ -56,17 +58,18 @@ def main(config: Switch) -> None:
         timings = interleave(
             {"copy": partial(out.copy_, base), **contenders}, repeats=config.repeats, device=config.device
         )
-        moved = 2 * base.numel() * base.element_size()
-        rows += [row(width, name, timing, moved, timings["copy"]) for name, timing in timings.items()]
+        moved_bytes = 2 * base.numel() * base.element_size()
+        rows += [row(width, name, timing, moved_bytes, timings["copy"]) for name, timing in timings.items()]
         raw |= {f"{width} {name}": timing.all for name, timing in timings.items()}
     columns = ["width", "rank x vectors", "lower ms", "median ms", "upper ms", "GB/s of the base", "over copy"]
     console.print(table(f"one switch of {config.layers} weights, float32", columns, rows))
-    finish(config, {"switch_over_copy": {f"{line[0]} {line[1]}": line[-1] for line in rows}}, raw)
+    finish(config, {"switch_over_copy": {f"{cells[0]} {cells[1]}": cells[-1] for cells in rows}}, raw)
 
 
-def row(width: int, name: str, timing: Timing, moved: int, copy: Timing) -> list[Any]:
+def row(width: int, name: str, timing: Timing, moved_bytes: int, copy: Timing) -> list[Any]:
+    """Return the cells of one contender."""
     milliseconds = [1e3 * value for value in timing[:3]]
-    return [width, name, *milliseconds, moved / timing.median / 1e9, timing.median / copy.median]
+    return [width, name, *milliseconds, moved_bytes / timing.median / 1e9, timing.median / copy.median]
 
 
 if __name__ == "__main__":

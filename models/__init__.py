@@ -1,1 +1,4 @@
-"""Example models in plain torch, and the main job, `python -m models.pretrain`."""
+"""Provide example models in plain torch, and two jobs that train them.
+
+`python -m models.pretrain` trains a LLaMA from scratch, `python -m models.finetune` a model of `transformers`.
+"""

@@ -1,7 +1,6 @@
-"""Text to tokens: files, folders, the standard library's sources or a Hugging Face dataset.
+"""Turn files, folders, Python's sources or a Hugging Face dataset into tokens.
 
-Tokens are bytes unless a tokenizer is named. Everything is deterministic: the split depends on names, a batch on the
-seed and the number of the step.
+Everything is deterministic: the split depends on names, and a batch on the seed and the step.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VALIDATION_SHARE = 0.05
+VALIDATION_FRACTION = 0.05
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
@@ -34,9 +33,9 @@ class Corpus(NamedTuple):
     vocabulary: int
 
     def digest(self) -> str:
-        """Tells corpora apart: equal for equal tokens and split."""
-        parts = (part.numpy().tobytes() for part in (self.train, self.validation))
-        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+        """Return a hash that is equal for equal tokens and split."""
+        hashes = (hashlib.sha256(tokens.numpy().tobytes()).digest() for tokens in (self.train, self.validation))
+        return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 class Tokenizer(NamedTuple):
@@ -45,21 +44,26 @@ class Tokenizer(NamedTuple):
 
 
 def standard_library() -> list[Document]:
-    """The sources of Python's standard library, without its tests: text that every machine with Python has."""
+    """Return the sources of Python's standard library without its tests.
+
+    Every machine with Python has this text.
+    """
     return python_sources(Path(sysconfig.get_paths()["stdlib"]))
 
 
 def python_sources(root: Path) -> list[Document]:
-    """Python's files in a folder, without tests and packages that are installed in it."""
+    """Return the Python files in a folder, without tests and installed packages."""
     paths = (path for path in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts))
     return list(_text_files(root, paths))
 
 
 def text_files(paths: Sequence[Path]) -> list[Document]:
-    """The text of files, and of all text files in folders; hidden and binary files in folders are passed over.
+    """Return the text of files, and of all text files in folders.
+
+    Hidden and binary files in folders are skipped.
 
     Raises:
-        ValueError: if a path does not exist, a file that is named itself is binary, or there is no text at all.
+        ValueError: If a path does not exist, is a binary file, or if there is no text at all.
     """
     documents: list[Document] = []
     for path in paths:
@@ -89,7 +93,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _read(path: Path) -> str | None:
-    """The text of a file, or None if it is binary."""
+    """Return the text of a file, or None if it is binary."""
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError:
@@ -98,31 +102,35 @@ def _read(path: Path) -> str | None:
 
 
 def split(documents: list[Document]) -> Split:
-    """By file: those whose hashed names come first are for validation, until they make up a twentieth of the text.
+    """Split into training and validation text, by the hashes of file names.
 
-    A single file is cut at the end of a line instead, its last tenth for validation.
+    Files are taken for validation until they make up a twentieth of the text. A single file is cut at the end of a
+    line, and its last tenth is for validation.
     """
     if len(documents) == 1:
         name, text = documents[0]
         cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
         return Split([Document(name, text[:cut])], [Document(name, text[cut:])])
-    ranked = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
-    wanted = VALIDATION_SHARE * sum(len(document.text) for document in ranked)
-    taken = int(np.searchsorted(np.cumsum([len(document.text) for document in ranked]), wanted)) + 1
-    taken = min(taken, len(ranked) - 1)
-    return Split(train=ranked[taken:], validation=ranked[:taken])
+    shuffled = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    lengths = [len(document.text) for document in shuffled]
+    count = int(np.searchsorted(np.cumsum(lengths), VALIDATION_FRACTION * sum(lengths))) + 1
+    count = min(count, len(shuffled) - 1)
+    return Split(train=shuffled[count:], validation=shuffled[:count])
 
 
 def dataset(name: str, *, config: str | None, column: str, characters: int) -> Split:
-    """Documents of a Hugging Face dataset, or of a local folder in one of its formats, streamed.
+    """Stream the documents of a Hugging Face dataset, by its name or local folder.
 
-    The split called "validation" is for validation, if there is one; otherwise the first twentieth of the documents.
+    The split called "validation" is for validation. Without one, the first twentieth of the documents is.
 
     Args:
-        name: as `datasets.load_dataset` takes it.
-        config: its configuration, if it has several.
-        column: that holds the text.
-        characters: to read at most for training.
+        name: The name or folder, as in `datasets.load_dataset`.
+        config: The configuration of the dataset. None means its default.
+        column: The column that contains the text.
+        characters: The largest number of characters to read for training.
+
+    Raises:
+        ValueError: If the dataset cannot be loaded, or has no split "train" or no such column.
     """
     try:
         import datasets  # noqa: PLC0415, an optional extra
@@ -130,7 +138,7 @@ def dataset(name: str, *, config: str | None, column: str, characters: int) -> S
         raise ValueError("`dataset` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
     try:
         streams = datasets.load_dataset(name, config, streaming=True)
-    except Exception as error:  # of many types: not found, no connection, no such configuration, unreadable files
+    except Exception as error:  # of many types: not found, no connection, unknown configuration, unreadable files
         raise ValueError(
             f"`dataset` must be one that `datasets` can load, got {name!r}: {_first_line(error)}"
         ) from error
@@ -138,17 +146,17 @@ def dataset(name: str, *, config: str | None, column: str, characters: int) -> S
         raise ValueError(f"`dataset` must have a split called 'train', got {name!r} with {sorted(streams)}")
     train = _take(streams["train"], column, characters)
     if "validation" in streams:
-        return Split(train, _take(streams["validation"], column, int(characters * VALIDATION_SHARE)))
-    taken = max(1, int(len(train) * VALIDATION_SHARE))
-    return Split(train[taken:], train[:taken])
+        return Split(train, _take(streams["validation"], column, int(characters * VALIDATION_FRACTION)))
+    count = max(1, int(len(train) * VALIDATION_FRACTION))
+    return Split(train[count:], train[:count])
 
 
 def _take(stream: Iterable[dict[str, str]], column: str, characters: int) -> list[Document]:
     documents: list[Document] = []
-    for number, row in enumerate(stream):
+    for index, row in enumerate(stream):
         if column not in row:
             raise ValueError(f"`text_column` must be one of {sorted(row)}, got {column!r}")
-        documents.append(Document(str(number), row[column]))
+        documents.append(Document(str(index), row[column]))
         characters -= len(row[column])
         if characters <= 0:
             break
@@ -160,14 +168,23 @@ def _first_line(error: Exception) -> str:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """UTF-8 bytes, documents parted by a zero byte, which no text holds."""
+    """Return a tokenizer to UTF-8 bytes.
+
+    A zero byte, which no text contains, separates documents.
+    """
     return Tokenizer(
         lambda documents: np.frombuffer("\0".join(document.text for document in documents).encode(), np.uint8), 256
     )
 
 
 def pretrained_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer of `transformers` by its name or folder, or a `tokenizers` file; documents end with its end token."""
+    """Return a tokenizer of `transformers` by its name, folder or file.
+
+    Its end token, if it has one, ends each document.
+
+    Raises:
+        ValueError: If `transformers` is missing or cannot load the tokenizer.
+    """
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415, an optional extra
     except ImportError as error:
@@ -175,9 +192,10 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     try:
         is_file = Path(name).is_file()
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=name) if is_file else AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever the library raises for a file that is not one, or a name that is not there
-        rule = "be a tokenizer's name, folder or file"
-        raise ValueError(f"`tokenizer` must {rule}, got {name!r}: {_first_line(error)}") from error
+    except Exception as error:  # the library raises many types for an invalid file or an unknown name
+        raise ValueError(
+            f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {_first_line(error)}"
+        ) from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(documents: list[Document]) -> np.ndarray:
@@ -188,35 +206,45 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenize(documents: Split, tokenizer: Tokenizer, *, window: int) -> Corpus:
-    """The two streams of tokens.
+    """Return the tokens of training and validation text as one stream each.
 
     Raises:
-        ValueError: if one of them is shorter than a window.
+        ValueError: If a stream is shorter than `window`.
     """
     streams = []
-    for name, part in documents._asdict().items():
-        tokens = torch.from_numpy(tokenizer.encode(part).copy()) if part else torch.empty(0, dtype=torch.int32)
+    for name, texts in documents._asdict().items():
+        tokens = torch.from_numpy(tokenizer.encode(texts).copy()) if texts else torch.empty(0, dtype=torch.int32)
         if len(tokens) < window:
-            rule = f"give at least {window} tokens for {name}, one more than `seq_len`"
-            raise ValueError(f"the text must {rule}, got {len(tokens)}")
+            raise ValueError(
+                f"the text must give at least {window} tokens for {name}, one more than `seq_len`, got {len(tokens)}"
+            )
         streams.append(tokens)
     return Corpus(*streams, tokenizer.vocabulary)
 
 
 def batch(tokens: Tensor, shape: Sequence[int], *, window: int, seed: int, step: int) -> Tensor:
-    """Windows at random places, (*shape, window), int64: a pure function of the seed and the step."""
+    """Draw windows at random places, (*shape, window), int64.
+
+    The result depends only on the seed and the step.
+    """
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - window + 1, size=tuple(shape))
     return tokens[torch.from_numpy(starts)[..., None] + torch.arange(window)].long()
 
 
 def validation_batches(tokens: Tensor, count: int, size: int, *, window: int) -> Tensor:
-    """The same windows every time, spread evenly: (count, size, window), int64."""
+    """Return evenly spaced windows, (count, size, window), int64.
+
+    They are the same at each call.
+    """
     starts = torch.linspace(0, len(tokens) - window, count * size).long().reshape(count, size)
     return tokens[starts[..., None] + torch.arange(window)].long()
 
 
 def unigram_loss(corpus: Corpus) -> float:
-    """Nats a token of a model that knows only how often each token occurs in the training text (plus one)."""
+    """Return the validation loss of a unigram model, in nats per token.
+
+    Its frequencies are the counts of tokens in the training text, plus one.
+    """
     counts = torch.bincount(corpus.train.int(), minlength=corpus.vocabulary).double() + 1
-    log_share = (counts / counts.sum()).log()
-    return -log_share[corpus.validation.int()].mean().item()
+    log_frequency = (counts / counts.sum()).log()
+    return -log_frequency[corpus.validation.int()].mean().item()

@@ -1,6 +1,9 @@
-"""A LLaMA-style decoder in one file (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, no biases.
+"""A LLaMA-style decoder in one file (arXiv:2302.13971).
 
-The configurations are those of ReLoRA's and SwitchLoRA's experiments (arXiv:2307.05695, arXiv:2406.06564) by name.
+It has RMSNorm, rotary positions, SwiGLU and no biases.
+
+The configurations have the names and sizes of the experiments of ReLoRA and SwitchLoRA (arXiv:2307.05695,
+arXiv:2406.06564).
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-# The weights that low-rank training is about; embedding, norms and head are trained full-rank.
+# The weights that become low-rank. Embedding, norms and head are trained full-rank.
 TARGETS = ("layers.*.attention.*.weight", "layers.*.feed_forward.*.weight")
 
 
@@ -43,10 +46,10 @@ CONFIGS = {
 
 
 def config(name: str, vocabulary: int | None = None) -> LlamaConfig:
-    """A configuration by name, with another vocabulary if given.
+    """Return a configuration by its name. Default None means T5-base's vocabulary.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: If there is none with that name.
     """
     if name not in CONFIGS:
         raise ValueError(f"`model` must be one of {', '.join(CONFIGS)}, got {name!r}")
@@ -71,7 +74,10 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates each pair (x[i], x[i + half]) by the angle of its position; `rotation` is (2, length, half)."""
+    """Rotate each pair (x[i], x[i + half]) by the angle of its position.
+
+    `rotation` is (2, length, half).
+    """
     cos, sin = rotation.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
@@ -104,7 +110,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Maps tokens (batch, length) to the logits of each next token (batch, length, vocabulary)."""
+    """Map tokens (batch, length) to logits (batch, length, vocabulary)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -122,7 +128,7 @@ class Llama(nn.Module):
         return self.head(self.norm(x))
 
     def rotation(self, length: int, device: torch.device) -> Tensor:
-        """Cosines and sines of the angle of each position, (2, length, width / heads / 2)."""
+        """Return cosines and sines of the angles, (2, length, width / heads / 2)."""
         half = self.config.width // self.config.heads // 2
         frequency = self.config.rope_base ** (-torch.arange(half, device=device) / half)
         angle = torch.arange(length, device=device)[:, None] * frequency
@@ -130,7 +136,10 @@ class Llama(nn.Module):
 
 
 def init_weights(model: Llama, seed: int) -> Llama:
-    """Draws all matrices from N(0, 0.02**2), as the configurations above have it, in place; norms stay 1."""
+    """Draw all matrices from N(0, 0.02**2) in place, as in the experiments above.
+
+    Norms stay 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim == 2:

@@ -1,4 +1,4 @@
-"""A multilayer perceptron whose hidden layers are alike."""
+"""A multilayer perceptron whose hidden layers have equal sizes."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ class MLP(nn.Module):
     """Linear layers with tanh between them.
 
     Args:
-        widths: of the input, of each hidden layer and of the output.
+        widths: The widths of the input, of each hidden layer and of the output.
     """
 
     def __init__(self, widths: Sequence[int]):

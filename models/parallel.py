@@ -1,24 +1,25 @@
-"""Tensor parallelism for `models.llama` and `models.mlp` (arXiv:1909.08053), by DTensor.
+"""Tensor parallelism for `models.llama` and `models.mlp`, by DTensor.
 
-Each process holds some heads of every attention and some of the hidden numbers of every feed-forward layer, with what
-belongs to them of bases, factors and moments. Of a perceptron it holds rows and columns by turns, and of layers that
-are stacked rows.
+The division of the weights is that of arXiv:1909.08053.
 
-=================  =====================================  ==============  ==============  ==========================
-weights            of                                     base            b               a
-=================  =====================================  ==============  ==============  ==========================
-columns of x W^T   query, key, value, gate, up;           rows of `out`   rows of `out`   whole
-                   layers.0, layers.2, ..., layers.*
-rows of x W^T      output, down; layers.1, layers.3, ...  part of `in`    whole           part of `in`
-others             embedding, norms, head, biases         whole
-=================  =====================================  ==============  ==============  ==========================
+Attention is sharded by heads, and a feed-forward layer by its hidden units. The layers of a perceptron are sharded by
+rows and by columns in turn, and layers that are stacked by rows.
 
-A state holds this process's part of each tensor, so that the optimizer and a switch are those of `dynlora_fn` as they
-are; `placed` says for the loss what the parts are parts of. A switch folds parts into parts and sends nothing. A step
-is run under torch's `implicit_replication`, since positions and tokens are plain tensors.
+==================  =====================================  =========  ==========  ==========
+sharded             weights                                base       b           a
+==================  =====================================  =========  ==========  ==========
+columns of `x W^T`  query, key, value, gate, up;           by `out`   by `out`    replicated
+                    layers.0, layers.2, ..., layers.*
+rows of `x W^T`     output, down; layers.1, layers.3, ...  by `in`    replicated  by `in`
+nothing             embedding, norms, head, biases         the weight is replicated
+==================  =====================================  =========  ==========  ==========
 
-Bases go into low precision once they are parts, ``dynlora_fn.quantize(split(params, mesh), "int8")``: each part has
-scales of its own, so that a fold stays within it. Each process dequantizes its part, one weight at a time.
+A state contains plain tensors, the shards of this process, so that optimizers and switches of `dynlora_fn` work on it
+unchanged. A switch folds shards into shards and sends nothing. For the loss, `to_dtensors` adds how each tensor is
+sharded. Run a step under torch's `implicit_replication`, because positions and tokens are plain tensors.
+
+Quantize bases after they are sharded: ``dynlora_fn.quantize(shard(params, mesh), "int8")``. Each shard then has its
+scales, so that a fold needs no other shard. Each process dequantizes its shard, one weight at a time.
 """
 
 import re
@@ -44,7 +45,7 @@ _OUT, _IN = -2, -1
 
 
 def _axis(name: str) -> int | None:
-    """Which axis of a weight the processes share."""
+    """Return the axis that a weight is sharded along, or None if it is replicated."""
     if layer := LAYER.fullmatch(name):
         return _IN if layer[1] != "*" and int(layer[1]) % 2 else _OUT
     return _OUT if name.endswith(BY_OUT) else _IN if name.endswith(BY_IN) else None
@@ -55,34 +56,36 @@ def _axes(name: str) -> dict[str, int | None]:
     return {"base": axis, "b": axis if axis == _OUT else None, "a": axis if axis == _IN else None}
 
 
-def _part(leaf: Tensor, axis: int | None, mesh: DeviceMesh) -> Tensor:
+def _shard(leaf: Tensor, axis: int | None, mesh: DeviceMesh) -> Tensor:
     return leaf if axis is None else leaf.chunk(mesh.size(), axis)[mesh.get_local_rank()].clone()
 
 
-def split(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """This process's part of parameters that are whole, with bases in full precision.
+def shard(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """Return this process's shards of parameters with bases in full precision.
 
     Raises:
-        ValueError: if a size is no multiple of the number of processes, or a base is in low precision or shared
-            otherwise; it names the weight.
+        ValueError: If a size is not a multiple of the number of processes, or if a base is quantized or already
+            sharded. It names the weight.
     """
-    parts: dict[str, Any] = {}
+    shards: dict[str, Any] = {}
     for name, param in params.items():
         if not isinstance(param, dl.LowRank):
-            parts[name] = param
+            shards[name] = param
             continue
         axes, size = _axes(name), mesh.size()
         if not isinstance(param.base, Tensor):
-            rule = "have bases in full precision to be split, and can be quantized then"
-            raise ValueError(f"`params` must {rule}, got {type(param.base).__name__} for {name!r}")
+            raise ValueError(
+                f"`params` must have bases in full precision, got {type(param.base).__name__} for {name!r}; "
+                "shard first, then quantize"
+            )
         if axes["base"] is not None and param.shape[axes["base"]] % size:
-            raise ValueError(f"`params` must divide into {size} parts, got {name!r} of shape {tuple(param.shape)}")
-        factors = dl.Factors(*(_part(leaf, axes[side], mesh) for side, leaf in param.factors._asdict().items()))
-        parts[name] = param._replace(base=_part(param.base, axes["base"], mesh), factors=factors)
-    return parts
+            raise ValueError(f"`params` must divide into {size} shards, got {name!r} of shape {tuple(param.shape)}")
+        factors = dl.Factors(*(_shard(leaf, axes[side], mesh) for side, leaf in param.factors._asdict().items()))
+        shards[name] = param._replace(base=_shard(param.base, axes["base"], mesh), factors=factors)
+    return shards
 
 
-def _place(leaf: Tensor, axis: int | None, mesh: DeviceMesh) -> DTensor:
+def _to_dtensor(leaf: Tensor, axis: int | None, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(leaf, mesh, [_placement(leaf, axis)], run_check=False)
 
 
@@ -91,111 +94,137 @@ def _placement(leaf: Tensor, axis: int | None) -> Placement:
 
 
 @register_sharding(torch.ops.dynlora_fn.dequantize.default)
-def _dequantized(codes: Any, kind: str, dtype: torch.dtype) -> list[Any]:
-    """A part of the weight, of the same part of all its tensors."""
+def _dequantize_placements(codes: Any, kind: str, dtype: torch.dtype) -> list[Any]:
+    """Shard the weight as all tensors of its codes are sharded."""
     placements = [Replicate(), *map(Shard, range(len(codes[0].shape)))]
     return [([placement], [placement] * len(codes) + [None, None]) for placement in placements]
 
 
-def _place_base(name: str, base: Any, axis: int | None, mesh: DeviceMesh) -> Any:
-    """A residual stays as it is: no product reads it."""
+def _base_to_dtensors(name: str, base: Any, axis: int | None, mesh: DeviceMesh) -> Any:
+    """Convert the codes.
+
+    The residual stays a plain tensor, because no product reads it.
+    """
     if isinstance(base, Tensor):
-        return _place(base, axis, mesh)
+        return _to_dtensor(base, axis, mesh)
     if not isinstance(base, dl.bases.Quantized) or isinstance(base.codes, dl.bases.NF4Codes | dl.bases.NVFP4Codes):
         kind = type(base.codes if isinstance(base, dl.bases.Quantized) else base).__name__
-        rule = "have bases whose rows have scales of their own, neither deferred nor sharded otherwise"
-        raise ValueError(f"`parts` must {rule}, got {kind} for {name!r}")
-    return base._replace(codes=tree_map(lambda leaf: _place(leaf, axis, mesh), base.codes))
+        raise ValueError(
+            f"`shards` must have plain bases or codes with a scale per row or block of a row, got {kind} for {name!r}; "
+            "use int8, float8 or bfloat16"
+        )
+    return base._replace(codes=tree_map(lambda leaf: _to_dtensor(leaf, axis, mesh), base.codes))
 
 
-def placed(parts: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """DTensors in the same memory, of `parts` as `split` or `dynlora_fn.partition` gives them.
+def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """Return DTensors that share memory with the shards.
+
+    `shards` may also be one of the trees that `dynlora_fn.partition` returns.
 
     Raises:
-        ValueError: if a base is in nf4 or nvfp4, whose rows share a factor; it names the weight.
+        ValueError: If a base is deferred, or in nf4 or nvfp4, whose rows share a factor. It names the weight.
     """
 
-    def place(name: str, leaf: Any) -> Any:
+    def convert(name: str, leaf: Any) -> Any:
         axes = _axes(name)
         if isinstance(leaf, dl.Factors):
-            return dl.Factors(*(_place(side, axes[key], mesh) for key, side in leaf._asdict().items()))
+            return dl.Factors(*(_to_dtensor(side, axes[key], mesh) for key, side in leaf._asdict().items()))
         if isinstance(leaf, dl.Frozen):
-            return leaf._replace(base=_place_base(name, leaf.base, axes["base"], mesh))
+            return leaf._replace(base=_base_to_dtensors(name, leaf.base, axes["base"], mesh))
         if isinstance(leaf, dl.LowRank):
-            base = _place_base(name, leaf.base, axes["base"], mesh)
-            return leaf._replace(base=base, factors=place(name, leaf.factors))
-        return _place(leaf, None, mesh)
+            base = _base_to_dtensors(name, leaf.base, axes["base"], mesh)
+            return leaf._replace(base=base, factors=convert(name, leaf.factors))
+        return _to_dtensor(leaf, None, mesh)
 
-    return {name: place(name, leaf) for name, leaf in parts.items()}
+    return {name: convert(name, leaf) for name, leaf in shards.items()}
 
 
-def own(grads: Mapping[str, Any]) -> dict[str, Any]:
-    """This process's parts of the gradients by what is `placed`: those of what is whole are summed up."""
+def local_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
+    """Return this process's shards of gradients that are DTensors.
 
-    def part(leaf: DTensor, axis: int | None) -> Tensor:
+    Gradients of replicated tensors are summed.
+    """
+
+    def to_shard(leaf: DTensor, axis: int | None) -> Tensor:
         return leaf.redistribute(placements=[_placement(leaf, axis)]).to_local()
 
     return {
-        name: dl.Factors(*(part(side, _axes(name)[key]) for key, side in leaf._asdict().items()))
+        name: dl.Factors(*(to_shard(side, _axes(name)[key]) for key, side in leaf._asdict().items()))
         if isinstance(leaf, dl.Factors)
-        else part(leaf, None)
+        else to_shard(leaf, None)
         for name, leaf in grads.items()
     }
 
 
 def value_and_grad(loss_fn: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., dl.nn.ValueAndGrad]:
-    """`dynlora_fn.value_and_grad` of what is `placed`: the loss, and each process's parts of the gradients."""
+    """Apply `dynlora_fn.value_and_grad` to DTensors.
+
+    Return the loss and this process's shards of the gradients.
+    """
 
     def function(trainable: Mapping[str, Any], *args: Any) -> dl.nn.ValueAndGrad:
-        with sdpa_kernel(SDPBackend.MATH) if mesh.device_type == "cpu" else nullcontext():  # DTensor has no other there
+        # On a CPU DTensor supports only this kernel of attention.
+        with sdpa_kernel(SDPBackend.MATH) if mesh.device_type == "cpu" else nullcontext():
             loss, grads = dl.value_and_grad(loss_fn)(trainable, *args)
-        return dl.nn.ValueAndGrad(loss.full_tensor(), own(grads))
+        return dl.nn.ValueAndGrad(loss.full_tensor(), local_gradients(grads))
 
     return function
 
 
-def outline(parts: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """Whole parameters without memory or numbers, for what goes by shapes and seeds alone: schedules and candidates."""
+def full_shapes(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """Return parameters of full shape without memory, for schedules and candidates.
 
-    def shape(leaf: Tensor, axis: int | None) -> Tensor:
+    Those read only shapes and seeds.
+    """
+
+    def expand(leaf: Tensor, axis: int | None) -> Tensor:
         sizes = list(leaf.shape)
         if axis is not None:
             sizes[axis] *= mesh.size()
         return leaf.new_zeros(()).expand(sizes)
 
-    whole: dict[str, Any] = {}
-    for name, part in parts.items():
-        if isinstance(part, dl.LowRank):
+    params: dict[str, Any] = {}
+    for name, param in shards.items():
+        if isinstance(param, dl.LowRank):
             axes = _axes(name)
-            factors = dl.Factors(*(shape(leaf, axes[side]) for side, leaf in part.factors._asdict().items()))
+            factors = dl.Factors(*(expand(leaf, axes[side]) for side, leaf in param.factors._asdict().items()))
             base = factors.b.new_zeros(()).expand(*factors.b.shape[:-1], factors.a.shape[-1])
-            whole[name] = part._replace(base=base, factors=factors)
+            params[name] = param._replace(base=base, factors=factors)
         else:
-            whole[name] = part
-    return whole
+            params[name] = param
+    return params
 
 
-def switch(parts: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceMesh) -> dict[str, Any]:
-    """`dynlora_fn.switch` of whole parameters, in parts: every process draws all vectors and takes its part of them."""
+def switch(shards: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceMesh) -> dict[str, Any]:
+    """Apply `dynlora_fn.switch` to shards.
+
+    Every process generates all vectors and takes its shards of them.
+    """
     incoming = {
-        name: dl.Factors(*(_part(leaf, _axes(name)[side], mesh) for side, leaf in vectors._asdict().items()))
-        for name, vectors in dl.candidates(outline(parts, mesh), plan).items()
+        name: dl.Factors(*(_shard(leaf, _axes(name)[side], mesh) for side, leaf in vectors._asdict().items()))
+        for name, vectors in dl.candidates(full_shapes(shards, mesh), plan).items()
     }
-    return dl.switch(parts, plan, incoming=incoming).params
+    return dl.switch(shards, plan, incoming=incoming).params
 
 
-def joined(parts: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """The whole parameters of all processes, which all must ask for, with bases in full precision."""
-    whole = placed(in_full_precision(parts), mesh)
-    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, whole)
+def gather(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """Return the full parameters, with bases in full precision.
+
+    Collective: call it on every process.
+    """
+    params = to_dtensors(in_full_precision(shards), mesh)
+    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, params)
 
 
 def in_full_precision(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with what codes and residuals stand for together as bases, in float32."""
+    """Return the parameters with bases in full precision.
 
-    def full(param: Any) -> Any:
+    A quantized base is replaced by the sum of its codes and its residual, in float32.
+    """
+
+    def dequantize(param: Any) -> Any:
         if not isinstance(param, dl.LowRank) or not isinstance(param.base, dl.bases.Quantized):
             return param
         return param._replace(base=decode_exact(param.base.codes, param.base.residual, torch.float32))
 
-    return {name: full(param) for name, param in params.items()}
+    return {name: dequantize(param) for name, param in params.items()}

@@ -1,6 +1,6 @@
-"""The family of low-rank methods, each a loop written by hand over the same transforms. Copy what you need.
+"""Low-rank methods as training loops over the same transforms. Copy what you need.
 
-All take a module, a loss of (model as a function, batch), batches, and return the trained parameters.
+Each takes a module, a loss function of (model as a function, batch) and batches, and returns the trained parameters.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ Loss = Callable[[Callable[..., Any], Any], Tensor]
 
 
 def loss_of(model: nn.Module, loss: Loss, frozen: Any) -> Callable[[Any, Any], Tensor]:
-    """The loss as a function of what is trained."""
+    """Return the loss as a function of the trainable tree and a batch."""
 
     def loss_fn(trainable: Any, batch: Any) -> Tensor:
         params = dl.combine(trainable, frozen)
@@ -26,6 +26,7 @@ def loss_of(model: nn.Module, loss: Loss, frozen: Any) -> Callable[[Any, Any], T
 
 
 def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float) -> dict[str, Any]:
+    """Train every weight."""
     trainable, frozen = dl.partition(dl.init(model, rank=1, seed=0, targets=[]))
     return descend(model, loss, batches, trainable, frozen, lr=lr)
 
@@ -33,19 +34,24 @@ def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float
 def lora(
     model: nn.Module, loss: Loss, batches: Iterable[Any], *, targets: dl.interop.Targets, rank: int, lr: float
 ) -> dict[str, Any]:
-    """Fine-tuning from the model's weights: ``b = 0`` at first, the factors alone are trained (arXiv:2106.09685)."""
+    """Fine-tune from the model's weights (arXiv:2106.09685).
+
+    At first ``b = 0``, and only factors are trained.
+    """
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     trainable, frozen = dl.partition(params, frozen=full_rank_names(params))
     return descend(model, loss, batches, trainable, frozen, lr=lr)
 
 
 def full_rank_names(params: dict[str, Any]) -> list[str]:
+    """Return the names of the parameters that are plain tensors."""
     return [name for name, param in params.items() if isinstance(param, Tensor)]
 
 
 def descend(
     model: nn.Module, loss: Loss, batches: Iterable[Any], trainable: Any, frozen: Any, *, lr: float
 ) -> dict[str, Any]:
+    """Take one step of AdamW per batch."""
     optimizer, value_and_grad = dl.optim.adamw(), dl.value_and_grad(loss_of(model, loss, frozen))
     opt_state = optimizer.init(trainable)
     for batch in batches:
@@ -64,13 +70,18 @@ def chain_of_lora(
     lr: float,
     links: int,
 ) -> dict[str, Any]:
-    """LoRA, merged, and LoRA again with an optimizer of its own (arXiv:2401.04151)."""
+    """Train, merge and start again, `links` times (arXiv:2401.04151).
+
+    Each time factors and optimizer state are new.
+    """
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     length = -(-len(batches) // links)
     for link in range(links):
         trainable, frozen = dl.partition(params)
         params = descend(model, loss, batches[link * length : (link + 1) * length], trainable, frozen, lr=lr)
-        plan = dl.schedules.every(1)(link, params)  # all vectors: `a` drawn anew, b = 0, their product in the base
+        plan = dl.schedules.every(1)(
+            link, params
+        )  # all vectors: the product is folded into the base, `a` redrawn, b = 0
         params, _ = dl.switch(params, plan, incoming=dl.candidates(params, plan, start="lora"))
     return params
 
@@ -87,14 +98,17 @@ def relora(
     warmup: int,
     prune: float = 0.99,
 ) -> dict[str, Any]:
-    """Merged and redrawn every so often, the optimizer's state pruned, the rate warmed up again (arXiv:2307.05695)."""
+    """Merge and redraw the factors every few steps (arXiv:2307.05695).
+
+    Each time most of the optimizer state is pruned, and the rate is warmed up again.
+    """
     schedule, optimizer = dl.schedules.every(every), dl.optim.adamw()
     trainable, frozen = dl.partition(dl.init(model, rank=rank, seed=0, targets=targets, start="lora"))
     opt_state = optimizer.init(trainable)
     for step, batch in enumerate(batches):
         grads = dl.value_and_grad(loss_of(model, loss, frozen))(trainable, batch).grads
-        jagged = lr * min(1.0, (step % every + 1) / warmup)
-        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=jagged)
+        rate = lr * min(1.0, (step % every + 1) / warmup)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=rate)
         params = dl.combine(dl.apply_updates(trainable, updates), frozen)
         if schedule.switches(step, params):
             plan = schedule(step, params)
@@ -115,7 +129,10 @@ def switchlora(
     interval: float = 40,
     is_pooled: bool = False,
 ) -> dict[str, Any]:
-    """A few vectors at each step, drawn from a seed or from a pool that they return to (arXiv:2406.06564)."""
+    """Switch a few vectors at each step (arXiv:2406.06564).
+
+    They are generated from a seed, or drawn from a pool.
+    """
     schedule, optimizer = dl.schedules.switchlora(len(batches), interval=interval), dl.optim.adamw()
     params = dl.init(model, rank=rank, seed=0, targets=targets)
     pool = dl.switching.init_pool(params) if is_pooled else None
@@ -135,19 +152,25 @@ def switchlora(
     return dl.combine(trainable, frozen)
 
 
-def accumulated(value_and_grad: Callable[..., dl.nn.ValueAndGrad], trainable: Any, parts: Sequence[Any]) -> Any:
-    """The gradients of the mean loss over parts of a batch, one backward pass at a time."""
-    total = value_and_grad(trainable, parts[0]).grads
-    for part in parts[1:]:
-        total = tree_map(torch.add, total, value_and_grad(trainable, part).grads)
-    return tree_map(lambda leaf: leaf / len(parts), total)
+def accumulated(value_and_grad: Callable[..., dl.nn.ValueAndGrad], trainable: Any, microbatches: Sequence[Any]) -> Any:
+    """Return the gradients of the mean loss over microbatches.
+
+    The backward passes run one after the other.
+    """
+    total = value_and_grad(trainable, microbatches[0]).grads
+    for microbatch in microbatches[1:]:
+        total = tree_map(torch.add, total, value_and_grad(trainable, microbatch).grads)
+    return tree_map(lambda leaf: leaf / len(microbatches), total)
 
 
 def per_sample_gradients(model: nn.Module, loss: Loss, params: dict[str, Any], samples: Any) -> Any:
-    """The gradients of each sample alone, in one call: each is a batch of one. Samples lie along the first axis."""
+    """Return the gradients of each sample along the first axis, in one call.
+
+    Each sample is a batch of size 1.
+    """
     trainable, frozen = dl.partition(params)
-    of_one = torch.func.grad(loss_of(model, loss, frozen))
-    return torch.vmap(of_one, in_dims=(None, 0))(trainable, tree_map(lambda leaf: leaf[:, None], samples))
+    gradients = torch.func.grad(loss_of(model, loss, frozen))
+    return torch.vmap(gradients, in_dims=(None, 0))(trainable, tree_map(lambda leaf: leaf[:, None], samples))
 
 
 def ensemble(
@@ -160,11 +183,13 @@ def ensemble(
     seeds: Sequence[int],
     lrs: Sequence[float],
 ) -> tuple[Any, Any]:
-    """LoRA from several seeds or at several rates, over one base: returns trainable trees with the members along their
-    first axis, and what they share."""
+    """Train LoRA from several seeds or at several rates over one base.
+
+    Return the trainable tree, with the members along the first axis of each leaf, and the frozen tree that they share.
+    """
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     frozen = dl.partition(params, frozen=full_rank_names(params)).frozen
-    trainable = tree_map(lambda *leaves: torch.stack(leaves), *(own_factors(params, seed) for seed in seeds))
+    trainable = tree_map(lambda *leaves: torch.stack(leaves), *(lora_factors(params, seed) for seed in seeds))
     optimizer, gradients = dl.optim.adamw(), torch.func.grad(loss_of(model, loss, frozen))
     opt_state = torch.vmap(optimizer.init)(trainable)
 
@@ -177,9 +202,9 @@ def ensemble(
     return trainable, frozen
 
 
-def own_factors(params: dict[str, Any], seed: int) -> dict[str, dl.Factors]:
-    """LoRA's first factors of another basis, ``b = 0``: the base is the same for all."""
+def lora_factors(params: dict[str, Any], seed: int) -> dict[str, dl.Factors]:
+    """Return LoRA's initial factors, ``b = 0``, from a basis that `seed` selects."""
     low_rank = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
-    moved = {name: param._replace(seed=param.seed + seed) for name, param in low_rank.items()}
-    plan = dl.schedules.every(1)(0, moved)
-    return dl.candidates(moved, plan, start="lora")
+    reseeded = {name: param._replace(seed=param.seed + seed) for name, param in low_rank.items()}
+    plan = dl.schedules.every(1)(0, reseeded)
+    return dl.candidates(reseeded, plan, start="lora")

@@ -14,24 +14,26 @@ from hypothesis import settings
 
 # A first example may compile or import, so that a deadline tells nothing. In CI, where nobody shrinks by hand, every
 # run draws the same examples. `--hypothesis-profile thorough` draws many, before a release, and
-# `sequences` is for `tests/test_machine.py`.
+# `sequences` is for `tests/testing/test_machine.py`.
 settings.register_profile("dynlora", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.register_profile("sequences", deadline=None, max_examples=2000, stateful_step_count=30)
 settings.load_profile("dynlora")
+
+pytest.register_assert_rewrite("tests.support")  # helpers that assert say what differed
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores: more threads than cores wait for each other
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--damaged", type=int, default=40, help="damaged inputs of each kind in tests/test_damage.py")
+    parser.addoption("--damaged", type=int, default=40, help="inputs of each kind in tests/system/test_damage.py")
     parser.addoption("--shapes", action="store_true", help="enforce the shapes in the annotations of dynlora_fn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--shapes"):
-        import shapes  # noqa: PLC0415, for this option alone
+        from tests.support import shapes  # noqa: PLC0415, for this option only
 
         shapes.install()
 

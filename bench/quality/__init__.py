@@ -1,1 +1,1 @@
-"""Does low-rank training with switches train as well as full rank? `python -m bench.quality EXPERIMENT`."""
+"""Study whether switched factors train as well as full rank: ``python -m bench.quality EXPERIMENT``."""

@@ -1,8 +1,8 @@
-"""`python -m bench.quality EXPERIMENT`."""
+"""Run ``python -m bench.quality EXPERIMENT``."""
 
 import tyro
 
-from bench.quality.command import Quality, main
+from bench.quality.study import Quality, main
 
 if __name__ == "__main__":
     main(tyro.cli(Quality))

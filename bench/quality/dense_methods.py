@@ -1,4 +1,4 @@
-"""Full-rank AdamW, and GaLore and APOLLO from their packages: methods that train the dense weights."""
+"""Train dense weights: full rank with AdamW or Muon, and GaLore and APOLLO from their packages."""
 
 from typing import Any
 
@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 
 import dynlora_fn as dl
-from bench.common import count_bytes
 from bench.quality.job import CLIP, OPTIMIZERS, Job, is_inner
 from bench.quality.runs import Run
+from bench.support.process_memory import count_bytes
 
 
 class FullRank:
-    """AdamW on all weights, or Muon on those that the others make low-rank; these are `lr`'s, the rest `dense_lr`'s."""
+    """Train every weight with AdamW, or the inner matrices with Muon.
+
+    Inner matrices have rate `lr`. Embedding, head and norms have `lr * dense_lr`.
+    """
 
     def __init__(self, job: Job, run: Run):
         self._run, self._update = run, job.update(run.optimizer)
@@ -37,7 +40,10 @@ class FullRank:
 def packaged(
     method: str, low: list[nn.Parameter], rest: list[nn.Parameter], *, lr: float, rank: int, gap: int = 200
 ) -> torch.optim.Optimizer:
-    """By its README's settings, with `gap` steps between new projections of the gradients of `low`."""
+    """Return the optimizer of `method` with the settings of its README.
+
+    The gradients of `low` are projected, with `gap` steps between new projections.
+    """
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "no_deprecation_warning": True}
     low_rank = {"params": low, "rank": rank, "update_proj_gap": gap, "proj_type": "std", "kind": "low"}
     dense = {"params": rest, "kind": "dense"}
@@ -51,7 +57,7 @@ def packaged(
 
 
 class Packaged:
-    """An optimizer of another package on the same weights, which lie in stacks here and there one by one."""
+    """Train the same weights with an optimizer of another package. Each matrix of a stack is one parameter there."""
 
     def __init__(self, job: Job, run: Run):
         self._run = run
@@ -60,9 +66,9 @@ class Packaged:
         self._members: list[tuple[nn.Parameter, str, int | None]] = []
         for name, leaf in self._weights.items():
             is_low = is_inner(name)
-            for number in range(len(leaf)) if is_low else [None]:
-                parameter = nn.Parameter(leaf if number is None else leaf[number])  # of the same memory
-                self._members.append((parameter, name, number))
+            for index in range(len(leaf)) if is_low else [None]:
+                parameter = nn.Parameter(leaf if index is None else leaf[index])  # shares the leaf's memory
+                self._members.append((parameter, name, index))
                 (low if is_low else rest).append(parameter)
         self._optimizer = packaged(run.method, low, rest, lr=run.lr, rank=run.rank())
 
@@ -72,8 +78,8 @@ class Packaged:
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._run.lr * scale * (self._run.dense_lr if group["kind"] == "dense" else 1.0)
-        for parameter, name, number in self._members:
-            parameter.grad = grads[name] if number is None else grads[name][number]
+        for parameter, name, index in self._members:
+            parameter.grad = grads[name] if index is None else grads[name][index]
         nn.utils.clip_grad_norm_([parameter for parameter, *_ in self._members], CLIP)
         self._optimizer.step()
 

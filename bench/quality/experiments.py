@@ -1,4 +1,4 @@
-"""What each experiment asks: rows, each of which is swept and run with all seeds."""
+"""Define the experiments: rows of a table, each swept and then run with all seeds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,19 +7,19 @@ from bench.quality.runs import Run
 from bench.quality.store import Found
 from bench.quality.sweeps import Stage, at_seeds, swept
 
-Rows = dict[str, Stage]  # by what the table calls them; the first is what the others are compared with
+Rows = dict[str, Stage]  # by name in the table; the others are compared with the first
 Experiment = Callable[[Found, str], Rows]
 
 
-COMPENSATE = 0.1  # over the factors' rate of 2e-2: 2e-3
+COMPENSATE = 0.1  # times the factors' rate of 2e-2 gives 2e-3, the papers' rate for full rank
 NAMES = {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOLLO"}
 
 
 def contenders(size: str, fraction: int) -> dict[str, Run]:
-    """Full rank apart. The last one folds what the factors miss into the base, at the papers' rate for full rank.
+    """Return the low-rank methods.
 
-    A pool is none of them: as long as a run switches fewer vectors than a pool has idle ones, as it does here, it hands
-    out the same as a seed. `ablations` has runs that switch more.
+    A pool is left out: it gives the same vectors as seeds while a run switches fewer vectors than the pool has idle
+    ones. That holds here. `ablations` has runs that switch more.
     """
     switched = Run(size, "switchlora", fraction)
     return {
@@ -35,8 +35,10 @@ SMALLER = {"medium": "small", "main": "medium", "large": "medium"}
 
 
 def sweep(found: Found, run: Run) -> Stage:
-    """From the papers' rates at the smallest size. The others start where the size before ended, other ranks where d/4
-    did: that takes half as many runs. Until it has ended there, the stage has neither runs nor missing ones.
+    """Sweep the rates of a method.
+
+    The smallest size starts from the papers' rates. Larger sizes start where the next smaller size ended, and other
+    ranks where rank d/4 ended, which takes half as many runs. Until that sweep has ended the stage is empty.
     """
     if run.fraction != 4:
         start = sweep(found, replace(run, fraction=4))
@@ -47,41 +49,43 @@ def sweep(found: Found, run: Run) -> Stage:
     return swept(found, run)
 
 
-def of_full_rank(found: Found, size: str) -> Rows:
+def full_rank_rows(found: Found, size: str) -> Rows:
+    """Return full rank with AdamW and with Muon."""
     full = Run(size, "full")
     return {"full rank": sweep(found, full), "full rank, Muon": sweep(found, replace(full, optimizer="muon"))}
 
 
 def methods(found: Found, size: str) -> Rows:
-    """All methods at rank d/4."""
-    rows = of_full_rank(found, size)
+    """Compare all methods at rank d/4."""
+    rows = full_rank_rows(found, size)
     rows |= {name: sweep(found, run) for name, run in contenders(size, 4).items()}
     for name in ("switched", "switched, compensated", "switched, Muon"):
         quantized = [replace(run, base="int8+bfloat16") for run in rows[name].runs]
-        rows[f"{name}, int8+bfloat16"] = of_runs(found, quantized)
+        rows[f"{name}, int8+bfloat16"] = stage_of(found, quantized)
     return rows
 
 
 def ranks(found: Found, size: str) -> Rows:
-    """All methods at rank d/8 and d/2."""
-    rows = of_full_rank(found, size)
+    """Compare all methods at ranks d/8 and d/2."""
+    rows = full_rank_rows(found, size)
     for fraction in (8, 2):
         rows |= {f"{name}, d/{fraction}": sweep(found, run) for name, run in contenders(size, fraction).items()}
     return rows
 
 
 def test(found: Found, size: str) -> Rows:
-    """All methods at the rates and seeds of `methods`, by their loss on a text that no rate was chosen by."""
+    """Compare all methods on a held-out text, not used for tuning, at the rates and seeds of `methods`."""
     finished = {name: stage.runs for name, stage in methods(found, size).items() if not stage.missing}
-    return {name: of_runs(found, [replace(run, held_out="test") for run in runs]) for name, runs in finished.items()}
+    return {name: stage_of(found, [replace(run, held_out="test") for run in runs]) for name, runs in finished.items()}
 
 
-def of_runs(found: Found, runs: Sequence[Run]) -> Stage:
+def stage_of(found: Found, runs: Sequence[Run]) -> Stage:
+    """Return the stage of runs that need no sweep."""
     return Stage([run for run in runs if run not in found], list(runs))
 
 
 def ablated(found: Found, baseline: Stage, changes: dict[str, dict]) -> Rows:
-    """Each change alone, at the baseline's rate."""
+    """Return the baseline and each single change of it, at the baseline's rates."""
     rows = {"baseline": baseline}
     if baseline.missing:
         return rows
@@ -110,7 +114,7 @@ SCHEDULES = {
     "fold every 5": {"every": 5, "freeze": 5},
     "fold every 20": {"every": 20, "freeze": 5},
 }
-RULES = {
+MOMENTS_AND_VECTORS = {
     "keep": {"rule": "keep", "freeze": 0},
     "reset_thawed": {"rule": "reset_thawed"},
     "transport": {"rule": "transport", "freeze": 0},
@@ -129,11 +133,11 @@ RULES = {
 
 
 def ablations(found: Found, size: str) -> Rows:
-    """One setting at a time of the paper's recipe, seeded, at its best rate."""
-    return ablated(found, sweep(found, Run(size, "switchlora")), {**SCHEDULES, **RULES})
+    """Change one setting at a time of the paper's recipe, at its best rates."""
+    return ablated(found, sweep(found, Run(size, "switchlora")), {**SCHEDULES, **MOMENTS_AND_VECTORS})
 
 
-ALONE = 2.0**-40  # of the factors' rate: the base alone learns, and embedding, head and norms
+AT_REST = 2.0**-40  # times the factors' rate, so that only the base, embedding, head and norms learn
 COMPENSATIONS = {
     "never switched": {"method": "lora", "start": "switchlora"},
     "every 4th step": {"compensate_every": 4},
@@ -151,12 +155,13 @@ COMPENSATIONS = {
 
 
 def compensation(found: Found, size: str) -> Rows:
-    """What is folded into the base beside the factors, at its best rates, and each change of it alone."""
+    """Change one setting at a time of compensation, at its best rates."""
     baseline = sweep(found, Run(size, "switchlora", compensate=COMPENSATE))
     rows = {"baseline": baseline}
     for run in baseline.runs[:1]:
-        alone = replace(run, lr=run.lr * ALONE, dense_lr=run.dense_lr / ALONE, compensate=run.compensate / ALONE)
-        rows["alone, factors at rest"] = at_seeds(found, alone)
+        dense_lr, compensate = run.dense_lr / AT_REST, run.compensate / AT_REST
+        at_rest = replace(run, lr=run.lr * AT_REST, dense_lr=dense_lr, compensate=compensate)
+        rows["alone, factors at rest"] = at_seeds(found, at_rest)
     return rows | ablated(found, baseline, COMPENSATIONS)
 
 

@@ -1,8 +1,7 @@
-"""What the runs of one size share: corpus, model, and the compiled functions.
+"""Share corpus, model and compiled functions between the runs of one size.
 
-Every method takes the gradient by the dense weight and goes on from there: low-rank factors project it, which is the
-"dense" path of the library. So one function is compiled for all methods, ranks and settings, and the methods see the
-same arithmetic.
+Every method starts from the gradient of the dense weight, which low-rank factors project. So one compiled function
+serves all methods, ranks and settings, and all methods see the same arithmetic.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
-from bench.quality.runs import HeldOut, Size
+from bench.quality.runs import HeldOut, RunSize
 from models import corpus as text
 from models.llama import Llama, init_weights
 
@@ -25,7 +24,7 @@ CLIP = 1.0
 
 
 def is_inner(name: str) -> bool:
-    """Of the matrices that the low-rank methods have factors of."""
+    """Return whether a weight is a matrix that the low-rank methods factorize."""
     return ".attention." in name or ".feed_forward." in name
 
 
@@ -38,25 +37,29 @@ OPTIMIZERS = {
 
 
 class Job:
-    def __init__(self, size: Size, corpus: text.Corpus, *, backend: str = "inductor"):
+    """The data, model and compiled functions of one size."""
+
+    def __init__(self, size: RunSize, corpus: text.Corpus, *, backend: str = "inductor"):
         self.size, self.corpus, self._backend = size, corpus, backend
         self.model = Llama(size.config())
         self._updates: dict[tuple[str, int | None], Callable[..., Any]] = {}
 
     def initial(self, seed: int) -> Llama:
+        """Return a model with the initial weights of a seed."""
         return init_weights(Llama(self.size.config()), seed)
 
     def batch(self, seed: int, step: int) -> Tensor:
-        """The same for every method."""
+        """Return the tokens of a step. Every method gets the same ones."""
         return text.batch(self.corpus.train, (self.size.batch,), window=self.size.length + 1, seed=seed, step=step)
 
     def loss(self, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        """Return the cross entropy of the next tokens."""
         logits = dl.call(self.model, weights, tokens[:, :-1])
         return cross_entropy(logits.flatten(0, -2), tokens[:, 1:].flatten())
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-        """Loss and gradients of (weights by name, tokens), of dense weights."""
+        """Return the compiled function (weights by name, tokens) -> (loss, gradients) of dense weights."""
         value_and_grad = dl.value_and_grad(self.loss)
 
         def gradients(weights: Any, tokens: Tensor) -> tuple[Tensor, Any]:
@@ -65,7 +68,7 @@ class Job:
         return torch.compile(gradients, fullgraph=True, dynamic=False, backend=self._backend)
 
     def held_out(self, kind: HeldOut) -> Tensor:
-        """The stream that rates are chosen by, or one that nothing was chosen by: the sources of torch."""
+        """Return the validation text, used for tuning, or the test text, not used for tuning: the sources of torch."""
         return self.corpus.validation if kind == "validation" else self._sources_of_torch
 
     @cached_property
@@ -75,13 +78,17 @@ class Job:
 
     @torch.no_grad()
     def held_out_loss(self, weights: Mapping[str, Tensor], kind: HeldOut) -> float:
+        """Return the mean loss on a held-out text."""
         window, batches = self.size.length + 1, WINDOWS[kind] // 16
         windows = text.validation_batches(self.held_out(kind), batches, 16, window=window)
         return torch.stack([self.loss(weights, tokens) for tokens in windows]).mean().item()
 
     def update(self, optimizer: Literal["adamw", "muon"], rank: int | None = None) -> Callable[..., Any]:
-        """Clip and optimizer in one graph, ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm),
-        with a rate by name, or one for each side of a weight."""
+        """Return clipping and optimizer in one graph.
+
+        Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has a rate
+        for each name, or `Factors` with a rate for each side of a weight.
+        """
         if (optimizer, rank) not in self._updates:
             self._updates[optimizer, rank] = self._updater(OPTIMIZERS[optimizer])
         return self._updates[optimizer, rank]
@@ -90,10 +97,10 @@ class Job:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
             trainable, opt_state = state
             grads, norm = dl.optim.clip_by_global_norm(grads, CLIP)
-            both = {name: rate for name, rate in rates.items() if isinstance(rate, dl.Factors)}
-            lr = {name: 1.0 if name in both else rate for name, rate in rates.items()}
+            by_side = {name: rate for name, rate in rates.items() if isinstance(rate, dl.Factors)}
+            lr = {name: 1.0 if name in by_side else rate for name, rate in rates.items()}
             updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
-            updates |= {name: tree_map(torch.mul, updates[name], rate) for name, rate in both.items()}
+            updates |= {name: tree_map(torch.mul, updates[name], rate) for name, rate in by_side.items()}
             return (dl.apply_updates(trainable, updates), opt_state), norm
 
         return dl.compile_step(update, backend=self._backend)

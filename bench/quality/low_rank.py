@@ -1,4 +1,4 @@
-"""LoRA, ReLoRA and switched factors: methods that train factors of a frozen base."""
+"""Train factors of a frozen base: LoRA, ReLoRA and switched factors."""
 
 import math
 from collections.abc import Mapping
@@ -10,18 +10,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from bench.common import count_bytes
-from bench.quality import schedules
+from bench.quality import study_schedules
 from bench.quality.job import OPTIMIZERS, Job
 from bench.quality.measures import overlap
 from bench.quality.runs import SIZES, Run
+from bench.support.process_memory import count_bytes
 from models.llama import TARGETS
 
-_LOOKS = 16  # switches around which the loss is taken, evenly over a run
-_PRUNE = 0.99  # ReLoRA's (arXiv:2307.05695)
+_MEASURED_SWITCHES = 16  # switches before and after which the loss is measured, evenly over a run
+_PRUNE = 0.99  # fraction of the moments that ReLoRA prunes (arXiv:2307.05695)
 
 
 class LowRankMethod:
+    """A run that trains factors, with its schedule, pool and measurements."""
+
     def __init__(self, job: Job, run: Run):
         self._job, self._run = job, run
         self._update_step = job.update(run.optimizer, run.rank())
@@ -33,7 +35,7 @@ class LowRankMethod:
         self.params = dl.bases.quantize(params, base, residual=residual) if base else params
         self._opt_state = OPTIMIZERS[run.optimizer].init(dl.partition(self.params).trainable)
         self._start = start
-        self._schedule = schedules.schedule(run, self.params)
+        self._schedule = study_schedules.schedule_of(run, self.params)
         self._pool = dl.switching.init_pool(self.params) if run.candidates == "pool" else None
         self._generator = torch.Generator().manual_seed(run.seed)
         self._jumps: list[tuple[int, float, float, float]] = []
@@ -45,22 +47,23 @@ class LowRankMethod:
         return dl.materialize(self.params)
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
-        own = dl.optim.project_gradients(grads, self.params)
+        factor_grads = dl.optim.project_gradients(grads, self.params)
         self._compensate(step, grads, scale)
         switched = self._schedule.switches(step, self.params)
         self._switched += switched
-        is_looked_at = switched and len(self._jumps) * SIZES[self._run.size].steps <= step * _LOOKS
-        losses = [self._loss(tokens)] if is_looked_at else []
+        is_measured = switched and len(self._jumps) * SIZES[self._run.size].steps <= step * _MEASURED_SWITCHES
+        losses = [self._loss(tokens)] if is_measured else []
         if switched:
             self._switch(step)
-        losses += [self._loss(tokens)] if is_looked_at else []
+        losses += [self._loss(tokens)] if is_measured else []
         trainable, frozen = dl.partition(self.params)
-        (trainable, self._opt_state), _ = self._update_step((trainable, self._opt_state), own, self._rates(step, scale))
+        state = (trainable, self._opt_state)
+        (trainable, self._opt_state), _ = self._update_step(state, factor_grads, self._rates(step, scale))
         self.params = dl.combine(trainable, frozen)
-        if is_looked_at:
+        if is_measured:
             self._jumps.append((step, *losses, self._loss(tokens)))
         if (step + 1) % (SIZES[self._run.size].steps // 8) == 0:
-            self._follow()
+            self._measure_overlap()
 
     def _compensate(self, step: int, grads: dict[str, Tensor], scale: float) -> None:
         run = self._run
@@ -72,7 +75,7 @@ class LowRankMethod:
 
     def _rates(self, step: int, scale: float) -> dict[str, Any]:
         run = self._run
-        if run.method == "relora":  # jagged: each merge warms up again, over a twentieth of its part of the run
+        if run.method == "relora":  # the rate warms up again after each merge, over a twentieth of the interval
             every = max(1, round(run.merge_every * SIZES[run.size].steps))
             warmup = max(1, round(every / 20))
             scale *= min(1.0, ((step + 1) % every + 1) / warmup) if step + 1 >= every else 1.0
@@ -85,9 +88,9 @@ class LowRankMethod:
         run, before = self._run, self.params
         plan = self._schedule(step, before)
         if run.incoming == "zero":
-            plan = schedules.both_sides(plan)
+            plan = study_schedules.both_sides(plan)
         if run.order == "random" and self._pool is not None:
-            plan = schedules.at_random(plan, self._pool, self._generator)
+            plan = study_schedules.at_random(plan, self._pool, self._generator)
         self.params, outgoing = dl.switch(before, plan, incoming=self._incoming(plan))
         if self._pool is not None:
             self._pool = dl.switching.put_back(self._pool, plan, outgoing, donate=True)
@@ -104,9 +107,9 @@ class LowRankMethod:
         if run.start_scale != 1 and self._pool is None:
             incoming = tree_map(lambda leaf: leaf * run.start_scale, incoming)
         if run.candidates == "orthogonal":
-            incoming = schedules.outside(incoming, self.params)
+            incoming = study_schedules.outside_span(incoming, self.params)
         if run.incoming == "zero":
-            incoming = {name: own._replace(b=torch.zeros_like(own.b)) for name, own in incoming.items()}
+            incoming = {name: factors._replace(b=torch.zeros_like(factors.b)) for name, factors in incoming.items()}
         return incoming
 
     def _loss(self, tokens: Tensor) -> float:
@@ -116,16 +119,16 @@ class LowRankMethod:
     def _spans(self) -> dict[str, Tensor]:
         return {name: param.factors.a.clone() for name, param in _low_rank(self.params).items()}
 
-    def _follow(self) -> None:
+    def _measure_overlap(self) -> None:
         before, self._rows = self._rows, self._spans()
         self._overlaps.append(mean(overlap(before[name], rows).mean().item() for name, rows in self._rows.items()))
 
     def bytes(self) -> dict[str, int]:
-        held = [_codes_and_residual(param.base) for param in _low_rank(self.params).values()]
+        low_rank = _low_rank(self.params).values()
         return {
             "state": count_bytes(self._opt_state),
-            "factors": count_bytes([param.factors for param in _low_rank(self.params).values()]),
-            "bases": count_bytes(held),
+            "factors": count_bytes([param.factors for param in low_rank]),
+            "bases": count_bytes([_codes_and_residual(param.base) for param in low_rank]),
             "candidates": count_bytes(self._pool),
         }
 
@@ -133,7 +136,8 @@ class LowRankMethod:
         jumps = [abs(after - before) for _, before, after, _ in self._jumps]
         return {
             "switched": self._switched,
-            "losses_around_switches": self._jumps,  # step; before, after it, after the update; on the step's batch
+            # The step, then the losses on its batch: before the switch, after the switch, after the update.
+            "losses_around_switches": self._jumps,
             "largest_jump": max(jumps, default=0.0),
             "overlaps": self._overlaps,
             "finite": all(leaf.isfinite().all().item() for leaf in tree_leaves(self.params)),
@@ -145,13 +149,13 @@ def _low_rank(params: Mapping[str, Any]) -> dict[str, dl.LowRank]:
 
 
 def in_int8(grad: Tensor) -> Tensor:
-    """Rounded to 255 steps a row."""
+    """Round each row to 255 levels."""
     step = grad.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny) / 127
     return (grad / step).round() * step
 
 
 def _scaled(param: Any, scale: float) -> Any:
-    """The same weight, from factors that are so many times as large."""
+    """Return the same weight with its factors multiplied by `scale`."""
     if not isinstance(param, dl.LowRank):
         return param
     factors = dl.Factors(*(leaf * scale for leaf in param.factors))

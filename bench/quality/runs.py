@@ -1,4 +1,7 @@
-"""What a run is: a model's size, a method and its settings. Equal runs have equal names, and are made once."""
+"""Describe a run: size, method and settings. Equal runs are done once.
+
+The names of the fields of `Run` are those of recorded runs.
+"""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -10,7 +13,9 @@ METHODS = ("full", "lora", "relora", "galore", "apollo", "switchlora")
 
 
 @dataclass(frozen=True)
-class Size:
+class RunSize:
+    """The model, and the number and size of the steps."""
+
     width: int
     hidden: int
     layers: int
@@ -21,66 +26,68 @@ class Size:
     vocabulary: int = 256  # bytes
 
     def config(self) -> LlamaConfig:
+        """Return the configuration of the model."""
         return LlamaConfig(self.width, self.hidden, self.layers, self.heads, self.vocabulary)
 
     def parameters(self) -> int:
-        """Without embedding, head and norms."""
+        """Return the number of parameters without embedding, head and norms."""
         return self.layers * (4 * self.width**2 + 3 * self.width * self.hidden)
 
 
 SIZES = {
-    "tiny": Size(width=16, hidden=48, layers=2, heads=2, steps=24, batch=2, length=32),  # whether it runs
-    "small": Size(width=64, hidden=176, layers=2, heads=2, steps=1200),  # 0.10 million
-    "medium": Size(width=128, hidden=352, layers=4, heads=4, steps=800),  # 0.80 million
-    "main": Size(width=128, hidden=352, layers=4, heads=4, steps=400, batch=8, length=256),  # the main job's batch
-    "large": Size(width=256, hidden=688, layers=4, heads=8, steps=800),  # 3.2 million
+    "tiny": RunSize(width=16, hidden=48, layers=2, heads=2, steps=24, batch=2, length=32),  # only shows that it runs
+    "small": RunSize(width=64, hidden=176, layers=2, heads=2, steps=1200),  # 0.10 million
+    "medium": RunSize(width=128, hidden=352, layers=4, heads=4, steps=800),  # 0.80 million
+    "main": RunSize(width=128, hidden=352, layers=4, heads=4, steps=400, batch=8, length=256),  # the main job's batch
+    "large": RunSize(width=256, hidden=688, layers=4, heads=8, steps=800),  # 3.2 million
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """The defaults are the paper's recipe (arXiv:2406.06564), candidates seeded instead of stored."""
+    """The settings of a run. Defaults are the paper's recipe (arXiv:2406.06564), with seeded candidates."""
 
     size: str
     method: str
     fraction: int = 4  # the rank is width / fraction
-    lr: float = 1e-3  # the peak
-    dense_lr: float = 1.0  # that of embedding, head and norms, over `lr`
-    side_lr: float = 1.0  # that of `b` over that of `a`; their geometric mean is `lr`
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; all else has AdamW
+    lr: float = 1e-3  # peak rate of matrices or factors
+    dense_lr: float = 1.0  # rate of embedding, head and norms over `lr`
+    side_lr: float = 1.0  # rate of `b` over the rate of `a`, whose geometric mean is `lr`
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; everything else has AdamW
     seed: int = 0
-    held_out: HeldOut = "validation"  # the text that the loss is of
+    held_out: HeldOut = "validation"  # the text on which the loss is measured
 
     # switches
     interval: float = 40
-    ratio: float = 0.1  # of the run, after which the rate has fallen to 0.3; 0: it does not fall
-    floor: float = 0.0  # a rate that is not undercut, over the one at the start
-    until: float = 1.0  # share of the run after which nothing is switched
+    ratio: float = 0.1  # part of the run after which the switching rate has fallen to 0.3; 0 means no decay
+    floor: float = 0.0  # smallest switching rate over the initial one
+    until: float = 1.0  # part of the run after which nothing is switched
     freeze: int = 5
     every: int = 1  # steps between folds
     rule: str = "reset"
     candidates: Literal["seeded", "pool", "orthogonal"] = "seeded"
     order: Literal["sequential", "random"] = "sequential"
-    incoming: Literal["both", "zero"] = "both"  # zero: what comes in on side b is 0
+    incoming: Literal["both", "zero"] = "both"  # zero: incoming vectors of side b are 0
     start: Literal["switchlora", "lora"] = "switchlora"
-    start_scale: float = 1.0  # of `b` and `a` at the start and of all candidates
-    merge_every: float = 0.125  # ReLoRA's, share of the run
+    start_scale: float = 1.0  # factor on `b` and `a` at the start and on all candidates
+    merge_every: float = 0.125  # ReLoRA's interval between merges, as a part of the run
     base: str = "float32"
 
-    # what the factors miss, folded into the base
-    compensate: float = 0.0  # its rate over `lr`; 0: none
+    # compensation: the update that the factors cannot represent, folded into the base
+    compensate: float = 0.0  # its rate over `lr`; 0 means none
     compensate_every: int = 1
     normalize: Literal["spectrum", "rows"] = "spectrum"
-    reduced: Literal["float32", "int8"] = "float32"  # the dense gradient, before its parts are added up
+    reduced: Literal["float32", "int8"] = "float32"  # dtype in which dense gradients are reduced
 
     def rank(self) -> int:
+        """Return the rank of the factors."""
         return SIZES[self.size].width // self.fraction
 
     def sent_bytes(self) -> int:
-        """A step, where data are parallel: gradients that are reduced, in float32 unless they are in int8.
+        """Return the bytes of the gradients that a data-parallel step reduces.
 
-        The factors' gradients follow from the dense ones, so that a step which is compensated sends these alone, unless
-        they are in int8.
+        A compensated step reduces dense gradients in float32 only, since the gradients of the factors follow from them.
+        With dense gradients in int8 it reduces the gradients of the factors too.
         """
         size, rank = SIZES[self.size], self.rank()
         rest = 2 * size.vocabulary * size.width + (2 * size.layers + 1) * size.width
@@ -90,11 +97,11 @@ class Run:
         if not self.compensate:
             return 4 * (low + rest)
         dense = inner + 4 * low if self.reduced == "int8" else 4 * inner
-        share = 1 / self.compensate_every
-        return round(share * dense + (1 - share) * 4 * low) + 4 * rest
+        fraction = 1 / self.compensate_every  # of the steps that compensate
+        return round(fraction * dense + (1 - fraction) * 4 * low) + 4 * rest
 
     def described(self) -> dict[str, Any]:
-        """What differs from the defaults, size, method, fraction, rate and seed always."""
+        """Return the settings that differ from the defaults, and always size, method, fraction, rate and seed."""
         always = {"size", "method", "fraction", "lr", "seed"}
         return {
             field.name: value

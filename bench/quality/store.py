@@ -1,4 +1,4 @@
-"""Runs that are finished, a JSON object a line; a run that is there is not made again."""
+"""Store finished runs, one JSON object per line. A stored run is not done again."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Found = dict[Run, dict[str, Any]]
 
 
 def read(folder: Path, corpus: str) -> Found:
-    """What all studies in the folder have found on that corpus."""
+    """Return the runs of every experiment in the folder on a corpus."""
     found: Found = {}
     for path in sorted(folder.glob("*.jsonl")):
         for text in _lines(path):
@@ -28,19 +28,20 @@ def read(folder: Path, corpus: str) -> Found:
 
 
 def sizes_in(path: Path) -> set[str]:
-    """Of the runs that are in a file, on whatever corpus."""
+    """Return the sizes of the runs in a file, on any corpus."""
     return {json.loads(text)["run"]["size"] for text in _lines(path)}
 
 
 def _lines(path: Path) -> list[str]:
-    """The last one may be torn, and is left out then."""
+    """Return the lines of a file, without a last line that was not written completely."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict[str, Any]:
+    """Append a run and return its line. An incomplete last line is removed first."""
     line = {"run": run.described(), "corpus": corpus, **result, **origin()}
     if path.exists() and not (old := path.read_bytes()).endswith(b"\n"):
-        path.write_bytes(old[: old.rfind(b"\n") + 1])  # a process was killed as it wrote
+        path.write_bytes(old[: old.rfind(b"\n") + 1])  # a process was killed while it wrote
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -50,7 +51,7 @@ def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict
 
 @cache
 def origin() -> dict[str, Any]:
-    """Looked up once: it is of the code that was loaded."""
+    """Return commit, command and versions. Cached, since the loaded code does not change with the working tree."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return {

@@ -1,24 +1,35 @@
-"""What the nodes of a graph are to a compiler that fuses."""
+"""How a compiler that fuses treats the nodes of a graph, and how a graph pass makes one of them wait for others."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+import dynlora_fn.compile._ops  # noqa: F401 (registers the operations)
 from dynlora_fn._core._torch import tree_leaves
 
 aten = torch.ops.aten
+_AFTER = torch.ops.dynlora_fn.after.default
 
-# Pointwise to a compiler that fuses, though not marked so: gathers, copies and what fills.
+# Inductor fuses these like pointwise operations, though torch does not tag them so: gathers, copies, fills.
 _FUSED = {aten.embedding.default, aten.cat.default, aten.stack.default, aten.full.default, aten.clone.default}
 _FUSED |= {aten.scalar_tensor.default, aten.zeros_like.default, aten.ones_like.default, aten.constant_pad_nd.default}
 _FUSED |= {aten.empty.memory_format, aten.gather.default, aten.index.Tensor, aten.index_select.default}
 _REDUCTIONS = {aten.sum, aten.mean, aten.amax, aten.amin, aten.any, aten.prod, aten._log_softmax, aten._softmax}
 
 
+# --- kinds of nodes
+
+
+def is_operation(node: Node) -> bool:
+    return node.op == "call_function"
+
+
 def is_view(node: Node) -> bool:
-    if node.op != "call_function":
+    """Return whether the node shares the memory of its first input: a view, a reshape or `getitem`."""
+    if not is_operation(node):
         return False
     schema = getattr(node.target, "_schema", None)
     is_alias = schema is not None and any(result.alias_info for result in schema.returns)
@@ -26,46 +37,81 @@ def is_view(node: Node) -> bool:
 
 
 def is_fused(node: Node) -> bool:
+    """Return whether the compiler can compute the node inside the kernels that read it."""
     tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and (torch.Tag.pointwise in tags or node.target in _FUSED)
+    return is_operation(node) and (torch.Tag.pointwise in tags or node.target in _FUSED)
+
+
+def is_unfused(node: Node) -> bool:
+    """Return whether the node is a product, a reduction or another operation that always has a result in memory."""
+    return is_operation(node) and not is_view(node) and not is_fused(node)
 
 
 def is_reduction(node: Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in _REDUCTIONS
 
 
+def is_pure(node: Node) -> bool:
+    """Return whether the operation draws no random numbers and writes into none of its arguments."""
+    target: Any = node.target
+    return not (torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable)
+
+
+def without_views(node: Node) -> Node:
+    """Return the node whose memory the views lead to."""
+    return without_views(node.all_input_nodes[0]) if is_view(node) else node
+
+
+# --- sizes and times
+
+
 def bytes_of(value: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def is_view_of(user: Node, node: Node) -> bool:
-    """And not of another that is to come after the node."""
-    return is_view(user) and user.all_input_nodes[0] is node
-
-
-def without_views(node: Node) -> Node:
-    """What the node is a view of."""
-    return without_views(node.all_input_nodes[0]) if is_view(node) else node
+def node_bytes(node: Node) -> int:
+    return bytes_of(node.meta.get("val"))
 
 
 def depths(nodes: list[Node]) -> dict[Node, int]:
-    """How many results must have been formed, one from the other, before each node's. The order in which the graph is
-    written does not matter: it need not be the one in which it will run."""
+    """Return the depth of each node: the most unfused operations on a path that ends with it.
+
+    Depths serve as times. They do not depend on the order in which the graph is written, which need not be the order
+    in which it runs.
+    """
     depth: dict[Node, int] = {}
     for node in nodes:
-        own = 0 if node.op != "call_function" or is_view(node) or is_fused(node) else 1
-        depth[node] = own + max((depth[source] for source in node.all_input_nodes), default=0)
+        depth[node] = is_unfused(node) + max((depth[source] for source in node.all_input_nodes), default=0)
     return depth
 
 
-def uses(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[int]]:
-    """The depths at which each node is read, its own if it is not: by way of views too, and by a pointwise operation
-    where that is first used itself."""
+def read_depths(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[int]]:
+    """Return the depths at which each node is read, or its depth if nothing reads it.
+
+    A view is read where its readers are. A fused operation reads its inputs where it is first read itself.
+    """
     found: dict[Node, list[int]] = {}
     for node in reversed(nodes):
-        reads = [
-            found[user] if is_view_of(user, node) else [min(found[user]) if is_fused(user) else depth[user]]
-            for user in node.users
-        ]
-        found[node] = [read for one in reads for read in one] or [depth[node]]
+        reads: list[int] = []
+        for user in node.users:
+            if is_view(user) and user.all_input_nodes[0] is node:  # not a view of another node that waits for this one
+                reads += found[user]
+            else:
+                reads.append(min(found[user]) if is_fused(user) else depth[user])
+        found[node] = reads or [depth[node]]
     return found
+
+
+# --- changes of the graph
+
+
+def insert_wait(graph: Graph, node: Node, others: Iterable[Node]) -> Node:
+    """Insert a view of `node` that no kernel can read before `others` are computed, and return the view."""
+    view = graph.call_function(_AFTER, (node, list(others)))
+    view.meta["val"] = node.meta["val"]
+    return view
+
+
+def replace_other_uses(node: Node, new: Node) -> None:
+    """Let all users of `node` read `new` instead, except for `new` itself."""
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -1,6 +1,6 @@
-"""Operations that Inductor takes as they are.
+"""Custom operations that Inductor calls without looking inside.
 
-But for `late`, they have no gradients: they are put into a graph after all differentiation is done.
+Except for `late`, they have no gradients: graph passes insert them after all differentiation is done.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def _separate(x: Tensor) -> Tensor:
 
 
 def _after(x: Tensor, others: list[Tensor]) -> Tensor:
-    """`x`, for what is not to be computed before `others` are."""
+    """Return a view of `x` that cannot be read before `others` are computed."""
     return x.view_as(x)
 
 
@@ -42,7 +42,10 @@ def _times_merged(
     with_b: bool,
     transposed: bool,
 ) -> Tensor:
-    """``x`` times ``base + scale * b @ a`` in its dtype, with `b` in further columns if wanted, plus the bias."""
+    """Return ``x @ (base + scale * b @ a)`` plus the bias, with the weight in the dtype of `x`.
+
+    With `with_b`, the columns of `b` follow those of the weight. With `transposed`, all of that is transposed.
+    """
     columns = base.shape[1]
     weight = x.new_empty(base.shape[0], columns + (b.shape[1] if with_b else 0))
     if x.dtype == base.dtype:
@@ -74,7 +77,10 @@ _LIBRARY.impl("times_merged", _empty_times_merged, "Meta")
 
 
 def late(x: Tensor, other: Tensor) -> Tensor:
-    """A copy of `x`, made after `other`; in a graph for Inductor `x` itself. Differentiable as the identity."""
+    """Return a copy of `x` that is made after `other`; its gradient is that of the identity.
+
+    The graph pass `order_remat_blocks` replaces the copy by a view.
+    """
     return _Late.apply(x, other)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -1,75 +1,79 @@
-"""Gathers of sharded bases in a step's graph: each for its own product, as the step was written."""
+"""Graph pass that all-gathers each sharded base right before its product.
+
+An all-gather depends only on arguments of the step. Without this pass a compiler starts every all-gather first, and
+all gathered weights are alive at once.
+"""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-import dynlora_fn.compile._ops  # noqa: F401 (registers the operations)
 from dynlora_fn._core._torch import C10D
-from dynlora_fn.compile._graph import is_fused, is_view
+from dynlora_fn.compile._graph import insert_wait, is_fused, is_operation, is_view
 
-_GATHER = C10D.all_gather_into_tensor.default
 _AFTER = torch.ops.dynlora_fn.after.default
-_WAIT = C10D.wait_tensor.default
+_ALL_GATHER = C10D.all_gather_into_tensor.default
+_WAIT_TENSOR = C10D.wait_tensor.default
 
 
-def gather_in_turn(graph: Graph) -> None:
-    """Lets each gather wait for the last use of what was gathered before. A gather depends on arguments alone: left
-    alone, a compiler runs all of them at the start, with every gathered weight alive at once."""
-    place = {node: number for number, node in enumerate(graph.nodes)}
-    readers = {node: list(_readers(node)) for node in place if node.target is _GATHER}
-    first = {node: min(found, key=place.__getitem__) for node, found in readers.items() if found}
-    for node in sorted(first, key=lambda node: place[first[node]]):
-        before = [one for other in first for one in readers[other] if place[one] < place[first[node]]]
-        if before:
-            _move(node, first[node])
-            _wait(graph, node, max(before, key=place.__getitem__))
-
-
-def _passes_on(user: Node, node: Node) -> bool:
-    is_after = user.target is _AFTER and user.args[0] is not node  # what waits for it is not made of it
-    return not is_after and (user.target is _WAIT or is_view(user) or is_fused(user))
+def order_all_gathers(graph: Graph) -> None:
+    """Make each all-gather wait for the last read of the weights that were gathered before it."""
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    readers = {gather: list(_readers(gather)) for gather in place if gather.target is _ALL_GATHER}
+    first_reader = {gather: min(nodes, key=place.__getitem__) for gather, nodes in readers.items() if nodes}
+    for gather in sorted(first_reader, key=lambda gather: place[first_reader[gather]]):
+        reader = first_reader[gather]
+        earlier = [node for other in first_reader for node in readers[other] if place[node] < place[reader]]
+        if earlier:
+            _move_before(reader, gather)
+            _delay(graph, gather, max(earlier, key=place.__getitem__))
 
 
 def _readers(node: Node) -> Iterator[Node]:
-    """What makes something of its own of it."""
+    """Yield the operations that read the gathered weight, through all that only passes it on."""
     for user in node.users:
         if _passes_on(user, node):
             yield from _readers(user)
-        elif user.op == "call_function":
+        elif is_operation(user):
             yield user
 
 
-def _move(node: Node, reader: Node) -> None:
-    """The node, and all that passes it on, to right before its first reader."""
+def _passes_on(user: Node, node: Node) -> bool:
+    only_waits = user.target is _AFTER and user.args[0] is not node
+    return not only_waits and (user.target is _WAIT_TENSOR or is_view(user) or is_fused(user))
+
+
+def _move_before(reader: Node, node: Node) -> None:
+    """Move the node, and all that passes its result on, to right before the reader."""
     reader.prepend(node)
     for user in node.users:
         if _passes_on(user, node):
-            _move(user, reader)
+            _move_before(reader, user)
 
 
-def _wait(graph: Graph, gather: Node, other: Node) -> None:
-    """Padding of what is sent waits as well: done for all gathers at once, it would be a copy of all that is held."""
-    chain = [gather]
-    while _is_single(source := _source(chain[-1])):
-        chain.append(source)
-    while len(chain) > 1 and not is_fused(chain[-1]):
-        chain.pop()
+def _delay(graph: Graph, gather: Node, other: Node) -> None:
+    """Make the all-gather, and the padding of the shard that it sends, wait for the other node.
+
+    Padded for all all-gathers at once, the shards would be copied as a whole.
+    """
+    preparation = _preparation(gather)
+    shard = preparation[0].all_input_nodes[0] if preparation else gather.all_input_nodes[0]
     with graph.inserting_before(gather):
-        source = _source(chain[-1])
-        new = graph.call_function(_AFTER, (source, [other]))
-        new.meta["val"] = source.meta["val"]
-        for node in reversed(chain[1:]):
-            old, late = _source(node), new
-            new = graph.node_copy(node, lambda one, old=old, late=late: late if one is old else one)  # type: ignore[misc]
-    gather.replace_input_with(_source(gather), new)
+        new = insert_wait(graph, shard, [other])
+        for node in preparation:
+            inputs = {node.all_input_nodes[0]: new}
+            new = graph.node_copy(node, inputs.__getitem__)
+    gather.replace_input_with(gather.all_input_nodes[0], new)
 
 
-def _is_single(node: Node) -> bool:
-    return len(node.all_input_nodes) == 1 and (is_view(node) or is_fused(node))
-
-
-def _source(node: Node) -> Any:
-    return node.all_input_nodes[0]
+def _preparation(gather: Node) -> list[Node]:
+    """Return the views and fused operations between the shard and its all-gather, from the first fused one on."""
+    nodes: list[Node] = []
+    node = gather.all_input_nodes[0]
+    while len(node.all_input_nodes) == 1 and (is_view(node) or is_fused(node)):
+        nodes.insert(0, node)
+        node = node.all_input_nodes[0]
+    while nodes and not is_fused(nodes[0]):
+        nodes.pop(0)
+    return nodes

@@ -1,4 +1,10 @@
-"""Blocks of `remat` in a step's graph: each is computed again once the one after it is done."""
+"""Graph pass that recomputes the blocks of `remat` one after the other.
+
+`remat` marks each input of a block that is to be recomputed by ``late(input, grad)``, where `grad` is the gradient of
+the block's output. That gradient is not enough to wait for: nothing in the graph waits for the gradients of the next
+block's parameters. A compiler would compute them later, and keep the activations that they are made from alive while it
+recomputes this block.
+"""
 
 from collections import defaultdict
 from operator import getitem
@@ -7,81 +13,81 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-import dynlora_fn.compile._ops  # noqa: F401 (registers the operations)
-from dynlora_fn.compile._graph import is_fused, is_view
+from dynlora_fn.compile._graph import insert_wait, is_unfused
 
-_AFTER = torch.ops.dynlora_fn.after.default
 _LATE = torch.ops.dynlora_fn.late.default
 
 
-def compute_in_turn(graph: Graph) -> None:
-    """Lets each block wait for the gradient that reaches it, and for all that was to be made of the blocks after it.
-    The gradients of those blocks' parameters nothing else waits for: left alone, a compiler forms them later, and keeps
-    what they are made of while it computes the next block again."""
-    given: dict[Node, list[Node]] = defaultdict(list)  # what each block takes, by the gradient that reaches it
+def order_remat_blocks(graph: Graph) -> None:
+    """Make each block wait for its output's gradient and for every result that depends on the next blocks."""
+    inputs: dict[Node, list[Node]] = defaultdict(list)  # the marked inputs of each block, by its output's gradient
     for node in graph.nodes:
         if node.target is _LATE:
-            given[node.all_input_nodes[1]].append(node)
-    made = _made_of_blocks(graph, list(given))
-    members: dict[int, list[Node]] = defaultdict(list)
-    for node, blocks in made.items():
-        members[blocks].append(node)
-    for grad, late in given.items():
-        waiting = [grad]
-        if blocks := made[grad]:
-            waiting += _last(members[blocks], grad)
-            _move(graph, waiting, late[0])
-        for node in late:
-            with graph.inserting_after(node):
-                after = graph.call_function(_AFTER, (node.args[0], waiting))
-            after.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(after)
-            graph.erase_node(node)
+            inputs[node.all_input_nodes[1]].append(node)
+    recomputed = _recomputed_blocks(graph, list(inputs))
+    dependents: dict[int, list[Node]] = defaultdict(list)
+    for node, blocks in recomputed.items():
+        dependents[blocks].append(node)
+    for grad, marked in inputs.items():
+        awaited = [grad]
+        if blocks := recomputed[grad]:
+            awaited += _last_results(dependents[blocks], grad)
+            _move_before(graph, marked[0], awaited)
+        for node in marked:
+            _replace_mark(graph, node, awaited)
 
 
-def _made_of_blocks(graph: Graph, grads: list[Node]) -> dict[Node, int]:
-    """Which blocks, by the gradients that reach them, each node has to be computed after: a bit for each."""
-    bits = {grad: 1 << number for number, grad in enumerate(grads)}
-    made: dict[Node, int] = {}
+def _recomputed_blocks(graph: Graph, grads: list[Node]) -> dict[Node, int]:
+    """Return the recomputed blocks that each node depends on, as one bit per block."""
+    bits = {grad: 1 << index for index, grad in enumerate(grads)}
+    blocks: dict[Node, int] = {}
     for node in graph.nodes:
-        made[node] = bits[node.all_input_nodes[1]] if node.target is _LATE else 0
+        blocks[node] = bits[node.all_input_nodes[1]] if node.target is _LATE else 0
         for source in node.all_input_nodes:
-            made[node] |= made[source]
-    return made
+            blocks[node] |= blocks[source]
+    return blocks
 
 
-def _last(nodes: list[Node], grad: Node) -> list[Node]:
-    """Of the results among them, those that no other waits for, nor `grad`."""
-    own, waited, last = set(nodes), _sources([grad], set(nodes)), []
+def _last_results(nodes: list[Node], grad: Node) -> list[Node]:
+    """Return the results among the nodes that neither `grad` nor another of the results depends on."""
+    among = set(nodes)
+    awaited, last = _with_inputs([grad], among), []
     for node in reversed(nodes):
-        if node not in waited and _is_formed(node):
+        if node not in awaited and _is_result(node):
             last.append(node)
-            waited |= _sources([node], own - waited)
+            awaited |= _with_inputs([node], among - awaited)
     return last
 
 
-def _sources(nodes: list[Node], among: set[Node]) -> set[Node]:
-    """The nodes, and what they wait for among others."""
+def _with_inputs(nodes: list[Node], among: set[Node]) -> set[Node]:
+    """Return the nodes, and those among the others that they depend on."""
     found: set[Node] = set()
-    left = list(nodes)
-    while left:
-        node = left.pop()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
         if node not in found:
             found.add(node)
-            left += [source for source in node.all_input_nodes if source in among]
+            stack += [source for source in node.all_input_nodes if source in among]
     return found
 
 
-def _is_formed(node: Node) -> bool:
-    is_own = not is_view(node) and not is_fused(node) and node.target is not _LATE
-    return isinstance(node.meta.get("val"), Tensor) and (is_own or node.target is getitem)
+def _is_result(node: Node) -> bool:
+    is_stored = node.target is getitem or (is_unfused(node) and node.target is not _LATE)
+    return is_stored and isinstance(node.meta.get("val"), Tensor)
 
 
-def _move(graph: Graph, nodes: list[Node], late: Node) -> None:
-    """The nodes, and what they are made of, to before another that waits for them: a graph is written in its order."""
+def _move_before(graph: Graph, reader: Node, nodes: list[Node]) -> None:
+    """Move the nodes, and what they depend on, to before the reader: an input must precede its readers in a graph."""
     order = list(graph.nodes)
-    following = set(order[order.index(late) :])
-    moved = _sources([node for node in nodes if node in following], following)
+    following = set(order[order.index(reader) :])
+    moved = _with_inputs([node for node in nodes if node in following], following)
     for node in order:
         if node in moved:
-            late.prepend(node)
+            reader.prepend(node)
+
+
+def _replace_mark(graph: Graph, node: Node, awaited: list[Node]) -> None:
+    with graph.inserting_after(node):
+        view = insert_wait(graph, node.all_input_nodes[0], awaited)
+    node.replace_all_uses_with(view)
+    graph.erase_node(node)

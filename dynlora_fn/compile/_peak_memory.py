@@ -1,4 +1,4 @@
-"""How much memory a step takes at its peak, from its graph alone: nothing is run or allocated."""
+"""The memory that a step takes at its peak, computed from its graph: nothing is run or allocated."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,14 +9,23 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dynlora_fn._core._torch import FakeTensorMode, tree_leaves, tree_map
-from dynlora_fn.compile._graph import bytes_of, depths, is_fused, is_reduction, is_view, uses
+from dynlora_fn.compile._graph import (
+    bytes_of,
+    depths,
+    is_fused,
+    is_operation,
+    is_reduction,
+    is_view,
+    node_bytes,
+    read_depths,
+)
 
 
 class Peak(NamedTuple):
-    """Bytes."""
+    """The bytes that a step takes at its peak."""
 
-    state: int  # what is passed in, and stays
-    step: int  # beyond that, at the moment of the most
+    state: int  # of the arguments, which stay alive
+    step: int  # beyond the arguments, at the moment at which most is alive
 
     @property
     def total(self) -> int:
@@ -24,26 +33,27 @@ class Peak(NamedTuple):
 
 
 def peak_memory(step: Callable[..., Any], *args: Any) -> Peak:
-    """The memory of ``compile_step(step)(*args)``, donated: the arguments, and what a compiler that fuses keeps beside
-    them.
+    """Compute the peak memory of ``compile_step(step)(*args)`` with a donated state.
 
-    Results are formed in the order of the graph, or each as soon as what it waits for is there, whichever takes less,
-    and are alive until their last use. What is computed element by element takes no memory where a compiler would
-    compute it where it is used, or write it over the old state; what it reads stays alive instead.
+    The step is traced and changed by the same graph passes, but not compiled or run. Results are computed in the order
+    of the graph or each as early as possible, whichever takes less memory, and are alive until their last use. A fused
+    result takes no memory where a compiler computes it inside its readers, or writes it over the old state. What it is
+    computed from stays alive instead.
 
     Args:
-        step: pure, as for `compile_step`.
-        args: what it is called with; looked at for shapes and dtypes alone, so that meta tensors do.
+        step: A pure function, as for `compile_step`.
+        args: The arguments of the step. Only shapes and dtypes are read, so tensors on the meta device will do.
     """
-    from dynlora_fn.compile._passes import Rewrites  # noqa: PLC0415 (Inductor takes a second to import)
+    from dynlora_fn.compile._passes import GraphPasses  # noqa: PLC0415 (Inductor takes a second to import)
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, args)
         graph = make_fx(step, decomposition_table=_decompositions(), _allow_non_fake_inputs=True)(*fake).graph
-    Rewrites()(graph)
+    GraphPasses()(graph)
     nodes = list(graph.nodes)
-    # A compiler chooses among orders by the peak as well.
-    return Peak(sum(bytes_of(leaf) for leaf in tree_leaves(args)), min(_peak(nodes), _peak(_as_soon_as_ready(nodes))))
+    # A compiler, too, chooses between orders by their peaks.
+    peak = min(_peak_in_order(nodes), _peak_in_order(_earliest_order(nodes)))
+    return Peak(sum(bytes_of(leaf) for leaf in tree_leaves(args)), peak)
 
 
 def _decompositions() -> dict[Any, Any]:
@@ -52,61 +62,65 @@ def _decompositions() -> dict[Any, Any]:
     return dict(select_decomp_table())
 
 
-def _peak(nodes: list[Node]) -> int:
-    """Of the nodes in this order."""
-    buffers = _buffers(nodes)  # what each node's value is read from
-    last_use = {}
+def _peak_in_order(nodes: list[Node]) -> int:
+    """Return the most bytes that are alive at once, beyond the arguments, if the nodes are computed in this order."""
+    stored = _stored_results(nodes)
+    last_use: dict[Node, int] = {}
     for position, node in enumerate(nodes):
-        if node.op == "output" or buffers[node] == {node}:
+        if node.op == "output" or stored[node] == {node}:
             for source in node.all_input_nodes:
-                last_use.update(dict.fromkeys(buffers[source], position))
-    born: dict[int, int] = {}
+                last_use.update(dict.fromkeys(stored[source], position))
+    change = [0] * (len(nodes) + 1)  # of the bytes that are alive, at each position
     for position, node in enumerate(nodes):
-        if node.op == "call_function" and buffers[node] == {node}:
-            size = bytes_of(node.meta.get("val"))
-            born[position] = born.get(position, 0) + size
-            after = last_use.get(node, position) + 1
-            born[after] = born.get(after, 0) - size
+        if is_operation(node) and stored[node] == {node}:
+            change[position] += node_bytes(node)
+            change[last_use.get(node, position) + 1] -= node_bytes(node)
     alive = peak = 0
-    for position in range(len(nodes)):
-        alive += born.get(position, 0)
+    for difference in change:
+        alive += difference
         peak = max(peak, alive)
     return peak
 
 
-def _as_soon_as_ready(nodes: list[Node]) -> list[Node]:
-    """Each as soon as what it waits for is there; what waits for arguments alone, when it is first used."""
+def _earliest_order(nodes: list[Node]) -> list[Node]:
+    """Sort the nodes by depth; what depends only on arguments comes right before its first use."""
     depth = depths(nodes)
     when: dict[Node, int] = {}
     for node in reversed(nodes):
         users = [when[user] for user in node.users]
-        is_start = all(depth[source] == 0 for source in node.all_input_nodes)
-        when[node] = min(users) if is_start and users else depth[node]
+        needs_only_arguments = all(depth[source] == 0 for source in node.all_input_nodes)
+        when[node] = min(users) if needs_only_arguments and users else depth[node]
     return sorted(nodes, key=lambda node: when[node])
 
 
-def _buffers(nodes: list[Node]) -> dict[Node, set[Node]]:
-    buffers: dict[Node, set[Node]] = {}
-    when = uses(nodes, depths(nodes))
+def _stored_results(nodes: list[Node]) -> dict[Node, set[Node]]:
+    """Return the results in memory that each node's value is read from: the node itself if it is stored."""
+    stored: dict[Node, set[Node]] = {}
+    reads = read_depths(nodes, depths(nodes))
     for node in nodes:
-        sources = node.all_input_nodes[:1] if is_view(node) else node.all_input_nodes  # not what it is to come after
-        inputs = set().union(*(buffers[source] for source in sources))
-        is_own = node.op != "output" and not is_view(node)
+        # A view only waits for its further inputs.
+        sources = node.all_input_nodes[:1] if is_view(node) else node.all_input_nodes
+        inputs = set().union(*(stored[source] for source in sources))
+        is_stored = node.op != "output" and not is_view(node)
         if is_fused(node):
-            is_own = _is_kept(node, is_again=len(inputs) > 1 and len(set(when[node])) > 1)
-        buffers[node] = {node} if is_own else inputs
-    return buffers
+            is_stored = _is_fused_result_stored(node, is_read_again=len(inputs) > 1 and len(set(reads[node])) > 1)
+        stored[node] = {node} if is_stored else inputs
+    return stored
 
 
-def _is_kept(node: Node, *, is_again: bool) -> bool:
-    """Whether a fused result gets memory: joined of others, read by what is not fused, or made of more than one thing
-    and used again later on."""
+def _is_fused_result_stored(node: Node, *, is_read_again: bool) -> bool:
+    """Return whether a fused result takes memory.
+
+    It does if it is a concatenation, if an operation reads it that is neither fused nor a reduction, or if it is
+    computed from several results and read again later.
+    """
     users = [user for user in node.users if user.op != "output"]
-    is_read_whole = any(not is_fused(user) and not is_reduction(user) for user in _through_views(users))
-    return is_again or is_read_whole or (node.target is torch.ops.aten.cat.default and bool(users))
+    has_unfused_reader = any(not is_fused(user) and not is_reduction(user) for user in _through_views(users))
+    return is_read_again or has_unfused_reader or (node.target is torch.ops.aten.cat.default and bool(users))
 
 
 def _through_views(users: list[Node]) -> list[Node]:
+    """Return the users, with the readers of each view in its place."""
     found = []
     for user in users:
         found += _through_views(list(user.users)) if is_view(user) else [user]

@@ -1,162 +1,198 @@
-"""What a graph of a whole step keeps from its forward pass for its backward pass.
+"""Graph pass that recomputes activations for the backward pass of a whole step.
 
-`torch.compile` of a model decides this where it splits the graph into the two passes. A step that holds both is never
-split, and would keep every activation that is used again.
+`torch.compile` of a model decides what to save for the backward pass where it splits the graph into the two passes. A
+step that contains both is never split, and would save every activation that is read again.
 """
 
 from collections.abc import Iterable
 from operator import getitem
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch.fx import Graph, Node
 
-import dynlora_fn.compile._ops  # noqa: F401 (registers the operations)
-from dynlora_fn._core._torch import OpOverload
-from dynlora_fn.compile._graph import bytes_of, depths, is_fused, is_view, uses, without_views
+from dynlora_fn.compile._graph import (
+    depths,
+    insert_wait,
+    is_fused,
+    is_operation,
+    is_pure,
+    is_unfused,
+    is_view,
+    node_bytes,
+    read_depths,
+    replace_other_uses,
+    without_views,
+)
 
-_NEAR = 2  # products between two uses: what is kept that much longer makes no peak
-_WORTH = 100  # below this part of the largest result, a copy is not worth a kernel
+_NEAR = 2  # unfused operations: a result that lives so much longer does not raise the peak
+_LARGE = 100  # a result smaller than this part of the largest one is not worth a kernel
 
 
 def recompute_activations(graph: Graph) -> None:
-    """Computes results anew for uses long after the first ones, if they are made by pointwise operations of what is
-    kept about as long anyway; all else that is kept is formed once. Values stay as they are, and less is alive in
-    between."""
-    _Saved(graph).rewrite()
+    """Recompute pointwise results for late reads, and compute results late that are only read late.
+
+    Values do not change. Less memory is alive between the forward and the backward pass: a result is recomputed only
+    from what stays alive about as long anyway.
+    """
+    # Decide first, on the graph as it was traced: the changes below add nodes and readers, which have no times.
+    times = _measure(graph)
+    sources = _find_recomputable(times)
+    delayed = _find_delayable(times)
+    # From here on a delayed result counts as computed right before its first read, so that no read of it is late.
+    times = _delay_times(times, delayed)
+    # Recompute before delaying: a delayed result that reads a copy waits already.
+    _recompute_late_reads(graph, times, sources, delayed)
+    _delay_results(graph, times, delayed)
+    # Store last: it redirects all readers of a result, including the waits that the changes above insert.
+    _store_once(graph, times, sources)
 
 
-class _Saved:
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self.nodes = list(graph.nodes)
-        self.place = {node: number for number, node in enumerate(self.nodes)}
-        self.depth = depths(self.nodes)
-        self.uses = uses(self.nodes, self.depth)
-        self.sources = _sources(self.nodes, self.uses, self.depth)
-        self.enough = max((_size(node) for node in self.nodes), default=0) / _WORTH
-        self.copies: dict[Node, Node] = {}
-        self.first_user = {node: self.reader(node) for node in self.nodes if self.is_early(node)}
-        self.depth.update({node: min(self.uses[node]) - 1 for node in self.first_user})
+class _Times(NamedTuple):
+    """When the results of a graph are computed and read, and which of them are large."""
 
-    def rewrite(self) -> None:
-        for user in self.nodes:
-            for node in user.all_input_nodes:
-                if self.is_worth_it(node) and self.is_late(user, node):
-                    with self.graph.inserting_before(user):
-                        user.replace_input_with(node, self.copy(node, user))
-        for node in self.first_user:
-            source = max(node.all_input_nodes, key=_size)
-            if without_views(source) in self.uses:  # no copy, which is late itself
-                with self.graph.inserting_before(node):
-                    node.replace_input_with(source, _after(self.graph, source, self.latest(node)))
-        for node in self.nodes:
-            if self.is_kept(node):
-                with self.graph.inserting_after(node):
-                    formed = _after(self.graph, node, node)
-                node.replace_all_uses_with(formed, delete_user_cb=lambda user, formed=formed: user is not formed)
+    place: dict[Node, int]  # position in the graph
+    depth: dict[Node, int]  # see `depths`
+    reads: dict[Node, list[int]]  # see `read_depths`
+    largest: int  # bytes
 
     def is_late(self, user: Node, node: Node) -> bool:
-        return user in self.depth and self.depth[user] - self.depth[node] > _NEAR
-
-    def is_worth_it(self, node: Node) -> bool:
-        """Whether it is large, made of what is large, and used at once as well: else it is late altogether."""
-        kept = [source for source in self.sources.get(node, set()) if _is_result(source)]
-        is_large = self.is_large(node) and any(self.is_large(source) for source in kept)
-        return is_large and min(self.uses[without_views(node)]) - self.depth[node] <= _NEAR
+        return self.depth[user] - self.depth[node] > _NEAR
 
     def is_large(self, node: Node) -> bool:
-        return _size(node) >= self.enough
+        return _LARGE * node_bytes(node) >= self.largest
 
-    def is_early(self, node: Node) -> bool:
-        """Whether it is a large result, used late alone, of what is kept until then anyway."""
-        is_own = isinstance(node.target, OpOverload) and not is_fused(node) and not is_view(node)
-        if not is_own or not node.all_input_nodes or not _is_pure(node) or not self.is_large(node):
-            return False
-        first = min(self.uses[node])
-        sources = [without_views(source) for source in node.all_input_nodes]
-        is_kept = all(not _is_result(source) or max(self.uses[source]) >= first for source in sources)
-        return is_kept and first - self.depth[node] > _NEAR
-
-    def reader(self, node: Node) -> Node:
-        """The first to read it: by way of views and pointwise operations, or those if nothing else does."""
-        user = min(node.users, key=lambda user: min(self.uses[user]) if is_view(user) else self.depth[user])
-        return self.reader(user) if (is_view(user) or is_fused(user)) and user.users else user
-
-    def latest(self, user: Node) -> Node:
-        """Of all results that the user waits for, the one formed last; an early one waits as its reader does."""
-        if reader := self.first_user.get(user):
-            others = [node for node in reader.all_input_nodes if without_views(node) is not user]
-            if others and self.place.get(node := _latest(others, self.depth), len(self.place)) < self.place[user]:
-                return node
-        return _latest(user.all_input_nodes, self.depth)
-
-    def is_kept(self, node: Node) -> bool:
-        """Whether it is pointwise and used late. Left alone, Inductor would form a residual stream anew at each of its
-        uses out of all that was ever added to it, by a kernel of its own for each layer."""
-        is_made = is_fused(node) and node not in self.sources and self.depth[node] > 0
-        return is_made and self.is_large(node) and max(self.uses[node]) - self.depth[node] > _NEAR
-
-    def copy(self, node: Node, user: Node) -> Node:
-        """The node once more, for a user and all that come later; of what is kept, another name."""
-        if node not in self.copies:
-            if node in self.sources:
-                self.copies[node] = self.graph.node_copy(node, lambda source: self.copy(source, user))
-            elif _is_result(node) and self.is_large(node):
-                self.copies[node] = _after(self.graph, node, self.latest(user))
-                for other in self.nodes[self.place[user] :]:  # one name, so that they share a kernel that reads it
-                    if self.is_late(other, node):
-                        other.replace_input_with(node, self.copies[node])
-            else:
-                return node
-        return self.copies[node]
+    def latest(self, nodes: Iterable[Node]) -> Node:
+        """Return the result that is computed last among the nodes, or among what they are fused with or views of."""
+        node = max(nodes, key=lambda node: self.depth.get(node, 0))
+        if is_unfused(node) or node.target is getitem or not node.all_input_nodes:
+            return node
+        return self.latest(node.all_input_nodes)
 
 
-def _after(graph: Graph, node: Node, other: Node) -> Node:
-    """The node, but not before the other. Inductor would fuse both computations of one result into one kernel, and keep
-    what is computed again all the same."""
-    after = graph.call_function(torch.ops.dynlora_fn.after.default, (node, [other]))
-    after.meta["val"] = node.meta["val"]
-    return after
+# --- decisions
 
 
-def _latest(nodes: Iterable[Node], depth: dict[Node, int]) -> Node:
-    """Of all results that these are or wait for, the one that is formed last."""
-    node = max(nodes, key=lambda node: depth.get(node, 0))
-    is_formed = (not is_view(node) and not is_fused(node)) or node.target is getitem
-    return node if is_formed or not node.all_input_nodes else _latest(node.all_input_nodes, depth)
+def _measure(graph: Graph) -> _Times:
+    nodes = list(graph.nodes)
+    depth = depths(nodes)
+    place = {node: index for index, node in enumerate(nodes)}
+    return _Times(place, depth, read_depths(nodes, depth), max(map(node_bytes, nodes), default=0))
 
 
-def _sources(nodes: list[Node], uses: dict[Node, list[int]], depth: dict[Node, int]) -> dict[Node, set[Node]]:
-    """Of each result that can be computed anew until its last use, what is kept that it is made of: arguments, and
-    results that cannot."""
+def _find_recomputable(times: _Times) -> dict[Node, set[Node]]:
+    """Return the results that can be recomputed until their last read, each with its sources.
+
+    Sources are arguments, and results that cannot be recomputed.
+    """
     sources: dict[Node, set[Node]] = {}
-    until: dict[Node, int] = {}  # the last use of a result, or of what else is computed anew for it
-    for node in nodes:
-        inputs = node.all_input_nodes
-        is_pointwise = is_fused(node) and _is_pure(node)
-        if not is_pointwise and not (is_view(node) and any(source in sources for source in inputs)):
+    last_read: dict[Node, int] = {}  # of a copy of the node, by itself or by the copies that are made from it
+    for node in times.place:
+        inputs, reads = node.all_input_nodes, times.reads[node]
+        is_view_of_copy = is_view(node) and any(source in sources for source in inputs)
+        if not is_view_of_copy and not (is_fused(node) and is_pure(node)):
             continue
-        kept = set().union(*(sources.get(source, {without_views(source)}) for source in inputs))
-        copied = max((until[source] for source in inputs if source in sources), default=0)
-        first = min((use for use in uses[node] if use - depth[node] > _NEAR), default=copied)
-        # What is kept stays as long, and what is copied for this is not kept long after it: of a chain of sums, such as
-        # a residual stream, the first would else bring back all the others.
-        if copied - first <= _NEAR and all(
-            max(uses[node]) - max(uses[one]) <= _NEAR for one in kept if _is_result(one)
-        ):
-            sources[node], until[node] = kept, max(copied, *uses[node])
+        found = set().union(*(sources.get(source, {without_views(source)}) for source in inputs))
+        last_of_inputs = max((last_read[source] for source in inputs if source in sources), default=0)
+        first_late = min((read for read in reads if read - times.depth[node] > _NEAR), default=last_of_inputs)
+        are_alive = all(max(reads) - max(times.reads[source]) <= _NEAR for source in found if is_operation(source))
+        # Copies of the inputs must not outlive the first late read by much. In a chain of sums, such as a residual
+        # stream, a copy of the first sum would otherwise bring back all later ones.
+        if are_alive and last_of_inputs - first_late <= _NEAR:
+            sources[node], last_read[node] = found, max(last_of_inputs, *reads)
     return sources
 
 
-def _is_result(node: Node) -> bool:
-    return node.op == "call_function"
+def _find_delayable(times: _Times) -> dict[Node, Node]:
+    """Return the large results that are only read late, from inputs that are alive until then, each with its reader."""
+    return {node: _first_reader(times, node) for node in times.place if _is_delayable(times, node)}
 
 
-def _is_pure(node: Node) -> bool:
-    target: Any = node.target
-    return not (torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable)
+def _is_delayable(times: _Times, node: Node) -> bool:
+    if not (is_unfused(node) and node.all_input_nodes and is_pure(node) and times.is_large(node)):
+        return False
+    first_read = min(times.reads[node])
+    inputs = [without_views(source) for source in node.all_input_nodes]
+    are_alive = all(max(times.reads[source]) >= first_read for source in inputs if is_operation(source))
+    return are_alive and first_read - times.depth[node] > _NEAR
 
 
-def _size(node: Node) -> int:
-    return bytes_of(node.meta.get("val"))
+def _first_reader(times: _Times, node: Node) -> Node:
+    """Return the first unfused operation that reads the node, or the last of its views and fused operations."""
+    reader = min(node.users, key=lambda user: min(times.reads[user]) if is_view(user) else times.depth[user])
+    return _first_reader(times, reader) if (is_view(reader) or is_fused(reader)) and reader.users else reader
+
+
+def _delay_times(times: _Times, delayed: dict[Node, Node]) -> _Times:
+    return times._replace(depth={**times.depth, **{node: min(times.reads[node]) - 1 for node in delayed}})
+
+
+# --- changes
+
+
+def _recompute_late_reads(
+    graph: Graph, times: _Times, sources: dict[Node, set[Node]], delayed: dict[Node, Node]
+) -> None:
+    """Let late readers of a recomputable result read a copy, which is computed right before the first of them."""
+    nodes = list(times.place)
+    copies: dict[Node, Node] = {}
+
+    def copy(node: Node, user: Node) -> Node:
+        if node not in copies:
+            if node in sources:
+                copies[node] = graph.node_copy(node, lambda source: copy(source, user))
+            elif is_operation(node) and times.is_large(node):
+                # Without the wait, Inductor would fuse the copy with the first computation, and store its result.
+                copies[node] = insert_wait(graph, node, [_awaited(times, delayed, user)])
+                for other in nodes[times.place[user] :]:  # the same name, so that one kernel reads it for all of them
+                    if times.is_late(other, node):
+                        other.replace_input_with(node, copies[node])
+            else:
+                return node
+        return copies[node]
+
+    for user in nodes:
+        for node in user.all_input_nodes:
+            if _is_worth_copying(times, sources, node) and times.is_late(user, node):
+                with graph.inserting_before(user):
+                    user.replace_input_with(node, copy(node, user))
+
+
+def _is_worth_copying(times: _Times, sources: dict[Node, set[Node]], node: Node) -> bool:
+    """Return whether a recomputable result is large, has a large source, and has a first read that is not late."""
+    has_large_source = any(is_operation(source) and times.is_large(source) for source in sources.get(node, ()))
+    if not has_large_source or not times.is_large(node):
+        return False
+    return min(times.reads[without_views(node)]) - times.depth[node] <= _NEAR
+
+
+def _delay_results(graph: Graph, times: _Times, delayed: dict[Node, Node]) -> None:
+    """Let each delayed result wait for the other inputs of its reader."""
+    for node in delayed:
+        source = max(node.all_input_nodes, key=node_bytes)
+        if without_views(source) in times.place:  # a copy waits already
+            with graph.inserting_before(node):
+                node.replace_input_with(source, insert_wait(graph, source, [_awaited(times, delayed, node)]))
+
+
+def _awaited(times: _Times, delayed: dict[Node, Node], user: Node) -> Node:
+    """Return the last result that the user waits for; a delayed user waits for the other inputs of its reader."""
+    if reader := delayed.get(user):
+        others = [node for node in reader.all_input_nodes if without_views(node) is not user]
+        latest = times.latest(others) if others else user
+        if times.place.get(latest, times.place[user]) < times.place[user]:
+            return latest
+    return times.latest(user.all_input_nodes)
+
+
+def _store_once(graph: Graph, times: _Times, sources: dict[Node, set[Node]]) -> None:
+    """Store large fused results that are read late and cannot be recomputed.
+
+    Otherwise Inductor computes a residual stream again at each read, from all that was ever added to it, with a
+    different kernel for each layer.
+    """
+    for node in times.place:
+        is_stored = is_fused(node) and node not in sources and times.depth[node] > 0 and times.is_large(node)
+        if is_stored and max(times.reads[node]) - times.depth[node] > _NEAR:
+            with graph.inserting_after(node):
+                stored = insert_wait(graph, node, [node])
+            replace_other_uses(node, stored)

@@ -20,35 +20,35 @@ from dynlora_fn.compile._donation import Consumed, consume, memory_of
 
 
 class Step(NamedTuple):
-    """What a function made by `compile_step` returns."""
+    """The result of a function that `compile_step` returns."""
 
-    state: Any  # of the structure, shapes and dtypes that went in
-    aux: Any  # whatever the step reports
+    state: Any  # with the structure, shapes and dtypes of the argument
+    aux: Any  # what the step reports, such as the loss
 
 
 def compile_step(
     step: Callable[..., tuple[Any, Any]], *, donate: bool = True, debug: bool = False, **options: Any
 ) -> Callable[..., Step]:
-    """`step` in one graph: `torch.compile` with ``fullgraph=True`` and ``dynamic=False``.
+    """Compile a step into one graph: `torch.compile` with ``fullgraph=True`` and ``dynamic=False``.
 
-    What changes from call to call must be a tensor, the learning rate and the number of the step too: a Python number
-    is compiled in.
+    Whatever changes between calls must be a tensor, the learning rate and the step count too. A Python number becomes a
+    constant of the graph, and another number compiles the step again.
 
     Args:
-        step: pure, ``(state, *args) -> (state, aux)``, where `state` is a tree of tensors.
-        donate: write the new state into the old one's memory, inside the graph. The old state is then consumed: its
-            tensors hold the new values. The functions inside stay pure.
-        debug: of a donated state, return other tensors in the same memory, and let any use of the consumed ones raise.
-        options: of `torch.compile`, such as ``backend`` or ``mode``.
+        step: A pure function ``(state, *args) -> (state, aux)``, where `state` is a tree of tensors.
+        donate: Write the new state into the memory of the old one, inside the graph. The old state is then consumed:
+            its tensors contain the new values. The functions inside the step stay pure.
+        debug: With a donated state, return new tensors in the same memory, and make any use of the old ones raise.
+        options: Passed to `torch.compile`, such as ``backend`` or ``mode``.
 
     Returns:
-        A function of the same arguments that returns `Step`, with the very tensors of the old state if donated.
+        A function with the arguments of `step` that returns `Step`. A donated state comes back as the same tensors.
 
     Raises:
-        ValueError: at the first call, if the new state differs from the old one in structure, shape or dtype, or the
-            state to be donated holds one memory twice or requires a gradient. With `debug`, also if `aux` holds memory
-            of the state.
-        RuntimeError: with `debug`, where a consumed state is used.
+        ValueError: At the first call, if the new state differs from the old one in structure, shape or dtype, or if
+            two tensors of a donated state share memory or one requires a gradient. With `debug`, also if `aux` shares
+            memory with the state.
+        RuntimeError: With `debug`, if a consumed state is used.
     """
 
     def run(state: Any, *args: Any) -> tuple[str | None, Any]:
@@ -56,14 +56,14 @@ def compile_step(
         if not donate:
             return None, Step(new_state, aux)
         if problem := _mismatch(state, new_state):
-            return problem, None  # an exception raised in here would come out as the compiler's
-        aux = _apart(aux, state)
+            return problem, None  # an exception raised here would reach the caller as an error of the compiler
+        aux = _clone_leaves_of(state, aux)
         _write(state, new_state)
         return None, aux
 
-    # The compiler keeps graphs by code object and only so many: each step has one of its own.
+    # Dynamo caches graphs by code object, a limited number for each: every step gets a new code object.
     run.__code__ = run.__code__.replace()
-    compiled = torch.compile(run, fullgraph=True, dynamic=False, **_with_rewrites(options))
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, **_with_graph_passes(options))
     is_checked = False
 
     def compiled_step(state: Any, *args: Any) -> Step:
@@ -82,40 +82,41 @@ def compile_step(
     return compiled_step
 
 
-def _with_rewrites(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with Inductor's part of `compile_step` added, unless another backend is asked for."""
+def _with_graph_passes(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the graph passes added, if the backend is Inductor."""
     if options.get("backend", "inductor") != "inductor":
         return options
     from dynlora_fn.compile._passes import inductor_options  # noqa: PLC0415 (Inductor takes a second to import)
 
-    # A mode is a name for options, and `torch.compile` takes one or the other.
-    own = {**options.get("options", {}), **inductor_mode_options(options.get("mode", "default"))}
-    rest = {name: value for name, value in options.items() if name not in ("mode", "options")}
-    return {**rest, "options": {**inductor_options(), **own}}
+    # A mode is a name for a set of options, and `torch.compile` does not accept both.
+    callers = {**options.get("options", {}), **inductor_mode_options(options.get("mode", "default"))}
+    others = {name: value for name, value in options.items() if name not in ("mode", "options")}
+    return {**others, "options": {**inductor_options(), **callers}}
 
 
 def _mismatch(state: Any, new_state: Any) -> str | None:
+    """Describe how the new state differs in structure, shape or dtype, if it does."""
     old_leaves, structure = tree_flatten(state)
     new_leaves, new_structure = tree_flatten(new_state)
     if structure != new_structure:
-        return "`step` must keep the structure of its state to be donated, got another one"
+        return "`step` changes the structure of its state; return the same structure, or pass donate=False"
     for old, new in zip(old_leaves, new_leaves, strict=True):
         if old.shape != new.shape or old.dtype != new.dtype:
-            got = f"{tuple(new.shape)} {new.dtype} for {tuple(old.shape)} {old.dtype}"
-            return f"`step` must keep shapes and dtypes of its state to be donated, got {got}"
+            change = f"from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype}"
+            return f"`step` changes a state tensor {change}; keep shapes and dtypes, or pass donate=False"
     return None
 
 
-def _apart(aux: Any, state: Any) -> Any:
-    """Copies of those leaves that are the state's own, which is about to be overwritten."""
-    own = tree_leaves(state)
-    return tree_map(lambda leaf: leaf.clone() if any(leaf is one for one in own) else leaf, aux)
+def _clone_leaves_of(state: Any, aux: Any) -> Any:
+    """Clone those leaves of `aux` that are tensors of the state, since the state is about to be written over."""
+    state_leaves = tree_leaves(state)
+    return tree_map(lambda leaf: leaf.clone() if any(leaf is other for other in state_leaves) else leaf, aux)
 
 
 def _write(state: Any, new_state: Any) -> None:
     pairs = [(old, new) for old, new in zip(tree_leaves(state), tree_leaves(new_state), strict=True) if new is not old]
     inner = [pair for old, new in pairs for pair in zip(inner_tensors(old), inner_tensors(new), strict=True)]
-    # Copies first: a new leaf may be an old one, or a view of it, that another write would overwrite.
+    # Clone first: a new leaf may be an old one, or a view of it, that another write would overwrite.
     for old, new in [(old, new.clone()) for old, new in inner]:
         old.copy_(new)
 
@@ -125,11 +126,14 @@ def _check_donated(state: Any) -> None:
     for path, leaf in tree_flatten_with_path(state)[0]:
         name = keystr(path)
         if isinstance(leaf, Consumed):
-            raise ValueError(f"`state` must be the one that the last step returned, got a consumed one at {name}")
-        if not isinstance(leaf, Tensor) or leaf.requires_grad:
-            got = "a tensor that does" if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(f"`state` must hold tensors that require no gradient to be donated, got {got} at {name}")
+            problem = f"`state` tensor at {name} was written over by an earlier step"
+            raise ValueError(f"{problem}; pass the state that the last step returned")
+        if not isinstance(leaf, Tensor):
+            problem = f"`state` at {name} is of type {type(leaf).__name__}"
+            raise ValueError(f"{problem}, which cannot be donated; make it a tensor, or pass it as another argument")
+        if leaf.requires_grad:
+            raise ValueError(f"`state` tensor at {name} has requires_grad=True; detach it, or pass donate=False")
         for memory in memory_of(leaf):
             owner = owners.setdefault(memory, name)
             if owner != name:
-                raise ValueError(f"`state` must hold no memory twice to be donated, got one at {owner} and {name}")
+                raise ValueError(f"`state` tensors at {owner} and {name} share memory; clone one, or pass donate=False")

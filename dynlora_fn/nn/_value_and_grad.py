@@ -10,26 +10,27 @@ from dynlora_fn._core._torch import tree_flatten, tree_map, tree_unflatten
 
 
 class ValueAndGrad(NamedTuple):
-    """What a function made by `value_and_grad` returns."""
+    """The result of a function that `value_and_grad` returns."""
 
     value: Any  # the loss, or `(loss, aux)`
-    grads: Any  # of the structure of the first argument
+    grads: Any  # with the structure of the first argument
 
 
 def value_and_grad(
     loss_fn: Callable[..., Any], *, via: Literal["func", "autograd"] = "func", has_aux: bool = False
 ) -> Callable[..., ValueAndGrad]:
-    """A function with `loss_fn`'s arguments that returns its value and the gradients by the first of them.
+    """Return a function that computes `loss_fn` and its gradients with respect to the first argument.
 
     Args:
-        loss_fn: of a tree of tensors, all to be differentiated by, and of anything else; returns a 0-d tensor.
-        via: "func" goes through `torch.func.grad` and composes with its transforms; "autograd" through
-            `torch.autograd.grad` on detached leaves, which permits saved-tensor hooks and so
-            `torch.utils.checkpoint` inside the loss. Both give the same gradients.
-        has_aux: whether `loss_fn` returns ``(loss, aux)``; through "func", `aux` holds tensors alone.
+        loss_fn: A function of a tree of tensors and of any further arguments. It returns a 0-d tensor, and is
+            differentiated with respect to all tensors of the tree.
+        via: "func" uses `torch.func.grad` and composes with its transforms. "autograd" uses `torch.autograd.grad` on
+            detached leaves, which permits saved-tensor hooks, and so `torch.utils.checkpoint`, inside the loss. The
+            gradients are equal.
+        has_aux: Whether `loss_fn` returns ``(loss, aux)``. Through "func", `aux` contains only tensors.
     """
     if via not in ("func", "autograd"):
-        raise ValueError(f"`via` must be 'func' or 'autograd', got {via!r}")
+        raise ValueError(f"`via` is {via!r}; choose 'func' or 'autograd'")
     return _via_func(loss_fn, has_aux) if via == "func" else _via_autograd(loss_fn, has_aux)
 
 

@@ -1,1 +1,4 @@
-"""Fine-tunes a model of `transformers` on text. `python -m models.finetune --help` lists what can be set."""
+"""Fine-tune a model of `transformers` on text.
+
+`python -m models.finetune --help` lists the options.
+"""

@@ -1,8 +1,8 @@
-"""`python -m models.finetune`"""
+"""Run `python -m models.finetune`."""
 
 import os
 
-# As in models.pretrain.
+# Set before torch loads OpenMP, for the reason given in models/pretrain/__main__.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from models.finetune.config import Config
@@ -11,7 +11,7 @@ from models.pretrain.command import run_command
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     files = "model/, adapter/, loss.png, metrics.jsonl, summary.json, checkpoints/"
     run_command(Config, prepare, module="models.finetune", files=files)
 

@@ -1,54 +1,99 @@
-"""What can be set when a model of `transformers` is fine-tuned."""
+"""The options for fine-tuning a model of `transformers`.
 
-from dataclasses import dataclass
+They are those of pre-training with other defaults, and three more.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from models.pretrain.config import Config as PretrainConfig
-from models.pretrain.ranks import ALONE, Ranks
+from models.pretrain import checks
+from models.pretrain import config as pretrain
+from models.pretrain.processes import SINGLE_PROCESS, Processes
 
-LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "relora": 2e-4, "switchlora": 2e-4}
+# The same with both optimizers. Embedding, head and norms are trained already, so that the high rate which suits new
+# ones beside Muon does not suit them.
+RATES = {"full": 2e-5, "lora": 2e-4, "relora": 2e-4, "switchlora": 2e-4}
+FINETUNE_RATES = pretrain.DefaultRates(adamw=RATES, muon=RATES, dense_with_muon=None)
 
 
 @dataclass(frozen=True)
-class Config(PretrainConfig):
-    """Fine-tunes a causal language model of `transformers` in a local folder on text, with low-rank factors.
-
-    Only factors are trained unless --train-rest is given. `lr` is 2e-5 for full and 2e-4 otherwise unless given, and
-    the tokenizer the model's own.
-    """
+class Training(pretrain.Training):
+    """The method, the model, and how long it is trained."""
 
     model: str = ""
     """Folder of the model, as `save_pretrained` writes it."""
     rank: int = 16
     targets: tuple[str, ...] = ()
-    """Names or globs of the weights that become low-rank, all of the linear layers but the head unless given."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of factors, or of the matrices in their place for full."""
-    train_rest: bool = False
-    """Train embeddings, norms, biases and the head too, full-rank."""
+    """Names or globs of the weights that become low-rank. By default those of all linear layers except the head."""
     steps: int = 200
+    train_rest: bool = False
+    """Also train embeddings, norms, biases and the head, full-rank. By default they are frozen."""
+
+
+@dataclass(frozen=True)
+class Data(pretrain.Data):
+    """The text, and the batches that are drawn from it."""
+
+    text: tuple[Path, ...] = ()
+    """Files or folders to train on. Either this or `dataset` must be given."""
+    tokenizer: str | None = None
+    """Name, folder or file of a tokenizer for `transformers`. Default None means the tokenizer of the model."""
+
+
+@dataclass(frozen=True)
+class Optimization(pretrain.Optimization):
+    """The optimizer and its learning rates."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the factors, or of the same matrices for full. Embedding, head and norms use AdamW."""
+    lr: float | None = None
+    """Peak learning rate of the factors, or of the same matrices for full.
+    Default None means 2e-5 for full and 2e-4 for the other methods."""
+    dense_lr: float | None = None
+    """Peak learning rate of embedding, head and norms. Default None means `lr`."""
     warmup: int = 10
+
+
+@dataclass(frozen=True)
+class Output(pretrain.Output):
+    """What the run writes, and how often."""
+
     export: Literal["merged", "adapter", "both"] = "both"
-    """What to write: a model for `from_pretrained`, an adapter of PEFT against the model that was given, or both."""
+    """Files to write: a merged model for `from_pretrained`, a PEFT adapter for the given model, or both."""
     adapter_rank: int | None = None
-    """Of the adapter, which the whole change is cut to; that of the factors unless given."""
+    """Rank of the adapter. The change of each weight is truncated to it.
+    Default None means the rank of the factors."""
 
-    def check(self, ranks: Ranks = ALONE) -> None:
-        """As of the pre-training job."""
-        super().check(ranks)
-        if not self.model or not (Path(self.model) / "config.json").is_file():
-            raise ValueError(f"`model` must be a folder with config.json, got {self.model!r}")
-        if not (self.text or self.dataset):
-            raise ValueError("`text` must name files or folders to train on, or `dataset` a dataset, got neither")
-        if self.adapter_rank is not None and self.adapter_rank < 1:
-            raise ValueError(f"`adapter_rank` must be at least 1, got {self.adapter_rank}")
-        if self.method == "full" and self.export == "adapter":
-            raise ValueError("`export` must not be 'adapter' for full, which has no low-rank weights, got 'adapter'")
 
-    def peak_lr(self) -> float:
-        return LEARNING_RATES[self.method] if self.lr is None else self.lr
+@dataclass(frozen=True)
+class Config(pretrain.Config):
+    """Fine-tune a causal language model of `transformers`, with low-rank factors.
 
-    def dense_share(self) -> float:
-        """A trained model's embedding, head and norms take no rate that was found for a new one's."""
-        return 1.0 if self.dense_lr is None else self.dense_lr / self.peak_lr()
+    The model is read from a local folder.
+    """
+
+    training: Training = field(default_factory=Training)
+    data: Data = field(default_factory=Data)
+    optimization: Optimization = field(default_factory=Optimization)
+    output: Output = field(default_factory=Output)
+
+    default_rates: ClassVar[pretrain.DefaultRates] = FINETUNE_RATES
+
+
+def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
+    """Check the options, those of pre-training first.
+
+    Raises:
+        ValueError: For the first option that is invalid. It names the option, the requirement and the value.
+    """
+    checks.check(config, processes)
+    model, adapter_rank = config.training.model, config.output.adapter_rank
+    if not model or not (Path(model) / "config.json").is_file():
+        raise ValueError(f"`model` must be a folder with config.json, got {model!r}")
+    if not (config.data.text or config.data.dataset):
+        raise ValueError("`text` or `dataset` must be given, got neither; pass files or folders with --text")
+    if adapter_rank is not None and adapter_rank < 1:
+        raise ValueError(f"`adapter_rank` must be at least 1, got {adapter_rank}")
+    if config.training.method == "full" and config.output.export == "adapter":
+        raise ValueError("`export` must not be 'adapter' for full, which has no low-rank weights; use 'merged'")

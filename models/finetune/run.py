@@ -1,4 +1,7 @@
-"""The pre-training job's loop on a model that comes from a folder, and goes out as files that other tools read."""
+"""Prepare a model of `transformers` for the training loop of `models.pretrain`.
+
+The results are files that other tools read.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,44 +13,46 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dynlora_fn as dl
-from models.finetune.config import Config
+from models.finetune.config import Config, check
+from models.pretrain.device import run_device
+from models.pretrain.folder import run_folder
 from models.pretrain.method import make_method
-from models.pretrain.ranks import ALONE, Ranks
-from models.pretrain.run import Prepared, load_corpus, start_or_continue
+from models.pretrain.prepared import Prepared, load_corpus, start_or_resume
+from models.pretrain.processes import SINGLE_PROCESS, Processes
 
 
-def prepare(config: Config, console: Console, ranks: Ranks = ALONE) -> Prepared:
-    """Everything up to the first step. All bad input shows here, before anything is written.
+def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
+    """Do everything up to the first step.
+
+    All input is checked before anything is written.
 
     Raises:
-        ValueError: with one line that names the setting, the rule and the value.
+        ValueError: If the input is invalid, in one line.
     """
-    config.check(ranks)
-    corpus = load_corpus(replace(config, tokenizer=config.tokenizer or config.model))
-    model = load_model(config.model).to(config.torch_device())
+    check(config, processes)
+    name = config.training.model
+    corpus = load_corpus(replace(config.data, tokenizer=config.data.tokenizer or name))
+    model = load_model(name).to(run_device(config))
     embedded = model.get_input_embeddings().weight.shape[0]
     if corpus.vocabulary > embedded:
-        raise ValueError(f"`tokenizer` must fit the model's vocabulary of {embedded}, got one of {corpus.vocabulary}")
-    folder = Path(ranks.agree(config.folder()))
-
-    def export(params: dict[str, Any]) -> None:
-        if config.export != "adapter":
-            dl.interop.save_merged(model, params, folder / "model")
-        if config.export != "merged" and config.method != "full":
-            original = load_model(config.model).state_dict()
-            errors = dl.interop.save_adapter(
-                model, params, folder / "adapter", original=original, rank=config.adapter_rank
-            )
-            worst = max(errors, key=errors.__getitem__)
-            text = f"adapter/ has all but {errors[worst]:.2%} of the change of {worst}, and more of the others'"
-            console.print(text, highlight=False, soft_wrap=True)
-
-    method = make_method(config, model, default_targets(model), partial(still, config), ranks=ranks)
-    empty(model)
-    return start_or_continue(config, ranks, folder, corpus, model, method, export, console)
+        raise ValueError(
+            f"`tokenizer` must have at most as many tokens as the model embeds, {embedded}, got {corpus.vocabulary}"
+        )
+    folder = Path(processes.from_first(run_folder(config)))
+    export = partial(export_files, config, model, folder, console)
+    method = make_method(config, model, default_targets(model), partial(untrained_names, config), processes=processes)
+    drop_values(model)
+    return start_or_resume(config, processes, folder, corpus, model, method, export, console)
 
 
 def load_model(folder: str) -> nn.Module:
+    """Load a causal language model.
+
+    It is in evaluation mode: without dropout, a resumed run is exact.
+
+    Raises:
+        ValueError: If `transformers` is missing or cannot load the folder.
+    """
     try:
         from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415, an optional extra
     except ImportError as error:
@@ -55,20 +60,36 @@ def load_model(folder: str) -> nn.Module:
     logging.disable_progress_bar()
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(Path(folder), local_files_only=True)
-    except Exception as error:  # whatever the library raises for files that are damaged or of another kind
+    except Exception as error:  # the library raises many types for files that are damaged or of another kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"`model` must hold a causal language model, got {folder!r}: {reason}") from error
-    return model.eval()  # no dropout, so that a run goes on bit for bit
+    return model.eval()
 
 
-def still(config: Config, params: Mapping[str, Any]) -> list[str]:
-    """What is neither low-rank nor trained."""
-    rest = [name for name, param in params.items() if isinstance(param, Tensor)]
-    return [] if config.train_rest or config.method == "full" else rest
+def export_files(config: Config, model: nn.Module, folder: Path, console: Console, params: dict[str, Any]) -> None:
+    """Write the merged model, the adapter, or both."""
+    export, rank = config.output.export, config.output.adapter_rank
+    if export != "adapter":
+        dl.interop.save_merged(model, params, folder / "model")
+    if export != "merged" and config.training.method != "full":
+        original = load_model(config.training.model).state_dict()
+        errors = dl.interop.save_adapter(model, params, folder / "adapter", original=original, rank=rank)
+        worst = max(errors, key=errors.__getitem__)
+        text = f"adapter/ misses {errors[worst]:.2%} of the change of {worst}, and less of every other weight's change"
+        console.print(text, highlight=False, soft_wrap=True)
+
+
+def untrained_names(config: Config, params: Mapping[str, Any]) -> list[str]:
+    """Return the names of the full-rank tensors that are not trained."""
+    full_rank = [name for name, param in params.items() if isinstance(param, Tensor)]
+    return [] if config.training.train_rest or config.training.method == "full" else full_rank
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """The weights of all linear layers, Hugging Face's Conv1D among them, but for the head, tied or not."""
+    """Return the weights of all linear layers except the head, tied or not.
+
+    Hugging Face's Conv1D counts as linear.
+    """
     head = model.get_output_embeddings()
     layers = [(name, layer) for name, layer in model.named_modules() if layer is not head]
     return [
@@ -76,10 +97,13 @@ def default_targets(model: nn.Module) -> list[str]:
     ]
 
 
-def empty(model: nn.Module) -> None:
-    """Leaves the parameters' shapes alone, in place: their values are in the state, and would be held twice."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    replaced = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in own.values()}
-    for name, parameter in own.items():
-        prefix, _, last = name.rpartition(".")
-        setattr(model.get_submodule(prefix), last, replaced[id(parameter)])
+def drop_values(model: nn.Module) -> None:
+    """Move the parameters to the meta device, in place.
+
+    The state has their values, and a second copy would cost memory.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    replacements = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in parameters.values()}
+    for name, parameter in parameters.items():
+        prefix, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(prefix), attribute, replacements[id(parameter)])

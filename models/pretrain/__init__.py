@@ -1,1 +1,1 @@
-"""Pre-trains a small LLaMA on text: the main job. `python -m models.pretrain --help` lists what can be set."""
+"""Pre-train a LLaMA on text. `python -m models.pretrain --help` lists the options."""

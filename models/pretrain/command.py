@@ -1,4 +1,4 @@
-"""A job from the command line: progress on the way, one line for what is wrong."""
+"""A job on the command line: it shows progress, and reports an error in one line."""
 
 import json
 import sys
@@ -11,57 +11,64 @@ from rich.console import Console
 
 from dynlora_fn.parallel import DriftedError
 from models.pretrain.checkpoint import SaveError
-from models.pretrain.config import Config, continued
-from models.pretrain.ranks import Ranks, is_restarted, joined
+from models.pretrain.config import Config
+from models.pretrain.folder import resume_after_restart
+from models.pretrain.prepared import Prepared
+from models.pretrain.processes import Processes, is_restarted, join_processes
 from models.pretrain.recorder import DivergedError
 from models.pretrain.report import closing_table
-from models.pretrain.run import Prepared, train
+from models.pretrain.run import train
 
 
-def run_command(kind: type[Config], prepare: Callable[..., Prepared], *, module: str, files: str) -> None:
-    """Parses, prepares and trains: exit code 2 with one line for bad input, 130 for an interrupt, 0 once SIGTERM has
-    led to a checkpoint. Of several processes, which `torchrun` starts, the first one writes and prints.
+def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: str) -> None:
+    """Parse the options, prepare the run and train.
+
+    The exit code is 2 for bad input, with one line on stderr; 130 for an interrupt; 0 if SIGTERM led to a checkpoint.
+    Of several processes started by `torchrun`, the first one writes and prints.
 
     Args:
-        kind: of the configuration.
-        prepare: everything up to the first step, of a configuration, a console and the processes; raises ValueError for
-            bad input.
-        module: that is run, for its usage.
-        files: that the run leaves, for its last line.
+        config_type: The class of the options.
+        prepare: A function of options, console and processes that does everything up to the first step. It raises
+            ValueError for bad input.
+        module: The name of the module that is run, for the usage line.
+        files: The files that the run writes, for the last line.
     """
-    config = tyro.cli(kind, prog=f"python -m {module}")
-    # Of torch.distributed.checkpoint, where one process saves by itself.
+    # Without prefixes the groups structure the help, and a flag is the name of its field.
+    config = tyro.cli(config_type, prog=f"python -m {module}", config=(tyro.conf.OmitArgPrefixes,))
+    # torch.distributed.checkpoint warns where a single process saves.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    with joined() as ranks:
-        _run(config, prepare, ranks, files)
+    with join_processes() as processes:
+        _run(config, prepare, processes, files)
 
 
-def _run(config: Config, prepare: Callable[..., Prepared], ranks: Ranks, files: str) -> None:
-    console = Console(quiet=not ranks.is_first)
+def _run(config: Config, prepare: Callable[..., Prepared], processes: Processes, files: str) -> None:
+    console = Console(quiet=not processes.is_first)
     try:
-        run = prepare(continued(config) if ranks.any(is_restarted()) else config, console, ranks)
+        config = resume_after_restart(config) if processes.any(is_restarted()) else config
+        run = prepare(config, console, processes)
     except ValueError as error:
-        stop(f"error: {error}", 2, ranks)
-    again = f"continue with --out {run.folder} --resume and the same settings"
+        stop(f"error: {error}", 2, processes)
+    advice = f"continue with --out {run.folder} --resume and the same settings"
     try:
         summary = train(run, console)
     except (DivergedError, DriftedError, SaveError) as error:
-        stop(f"error: {error}; checkpoints in {run.folder} are kept", 2, ranks)
+        stop(f"error: {error}; the checkpoints in {run.folder} remain", 2, processes)
     except KeyboardInterrupt:
-        stop(f"interrupted: {again}", 130, ranks)
-    if not ranks.is_first:
+        stop(f"interrupted: {advice}", 130, processes)
+    if not processes.is_first:
         return
     if summary is None:
-        console.print(f"asked to end, and saved: {again}", highlight=False, soft_wrap=True)
+        console.print(f"stopped by SIGTERM after a checkpoint: {advice}", highlight=False, soft_wrap=True)
         return
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(closing_table(summary))
     console.print(f"{run.folder}: {files}", highlight=False, soft_wrap=True)
-    if config.json:
+    if config.output.json:
         print(json.dumps(summary))
 
 
-def stop(message: str, code: int, ranks: Ranks) -> NoReturn:
-    if ranks.is_first:
+def stop(message: str, code: int, processes: Processes) -> NoReturn:
+    """Print one line on stderr, from the first process, and exit."""
+    if processes.is_first:
         print(" ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)

@@ -1,4 +1,7 @@
-"""The methods as compositions of the transforms: parameters, schedule and one pure training step."""
+"""The methods as compositions of the transforms.
+
+A method is a schedule, a first state and one pure training step.
+"""
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -12,7 +15,9 @@ from torch.utils._pytree import tree_map
 import dynlora_fn as dl
 from models.llama import TARGETS
 from models.pretrain.config import Config
-from models.pretrain.ranks import ALONE, Ranks
+from models.pretrain.device import compute_dtype, run_device
+from models.pretrain.learning_rate import dense_lr_scale
+from models.pretrain.processes import SINGLE_PROCESS, Processes
 
 
 class State(NamedTuple):
@@ -29,7 +34,7 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
-    stop: Tensor  # above 0 if any process was asked to end
+    stop: Tensor  # above 0 if any process has received SIGTERM
     outgoing: dict[str, dl.Factors]  # vectors that were switched out
 
 
@@ -44,43 +49,57 @@ def make_method(
     config: Config,
     model: nn.Module,
     targets: Sequence[str] = TARGETS,
-    still: Callable[..., Sequence[str]] = lambda _: (),
+    untrained_names: Callable[..., Sequence[str]] = lambda _: (),
     *,
-    ranks: Ranks = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Method:
-    """The method with `targets` unless the settings name others; `still` says of the parameters which full-rank ones
-    are not trained."""
-    params = init_params(config, model, targets, ranks=ranks)
-    if config.shard_factors:
-        params = dl.parallel.shard_factors(params, weight=ranks.share(config.batch_size))
+    """Return the schedule, first state and step of the method.
+
+    Args:
+        config: The options.
+        model: The module whose weights are trained.
+        targets: Names or globs of the weights that become low-rank where the option `targets` is empty.
+        untrained_names: A function of the parameters. It returns the names of full-rank tensors that are not trained.
+        processes: The processes that share the work.
+    """
+    params = init_params(config, model, targets, processes=processes)
+    if config.machine.shard_factors:
+        params = dl.parallel.shard_factors(params, weight=processes.weight(config.data.batch_size))
     optimizer = make_optimizer(config, inner_names(config, params, targets))
-    names = still(params)
-    trainable, frozen = dl.partition(params, frozen=names)
+    untrained = untrained_names(params)
+    trainable, frozen = dl.partition(params, frozen=untrained)
     return Method(
         schedule=make_schedule(config),
         state=State(trainable, frozen, optimizer.init(trainable)),
-        pool=dl.switching.init_pool(params) if config.candidates == "pool" else {},
-        step=make_step(config, model, optimizer, still=names, ranks=ranks),
+        pool=dl.switching.init_pool(params) if config.switching.candidates == "pool" else {},
+        step=make_step(config, model, optimizer, untrained=untrained, processes=processes),
     )
 
 
-def init_params(config: Config, model: nn.Module, targets: Sequence[str], *, ranks: Ranks = ALONE) -> dict[str, Any]:
+def init_params(
+    config: Config, model: nn.Module, targets: Sequence[str], *, processes: Processes = SINGLE_PROCESS
+) -> dict[str, Any]:
+    training, precision = config.training, config.precision
     return dl.init(
         model,
-        rank=config.rank,
-        seed=config.seed,
-        targets=[] if config.method == "full" else config.targets or targets,
+        rank=training.rank,
+        seed=training.seed,
+        targets=[] if training.method == "full" else training.targets or targets,
         start=start(config),
-        base=None if config.base_dtype == "float32" else config.base_dtype,
-        residual=None if config.residual == "none" else config.residual,
-        residual_device=config.residual_device,
-        group=ranks.group if config.shard else None,
+        base=None if precision.base_dtype == "float32" else precision.base_dtype,
+        residual=None if precision.residual == "none" else precision.residual,
+        residual_device=precision.residual_device,
+        group=processes.group if config.machine.shard else None,
     )
 
 
 def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) -> frozenset[str]:
-    """The low-rank weights, and for full those that would be."""
-    globs = config.targets or targets if config.method == "full" else ()
+    """Return the names of the low-rank weights.
+
+    For full, these are the weights that the other methods make low-rank.
+    """
+    training = config.training
+    globs = training.targets or targets if training.method == "full" else ()
     return frozenset(
         name
         for name, param in params.items()
@@ -89,66 +108,84 @@ def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) 
 
 
 def make_optimizer(config: Config, inner: frozenset[str]) -> dl.optim.Transform:
-    """Takes one learning rate, that of the `inner` weights."""
-    adamw = dl.optim.adamw(weight_decay=config.weight_decay, moments=config.moments)
-    optimizers = {"adamw": adamw, "muon": dl.optim.muon(weight_decay=config.weight_decay)}
+    """Return the optimizer.
+
+    It takes the learning rate of the `inner` weights and scales it for the others.
+    """
+    weight_decay, scale = config.optimization.weight_decay, dense_lr_scale(config)
+    adamw = dl.optim.adamw(weight_decay=weight_decay, moments=config.precision.moments)
+    optimizers = {"adamw": adamw, "muon": dl.optim.muon(weight_decay=weight_decay)}
+    # The labels are in the names of a checkpoint's tensors: another label makes older checkpoints unreadable.
     transforms = {"inner": optimizers[config.inner_optimizer()], "rest": adamw}
     both = dl.optim.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
 
     def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.optim.Updates:
-        rates = {name: lr if name in inner else lr * config.dense_share() for name in trainable}
+        rates = {name: lr if name in inner else lr * scale for name in trainable}
         return both.update(grads, opt_state, trainable, lr=rates)
 
     return dl.optim.Transform(both.init, update)
 
 
 def start(config: Config) -> dl.switching.Start:
-    return "switchlora" if config.method == "switchlora" else "lora"
+    return "switchlora" if config.training.method == "switchlora" else "lora"
 
 
 def make_schedule(config: Config) -> dl.schedules.Schedule:
-    if config.method == "switchlora":
-        return dl.schedules.switchlora(config.steps, interval=config.interval, ratio=config.ratio, freeze=config.freeze)
-    return dl.schedules.every(config.merge_every) if config.method == "relora" else dl.schedules.never()
+    method, switching = config.training.method, config.switching
+    if method == "switchlora":
+        return dl.schedules.switchlora(
+            config.training.steps, interval=switching.interval, ratio=switching.ratio, freeze=switching.freeze
+        )
+    return dl.schedules.every(switching.merge_every) if method == "relora" else dl.schedules.never()
 
 
 def make_step(
-    config: Config, model: nn.Module, optimizer: dl.optim.Transform, *, still: Sequence[str] = (), ranks: Ranks = ALONE
+    config: Config,
+    model: nn.Module,
+    optimizer: dl.optim.Transform,
+    *,
+    untrained: Sequence[str] = (),
+    processes: Processes = SINGLE_PROCESS,
 ) -> Callable[..., tuple[State, Metrics]]:
-    """`still` names full-rank tensors that are not trained."""
-    dtype, device_type = config.compute_torch_dtype(), config.torch_device().type
-    share = ranks.share(config.batch_size)
+    """Return the training step.
+
+    `untrained` names the full-rank tensors that are not trained.
+    """
+    dtype, device_type, compensate = compute_dtype(config), run_device(config).type, config.training.compensate
+    clip, weight = config.optimization.clip, processes.weight(config.data.batch_size)
 
     def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any, stop: Tensor) -> tuple[State, Metrics]:
-        """`tokens` is (grad_accum, rows of this process, seq_len + 1); without a plan nothing is switched, and without
-        incoming vectors they are drawn from the basis."""
+        """Take one step. `tokens` is (grad_accum, rows of this process, seq_len + 1).
+
+        Without a plan nothing is switched. Without incoming vectors they are generated from the basis seed.
+        """
         trainable, frozen, opt_state = state
 
-        def loss_fn(given: dict[str, Any], tokens: Tensor) -> Tensor:
-            params = given if config.compensate else dl.combine(given, frozen)
+        def loss_fn(params: dict[str, Any], tokens: Tensor) -> Tensor:
+            params = params if compensate else dl.combine(params, frozen)
             with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
                 return next_token_loss(model, params, tokens)
 
-        given = dl.materialize(state.params()) if config.compensate else trainable
-        loss, grads = mean_over(dl.value_and_grad(loss_fn), given, tokens)
-        if ranks.group is not None:
+        differentiated = dl.materialize(state.params()) if compensate else trainable
+        loss, grads = mean_over(dl.value_and_grad(loss_fn), differentiated, tokens)
+        if processes.group is not None:
             loss, grads, stop = dl.parallel.all_reduce_mean(
-                (loss, grads, stop), ranks.group, weight=share, frozen=frozen
+                (loss, grads, stop), processes.group, share=weight, frozen=frozen
             )
-        if config.compensate:
+        if compensate:
             dense, params = grads, state.params()
             grads = {
                 name: grad for name, grad in dl.optim.project_gradients(dense, params).items() if name in trainable
             }
-            frozen = dl.partition(dl.optim.compensate(params, dense, lr=lr * config.compensate), frozen=still).frozen
-        grads, norm = dl.optim.clip_by_global_norm(grads, config.clip, frozen=frozen)
+            frozen = dl.partition(dl.optim.compensate(params, dense, lr=lr * compensate), frozen=untrained).frozen
+        grads, norm = dl.optim.clip_by_global_norm(grads, clip, frozen=frozen)
         outgoing: dict[str, dl.Factors] = {}
         if plan is not None:
             params = dl.combine(trainable, frozen)
             incoming = dl.candidates(params, plan, start=start(config)) if incoming is None else incoming
             params, outgoing = dl.switch(params, plan, incoming=incoming)
             opt_state = dl.project_optimizer_state(opt_state, plan)
-            trainable, frozen = dl.partition(params, frozen=still)
+            trainable, frozen = dl.partition(params, frozen=untrained)
         updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
         return State(dl.apply_updates(trainable, updates), frozen, opt_state), Metrics(loss, norm, stop, outgoing)
 
@@ -158,7 +195,10 @@ def make_step(
 def mean_over(
     value_and_grad: Callable[..., dl.nn.ValueAndGrad], trainable: Any, microbatches: Tensor
 ) -> dl.nn.ValueAndGrad:
-    """Loss and gradients averaged over the first axis, one backward pass at a time."""
+    """Return loss and gradients averaged over the first axis.
+
+    The backward passes run one after the other.
+    """
     total = value_and_grad(trainable, microbatches[0])
     for microbatch in microbatches[1:]:
         total = tree_map(torch.add, total, value_and_grad(trainable, microbatch))
@@ -166,7 +206,10 @@ def mean_over(
 
 
 def next_token_loss(model: nn.Module, params: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a token, of a model that returns logits, or an output that has them."""
+    """Return the mean cross-entropy in nats per token.
+
+    The model returns logits, or an output with a field `logits`.
+    """
     output = dl.call(model, params, tokens[..., :-1])
     logits = getattr(output, "logits", output)
     return cross_entropy(logits.flatten(0, -2).float(), tokens[..., 1:].flatten())

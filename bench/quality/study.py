@@ -1,0 +1,111 @@
+"""Run an experiment: print the plan and its time, do the missing runs, and write the tables and plots."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+import bench.support.harness  # noqa: F401, sets environment variables that torch reads
+from bench.quality import store
+from bench.quality.dense_methods import FullRank, Packaged
+from bench.quality.execute import Method, execute
+from bench.quality.experiments import EXPERIMENTS
+from bench.quality.job import Job
+from bench.quality.low_rank import LowRankMethod
+from bench.quality.runs import SIZES, Run
+from bench.quality.sweeps import missing_of
+from bench.quality.tables import write_report
+from models import corpus as text
+
+# Seconds that a run takes on one core, about. Used for the plan when no run of the size is recorded.
+_GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 200.0}
+
+
+@dataclass(frozen=True)
+class Quality:
+    experiment: tyro.conf.Positional[Literal["methods", "ranks", "test", "ablations", "compensation"]]
+    sizes: tuple[Literal["tiny", "small", "medium", "main", "large"], ...] = ("small",)
+    rows: tuple[str, ...] = ()
+    """Rows of the experiment's table to run. Default () means all."""
+    text: tuple[Path, ...] = ()
+    """Files or folders to train on. Default () means the sources of the standard library."""
+    folder: Path = Path("bench/results/quality")
+    """Folder of the results. Results of other experiments in it are used too."""
+    threads: int = 1
+    plan: bool = False
+    """Only print the plan and write the report of the runs so far."""
+    minutes: float = float("inf")
+    """Stop after this time. The same command continues later."""
+    backend: str = "inductor"
+    """Backend of `torch.compile`."""
+
+
+def make_method(job: Job, run: Run) -> Method:
+    """Return the method of a run at its start."""
+    if run.method == "full":
+        return FullRank(job, run)
+    return Packaged(job, run) if run.method in ("galore", "apollo") else LowRankMethod(job, run)
+
+
+def main(config: Quality) -> None:
+    torch.set_num_threads(config.threads)
+    console = Console(width=120)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    documents = text.split(text.text_files(config.text) if config.text else text.standard_library())
+    corpus = text.tokenize(documents, text.byte_tokenizer(), window=max(size.length for size in SIZES.values()) + 1)
+    until = time.perf_counter() + 60 * config.minutes
+    for size in config.sizes:
+        job = Job(SIZES[size], corpus, backend=config.backend)
+        while missing := _missing(config, corpus, size, console):
+            if config.plan:
+                break
+            for run in missing:
+                if time.perf_counter() > until:
+                    _report(config, corpus)
+                    return
+                result = execute(job, run, make_method)
+                path = config.folder / f"{config.experiment}.jsonl"
+                store.append(path, run, result, digest_of(corpus))
+                console.print(f"{run.described()}: {result['loss']}, {result['seconds']:.1f} s", highlight=False)
+    _report(config, corpus)
+
+
+def digest_of(corpus: text.Corpus) -> str:
+    """Return the digest by which recorded runs name their corpus."""
+    return corpus.digest()[:12]
+
+
+def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) -> list[Run]:
+    """Return the runs that are missing before the next ones can be chosen, and print them."""
+    found = store.read(config.folder, digest_of(corpus))
+    rows = EXPERIMENTS[config.experiment](found, size)
+    if unknown := set(config.rows) - set(rows):
+        raise SystemExit(f"unknown rows {', '.join(unknown)}; use some of {', '.join(rows)}")
+    missing = missing_of(stage for name, stage in rows.items() if not config.rows or name in config.rows)
+    if missing:
+        _print_plan(console, missing, found, size)
+    return missing
+
+
+def _report(config: Quality, corpus: text.Corpus) -> None:
+    found = store.read(config.folder, digest_of(corpus))
+    started = store.sizes_in(config.folder / f"{config.experiment}.jsonl")
+    rows = {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size in started}
+    write_report(config.folder, config.experiment, found, rows)
+
+
+def _print_plan(console: Console, missing: Sequence[Run], found: store.Found, size: str) -> None:
+    recorded = [line["seconds"] for run, line in found.items() if run.size == size]
+    seconds = median(recorded) if recorded else _GUESS[size]
+    minutes = len(missing) * seconds / 60
+    console.print(
+        f"{len(missing)} runs at size {size} before the next choice, about {minutes:.0f} minutes:", highlight=False
+    )
+    for run in missing:
+        console.print(f"  {run.described()}", highlight=False, soft_wrap=True)

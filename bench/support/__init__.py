@@ -1,0 +1,1 @@
+"""Share options, timing, memory measurement and training steps between the programs in `bench`."""

@@ -1,0 +1,56 @@
+"""Time functions in turn, so that noise of the machine falls on all of them alike."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+import torch
+
+_WARMUP_ROUNDS = 2  # in which functions are compiled and caches are filled
+
+
+class Timing(NamedTuple):
+    """Quartiles of measured times, in seconds."""
+
+    lower: float
+    median: float
+    upper: float
+    all: list[float]
+
+    @classmethod
+    def of(cls, times: list[float]) -> "Timing":
+        """Return the quartiles of `times`."""
+        return cls(*quantiles(times, n=4, method="inclusive"), times)
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has finished its work."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """Return the seconds that one call takes."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleave(contenders: Mapping[str, Callable[[], Any]], *, repeats: int, device: str) -> dict[str, Timing]:
+    """Time every contender once a round, for `repeats` rounds after two rounds of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(repeats + _WARMUP_ROUNDS):
+        for name, contender in contenders.items():
+            elapsed = seconds(contender, device)
+            if round_ >= _WARMUP_ROUNDS:
+                times[name].append(elapsed)
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def weighted(common: Timing, occasional: Timing, fraction: float) -> Timing:
+    """Return the timing of a step that takes `occasional` in `fraction` of the cases and `common` otherwise."""
+    pairs = zip(common.all, occasional.all, strict=True)
+    return Timing.of([(1 - fraction) * usual + fraction * rare for usual, rare in pairs])

@@ -1,0 +1,90 @@
+"""Every check of the options that needs neither text nor model."""
+
+import math
+
+from models.pretrain.config import Config
+from models.pretrain.device import find_device, run_device
+from models.pretrain.processes import SINGLE_PROCESS, Processes
+
+_AT_LEAST_ONE = (
+    *("rank", "steps", "batch_size", "seq_len", "grad_accum", "eval_every", "eval_batches", "save_every"),
+    *("keep", "check_every", "merge_every", "dataset_characters"),
+)
+_NOT_NEGATIVE = ("warmup", "weight_decay", "freeze", "compensate", "seed")
+_POSITIVE = ("lr", "dense_lr", "clip", "ratio", "interval")
+
+
+def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
+    """Check the ranges of options, and which of them go together.
+
+    Raises:
+        ValueError: For the first option that is invalid. It names the option, the requirement and the value.
+    """
+    _check_ranges(config)
+    _check_combinations(config)
+    _check_processes(config, processes)
+    run_device(config)
+    if config.precision.residual_device is not None:
+        find_device("residual_device", config.precision.residual_device)
+
+
+def _check_ranges(config: Config) -> None:
+    options = config.options()
+    for name in _AT_LEAST_ONE:
+        if options[name] < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {options[name]}")
+    for name in _NOT_NEGATIVE:
+        if not options[name] >= 0:  # true for nan
+            raise ValueError(f"`{name}` must not be negative, got {options[name]}")
+    for name in _POSITIVE:
+        value = options[name]
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"`{name}` must be positive and finite, got {value}")
+
+
+def _check_combinations(config: Config) -> None:
+    method, data = config.training.method, config.data
+    if data.text and data.dataset:
+        raise ValueError(
+            f"`text` and `dataset` must not both be given, got {str(data.text[0])!r} and {data.dataset!r}; omit one"
+        )
+    if config.switching.candidates == "pool" and method != "switchlora":
+        raise ValueError(f"`candidates` must be 'seeded' except for switchlora, got 'pool' for {method}")
+    if config.training.compensate and method == "full":
+        raise ValueError(
+            f"`compensate` must be 0 for full, got {config.training.compensate}; full-rank training misses no gradient"
+        )
+    if config.precision.base_dtype != "float32" and method == "full":
+        raise ValueError(
+            f"`base_dtype` must be float32 for full, got {config.precision.base_dtype}; "
+            "full-rank training has no frozen bases"
+        )
+    if config.output.resume and config.output.out is None:
+        raise ValueError("`out` must be given with --resume, got none; pass the folder of the run")
+
+
+def _check_processes(config: Config, processes: Processes) -> None:
+    machine, batch_size = config.machine, config.data.batch_size
+    if batch_size < processes.world_size:
+        raise ValueError(
+            f"`batch_size` must be at least the number of processes, {processes.world_size}, got {batch_size}"
+        )
+    if machine.shard and processes.group is None:
+        raise ValueError("`shard` must have processes to shard over, got a single one; start the command with torchrun")
+    if machine.shard and config.training.method == "full":
+        raise ValueError("`shard` must come with frozen bases, got full, which has none; omit --shard")
+    if machine.shard_factors:
+        _check_sharded_factors(config)
+
+
+def _check_sharded_factors(config: Config) -> None:
+    sharded, candidates, moments = config.machine.shard, config.switching.candidates, config.precision.moments
+    if config.inner_optimizer() == "muon":
+        raise ValueError("`optimizer` must be adamw with --shard-factors, got muon, whose messages are not counted")
+    if config.training.compensate:
+        raise ValueError(f"`compensate` must be 0 with --shard-factors, got {config.training.compensate}")
+    if not sharded or candidates == "pool" or moments == "8bit":
+        raise ValueError(
+            "`shard_factors` must come with --shard, seeded candidates and float32 moments, "
+            f"got candidates {candidates}, moments {moments}, {'with' if sharded else 'without'} --shard"
+        )

@@ -1,0 +1,46 @@
+"""The learning rate at each step: linear warm-up, then a cosine."""
+
+import math
+
+from models.pretrain.config import Config
+
+
+def lr_at(config: Config, step: int) -> float:
+    """Return the learning rate at a step, counted from 0.
+
+    It is that of the factors, or of the same matrices for full.
+
+    ReLoRA warms up again after each merge.
+    """
+    warmup = config.optimization.warmup
+    lr = peak_lr(config) * warmup_cosine(step, config.training.steps, warmup)
+    merge_every = config.switching.merge_every
+    if config.training.method == "relora" and step >= merge_every:
+        lr *= min(1.0, (step % merge_every + 1) / max(1, warmup // 10))
+    return lr
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Return the learning rate over its peak.
+
+    A linear warm-up is followed by a cosine to a tenth at the last step.
+    """
+    progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
+    return (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2) * min(1.0, (step + 1) / max(1, warmup))
+
+
+def peak_lr(config: Config) -> float:
+    """Return the option `lr`, or the default rate of the method and its optimizer."""
+    if config.optimization.lr is not None:
+        return config.optimization.lr
+    rates = config.default_rates
+    by_method = rates.muon if config.inner_optimizer() == "muon" else rates.adamw
+    return by_method[config.training.method]
+
+
+def dense_lr_scale(config: Config) -> float:
+    """Return the learning rate of embedding, head and norms as a multiple of `lr_at`."""
+    dense_lr = config.optimization.dense_lr
+    if dense_lr is None and config.inner_optimizer() == "muon":
+        dense_lr = config.default_rates.dense_with_muon
+    return 1.0 if dense_lr is None else dense_lr / peak_lr(config)

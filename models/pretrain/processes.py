@@ -1,0 +1,120 @@
+"""The processes that `torchrun` starts.
+
+Which process this is, its rows of a batch, and what the processes agree on.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+
+class Processes(NamedTuple):
+    """This process among all processes of a run."""
+
+    process: int = 0  # index of this one
+    world_size: int = 1
+    group: ProcessGroup | None = None  # None: started without torchrun, so that there is nothing to communicate with
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.process == 0
+
+    def rows(self, count: int) -> slice:
+        """Return this process's slice of `count` rows.
+
+        It is not empty if there are at least `world_size` rows.
+        """
+        return slice(self.process * count // self.world_size, (self.process + 1) * count // self.world_size)
+
+    def weight(self, count: int) -> float:
+        """Return the weight of this process in a mean over `count` rows."""
+        rows = self.rows(count)
+        return (rows.stop - rows.start) / count
+
+    def from_first(self, value: Any) -> Any:
+        """Return the value that the first process passes.
+
+        Collective: call it on every process.
+        """
+        values = [value]
+        if self.group is not None:
+            distributed.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def first_not_none(self, value: Any) -> Any:
+        """Return the first value, in the order of processes, that is not None. Collective."""
+        values: list[Any] = [value] * self.world_size
+        if self.group is not None:
+            distributed.all_gather_object(values, value, group=self.group)
+        return next((value for value in values if value is not None), None)
+
+    def any(self, value: bool) -> bool:
+        """Return whether any process passes True. Collective."""
+        return bool(self.first_not_none(value or None))
+
+    def background_group(self) -> ProcessGroup | None:
+        """Return a group of the same processes for another thread.
+
+        Its messages are not mixed up with those of this thread.
+        """
+        return None if self.group is None else distributed.new_group(backend="gloo")
+
+
+SINGLE_PROCESS = Processes()
+
+
+@contextmanager
+def join_processes() -> Iterator[Processes]:
+    """Join the processes that `torchrun` started. Without it, yield `SINGLE_PROCESS`."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield SINGLE_PROCESS
+        return
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, process, world_size = next(distributed.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # On one machine torchrun keeps its store across restarts, with the addresses of processes that have died.
+        store = distributed.PrefixStore(f"attempt-{_restarts()}", store)
+    backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
+    distributed.init_process_group(backend, store=store, rank=process, world_size=world_size)
+    try:
+        yield Processes(process, world_size, distributed.group.WORLD)
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_restarted() -> bool:
+    """Return whether `torchrun` has restarted the processes of this machine.
+
+    It does not report other machines.
+    """
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+class Preemption:
+    """Record whether this process has received SIGTERM since the context was entered."""
+
+    def __init__(self) -> None:
+        self.is_requested = False
+
+    def __enter__(self) -> "Preemption":
+        self._previous_handler = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def _request(self, *_: object) -> None:
+        self.is_requested = True

@@ -1,0 +1,50 @@
+"""The difference between a quantized base and its products is measured."""
+
+import torch
+from hypothesis import given
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import dynlora_fn as dl
+from dynlora_fn import switch
+from dynlora_fn.bases import drift, quantize
+from dynlora_fn.testing import Shape, exact_weight, low_rank, plan_of
+from tests.support.quantized import RESIDUALS, Net
+from tests.support.strategies import quantized_params
+
+
+@given(quantized_params())
+def test_drift_is_what_products_miss(param):
+    right, seen = exact_weight(param), dl.materialize(param)
+    missed = (seen.double() - right).norm() / right.norm()
+    if isinstance(param.base, Tensor) or not tree_leaves(param.base.residual):
+        assert drift(param).isnan()
+    else:
+        # Two sums and the norm of what is computed in the factors' dtype, float32 at least.
+        torch.testing.assert_close(drift(param).double(), missed, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(drift(param, right).double(), missed, rtol=1e-3, atol=1e-6)
+
+
+def test_drift_is_reported_by_name():
+    params = dl.init(Net(), rank=4, seed=0, targets=["*weight"], base="int8")
+    found = drift(params)
+    assert found.keys() == {"layers.*.weight", "head.weight"}
+    assert all(0 < value < 0.02 for value in found.values())
+    dense = dl.materialize({**dl.init(Net(), rank=4, seed=0, targets=["*weight"])})
+    assert drift(params, dense).keys() == found.keys()
+
+
+def test_a_residual_keeps_drift_from_growing():
+    """Two thousand folds: with a residual the error of one, without it many times that."""
+    weight = low_rank(Shape(64, 64, 16), base_dtype=torch.float64, factor_dtype=torch.float32)
+    held = {residual: quantize(weight, "int8", residual=residual) for residual in RESIDUALS}
+    for seed in range(2000):
+        plan = plan_of(16, b=1, a=1, seed=seed)
+        weight = switch(weight, plan).param
+        held = {residual: switch(param, plan).param for residual, param in held.items()}
+    exact_weight = dl.materialize(weight)
+    off = {residual: drift(param, exact_weight) for residual, param in held.items()}
+    once = drift(quantize(weight, "int8", residual=None), exact_weight)
+    assert off["bfloat16"] < 1.02 * once
+    assert off["int8"] < 1.2 * once
+    assert off[None] > 10 * once

@@ -1,0 +1,166 @@
+"""Codes are torchao's, bit for bit, and stand for their numbers within the bound of each format."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynlora_fn import Factors, LowRank
+from dynlora_fn.bases import from_torchao, quantize
+from dynlora_fn.bases._float4 import MXFP4Codes, NVFP4Codes
+from dynlora_fn.bases._formats import KINDS, NAMES, PROTOTYPES, Codes, decode, empty_codes, encode, encode_residual
+from dynlora_fn.bases._nf4 import NF4Codes
+from dynlora_fn.bases._ops import decode_exact
+from dynlora_fn.bases._rowwise import Int8Codes
+from dynlora_fn.testing import assert_same, assert_within, eps, normal, seeds
+from tests.support.torchao_tensors import dense, prototype
+
+torchao = pytest.importorskip("torchao.quantization")
+CODED = tuple(KINDS)
+matrices = st.tuples(st.integers(1, 5), st.integers(1, 5), seeds, st.sampled_from([1e-4, 1.0, 1e4]))
+
+
+def matrix(out: int, half: int, seed: int, scale: float) -> Tensor:
+    """Of a size that all blocks divide, with a row of zeros, a block of zeros and an outlier now and then."""
+    weight = scale * normal(seed, 4 * out, 32 * half, dtype=torch.float32)
+    if seed % 2:
+        weight[seed % (4 * out)] = 0
+    if seed % 3 == 0:
+        weight[0, 0] *= 1e3
+    return weight
+
+
+def torchaos(weight: Tensor, kind: str, codes: Codes) -> Tensor:
+    """torchao's own tensor of a weight."""
+    if kind == "int8":
+        return torchao.Int8Tensor.from_hp(weight, granularity=torchao.PerRow())
+    if kind == "float8":
+        return torchao.Float8Tensor.from_hp(weight, granularity=torchao.PerRow())
+    if kind in PROTOTYPES:
+        return prototype(weight, kind)
+    assert isinstance(codes, NF4Codes)
+    return torchao.to_nf4(weight, 64, codes.scales.numel() // codes.factor.numel())
+
+
+def coded(weight: Tensor, kind: str) -> Codes:
+    return encode(weight, empty_codes(kind, "w", weight))
+
+
+@given(matrices, st.sampled_from(CODED))
+def test_codes_are_torchaos(case, kind):
+    out, half, seed, scale = case
+    weight = matrix(out, half, seed - seed % 2, scale)  # without zeros: torchao makes those of some formats NaN
+    codes = coded(weight, kind)
+    wanted = torchaos(weight, kind, codes)
+    assert_same(from_torchao(wanted, residual=None).codes, codes)
+    assert_same(decode(codes, torch.float32), dense(wanted))
+
+
+@pytest.mark.parametrize("kind", PROTOTYPES)
+def test_numbers_in_the_middle_and_blocks_next_to_nothing_are_torchaos(kind):
+    """Rounded to even, with the sign of zero; and a block below the least of nvfp4's scales."""
+    middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 7.0])
+    weight = torch.stack([middle, -middle]).repeat(2, 2)
+    weight[2], weight[3, 0] = weight[2] * 1e-3, 6 * 448  # so that nvfp4's factor is one
+    codes, wanted = coded(weight, kind), torchaos(weight, kind, coded(weight, kind))
+    assert_same(from_torchao(wanted, residual=None).codes, codes)
+    assert_same(decode(codes, torch.float32), dense(wanted))
+
+
+def bound(weight: Tensor, codes: Codes) -> Tensor:
+    """What a format may be off by, entry by entry: half of its step, as `quantize` promises."""
+    largest = weight.abs().amax(-1, keepdim=True)
+    work = 4 * eps(torch.float32) * weight.abs()  # scale, its inverse and the quotient are rounded as well
+    if isinstance(codes, Int8Codes):
+        return work + (largest / 127.5).clamp(min=eps(torch.float32)) / 2
+    if isinstance(codes, Tensor):
+        return weight.abs() * eps(torch.bfloat16) / 2 + 2**-134
+    if isinstance(codes, NF4Codes):
+        blocks = weight.reshape(codes.scales.numel(), -1).abs().amax(-1)
+        off = (blocks - blocks.mean()).reshape(codes.factor.numel(), -1).abs().amax(-1, keepdim=True)
+        own = 0.152 * blocks.reshape(codes.factor.numel(), -1) + off / 128
+        return work + own.reshape(-1, 1).expand(-1, 64).reshape(weight.shape) + 1e-30
+    if isinstance(codes, NVFP4Codes):
+        return work + torch.maximum(by_block(weight, 16) / 5, weight.abs().max() * 2**-19) + 2**-140
+    if isinstance(codes, MXFP4Codes):
+        return work + by_block(weight, 32) / 5 + 2**-124
+    # float8 e4m3: three bits behind the point, and a fixed step below 2**-6 of what the scale stands for.
+    return work + torch.maximum(weight.abs() * 2**-4, largest / 448 * 2**-10) + 2**-140
+
+
+def by_block(weight: Tensor, size: int) -> Tensor:
+    """The largest entry of each entry's block."""
+    blocks = weight.reshape(-1, size)
+    return blocks.abs().amax(-1, keepdim=True).expand_as(blocks).reshape(weight.shape)
+
+
+@given(matrices, st.sampled_from(NAMES))
+@example((1, 2, 0, 1e-41), "int8")  # denormal
+@example((1, 2, 0, 1e-41), "float8")
+@example((1, 2, 0, 1e-41), "nf4")
+@example((1, 2, 0, 1e-41), "nvfp4")
+@example((1, 2, 0, 1e-41), "mxfp4")
+@example((1, 2, 0, 1e-41), "bfloat16")
+@example((1, 2, 3, 1e-37), "nvfp4")  # the inverse of its factor is infinite
+@example((1, 2, 3, 1e-35), "nvfp4")
+@example((1, 2, 2, 1e37), "nvfp4")
+@example((1, 2, 2, 1e37), "mxfp4")
+@example((1, 2, 2, 1e37), "int8")
+@example((1, 2, 2, 1e37), "float8")
+@example((1, 2, 2, 1e34), "nf4")
+def test_codes_are_within_the_bound_of_their_format(case, kind):
+    weight = matrix(*case)
+    codes = coded(weight, kind)
+    got = decode(codes, torch.float64)
+    off = (got - weight.double()).abs()
+    assert (off <= bound(weight.double(), codes)).all(), (off / bound(weight.double(), codes)).max()
+    zeros = (weight == 0).all(-1)
+    assert not got[zeros].any() or kind == "nf4"
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_zeros_are_zeros(kind):
+    assert not decode(coded(torch.zeros(4, 64), kind), torch.float32).any()
+    weight = torch.zeros(8, 64)
+    weight[3] = torch.linspace(-1, 1, 64)
+    got = decode(coded(weight, kind), torch.float32)
+    assert not got[torch.arange(8) != 3].any()
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("share", [1, 0.99, 1 / 300])
+def test_the_largest_numbers_are_kept_or_refused(kind, share):
+    """A format that would round them to infinity refuses them by the weight's name."""
+    weight = torch.full((4, 64), share * torch.finfo(torch.float32).max)
+    weight[:, ::2] *= -1
+    param = LowRank(weight, Factors(torch.zeros(4, 1), torch.zeros(1, 64)), torch.tensor(0))
+    if share == 1 / 300 or torch.isfinite(decode(coded(weight, kind), torch.float32)).all():
+        base = quantize({"w": param}, kind)["w"].base
+        kept = decode_exact(base.codes, base.residual, torch.float64)
+        assert_within(kept, weight, 2.0**-8 * bound(weight.double(), base.codes))
+    else:
+        with pytest.raises(ValueError, match="weight 'w' must be finite to be held in low precision"):
+            quantize({"w": param}, kind)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4", "bfloat16"])
+def test_what_was_codes_before_is_the_same_when_encoded_again(kind):
+    """Or a base without a residual, whose most negative numbers torchao's int8 overstates, would grow by each fold."""
+    codes = coded(normal(0, 64, 64, dtype=torch.float32), kind)
+    if kind == "int8":
+        codes = encode(decode(codes, torch.float32), codes, again=True)  # from 127.5 steps to 127
+    dense = decode(codes, torch.float32)
+    torch.testing.assert_close(
+        decode(encode(dense, codes, again=True), torch.float32), dense, rtol=2 * eps(torch.float32), atol=0
+    )
+
+
+@given(matrices)
+def test_a_small_residual_has_a_scale_of_its_own(case):
+    rest = 1e-9 * matrix(*case)
+    like = encode_residual(rest, Int8Codes(rest.to(torch.int8), rest[..., :1]))
+    assert isinstance(like, Int8Codes)
+    off = (decode(like, torch.float64) - rest.double()).abs()
+    rest = rest.double().abs()
+    assert (off <= rest.amax(-1, keepdim=True) / 254 + 4 * eps(torch.float32) * rest).all()

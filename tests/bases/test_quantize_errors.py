@@ -1,0 +1,77 @@
+"""What cannot be quantized is refused by name."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import dynlora_fn as dl
+from dynlora_fn import merge, switch
+from dynlora_fn.bases import quantize
+from dynlora_fn.bases._float4 import BLOCKS
+from dynlora_fn.bases._formats import NAMES
+from dynlora_fn.testing import Shape, low_rank, plan_of
+from tests.support.quantized import SHAPE, Net
+
+BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("kind", NAMES)
+def test_what_is_not_finite_is_refused_by_name(kind, value):
+    params = {"layers.*.q": low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)}
+    good, plan = quantize(params, kind), {"layers.*.q": plan_of(4, b=2, a=2)}
+    message = r"weight 'layers\.\*\.q' must be finite to be held in low precision"
+    params["layers.*.q"].base[1, 3, 5] = value
+    with pytest.raises(ValueError, match=message):
+        quantize(params, kind)
+    bad = {"layers.*.q": good["layers.*.q"]._replace(factors=tree_map(torch.clone, good["layers.*.q"].factors))}
+    bad["layers.*.q"].factors.b[1, 3] = value
+    for function in (lambda: merge(bad), lambda: switch(bad, plan)):
+        with pytest.raises(ValueError, match=message):
+            function()
+    compiled = torch.compile(switch, backend="aot_eager", fullgraph=True)
+    compiled(good, plan)
+    with pytest.raises(ValueError, match=message):
+        compiled(bad, plan)
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_model_that_is_not_finite_is_refused_by_name(value):
+    weight = torch.ones(8, 16)
+    weight[3, 5] = value
+    with pytest.raises(ValueError, match=rf"weight 'fc\.weight' must be finite .* got numbers from .*{value}"):
+        dl.init({"fc.weight": weight}, rank=2, seed=0, targets=["*"], base="int8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"base": "int4"},
+            r"`base` must be one of int8, float8, nf4, bfloat16, nvfp4 or mxfp4 \(proto.*, or .*, got 'int4'",
+        ),
+        ({"base": torch.int8}, r"`base` must be one of .*, got torch\.int8"),
+        ({"base": "int8", "residual": "float16"}, r"`residual` must be 'int8', 'bfloat16' or None, got 'float16'"),
+    ],
+)
+def test_quantize_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(low_rank(SHAPE), **arguments)
+
+
+@pytest.mark.parametrize("shape", [Shape(7, 16, 2), Shape(64, 7, 2)])
+def test_sizes_that_nf4s_blocks_do_not_divide_are_refused(shape):
+    with pytest.raises(ValueError, match=r"weight 'w' must have a multiple of 64 numbers and an even `in` .*, got \("):
+        quantize({"w": low_rank(shape)}, "nf4")
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("nvfp4", Shape(16, 24, 2)), ("mxfp4", Shape(32, 16, 2))])
+def test_rows_that_blocks_of_float4_do_not_divide_are_refused(kind, shape):
+    message = f"weight 'w' must have a multiple of {BLOCKS[kind]} as `in` .* in {kind}, a prototype in torchao, got "
+    with pytest.raises(ValueError, match=message + rf"\({shape.out_features}, {shape.in_features}\)"):
+        quantize({"w": low_rank(shape)}, kind)
+
+
+def test_both_kinds_of_bases_are_refused():
+    with pytest.raises(ValueError, match=r"`base` and `base_dtype` must not both be given"):
+        dl.init(Net(), rank=2, seed=0, targets=["*weight"], base="int8", base_dtype=torch.bfloat16)

@@ -1,0 +1,67 @@
+"""A compiled step equals the eager one, in one graph."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from dynlora_fn import combine, compile_step
+from dynlora_fn.testing import assert_same, untouched
+from tests.support.training import SWITCHING, batches, make_run, run_for
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_compiled_equals_eager_in_one_graph(donate):
+    """No recompile over steps, learning rates, plans and numbers of switches; a donated state keeps its memory, and
+    any other is left alone."""
+    wanted, run = run_for(make_run(SWITCHING), 50), make_run(SWITCHING)
+    compiled = compile_step(run.step, donate=donate, backend="aot_eager")
+    state, leaves = run.state, tree_leaves(run.state)
+    memory = [leaf.data_ptr() for leaf in leaves]
+    for number, batch in enumerate(batches(50)):
+        with (
+            torch.compiler.set_stance("fail_on_recompile" if number else "default"),
+            nullcontext() if donate else untouched(state),
+        ):
+            state, aux = compiled(state, *batch)
+        assert_same((state, aux), wanted[number])  # the same kernels in the same order
+        if donate:
+            assert all(new is old for new, old in zip(tree_leaves(state), leaves, strict=True))
+            assert [leaf.data_ptr() for leaf in leaves] == memory
+    numbers = {SWITCHING.switches(step, combine(state.trainable, state.frozen)) for step in range(50)}
+    assert len(numbers) > 1  # some steps switch, and some do not
+
+
+def test_a_process_may_compile_any_number_of_steps():
+    def make(number):
+        return lambda state: ({"x": state["x"] + number}, None)
+
+    for donate in (True, False):
+        for number in range(torch._dynamo.config.recompile_limit + 2):
+            state, _ = compile_step(make(number), donate=donate, backend="aot_eager")({"x": torch.zeros(2)})
+            assert_same(state, {"x": torch.full((2,), float(number))})
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda state: ({"x": state["x"][:1]}, None), r"`step` changes a state tensor from \(2,\) .* to \(1,\)"),
+        (lambda state: ({"x": state["x"].double()}, None), r"`step` changes a state tensor .* to \(2,\) torch.float64"),
+        (lambda state: ({"x": state["x"], "y": state["x"] + 1}, None), "`step` changes the structure of its state"),
+    ],
+)
+def test_a_step_that_changes_the_kind_of_its_state_is_refused(step, message):
+    with pytest.raises(ValueError, match=message):
+        compile_step(step, backend="aot_eager")({"x": torch.zeros(2)})
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_a_step_that_switches_equals_eager_with_inductor():
+    run, wanted = make_run(SWITCHING), run_for(make_run(SWITCHING), 12)
+    compiled, state = compile_step(run.step), run.state
+    for number, batch in enumerate(batches(12)):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            state, aux = compiled(state, *batch)
+        torch.testing.assert_close((state, aux), wanted[number], rtol=0, atol=1e-10)  # as to the reference

@@ -1,0 +1,92 @@
+"""Weights that repeat are found by their names and put into one stack."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
+
+from dynlora_fn import init, materialize, unstack
+from dynlora_fn._core._stacking import Stack, find_stacks
+from dynlora_fn.testing import Shape, assert_same, low_rank, normal
+
+SHAPE = Shape(4, 6, 2)
+
+
+def stack_of(*names: str, keys: str | None = None) -> dict[str, Stack]:
+    return find_stacks(dict(zip(names, keys or "x" * len(names), strict=True)))
+
+
+def test_names_that_differ_in_a_number_become_a_stack():
+    assert stack_of("layers.1.w", "head", "layers.0.w") == {
+        "layers.*.w": Stack(["layers.0.w", "layers.1.w"], (2,)),
+        "head": Stack(["head"], ()),
+    }
+    assert stack_of(*(f"l.{n}.w" for n in range(12)))["l.*.w"].members[9:] == ["l.9.w", "l.10.w", "l.11.w"]
+
+
+def test_two_numbers_become_two_axes_in_row_major_order():
+    names = [f"layers.{layer}.experts.{expert}.w" for expert in range(3) for layer in range(2)]
+    (pattern, stack), *others = stack_of(*names).items()
+    assert not others
+    assert pattern == "layers.*.experts.*.w"
+    assert stack.shape == (2, 3)
+    assert stack.members == sorted(names)
+
+
+def test_a_ragged_grid_is_stacked_layer_by_layer():
+    stacks = stack_of("l.0.e.0", "l.0.e.1", "l.1.e.0", "l.1.e.1", "l.1.e.2")
+    assert {pattern: stack.shape for pattern, stack in stacks.items()} == {"l.0.e.*": (2,), "l.1.e.*": (3,)}
+
+
+@pytest.mark.parametrize("names", [["l.1.w", "l.2.w"], ["l.0.w", "l.2.w"], ["l.0.w"], ["0", "2"], ["l.00.w", "l.01.w"]])
+def test_numbers_with_gaps_or_zeros_in_front_stay_by_themselves(names):
+    assert stack_of(*names) == {name: Stack([name], ()) for name in names}
+
+
+def test_other_shapes_are_not_stacked_with_the_rest():
+    # The grid of one shape takes the name with the star, so that no two stacks share a name.
+    stacks = stack_of("l.0.w", "l.1.w", "l.2.w", "l.3.w", keys="aabb")
+    assert stacks == {
+        "l.*.w": Stack(["l.0.w", "l.1.w"], (2,)),
+        "l.2.w": Stack(["l.2.w"], ()),
+        "l.3.w": Stack(["l.3.w"], ()),
+    }
+
+
+parts = st.sampled_from(["w", "e", "0", "1", "2", "3", "00", "01"])
+names = st.lists(parts, min_size=1, max_size=4).map(".".join)
+
+
+@given(st.dictionaries(names, st.integers(1, 2), max_size=12), st.booleans())
+def test_unstack_gives_exactly_the_names_of_the_model(widths, stack):
+    """Whatever the numbering: gaps, ragged grids, leading numbers, zeros in front, shapes that alternate."""
+    model = {name: normal(at, 2, width) for at, (name, width) in enumerate(widths.items())}
+    params = init(model, rank=1, seed=0, targets=["*"] if model else [], stack=stack, dtype=torch.float64)
+    members = unstack(params)
+    assert members.keys() == model.keys()
+    for name, weight in model.items():
+        # Two roundings of sums of magnitudes below 4 in float64: of the base, and of the weight from it.
+        torch.testing.assert_close(materialize(members[name]), weight, rtol=0, atol=8 * torch.finfo(weight.dtype).eps)
+
+
+@given(st.dictionaries(names, st.integers(1, 2), max_size=12))
+def test_find_stacks_keeps_every_name_once_and_keys_apart(keys):
+    stacks = find_stacks(keys)
+    assert sorted(name for stack in stacks.values() for name in stack.members) == sorted(keys)
+    for pattern, stack in stacks.items():
+        assert prod(stack.shape) == len(stack.members)
+        assert len(stack.shape) == pattern.split(".").count("*")
+        assert len({keys[name] for name in stack.members}) == 1
+
+
+def test_unstacked_members_are_views():
+    params = {"l.*.w": low_rank(SHAPE, (2,)), "l.*.e.*.b": normal(0, 2, 3, 4), "head": normal(1, 2)}
+    members = unstack(params)
+    assert list(members) == ["l.0.w", "l.1.w", *(f"l.{n}.e.{e}.b" for n in range(2) for e in range(3)), "head"]
+    assert_same(members["l.1.e.2.b"], params["l.*.e.*.b"][1, 2])
+    for whole, part in zip(tree_leaves(params["l.*.w"]), tree_leaves(members["l.1.w"]), strict=True):
+        assert_same(part, whole[1])
+        assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

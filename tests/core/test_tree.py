@@ -1,0 +1,96 @@
+"""Trees by parameter name: the trainable and the frozen part, and the tensors inside of a leaf."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import dynlora_fn as dl
+from dynlora_fn import Factors, LowRank, combine, partition
+from dynlora_fn._core._tree import inner_tensors
+from dynlora_fn._core._types import Frozen
+from dynlora_fn.testing import Shape, low_rank, low_rank_params, normal, untouched
+
+SHAPE = Shape(4, 6, 2)
+
+
+def small_params() -> dict[str, LowRank | torch.Tensor]:
+    return {"norm.weight": normal(1, 6), "q.weight": low_rank(SHAPE), "head.weight": normal(2, 3, 4)}
+
+
+@given(st.lists(low_rank_params(), max_size=3), st.integers(0, 3), st.integers(0, 6))
+def test_combine_restores_what_partition_took_apart(weights, full, frozen):
+    params = {f"full.{at}": normal(at, at + 1) for at in range(full)}
+    params |= {f"low.{at}": param for at, param in enumerate(weights)}
+    with untouched(params):
+        again = combine(*partition(params, frozen=list(params)[:frozen]))
+    assert again.keys() == params.keys()
+    for name, param in params.items():
+        assert type(again[name]) is type(param)
+        # The very tensors: nothing is copied.
+        assert all(left is right for left, right in zip(tree_leaves(again[name]), tree_leaves(param), strict=True))
+
+
+def test_bases_and_seeds_are_frozen_and_all_else_is_trained():
+    params = small_params()
+    trainable, frozen = partition(params)
+    assert trainable.keys() == params.keys()
+    assert isinstance(trainable["q.weight"], Factors)
+    assert frozen.keys() == {"q.weight"}
+    assert isinstance(frozen["q.weight"], Frozen)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "wanted"),
+    [
+        (["*"], {"norm.weight", "head.weight"}),
+        (["norm.weight"], {"norm.weight"}),
+        (["h*", "n*"], {"norm.weight", "head.weight"}),
+        (["q.*"], set()),  # factors are trained always
+    ],
+)
+def test_globs_name_the_tensors_that_are_not_trained(patterns, wanted):
+    params = small_params()
+    trainable, frozen = partition(params, frozen=patterns)
+    assert frozen.keys() == wanted | {"q.weight"}
+    assert trainable.keys() == params.keys() - wanted
+
+
+def test_a_stacked_name_is_matched_by_itself():
+    params = {"layers.*.bias": normal(0, 2, 3), "layers.[0].bias": normal(1, 3)}
+    assert partition(params, frozen=["layers.[0].bias"]).frozen.keys() == {"layers.[0].bias"}
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(
+        ValueError, match=r"`frozen` must match parameter names, got 'k\.\*', .*norm\.weight, q\.weight"
+    ):
+        partition(small_params(), frozen=["*", "k.*"])
+
+
+def test_combine_refuses_parts_that_do_not_belong_together():
+    trainable, frozen = partition(small_params())
+    with pytest.raises(ValueError, match=r"`frozen` must hold the base of every factor set.*'q\.weight'"):
+        combine(trainable, {})
+    with pytest.raises(ValueError, match=r"`frozen` must hold the base.*and of nothing else, got 'norm\.weight'"):
+        combine(trainable, {**frozen, "norm.weight": frozen["q.weight"]})
+    with pytest.raises(ValueError, match=r"`trainable` must hold the factors of every base.*'q\.weight'"):
+        combine({"norm.weight": trainable["norm.weight"]}, frozen)
+
+
+def test_combine_refuses_a_tensor_that_is_both_trained_and_not():
+    with pytest.raises(ValueError, match="twice"):
+        combine({"twice": torch.zeros(2)}, {"twice": torch.ones(2)})
+
+
+def test_memory_lies_in_the_tensors_within():
+    plain = torch.zeros(3)
+    assert inner_tensors(plain)[0] is plain
+    params = dl.init(nn.Linear(8, 4, bias=False), rank=2, seed=0, targets=["weight"], base="int8")
+    (tensor,) = dl.bases.to_torchao(params).values()
+    inner = inner_tensors(tensor)
+    assert len(inner) > 1
+    assert all(type(leaf) is Tensor for leaf in inner)
+    assert {leaf.dtype for leaf in inner} >= {torch.int8}

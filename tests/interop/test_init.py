@@ -1,0 +1,141 @@
+"""Low-rank weights are made from a model's weights and equal them."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dynlora_fn import call, init, unstack
+from dynlora_fn.testing import Shape, any_shapes, assert_same, assert_within, dtypes, eps, normal, seeds, untouched
+from tests.support import reference
+from tests.support.network import EPS, TARGETS, network
+
+starts = st.sampled_from(["switchlora", "lora"])
+
+
+@given(any_shapes, seeds, starts, st.tuples(dtypes, dtypes, dtypes), st.booleans())
+@example(Shape(4, 5, 3), 0, "switchlora", (torch.float32, torch.float32, torch.bfloat16), False)  # b / 3 rounds
+@example(Shape(4, 5, 2), 0, "switchlora", (torch.float32, torch.float64, torch.float64), False)  # a wider base
+def test_init_keeps_the_weights(shape: Shape, seed, start, some_dtypes, stack):
+    weight_dtype, base_dtype, dtype = some_dtypes
+    model = {f"{n}.w": normal(seed + n, *shape[:2], dtype=weight_dtype) for n in range(2)}
+    options = {"start": start, "base_dtype": base_dtype, "dtype": dtype, "stack": stack}
+    params = init(model, rank=shape.rank, seed=seed, targets=["*"], **options)
+    for name, param in unstack(params).items():
+        assert (param.base.dtype, param.factors.b.dtype, param.factors.a.dtype) == (base_dtype, dtype, dtype)
+        # Rank products and sums, each of half an eps of what they are formed in, then one rounding to the base's dtype.
+        bound = (
+            (shape.rank + 3)
+            * eps(reference.working_dtype(param))
+            * (reference.magnitude(param) + model[name].double().abs())
+        )
+        bound += eps(base_dtype) * param.base.double().abs()
+        assert_within(reference.weight(param), model[name], bound)
+
+
+@given(any_shapes, seeds)
+def test_init_starts_plain_lora_from_the_weight_itself(shape: Shape, seed):
+    weight = normal(seed, *shape[:2])
+    param = init({"w": weight}, rank=shape.rank, seed=seed, targets=["w"], start="lora")["w"]
+    assert_same(param.base, weight)
+    assert not param.factors.b.any()
+    assert param.factors.a.any()
+
+
+@given(any_shapes, seeds)
+def test_init_draws_the_first_vectors_of_the_basis(shape: Shape, seed):
+    """Side b half a turn behind: its vector number 0 is in slot rank // 2."""
+    param = init({"w": normal(seed, *shape[:2])}, rank=shape.rank, seed=seed, targets=["w"], dtype=torch.float64)["w"]
+    for number in range(shape.rank):
+        slot = (number + shape.rank // 2) % shape.rank
+        for side, vector in (("a", param.factors.a[number]), ("b", param.factors.b[:, slot])):
+            unit = torch.tensor(reference.uniform(param.seed.item(), side, number, len(vector)), dtype=torch.float64)
+            # The bound is a dozen operations.
+            torch.testing.assert_close(vector, unit * reference.bound(side, *shape), rtol=32 * EPS, atol=0)
+
+
+@given(any_shapes, seeds)
+def test_plain_loras_vectors_are_within_one_over_the_root_of_in(shape: Shape, seed):
+    """U(-1 / sqrt(in), 1 / sqrt(in)), as `torch.nn.Linear`; zeros on side b."""
+    weight = normal(seed, *shape[:2])
+    options = {"rank": shape.rank, "seed": seed, "targets": ["w"], "start": "lora", "dtype": torch.float64}
+    param = init({"w": weight}, **options)["w"]
+    for number, row in enumerate(param.factors.a):
+        unit = torch.tensor(reference.uniform(param.seed.item(), "a", number, len(row)), dtype=torch.float64)
+        torch.testing.assert_close(row, unit / shape.in_features**0.5, rtol=8 * EPS, atol=0)
+
+
+def test_init_copies_and_asks_for_no_gradient():
+    model = network()
+    with untouched(list(model.parameters())):
+        params = init(model, rank=2, seed=0, targets=TARGETS)
+        owners = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        for leaf in tree_leaves(params):
+            assert leaf.untyped_storage().data_ptr() not in owners
+            assert not leaf.requires_grad
+            leaf.add_(1)  # does not reach the model
+
+
+def test_init_is_deterministic_and_another_seed_gives_other_factors():
+    one, same, other = (init(network(), rank=2, seed=seed, targets=TARGETS) for seed in (1, 1, 2))
+    assert_same(one, same)
+    assert not torch.equal(one["0.weight"].factors.a, other["0.weight"].factors.a)
+    assert not torch.equal(one["0.weight"].factors.a, one["3.weight"].factors.a)  # each weight has its own basis
+
+
+def test_seeds_depend_on_the_name_alone():
+    model = {f"layers.{n}.w": normal(n, 4, 4) for n in range(3)}
+    stacked = unstack(init(model, rank=2, seed=5, targets=["*"]))
+    apart = init(model, rank=2, seed=5, targets=["*"], stack=False)
+    alone = init(model, rank=2, seed=5, targets=["layers.1.w"])
+    assert_same(stacked, apart)
+    assert_same(alone["layers.1.w"], apart["layers.1.w"])
+
+
+def test_init_stacks_what_repeats():
+    params = init({f"layers.{n}.w": normal(n, 4, 6) for n in range(3)}, rank=2, seed=0, targets=["layers.*.w"])
+    assert list(params) == ["layers.*.w"]
+    b, a = params["layers.*.w"].factors
+    assert (params["layers.*.w"].base.shape, b.shape, a.shape) == ((3, 4, 6), (3, 4, 2), (3, 2, 6))
+    assert params["layers.*.w"].seed.shape == (3,)
+    assert params["layers.*.w"].seed.unique().numel() == 3
+
+
+def test_tied_tensors_come_once():
+    weight, other = normal(0, 4, 4), normal(0, 4, 4)
+    tied = init({"in": weight, "out": weight, "twin": other, "view": weight.T}, rank=1, seed=0, targets=["in"])
+    assert tied.keys() == {"in", "twin", "view"}  # equal values and other strides are no tie
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    params = init(model, rank=1, seed=0, targets=["0.weight"], stack=False)
+    assert params.keys() == {"0.weight", "0.bias", "1.bias"}
+    x = normal(1, 2, 3, dtype=torch.float32)
+    # Sums of 3 products of magnitude about 1, twice over, in float32.
+    torch.testing.assert_close(call(model, params, x), model(x), rtol=0, atol=32 * eps(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rank": 5}, r"`rank` must be at least 1 and at most min\(out, in\) = 4 for 'w' of shape \(4, 6\), got 5"),
+        ({"rank": 0}, r"`rank` must be at least 1 .* got 0"),
+        ({"targets": ["v*"]}, r"`targets` must match parameter names, got 'v\*', which matches none of: w, bias"),
+        (
+            {"targets": ["w", "bias"]},
+            r"`targets` must match matrices \(out, in\) or stacks of them, got 'bias' of shape \(4,\)",
+        ),
+        ({"start": "zero"}, r"`start` must be 'switchlora' or 'lora', got 'zero'"),
+    ],
+)
+def test_init_refuses(changed, message):
+    arguments = {"rank": 2, "seed": 0, "targets": ["w"]} | changed
+    with pytest.raises(ValueError, match=message):
+        init({"w": normal(0, 4, 6), "bias": normal(0, 4)}, **arguments)
+
+
+def test_init_refuses_integers():
+    model = {"w": normal(0, 4, 6), "steps": torch.tensor(3)}
+    with pytest.raises(ValueError, match=r"`model` must hold floating-point .*, got torch\.int64 for 'steps'"):
+        init(model, rank=2, seed=0, targets=["w"])

@@ -1,0 +1,79 @@
+"""Blocks that are computed again: the same values and gradients by either route, eager and in one graph."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from dynlora_fn import call, combine, compile_step, linear, remat, value_and_grad
+from dynlora_fn.testing import assert_same, normal
+from tests.support.blocks import Block, make
+
+
+def gradients(model, trainable, frozen, via="func", backend=None):
+    x = normal(1, 2, 5, 8)
+
+    def step(trainable, x):
+        return trainable, tuple(
+            value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().mean(), via=via)(trainable)
+        )
+
+    return (compile_step(step, donate=False, backend=backend) if backend else step)(trainable, x)[1]
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_gradients_are_the_same_bit_for_bit(via, backend):
+    model, trainable, frozen = make()
+    wanted = gradients(model, trainable, frozen, via, backend)
+    assert_same(gradients(remat(model, ["layers.*"]), trainable, frozen, via, backend), wanted)
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_a_block_is_computed_twice_and_the_rest_once(via, monkeypatch):
+    model, trainable, frozen = make()
+    shapes = []
+    monkeypatch.setattr(products, "contract", lambda x, *rest: shapes.append(x.shape) or linear(x, *rest))
+    gradients(remat(model, ["layers.[01]"]), trainable, frozen, via)
+    assert len(shapes) == 3 + 2
+
+
+def test_the_model_and_its_names_stay():
+    model, _, _ = make()
+    before = dict(model.named_parameters())
+    blocks = list(model.layers)
+    again = remat(model, ["layers.1"])
+    assert dict(again.named_parameters()).keys() == before.keys()
+    assert all(parameter is before[name] for name, parameter in again.named_parameters())
+    assert list(model.layers) == blocks
+    assert type(model.layers[1]) is Block
+    assert isinstance(again.layers[1], Block)
+    x = normal(1, 2, 5, 8)
+    assert_same(again(x), model(x))
+
+
+def test_blocks_take_part_in_compositions():
+    """Per-sample gradients through a block that is computed again."""
+    model, trainable, frozen = make()
+    x = normal(2, 4, 5, 8)
+
+    def loss(net):
+        return lambda tree, row: call(net, combine(tree, frozen), row[None]).square().mean()
+
+    got = torch.vmap(torch.func.grad(loss(remat(model, ["layers.*"]))), in_dims=(None, 0))(trainable, x)
+    wanted = torch.vmap(torch.func.grad(loss(model)), in_dims=(None, 0))(trainable, x)
+    for left, right in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-12)  # other kernels; gradients of magnitude 1
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_random_blocks_are_refused(backend):
+    model, trainable, frozen = make()
+    model.layers[1].drop = 0.5
+    error = NotImplementedError if backend is None else torch._dynamo.exc.TorchDynamoException
+    with pytest.raises(error, match=r"must draw no random numbers"):
+        gradients(remat(model, ["layers.*"]), trainable, frozen, backend=backend)
+
+
+def test_a_block_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"`blocks` must match .* got 'blocks\.\*'"):
+        remat(make()[0], ["blocks.*"])

@@ -1,0 +1,134 @@
+"""Moments in 8 bit: torchao's own bits, exact resets, and otherwise the same AdamW."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dynlora_fn import Factors, Plan, SidePlan, apply_updates, compile_step, partition, project_optimizer_state
+from dynlora_fn.optim import Change, SignedMoment, UnsignedMoment, adamw
+from dynlora_fn.optim._eight_bit import decode_moments, empty_moment, encode_moments
+from dynlora_fn.testing import Shape, assert_same, low_rank, normal, plans, seeds, untouched
+
+torchao = pytest.importorskip("torchao.optim.subclass_8bit")
+PARAM = low_rank(Shape(64, 128, 64), (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
+TRAINABLE = partition({"w": PARAM, "head": normal(0, 64, 64, dtype=torch.float32), "bias": normal(1, 64)}).trainable
+
+
+def some_grads(seed: int) -> dict:
+    return tree_map(lambda leaf: normal(seed, *leaf.shape).to(leaf.dtype), TRAINABLE)
+
+
+def some_state(steps: int = 3):
+    """After a few updates, so that no moment is zero."""
+    optimizer, trainable = adamw(moments="8bit"), TRAINABLE
+    state = optimizer.init(trainable)
+    for step in range(steps):
+        updates, state = optimizer.update(some_grads(step), state, trainable, lr=0.01)
+        trainable = apply_updates(trainable, updates)
+    return optimizer, trainable, state
+
+
+@given(seeds, st.sampled_from([SignedMoment, UnsignedMoment]), st.sampled_from([1e-12, 1e-3, 1.0, 1e6]))
+def test_codes_are_torchaos(seed, kind, scale):
+    values = scale * normal(seed, 32, 256, dtype=torch.float32)
+    values = values if kind is SignedMoment else values.square()
+    values[seed % 32] = 0
+    wanted = torchao.OptimState8bit.zeros(values.shape, signed=kind is SignedMoment)
+    wanted.copy_(values)
+    got = encode_moments(values, empty_moment(values, kind))
+    assert_same(got, kind(wanted.codes, wanted.scale))
+    assert_same(decode_moments(got), wanted.dequantize())
+
+
+def test_what_is_small_or_of_no_whole_blocks_stays_as_it_is():
+    state = adamw(moments="8bit").init(TRAINABLE)
+    assert isinstance(state.mu["w"], Factors)
+    assert [type(leaf) for leaf in (*state.mu["w"], state.mu["head"])] == [SignedMoment] * 3
+    assert [type(leaf) for leaf in (*state.nu["w"], state.nu["head"])] == [UnsignedMoment] * 3
+    assert state.mu["bias"].dtype == torch.float64
+    odd = adamw(moments="8bit").init({"w": torch.ones(101, 101)})
+    assert odd.mu["w"].dtype == torch.float32
+    small = adamw(moments="8bit").init({"w": torch.ones(16, 32)})
+    assert small.mu["w"].dtype == torch.float32
+    assert not any(leaf.any() for leaf in tree_leaves(decode_moments((state.mu, state.nu))))
+
+
+def test_an_update_is_that_of_the_decoded_moments():
+    optimizer, trainable, state = some_state()
+    dense = state._replace(mu=decode_moments(state.mu), nu=decode_moments(state.nu))
+    with untouched(state):
+        got = optimizer.update(some_grads(9), state, trainable, lr=0.01)
+    wanted = adamw().update(some_grads(9), dense, trainable, lr=0.01)
+    assert_same(got.updates, wanted.updates)
+    assert_same(got.opt_state.mu, encode_moments(wanted.opt_state.mu, state.mu))
+    assert_same(got.opt_state.nu, encode_moments(wanted.opt_state.nu, state.nu))
+    assert_same((got.opt_state.count, got.opt_state.frozen_for), (wanted.opt_state.count, wanted.opt_state.frozen_for))
+
+
+STATE = some_state()[2]
+
+
+@given(plans(PARAM))
+def test_a_reset_is_exact(plan):
+    """Zeros for the counterparts, and every other code and scale as it was."""
+    got = project_optimizer_state(STATE, {"w": plan})
+    for tree, old in ((got.mu, STATE.mu), (got.nu, STATE.nu)):
+        wanted = project_optimizer_state({"w": decode_moments(old["w"])}, {"w": plan})["w"]
+        assert_same(decode_moments(tree["w"]), wanted)
+        for side, before, dense in zip(tree["w"], old["w"], wanted, strict=True):
+            assert_same(side.scale, before.scale)
+            assert torch.equal(side.codes[dense != 0], before.codes[dense != 0])
+        assert_same(tree["head"], old["head"])
+
+
+def test_compiled_equals_eager_in_the_old_memory():
+    optimizer, trainable, _ = some_state()
+
+    def step(state, grads):
+        trainable, opt_state = state
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=0.01)
+        return (apply_updates(trainable, updates), opt_state), None
+
+    state = wanted = tree_map(torch.clone, (trainable, optimizer.init(trainable)))
+    memory = [leaf.data_ptr() for leaf in tree_leaves(state)]
+    compiled = compile_step(step, backend="aot_eager")
+    wanted = tree_map(torch.clone, wanted)
+    for number in range(3):
+        wanted, _ = step(wanted, some_grads(number))
+        state, _ = compiled(state, some_grads(number))
+    assert_same(state, wanted)
+    assert [leaf.data_ptr() for leaf in tree_leaves(state)] == memory
+
+
+def test_moments_take_a_quarter():
+    def size(tree) -> int:
+        return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+    large = {"w": torch.ones(512, 512)}
+    plain, small = adamw().init(large), adamw(moments="8bit").init(large)
+    assert size(small.mu) == size(plain.mu) / 4 + 4 * 512 * 512 / 256
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="`moments` must be 'float32' or '8bit', got 'int8'"):
+        adamw(moments="int8")
+
+
+def test_a_moment_in_8_bit_is_pruned_exactly_and_not_transported():
+    _, trainable, state = some_state()
+    side = SidePlan(torch.tensor([0, 5]), torch.tensor([0, 0]), torch.tensor([True, True]))
+    plan = {"w": Plan(side, side, torch.tensor(2))}
+    pruned = project_optimizer_state(state, plan, rule="prune", prune=0.9)
+    old, new = (decode_moments(one.mu["w"]).b for one in (state, pruned))
+    own = torch.zeros(64, dtype=torch.bool).index_fill(0, side.slots, True)
+    assert_same(pruned.mu["w"].b.codes[..., ~own], state.mu["w"].b.codes[..., ~own])
+    assert_same(new[..., own][new[..., own] != 0], old[..., own][new[..., own] != 0])
+    assert (new[..., own] == 0).float().mean() > 0.8  # of both moments' smallest 90 %
+    params = {"w": PARAM._replace(factors=trainable["w"])}
+    with pytest.raises(
+        ValueError, match="`rule` must not be 'transport' for moments in 8 bit, got it for those of 'w'"
+    ):
+        project_optimizer_state(state, plan, rule="transport", change=Change(params, params))

@@ -1,0 +1,102 @@
+"""What a switch does to the state of an optimizer: the counterparts are reset, and nothing else changes."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynlora_fn import Factors, Plan, partition, project_optimizer_state
+from dynlora_fn.optim import AdamWState
+from dynlora_fn.testing import assert_same, low_rank_params, normal, plans, untouched
+from tests.support.optimizer_states import adamw_state, filled, per_vector
+from tests.support.optimizers import one_switch, some_trainable
+
+
+class Momentum(NamedTuple):
+    """Of stochastic gradient descent."""
+
+    velocity: dict[str, Any]
+    decay: float
+    step: Tensor
+
+
+# By name: a state, as a function of the trainable parameters.
+STATES = {
+    "adamw": adamw_state,
+    "momentum": lambda trainable: Momentum(filled(trainable), 0.9, torch.tensor(3)),
+    "plain dict": filled,
+    "nested": lambda trainable: [
+        {"inner": (filled(trainable), [per_vector(trainable)], None)},
+        (1, "name", Momentum(filled(trainable), 0.9, torch.tensor(1))),
+    ],
+    "frozen_for in a dict": lambda trainable: {"frozen_for": {"deep": per_vector(trainable)}, "mu": filled(trainable)},
+}
+
+
+def reset_slowly(leaf: Factors, plan: Plan, value: int) -> Factors:
+    """The counterparts of the switched slots, one by one."""
+    b, a = (factor.clone() for factor in leaf)
+    for at in np.ndindex(*b.shape[:-2]):
+        for side, vectors in ((plan.a, b[at].mT), (plan.b, a[at])):
+            slots, active = (index.broadcast_to(*b.shape[:-2], -1)[at].tolist() for index in (side.slots, side.active))
+            for slot, is_active in zip(slots, active, strict=True):
+                if is_active:
+                    vectors[slot] = value
+    return Factors(b, a)
+
+
+def projected_slowly(state: Any, plan: dict[str, Plan], *, in_frozen_for: bool = False) -> Any:
+    if isinstance(state, dict):
+        return {
+            key: reset_slowly(leaf, plan[key], int(plan[key].frozen_for) if in_frozen_for else 0)
+            if isinstance(leaf, Factors) and key in plan
+            else projected_slowly(leaf, plan, in_frozen_for=in_frozen_for or key == "frozen_for")
+            for key, leaf in state.items()
+        }
+    if isinstance(state, AdamWState):
+        fields = projected_slowly(state._asdict(), plan)
+        return AdamWState(**fields)
+    if isinstance(state, Momentum):
+        return state._replace(velocity=projected_slowly(state.velocity, plan))
+    if type(state) in (tuple, list):
+        return type(state)(projected_slowly(leaf, plan, in_frozen_for=in_frozen_for) for leaf in state)
+    return state
+
+
+@pytest.mark.parametrize("make", STATES.values(), ids=STATES)
+@given(data=st.data())
+def test_only_the_counterparts_start_afresh(make, data):
+    weights = {name: data.draw(low_rank_params(), name) for name in ("w", "other", "third")}
+    plan = {name: data.draw(plans(weights[name]), f"plan of {name}") for name in ("w", "third")}
+    trainable = partition({**weights, "bias": normal(0, 3)}).trainable
+    state = make(trainable)
+    with untouched(state, plan):
+        got = project_optimizer_state(state, plan)
+    assert_same(got, projected_slowly(state, plan))
+    assert_same(project_optimizer_state(state, {}), state)
+
+
+def test_the_switched_vector_keeps_its_state():
+    """Side a switched: b is reset; it is not the other way about."""
+    trainable = some_trainable()
+    state = project_optimizer_state(adamw_state(trainable), one_switch(b=[], a=[2], frozen_for=5))
+    assert not state.mu["w"].b[:, 2].any()
+    assert state.mu["w"].b[:, [0, 1, 3]].all()
+    assert state.mu["w"].a.all()
+    assert state.count["w"].b.flatten().tolist() == [7, 7, 0, 7]
+    assert state.frozen_for["w"].b.flatten().tolist() == [7, 7, 5, 7]
+
+
+def test_a_plan_that_the_state_has_no_factors_for_is_refused():
+    trainable = some_trainable()
+    plan = one_switch(b=[0], a=[1], frozen_for=5)
+    with pytest.raises(ValueError, match=r"`opt_state` must hold the factors of every planned parameter.*\['v'\]"):
+        project_optimizer_state(adamw_state(trainable), {**plan, "v": plan["w"]})
+    with pytest.raises(ValueError, match=r"`opt_state` must hold .*\['bias'\]"):
+        project_optimizer_state(adamw_state(trainable), {"bias": plan["w"]})
+    with pytest.raises(ValueError, match="`plan` must be by parameter name"):
+        project_optimizer_state(adamw_state(trainable), plan["w"])

@@ -1,0 +1,55 @@
+"""SGD and Lion are those of torch and of the paper, and respect frozen vectors."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dynlora_fn import apply_updates, partition, project_optimizer_state
+from dynlora_fn.optim import adamw, lion, sgd
+from dynlora_fn.testing import normal
+from tests.support.optimizer_states import FACTORS_BY_MUON, SWITCH, own_state, weights
+from tests.support.optimizers import one_switch
+
+
+@pytest.mark.parametrize(
+    ("transform", "kind", "settings"),
+    [
+        (sgd(momentum=0.9), torch.optim.SGD, {"momentum": 0.9}),
+        (sgd(momentum=0.0), torch.optim.SGD, {}),
+        (sgd(weight_decay=0.1), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    ],
+)
+def test_sgd_is_torch_s(transform, kind, settings):
+    trainable = partition(weights()).trainable
+    leaves = [leaf.clone().requires_grad_() for leaf in tree_leaves(trainable)]
+    optimizer, state = kind(leaves, lr=0.1, **settings), transform.init(trainable)
+    for seed in range(4):
+        grads = tree_map(lambda leaf: normal(seed, *leaf.shape), dict(trainable))  # noqa: B023, called at once
+        for leaf, grad in zip(leaves, tree_leaves(grads), strict=True):
+            leaf.grad = grad
+        optimizer.step()
+        updates, state = transform.update(grads, state, trainable, lr=0.1)
+        trainable = apply_updates(trainable, updates)
+        torch.testing.assert_close(tree_leaves(trainable), [leaf.detach() for leaf in leaves], rtol=1e-13, atol=1e-13)
+
+
+def test_lion_is_its_paper_s():
+    """Algorithm 2 of arXiv:2302.06675, in numbers by hand."""
+    transform, param = lion(betas=(0.5, 0.75), weight_decay=0.5), {"w": torch.tensor([1.0, 2.0])}
+    state = transform.init(param)
+    updates, state = transform.update({"w": torch.tensor([4.0, -8.0])}, state, param, lr=0.1)
+    torch.testing.assert_close(updates["w"], torch.tensor([-0.15, 0.0]))  # -(1 + 0.5) / 10, -(-1 + 1) / 10
+    torch.testing.assert_close(state.mu["w"], torch.tensor([1.0, -2.0]))
+    updates, state = transform.update({"w": torch.tensor([-0.5, 3.0])}, state, param, lr=0.1)
+    torch.testing.assert_close(updates["w"], torch.tensor([-0.15, -0.2]))  # signs of 0.25 and 0.5
+    torch.testing.assert_close(state.mu["w"], torch.tensor([0.625, -0.75]))
+
+
+@pytest.mark.parametrize("transform", [sgd(), lion(), FACTORS_BY_MUON, adamw()])
+def test_a_frozen_vector_stands_still_for_exactly_so_long(transform):
+    trainable = partition(weights()).trainable
+    state = project_optimizer_state(own_state(transform)(trainable), one_switch(**SWITCH))
+    for number in range(7):
+        updates, state = transform.update(tree_map(torch.ones_like, dict(trainable)), state, trainable, lr=1.0)
+        assert bool(updates["w"].b[:, 2].any()) == (number >= 5)
+        assert updates["w"].b[:, 1].any()

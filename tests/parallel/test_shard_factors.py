@@ -1,0 +1,291 @@
+"""Factors of which each process holds a share, with all that the optimizer keeps of them: the step of whole ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import checkpoint
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+
+import dynlora_fn as dl
+from dynlora_fn.testing import assert_same, normal
+from tests.support.processes import in_processes
+from tests.support.traffic import Traffic
+
+SCHEDULE = dl.schedules.switchlora(40, interval=10, ratio=1.0)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(18, 18), nn.GELU()) for _ in range(2)]
+    return nn.Sequential(nn.Embedding(11, 18), *blocks, nn.Linear(18, 11))
+
+
+NET = net()
+TARGETS = ["*.weight"]
+
+
+def fresh(base=None) -> dict:
+    return dl.init(NET, rank=4, seed=0, targets=TARGETS, base=base)
+
+
+def bytes_of(tree) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree))
+
+
+def start(params: dict) -> tuple:
+    trainable, frozen = dl.partition(params)
+    return trainable, frozen, dl.optim.adamw().init(trainable)
+
+
+def make_step(group, share, is_sharded: bool):
+    optimizer = dl.optim.adamw()
+
+    def step(state, tokens, lr, plan):
+        trainable, frozen, opt_state = state
+        sharded_frozen = frozen if is_sharded else None
+
+        def loss_fn(trainable):
+            logits = dl.call(NET, dl.combine(trainable, frozen), tokens[:, :-1])
+            return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+        loss, grads = dl.parallel.all_reduce_mean(
+            tuple(dl.value_and_grad(loss_fn)(trainable)), group, weight=share, frozen=sharded_frozen
+        )
+        grads, norm = dl.optim.clip_by_global_norm(grads, 0.5, frozen=sharded_frozen)
+        params, _ = dl.switch(dl.combine(trainable, frozen), plan)
+        opt_state = dl.project_optimizer_state(opt_state, plan)
+        trainable, frozen = dl.partition(params)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+        return (dl.apply_updates(trainable, updates), frozen, opt_state), (loss, norm)
+
+    return step
+
+
+def train(state, step, steps: int, rows: slice):
+    told = []
+    for index in range(steps):
+        tokens = torch.randint(11, (5, 9), generator=torch.Generator().manual_seed(index))[rows]
+        plan = SCHEDULE(index, dl.combine(*state[:2]))
+        state, metrics = step(state, tokens, torch.tensor(1e-2), plan)
+        told.append(torch.stack(metrics))
+    return state, torch.stack(told)
+
+
+def whole_of(state) -> tuple:
+    """Parameters and moments of all processes, in the form that checkpoints read."""
+    placed = dl.parallel.as_dtensors(state)
+    return tree_map(lambda leaf: leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf, (placed[0], placed[2]))
+
+
+def _train(base, backend) -> None:
+    process, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.group.WORLD
+    rows = slice(process * 5 // world_size, (process + 1) * 5 // world_size)
+    share = (rows.stop - rows.start) / 5
+    expected, wanted = train(start(fresh(base)), make_step(group, share, False), 12, rows)
+    params = dl.parallel.shard_factors(dl.parallel.shard(fresh(base), group), weight=share)
+    step = make_step(group, share, True)
+    if backend:
+        step = dl.compile_step(step, backend=backend)
+    state, told = train(start(params), step, 12, rows)
+    dl.parallel.check_replicas(state, group)
+    torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-6)
+    got, want = whole_of(state), (expected[0], expected[2])
+    torch.testing.assert_close(got, tree_map(lambda leaf: leaf, want), rtol=2e-3, atol=2e-5)
+    weights = [dl.state_dict(NET, dl.combine(*result[:2])) for result in (state, expected)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("size", "base", "backend"), [(3, None, None), (2, "int8", "aot_eager")])
+def test_a_step_is_that_of_whole_factors(size, base, backend):
+    """With rows and batches that the processes do not divide evenly."""
+    in_processes(size, _train, base, backend)
+
+
+def _bits() -> None:
+    group = torch.distributed.group.WORLD
+    params = fresh()
+    sharded = dl.parallel.shard_factors(dl.parallel.shard(params, group))
+    assert {name: leaf.shape for name, leaf in sharded.items()} == {name: leaf.shape for name, leaf in params.items()}
+
+    def assert_equal(left, right):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+    assert_equal(dl.parallel.unshard(sharded), params)
+    assert_equal(dl.materialize(sharded), dl.materialize(params))
+    assert_equal(dl.parallel.unshard(dl.merge(sharded)), dl.merge(params))
+    plan = dl.schedules.every(1)(1, params)
+    switched, outgoing = dl.switch(sharded, plan)
+    expected, wanted = dl.switch(params, plan)
+    assert_equal(dl.parallel.unshard(switched), expected)
+    (name, *_) = outgoing
+    sharding = sharded[name].base.sharding
+    assert_equal(outgoing[name].b, wanted[name].b[..., sharding.local_rows, :])
+    assert_equal(outgoing[name].a, wanted[name].a[..., sharding.as_columns.local_rows])
+    x = torch.randint(11, (4, 5))
+    via = [dl.value_and_grad(_loss, via=via)(*dl.partition(sharded), x).grads for via in ("func", "autograd")]
+    assert_equal(*via)
+    remat = dl.value_and_grad(_loss)(*dl.partition(sharded), x, dl.remat(NET, ["1", "2"])).grads
+    torch.testing.assert_close(remat, via[0])
+
+
+def _loss(trainable, frozen, x, model=NET):
+    return dl.call(model, dl.combine(trainable, frozen), x).square().mean()
+
+
+def test_bits_are_those_of_whole_factors():
+    in_processes(2, _bits)
+
+
+WEIGHT = dl.init({"w": normal(0, 256, 60, dtype=torch.float32)}, rank=60, seed=0, targets=["w"])
+
+
+def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
+    """The frozen part, and the rest after some updates."""
+    optimizer = dl.optim.adamw(moments="8bit")
+    group = group or torch.distributed.group.WORLD
+    trainable, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(weight, group)))
+    trainable, moments = (trainable, optimizer.init(trainable)) if state is None else state
+    for seed in seeds:
+        grads = tree_map(lambda leaf: normal(seed, *leaf.shape, dtype=torch.float32), trainable)  # noqa: B023, at once
+        updates, moments = optimizer.update(grads, moments, trainable, lr=0.01)
+        trainable = dl.apply_updates(trainable, updates)
+    return frozen, (trainable, moments)
+
+
+def named(state: tuple) -> dict:
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(dl.parallel.as_dtensors(state))[0]}
+
+
+def _eight_bit(folder: Path) -> None:
+    frozen, state = eight_bit(WEIGHT, range(2))
+    assert isinstance(state[1].mu["w"].b, dl.optim.SignedMoment)
+    assert isinstance(state[1].nu["w"].a, torch.Tensor)  # of too few numbers
+    checkpoint.save(named((frozen, state)), checkpoint_id=folder)
+    frozen, loaded = eight_bit(WEIGHT, range(0))
+    checkpoint.load(named((frozen, loaded)), checkpoint_id=folder)
+    assert_same(loaded, state)
+    assert_same(eight_bit(WEIGHT, range(2, 4), loaded), eight_bit(WEIGHT, range(4)))
+    with pytest.raises(ValueError, match=r"shares of one size where moments are in 8 bit, got 257 for 2 .* of 'w'"):
+        named(eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(0)))
+    alone = [torch.distributed.new_group([process]) for process in range(2)][torch.distributed.get_rank()]
+    with pytest.raises(
+        checkpoint.CheckpointException, match=r"Size mismatch .*\[2, 30\].*\[1, 60\].*mu\['w'\].b.scale"
+    ):
+        checkpoint.load(named(eight_bit(WEIGHT, range(0), group=alone)), checkpoint_id=folder, no_dist=True)
+
+
+def test_moments_in_8_bit_go_on_with_as_many_processes(tmp_path: Path):
+    in_processes(2, _eight_bit, tmp_path)
+
+
+def _muon() -> None:
+    """Of three processes, with rows that they do not divide evenly."""
+    params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
+    params = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
+    whole = dl.partition(params).trainable
+    sharded, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD)))
+
+    def part(factors, sharding):
+        return dl.Factors(factors.b[..., sharding.local_rows, :], factors.a[..., sharding.as_columns.local_rows])
+
+    def moved(optimizer, trainable, lr, of=lambda name, grad: grad):
+        state = optimizer.init(trainable)
+        for step in range(2):
+            grads = {
+                name: of(name, dl.Factors(normal(step, *leaf.b.shape), normal(step + 9, *leaf.a.shape)))
+                for name, leaf in whole.items()
+            }
+            updates, state = optimizer.update(grads, state, trainable, lr=lr)
+            trainable = dl.apply_updates(trainable, updates)
+        return trainable
+
+    def of(name, grad):
+        return part(grad, frozen[name].base.sharding)
+
+    for lr in (1e-6, 1.0):  # where no step is too long, and where all are
+        expected = moved(dl.optim.muon(), whole, lr)
+        wanted = {name: of(name, leaf) for name, leaf in expected.items()}
+        got = moved(dl.optim.muon(frozen=frozen), sharded, lr, of)
+        assert all((wanted[name].b - sharded[name].b).abs().max() > 1e-3 * lr for name in wanted)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 * lr)
+
+
+def test_muon_moves_shares_as_it_moves_whole_factors():
+    in_processes(3, _muon)
+
+
+def _shares() -> dict:
+    group = torch.distributed.group.WORLD
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64, bias=False), nn.GELU()) for _ in range(3)))
+    params = dl.init(model, rank=4, seed=0, targets=TARGETS, group=group)
+    whole, sharded = start(params), start(dl.parallel.shard_factors(params))
+    x = torch.ones(512, 64)  # so many that factors are merged into the weight, or gathered
+
+    def loss(trainable):
+        return dl.call(model, dl.combine(trainable, sharded[1]), x).square().mean()
+
+    with Traffic() as traffic:
+        grads = dl.value_and_grad(loss)(sharded[0]).grads
+        dl.parallel.all_reduce_mean(grads, group, frozen=sharded[1])
+    plan = dl.schedules.every(1)(1, params)
+    with Traffic() as switching:
+        dl.switch(dl.combine(*sharded[:2]), plan)
+    counts = sum(leaf.numel() * 4 for leaf in tree_leaves((sharded[2].count, sharded[2].frozen_for)))
+    return {
+        "trainable": bytes_of(sharded[0]) / bytes_of(whole[0]),
+        "moments": (bytes_of(sharded[2]) - counts) / (bytes_of(whole[2]) - counts),
+        "grads": bytes_of(grads) / bytes_of(whole[0]),
+        "traffic": traffic.bytes,
+        "switching": switching.bytes,
+        "wire": dl.parallel.wire_bytes(*sharded[:2], plan=plan),
+        "whole": bytes_of(whole[0]),
+    }
+
+
+def test_each_process_holds_its_share_and_what_is_sent_is_counted():
+    for found in in_processes(4, _shares):
+        assert found["trainable"] == found["moments"] == found["grads"] == 0.25
+        wire = found["wire"]
+        assert wire.scattered == found["whole"]
+        assert wire.gathered == 2 * found["whole"]
+        assert wire.reduced == 0
+        assert found["traffic"]["all_gather_into_tensor"] == wire.bases + wire.gathered
+        assert 4 * found["traffic"]["reduce_scatter_tensor"] == wire.scattered
+        assert "all_reduce" not in found["traffic"]
+        # Four vectors of `a` that go, and four that `b`'s are multiplied by.
+        assert (
+            found["switching"] == {"all_gather_into_tensor": wire.switched} == {"all_gather_into_tensor": 3 * 8 * 256}
+        )
+
+
+def _refusals() -> None:
+    group = torch.distributed.group.WORLD
+    params = fresh()
+    with pytest.raises(ValueError, match=r"must have sharded bases and whole factors, .*, got '0.weight'"):
+        dl.parallel.shard_factors(params)
+    sharded = dl.parallel.shard_factors(dl.parallel.shard(params, group))
+    with pytest.raises(ValueError, match=r"must have sharded bases and whole factors"):
+        dl.parallel.shard_factors(sharded)
+    for change in (
+        lambda: dl.bases.defer(sharded, vectors=8),
+        lambda: dl.switching.init_pool(sharded),
+        lambda: dl.optim.compensate(sharded, dl.materialize(params), lr=0.1),
+        lambda: dl.optim.project_gradients(dl.materialize(params), sharded),
+    ):
+        with pytest.raises(ValueError, match="must have whole factors"):
+            change()
+    linear = {
+        "w": dl.parallel.shard_factors(
+            dl.parallel.shard(dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"]), group)
+        )["w"]
+    }
+    with pytest.raises(NotImplementedError, match=r"must hold whole factors for `torch.vmap`"):
+        torch.vmap(lambda x: dl.linear(x, linear["w"], path="merged"))(torch.ones(3, 4))
+
+
+def test_what_sharded_factors_cannot_do_is_refused():
+    in_processes(1, _refusals)

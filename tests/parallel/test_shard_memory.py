@@ -1,0 +1,124 @@
+"""Sharded bases take a fraction of the memory, and one weight is gathered at a time."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import dynlora_fn as dl
+from tests.support.processes import in_processes
+from tests.support.sharding import Gathered, bytes_of, fresh
+
+
+def _memory_and_messages(base, residual) -> dict:
+    group = torch.distributed.group.WORLD
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)))
+    params = dl.init(model, rank=4, seed=0, targets=["*.0.weight"], base=base, residual=residual)
+    sharded = dl.parallel.shard(params, group)
+    trainable, frozen = dl.partition(sharded)
+
+    def loss(trainable):
+        return dl.call(model, dl.combine(trainable, frozen), torch.ones(256, 64)).square().mean()
+
+    (name,) = (name for name in params if name.endswith("weight"))
+    held, whole = sharded[name].base.base, params[name].base
+    one = bytes_of(whole if isinstance(whole, torch.Tensor) else whole.codes) / 6
+    with Gathered(room=one) as step:
+        dl.value_and_grad(loss)(trainable)
+    with Gathered() as switch:
+        switched, _ = dl.switch(sharded, dl.schedules.every(1)(1, sharded))
+        dl.merge(switched)
+    return {
+        "share": sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(held)) / bytes_of(whole),
+        "step": step,
+        "one": one,
+        "predicted": dl.parallel.wire_bytes(trainable, frozen).bases,
+        "switch": switch.total,
+    }
+
+
+@pytest.mark.parametrize(("base", "residual"), [(None, None), ("int8", "bfloat16")])
+def test_a_quarter_is_held_one_weight_is_gathered_at_a_time_and_a_switch_sends_nothing(base, residual):
+    for found in in_processes(4, _numbers, base, residual):
+        assert found["share"] == 0.25
+        assert found["most"] <= found["one"]
+        # Forward and backward, in the very codes that are stored; nothing else and nothing scattered.
+        assert found["total"] == found["predicted"] == 2 * 6 * found["one"]
+        assert found["scattered"] == found["switch"] == 0
+
+
+def _numbers(base, residual) -> dict:
+    found = _memory_and_messages(base, residual)
+    step = found.pop("step")
+    return {**found, "most": step.most, "total": step.total, "scattered": step.scattered}
+
+
+def _compiled_numbers(base, residual) -> dict:
+    group = torch.distributed.group.WORLD
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(18, 18), nn.GELU()) for _ in range(3)))
+    params = dl.init(model, rank=2, seed=0, targets=["*.0.weight"], base=base, residual=residual)
+    (name,) = (name for name in params if name.endswith("weight"))
+    whole = params[name].base
+
+    def step(state, x):
+        trainable, frozen = state
+
+        def loss(trainable):
+            return dl.call(model, dl.combine(trainable, frozen), x).square().mean()
+
+        loss, grads = dl.parallel.all_reduce_mean(tuple(dl.value_and_grad(loss)(trainable)), group)
+        return (dl.apply_updates(trainable, tree_map(lambda leaf: -leaf, grads)), frozen), loss
+
+    state, x = dl.partition(dl.parallel.shard(params, group)), torch.ones(64, 18)
+    expected = [step(state, x)[1]]
+    expected.append(step(step(state, x)[0], x)[1])
+    # What is gathered is told apart from what is written over it.
+    compiled = dl.compile_step(step, options={"allow_buffer_reuse": False})
+    state = tuple(state)
+    losses = [compiled(state, x).aux]
+    packet, one = torch.ops._c10d_functional.all_gather_into_tensor, bytes_of(_seen(whole)) / 3
+    gather, seen = packet.default, Gathered(room=one * 20 / 18)
+
+    def watched(*args):
+        result = gather(*args)
+        seen.note(result)
+        return result
+
+    packet.default = watched  # which the code that was generated looks up as it runs
+    losses.append(compiled(state, x).aux)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    return {"one": one, "most": seen.most, "total": seen.total}
+
+
+def _seen(base):
+    return base if isinstance(base, torch.Tensor) else base.codes
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_compiled_one_weight_is_gathered_at_a_time():
+    """On four processes with rows that must be padded."""
+    for found in in_processes(4, _compiled_numbers, "int8", "bfloat16"):
+        padded = found["one"] * 20 / 18
+        assert found["total"] == pytest.approx(2 * 3 * padded)
+        assert 0 < found["most"] <= padded
+
+
+def _dtensors() -> None:
+    group = torch.distributed.group.WORLD
+    params = fresh("int8", "bfloat16")
+    sharded = dl.parallel.shard(params, group)
+    placed = dl.parallel.as_dtensors({"params": sharded})["params"]
+    for name in ("3.weight", "*.*.weight"):
+        held, whole = placed[name].base.base, params[name].base
+        for one, other in zip((held.codes.codes, held.residual), (whole.codes.codes, whole.residual), strict=True):
+            assert one.shape == other.shape
+            assert torch.equal(one.full_tensor(), other)
+    placed["3.weight"].base.base.codes.codes.to_local().zero_()
+    assert not sharded["3.weight"].base.base.codes.codes.any()  # the same memory
+
+
+def test_dtensors_have_the_whole_ones_shape_and_the_shards_memory():
+    in_processes(2, _dtensors)

@@ -1,8 +1,0 @@
-"""Weights of the kinds that some tests are about."""
-
-from functools import partial
-
-from dynlora_fn.testing import PLAIN, STORAGES, low_rank_params
-
-plain_params = partial(low_rank_params, storages=PLAIN, deferred=False)  # whose base is one tensor, as it is
-quantized_params = partial(low_rank_params, storages=[one for one in STORAGES if one not in PLAIN[:2]], deferred=False)

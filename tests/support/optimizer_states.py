@@ -1,0 +1,47 @@
+"""States of optimizers, the library's and others, after some steps."""
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from dynlora_fn import Factors
+from dynlora_fn.optim import AdamWState, adamw, multi_transform, muon, sgd
+from dynlora_fn.testing import Shape, low_rank, normal
+
+
+def filled(trainable: Any, seed: int = 0) -> Any:
+    """A tree like the parameters that is zero nowhere."""
+    return tree_map(lambda leaf: normal(seed, *leaf.shape).abs() + 1, dict(trainable))
+
+
+def per_vector(trainable: Any) -> Any:
+    """Whole numbers from 1 on, in the shapes of step counts."""
+    counts = tree_map(lambda leaf: leaf + 7, adamw().init(trainable).count)
+    return {name: count for name, count in counts.items() if isinstance(count, Factors)}
+
+
+def adamw_state(trainable: Any) -> AdamWState:
+    counts = {**per_vector(trainable), "bias": torch.tensor(3)}
+    return AdamWState(filled(trainable), filled(trainable, 1), counts, per_vector(trainable))
+
+
+def own_state(transform: Any) -> Any:
+    def make(trainable: Any) -> Any:
+        state = transform.init(trainable)
+        for seed in range(2):
+            grads = tree_map(lambda leaf: normal(seed, *leaf.shape), dict(trainable))  # noqa: B023, called at once
+            _, state = transform.update(grads, state, trainable, lr=0.1)
+        return state
+
+    return make
+
+
+FACTORS_BY_MUON = multi_transform(
+    {"muon": muon(), "sgd": sgd()}, lambda name, leaf: "muon" if isinstance(leaf, Factors) else "sgd"
+)
+SWITCH = {"b": [0, 3], "a": [2], "frozen_for": 5}
+
+
+def weights() -> dict[str, Any]:
+    return {"w": low_rank(Shape(5, 6, 4), seed=0), "bias": normal(1, 5), "other": low_rank(Shape(3, 4, 2), seed=1)}

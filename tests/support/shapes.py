@@ -1,0 +1,102 @@
+"""The shapes in annotations, enforced: ``pytest --shapes``.
+
+Every function of the package is checked as it is called by the annotations of its tensors, and every tuple that goes
+in or comes out by those of its fields, a weight's together. Tests that compile are skipped.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, get_type_hints
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+
+
+class ShapeError(TypeError):
+    """A tensor that is not what its annotation says, or does not fit another one."""
+
+
+def install() -> None:
+    """From now on for all of `dynlora_fn` that is not imported yet."""
+    jaxtyping.install_import_hook("dynlora_fn", "tests.support.shapes.checked")
+    torch.compile, torch.export.export = _skipping_when_called, _skipped
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What jaxtyping calls with the arguments, and with arguments and result, of each function; it returns those."""
+    signature = inspect.signature(function)
+    hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+
+    @wraps(function)
+    def look(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            _check(f"{function.__qualname__}: {name}", value, hints[name])
+        _check(f"{function.__qualname__}: what it returns", result, signature.return_annotation)
+        return result
+
+    return look
+
+
+def _check(what: str, value: Any, hint: Any) -> None:
+    _look(value)
+    options = _options(hint)
+    if options and isinstance(value, Tensor) and not any(isinstance(value, option) for option in options):
+        raise ShapeError(f"{what} must be {hint}, got {value.dtype} {tuple(value.shape)}")
+
+
+def _look(value: Any) -> None:
+    if isinstance(value, dict):  # a look into a lazy mapping would make its weights
+        for item in value.values():
+            _look(item)
+    elif isinstance(value, tuple | list):
+        is_own = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
+        if is_own and not isinstance(value, _pairs()):
+            with jaxtyping.jaxtyped("context"):
+                _check_fields(value)
+        for item in value:
+            _look(item)
+
+
+def _check_fields(value: Any) -> None:
+    for name in ("factors", "pending"):
+        if hasattr(value, name):  # in the same context as the base that they belong to
+            _check_fields(getattr(value, name))
+    for name, hint in _hints(type(value)).items():
+        field = getattr(value, name)
+        if isinstance(field, Tensor) and not any(isinstance(field, option) for option in _options(hint)):
+            raise ShapeError(f"{type(value).__name__}.{name} must be {hint}, got {field.dtype} {tuple(field.shape)}")
+
+
+def _pairs() -> type:
+    """Also hold incoming vectors, counts and masks: their shapes are those of a weight in a weight alone."""
+    from dynlora_fn._core._types import Factors  # noqa: PLC0415, once the hook is there
+
+    return Factors
+
+
+_SEEN: dict[type, dict[str, Any]] = {}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    if kind not in _SEEN:
+        _SEEN[kind] = {name: hint for name, hint in get_type_hints(kind).items() if _options(hint)}
+    return _SEEN[kind]
+
+
+def _options(hint: Any) -> list[Any]:
+    """The annotations of tensors among the types of a union."""
+    parts = getattr(hint, "__args__", None) or [hint]
+    return [part for part in parts if isinstance(part, type) and issubclass(part, jaxtyping.AbstractArray)]
+
+
+def _skipping_when_called(model: Any = None, **_: Any) -> Any:
+    """In place of what is compiled: packages decorate functions of theirs as they are imported."""
+    return _skipped if model is not None else lambda _: _skipped
+
+
+def _skipped(*_: Any, **__: Any) -> Any:
+    pytest.skip("no shapes are enforced in what a compiler traces")

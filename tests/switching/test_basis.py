@@ -1,0 +1,203 @@
+"""Basis vectors: the published generator, one set of bits however it is asked for, and SwitchLoRA's bounds."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynlora_fn import Factors
+from dynlora_fn.switching import BasisSlice, basis_bounds, basis_vectors
+from dynlora_fn.switching._basis import Request, philox
+from dynlora_fn.switching._basis import uniform as uniforms
+from dynlora_fn.testing import Shape, any_shapes, assert_same, seeds, shapes
+from tests.support import reference
+from tests.support.traces import FILES
+
+SIDES = ("b", "a")
+EPS = np.finfo(float).eps
+indices = st.integers(0, 2**62)
+basis_seeds = st.integers(0, 2**63 - 1)
+sides = st.sampled_from(SIDES)
+# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (Random123, kat_vectors).
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def uniform(seed, side, index, length):
+    return uniforms([Request(seed, side, index, length)])[0]
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_philox_gives_the_known_answers(counter, key, answer):
+    tensors = philox(tuple(map(torch.tensor, words(counter))), tuple(map(torch.tensor, words(key))))
+    assert [word.item() for word in tensors] == words(answer)
+    assert reference.philox(words(counter), words(key)) == words(answer)
+
+
+@given(basis_seeds, sides, indices, st.integers(1, 9))
+def test_vectors_equal_the_reference(seed, side, index, length):
+    vector = uniform(torch.tensor(seed), side, torch.tensor([index]), length)[0]
+    assert vector.tolist() == reference.uniform(seed, side, index, length)  # exact: multiples of 2**-23
+
+
+@given(basis_seeds, sides, st.lists(indices, min_size=1, max_size=4), st.integers(1, 9))
+def test_a_batch_holds_the_vectors_one_at_a_time(seed, side, index, length):
+    batch = uniform(torch.tensor(seed), side, torch.tensor(index), length)
+    alone = [uniform(torch.tensor(seed), side, torch.tensor([one]), length)[0] for one in index]
+    assert_same(batch, torch.stack(alone))
+
+
+@given(st.lists(st.tuples(basis_seeds, sides, indices, st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=4))
+def test_requests_made_together_give_what_they_give_alone(requests):
+    """Of other seeds, sides, numbers of vectors, none among them, and lengths."""
+    requests = [
+        Request(torch.tensor(seed), side, index + torch.arange(count), length)
+        for seed, side, index, count, length in requests
+    ]
+    assert_same(uniforms(requests), [uniforms([request])[0] for request in requests])
+
+
+@given(st.lists(basis_seeds, min_size=6, max_size=6), sides, seeds, st.sampled_from([(), (3,), (2, 3)]))
+def test_a_stack_holds_the_vectors_of_its_members(members, side, seed, own_stack):
+    stack_seeds = torch.tensor(members).reshape(2, 3)
+    index = torch.randint(2**40, (*own_stack, 4), generator=torch.Generator().manual_seed(seed))
+    together = uniform(stack_seeds, side, index, 5)
+    for at in np.ndindex(2, 3):
+        assert_same(together[at], uniform(stack_seeds[at], side, index.expand(2, 3, 4)[at], 5))
+
+
+@given(basis_seeds, sides, indices, st.integers(1, 9), st.integers(0, 9))
+def test_a_shorter_vector_is_a_prefix_of_a_longer_one(seed, side, index, length, more):
+    short, long = (uniform(torch.tensor(seed), side, torch.tensor([index]), n) for n in (length, length + more))
+    assert_same(short, long[:, :length])
+
+
+@given(basis_seeds, indices, st.integers(0, 62))
+def test_another_seed_side_or_index_gives_another_vector(seed, index, bit):
+    # 8 numbers of 24 bits each: two of them agree by chance once in 2**192.
+    def vector(seed, side, index):
+        return tuple(uniform(torch.tensor(seed), side, torch.tensor([index]), 8)[0].tolist())
+
+    others = [(seed ^ (1 << bit), "b", index), (seed, "a", index), (seed, "b", index ^ (1 << bit))]
+    assert len({vector(seed, "b", index), *(vector(*other) for other in others)}) == 4
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    seed, index = torch.tensor([3, 4]), torch.arange(64)  # 2 * 64 * 1000 numbers: more than one thread's grain
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            results.append(uniform(seed, "a", index, 1000))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_compiled_gives_the_same_bits(backend):
+    # Large words in two dimensions: Inductor once overflowed there.
+    seed, index = torch.tensor([2**63 - 1, 2**40 + 5]), torch.tensor([0, 7, 2**32 - 1, 2**62 + 12345])
+
+    def both(seed, index):
+        return uniforms([Request(seed, "b", index, 37), Request(seed[0], "a", index + 1, 10)])
+
+    assert_same(torch.compile(both, backend=backend, fullgraph=True)(seed, index), both(seed, index))
+
+
+def test_values_are_uniform_in_the_half_open_interval():
+    values = uniform(torch.tensor(1), "b", torch.arange(1000), 1000).double()
+    assert values.min() >= -1
+    assert values.max() < 1
+    # Of one value: variance 1/3, and variance of its square 1/5 - 1/9. Five standard deviations of the means.
+    n = values.numel()
+    assert values.mean().abs() < 5 * math.sqrt(1 / 3 / n)
+    assert (values.square().mean() - 1 / 3).abs() < 5 * math.sqrt((1 / 5 - 1 / 9) / n)
+    # Both ends are reached: a million values miss the outermost 2**-15 of one side by chance once in e**15 times.
+    assert values.min() < -1 + 2**-15
+    assert values.max() > 1 - 2**-15
+    # All 24 bits are in use: a value is an even multiple of 2**-23 as often as an odd one.
+    odd = (values * 2**23).long() % 2
+    assert (odd.double().mean() - 0.5).abs() < 5 * 0.5 / math.sqrt(n)
+
+
+def test_neighboring_vectors_are_uncorrelated():
+    vectors = uniform(torch.tensor(1), "b", torch.arange(100), 1000).double()
+    products = vectors[1:] * vectors[:-1]  # each of variance 1/9
+    assert products.mean().abs() < 5 / 3 / math.sqrt(products.numel())
+
+
+@given(shapes(largest=64))
+def test_bounds_equal_the_formula(shape: Shape):
+    bounds = basis_bounds(*shape)
+    for side in SIDES:
+        # Powers and products of a dozen operations, each correct to a few units in the last place.
+        assert getattr(bounds, side) == pytest.approx(reference.bound(side, *shape), rel=32 * EPS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_bounds_equal_the_recorded_ones(path):
+    arrays = np.load(path)
+    meta = json.loads(str(arrays["meta"]))
+    for layer in meta["layers"]:
+        out_features, in_features = arrays[f"init.{layer}.W"].shape
+        bounds = basis_bounds(out_features, in_features, meta["r"])
+        np.testing.assert_allclose([bounds.a, bounds.b], arrays[f"init.{layer}.bound"], rtol=32 * EPS)
+
+
+def factors(seed: int, shape: Shape, start: str = "switchlora", dtype: torch.dtype = torch.float64) -> Factors:
+    """Vectors 0 to 2 of side b and 1 to 4 of side a."""
+    indices = torch.arange(3), torch.arange(1, 5)
+    return basis_vectors([BasisSlice(torch.tensor(seed), *indices, shape[:2], shape.rank, start, dtype)])[0]
+
+
+@given(any_shapes, seeds)
+def test_vectors_fill_their_bounds_and_are_rounded_once(shape: Shape, seed):
+    wide = factors(seed, shape)
+    for side, vectors, numbers in (("b", wide.b.mT, range(3)), ("a", wide.a, range(1, 5))):
+        units = [reference.uniform(seed, side, number, vectors.shape[-1]) for number in numbers]
+        wanted = torch.tensor(units, dtype=torch.float64) * reference.bound(side, *shape)
+        torch.testing.assert_close(vectors, wanted, rtol=32 * EPS, atol=0)  # as the bounds
+    single = factors(seed, shape, dtype=torch.float32)
+    assert_same(factors(seed, shape, dtype=torch.bfloat16), Factors(*(leaf.bfloat16() for leaf in single)))
+
+
+@given(any_shapes, seeds)
+def test_plain_lora_starts_from_zero_and_from_the_range_of_linear_layers(shape: Shape, seed):
+    b, a = factors(seed, shape, start="lora")
+    assert not b.any()
+    wanted = uniform(torch.tensor(seed), "a", torch.arange(1, 5), shape.in_features).double() / shape.in_features**0.5
+    torch.testing.assert_close(a, wanted, rtol=4 * EPS, atol=0)  # a root, a quotient and a product
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(ValueError, match="`start` must be 'switchlora' or 'lora', got 'zeros'"):
+        factors(0, Shape(2, 2, 1), start="zeros")
+
+
+def test_no_more_words_are_drawn_than_are_needed(monkeypatch: pytest.MonkeyPatch):
+    """Four numbers a block: three blocks for ten of them, two for five."""
+    drawn = []
+
+    def counted(counter, key):
+        drawn.append(torch.broadcast_tensors(*counter, *key)[0].numel())
+        return philox(counter, key)
+
+    monkeypatch.setattr(basis, "philox", counted)
+    indices = torch.arange(6).reshape(2, 3)
+    seed = torch.tensor([1, 2])
+    a, b = uniforms([Request(seed, "a", indices, 10), Request(seed, "b", indices[0], 5)])
+    assert (tuple(a.shape), tuple(b.shape)) == ((2, 3, 10), (2, 3, 5))
+    assert drawn == [6 * 3 + 6 * 2]

@@ -1,0 +1,96 @@
+"""The authors' randomly dithered plan."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynlora_fn.schedules import Schedule, dithered, every, switchlora
+from dynlora_fn.testing import Shape, assert_same, low_rank, seeds
+from tests.support.schedules import assert_no_frozen_vector_is_switched, plans_of, ranks, switched, weight
+
+
+def test_dithering_keeps_the_rate_on_average():
+    """Where nothing is held back: 64 slots, of which five steps switch 15 at most."""
+    steps, stack = 4000, (2, 3)
+    schedule = switchlora(steps)
+    tables = dithered(schedule, {"w": weight(400, 400, 64, stack)}, total_steps=steps, seed=0).switched["w"]
+    assert tables.shape == (steps + 1, *stack)
+    wanted = math.fsum(64 / 40 * schedule.decay ** (step + 1) for step in range(steps))
+    # Each step's number is rounded up or down, with a variance of at most 1/4: five standard deviations of the sum.
+    assert (tables[-1] - wanted).abs().max() < 5 * math.sqrt(steps / 4)
+    assert tables[-1].unique().numel() > 1  # each member draws its own
+
+
+def test_dithering_holds_back_what_would_meet_a_frozen_vector():
+    """Rank 4, interval 10: 0.4 are asked for a step, and no more than 2 are switched in any 5."""
+    steps = 20_000
+    table = dithered(Schedule(interval=10), {"w": weight(64, 64, 4)}, total_steps=steps, seed=0).switched["w"]
+    in_five = table[5:] - table[:-5]
+    assert in_five.max() == 2
+    # The rate of that process, by its stationary distribution over what the last four steps did.
+    share = dict.fromkeys(((a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)), 1 / 16)
+    for _ in range(200):
+        new = dict.fromkeys(share, 0.0)
+        for lately, part in share.items():
+            chance = 0.4 if sum(lately) < 2 else 0.0
+            new[(*lately[1:], 1)] += part * chance
+            new[(*lately[1:], 0)] += part * (1 - chance)
+        share = new
+    rate = 0.4 * sum(part for lately, part in share.items() if sum(lately) < 2)
+    assert rate < 0.3
+    # Holding back makes the numbers more even than independent ones, of variance below 1/4.
+    assert abs(table[-1].item() / steps - rate) < 5 * math.sqrt(1 / 4 / steps)
+
+
+@given(ranks, st.integers(0, 6), st.integers(0, 20), seeds)
+def test_dithered_plans_meet_no_frozen_vector_and_go_in_turn(rank, freeze, longer, seed):
+    param = weight(64, 64, rank)
+    schedule = dithered(
+        Schedule(interval=max(2 * freeze, 1) + longer, freeze=freeze), {"w": param}, total_steps=60, seed=seed
+    )
+    plans = list(plans_of(schedule, param, 60))
+    assert_no_frozen_vector_is_switched(iter(plans), rank)
+    done = 0
+    for step, plan in enumerate(plans):
+        number = len(switched(plan.a))
+        assert schedule.switches(step, {"w": param}) == 2 * number
+        assert switched(plan.a) == [((done + k) % rank, rank + done + k) for k in range(number)]
+        assert switched(plan.b) == [((done + k + rank // 2) % rank, rank + done + k) for k in range(number)]
+        done += number
+    if rank == 1 and freeze:
+        assert not done  # both sides name the one slot
+
+
+def test_dithered_plans_are_a_function_of_the_seed():
+    params = {"w": weight(64, 64, 8, (3,)), "v": weight(64, 64, 8), "full": weight(8, 64, 8), "norm": torch.zeros(2)}
+    one, same, other = (dithered(switchlora(100), params, total_steps=100, seed=seed) for seed in (1, 1, 2))
+    assert_same(one.switched, same.switched)
+    assert one.switched.keys() == {"w", "v"}
+    assert not torch.equal(one.switched["w"], other.switched["w"])
+    for step in range(100):
+        assert_same(one(torch.tensor(step), params), one(step, params))
+        assert one(step, params)["w"].a.slots.shape[:-1] == (3,)
+
+
+def test_a_dithered_plan_is_a_function_of_the_step_in_a_graph_too():
+    params = {"w": low_rank(Shape(16, 12, 4))}
+    schedule = dithered(Schedule(interval=10), params, total_steps=20, seed=0)
+    compiled = torch.compile(lambda step: schedule(step, params), backend="aot_eager", fullgraph=True)
+    for step in range(20):
+        assert_same(compiled(torch.tensor(step)), schedule(step, params))
+
+
+@pytest.mark.parametrize("schedule", [every(10), Schedule(interval=40, every=2)])
+def test_only_a_rate_step_by_step_can_be_dithered(schedule):
+    with pytest.raises(ValueError, match="`schedule` must go by rate and step by step to be dithered"):
+        dithered(schedule, {"w": weight(8, 8, 2)}, total_steps=10, seed=0)
+
+
+def test_whole_numbers_are_not_dithered():
+    """Rates of 32, 16, ..., 1 leave nothing to draw."""
+    schedule = Schedule(interval=1, decay=0.5, freeze=0)
+    table = dithered(schedule, {"w": weight(400, 400, 64)}, total_steps=6, seed=0).switched["w"]
+    assert table.diff().tolist() == [32, 16, 8, 4, 2, 1]

@@ -1,0 +1,52 @@
+"""The main job refuses bad input in one line and writes nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.pretrain import Job, contents
+
+BAD_INPUT = {
+    "rank": (["--rank", "33"], "`rank` must be at least 1 and at most min(out, in) = 32 for 'layers."),
+    "targets": (["--targets", "blocks.*"], "`targets` must match parameter names, got 'blocks.*'"),
+    "device": (["--device", "cuda:9"], "`device` must be one that this machine has, got 'cuda:9'"),
+    "no such device": (["--device", "toaster"], "`device` must be one that this machine has, got 'toaster'"),
+    "model": (["--model", "llama-2m"], "`model` must be one of"),
+    "steps": (["--steps", "0"], "`steps` must be at least 1, got 0"),
+    "lr": (["--lr", "nan"], "`lr` must be positive and finite, got nan"),
+    "interval": (["--interval", "9"], "`interval` must be at least 10"),
+    "short text": (["--seq-len", "4000"], "the text must give at least 4001 tokens for"),
+    "no text": (["--text", "nowhere"], "`text` must name files or folders, got 'nowhere'"),
+    "pool": (["--candidates", "pool", "--method", "lora"], "`candidates` must be 'seeded' except for switchlora"),
+    "compensate": (["--compensate", "0.1", "--method", "full"], "`compensate` must be 0 for full"),
+    "resume": (["--out", "nowhere", "--resume"], "`out` must hold a run to resume, got 'nowhere'"),
+    "both": (["--dataset", "c4"], "`text` and `dataset` must not both be given"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_writes_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    arguments, message = BAD_INPUT[name]
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    outcome = job(*arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert "Traceback" not in outcome.err
+    assert contents(tmp_path) == before
+
+
+def test_unknown_option(job: Job):
+    outcome = job("--method", "sorcery")
+    assert outcome.code == 2
+    assert "sorcery" in outcome.err + outcome.out
+
+
+def test_folder_of_another_run_is_left_alone(job: Job, tmp_path: Path):
+    job("--out", tmp_path / "run", "--steps", 2)
+    before = contents(tmp_path / "run")
+    outcome = job("--out", tmp_path / "run", "--steps", 2)
+    assert outcome.code == 2
+    assert "`out` must be new or empty, or come with --resume" in outcome.err
+    assert contents(tmp_path / "run") == before

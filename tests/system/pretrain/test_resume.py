@@ -1,0 +1,140 @@
+"""The main job continues from its checkpoints, also from those before a damaged one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.damage import damage_by_a_bit, damage_by_truncation
+from tests.support.paths import ROOT
+from tests.support.pretrain import SMALL, Job, contents, metrics
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "models.pretrain", *SMALL, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "options", ["--candidates seeded", "--candidates pool", "--base-dtype int8 --residual int8 --moments 8bit"]
+)
+def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, options: str):
+    arguments = [
+        "--text",
+        str(text),
+        "--steps",
+        "60",
+        "--save-every",
+        "10",
+        "--eval-every",
+        "20",
+        *options.split(),
+    ]
+    uninterrupted = start([*arguments, "--out", str(tmp_path / "whole")])
+    killed = start([*arguments, "--out", str(tmp_path / "killed")])
+    lines = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 25) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert len(metrics(tmp_path / "killed")) < 60, "the run ended before it was killed"
+    resumed = start([*arguments, "--out", str(tmp_path / "killed"), "--resume"])
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    assert "continuing after step 0" not in output
+    assert uninterrupted.wait() == 0
+    for name in ("metrics.jsonl", "model.safetensors", "checkpoints/step-00000060/state.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_a_bit, remove])
+def test_damaged_checkpoint_is_refused_and_the_older_one_used(job: Job, tmp_path: Path, damage: Callable[[Path], None]):
+    arguments = ["--out", tmp_path / "run", "--steps", 20, "--save-every", 10]
+    job(*arguments)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    damage(tmp_path / "run" / "checkpoints" / "step-00000020" / "state.safetensors")
+    outcome = job(*arguments, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "refused a damaged checkpoint" in outcome.out
+    assert "step-00000020" in outcome.out
+    assert "continuing after step 10" in outcome.out
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_damaged_checkpoints_only(job: Job, tmp_path: Path):
+    arguments = ["--out", tmp_path / "run", "--steps", 20, "--save-every", 10]
+    job(*arguments)
+    for path in (tmp_path / "run").rglob("state.safetensors"):
+        damage_by_a_bit(path)
+    before = contents(tmp_path / "run")
+    outcome = job(*arguments, "--resume")
+    assert outcome.code == 2
+    assert "step-00000010" in outcome.err
+    assert "step-00000020" in outcome.err
+    assert contents(tmp_path / "run") == before
+
+
+def test_resume_with_another_configuration_says_in_what(job: Job, tmp_path: Path, text: Path):
+    job("--out", tmp_path / "run", "--steps", 2)
+    before = contents(tmp_path / "run")
+    outcome = job("--out", tmp_path / "run", "--steps", 3, "--lr", 0.5, "--resume")
+    assert outcome.code == 2
+    assert "lr was None and is 0.5; steps was 2 and is 3" in outcome.err
+    (text / "0.txt").write_text("something else altogether\n" * 50)
+    assert "corpus was" in job("--out", tmp_path / "run", "--steps", 2, "--resume").err
+    assert contents(tmp_path / "run") == before
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(job: Job, tmp_path: Path):
+    out = tmp_path / "run"
+    high = ["--optimizer", "adamw", "--lr", "1e18", "--warmup", "40"]
+    outcome = job("--out", out, "--steps", 60, "--save-every", 1, *high)
+    assert outcome.code == 2
+    assert "must be finite to go on, got" in outcome.err
+    assert "Traceback" not in outcome.err
+    saved = sorted((out / "checkpoints").glob("step-*/state.safetensors"))
+    assert saved
+    assert all(tensor.isfinite().all() for tensor in load_file(saved[-1]).values())
+    assert all(line["loss"] < float("inf") for line in metrics(out))
+
+
+# As written by the version before options were grouped.
+FLAT_RECORD = """
+{"method": "switchlora", "model": "llama-tiny", "rank": 8, "targets": [], "candidates": "seeded", "text": null,
+"dataset": null, "dataset_config": null, "text_column": "text", "dataset_characters": 200000000, "tokenizer": null,
+"steps": 20, "batch_size": 2, "seq_len": 32, "grad_accum": 1, "lr": null, "dense_lr": null, "warmup": 4,
+"optimizer": null, "weight_decay": 0.0, "clip": 1.0, "interval": 10.0, "ratio": 1.0, "freeze": 5, "compensate": 0.0,
+"merge_every": 100, "base_dtype": "float32", "residual": "bfloat16", "residual_device": null, "shard": false,
+"shard_factors": false, "moments": "float32", "compute_dtype": "float32", "device": null, "compile": false, "seed": 0,
+"eval_every": 100, "eval_batches": 2, "save_every": 10, "corpus": null}
+"""
+
+
+def test_a_run_with_a_flat_record_of_its_options_resumes(job: Job, tmp_path: Path):
+    arguments = ["--out", tmp_path / "run", "--steps", 20, "--save-every", 10]
+    job(*arguments)
+    path = tmp_path / "run" / "config.json"
+    record, flat = json.loads(path.read_text()), json.loads(FLAT_RECORD)
+    flat |= {name: record[name] for name in ("text", "device", "corpus")}  # those of this machine
+    path.write_text(json.dumps(flat))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
+    outcome = job(*arguments, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "continuing after step 10" in outcome.out
+    assert record == flat

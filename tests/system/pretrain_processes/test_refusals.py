@@ -1,0 +1,36 @@
+"""What several processes cannot do is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.pretrain.__main__ import main
+from tests.support.pretrain_processes import arguments, job
+from tests.support.processes import in_processes
+
+
+def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "run"
+    for changed, message in (
+        ({"batch-size": 1}, "`batch_size` must be at least the number of processes, 2, got 1"),
+        ({"shard": True, "method": "full"}, "`shard` must come with frozen bases, got full, which has none"),
+        ({"shard": True, "base-dtype": "nf4"}, "`params` in nf4 must have rows for 2 processes in whole runs of "),
+        ({"compensate": 0.1, "shard": True, "shard-factors": True}, "`compensate` must be 0 with --shard-factors, got"),
+        (
+            {"optimizer": "muon", "shard": True, "shard-factors": True},
+            "`optimizer` must be adamw with --shard-factors, got muon",
+        ),
+        ({"shard-factors": True}, "`shard_factors` must come with --shard, seeded candidates and float32 moments, got"),
+        ({"resume": True}, "`out` must hold a run to resume"),
+        ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 32"),
+    ):
+        outcomes = in_processes(2, job, arguments(text, out, **changed))
+        assert [outcome.code for outcome in outcomes] == [2, 2]
+        assert message in outcomes[0].err
+        assert outcomes[0].err.count("\n") == 1
+        assert outcomes[1].err == ""
+        assert not out.exists()
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments(text, out, shard=True)])
+    with pytest.raises(SystemExit, match="2"):
+        main()

@@ -1,0 +1,63 @@
+"""Every benchmark runs and gives its ratios; what they are is no test."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from tests.support.processes import in_processes
+
+RESIDUALS = ("none", "int8", "bfloat16")
+KEYS = {
+    "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
+    "step_by_method": {"full rank", "GaLore", "APOLLO", "LoRA", "switched", "switched, compensated", "switched, Muon"},
+    "switch": {"switch_over_copy"},
+    "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
+    "memory_by_base": {"int8+bfloat16 state", "nf4+bfloat16 peak", "bfloat16+none total"},
+    "ensemble": {"forward_over_held", "step_over_held", "largest_difference"},
+    "compile_time": {"compile_deep_over_shallow", "call_overhead_ms"},
+    "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS}
+    | {"int8+bfloat16 deferred", "nf4+none deferred"},
+    "scale": {"reduced_over_full_rank", "trainable_at_512"},
+    "quality_by_base": {"float32+none", "int8+bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_benchmark_runs(name, tmp_path):
+    if name in ("memory", "memory_by_base", "ensemble") and not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process is read from Linux's /proc")
+    out = tmp_path / "results.json"
+    (printed,) = in_processes(1, _run, name, out)
+    results = json.loads(printed.splitlines()[-1])
+    assert KEYS[name] <= results.keys()
+    written = json.loads(out.read_text())
+    assert written["raw"]
+    assert {key: written[key] for key in results} == results
+    assert {"device", "torch", "commit", "command"} <= written["environment"].keys()
+
+
+def _run(name: str, out: Path) -> str:
+    """As ``python -m bench.NAME``, in a process that has torch already."""
+    os.chdir(ROOT)
+    sys.argv = [f"bench.{name}", "--quick", "--json", "--device", "cpu", "--out", str(out)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    return printed.getvalue()
+
+
+def test_the_papers_figures_come_out_of_what_counts_the_bytes():
+    """Trainable numbers at 1.3B (arXiv:2406.06564), and so the bytes that processes reduce: 54 % fewer."""
+    from bench.scale import paper_figures  # noqa: PLC0415
+
+    found = paper_figures()
+    assert round(found["full_rank_parameters"] / 1e6, 1) == 1339.5
+    assert round(found["trainable_at_512"] / 1e6, 1) == 609.7
+    assert round(found["trainable_at_256"] / 1e6, 1) == 370.7
+    assert round(found["reduced_over_full_rank"] - 1, 2) == -0.54

@@ -1,0 +1,263 @@
+"""The study: its measures, its sweeps, its store, and that every method can be run, once."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dynlora_fn as dl
+from bench.quality import store, study_schedules
+from bench.quality.execute import execute
+from bench.quality.experiments import EXPERIMENTS, sweep
+from bench.quality.job import Job
+from bench.quality.measures import effective_rank, overlap
+from bench.quality.runs import METHODS, SIZES, Run
+from bench.quality.study import Quality, main, make_method
+from bench.quality.sweeps import CENTERS, MUON, Stage, neighbors, swept
+from bench.quality.tables import paired_p, rows_of
+from bench.support.process_memory import count_bytes
+from dynlora_fn.testing import Shape, assert_within, low_rank, normal
+from models import corpus as text
+from models.pretrain.learning_rate import warmup_cosine
+
+PATH = "".join(f"line {number}: {number * number}\n" for number in range(400))
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    documents = [text.Document("train", PATH), text.Document("validation", PATH)]
+    corpus = text.tokenize(text.Split(documents[:1], documents[1:]), text.byte_tokenizer(), window=33)
+    return Job(SIZES["tiny"], corpus, backend="eager")
+
+
+# --- measures
+def test_the_effective_rank_is_the_number_of_equal_singular_values():
+    assert_within(effective_rank(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0]))), torch.tensor(3.0), 1e-6)
+    assert_within(effective_rank(torch.outer(torch.ones(3), torch.ones(5))), torch.tensor(1.0), 1e-5)
+
+
+def test_the_overlap_is_that_of_spans():
+    rows = normal(0, 3, 8)
+    assert_within(overlap(rows, normal(1, 3, 3) @ rows), torch.tensor(1.0), 1e-9)
+    assert_within(overlap(torch.eye(8)[:2], torch.eye(8)[1:3]), torch.tensor(0.5), 1e-6)
+
+
+def test_a_paired_test_sees_differences_seed_by_seed():
+    assert paired_p([1.0, 1.1, 0.9]) < 0.01
+    assert paired_p([1.0, -1.1, 0.2]) > 0.5
+    assert math.isnan(paired_p([math.inf, 1.0, 1.0]))
+
+
+# --- sweeps
+def bowl(run: Run) -> float:
+    """Best at the papers' rates."""
+    return abs(math.log2(run.lr / CENTERS[run.method])) + abs(math.log2(run.dense_lr))
+
+
+def found_by(loss, run: Run) -> tuple[store.Found, Stage]:
+    """The search with runs that cost nothing."""
+    found: store.Found = {}
+    while (stage := swept(found, run)).missing:
+        found |= {one: {"loss": loss(one)} for one in stage.missing}
+    return found, stage
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("lr", "dense"), [(0, 0), (3, 0), (-4, -2), (1, 6)])
+def test_every_method_is_swept_until_all_neighbors_are_worse(method, lr, dense):
+    center = CENTERS[method]
+
+    def loss(run: Run) -> float | None:
+        if run.lr > 20 * center:
+            return None  # diverged
+        return abs(math.log2(run.lr / center) - lr) + abs(math.log2(run.lr * run.dense_lr / center) - dense)
+
+    found, stage = found_by(loss, Run("tiny", method))
+    best = stage.runs[0]
+    assert (best.lr, best.lr * best.dense_lr) == (center * 2.0**lr, center * 2.0**dense)
+    assert [run.seed for run in stage.runs] == [0, 1, 2]
+    assert all(found[run]["loss"] is None or found[run]["loss"] > found[best]["loss"] for run in neighbors(best))
+
+
+def test_a_sweep_starts_where_it_is_told_to():
+    start = replace(Run("tiny", "lora"), lr=CENTERS["lora"] / 4, dense_lr=16.0)
+    first = swept({}, Run("tiny", "lora", fraction=8), start=start).missing[0]
+    assert first == replace(start, fraction=8)
+
+
+def test_larger_sizes_and_other_ranks_start_where_sweeps_of_the_same_method_ended():
+    def loss(run: Run) -> float:
+        return abs(math.log2(run.lr / MUON) - 2) + abs(math.log2(run.dense_lr) + 4)
+
+    found, stage = found_by(loss, Run("small", "lora", optimizer="muon"))
+    best = stage.runs[0]
+    assert (best.lr, best.dense_lr) == (MUON * 4, 1 / 16)
+    medium = replace(best, size="medium")
+    assert sweep(found, Run("medium", "lora", optimizer="muon")).missing == [medium, *neighbors(medium)]
+    assert sweep(found, Run("medium", "lora")) == Stage([], [])  # its start is not known
+    eighth = Run("small", "lora", fraction=8)
+    assert sweep(found, eighth).missing == sweep(found, replace(eighth, fraction=4)).missing != []
+    assert sweep(found, replace(eighth, optimizer="muon")).missing[0] == replace(best, fraction=8)
+
+
+def test_all_runs_that_an_experiment_asks_for_can_be_named_and_read_again(tmp_path):
+    for name, experiment in EXPERIMENTS.items():
+        found: store.Found = {}
+        for _ in range(20):
+            missing = {run for stage in experiment(found, "tiny").values() for run in stage.missing}
+            found |= {run: {"loss": bowl(run)} for run in missing}
+        for number, run in enumerate(found):
+            if number < 12:
+                store.append(tmp_path / f"{name}.jsonl", run, {"loss": 1.0}, "corpus")
+        read = store.read(tmp_path, "corpus")
+        assert set(list(found)[:12]) <= set(read)
+    assert not store.read(tmp_path, "another")
+
+
+def test_a_line_that_was_torn_is_run_again(tmp_path):
+    path = tmp_path / "x.jsonl"
+    store.append(path, Run("tiny", "full"), {"loss": 1.0}, "corpus")
+    path.write_text(path.read_text() + '{"run": {"size"')
+    assert list(store.read(tmp_path, "corpus")) == [Run("tiny", "full")]
+    store.append(path, Run("tiny", "lora"), {"loss": 2.0}, "corpus")
+    assert list(store.read(tmp_path, "corpus")) == [Run("tiny", "full"), Run("tiny", "lora")]
+
+
+# --- runs
+VARIANTS = [
+    *(Run("tiny", method) for method in METHODS if method != "switchlora"),
+    Run("tiny", "switchlora", interval=10),
+    Run("tiny", "switchlora", candidates="pool", interval=10),
+    Run("tiny", "switchlora", candidates="pool", order="random", interval=10),
+    Run("tiny", "switchlora", candidates="orthogonal", interval=10),
+    Run("tiny", "switchlora", incoming="zero", interval=20),
+    Run("tiny", "switchlora", rule="transport", interval=10),
+    Run("tiny", "switchlora", start_scale=0.5, side_lr=4.0, interval=10),
+    Run("tiny", "switchlora", ratio=0.0, floor=0.2, until=0.8, interval=10),
+    Run("tiny", "switchlora", base="int8+bfloat16", interval=10, compensate=0.1),
+    Run("tiny", "switchlora", interval=10, compensate=0.1, reduced="int8", compensate_every=2),
+]
+
+
+@pytest.mark.parametrize("run", VARIANTS, ids=lambda run: "-".join(str(value) for value in run.described().values()))
+@torch.compiler.set_stance("force_eager")  # tracing takes longer than the run; one test below has it
+def test_every_method_learns_and_repeats_itself(job, run):
+    run = replace(run, lr=CENTERS[run.method], ratio=0.0)  # so that 24 steps have switches
+    result = execute(job, run, make_method)
+    assert result["loss"] < result["curve"][0][1] - 0.05
+    assert result["bytes"]["state"] > 0
+    if run.method == "switchlora":
+        assert result["measures"]["switched"] > 0
+        # In low precision the weight that products see moves by its rounding.
+        assert result["measures"]["largest_jump"] < (1e-4 if run.base == "float32" else 0.05)
+    assert execute(job, run, make_method)["curve"] == result["curve"]
+
+
+def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
+    run = Run("tiny", "switchlora")
+    method, tokens = make_method(job, run), job.batch(0, 0)
+    trainable, frozen = dl.partition(method.params)
+    wanted = dl.value_and_grad(lambda trainable: job.loss(dl.combine(trainable, frozen), tokens))(trainable)
+    loss, grads = job.gradients(method.weights(), tokens)
+    assert_within(loss, wanted.value, 1e-5)
+    for name, grad in dl.optim.project_gradients(grads, method.params).items():
+        for own, other in zip(
+            *(torch.utils._pytree.tree_leaves(one) for one in (grad, wanted.grads[name])), strict=True
+        ):
+            assert_within(own, other, 1e-5 * other.abs().max() + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "switchlora"])
+def test_what_is_sent_is_what_is_trained(job, method):
+    run = Run("tiny", method)
+    method = make_method(job, run)
+    trained = method.weights() if run.method == "full" else dl.partition(method.params).trainable
+    assert run.sent_bytes() == count_bytes(trained)
+
+
+def test_the_test_text_is_another_one(job):
+    assert job.held_out("validation") is job.corpus.validation
+    sources = bytes(job.held_out("test").numpy()).decode()
+    assert Path(torch.nn.__file__).read_text() in sources
+    weights = make_method(job, Run("tiny", "full")).weights()
+    assert job.held_out_loss(weights, "test") != job.held_out_loss(weights, "validation")
+
+
+def test_a_compensated_step_sends_the_dense_gradients():
+    full, plain = Run("small", "full").sent_bytes(), Run("small", "switchlora").sent_bytes()
+    compensated = Run("small", "switchlora", compensate=0.1)
+    assert compensated.sent_bytes() == full
+    assert replace(compensated, compensate_every=4).sent_bytes() == round(full / 4 + plain * 3 / 4)
+    assert replace(compensated, reduced="int8").sent_bytes() == plain + SIZES["small"].parameters()
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth():
+    rates = [warmup_cosine(step, 100, 5) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert sorted(rates[5:], reverse=True) == rates[5:]
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_random_rows_are_idle_and_distinct():
+    params = {"w": low_rank(Shape(8, 12, 3), (2,), base_dtype=torch.float32, factor_dtype=torch.float32)}
+    pool = dl.switching.init_pool(params)
+    plan = dl.schedules.every(1, count=3)(0, params)
+    drawn = study_schedules.at_random(plan, pool, torch.Generator().manual_seed(0))["w"]
+    for side, held in ((drawn.b, pool["w"].b.held), (drawn.a, pool["w"].a.held)):
+        for rows, own in zip(side.indices, held, strict=True):
+            assert len(set(rows.tolist())) == 3
+            assert set(rows.tolist()).isdisjoint(own.tolist())
+
+
+def test_a_rate_with_an_end_switches_nothing_afterwards():
+    run = Run("small", "switchlora", ratio=0.0, until=0.5)
+    params = {"w": low_rank(Shape(64, 64, 16), base_dtype=torch.float32, factor_dtype=torch.float32)}
+    schedule, steps = study_schedules.schedule_of(run, params), SIZES["small"].steps
+    switched = [schedule.switches(step, params) for step in range(steps)]
+    assert sum(switched) == 2 * (16 * steps // 2 // 40)
+    assert not any(switched[steps // 2 :])
+
+
+def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(PATH)
+    text_file = (tmp_path / "text.txt",)
+    config = Quality("methods", ("tiny",), text=text_file, folder=tmp_path / "out", threads=1, backend="eager")
+    made = []
+
+    def brief(job, run, make_method):
+        made.append(run)
+        return {
+            "loss": bowl(run),
+            "curve": [(1, 1.0)],
+            "seconds": 0.0,
+            "bytes": {"state": 1},
+            "measures": {},
+        }
+
+    monkeypatch.setattr("bench.quality.study.execute", brief)
+    main(replace(config, minutes=0))
+    assert not made
+    main(replace(config, rows=("full rank",)))
+    assert {run.method for run in made} == {"full"}
+    main(config)
+    assert len(made) == len(set(made)) > 50
+    count = len(made)
+    main(config)
+    assert len(made) == count
+    assert "full rank" in (tmp_path / "out" / "methods.md").read_text()
+    assert (tmp_path / "out" / "methods_tiny.png").stat().st_size > 1000
+    main(replace(config, experiment="test"))  # the same rates and seeds, by another text
+    chosen = {replace(run, held_out="test") for run in made[:count] if run.seed > 0}
+    assert {run for run in made[count:] if run.seed > 0} == chosen
+    assert "| test loss |" in (tmp_path / "out" / "test.md").read_text()
+    assert "small" not in (tmp_path / "out" / "test.md").read_text()  # it was not begun
+    found = store.read(tmp_path / "out", next(iter({line["corpus"] for line in _lines(tmp_path)})))
+    rows = rows_of(found, EXPERIMENTS["methods"](found, "tiny"))
+    assert [row.over_first for row in rows if row.name == "full rank"] == [0]
+
+
+def _lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "methods.jsonl").read_text().splitlines()]

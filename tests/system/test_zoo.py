@@ -1,0 +1,160 @@
+"""Every cell of the README's table: unmodified models x weight kinds x what is done with them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dynlora_fn import (
+    LowRank,
+    apply_updates,
+    call,
+    checkpoint_contexts,
+    combine,
+    compile_step,
+    partition,
+    remat,
+    state_dict,
+    unstack,
+    value_and_grad,
+)
+from dynlora_fn.optim import adamw
+from dynlora_fn.testing import assert_same, eps, untouched
+from tests.support.zoo import CASES, EAGER_ONLY, Case, model_and_params
+
+pytest.importorskip("transformers")
+
+
+def tolerance(case: Case) -> dict[str, float]:
+    """A dozen layers of sums of up to 48 terms, with values of about 1."""
+    return {"rtol": 0, "atol": 12 * 48 * eps(case.dtype)}
+
+
+def loss_of(model: nn.Module, params: dict[str, Any], case: Case) -> Tensor:
+    return case.loss(lambda *args, **kwargs: call(model, params, *args, **kwargs))
+
+
+def projected(gradient: Tensor, param: LowRank) -> tuple[Tensor, Tensor]:
+    """The gradient of a dense weight in the factors: G a^T / r and b^T G / r, in the matrices that they make."""
+    b, a = param.factors
+    *stack, rows, columns = (*b.shape[:-1], a.shape[-1])
+    if len(stack) == gradient.ndim - 1:  # fused, above each other or side by side
+        if gradient.shape[-1] == columns:
+            gradient = gradient.reshape(*stack, rows, columns)
+        else:
+            gradient = gradient.reshape(*stack[:-1], rows, stack[-1], columns).transpose(-2, -3)
+    gradient = gradient.reshape(*stack, rows, columns)
+    return gradient @ a.mT / a.shape[-2], b.mT @ gradient / a.shape[-2]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward(case):
+    model, params = model_and_params(case)
+    with untouched(params, list(model.parameters())):
+        got = loss_of(model, params, case)
+    torch.testing.assert_close(got, case.loss(model).detach(), **tolerance(case))
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradient(case, via):
+    model, params = model_and_params(case)
+    trainable, frozen = partition(params)
+    grads = value_and_grad(lambda tree: loss_of(model, combine(tree, frozen), case), via=via)(trainable).grads
+    case.loss(model).backward()
+    dense = {name: parameter.grad for name, parameter in model.named_parameters()}
+    singles, found = unstack(params), unstack(combine(grads, frozen))
+    assert singles.keys() == dense.keys()
+    for name, param in singles.items():
+        gradient = torch.zeros_like(model.get_parameter(name)) if dense[name] is None else dense[name]
+        if isinstance(param, LowRank):
+            b, a = projected(gradient, param)
+            torch.testing.assert_close(found[name].factors.b, b, **tolerance(case))
+            torch.testing.assert_close(found[name].factors.a, a, **tolerance(case))
+        else:
+            torch.testing.assert_close(found[name], gradient, **tolerance(case))
+
+
+def training_step(model: nn.Module, case: Case, frozen: Any) -> Any:
+    optimizer = adamw()
+
+    def step(state, lr):
+        trainable, opt_state = state
+        loss, grads = value_and_grad(lambda tree: loss_of(model, combine(tree, frozen), case))(trainable)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
+        return (apply_updates(trainable, updates), opt_state), loss
+
+    return step
+
+
+COMPILED = {name: case for name, case in CASES.items() if name not in EAGER_ONLY}
+
+
+@pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
+def test_compiled_step(case):
+    model, params = model_and_params(case)
+    trainable, frozen = partition(params)
+    step = training_step(model, case, frozen)
+    state = trainable, adamw().init(trainable)
+    wanted, first = step(state, torch.tensor(0.01))
+    compiled = compile_step(step, backend="aot_eager")
+    losses = [first]
+    for number in range(6):
+        state, loss = compiled(state, torch.tensor(0.01))
+        losses.append(loss)
+        if not number:
+            torch.testing.assert_close(state[0], wanted[0], rtol=0, atol=1e-7)
+    torch.testing.assert_close(losses[0], losses[1], **tolerance(case))
+    assert losses[-1] < losses[1]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_export(case):
+    model, params = model_and_params(case)
+    trainable, frozen = partition(params)
+    state, _ = training_step(model, case, frozen)((trainable, adamw().init(trainable)), torch.tensor(0.01))
+    params = combine(state[0], frozen)
+    exported = state_dict(model, params)
+    fresh = case.make().to(case.dtype)
+    fresh.load_state_dict(exported)
+    torch.testing.assert_close(case.loss(fresh).detach(), loss_of(model, params, case), **tolerance(case))
+    for one, other in case.tied:
+        assert exported[one] is exported[other]
+        assert fresh.get_parameter(one) is fresh.get_parameter(other)
+
+
+def gradients(model: nn.Module, params: dict[str, Any], via: str) -> Any:
+    trainable, frozen = partition(params)
+    return value_and_grad(lambda tree: loss_of(model, combine(tree, frozen), LINEAR), via=via)(trainable)
+
+
+LINEAR = CASES["Llama: linear, grouped heads"]
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_remat_of_an_unmodified_model(via):
+    model, params = model_and_params(LINEAR)
+    assert_same(gradients(remat(model, ["model.layers.*"]), params, via), gradients(model, params, via))
+
+
+def test_the_models_own_checkpointing():
+    """Other values than the model's: a block that is computed again with the model's would be seen."""
+    model, params = model_and_params(LINEAR)
+    params = tree_map(lambda leaf: leaf * 1.5 if leaf.is_floating_point() else leaf, params)
+    wanted = gradients(model, params, "autograd")
+    contexts = checkpoint_contexts(model)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    parameters, calls = dict(model.named_parameters()), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    assert_same(gradients(model, params, "autograd"), wanted)
+    assert len(calls) == 2 * 2  # layers, each computed twice
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_attention_is_one_operation():
+    """All of the above with `scaled_dot_product_attention`, on what low-rank weights gave it."""
+    models = [model_and_params(CASES[name])[0] for name in CASES if "Llama" in name or "ViT" in name]
+    assert {model.config._attn_implementation for model in models} == {"sdpa"}

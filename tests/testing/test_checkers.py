@@ -1,0 +1,183 @@
+"""Checkers find the bugs that are planted, and make them small."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
+
+import dynlora_fn as dl
+from dynlora_fn import LowRank, Plan, testing
+from dynlora_fn.testing import BrokenPromiseError, Shape, low_rank, low_rank_params, plans
+
+
+def wrong_slot(param: LowRank, plan: Plan) -> LowRank:
+    """Folds the differences of side a into the base by way of the next slot's counterpart."""
+    rank = param.factors.a.shape[-2]
+    new, outgoing = dl.switch(param, plan)
+    incoming = dl.candidates(param, plan)
+    difference = torch.where(plan.a.active[..., None], outgoing.a - incoming.a, 0)
+    stack = param.shape[:-2]
+    columns = [side.expand(*stack, -1)[..., None, :] for side in (plan.a.slots, (plan.a.slots + 1) % rank)]
+    right, wrong = (param.factors.b.gather(-1, one.expand(*param.shape[:-1], -1)) for one in columns)
+    return new._replace(base=new.base + (wrong - right) @ difference / rank)
+
+
+def in_place(param: LowRank) -> LowRank:
+    param.factors.b.zero_()
+    return param
+
+
+def drawn(param: LowRank) -> LowRank:
+    return param._replace(factors=tree_map(torch.randn_like, param.factors))
+
+
+def rounded(param: LowRank) -> LowRank:
+    return param._replace(factors=tree_map(lambda leaf: leaf.float(), param.factors))
+
+
+def by_value(param: LowRank) -> LowRank:
+    return dl.merge(param) if param.factors.b.sum() > 0 else param
+
+
+class Counting:
+    """Each call is another."""
+
+    calls = 0
+
+    def __call__(self, param: LowRank) -> LowRank:
+        self.calls += 1
+        return param._replace(factors=tree_map(lambda leaf: leaf + self.calls, param.factors))
+
+
+def over_the_stack(param: LowRank) -> LowRank:
+    return param._replace(factors=tree_map(lambda leaf: leaf - leaf.mean(), param.factors))
+
+
+def plain(**settings: Any) -> st.SearchStrategy[LowRank]:
+    return low_rank_params(storages=testing.PLAIN[:1], factor_dtypes=st.just(torch.float64), deferred=False, **settings)
+
+
+def with_plan() -> st.SearchStrategy[Any]:
+    return plain().flatmap(lambda param: st.tuples(st.just(param), plans(param)))
+
+
+# By name: a checker, a transform that breaks its promise, and what it says of it.
+BUGS = {
+    "weight": (testing.check_preserves_weight, lambda param: param._replace(base=param.base + 1e-9), "off by up to"),
+    "scale": (testing.check_preserves_weight, lambda param: dl.merge(param)._replace(factors=param.factors), "off by"),
+    "in place": (testing.check_pure, in_place, r"factors\.b has been written into"),
+    "global generator": (testing.check_pure, drawn, "a random number was drawn from torch's global generator"),
+    "dtype": (testing.check_keeps_structure, rounded, r"\.factors\.b is .*float32.* instead of .*float64"),
+    "gradient": (
+        testing.check_keeps_structure,
+        lambda param: param._replace(base=param.base.clone().requires_grad_()),
+        r"\.base now requires a gradient",
+    ),
+    "random": (testing.check_deterministic, drawn, r"factors\.b: .* is not"),
+    "control flow": (testing.check_compiles, by_value, "Data-dependent|data-dependent|recompile"),
+    "recompile": (testing.check_compiles, Counting(), r"recompile|\.factors\.b"),
+    "stack": (testing.check_vmap, over_the_stack, r"factors\.b: "),
+    "raises": (testing.check_preserves_weight, lambda param: 1 / 0, "ZeroDivisionError: division by zero"),
+    "nothing": (
+        testing.check_preserves_weight,
+        lambda param: None,
+        "TypeError: a transform must return",
+    ),
+}
+
+
+@pytest.mark.parametrize(("check", "transform", "said"), BUGS.values(), ids=BUGS)
+def test_bugs_are_found_and_told(check, transform, said):
+    arguments = plain() if check is not testing.check_vmap else plain(stacks=st.just((2,)))
+    with pytest.raises(BrokenPromiseError) as caught:
+        check(transform, arguments=arguments)
+    message = str(caught.value)
+    assert re.search(r"promised: .*\nhappened: .*\n(.*\n)*smallest example: ", message), message
+    assert re.search(said, message), message
+    assert re.search(r"arguments=\(?(low_rank|LowRank)\(", message), message
+
+
+def test_a_wrong_slot_shrinks_to_two_slots():
+    """Of weights up to 8 x 8 with plans for all of their slots: the smallest that has two slots to confuse."""
+    with pytest.raises(BrokenPromiseError) as caught:
+        testing.check_preserves_weight(wrong_slot, arguments=with_plan(), examples=200)
+    message = str(caught.value)
+    assert "promised: the weight is kept" in message
+    assert "Shape(out_features=2, in_features=2, rank=2)" in message
+    assert re.search(r"a=side_plan\(2, [12], \(\), 0, share_active=1\.0\)", message), message
+
+
+def switched_side(opt_state: Any, plan: Any) -> Any:
+    """Resets the switched vectors themselves instead of their counterparts."""
+    return dl.project_optimizer_state(
+        opt_state, {name: Plan(b=own.a, a=own.b, frozen_for=own.frozen_for) for name, own in plan.items()}
+    )
+
+
+def no_moments(opt_state: Any, plan: Any) -> Any:
+    new = dl.project_optimizer_state(opt_state, plan)
+    return new._replace(mu=opt_state.mu)
+
+
+def one_too_many(opt_state: Any, plan: Any) -> Any:
+    new = dl.project_optimizer_state(opt_state, plan)
+    return new._replace(count={**new.count, "bias": torch.zeros_like(new.count["bias"])})
+
+
+@pytest.mark.parametrize(
+    ("project", "said"),
+    [
+        (
+            switched_side,
+            r"slot 0 (is the counterpart of a switched vector and holds|has changed and is no counterpart)",
+        ),
+        (no_moments, r"\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and holds"),
+        (one_too_many, r"\.count\['bias'\] has changed and belongs to no counterpart"),
+        (lambda opt_state, plan: opt_state._replace(nu=opt_state.mu), "has changed|is not"),
+        (lambda opt_state, plan: opt_state.mu, "the structure is .*(.|\\n)* instead of"),
+    ],
+    ids=["switched side", "moments", "bias", "nu", "structure"],
+)
+def test_projections_that_miss_are_found(project, said):
+    with pytest.raises(BrokenPromiseError, match=said):
+        testing.check_state_projection(project, examples=100)
+
+
+def test_what_a_step_keeps_to_itself_is_lost_at_a_restart():
+    def make():
+        seen = []
+
+        def step(state, number):
+            seen.append(number)
+            return state + len(seen), state
+
+        return torch.zeros(()), step
+
+    with pytest.raises(
+        BrokenPromiseError, match=r"broken off after 1 steps(.|\n)*smallest example: .*\n.*arguments=\(1,\)"
+    ):
+        testing.check_resumes(make)
+
+
+def test_a_state_that_is_not_saved_whole_is_found():
+    def make():
+        return torch.zeros(()), lambda state, number: (state + 1, None)
+
+    with pytest.raises(BrokenPromiseError, match="is not"):
+        testing.check_resumes(make, save=lambda state: None, load=lambda saved, template: template)
+
+
+@pytest.mark.parametrize("transform", [lambda: None, lambda param, plan, other: None])
+def test_what_takes_other_arguments_is_refused(transform):
+    with pytest.raises(TypeError, match=r"`transform` must take a weight, or a weight and a plan, got [03] arguments"):
+        testing.check_pure(transform)
+
+
+def test_given_arguments_are_summed_up():
+    with pytest.raises(BrokenPromiseError, match=r"smallest example: \(LowRank\(base='\(8, 4\) float64', .*\),\)"):
+        testing.check_preserves_weight(
+            lambda param: param._replace(base=param.base + 1), arguments=low_rank(Shape(8, 4, 3))
+        )

@@ -1,0 +1,45 @@
+"""What is compared: bits, kinds, structures, bounds, and what was written into."""
+
+import pytest
+import torch
+
+import dynlora_fn as dl
+from dynlora_fn import testing
+from dynlora_fn.testing import Shape, low_rank
+
+
+def test_bits_kinds_and_structures_are_compared():
+    one = {"w": torch.tensor([0.0, 1.0])}
+    testing.assert_same(one, {"w": torch.tensor([0.0, 1.0])})
+    for other in (
+        {"w": torch.tensor([-0.0, 1.0])},
+        {"w": torch.tensor([0.0, 1.0], dtype=torch.float64)},
+        {"w": torch.tensor([[0.0, 1.0]])},
+        {"v": torch.tensor([0.0, 1.0])},
+        {"w": 1},
+    ):
+        with pytest.raises(AssertionError):
+            testing.assert_same(other, one)
+    testing.assert_same(torch.zeros(8, 3).T[:, :1], torch.zeros(3, 1))
+
+
+def test_a_bound_is_a_bound():
+    testing.assert_within(torch.tensor([1.0]), torch.tensor([1.5]), 0.5)
+    for got, bound in (([1.0], 0.49), ([float("nan")], 1.0), ([1.0, 2.0], 1.0)):
+        with pytest.raises(AssertionError):
+            testing.assert_within(torch.tensor(got), torch.tensor([1.5]), bound)
+
+
+def test_what_is_written_into_is_named():
+    tree = {"w": torch.zeros(2)}
+    with pytest.raises(AssertionError, match=r"\['w'\] has been written into"), testing.untouched(tree):
+        tree["w"].add_(0)
+
+
+def test_the_bound_on_roundings_is_not_wide():
+    """A unit in the last place more than is rounded is found, on plain bases and in codes with a residual."""
+    for storage, share in ((testing.Storage("float32"), 1e-5), (testing.Storage("int8", "bfloat16"), 1e-4)):
+        param = low_rank(Shape(8, 8, 2), storage=storage, factor_dtype=torch.float32)
+        merged = dl.merge(param)
+        size = testing.exact_weight(param).abs().max()
+        assert testing.rounding(param, merged).max() < share * size
