@@ -55,12 +55,10 @@ def name_of(path: Path, root: Path) -> str:
 def circle_in(paths: list[Path], root: Path) -> list[str] | None:
     """The modules of one circle of imports, or None if there is none."""
     modules = {name_of(path, root): path for path in paths}
-    graph = {
-        name: {
-            module for found in imported(path.read_text()) for module in modules if f"{found}.".startswith(f"{module}.")
-        }
-        for name, path in modules.items()
-    }
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found = [f"{full_name}." for full_name in imported(path.read_text())]
+        graph[name] = {module for module in modules if any(each.startswith(f"{module}.") for each in found)}
     try:
         TopologicalSorter({name: sources - {name} for name, sources in graph.items()}).prepare()
     except CycleError as error:
