@@ -88,7 +88,7 @@ def write_metrics(folder: Path) -> None:
 
 
 CONFIG = Config(steps=3)
-PARAMETER = r"^`weights` must .*'\d\.(weight|bias)'"
+PARAMETER = r"^`weights` has .*'\d\.(weight|bias)'"
 KINDS = {
     "weights": Kind(lambda folder: dl.interop.save_merged(MODEL, PARAMS, folder), into_model, says=PARAMETER),
     "weights in shards": Kind(write_sharded, into_model, says=PARAMETER),
@@ -97,7 +97,7 @@ KINDS = {
         lambda folder: dl.interop.save_adapter(MODEL, PARAMS, folder) and None,
         lambda folder: dl.interop.load_adapter(MODEL, folder, seed=0),
         "adapter_*",
-        "^the adapter must|^`folder` must hold an adapter",
+        "^the adapter has|^`folder` has an adapter",
     ),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, "step-*/*"),
     "run's configuration": Kind(

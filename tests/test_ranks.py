@@ -443,7 +443,10 @@ def _call_wrapped() -> None:
         (DistributedDataParallel(fresh()), "`model` is wrapped in DistributedDataParallel"),
         (torch.nn.DataParallel(fresh()), "`model` is wrapped in DataParallel"),
         (fully_shard(fresh(), mesh=mesh), "`model` is wrapped in FSDPModule"),
-        (FullyShardedDataParallel(fresh(), device_id=torch.device("cpu")), "`model` is wrapped in FullyShardedDataParallel"),
+        (
+            FullyShardedDataParallel(fresh(), device_id=torch.device("cpu")),
+            "`model` is wrapped in FullyShardedDataParallel",
+        ),
         (inside, "submodule '0' of `model` is wrapped in DistributedDataParallel"),
     ):
         with pytest.raises(ValueError, match=f"^{message}, whose gradient hooks .*; pass the unwrapped module"):
