@@ -65,8 +65,8 @@ def init(
         start: "switchlora" draws both factors, with the bounds of `basis_bounds`. "lora" draws `a` as `nn.Linear` does
             and sets ``b = 0`` (arXiv:2106.09685).
         fused: The number of equal parts in a fused target, by name or glob. The parts become a stack with factors for
-            each. Write 3 for queries, keys and values above each other (3 * out, in), and ``(3, -1)`` for columns side by
-            side.
+            each. Write 3 for queries, keys and values above each other (3 * out, in), and ``(3, -1)`` for columns
+            side by side.
         weights: The weights by name, instead of those of the module, which may then be on the meta device. They are
             read one stack at a time.
         base_dtype: The dtype of the bases. Default None means the dtype of each weight.

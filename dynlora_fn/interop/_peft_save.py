@@ -31,7 +31,8 @@ def save_adapter(
     ``folder/base``, and the adapter only applies to that model.
 
     With `original`, the adapter applies to those weights. For each low-rank weight it contains the full change,
-    switches and merges included, as its truncated singular value decomposition. Other parameters are written if they changed.
+    switches and merges included, as its truncated singular value decomposition. Other parameters are written if they
+    changed.
 
     Args:
         model: The model, as for `call`. The kinds of its layers are read.
