@@ -1,4 +1,8 @@
-"""Models, state dicts, safetensors files and PEFT adapters, in and out."""
+"""Parameters from a model and back to it: `init`, state dicts, safetensors files and PEFT adapters.
+
+`init` turns a module or a dict of tensors into parameters. Everything else converts parameters to and from the formats
+of PyTorch, Hugging Face and PEFT.
+"""
 
 from dynlora_fn.interop._init import init as init
 from dynlora_fn.interop._peft_load import load_adapter as load_adapter

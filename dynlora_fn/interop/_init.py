@@ -1,4 +1,4 @@
-"""Parameters made from a model: `init`."""
+"""Make low-rank parameters from a model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -42,42 +42,51 @@ def init(
     stack: bool = True,
     group: "Group | None" = None,
 ) -> dict[str, Param]:
-    """Parameters whose weights equal the model's to the precision of the base.
+    """Return parameters whose weights equal the model's.
 
-    ``base = weight - b @ a / rank`` with both factors drawn from the basis, as in arXiv:2406.06564, section 3.
+    Every weight stays the same to the precision of its base::
 
-    A target is a matrix (out, in); of more axes, a stack of them (experts), or the weight of a convolution, which is
-    taken for a matrix (out, in * prod(kernel)).
+        base = weight - b @ a / rank
+
+    Both factors are drawn from the basis, as in arXiv:2406.06564, section 3.
+
+    A target is a matrix (out, in). A target with more axes is a stack of matrices (experts), or the weight of a
+    convolution, which becomes a matrix (out, in * prod(kernel)).
 
     Args:
-        model: a module, or its parameters by name. It is neither changed nor kept: everything is copied. Targets may be
-            torchao's tensors, as its ``quantize_`` makes them, and stay in their format; with ``start="lora"`` their
-            very codes. Others of them become dense, to be trained.
-        rank: of the factors, at least 1 and at most min(out, in) of every target; or by name or glob, of which the
-            first that matches counts.
-        seed: names the bases. Each weight gets its own, from this seed and the weight's name.
-        targets: what becomes low-rank; all else is trained full-rank. Names, globs or types of modules, whose own
-            matrices are meant; or a predicate of the name and the tensor.
-        start: "switchlora" draws both factors, with the bounds of `basis_bounds`; "lora" draws `a` as `nn.Linear` would
-            and starts from ``b = 0`` (arXiv:2106.09685).
-        fused: by name or glob, of how many equal parts a target is made that become a stack, each with factors of its
-            own: 3 for queries, keys and values above each other (3 * out, in), ``(3, -1)`` for columns side by side.
-        weights: by name, instead of the module's own, which may then be on the meta device. They are asked for one
-            stack at a time.
-        base_dtype: of the bases; the weight's own unless given.
-        base, residual, residual_device: of bases in low precision, as in `quantize`.
-        dtype: of the factors.
-        stack: whether weights that repeat over layers become one parameter, such as ``layers.*.q.weight``.
-        group: of processes that share the bases, as by `shard`: each weight is cut before the next one is read, so that
-            beside its own rows a process never holds more than one base.
+        model: The module, or its parameters by name. It is not changed, and everything is copied. Targets may be
+            torchao's tensors, as its ``quantize_`` makes them. They stay in their format, and with ``start="lora"``
+            their codes stay the same. Torchao's tensors that are not targets become dense, to be trained.
+        rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, of
+            which the first that matches a target counts.
+        seed: The seed of the bases. Each weight derives its basis seed from this seed and its name.
+        targets: The parameters that become low-rank. All others are trained full-rank. Names, globs or types of
+            modules, which select the matrices that such a module has itself; or a predicate of name and tensor.
+        start: "switchlora" draws both factors, with the bounds of `basis_bounds`. "lora" draws `a` as `nn.Linear` does
+            and sets ``b = 0`` (arXiv:2106.09685).
+        fused: The number of equal parts in a fused target, by name or glob. The parts become a stack with factors for
+            each. Write 3 for queries, keys and values above each other (3 * out, in), and ``(3, -1)`` for columns
+            side by side.
+        weights: The weights by name, instead of those of the module, which may then be on the meta device. They are
+            read one stack at a time.
+        base_dtype: The dtype of the bases. Default None means the dtype of each weight.
+        base: The format of bases in low precision, as in `quantize`.
+        residual: The residual of such a base, as in `quantize`.
+        residual_device: The device of the residuals, as in `quantize`.
+        dtype: The dtype of the factors.
+        stack: Whether weights that repeat over layers become one parameter, such as ``layers.*.q.weight``.
+        group: The process group that shards the bases, as in `shard`. Each weight is sharded before the next is read,
+            so that a process stores only its rows and one more base.
 
     Returns:
-        By name a `LowRank` for each target and a tensor for everything else, none of which requires a gradient.
+        A `LowRank` for each target and a tensor for every other parameter, by name. None of them requires a gradient.
 
     Raises:
-        ValueError: if a pattern matches nothing, a target is not a matrix or not finite in low precision, a rank or a
-            format does not fit, one of `weights` is missing or of another shape, or both `base` and `base_dtype` are
-            given.
+        ValueError: If a pattern matches nothing; if a target is not a matrix, or is not finite in low precision; if a
+            rank or a format does not fit; if a weight is missing from `weights` or has another shape; or if both `base`
+            and `base_dtype` are passed.
+
+    Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
 
     Example:
         >>> params = init(nn.Linear(6, 4), rank=2, seed=0, targets=["weight"])
@@ -85,41 +94,41 @@ def init(
         (torch.Size([4, 2]), torch.Size([2, 6]), torch.Size([4]))
     """
     if base is not None and base_dtype is not None:
-        raise ValueError(f"`base` and `base_dtype` must not both be given, got {base!r} and {base_dtype}")
+        raise ValueError(f"`base` is {base!r} and `base_dtype` is {base_dtype}; pass only one of them")
     module = model if isinstance(model, nn.Module) else None
-    tensors = _own_tensors(model)
-    found = select(module, tensors, targets, rank, fused or {})
-    read = tensors.__getitem__ if weights is None else partial(_given, weights, module, tensors)
+    tensors = _tensors_of(model)
+    selected = select(module, tensors, targets, rank, fused or {})
+    read = tensors.__getitem__ if weights is None else partial(_read, weights, module, tensors)
     groups = {name: Stack([name], ()) for name in tensors}
     if stack:
-        groups = find_stacks({name: (found.get(name), *_kind(tensor)) for name, tensor in tensors.items()})
+        groups = find_stacks({name: (selected.get(name), *_kind(tensor)) for name, tensor in tensors.items()})
     params: dict[str, Param] = {}
 
-    def made(pattern: str, own: Stack) -> Param:
-        target, dtypes = found.get(own.members[0]), tensors[own.members[0]].dtype
-        held = [_as_base(name, read(name), target is not None, residual, residual_device) for name in own.members]
-        stacked = stack_bases(held, own.shape)
+    def make(pattern: str, layers: Stack) -> Param:
+        target, weight_dtype = selected.get(layers.members[0]), tensors[layers.members[0]].dtype
+        bases = [_as_base(name, read(name), target is not None, residual, residual_device) for name in layers.members]
+        stacked = stack_bases(bases, layers.shape)
         if target is None:
             assert isinstance(stacked, Tensor)
             return stacked
-        matrices = _as_matrices(pattern, stacked, target, len(own.shape))
-        seeds = _seeds(seed, own.members, base_shape(matrices)[:-2], held[0])
-        # Rounded once: what is to be quantized is not rounded before.
-        plain_dtype = base_dtype or (dtypes if base is None else widest(dtypes))
-        param = _split(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
+        matrices = _as_matrices(pattern, stacked, target, len(layers.shape))
+        seeds = _seeds(seed, layers.members, base_shape(matrices)[:-2], bases[0])
+        # A base that is quantized afterwards is not rounded here, so that it is rounded only once.
+        plain_dtype = base_dtype or (weight_dtype if base is None else widest(weight_dtype))
+        param = _low_rank(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
             quantized = quantize_base(
-                pattern, gather_base(with_pending(param).base), base, residual, residual_device, dtypes
+                pattern, gather_base(with_pending(param).base), base, residual, residual_device, weight_dtype
             )
             param = param._replace(base=quantized)
         return param
 
-    for pattern, own in groups.items():
-        if group is None or own.members[0] not in found:
-            params[pattern] = made(pattern, own)
-        else:  # each is cut before the next is read
-            parts = [shard({pattern: made(pattern, Stack([name], ()))}, group)[pattern] for name in own.members]
-            params[pattern] = stack_bases(parts, own.shape)  # type: ignore[type-var]
+    for pattern, layers in groups.items():
+        if group is None or layers.members[0] not in selected:
+            params[pattern] = make(pattern, layers)
+        else:  # each member is sharded before the next is read
+            shards = [shard({pattern: make(pattern, Stack([name], ()))}, group)[pattern] for name in layers.members]
+            params[pattern] = stack_bases(shards, layers.shape)  # type: ignore[type-var]
     return params
 
 
@@ -127,72 +136,77 @@ def _as_matrices(name: str, weight: LocalBase, target: Target, stack_axes: int) 
     if isinstance(weight, Tensor):
         return as_matrices(weight, target, stack_axes)
     if target.parts > 1 or target.is_spatial:
-        rule = "match matrices alone among torchao's tensors, neither fused ones nor those of convolutions"
-        raise ValueError(f"`targets` must {rule}, got {name!r}")
+        raise ValueError(
+            f"`targets` matches {name!r}, a tensor of torchao that is fused or the weight of a convolution; "
+            "use only matrices of torchao, or dequantize it first"
+        )
     return weight
 
 
-def _given(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """One of `weights`, by whichever of its names it has there."""
-    own = dict(module.named_parameters(remove_duplicate=False)) if module is not None else {}
-    names = [name, *(other for other, tensor in own.items() if other != name and tensor is own[name])]
-    for one in names:
-        if one in weights:
-            weight, shape = weights[one].detach(), tuple(tensors[name].shape)
+def _read(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return one of `weights`, under whichever name of a tied parameter it has there."""
+    parameters = dict(module.named_parameters(remove_duplicate=False)) if module is not None else {}
+    aliases = [other for other, tensor in parameters.items() if other != name and tensor is parameters[name]]
+    for alias in [name, *aliases]:
+        if alias in weights:
+            weight, shape = weights[alias].detach(), tuple(tensors[name].shape)
             if tuple(weight.shape) != shape:
                 raise ValueError(
-                    f"`weights` must fit the model, got {one!r} of shape {tuple(weight.shape)} for {shape}"
+                    f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
+                    "pass the weights of this model"
                 )
             return weight
     shape = tuple(tensors[name].shape)
-    raise ValueError(f"`weights` must hold every parameter of the model, got none for {name!r} of shape {shape}")
+    raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 
 
 def _seeds(seed: int, names: list[str], stack: torch.Size, like: LocalBase) -> Tensor:
-    """One for each matrix of the stack: by the weight's name, and within a weight by the number as well."""
-    within = stack.numel() // len(names)
+    """Return a seed for each matrix of the stack, from the name of its weight and its position in that weight."""
+    matrices = stack.numel() // len(names)
     seeds = [
-        _weight_seed(seed, name if within == 1 else f"{name}[{number}]") for name in names for number in range(within)
+        _weight_seed(seed, name if matrices == 1 else f"{name}[{position}]")
+        for name in names
+        for position in range(matrices)
     ]
     return torch.tensor(seeds, device=tree_leaves(like)[0].device).reshape(stack)
 
 
-def _own_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by name, detached; of tied ones the first name, as `nn.Module.named_parameters` does it."""
+def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters by name, detached. Tied ones keep only their first name, as in `named_parameters`."""
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple[object, ...]] = set()
+    identities: set[tuple[object, ...]] = set()
     for name, tensor in named.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"`model` must hold floating-point parameters alone, got {tensor.dtype} for {name!r}")
-        memory = inner_tensors(tensor)[0]  # torchao's tensor has none itself
+            raise ValueError(f"`model` has dtype {tensor.dtype} for {name!r}; pass only floating-point parameters")
+        memory = inner_tensors(tensor)[0]  # a tensor of torchao has no memory itself
         identity = (memory.data_ptr(), memory.stride(), tensor.shape, tensor.device)
-        if tensor.numel() == 0 or tensor.device.type == "meta" or identity not in seen:
+        if tensor.numel() == 0 or tensor.device.type == "meta" or identity not in identities:
             tensors[name] = tensor.detach()
-        seen.add(identity)
+        identities.add(identity)
     return tensors
 
 
 def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> LocalBase:
-    """A tensor, copied later, or the codes of one of torchao's; dense where it is to be trained full-rank."""
+    """Return a tensor as it is, and one of torchao as a base, or dense where it is trained full-rank."""
     if not is_torchao(tensor):
         return tensor
-    held = from_torchao(tensor, residual=residual, residual_device=residual_device, name=name)
-    return held if is_target else dequantize(held, tensor.dtype)
+    quantized = from_torchao(tensor, residual=residual, residual_device=residual_device, name=name)
+    return quantized if is_target else dequantize(quantized, tensor.dtype)
 
 
 def _kind(tensor: Tensor) -> list[object]:
-    """What members of a stack have in common."""
+    """Return what all members of a stack must have in common."""
     inner = [(leaf.shape, leaf.dtype, leaf.device) for leaf in inner_tensors(tensor)]
     return [type(tensor).__name__ if is_torchao(tensor) else "", tensor.shape, tensor.dtype, *inner]
 
 
 def _weight_seed(seed: int, name: str) -> int:
-    """63 bits that depend on the name and not on what else is a target or how it is stacked."""
+    """Return 63 bits that depend on the name, and not on other targets or on the stacking."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-def _split(
+def _low_rank(
     name: str,
     weight: LocalBase,
     seed: Tensor,
@@ -203,10 +217,10 @@ def _split(
     dtype: torch.dtype,
 ) -> LowRank:
     slots = torch.arange(rank, device=seed.device)
-    # Side b is switched half a turn behind side a, so that its vector number 0 is in slot rank // 2 (see `Schedule`).
-    behind = (slots - rank // 2) % rank
+    # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
+    b_indices = (slots - rank // 2) % rank
     shape = base_shape(weight)[-2:]
-    (factors,) = basis_vectors([BasisSlice(seed, behind, slots, shape, rank, start, dtype)])
+    (factors,) = basis_vectors([BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)])
     if isinstance(weight, Tensor):
         return LowRank(fold(weight, -factors.b, factors.a, rank=rank, dtype=base_dtype), factors, seed)
     return LowRank(fold_base(weight, -factors.b, factors.a, rank=rank, name=name), factors, seed)

@@ -1,7 +1,7 @@
-"""LoRA adapters of PEFT: what a layer's factors are called, and how they lie.
+"""Layouts of LoRA adapters of PEFT: one per kind of layer.
 
-PEFT's weight is ``weight + alpha / rank * B @ A`` (``alpha / sqrt(rank)`` with rslora), with A at the layer's input.
-The scale here is always ``1 / rank``, and so whatever differs is multiplied into `b`.
+PEFT's weight is ``weight + alpha / rank * B @ A``, with ``alpha / sqrt(rank)`` for rslora. A is at the layer's input.
+The scale of `LowRank` is always ``1 / rank``, so any other scale is multiplied into `b`.
 """
 
 import math
@@ -16,23 +16,27 @@ PREFIX = "base_model.model."
 
 
 class Pair(NamedTuple):
-    """``up @ down`` is added to a weight as its layer has it, (out, in), or (rows of an embedding's weight).T."""
+    """Factors of a change ``up @ down`` of a weight (out, in), or of the transposed weight of an embedding."""
 
     up: Tensor  # (out, rank)
     down: Tensor  # (rank, in)
 
 
 def aliases_of(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter."""
+    """Return all names of each parameter, itself included."""
     named = dict(model.named_parameters(remove_duplicate=False))
     return {name: [other for other in named if named[other] is named[name]] for name in named}
 
 
 def kind_of_layer(model: nn.Module, name: str) -> str:
-    """Of a layer that PEFT adapts, by what it is; "transposed" has its weight as (in, out)."""
-    prefix, _, own = name.rpartition(".")
+    """Return the kind of a layer that PEFT has LoRA for. A "transposed" layer has a weight (in, out).
+
+    Raises:
+        ValueError: If PEFT has no LoRA for the layer.
+    """
+    prefix, _, leaf_name = name.rpartition(".")
     layer = model.get_submodule(prefix)
-    if own == "weight":
+    if leaf_name == "weight":
         if isinstance(layer, nn.Linear):
             return "linear"
         if isinstance(layer, nn.Embedding):
@@ -41,12 +45,15 @@ def kind_of_layer(model: nn.Module, name: str) -> str:
             return "convolution"
         if type(layer).__name__ == "Conv1D":
             return "transposed"
-    got = f"{name!r} of {type(layer).__name__}" + (" in groups" if getattr(layer, "groups", 1) > 1 else "")
-    raise ValueError(f"`params` must be of layers that PEFT has LoRA for, got {got}")
+    kind = type(layer).__name__ + (" in groups" if getattr(layer, "groups", 1) > 1 else "")
+    raise ValueError(
+        f"`params` has a low-rank {name!r} of {kind}, for which PEFT has no LoRA; "
+        "merge it with `materialize` or write the model with `save_merged`"
+    )
 
 
 def as_layer(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) -> Pair:
-    """The factors of a parameter as PEFT has them for its layer."""
+    """Return the factors of a parameter in the layout of PEFT for its layer."""
     up, down = pair
     kind = kind_of_layer(model, name)
     if kind in ("embedding", "transposed"):
@@ -55,12 +62,18 @@ def as_layer(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) ->
 
 
 def factors_of(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
-    """The way back, with the scale, which `pair` has in it, out of `b`."""
+    """Return the factors of a parameter from PEFT's, and multiply `b` by the rank to undo the scale ``1 / rank``.
+
+    Raises:
+        ValueError: If the factors do not fit the shape of the parameter.
+    """
     up, down = pair
     if kind_of_layer(model, name) in ("embedding", "transposed"):
         up, down = down.mT, up.mT
     down = down.flatten(1)
     if (up.shape[0], down.shape[1]) != (shape[0], math.prod(shape[1:])):
-        got = f"{name!r} with factors of {tuple(pair.up.shape)} and {tuple(pair.down.shape)} for {shape}"
-        raise ValueError(f"the adapter must fit the model, got {got}")
+        raise ValueError(
+            f"the adapter has factors of {tuple(pair.up.shape)} and {tuple(pair.down.shape)} for {name!r} of {shape}; "
+            "load it into the model that it was made for"
+        )
     return Factors(b=up * down.shape[0], a=down)

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT, out."""
+"""Save parameters as LoRA adapters of PEFT."""
 
 import json
 import re
@@ -25,28 +25,46 @@ def save_adapter(
     original: Mapping[str, Tensor] | None = None,
     rank: int | None = None,
 ) -> dict[str, float]:
-    """Writes a PEFT LoRA adapter, which only means something beside the weights that it is added to.
+    """Write a PEFT LoRA adapter, and return the error of each weight.
 
-    Without `original`, the factors as they are, and the bases with all else as a model in ``folder/base``. Given the
-    weights that the model once had, the adapter is what has come of them: of each low-rank weight the whole change,
-    switches and merges included, as its truncated singular value decomposition; of all else, whatever has changed.
+    Without `original`, the factors are written unchanged. The bases and all other parameters are written as a model in
+    ``folder/base``, and the adapter only applies to that model.
+
+    With `original`, the adapter applies to those weights. For each low-rank weight it contains the full change,
+    switches and merges included, as its truncated singular value decomposition. Other parameters are written if they
+    changed.
 
     Args:
-        model: as for `call`; looked at for the kinds of its layers.
-        params: of `nn.Linear`, `nn.Embedding`, convolutions without groups, and Hugging Face's Conv1D, fused or not.
-        folder: is made if it is not there.
-        original: state dict of the model that the adapter is for.
-        rank: of the decompositions; the parameter's own unless given. At twice the number of vectors that were ever in
-            a slot nothing is lost.
+        model: The model, as for `call`. The kinds of its layers are read.
+        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups, or
+            Conv1D of Hugging Face, fused or not.
+        folder: The folder, which is created if it does not exist.
+        original: The state dict of the model that the adapter is for. Default None writes the factors.
+        rank: The rank of the decompositions. Default None means the rank of each parameter. Nothing is lost at twice
+            the number of vectors that were ever in a slot.
 
     Returns:
-        The relative error of each low-rank weight's change, in the Frobenius norm; zeros without `original`.
+        The relative error of the change of each low-rank weight in the Frobenius norm; zeros without `original`.
 
     Raises:
-        ValueError: if a parameter is of a layer that PEFT has no adapter for, or its change cannot be told apart.
+        ValueError: If PEFT has no adapter for the layer of a low-rank parameter, if a parameter changed that PEFT
+            cannot save, or if `original` does not fit the model.
+        ImportError: If the extra `files` is not installed.
+
+    Numerics: The change is formed and decomposed in float64, and written in float32.
+
+    Example:
+        >>> import tempfile
+        >>> import dynlora_fn as dl
+        >>> model = nn.Sequential(nn.Linear(6, 4))
+        >>> params = dl.init(model, rank=2, seed=0, targets=["0.weight"])
+        >>> save_adapter(model, params, tempfile.mkdtemp())
+        {'0.weight': 0.0}
     """
     if rank is not None and original is None:
-        raise ValueError(f"`rank` must come with `original`, for the factors are written as they are, got {rank}")
+        raise ValueError(
+            f"`rank` is {rank} without `original`, but then the factors are written unchanged; pass `original` too"
+        )
     folder, pairs, errors = Path(folder), {}, {}
     aliases = aliases_of(model)
     for name, param in unstack(params).items():
@@ -60,7 +78,7 @@ def save_adapter(
         save_merged(model, {name: _without_product(param) for name, param in params.items()}, folder / "base")
         config["base_model_name_or_path"] = str(folder / "base")
     else:
-        entries |= _changed_whole(model, state_dict(model, params), original, pairs, config)
+        entries |= _changed_dense(model, state_dict(model, params), original, pairs, config)
     save_weights(entries, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return errors
@@ -83,27 +101,32 @@ def _entries(model: nn.Module, name: str, pair: Pair) -> dict[str, Tensor]:
 
 
 def _pair(view: View) -> tuple[Pair, float]:
-    """``up @ down`` for ``b @ a / rank``; for parts of a fused weight side by side, of all of their ranks together."""
+    """Return ``up @ down = b @ a / rank``. The rank of a fused weight is the sum of the ranks of its parts."""
     ups = [part.factors.b.float() / part.factors.b.shape[-1] for part in view.parts]
     downs = [part.factors.a.float() for part in view.parts]
     if view.parts[0].seed.ndim:
-        raise ValueError(f"`params` must be of layers that PEFT has LoRA for, got the stack {view.name!r}")
+        raise ValueError(
+            f"`params` has the stack {view.name!r}, for which PEFT has no LoRA; write the model with `save_merged`"
+        )
     if view.axis == ROWS:
         return Pair(_block_diagonal(ups), torch.cat(downs)), 0.0
     return Pair(torch.cat(ups, dim=1), _block_diagonal(downs)), 0.0
 
 
 def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return whole
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
 
 
 def _change(view: View, original: Mapping[str, Tensor], rank: int | None) -> tuple[Pair, float]:
-    own = original.get(view.name)
-    if own is None or tuple(own.shape) != view.shape:
-        got = "none" if own is None else f"shape {tuple(own.shape)}"
-        raise ValueError(f"`original` must fit the model, got {got} for {view.name!r} of shape {view.shape}")
-    change = (dense(view).double() - own.to(view.parts[0].factors.b.device).double()).flatten(1)
+    """Return the change of a weight as two factors of a rank, and the relative error of cutting it to that rank."""
+    before = original.get(view.name)
+    if before is None or tuple(before.shape) != view.shape:
+        found = "nothing" if before is None else f"shape {tuple(before.shape)}"
+        raise ValueError(
+            f"`original` has {found} for {view.name!r} of shape {view.shape}; pass the state dict of this model"
+        )
+    change = (dense(view).double() - before.to(view.parts[0].factors.b.device).double()).flatten(1)
     rank = min(rank or sum(part.factors.b.shape[-1] for part in view.parts), *change.shape)
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     root = s[:rank].sqrt()
@@ -111,51 +134,63 @@ def _change(view: View, original: Mapping[str, Tensor], rank: int | None) -> tup
     return Pair((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), error
 
 
-def _changed_whole(
+def _changed_dense(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     original: Mapping[str, Tensor],
     pairs: Mapping[str, Pair],
     config: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """What is not low-rank and differs from the original: biases of adapted layers, and other layers as a whole."""
+    """Return the parameters that are not low-rank and differ from the original, and enter them into `config`.
+
+    Those are biases of adapted layers, and all parameters of other layers.
+    """
     adapted = {name.rpartition(".")[0] for name in pairs}
     parents = {layer[: match.start()] for layer in adapted for match in re.finditer(r"\.", layer)} | {""}
-    found, layers = {}, set()
+    changed, layers = {}, set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in pairs:
             continue
         if name not in original or original[name].shape != parameter.shape:
-            got = f"shape {tuple(original[name].shape)}" if name in original else "none"
-            raise ValueError(f"`original` must fit the model, got {got} for {name!r} of {tuple(parameter.shape)}")
+            found = f"shape {tuple(original[name].shape)}" if name in original else "nothing"
+            raise ValueError(
+                f"`original` has {found} for {name!r} of shape {tuple(parameter.shape)}; "
+                "pass the state dict of this model"
+            )
         if torch.equal(weights[name], original[name].to(weights[name])):
             continue
-        layer, _, own = name.rpartition(".")
-        if layer in adapted and own == "bias":
-            found[f"{PREFIX}{layer}.base_layer.bias"] = weights[name]
+        layer, _, leaf_name = name.rpartition(".")
+        if layer in adapted and leaf_name == "bias":
+            changed[f"{PREFIX}{layer}.base_layer.bias"] = weights[name]
             config["bias"] = "all"
         elif layer in adapted | parents:
-            raise ValueError(f"`params` must have changed in layers that PEFT can save alone, got {name!r}")
+            raise ValueError(
+                f"`params` has a changed {name!r}, which PEFT cannot save beside an adapter; "
+                "freeze it, or write the model with `save_merged`"
+            )
         else:
             layers.add(layer)
-    found |= {PREFIX + name: weight for name, weight in weights.items() if name.rpartition(".")[0] in layers}
+    changed |= {PREFIX + name: weight for name, weight in weights.items() if name.rpartition(".")[0] in layers}
     config["modules_to_save"] = sorted(layers) or None
-    return found
+    return changed
 
 
 def _config(model: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Any]:
-    """With alpha equal to the rank: the scale is in `b`. Names are matched as a whole, by a regular expression."""
+    """Return PEFT's configuration, with alpha equal to the rank, since the scale is in `b`.
+
+    `target_modules` is a regular expression, which PEFT matches against full names.
+    """
     ranks = {name.rpartition(".")[0]: pair.up.shape[1] for name, pair in pairs.items()}
     if not ranks:
-        raise ValueError("`params` must hold a low-rank weight to be an adapter, got none")
-    most = max(ranks.values())
-    others = {re.escape(layer): rank for layer, rank in ranks.items() if rank != most}
+        raise ValueError("`params` has no low-rank weight to write as an adapter; make them with `init` and `targets`")
+    largest = max(ranks.values())
+    smaller = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
     return {
         "peft_type": "LORA",
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
         "target_modules": "|".join(re.escape(layer) for layer in ranks),
         "fan_in_fan_out": any(kind_of_layer(model, name) == "transposed" for name in pairs),
         "bias": "none",

@@ -1,4 +1,4 @@
-"""State dicts in safetensors files, one or several, read a tensor at a time."""
+"""State dicts in one or more safetensors files, read one tensor at a time."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,134 +16,181 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def safetensors() -> ModuleType:
-    """The package, which only reading and writing files needs."""
+    """Import and return the optional package that reads and writes files."""
     try:
         import safetensors.torch  # noqa: PLC0415, an optional extra
     except ImportError as error:
-        raise ImportError("files need the extra `files`: pip install 'dynlora-fn[files]'") from error
+        raise ImportError("the package `safetensors` is not installed; run pip install 'dynlora-fn[files]'") from error
     return safetensors
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, each read from its file when it is asked for and not kept."""
+    """A mapping of names to tensors in safetensors files. Each access reads the tensor from its file again."""
 
     def __init__(self, where: Mapping[str, Path]):
-        """Use `open_weights`."""
-        self._where = dict(where)
+        """Map names to files. Call `open_weights` instead."""
+        self._paths = dict(where)
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._where[name]
-        with _opened(path) as file:
+        path = self._paths[name]
+        with _open(path) as file:
             try:
                 tensor: Tensor = file.get_tensor(name)
-            except (safetensors().SafetensorError, RuntimeError, TypeError) as error:  # as its versions have it
-                raise ValueError(f"`path` must hold {name!r} whole, got {str(path)!r}: {error}") from error
+            except (safetensors().SafetensorError, RuntimeError, TypeError) as error:  # depends on the version
+                raise ValueError(
+                    f"`path` has a damaged tensor {name!r} in {str(path)!r} ({error}); write the file again"
+                ) from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._paths)
 
 
 def open_weights(path: Path | str) -> Weights:
-    """The weights in a file, or in a folder with model.safetensors or with its shards and their index.
+    """Return the weights in a file or folder, each read when it is accessed.
 
-    Nothing is read but names: a model that is made on the meta device and given these as `init`'s `weights` is never in
-    memory beside its parameters, but for a stack at a time.
+    A folder contains model.safetensors, or shards with an index. Only names are read here. With a model on the meta
+    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters.
 
     Args:
-        path: of a file or a folder.
+        path: The file or folder.
+
+    Returns:
+        A mapping of names to tensors.
 
     Raises:
-        ValueError: if there is none, it is damaged, or an index names a file or a tensor that is missing; it names it.
+        ValueError: If there are no weights, a file is damaged, or an index names a file or a tensor that is missing.
+            The message names the file or tensor.
+        ImportError: If the extra `files` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> save_weights({"w": torch.ones(2)}, f"{folder}/model.safetensors")
+        >>> open_weights(folder)["w"]
+        tensor([1., 1.])
     """
     path = Path(path)
     if path.is_dir() and (path / INDEX).is_file():
         return Weights(_indexed(path))
     file = path / SINGLE if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"`path` must hold {SINGLE} or {INDEX}, or be a file, got {str(path)!r}")
+        raise ValueError(
+            f"`path` has no {SINGLE} or {INDEX} in {str(path)!r}; pass a folder with one of them, or a file"
+        )
     return Weights(dict.fromkeys(_names(file), file))
 
 
 def _indexed(folder: Path) -> dict[str, Path]:
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
-        raise ValueError(f"{INDEX} must map names of tensors to files beside it as `weight_map`, got {files!r:.80}")
+        raise ValueError(
+            f"{INDEX} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
+        )
     where = {name: folder / file for name, file in files.items()}
     for file in sorted(set(where.values())):
         if not file.is_file():
-            raise ValueError(f"`path` must hold every file that {INDEX} names, got none called {file.name!r}")
-        if missing := {name for name, own in where.items() if own == file} - set(_names(file)):
-            raise ValueError(f"{INDEX} must name what is there, got {sorted(missing)[0]!r}, not in {file.name!r}")
+            raise ValueError(f"{INDEX} names the file {file.name!r}, which is not in its folder; add the file")
+        if missing := {name for name, path in where.items() if path == file} - set(_names(file)):
+            raise ValueError(
+                f"{INDEX} names the tensor {sorted(missing)[0]!r}, which is not in {file.name!r}; write both again"
+            )
     return where
 
 
 def _is_file_name(value: object) -> bool:
-    """Of a file beside the index: it cannot point elsewhere."""
+    """Return whether a value is a plain file name, so that an index cannot point outside its folder."""
     return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        ValueError: if it holds none; it names the file.
+        ValueError: If the file contains none. The message names the file.
     """
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} must hold JSON, got {str(path)!r}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, got {type(found).__name__} in {str(path)!r}")
-    return found
+        raise ValueError(f"{path.name} is not valid JSON in {str(path)!r} ({error}); write the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} has a JSON {type(content).__name__} in {str(path)!r}; write an object")
+    return content
 
 
 def _names(file: Path) -> list[str]:
-    with _opened(file) as opened:
-        return list(opened.keys())
+    with _open(file) as handle:
+        return list(handle.keys())
 
 
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
     package = safetensors()
     try:
         return package.safe_open(file, framework="pt")
     except package.SafetensorError as error:
-        raise ValueError(f"`path` must be a whole safetensors file, got {str(file)!r}: {error}") from error
+        raise ValueError(
+            f"`path` is not a complete safetensors file: {str(file)!r} ({error}); write it again"
+        ) from error
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path | str, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one safetensors file that `open_weights` reads; tied tensors are written under each of their names.
+    """Write one safetensors file that `open_weights` reads.
+
+    Tied tensors are written under each of their names.
 
     Args:
-        weights: by name.
-        file: to write.
-        metadata: of the file.
+        weights: The tensors by name.
+        file: The file to write. Its folder is created.
+        metadata: The metadata of the file. Default None writes none.
+
+    Raises:
+        ImportError: If the extra `files` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> file = f"{tempfile.mkdtemp()}/weights.safetensors"
+        >>> save_weights({"w": torch.ones(2)}, file)
+        >>> list(open_weights(file))
+        ['w']
     """
-    seen: set[int] = set()
-    own = {}
+    addresses: set[int] = set()
+    copies = {}
     for name, weight in weights.items():
         address = weight.untyped_storage().data_ptr()
-        own[name] = (
-            weight.detach().cpu().contiguous().clone() if address in seen else weight.detach().contiguous().cpu()
+        copies[name] = (
+            weight.detach().cpu().contiguous().clone() if address in addresses else weight.detach().contiguous().cpu()
         )
-        seen.add(address)
+        addresses.add(address)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    safetensors().torch.save_file(own, file, metadata=dict(metadata or {}))
+    safetensors().torch.save_file(copies, file, metadata=dict(metadata or {}))
 
 
 @torch.no_grad()
 def save_merged(model: nn.Module, params: Params, folder: Path | str) -> None:
-    """Writes the model with its weights dense: what ``from_pretrained(folder)`` takes, for a model of `transformers`.
+    """Write the model with dense weights, for ``from_pretrained`` or ``load_state_dict``.
 
-    For any other module, model.safetensors alone: ``model.load_state_dict(dict(open_weights(folder)))``.
+    A model of `transformers` is written with ``save_pretrained``. For any other module only model.safetensors is
+    written: load it with ``model.load_state_dict(dict(open_weights(folder)))``.
 
     Args:
-        model: looked at as `state_dict` does.
-        params: as for `call`.
-        folder: is made if it is not there.
+        model: The model, read as in `state_dict`.
+        params: The parameters, as for `call`.
+        folder: The folder, which is created if it does not exist.
+
+    Raises:
+        ValueError: As `state_dict`.
+        ImportError: If the extra `files` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> import dynlora_fn as dl
+        >>> model, folder = nn.Linear(6, 4), tempfile.mkdtemp()
+        >>> save_merged(model, dl.init(model, rank=2, seed=0, targets=["weight"]), folder)
+        >>> model.load_state_dict(dict(open_weights(folder)))
+        <All keys matched successfully>
     """
     weights = state_dict(model, params)
     save = getattr(model, "save_pretrained", None)

@@ -1,4 +1,4 @@
-"""Parameters as the state dict of the model that they belong to."""
+"""Convert parameters to the state dict of their model."""
 
 from torch import Tensor, nn
 
@@ -8,33 +8,51 @@ from dynlora_fn.nn._view import dense, view_of
 
 
 def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
-    """What ``model.load_state_dict`` takes: each weight dense, in the model's shape and dtype, under all of its names.
+    """Return the state dict that ``model.load_state_dict`` takes.
 
-    Buffers are the model's own, and tied weights are one tensor.
+    Every weight is dense, in the shape and dtype of the model, and under all of its names. Tied weights are one tensor.
+    Buffers are taken from the model.
 
     Args:
-        model: looked at for names, shapes, dtypes and buffers; it may be on the meta device, its buffers apart.
-        params: as for `call`.
+        model: The model. Only names, shapes, dtypes and buffers are read. It may be on the meta device, except its
+            buffers.
+        params: The parameters, as for `call`.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        ValueError: if a parameter is missing, unknown to the model or of another shape; it names it and both shapes.
+        ValueError: If a parameter is missing, unknown to the model, or of another shape. The message gives the name and
+            both shapes.
 
-    Numerics: formed in the wider dtype of base and factors, float32 at least, and rounded once to the model's.
+    Numerics: A weight is formed in the wider dtype of base and factors, float32 at least, and rounded once to the dtype
+    of the model.
+
+    Example:
+        >>> import dynlora_fn as dl
+        >>> model = nn.Linear(6, 4)
+        >>> params = dl.init(model, rank=2, seed=0, targets=["weight"])
+        >>> state_dict(model, params)["weight"].shape
+        torch.Size([4, 6])
     """
-    own = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     singles = unstack(params)
     weights: dict[int, Tensor] = {}
     for name, param in singles.items():
-        if name not in own:
-            raise ValueError(f"`params` must be the model's, got {name!r}, which it does not have")
-        shape, dtype = tuple(own[name].shape), own[name].dtype
+        if name not in parameters:
+            raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
+        shape, dtype = tuple(parameters[name].shape), parameters[name].dtype
         weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else param
         if weight.shape != shape:
-            raise ValueError(f"`params` must fit the model, got {name!r} of shape {tuple(weight.shape)} for {shape}")
-        weights[id(own[name])] = weight.to(dtype)
-    for name, parameter in own.items():
+            raise ValueError(
+                f"`params` has shape {tuple(weight.shape)} for {name!r}, but the model has {shape}; "
+                "make `params` from this model"
+            )
+        weights[id(parameters[name])] = weight.to(dtype)
+    for name, parameter in parameters.items():
         if id(parameter) not in weights:
-            wanted = f"{name!r} of shape {tuple(parameter.shape)}"
-            raise ValueError(f"`params` must hold every parameter of the model, got none for {wanted}")
-    kept = model.state_dict(keep_vars=True)
-    return {name: weights.get(id(leaf), leaf.detach()) for name, leaf in kept.items()}
+            raise ValueError(
+                f"`params` has no {name!r} of shape {tuple(parameter.shape)}; pass every parameter of the model"
+            )
+    leaves = model.state_dict(keep_vars=True)
+    return {name: weights.get(id(leaf), leaf.detach()) for name, leaf in leaves.items()}

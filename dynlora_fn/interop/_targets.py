@@ -1,4 +1,4 @@
-"""Which parameters become low-rank, at which rank, and as which matrices."""
+"""Select the parameters that become low-rank, their ranks, and the matrices that they consist of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -16,8 +16,8 @@ class Target(NamedTuple):
     """How one parameter becomes low-rank."""
 
     rank: int
-    parts: int = 1  # that it is fused of
-    axis: int = -2  # that they lie along
+    parts: int = 1  # number of fused parts
+    axis: int = -2  # along which the parts are adjacent
     is_spatial: bool = False  # the weight of a convolution
 
 
@@ -28,47 +28,54 @@ def select(
     rank: int | Mapping[str, int],
     fused: Mapping[str, int | tuple[int, int]],
 ) -> dict[str, Target]:
-    """The targets by name; see `init` for the arguments.
+    """Return the targets by name.
 
     Args:
-        model: whose parameters they are; None if there are but tensors.
-        tensors: looked at for shapes alone.
+        model: The module that has the parameters. None if only tensors are known.
+        tensors: The parameters by name. Only shapes are read.
+        targets: As in `init`.
+        rank: As in `init`.
+        fused: As in `init`.
 
     Raises:
-        ValueError: if a pattern matches nothing, or a target is no matrix or has no rank that fits it.
+        ValueError: If a pattern matches nothing, a target is not a matrix, or its rank is missing or does not fit.
     """
-    found = {}
-    names = _chosen(model, tensors, targets)
+    selected = {}
+    names = _target_names(model, tensors, targets)
     for pattern in (*fused, *(rank if isinstance(rank, Mapping) else ())):
         match(names, [pattern], "fused" if pattern in fused else "rank")
     for name in names:
         parts = next((parts for pattern, parts in fused.items() if matches(name, pattern)), 1)
-        number, axis = (parts, -2) if isinstance(parts, int) else parts
-        found[name] = Target(_rank_of(name, rank), number, axis, _is_spatial(model, name))
-        _check(name, tuple(tensors[name].shape), found[name])
-    return found
+        count, axis = (parts, -2) if isinstance(parts, int) else parts
+        selected[name] = Target(_rank_of(name, rank), count, axis, _is_spatial(model, name))
+        _check(name, tuple(tensors[name].shape), selected[name])
+    return selected
 
 
-def _chosen(model: nn.Module | None, tensors: Mapping[str, Tensor], targets: Targets) -> list[str]:
+def _target_names(model: nn.Module | None, tensors: Mapping[str, Tensor], targets: Targets) -> list[str]:
     if isinstance(targets, str | type):
         targets = [targets]
     if not isinstance(targets, Sequence):
         return [name for name, tensor in tensors.items() if targets(name, tensor)]
-    by_name = match(tensors, [one for one in targets if isinstance(one, str)], "targets")
-    chosen = set(by_name)
-    for one in targets:
-        if not isinstance(one, str):
-            chosen |= _of_type(model, tensors, one)
-    return [name for name in tensors if name in chosen]
+    by_name = match(tensors, [pattern for pattern in targets if isinstance(pattern, str)], "targets")
+    names = set(by_name)
+    for target in targets:
+        if not isinstance(target, str):
+            names |= _names_by_type(model, tensors, target)
+    return [name for name in tensors if name in names]
 
 
-def _of_type(model: nn.Module | None, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> set[str]:
-    """Matrices, and stacks of them, that modules of a type hold themselves."""
+def _names_by_type(model: nn.Module | None, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> set[str]:
+    """Return the names of matrices, and of stacks of them, that modules of a type have themselves."""
     if model is None:
-        raise ValueError(f"`targets` must be names or a predicate for a dict of tensors, got {kind.__name__}")
+        raise ValueError(
+            f"`targets` has the type {kind.__name__}, but `model` is a dict of tensors; use names, globs or a predicate"
+        )
     modules = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, kind)]
     if not modules:
-        raise ValueError(f"`targets` must be types of the model's modules, got {kind.__name__}, of which it has none")
+        raise ValueError(
+            f"`targets` has the type {kind.__name__}, but `model` has no such module; use a type that occurs in it"
+        )
     names = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in modules
@@ -81,10 +88,10 @@ def _of_type(model: nn.Module | None, tensors: Mapping[str, Tensor], kind: type[
 def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:
     if isinstance(rank, int):
         return rank
-    for pattern, own in rank.items():
+    for pattern, matching_rank in rank.items():
         if matches(name, pattern):
-            return own
-    raise ValueError(f"`rank` must say the rank of every target, got none for {name!r} in {dict(rank)}")
+            return matching_rank
+    raise ValueError(f"`rank` has no rank for target {name!r} in {dict(rank)}; add a pattern that matches it, or '*'")
 
 
 def _is_spatial(model: nn.Module | None, name: str) -> bool:
@@ -93,21 +100,27 @@ def _is_spatial(model: nn.Module | None, name: str) -> bool:
 
 def _check(name: str, shape: tuple[int, ...], target: Target) -> None:
     if len(shape) < 2:
-        raise ValueError(f"`targets` must match matrices (out, in) or stacks of them, got {name!r} of shape {shape}")
+        raise ValueError(
+            f"`targets` matches {name!r} of shape {shape}; match only matrices (out, in) or stacks of them"
+        )
     if target.axis not in (-1, -2) or shape[target.axis] % target.parts or (target.is_spatial and target.parts > 1):
-        rule = "be a number of parts, or one and the axis -1 or -2, that divide the weight"
-        raise ValueError(f"`fused` must {rule}, got {target.parts} and {target.axis} for {name!r} of shape {shape}")
+        raise ValueError(
+            f"`fused` is {target.parts} along axis {target.axis} for {name!r} of shape {shape}; use a number of parts "
+            "that divides axis -2, or (parts, axis) with axis -1 or -2, and no convolution"
+        )
     matrix = list(shape[-2:])
     matrix[target.axis] //= target.parts
     if target.is_spatial:
         matrix = [shape[0], prod(shape[1:])]
     if not 1 <= target.rank <= min(matrix):
-        limits = f"at least 1 and at most min(out, in) = {min(matrix)} for {name!r}"
-        raise ValueError(f"`rank` must be {limits} of shape {shape}, got {target.rank}")
+        raise ValueError(
+            f"`rank` is {target.rank} for {name!r} of shape {shape}; "
+            f"use at least 1 and at most min(out, in) = {min(matrix)}"
+        )
 
 
 def as_matrices(weight: Tensor, target: Target, stack_axes: int) -> Tensor:
-    """Parameters behind `stack_axes` as (*stack, out, in), in which a fused one has an axis for its parts."""
+    """Return a weight with `stack_axes` leading axes as (*stack, out, in), with a stack axis for fused parts."""
     if target.is_spatial:
         return weight.flatten(stack_axes + 1)
     if target.parts == 1:

@@ -1,4 +1,8 @@
-"""Low-rank weights inside unmodified modules."""
+"""Low-rank weights inside unmodified modules.
+
+`call` runs a module with low-rank weights, and `linear` multiplies by one of them. `value_and_grad`, `remat` and
+`checkpoint_contexts` take gradients of such calls; `explain` tells what a training step costs.
+"""
 
 from dynlora_fn.nn._call import call as call
 from dynlora_fn.nn._contraction_paths import ContractionPath as ContractionPath

@@ -1,4 +1,4 @@
-"""How a low-rank weight reaches an unmodified module."""
+"""Run an unmodified module with low-rank weights in place of its dense ones."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,21 +12,38 @@ from torch.nn.functional import linear
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import make_wrapper_subclass
 from dynlora_fn._core._types import LowRank, Param, Params
-from dynlora_fn.nn._rules import METHODS, RULES
+from dynlora_fn.nn._reshaping import METHODS
+from dynlora_fn.nn._rules import RULES
 from dynlora_fn.nn._view import View, gathered, refuse, view_of
 
 
 def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
-    """``model(*args, **kwargs)`` with `params` for its parameters; the model itself is left as it is.
+    """Run ``model(*args, **kwargs)`` with `params` in place of its parameters.
+
+    The model is not changed.
 
     Args:
-        model: any module that uses its low-rank weights by operations that there is a rule for (`rules.py`).
-        params: of every parameter of the model (of tied ones, one name). Buffers are the model's own.
+        model: Any module that uses its low-rank weights only in operations that have a rule (dynlora_fn/nn/README.md).
+        params: Every parameter of the model by name, as `init` returns them. For tied parameters one name is enough.
+            Buffers are taken from the model.
+        *args: The positional arguments of the model.
+        **kwargs: The keyword arguments of the model.
+
+    Returns:
+        What the model returns.
 
     Raises:
-        RuntimeError: if a parameter of the model is missing or one is unknown to it.
-        NotImplementedError: if a low-rank weight is used in an operation without a rule; it names both.
-        ValueError: if the model is wrapped for data parallelism, or a part of it, which `torch.func` bypasses.
+        RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
+        NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both.
+        ValueError: If a weight does not fit the shape of its parameter, or if the model or a submodule is wrapped for
+            data parallelism, which `torch.func` bypasses.
+
+    Example:
+        >>> import dynlora_fn as dl
+        >>> model = nn.Linear(6, 4)
+        >>> params = dl.init(model, rank=2, seed=0, targets=["weight"])
+        >>> call(model, params, torch.ones(3, 6)).shape
+        torch.Size([3, 4])
     """
     _refuse_wrappers(model)
     return call_with(model, params, dict(model.named_buffers()), args, kwargs)
@@ -35,33 +52,38 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
 def call_with(
     model: nn.Module, params: Params, buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`call` with `buffers` for the model's own."""
-    own = dict(model.named_parameters(remove_duplicate=False))
+    """Run `call` with `buffers` in place of the model's buffers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Any] = {
-        name: _given(name, param, own[name].shape) if isinstance(param, LowRank) and name in own else param
+        name: _weight_of(name, param, parameters[name].shape)
+        if isinstance(param, LowRank) and name in parameters
+        else param
         for name, param in unstack(params).items()
     }
     return functional_call(model, {**buffers, **weights}, args, kwargs, strict=True)
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
-    """Their gradients hang on hooks of autograd on the module's own parameters, and here neither takes part."""
+    """Raise for DDP, FSDP and `DataParallel`.
+
+    Their gradients are reduced by autograd hooks on the module's parameters, and `call` uses neither.
+    """
     for name, module in model.named_modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
-                rule = (
-                    "be the module itself: a wrapper's hooks see no gradient here, and ranks would drift apart unseen"
+                where = f"submodule {name!r} of `model`" if name else "`model`"
+                raise ValueError(
+                    f"{where} is wrapped in {kind.__name__}, whose gradient hooks do not run here, so that replicas "
+                    "would drift apart; pass the unwrapped module, reduce gradients with `all_reduce_mean` and shard "
+                    "bases with `shard`"
                 )
-                instead = "reduce the gradients with `all_reduce_mean`, and `shard` the bases"
-                where = f" at {name!r}" if name else ""
-                raise ValueError(f"`model` must {rule}; {instead}, got {kind.__name__}{where}")
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def params_of(module: nn.Module) -> dict[str, Param]:
-    """A module's own parameters, as they were given to `call` where it runs inside of one."""
+    """Return the parameters of a module, inside `call` as they were passed to it."""
     return {
         name: parameter._param if isinstance(parameter, _Weight) else parameter
         for name, parameter in module.named_parameters()
@@ -69,33 +91,36 @@ def params_of(module: nn.Module) -> dict[str, Param]:
 
 
 class _Weight(Tensor):
-    """Stands for the dense weight in a module and answers operations by their rules.
+    """Replace the dense weight in a module, and answer operations by their rules.
 
-    A view without memory of the right shape, since a module may look at its weight's shape, dtype and device.
+    The tensor has the right shape, dtype and device, which a module may read, but no memory.
     """
 
     _view: View
-    _param: LowRank  # as it was given to `call`, if it is a parameter as a whole
+    _param: LowRank  # what was passed to `call`; set only if the weight is a full parameter
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in RULES:
-            return _follow(RULES[func], *args, **kwargs)
+            return _apply_rule(RULES[func], *args, **kwargs)
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        # A property's getter is named by the property that it is bound to.
+        # The getter of a property has no name; the property that it is bound to does.
         is_getter = getattr(func, "__name__", "") == "__get__"
         operation = getattr(func, "__self__", func) if is_getter else func
         operation = getattr(operation, "__name__", repr(operation))
         if is_getter and operation in METHODS:
-            return partial(_follow, METHODS[operation], args[0])
+            return partial(_apply_rule, METHODS[operation], args[0])
         refuse(next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Weight))._view, operation)
 
 
 class _Wrapper(_Weight):
-    """Without a tensor behind it: a fake tensor, which `remat` meets when it is compiled, becomes no other subclass.
-    Dynamo, on the other hand, traces no wrapper."""
+    """A weight without a tensor behind it, for everything but Dynamo.
+
+    When `remat` is compiled, the weights are fake tensors, and `as_subclass` does not turn one into another subclass.
+    Dynamo traces no wrapper subclass, so it gets a `_Weight`.
+    """
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -109,7 +134,7 @@ _METADATA = {
 }
 
 
-def _given(name: str, param: LowRank, shape: torch.Size) -> Tensor:
+def _weight_of(name: str, param: LowRank, shape: torch.Size) -> Tensor:
     weight = _as_weight(view_of(name, param, shape))
     weight._param = param
     return weight
@@ -118,7 +143,7 @@ def _given(name: str, param: LowRank, shape: torch.Size) -> Tensor:
 def _as_weight(view: View) -> "_Weight":
     b, shape = view.parts[0].factors.b, view.shape
     if torch.compiler.is_dynamo_compiling():
-        # Not a number, so that an operation that Dynamo does not dispatch could not go unseen.
+        # NaN, so that an operation that Dynamo does not dispatch to `__torch_function__` shows in the result.
         weight = b.new_full((), torch.nan).expand(shape).as_subclass(_Weight)
     else:
         weight = make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
@@ -126,15 +151,16 @@ def _as_weight(view: View) -> "_Weight":
     return weight
 
 
-def _follow(rule: Any, *args: Any, **kwargs: Any) -> Any:
-    views = [_view_in(arg, rule) for arg in args]
-    return _as_weights(rule(*views, **{name: _view_in(arg, rule) for name, arg in kwargs.items()}))
+def _apply_rule(rule: Any, *args: Any, **kwargs: Any) -> Any:
+    views = [_view_of_argument(arg, rule) for arg in args]
+    return _as_weights(rule(*views, **{name: _view_of_argument(arg, rule) for name, arg in kwargs.items()}))
 
 
-def _view_in(arg: Any, rule: Any) -> Any:
+def _view_of_argument(arg: Any, rule: Any) -> Any:
     if not isinstance(arg, _Weight):
         return arg
-    gathers = rule is RULES[linear]  # sharded factors itself, and not for as long as the result is needed
+    # `linear` gathers sharded factors itself, and frees them before its result is freed.
+    gathers = rule is RULES[linear]
     return arg._view if gathers else gathered(arg._view)
 
 
@@ -142,5 +168,5 @@ def _as_weights(result: Any) -> Any:
     if isinstance(result, View):
         return _as_weight(result)
     if type(result) is tuple:
-        return tuple(_as_weights(one) for one in result)
+        return tuple(_as_weights(element) for element in result)
     return result

@@ -1,4 +1,4 @@
-"""What training some parameters costs, weight by weight, beside full-rank training."""
+"""The cost of a training step, weight by weight, with full-rank training for comparison."""
 
 from math import prod
 from typing import NamedTuple
@@ -11,28 +11,28 @@ from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.bases._types import Sharded
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
 
-_MOMENT_BYTES = 4  # of each of the two moments
+_MOMENT_BYTES = 4  # for each entry of each of the two moments
 
 
 class Cost(NamedTuple):
-    """Of one parameter, stacks counted in full: FLOPs of a forward and backward pass, and bytes."""
+    """The FLOPs of a forward and backward pass and the bytes of one parameter, a stack counted in full."""
 
     name: str
-    shape: tuple[int, ...]  # of the weight, (*stack, out, in)
-    rank: int | None  # None: trained full-rank
-    path: ContractionPath | None  # how it is contracted; None where it is no low-rank weight
-    flops: int | None  # None where it depends on the model: embeddings, norms, biases
+    shape: tuple[int, ...]  # shape of the weight, (*stack, out, in)
+    rank: int | None  # None for a parameter that is trained full-rank
+    path: ContractionPath | None  # how it is contracted; None for a parameter that is trained full-rank
+    flops: int | None  # None for embeddings, norms, biases and the like, whose FLOPs depend on the model
     full_flops: int | None
-    base: int  # bytes of what is frozen
+    base: int  # bytes of the base and the seed
     trainable: int
     gradient: int
-    optimizer: int  # two moments in float32, and the counts
-    full: int  # of weight, gradient and moments if it were trained full-rank
-    merged: int  # of one merged weight: what the contraction takes beside its results, one at a time
+    optimizer: int  # bytes of two moments in float32, and of the counts
+    full: int  # bytes of weight, gradient and moments if it were trained full-rank
+    merged: int  # bytes of one merged weight, which the contraction forms and frees again
 
 
 class Explanation(NamedTuple):
-    """What `explain` returns; printing it gives a table."""
+    """The result of `explain`. Print it for a table."""
 
     tokens: int
     costs: list[Cost]
@@ -72,14 +72,18 @@ class Explanation(NamedTuple):
 
 
 def explain(params: Params, *, tokens: int) -> Explanation:
-    """What a training step of so many tokens costs, weight by weight: FLOPs and bytes, full-rank beside it.
+    """Return the FLOPs and bytes of a training step, weight by weight.
 
-    The path is the one that `linear` takes if all tokens pass through a weight at once, with its FLOPs by opt_einsum's
-    count. For the memory of a whole step, activations and all, see `peak_memory`.
+    Full-rank training is counted for comparison. The path is the one that `linear` takes if all tokens pass through a
+    weight in one call, and FLOPs are opt_einsum's count. `peak_memory` gives the memory of a full step, activations
+    included.
 
     Args:
-        params: by name, stacks or single weights; looked at for shapes and dtypes alone.
-        tokens: in a batch: all that is multiplied by a weight in one call, batch times length.
+        params: The parameters by name, stacks or single weights. Only shapes and dtypes are read.
+        tokens: The number of tokens that are multiplied by a weight in one call: batch size times length.
+
+    Returns:
+        One `Cost` for each parameter, and a table when printed.
 
     Example:
         >>> from torch import nn
@@ -94,18 +98,18 @@ def explain(params: Params, *, tokens: int) -> Explanation:
 
 def _cost(name: str, param: Param, tokens: int) -> Cost:
     if isinstance(param, Tensor):
-        size, own = _bytes([param]), _MOMENT_BYTES * 2 * param.numel() + 4
-        return Cost(name, tuple(param.shape), None, None, None, None, 0, size, size, own, 2 * size + own, 0)
+        size, optimizer = _bytes([param]), _MOMENT_BYTES * 2 * param.numel() + 4
+        return Cost(name, tuple(param.shape), None, None, None, None, 0, size, size, optimizer, 2 * size + optimizer, 0)
     *stack, out_features, in_features = param.shape
     rank, members = param.factors.a.shape[-2], prod(stack)
     sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
     path, trainable = cheapest_path(**sizes), _bytes(param.factors)
-    numbers = sum(leaf.numel() for leaf in param.factors)
+    entries = sum(leaf.numel() for leaf in param.factors)
     weight = members * out_features * in_features
-    standing, _ = with_pending(param)
-    base = standing.base if isinstance(standing, Sharded) else standing
-    dense = base if isinstance(base, Tensor) else base.like  # what full-rank training would store
-    wide = max(dense.element_size(), param.factors.b.element_size(), 4)
+    stored_base, _ = with_pending(param)
+    base = stored_base.base if isinstance(stored_base, Sharded) else stored_base
+    like = base if isinstance(base, Tensor) else base.like  # has the dtype that full-rank training would store
+    element_bytes = max(like.element_size(), param.factors.b.element_size(), 4)
     return Cost(
         name=name,
         shape=tuple(param.shape),
@@ -116,10 +120,10 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
         base=_bytes([param.base, param.seed]),
         trainable=trainable,
         gradient=trainable,
-        # A count and the steps left of the freeze for each vector of both sides.
-        optimizer=_MOMENT_BYTES * 2 * numbers + 4 * 4 * members * rank,
-        full=weight * (2 * dense.element_size() + 2 * _MOMENT_BYTES) + 4,
-        merged=0 if path == "factored" else out_features * in_features * wide,
+        # `count` and `frozen_for`, 4 bytes each, for each vector of both sides.
+        optimizer=_MOMENT_BYTES * 2 * entries + 4 * 4 * members * rank,
+        full=weight * (2 * like.element_size() + 2 * _MOMENT_BYTES) + 4,
+        merged=0 if path == "factored" else out_features * in_features * element_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""One low-rank weight times its input, by one of the paths of `paths`."""
+"""Multiply an input by one low-rank weight, along one of the paths of `_contraction_paths`."""
 
 from collections.abc import Sequence
 from math import prod
@@ -26,29 +26,48 @@ def linear(
     *,
     path: ContractionPath | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """``x @ weight.T + bias`` by the `cheapest` path, in the dtype of `x` or the one that autocast sets.
+    """Return ``x @ weight.T + bias`` for one low-rank weight.
 
-    No gradient reaches the base. All paths give the same values and gradients but for rounding, under compositions of
-    `torch.func`'s transforms too; under `torch.vmap` the factored one is taken, and tangents are formed as it forms
-    them. (Compiled, forward mode wants inputs that are no views of one tensor: Dynamo fails on plain products as well.)
+    No gradient reaches the base. All paths give the same values and gradients except for rounding, under compositions
+    of the transforms of `torch.func` too::
+
+        weight = base + b @ a / rank    (arXiv:2406.06564, eq. 1 with alpha = 1)
+
+    Under `torch.vmap` the factored path is taken, and in forward mode tangents are computed as on the factored path.
+    When compiled, forward mode needs inputs that are not views of one tensor. Dynamo fails there on plain matrix
+    products as well.
 
     Args:
-        x: the input.
-        param: the weight, without stack axes.
-        bias: added to every output.
-        path: "factored", "merged" or "dense"; the cheapest by FLOPs for these shapes unless given, of a sharded weight
-            one of the last two.
+        x: The input.
+        param: The weight, without stack axes.
+        bias: The bias, added to every output.
+        path: "factored", "merged" or "dense". Default None takes the path with the fewest FLOPs for these shapes; for a
+            weight with a sharded base, "merged" or "dense".
 
-    Numerics: a merged weight is formed in the widest dtype of base and factors, float32 at least, and rounded once to
-    that of the product. It is formed again for the backward pass, of which only `x` and `param` are kept.
+    Returns:
+        The output in the dtype of `x`, or in the dtype of autocast where it is enabled.
+
+    Raises:
+        ValueError: If `path` is not one of the three.
+        NotImplementedError: If the factors are sharded and the product is taken under `torch.vmap` or in forward mode,
+            except on the factored path.
+
+    Numerics: A merged weight is formed in the widest dtype of base and factors, float32 at least. It is rounded once,
+    to the dtype of the product. It is formed again in the backward pass, for which only `x` and `param` are saved.
+
+    Example:
+        >>> import dynlora_fn as dl
+        >>> param = dl.init({"w": torch.ones(4, 6)}, rank=2, seed=0, targets=["w"])["w"]
+        >>> linear(torch.ones(3, 6), param).shape
+        torch.Size([3, 4])
     """
     if path is not None and path not in get_args(ContractionPath):
-        raise ValueError(f"`path` must be one of {', '.join(get_args(ContractionPath))}, got {path!r}")
+        raise ValueError(f"`path` is {path!r}; use one of {', '.join(get_args(ContractionPath))}")
     path = _cheapest(x, param) if path is None else path
-    # Sharded factors are gathered for each of its products, but for those of the factored path, which keeps them.
+    # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
     is_gathered_later = param.factor_sharding and path != "factored"
-    held, (b, a) = BaseAndFactors(param.base, param.factors) if is_gathered_later else with_pending(param)
-    layout, tensors = flatten_base(held)
+    base, (b, a) = BaseAndFactors(param.base, param.factors) if is_gathered_later else with_pending(param)
+    layout, tensors = flatten_base(base)
     codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
@@ -60,8 +79,11 @@ def linear(
 
 
 def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:
-    """For these shapes. Processes whose batches differ must gather alike what is sharded: "merged" and "dense" do, but
-    "factored" needs no base for the gradient of an input that has none."""
+    """Return the cheapest path for these shapes, for a sharded base without "factored".
+
+    Processes with different batches must run the same all-gathers. "merged" and "dense" always gather the base in the
+    backward pass. "factored" does not where the input needs no gradient.
+    """
     out_features, in_features = param.shape
     rank, tokens = rank_with_pending(param), prod(x.shape[:-1])
     path = cheapest_path(tokens=tokens, out_features=out_features, in_features=in_features, rank=rank)
@@ -69,12 +91,12 @@ def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:
 
 
 def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """As it is held, whether that is transposed or not."""
+    """Return the dense base, laid out as it is stored: transposed if `layout.is_transposed`."""
     return dequantize(gather_codes(layout, codes), dtype)
 
 
 def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.mT + bias``, or with the weight itself where that is held transposed."""
+    """Return ``x @ weight.mT + bias``, or ``x @ weight + bias`` for a weight that is stored transposed."""
     if not layout.is_transposed:
         return functional.linear(x, weight, bias)
     return x @ weight if bias is None else x @ weight + bias
@@ -89,9 +111,11 @@ def _factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layo
 
 
 def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tensor]) -> Tensor:
-    wide = widest(b.dtype, x.dtype, codes[0].dtype if layout.kind == "plain" else torch.float32)
+    merge_dtype = widest(b.dtype, x.dtype, codes[0].dtype if layout.kind == "plain" else torch.float32)
     left, right = (a.mT, b.mT) if layout.is_transposed else (b, a)
-    return torch.addmm(_dense(layout, codes, wide), left.to(wide), right.to(wide), alpha=1 / b.shape[-1]).to(x.dtype)
+    return torch.addmm(
+        _dense(layout, codes, merge_dtype), left.to(merge_dtype), right.to(merge_dtype), alpha=1 / b.shape[-1]
+    ).to(x.dtype)
 
 
 def _factor_sharding(layout: Layout) -> Sharding | None:
@@ -99,22 +123,25 @@ def _factor_sharding(layout: Layout) -> Sharding | None:
     return None if sharding is None or sharding.columns is None else sharding
 
 
-def _gathered(b: Tensor, a: Tensor, layout: Layout) -> Factors:
+def _gather_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
     sharding = _factor_sharding(layout)
     return Factors(b, a) if sharding is None else gather_factors(Factors(b, a), sharding)
 
 
-def _own_gradients(b: Tensor, a: Tensor, layout: Layout) -> Factors:
+def _scatter_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
     sharding = _factor_sharding(layout)
     return Factors(b, a) if sharding is None else scatter_gradients(Factors(b, a), sharding)
 
 
-def _refuse_sharded(layout: Layout, what: str) -> None:
+def _refuse_sharded(layout: Layout, transform: str) -> None:
     if _factor_sharding(layout) is not None:
-        raise NotImplementedError(f"`params` must hold whole factors for {what}, got sharded ones: see `unshard`")
+        raise NotImplementedError(
+            f"`params` has sharded factors, which {transform} does not support; gather them with `unshard`"
+        )
 
 
-# Dynamo refuses a function with a `jvp`. Left to AOTAutograd, it runs as it is written, under any transform.
+# Dynamo rejects an autograd Function that defines `jvp`. `allow_in_graph` leaves it to AOTAutograd, which traces it
+# under any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _merged(
     x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
@@ -123,13 +150,13 @@ def _merged(
 
 
 class _Merged(torch.autograd.Function):
-    """``linear(x, merged weight, bias)``. Keeps its inputs alone."""
+    """Compute ``linear(x, merged weight, bias)`` and save only the inputs for the backward pass."""
 
     @staticmethod
     def forward(
         x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
     ) -> Tensor:
-        b, a = _gathered(b, a, layout)
+        b, a = _gather_if_sharded(b, a, layout)
         with without_autocast(x.device.type):
             return _times(x, _merge(x, b, a, layout, codes), layout, bias)
 
@@ -143,7 +170,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, b, a, *codes = ctx.saved_tensors
-        b, a = _gathered(b, a, ctx.layout)
+        b, a = _gather_if_sharded(b, a, ctx.layout)
         with without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
@@ -155,9 +182,9 @@ class _Merged(torch.autograd.Function):
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         rank = b.shape[-1]
-        grad_b, grad_a = _own_gradients(grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, ctx.layout)
-        own = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
-        return *own, None, None, *(None for _ in codes)
+        grad_b, grad_a = _scatter_if_sharded(grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, ctx.layout)
+        input_gradients = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
+        return *input_gradients, None, None, *(None for _ in codes)
 
     @staticmethod
     def vmap(
@@ -171,8 +198,10 @@ class _Merged(torch.autograd.Function):
         layout: Layout,
         *codes: Tensor,
     ) -> tuple[Tensor, int]:
-        """An ensemble shares the base, and per-sample gradients all of the weight: the factored path multiplies by what
-        is shared once for all members."""
+        """Take the factored path, which multiplies by shared tensors once for all members.
+
+        The members of an ensemble share the base, and per-sample gradients share the full weight.
+        """
         _refuse_sharded(layout, "`torch.vmap`")
         in_dims = (*in_dims[:4], None, *in_dims[6:])
         return torch.vmap(_factored, in_dims=in_dims)(x, b, a, bias, layout, *codes), 0
@@ -180,7 +209,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
         x, b, a, *codes = ctx.saved_tensors
-        _refuse_sharded(ctx.layout, "tangents")
+        _refuse_sharded(ctx.layout, "forward-mode differentiation")
         rank = b.shape[-1]
         terms = [
             None if x_tangent is None else _factored(x_tangent, b, a, None, ctx.layout, *codes),
@@ -197,7 +226,7 @@ def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
 
 
 class _TimesBase(torch.autograd.Function):
-    """``linear(x, base)`` in the dtype of `x`. Keeps the base as it is stored, not the dense one."""
+    """Compute ``linear(x, base)`` in the dtype of `x`, and save the stored base instead of the dense one."""
 
     @staticmethod
     def forward(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
@@ -226,14 +255,14 @@ class _TimesBase(torch.autograd.Function):
 
 
 def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # One product for the gradients of the input and of `x @ a.T`: a narrow one leaves much of a processor idle.
-    beside = torch.cat([weight, b], dim=1)
-    grad_x, grad_inner = torch.split(grad @ beside, [a.shape[1], a.shape[0]], dim=1)
+    # One product for the gradients of the input and of `x @ a.T`: a narrow product leaves much of a processor idle.
+    weight_and_b = torch.cat([weight, b], dim=1)
+    grad_x, grad_inner = torch.split(grad @ weight_and_b, [a.shape[1], a.shape[0]], dim=1)
     return grad_x, grad.mT @ (x @ a.mT), (x.mT @ grad_inner).mT
 
 
 def _separate_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where nothing can be laid beside the weight in one piece."""
+    """Return the same gradients for a weight that is stored transposed, to whose columns `b` cannot be appended."""
     return grad @ weight, grad.mT @ (x @ a.mT), (x.mT @ (grad @ b)).mT
 
 

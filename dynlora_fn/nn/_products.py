@@ -1,6 +1,7 @@
-"""Products of a low-rank weight, and other uses of its numbers: plain operations, and so right under every transform.
+"""Rules for products and convolutions with a low-rank weight.
 
-Products of a matrix go through `contraction.linear`.
+The rules are made of plain operations, so that every transform of `torch.func` differentiates them correctly. Products
+with a single matrix go through `linear` of `_linear.py`.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynlora_fn._core._dtypes import autocast_now, widest, without_autocast
+from dynlora_fn._core._dtypes import autocast_now
+from dynlora_fn._core._torch import grouped_mm as torch_grouped_mm
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.nn._linear import linear as contract
 from dynlora_fn.nn._view import ROWS, View, dense_base, expect_weight, matrix_shape, refuse, single, transposed
@@ -21,11 +23,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return autocast.dtype if autocast and autocast.enabled else x.dtype
 
 
-# Products. All are `x @ weight.mT`, of a view or its transpose.
+# --- products, each computed as `x @ weight.mT` of a view or of its transpose
 
 
 def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.mT + bias``: parts above each other give outputs side by side, parts side by side take inputs."""
+    """Return ``x @ weight.mT + bias``, part by part.
+
+    Parts above each other give outputs side by side. Parts side by side take inputs side by side.
+    """
     if view.kernel:
         refuse(view, operation, f"the weight of a convolution of shape {view.shape}")
     if len(view.parts) == 1:
@@ -33,11 +38,11 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
     sizes = [matrix_shape(part)[view.axis] for part in view.parts]
     if view.axis == ROWS:
         biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes, dim=-1)
-        outputs = [_times_part(x, part, own) for part, own in zip(view.parts, biases, strict=True)]
+        outputs = [_times_part(x, part, part_bias) for part, part_bias in zip(view.parts, biases, strict=True)]
         return torch.cat(outputs, dim=-1)
     inputs = torch.split(x, sizes, dim=-1)
     first = _times_part(inputs[0], view.parts[0], bias)
-    return sum((_times_part(own, part) for own, part in zip(inputs[1:], view.parts[1:], strict=True)), first)
+    return sum((_times_part(columns, part) for columns, part in zip(inputs[1:], view.parts[1:], strict=True)), first)
 
 
 def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
@@ -51,10 +56,12 @@ def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
+    """Return ``input @ weight.mT + bias``."""
     return _times(input, expect_weight("linear", weight, input=input, bias=bias), "linear", bias)
 
 
 def matmul(left: Any, right: Any) -> Tensor:
+    """Return ``left @ right``, where either of them is the low-rank weight."""
     if isinstance(right, View):
         expect_weight("matmul", right, input=left)
         return _times(left, transposed(right), "matmul")
@@ -62,12 +69,12 @@ def matmul(left: Any, right: Any) -> Tensor:
     x: Tensor = right
     if x.ndim == 1:
         return _times(x, weight, "matmul")
-    turned: Tensor = _times(x.mT, weight, "matmul").mT
-    return turned
+    output: Tensor = _times(x.mT, weight, "matmul").mT
+    return output
 
 
 def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """`addmm`, which Hugging Face's Conv1D uses with a weight (in, out), and `baddbmm`."""
+    """Return `addmm` or `baddbmm`. The Conv1D of Hugging Face calls `addmm` with a weight (in, out)."""
     expect_weight("addmm", right if isinstance(right, View) else left, input=input)
     if beta == alpha == 1 and input.ndim == 1 and isinstance(right, View):
         expect_weight("addmm", right, input=left)
@@ -77,11 +84,11 @@ def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: fl
 
 
 def einsum(equation: Any, *operands: Any) -> Tensor:
-    """``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / rank``."""
-    at = next(number for number, operand in enumerate(operands) if isinstance(operand, View))
+    """Return, for example, ``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / rank``."""
+    at = next(position for position, operand in enumerate(operands) if isinstance(operand, View))
     view = operands[at]
     for other in operands[at + 1 :]:
-        expect_weight("einsum", view, further_weight=other)
+        expect_weight("einsum", view, second_weight=other)
     part = single(view, "einsum")
     terms, arrow, result = equation.replace(" ", "").partition("->")
     terms = terms.split(",")
@@ -91,26 +98,33 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     if not arrow:
         letters = "".join(terms).replace(".", "")
         result = "..." * ("..." in equation) + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
-    shared = next(letter for letter in "rsuvwxyzabcdefghijklmnopqtRS" if letter not in equation)
-    before = "".join(stack)
+    rank_letter = next(letter for letter in "rsuvwxyzabcdefghijklmnopqtRS" if letter not in equation)
+    stack_letters = "".join(stack)
     b, a = part.factors
     others = [*operands[:at], *operands[at + 1 :]]
     dtype = _compute_dtype(others[0]) if others else b.dtype
     base, b, a, *others = (leaf.to(dtype) for leaf in (dense_base(part), b, a, *others))
-    low_rank = [*terms[:at], f"{before}{row}{shared}", f"{before}{shared}{column}", *terms[at + 1 :]]
+    low_rank_terms = [
+        *terms[:at],
+        f"{stack_letters}{row}{rank_letter}",
+        f"{stack_letters}{rank_letter}{column}",
+        *terms[at + 1 :],
+    ]
     output: Tensor = torch.einsum(f"{','.join(terms)}->{result}", *others[:at], base, *others[at:])
-    low = torch.einsum(f"{','.join(low_rank)}->{result}", *others[:at], b / a.shape[-2], a, *others[at:])
-    return output + low
+    low_rank_output = torch.einsum(
+        f"{','.join(low_rank_terms)}->{result}", *others[:at], b / a.shape[-2], a, *others[at:]
+    )
+    return output + low_rank_output
 
 
 def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """Of experts (expert, in, out), each with its own rows of the input."""
+    """Multiply experts (expert, in, out) by their rows of the input."""
     view = expect_weight("grouped_mm", weight, input=input, bias=bias)
     part = single(view, "grouped_mm")
     if bias is not None or out_dtype is not None or matrix_shape(part)[:-2] != tuple(offs.shape):
-        refuse(view, "grouped_mm", "a bias, a dtype or something else than a stack of experts")
+        refuse(view, "grouped_mm", "`bias`, `out_dtype` or a weight that is not a stack of experts")
     rank = part.factors.a.shape[-2]
-    padding = -rank % (16 // input.element_size())  # the operation wants rows of whole 16 bytes
+    padding = -rank % (16 // input.element_size())  # `grouped_mm` requires rows of a multiple of 16 bytes
     b, a = functional.pad(part.factors.b, (0, padding)), functional.pad(part.factors.a, (0, 0, 0, padding))
 
     def times(x: Tensor, matrices: Tensor) -> Tensor:
@@ -119,46 +133,15 @@ def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_d
     return times(input, dense_base(part)) + times(times(input, b) / rank, a)
 
 
-# What is no product.
-
-
-def embedding(
-    input: Any,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """``base[input] + b[input] @ a / rank``; no gradient reaches the row `padding_idx`, nor `a` by way of it."""
-    view = expect_weight("embedding", weight, input=input)
-    part = single(view, "embedding")
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        refuse(view, "embedding", "`max_norm`, `scale_grad_by_freq` or `sparse`")
-    if part.factors.b.ndim != 2:
-        refuse(view, "embedding", f"the shape {view.shape}")
-    low, base = rows_of(part, input)
-    if padding_idx is not None:
-        is_padding = input == padding_idx % view.shape[0]
-        low = torch.where(is_padding[..., None], low.detach(), low)
-    return base + low
-
-
-def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:
-    """Those of ``b @ a / rank`` and of the base."""
-    b, a = part.factors
-    dtype = widest(b.dtype, a.dtype)
-    with without_autocast(b.device.type):
-        low = b[index].to(dtype) @ a.to(dtype) / a.shape[-2]
-    return low.to(b.dtype), dense_base(part)[index].to(b.dtype)
+# --- convolutions
 
 
 def convolve(dimensions: int) -> Callable[..., Tensor]:
+    """Return the rule of `F.conv1d`, `F.conv2d` or `F.conv3d`."""
     operation = f"conv{dimensions}d"
     convolution: Callable[..., Tensor] = getattr(functional, operation)
 
-    def rule(
+    def low_rank_convolution(
         input: Any,
         weight: Any,
         bias: Any = None,
@@ -167,21 +150,37 @@ def convolve(dimensions: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        """With the base, plus with ``a`` (rank, in, *kernel) and then ``b`` (out, rank) in every place. All groups
-        share `a`, which is repeated for them."""
+        """Convolve with the base, and with `a` (rank, in, *kernel) followed by a 1x1 convolution with `b` (out, rank).
+
+        All groups share `a`, which is repeated for them.
+        """
         view = expect_weight(operation, weight, input=input, bias=bias)
         if len(view.kernel) != dimensions:
-            refuse(view, operation, f"shape {view.shape} that was not made low-rank as (out, in * kernel)")
+            refuse(view, operation, f"a weight of shape {view.shape} that is not low-rank as (out, in * prod(kernel))")
         (part,) = view.parts
         dtype = _compute_dtype(input)
         input, b, a = (leaf.to(dtype) for leaf in (input, *part.factors))
         bias = None if bias is None else bias.to(dtype)
-        out_features, *inner = view.shape
+        out_features, *inner_shape = view.shape
         base = dense_base(part).to(dtype).reshape(view.shape)
-        spatial = a.reshape(-1, *inner).repeat(groups, *(1 for _ in inner))
+        spatial = a.reshape(-1, *inner_shape).repeat(groups, *(1 for _ in inner_shape))
         pointwise = (b / a.shape[-2]).reshape(out_features, -1, *(1 for _ in view.kernel))
-        low = convolution(input, spatial, None, stride, padding, dilation, groups)
+        inner_channels = convolution(input, spatial, None, stride, padding, dilation, groups)
         output = convolution(input, base, bias, stride, padding, dilation, groups)
-        return output + convolution(low, pointwise, groups=groups)
+        return output + convolution(inner_channels, pointwise, groups=groups)
 
-    return rule
+    return low_rank_convolution
+
+
+PRODUCT_RULES: dict[Any, Callable[..., Any]] = {
+    functional.linear: linear,
+    functional.conv1d: convolve(1),
+    functional.conv2d: convolve(2),
+    functional.conv3d: convolve(3),
+    **dict.fromkeys((functional.grouped_mm, torch_grouped_mm), grouped_mm),
+    torch.einsum: einsum,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
+    **dict.fromkeys((Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.__matmul__), matmul),
+    Tensor.__rmatmul__: lambda right, left: matmul(left, right),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), add_product),
+}

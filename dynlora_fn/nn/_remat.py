@@ -1,4 +1,4 @@
-"""Blocks that keep only their inputs for the backward pass and are computed again in it."""
+"""Blocks that save only their inputs for the backward pass and are recomputed in it."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,30 +19,41 @@ from dynlora_fn.nn._call import call_with, params_of
 
 
 def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
-    """A model of the same values, gradients and parameter names whose `blocks` keep their inputs alone.
+    """Return a model whose `blocks` save only their inputs for the backward pass.
 
-    What a block computes is freed after the forward pass and computed again, once, in the backward pass: one more
-    forward pass in time for the activations of one block at a time in memory (arXiv:1604.06174). It works under
-    `torch.func.grad`, which refuses `torch.utils.checkpoint`, through `torch.autograd.grad`, and inside one compiled
-    graph.
+    Values, gradients and parameter names stay the same.
 
-    Compiled, a block waits for all gradients of the block after it. Inductor keeps some of the memory that is freed for
-    what comes later of the same size: ``compile_step(..., options={"allow_buffer_reuse": False})`` gives it back at
-    once, for up to a tenth of the peak and some of the time.
+    The activations of a block are freed after the forward pass and computed again, once, in the backward pass. That
+    takes one more forward pass in time, and the memory of the activations of one block at a time (arXiv:1604.06174). It
+    works under `torch.func.grad`, which refuses `torch.utils.checkpoint`, with `torch.autograd.grad`, and inside one
+    compiled graph.
 
-    In a compiled graph a block is traced once for training and once for evaluation: nothing else that its forward pass
-    looks up in the module may change.
+    When compiled, the recomputation of a block waits for all gradients of the block after it. Inductor keeps some freed
+    memory for later tensors of the same size. ``compile_step(..., options={"allow_buffer_reuse": False})`` returns it
+    at once: up to a tenth less peak memory, for some of the time.
+
+    In a compiled graph a block is traced once for training and once for evaluation. Apart from `training`, the module
+    attributes that its forward pass reads must not change.
 
     Args:
-        model: left as it is. The result shares its parameters and buffers, and goes wherever the model went:
+        model: The model, which is not changed. The result shares its parameters and buffers and replaces it:
             ``call(remat(model, ["layers.*"]), params, x)``.
-        blocks: names or globs of its submodules, as `nn.Module.named_modules` has them. They return a tensor or a
-            tuple of tensors.
+        blocks: The names or globs of submodules, as in `nn.Module.named_modules`. They return a tensor or a tuple of
+            tensors.
+
+    Returns:
+        The new model.
 
     Raises:
-        ValueError: if a pattern matches nothing.
-        NotImplementedError: if a block draws random numbers at its first call in training or in evaluation: computed
-            again they would be others. Later calls are not watched.
+        ValueError: If a pattern matches nothing.
+        NotImplementedError: If a block draws random numbers at its first call in training or in evaluation, since they
+            would differ when it is computed again. Later calls are not checked.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> x = torch.ones(2, 4)
+        >>> torch.equal(remat(model, ["?"])(x), model(x))
+        True
     """
     modules = {name: module for name, module in model.named_modules() if name}
     return _copy(model, "", set(match(modules, blocks, "blocks")))
@@ -51,12 +62,12 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
 def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
     new = copy.copy(module)
     if name in blocks:
-        # A subclass, so that whoever asks for the block's type or attributes finds them.
+        # A subclass, so that the block still has its type and attributes.
         new.__class__ = type(type(module).__name__, (_Block, type(module)), {})
-        # Not as a submodule, whose parameters would be found twice.
-        number = next(_NUMBERS)
-        new.__dict__.update(_block=module, _number=number)
-        _BLOCKS[number] = module
+        # In `__dict__` and not as a submodule, whose parameters would be found twice.
+        block_id = next(_BLOCK_IDS)
+        new.__dict__.update(_block=module, _block_id=block_id)
+        _BLOCKS[block_id] = module
         return new
     prefix = f"{name}." if name else ""
     children = {key: child and _copy(child, prefix + key, blocks) for key, child in module._modules.items()}
@@ -65,17 +76,26 @@ def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
 
 
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
-    """The `context_fn` of `torch.utils.checkpoint.checkpoint` in a model that is run by `call`.
+    """Return the `context_fn` of `torch.utils.checkpoint.checkpoint` for a model that is run by `call`.
 
-    A checkpoint computes its block again after `call` has returned, with whatever parameters the module then has. With
-    this they are those of the call. For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
+    The recomputed blocks use the parameters of the call. Without it, a checkpoint recomputes its block after `call` has
+    returned, with the parameters that the module has then: a wrong gradient, and no error.
+
+    For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
 
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": dl.checkpoint_contexts(model)})
 
-    `remat` needs nothing of the kind, and works under `torch.func` and compiled as well.
+    `remat` does not need this, and works under `torch.func` and compiled as well.
 
     Args:
-        model: that `call` is given.
+        model: The model that is passed to `call`.
+
+    Returns:
+        A function that returns the two contexts, of the forward pass and of the recomputation.
+
+    Example:
+        >>> len(checkpoint_contexts(nn.Linear(4, 4))())
+        2
     """
 
     def contexts() -> tuple[AbstractContextManager[None], ...]:
@@ -96,54 +116,55 @@ def _with_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iter
 
 def _set_parameters(model: nn.Module, parameters: Mapping[str, Any]) -> None:
     for name, parameter in parameters.items():
-        prefix, _, own = name.rpartition(".")
-        model.get_submodule(prefix)._parameters[own] = parameter
+        prefix, _, leaf_name = name.rpartition(".")
+        model.get_submodule(prefix)._parameters[leaf_name] = parameter
 
 
-# A compiled graph holds numbers, not modules.
-_NUMBERS = count()
+# A compiled graph contains integers, not modules.
+_BLOCK_IDS = count()
 _WATCHED: set[tuple[int, bool]] = set()
 _BLOCKS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 class _Block(nn.Module):
     _block: nn.Module
-    _number: int
+    _block_id: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         params = {name: tuple(leaf) if isinstance(leaf, LowRank) else leaf for name, leaf in params_of(self).items()}
         device_type = next(leaf.device.type for leaf in tree_leaves((params, args)) if isinstance(leaf, Tensor))
         buffers = dict(self.named_buffers())
-        return _recomputed(self._number, self.training, (params, buffers, args, kwargs), autocast_now(device_type))
+        return _recompute(self._block_id, self.training, (params, buffers, args, kwargs), autocast_now(device_type))
 
 
-# Dynamo fails on such a function under `torch.func`. Left to AOTAutograd, it runs as it is written.
+# Dynamo fails on an autograd Function that calls `torch.func.vjp` under `torch.func`. `allow_in_graph` leaves it to
+# AOTAutograd.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _recomputed(number: int, training: bool, inputs: tuple[Any, ...], autocast: Autocast | None) -> Any:
-    """`inputs` are all that the block uses: its parameters and buffers, arguments and keyword arguments."""
+def _recompute(block_id: int, training: bool, inputs: tuple[Any, ...], autocast: Autocast | None) -> Any:
+    """Run a block. `inputs` are its parameters and buffers, its arguments and its keyword arguments."""
     leaves, structure = tree_flatten(inputs)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-    # `run` outlives this call, and must not hold what is kept for it.
-    constants = [None if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
-    block = _BLOCKS[number]
-    watch = nullcontext() if (number, training) in _WATCHED else _RefuseRandom(block)
+    # `run` outlives this call, and must not keep the tensors that the Function saves.
+    constants = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
+    block = _BLOCKS[block_id]
+    watch = nullcontext() if (block_id, training) in _WATCHED else _RefuseRandom(block)
 
     def run(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        filled = [next(given) if is_one else leaf for leaf, is_one in zip(constants, is_tensor, strict=True)]
-        params, *rest = tree_unflatten(filled, structure)
+        remaining = iter(tensors)
+        filled = [next(remaining) if tensor else leaf for leaf, tensor in zip(constants, is_tensor, strict=True)]
+        params, *buffers_and_arguments = tree_unflatten(filled, structure)
         params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
-            return call_with(block, params, *rest)
+            return call_with(block, params, *buffers_and_arguments)
 
-    given = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
-    output = _Recomputed.apply(run, given, *compress(leaves, is_tensor))  # type: ignore[no-untyped-call]
-    _WATCHED.add((number, training))
+    argument_count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
+    output = _Recomputed.apply(run, argument_count, *compress(leaves, is_tensor))  # type: ignore[no-untyped-call]
+    _WATCHED.add((block_id, training))
     return output
 
 
 class _RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches a block's operations. Slow in Python, so that it is done once: a graph is traced once as well."""
+    """Refuse random operations in a block. It is slow, so only the first call is checked, like a trace."""
 
     def __init__(self, block: nn.Module):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -151,47 +172,53 @@ class _RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and not _has_no_dropout(func, args, kwargs or {}):
-            rule = "must draw no random numbers, which would be others when it is computed again"
-            raise NotImplementedError(f"a block of `remat` {rule}, got `{func}` in {type(self.block).__name__}")
+            raise NotImplementedError(
+                f"`blocks` has a {type(self.block).__name__} that draws random numbers in `{func}`, which would differ "
+                "when it is computed again; set its dropout to 0 or exclude it"
+            )
         return func(*args, **(kwargs or {}))
 
 
 def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Attention counts as random whether or not it drops anything."""
+    """Return whether an attention drops nothing: its operators are tagged as random in any case."""
     names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return "dropout_p" in names and not given.get("dropout_p", 0)
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" in names and not arguments.get("dropout_p", 0)
 
 
 class _Recomputed(torch.autograd.Function):
-    """``run(*tensors)``, the last so many of which are `given` to the block. Keeps its arguments alone."""
+    """Compute ``run(*tensors)`` and save only the tensors. The last `argument_count` of them are call arguments."""
 
     @staticmethod
-    def forward(run: Callable[..., Any], given: int, *tensors: Tensor) -> Any:
+    def forward(run: Callable[..., Any], argument_count: int, *tensors: Tensor) -> Any:
         return run(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.run, ctx.given, *tensors = inputs
+        ctx.run, ctx.argument_count, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors, is_needed = list(ctx.saved_tensors), ctx.needs_input_grad[2:]
-        # In one graph of both passes nothing else would keep a compiler from computing the block again at once.
-        for number in range(len(tensors) - ctx.given, len(tensors)):
-            tensors[number] = late(tensors[number], grads[0])
+        # `late` makes the arguments depend on a gradient. In one graph of both passes, a compiler could otherwise
+        # compute the block again at once.
+        for position in range(len(tensors) - ctx.argument_count, len(tensors)):
+            tensors[position] = late(tensors[position], grads[0])
 
-        def run(*needed: Tensor) -> Any:
-            rest = iter(needed)
-            return ctx.run(*(next(rest) if is_one else t for t, is_one in zip(tensors, is_needed, strict=True)))
+        def run(*differentiated: Tensor) -> Any:
+            remaining = iter(differentiated)
+            filled = (next(remaining) if needed else t for t, needed in zip(tensors, is_needed, strict=True))
+            return ctx.run(*filled)
 
         _, pull_back = torch.func.vjp(run, *compress(tensors, is_needed))  # type: ignore[misc]
-        found = iter(pull_back(grads if len(grads) > 1 else grads[0]))
-        return None, None, *(next(found) if is_one else None for is_one in is_needed)
+        gradients = iter(pull_back(grads if len(grads) > 1 else grads[0]))
+        return None, None, *(next(gradients) if needed else None for needed in is_needed)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], run: Callable[..., Any], given: int, *tensors: Tensor) -> Any:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], run: Callable[..., Any], argument_count: int, *tensors: Tensor
+    ) -> Any:
         batched = torch.vmap(run, in_dims=in_dims[2:], randomness=info.randomness)
-        output = _Recomputed.apply(batched, given, *tensors)  # type: ignore[no-untyped-call]
+        output = _Recomputed.apply(batched, argument_count, *tensors)  # type: ignore[no-untyped-call]
         return output, tree_map(lambda leaf: 0, output)

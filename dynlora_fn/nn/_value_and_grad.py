@@ -1,4 +1,4 @@
-"""The value and gradients of a pure loss."""
+"""The value and the gradients of a pure loss function."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -13,24 +13,37 @@ class ValueAndGrad(NamedTuple):
     """The result of a function that `value_and_grad` returns."""
 
     value: Any  # the loss, or `(loss, aux)`
-    grads: Any  # with the structure of the first argument
+    grads: Any  # a tree with the structure of the first argument
 
 
 def value_and_grad(
     loss_fn: Callable[..., Any], *, via: Literal["func", "autograd"] = "func", has_aux: bool = False
 ) -> Callable[..., ValueAndGrad]:
-    """Return a function that computes `loss_fn` and its gradients with respect to the first argument.
+    """Return a function that computes a loss and its gradients.
+
+    The function takes the arguments of `loss_fn` and returns `ValueAndGrad`: the value, and the gradients with respect
+    to the first argument. Both ways give the same gradients.
 
     Args:
-        loss_fn: A function of a tree of tensors and of any further arguments. It returns a 0-d tensor, and is
-            differentiated with respect to all tensors of the tree.
-        via: "func" uses `torch.func.grad` and composes with its transforms. "autograd" uses `torch.autograd.grad` on
-            detached leaves, which permits saved-tensor hooks, and so `torch.utils.checkpoint`, inside the loss. The
-            gradients are equal.
-        has_aux: Whether `loss_fn` returns ``(loss, aux)``. Through "func", `aux` contains only tensors.
+        loss_fn: The loss. Its first argument is a tree of tensors, which are all differentiated; the other arguments
+            may be anything. It returns a 0-d tensor.
+        via: "func" uses `torch.func.grad` and composes with the transforms of `torch.func`. "autograd" uses
+            `torch.autograd.grad` on detached leaves. That permits saved-tensor hooks, and so `torch.utils.checkpoint`
+            inside the loss.
+        has_aux: Whether `loss_fn` returns ``(loss, aux)``. With "func", `aux` contains only tensors.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: If `via` is neither "func" nor "autograd".
+
+    Example:
+        >>> value_and_grad(lambda w, x: (w * x).sum())(torch.ones(2), torch.tensor([1.0, 2.0]))
+        ValueAndGrad(value=tensor(3.), grads=tensor([1., 2.]))
     """
     if via not in ("func", "autograd"):
-        raise ValueError(f"`via` is {via!r}; choose 'func' or 'autograd'")
+        raise ValueError(f"`via` is {via!r}; use 'func' or 'autograd'")
     return _via_func(loss_fn, has_aux) if via == "func" else _via_autograd(loss_fn, has_aux)
 
 

@@ -1,15 +1,17 @@
-"""How a module sees a low-rank weight: in its own shape, transposed or in part. Nothing is multiplied or copied.
+"""Views of a low-rank weight in the shape of a module's parameter, transposed or cut.
 
-A `LowRank` is a matrix, or a stack of them. What a module holds may be of another shape:
+A view multiplies nothing. It copies nothing either, except that `dense_base` dequantizes a base in low precision.
+
+A `LowRank` is a matrix or a stack of matrices. The parameter of a module may have another shape:
 
 =============================  ==========================  ==============================================
-the module's parameter         the `LowRank`               e.g.
+the module's parameter         the `LowRank`               example
 =============================  ==========================  ==============================================
 (out, in)                      (out, in)                   `nn.Linear`, an embedding
 (stack, out, in)               (stack, out, in)            experts
 (out, in, *kernel)             (out, in * prod(kernel))    `nn.Conv2d`
 (stack, parts * out, in)       (stack, parts, out, in)     queries, keys and values above each other
-(stack, out, parts * in)       (stack, parts, out, in)     the same beside each other, as in GPT-2
+(stack, out, parts * in)       (stack, parts, out, in)     the same side by side, as in GPT-2
 =============================  ==========================  ==============================================
 """
 
@@ -31,12 +33,12 @@ ROWS, COLUMNS = -2, -1
 
 
 class View(NamedTuple):
-    """Low-rank weights, one or several that lie side by side along an axis, as one parameter of a module."""
+    """One parameter of a module: a low-rank weight, or several that are adjacent along an axis."""
 
-    name: str  # of the parameter
+    name: str  # name of the parameter
     parts: tuple[LowRank, ...]
-    axis: int = ROWS  # that several parts lie along
-    kernel: tuple[int, ...] = ()  # axes of a convolution behind (out, in), which the part has in its last one
+    axis: int = ROWS  # along which several parts are adjacent
+    kernel: tuple[int, ...] = ()  # sizes behind (out, in) of a convolution; the part has in * prod(kernel) columns
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,23 +51,23 @@ class View(NamedTuple):
 
 
 def matrix_shape(param: LowRank) -> tuple[int, ...]:
-    """(*stack, out, in), by the factors: a base may be stored in any way."""
+    """Return (*stack, out, in), computed from the factors, since a base may be stored in any shape."""
     return tuple(param.shape)
 
 
 def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
-    """`param` as a parameter of that shape.
+    """Return `param` as a parameter of a shape.
 
     Raises:
-        ValueError: if it is none of those in the table above; with the name and both shapes.
+        ValueError: If the shapes match no row of the table above. The message gives the name and both shapes.
     """
-    have, shape = matrix_shape(param), tuple(shape)
-    if param.factor_sharding and have == shape:
-        return View(name, (param,))  # gathered for each product
-    param = LowRank(*with_pending(param), param.seed)  # what waits to be folded is among the factors from here on
-    if have == shape:
+    matrices, shape = matrix_shape(param), tuple(shape)
+    if param.factor_sharding and matrices == shape:
+        return View(name, (param,))  # `linear` gathers the factors
+    param = LowRank(*with_pending(param), param.seed)  # pending folds become further slots
+    if matrices == shape:
         return View(name, (param,))
-    *stack, rows, columns = have
+    *stack, rows, columns = matrices
     if not stack and len(shape) > 2 and (rows, columns) == (shape[0], prod(shape[1:])):
         return View(name, (param,), kernel=shape[2:])
     for axis, size in ((ROWS, rows), (COLUMNS, columns)):
@@ -74,49 +76,53 @@ def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
             fused[axis] = stack[-1] * size
             if tuple(fused) == shape:
                 return View(name, _unbind_last(param), axis)
-    raise ValueError(f"`params` must fit the model, got {name!r} of shape {have} for {shape}")
+    raise ValueError(
+        f"`params` has shape {matrices} for {name!r}, which does not fit the parameter's shape {shape}; "
+        "make `params` from this model"
+    )
 
 
 def _unbind_last(param: LowRank) -> tuple[LowRank, ...]:
     if param.seed.ndim == 1:
         return tuple(part for part in unbind(param) if isinstance(part, LowRank))
-    inner = dense_base(param).movedim(-3, 0)
+    base = dense_base(param).movedim(-3, 0)
     b, a, seed = param.factors.b.movedim(-3, 0), param.factors.a.movedim(-3, 0), param.seed.movedim(-1, 0)
-    return tuple(part for part in unbind(LowRank(inner, Factors(b, a), seed)) if isinstance(part, LowRank))
+    return tuple(part for part in unbind(LowRank(base, Factors(b, a), seed)) if isinstance(part, LowRank))
 
 
 def dense_base(param: LowRank) -> Tensor:
-    """What products see of the base, as a tensor that no gradient reaches: of one in low precision, a copy."""
+    """Return the base that products use as a detached tensor, dequantized if it is in low precision."""
     base = param.base
     assert not isinstance(base, Deferred)
     return (base if isinstance(base, Tensor) else dequantize(base, param.factors.b.dtype)).detach()
 
 
 def transposed(view: View) -> View:
-    """``weight.mT = base.mT + a.mT @ b.mT / rank``."""
+    """Return the transposed weight, ``base.mT + a.mT @ b.mT / rank``."""
     parts = tuple(
-        LowRank(_turned(part.base), Factors(part.factors.a.mT, part.factors.b.mT), part.seed) for part in view.parts
+        LowRank(_transposed_base(part.base), Factors(part.factors.a.mT, part.factors.b.mT), part.seed)
+        for part in view.parts
     )
     return view._replace(parts=parts, axis=COLUMNS if view.axis == ROWS else ROWS)
 
 
-def _turned(base: Any) -> Any:
-    """The base transposed. Codes only by a mark, since a product dequantizes them and keeps nothing dense."""
+def _transposed_base(base: Any) -> Any:
+    """Return the transposed base. Codes are only marked as transposed, and dequantized for each product."""
     if isinstance(base, Transposed):
         return base.base
-    plain = base.codes if isinstance(base, Quantized) else base
-    return plain.mT.detach() if isinstance(plain, Tensor) else Transposed(base)
+    codes = base.codes if isinstance(base, Quantized) else base
+    return codes.mT.detach() if isinstance(codes, Tensor) else Transposed(base)
 
 
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:
-    """``weight[*stack, rows, columns]``, rows and columns being slices."""
+    """Return ``weight[*stack, rows, columns]``, where `rows` and `columns` are slices."""
     b, a = part.factors
     factors = Factors(b[(*stack, rows, slice(None))], a[(*stack, slice(None), columns)])
     return LowRank(dense_base(part)[(*stack, rows, columns)], factors, part.seed[stack])
 
 
 def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
-    """``weight.view(*shape, in)`` of a matrix: a stack whose members share `a`."""
+    """Return ``weight.view(*shape, in)`` of a matrix, as a stack whose members share `a`."""
     b, a = part.factors
     stack = shape[:-1]
     factors = Factors(b.reshape(*shape, b.shape[-1]), a.expand(*stack, *a.shape))
@@ -124,35 +130,42 @@ def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
 
 
 def gathered(view: View) -> View:
-    """With whole factors."""
+    """Return the view with unsharded factors and without pending folds."""
     if not any(part.factor_sharding for part in view.parts):
         return view
     return view._replace(parts=tuple(LowRank(*with_pending(part), part.seed) for part in view.parts))
 
 
 def dense(view: View) -> Tensor:
-    """The weight in the parameter's shape."""
+    """Return the dense weight in the shape of the parameter."""
     return torch.cat([materialize(part) for part in view.parts], dim=view.axis).reshape(view.shape)
 
 
-def refuse(view: View, operation: str, got: str | None = None) -> Never:
-    """Raises for an operation without a rule, or for what its rule does not cover."""
-    rule = f"must be used as the rule of `{operation}` has it, got {got}"
-    if got is None:
-        rule = f"must be used by an operation that has a rule, got `{operation}`"
-    # Not a TypeError: the operators of Tensor take that for an unsupported operand and hide the message.
-    raise NotImplementedError(f"low-rank weight {view.name!r} {rule}")
+def refuse(view: View, operation: str, use: str | None = None) -> Never:
+    """Raise for an operation without a rule, or for a use that its rule does not cover."""
+    # Not a TypeError: the operators of `Tensor` take that for an unsupported operand and replace the message.
+    if use is None:
+        raise NotImplementedError(
+            f"low-rank weight {view.name!r} is used in `{operation}`, which has no rule; "
+            "exclude it from `targets` or add a rule (dynlora_fn/nn/README.md)"
+        )
+    raise NotImplementedError(
+        f"low-rank weight {view.name!r} is used in `{operation}` with {use}, which the rule does not cover; "
+        "exclude it from `targets` or extend the rule (dynlora_fn/nn/README.md)"
+    )
 
 
 def expect_weight(operation: str, weight: Any, **others: Any) -> View:
+    """Return the view in `weight`, and refuse views among the other arguments of the operation."""
     for name, value in others.items():
         if isinstance(value, View):
-            refuse(value, operation, f"it as its {name}")
+            refuse(value, operation, f"a low-rank `{name}`")
     assert isinstance(weight, View)
     return weight
 
 
 def single(view: View, operation: str) -> LowRank:
+    """Return the only part of a view, and refuse a fused or spatial one."""
     if len(view.parts) > 1 or view.kernel:
         refuse(view, operation, f"shape {view.shape} made of {[matrix_shape(part) for part in view.parts]}")
     return view.parts[0]

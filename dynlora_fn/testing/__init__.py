@@ -1,13 +1,13 @@
-"""A testing kit for transforms of one's own: strategies, checkers and a stateful machine, on hypothesis.
+"""Test your own transforms: hypothesis strategies, checkers and a stateful machine.
 
-A checker takes the transform and draws weights, plans and states itself. What it finds is an error that says what was
-promised, what happened, and the smallest example:
+A checker takes a transform and draws weights, plans and optimizer states for it. If the transform breaks its promise,
+the checker raises an error with the promise, what happened, and the smallest example:
 
     >>> import torch
     >>> import dynlora_fn as dl
     >>> from dynlora_fn import testing
     >>> testing.check_preserves_weight(dl.merge)
-    >>> testing.check_preserves_weight(dl.switch)  # of two arguments: a weight and a plan
+    >>> testing.check_preserves_weight(dl.switch)  # takes two arguments: a weight and a plan
 
 Install it with ``pip install 'dynlora-fn[testing]'``.
 """
@@ -15,7 +15,7 @@ Install it with ``pip install 'dynlora-fn[testing]'``.
 try:
     import hypothesis as _hypothesis  # noqa: F401
 except ImportError as error:
-    raise ImportError("the testing kit needs the extra `testing`: pip install 'dynlora-fn[testing]'") from error
+    raise ImportError("the package `hypothesis` is not installed; run pip install 'dynlora-fn[testing]'") from error
 
 from dynlora_fn.testing._compare import assert_same as assert_same
 from dynlora_fn.testing._compare import assert_within as assert_within

@@ -1,4 +1,4 @@
-"""Checkers of transforms under `torch.compile` and `torch.vmap`."""
+"""Check transforms under `torch.compile` and `torch.vmap`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,31 +25,33 @@ def check_compiles(
     backend: str = "aot_eager",
     tolerance: float = 0.0,
 ) -> None:
-    """One graph, which serves other values and plans of equal shapes without a recompile, and gives the eager result.
+    """Check that a transform compiles to one graph and gives the eager result.
+
+    The graph serves other values and plans of equal shapes without a recompile.
 
     Args:
-        transform: of a weight, or of a weight and a plan.
-        arguments: a strategy for its arguments or a tuple of them; drawn of all kinds unless given. Weights and plans
-            with other values are made of them.
-        examples: how many to draw; each compiles anew, and so none is made smaller.
-        backend: of `torch.compile`; "aot_eager" needs no compiler and rounds as eager does.
-        tolerance: how far results may be off, in eps of a tensor's largest number. 0 asks for the same bits.
+        transform: A function of a weight, or of a weight and a plan.
+        arguments: A strategy for its arguments, or a tuple of them. Weights and plans with other values are made from
+            them. Default None draws arguments of all kinds.
+        examples: The number of examples to draw. Each is compiled, so a failing example is not shrunk.
+        backend: The backend of `torch.compile`. "aot_eager" needs no compiler and rounds as eager does.
+        tolerance: The largest error, in multiples of eps of a tensor's largest entry. 0 asks for the same bits.
 
     Raises:
-        BrokenPromiseError: if it does not; with an example.
+        BrokenPromiseError: If the promise is broken. The message gives an example.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_compiles(dl.merge, examples=1)
     """
 
-    def check(*given: Any) -> None:
-        def run(*given: Any) -> Any:
-            return transform(*given)
+    def check(*args: Any) -> None:
+        def run(*args: Any) -> Any:
+            return transform(*args)
 
-        run.__code__ = run.__code__.replace()  # the compiler keeps graphs by code object
+        run.__code__ = run.__code__.replace()  # a new code object: the compiler caches graphs by it
         compiled = torch.compile(run, fullgraph=True, dynamic=False, backend=backend)
-        first, *others = (tuple(_with_values(one, seed) for one in given) for seed in range(3))
+        first, *others = (tuple(_with_values(arg, seed) for arg in args) for seed in range(3))
         _assert_near(compiled(*first), transform(*first), tolerance)
         with torch.compiler.set_stance("fail_on_recompile"):
             for other in others:
@@ -62,41 +64,45 @@ def check_compiles(
 def check_vmap(
     transform: Transform, *, arguments: Arguments = None, examples: int | None = None, tolerance: float = 0.0
 ) -> None:
-    """Of a stack of weights it gives the stack of what it gives of each, called as it is and by `torch.vmap`.
+    """Check that a transform of a stack gives the stack of the transformed members.
+
+    The transform is called on the stack directly, and by `torch.vmap`.
 
     Args:
-        transform: of a weight, or of a weight and a plan.
-        arguments: a strategy for its arguments or a tuple of them, whose tensors with axes share the first one; drawn
-            of all kinds unless given.
-        examples: how many to draw; the hypothesis profile's number unless given.
-        tolerance: as in `check_compiles`.
+        transform: A function of a weight, or of a weight and a plan.
+        arguments: A strategy for its arguments, or a tuple of them. All tensors with axes share the first axis.
+            Default None draws arguments of all kinds.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
+        tolerance: The largest error, as in `check_compiles`.
 
     Raises:
-        BrokenPromiseError: if it does not; with the smallest example.
+        BrokenPromiseError: If the promise is broken. The message gives the smallest example.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_vmap(dl.merge)
     """
 
-    def check(*given: Any) -> None:
-        size = next(leaf.shape[0] for leaf in tree_leaves(given) if leaf.ndim)
-        members = [tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, given) for number in range(size)]  # noqa: B023
-        looped = tree_map(lambda *leaves: torch.stack(leaves), *(transform(*one) for one in members))
-        _assert_near(transform(*given), looped, tolerance)
-        in_dims = tree_map(lambda leaf: 0 if leaf.ndim else None, given)
-        _assert_near(torch.vmap(transform, in_dims=in_dims)(*given), looped, tolerance)
+    def check(*args: Any) -> None:
+        size = next(leaf.shape[0] for leaf in tree_leaves(args) if leaf.ndim)
+        members = [tree_map(lambda leaf: leaf[index] if leaf.ndim else leaf, args) for index in range(size)]  # noqa: B023
+        looped = tree_map(lambda *leaves: torch.stack(leaves), *(transform(*member) for member in members))
+        _assert_near(transform(*args), looped, tolerance)
+        in_dims = tree_map(lambda leaf: 0 if leaf.ndim else None, args)
+        _assert_near(torch.vmap(transform, in_dims=in_dims)(*args), looped, tolerance)
 
     if arguments is None:
         weights = low_rank_params(stacks=st.sampled_from([(1,), (3,), (3, 2)]))
         arguments = st.tuples(weights)
         if takes_a_plan(transform):
-            arguments = weights.flatmap(lambda param: st.tuples(st.just(param), plans(param).map(_own(param))))
+            arguments = weights.flatmap(
+                lambda param: st.tuples(st.just(param), plans(param).map(_plan_for_each_member(param)))
+            )
     hold("a stack gives the stack of what its members give", check, arguments, examples)
 
 
-def _own(param: LowRank) -> Callable[[Plan], Plan]:
-    """A plan for each member instead of one for all."""
+def _plan_for_each_member(param: LowRank) -> Callable[[Plan], Plan]:
+    """Return a function that expands a plan for the stack to one plan for each member."""
     stack = param.seed.shape
 
     def expanded(plan: Plan) -> Plan:
@@ -107,7 +113,7 @@ def _own(param: LowRank) -> Callable[[Plan], Plan]:
 
 
 def _with_values(tree: Any, seed: int) -> Any:
-    """Copies of weights and plans with other values, of the same shapes."""
+    """Return copies of weights and plans with other values of the same shapes."""
     if isinstance(tree, Mapping):
         return {name: _with_values(leaf, seed) for name, leaf in tree.items()}
     if isinstance(tree, Plan):
@@ -121,7 +127,7 @@ def _with_values(tree: Any, seed: int) -> Any:
 
 
 def _other_side(side: SidePlan, seed: int) -> SidePlan:
-    """As many entries of the same slots, another share of them active."""
+    """Return a side plan with as many entries for slots of the same range, about half of them active."""
     *stack, count = side.slots.shape
     rank = int(side.slots.max()) + 1 if side.slots.numel() else 0
     return side_plan(max(rank, count), count, tuple(stack), seed, share_active=0.5)

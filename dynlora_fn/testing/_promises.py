@@ -1,4 +1,4 @@
-"""How a checker looks for an example that breaks a promise, and what it says of one."""
+"""Search for an example that breaks a promise, and report it."""
 
 import inspect
 import textwrap
@@ -17,30 +17,32 @@ Arguments = st.SearchStrategy[Any] | tuple[Any, ...] | Mapping[str, Any] | None
 
 
 class BrokenPromiseError(AssertionError):
-    """A transform does not keep a promise. The message says which, what happened, and the smallest example of it."""
+    """A broken promise of a transform. The message gives the promise, what happened, and the smallest example."""
 
 
 def hold(
     promise: str, check: Callable[..., None], arguments: Arguments, examples: int | None, *, is_slow: bool = False
 ) -> None:
-    """Runs the check for examples, and says what breaks.
+    """Run a check on examples, and raise for the first that fails.
 
     Args:
-        promise: in words.
-        check: of the arguments; raises anything where the promise is broken.
-        arguments: a strategy for them, one tuple of them, or the single one there is.
-        examples: to draw; as many as the hypothesis profile says unless given.
-        is_slow: whether an example takes so long that none is made smaller. The first one drawn is the smallest there
-            is.
+        promise: The promise in words.
+        check: A function of the arguments that raises where the promise is broken.
+        arguments: A strategy for the arguments, a tuple of them, or a single argument.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
+        is_slow: Whether examples take too long to shrink them. The first example drawn is the smallest one.
+
+    Raises:
+        BrokenPromiseError: If the check raises.
     """
     unwanted = {Phase.explain, *([Phase.shrink] if is_slow else [])}
     phases = [phase for phase in settings().phases if phase not in unwanted]
     if not isinstance(arguments, st.SearchStrategy):
-        given_ones = as_tuple(arguments)
+        values = as_tuple(arguments)
         try:
-            check(*given_ones)
+            check(*values)
         except Exception as error:
-            raise BrokenPromiseError(_message(promise, error, repr(tree_map(_summary, given_ones)))) from error
+            raise BrokenPromiseError(_message(promise, error, repr(tree_map(_summary, values)))) from error
         return
 
     @settings(
@@ -63,13 +65,13 @@ def hold(
 
 
 def as_tuple(arguments: Any) -> tuple[Any, ...]:
-    """One argument, which may be a named tuple itself, or several."""
+    """Return the arguments as a tuple. A single argument may itself be a NamedTuple."""
     is_plain = isinstance(arguments, tuple) and not hasattr(arguments, "_fields")
     return arguments if is_plain else (arguments,)
 
 
 def arguments_of(transform: Callable[..., Any], arguments: Arguments = None, **kinds: Any) -> Arguments:
-    """Those given, or a strategy for those that the transform takes: a weight, or a weight and a plan for it."""
+    """Return `arguments`, or by default a strategy for a weight, or for a weight and a plan for it."""
     if arguments is not None:
         return arguments
     weights = low_rank_params(**kinds)
@@ -79,46 +81,44 @@ def arguments_of(transform: Callable[..., Any], arguments: Arguments = None, **k
 
 
 def takes_a_plan(transform: Callable[..., Any]) -> bool:
-    """Whether it has a second argument without a default.
+    """Return whether a transform has a second argument without a default.
 
     Raises:
-        TypeError: if it takes none or more than two.
+        TypeError: If it has no argument without a default, or more than two.
     """
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(transform).parameters.values()
-    count = sum(one.kind in positional and one.default is one.empty for one in parameters)
+    count = sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
     if count not in (1, 2):
-        raise TypeError(
-            f"`transform` must take a weight, or a weight and a plan, got {count} arguments without a default"
-        )
+        raise TypeError(f"`transform` has {count} arguments without a default; take a weight, or a weight and a plan")
     return count == 2
 
 
 def new_params(result: Any) -> LowRank | Params:
-    """Of what a transform returns the new weights, which come first.
+    """Return the new weights from the result of a transform, in which they come first.
 
     Raises:
-        TypeError: if there are none.
+        TypeError: If the result has none.
     """
     if isinstance(result, tuple) and not isinstance(result, LowRank) and result:
         result = result[0]
     if not isinstance(result, LowRank | Mapping):
         raise TypeError(
-            f"a transform must return the new weight, alone or first of several, got {type(result).__name__}"
+            f"`transform` returns {type(result).__name__}; return the new weight, or a tuple that starts with it"
         )
     return result
 
 
 def weights_of(params: LowRank | Params) -> dict[str, LowRank]:
-    """Low-rank weights by name; one without a name has none."""
+    """Return the low-rank weights by name. A single weight gets the name ''."""
     named = params if isinstance(params, Mapping) else {"": params}
     return {name: param for name, param in named.items() if isinstance(param, LowRank)}
 
 
 def _message(promise: str, error: Exception, example: str) -> str:
     example = example.removeprefix("Failing test case: ").removeprefix("Falsifying example: ")
-    what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-    parts = {"promised": promise, "happened": what or type(error).__name__, "smallest example": example}
+    description = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+    parts = {"promised": promise, "happened": description or type(error).__name__, "smallest example": example}
     return "\n" + "\n".join(f"{name}: {textwrap.indent(text.strip(), '  ').strip()}" for name, text in parts.items())
 
 

@@ -1,4 +1,4 @@
-"""The model of the stateful machine, dense in float64 as well, and its parameters stacked and unstacked."""
+"""The model of the stateful machine, its dense counterpart in float64, and stacking of its parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._types import Factors, LowRank, Param
 from dynlora_fn.bases._pending import without_pending
 from dynlora_fn.bases._types import Deferred, Sharded
-from dynlora_fn.testing._shadow import half_step, kept, product
+from dynlora_fn.testing._shadow import exact_base, half_step, product
 
 LAYERS = ("layers.0.weight", "layers.1.weight")
 STACK = "layers.*.weight"
@@ -18,7 +18,10 @@ Leaf = TypeVar("Leaf")
 
 
 class Net(nn.Module):
-    """Two equal layers, which become a stack, and one of another shape: linear, so that bounds are sums of products."""
+    """Two equal layers, which can be stacked, and one of another shape.
+
+    The model is linear, so that bounds on rounding errors are sums of products.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +36,7 @@ class Net(nn.Module):
 
 
 def dense(weights: Mapping[str, Tensor], x: Tensor, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the value ``(model(x) * cotangent).sum()`` and its gradients for dense weights."""
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     hidden = x @ leaves[LAYERS[0]].T @ leaves[LAYERS[1]].T
     value = ((hidden @ leaves["head.weight"].T + leaves["head.bias"]) * cotangent).sum()
@@ -40,16 +44,17 @@ def dense(weights: Mapping[str, Tensor], x: Tensor, cotangent: Tensor) -> tuple[
 
 
 def magnitude(param: LowRank | None, weight: Tensor) -> Tensor:
-    """The dense weight with all of its terms positive."""
+    """Return the dense weight with all of its terms positive."""
     if param is None:
         return weight.abs()
     rank = param.factors.b.shape[-1]
     terms = [product(Factors(b.abs(), a.abs()), rank) for b, a in all_factors(param)]
     base = without_pending(param)
-    return kept(base).abs() + half_step(base) + sum(terms)
+    return exact_base(base).abs() + half_step(base) + sum(terms)
 
 
 def all_factors(param: LowRank) -> list[Factors]:
+    """Return the trained and the pending factors."""
     return [param.factors, *([param.base.pending] if isinstance(param.base, Deferred) else [])]
 
 
@@ -65,14 +70,16 @@ def map_bases(change: Callable[[Any], Any], params: Mapping[str, Param]) -> dict
 
 
 def are_alike(params: Mapping[str, Any]) -> bool:
-    """Whether the layers are held in tensors of the same shapes: nvfp4 that was folded into in shards is not as it was
-    before."""
+    """Return whether the layers are stored in tensors of the same shapes.
+
+    A base in nvfp4 that was folded into while sharded has other shapes than before.
+    """
     first, second = ([leaf.shape for leaf in tree_leaves(params[name])] for name in LAYERS)
     return first == second
 
 
 def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
-    members = {name: tree_map(lambda leaf: leaf[number].clone(), tree[STACK]) for number, name in enumerate(LAYERS)}  # noqa: B023
+    members = {name: tree_map(lambda leaf: leaf[index].clone(), tree[STACK]) for index, name in enumerate(LAYERS)}  # noqa: B023
     return {**members, **{name: leaf for name, leaf in tree.items() if name != STACK}}
 
 

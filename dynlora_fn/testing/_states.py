@@ -1,4 +1,4 @@
-"""Checkers of what happens to the state of an optimizer, and of a run that is broken off."""
+"""Check projections of optimizer state, and runs that are interrupted and resumed."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -25,21 +25,21 @@ def check_state_projection(
     arguments: Arguments = None,
     examples: int | None = None,
 ) -> None:
-    """The state of the switched vectors' counterparts starts afresh, and nothing else changes by a bit.
+    """Check that a projection resets the state of switched vectors' counterparts and nothing else.
 
-    Of a slot that is switched on side a the state of ``b[:, k]`` becomes zero, moments and counts; of one on side b
-    that of ``a[k]`` (arXiv:2406.06564, section 3.3). What a field called ``frozen_for`` holds of them becomes the
-    plan's number of updates.
+    For a slot k that is switched on side a, the state of ``b[:, k]`` becomes zero, moments and counts; for one on side
+    b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field ``frozen_for`` the counterparts get the plan's
+    number of updates.
 
     Args:
-        project: ``(opt_state, plan) -> opt_state``, where the plan is by name.
-        is_reset: whether the counterparts' state must become zero; if not, any change of it is right.
-        optimizer: whose states are drawn; `adamw()` unless given.
-        arguments: a strategy for pairs of state and plan, or one pair; drawn of all kinds unless given.
-        examples: how many to draw; the hypothesis profile's number unless given.
+        project: A function ``(opt_state, plan) -> opt_state``, where the plan is a dict by name.
+        is_reset: Whether the counterparts' state must become zero. If False, it may change in any way.
+        optimizer: The optimizer whose states are drawn. Default None means `adamw()`.
+        arguments: A strategy for pairs of state and plan, or one pair. Default None draws pairs of all kinds.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
     Raises:
-        BrokenPromiseError: if it does not; with the smallest example.
+        BrokenPromiseError: If the promise is broken. The message gives the smallest example.
 
     Example:
         >>> import dynlora_fn as dl
@@ -50,10 +50,10 @@ def check_state_projection(
         with untouched(state, plan):
             new = project(state, plan)
         before, structure = tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Factors))
-        after, same = tree_flatten_with_path(new, is_leaf=lambda node: isinstance(node, Factors))
-        assert structure == same, f"the structure is {same} instead of {structure}"
+        after, new_structure = tree_flatten_with_path(new, is_leaf=lambda node: isinstance(node, Factors))
+        assert structure == new_structure, f"the structure is {new_structure} instead of {structure}"
         for (path, old), (_, leaf) in zip(before, after, strict=True):
-            name = next((own for own in plan if f"[{own!r}]" in keystr(path)), None)
+            name = next((planned for planned in plan if f"[{planned!r}]" in keystr(path)), None)
             if isinstance(old, Factors) and name is not None:
                 value = int(plan[name].frozen_for) if "frozen_for" in keystr(path) else 0
                 _check_factors(keystr(path), old, leaf, plan[name], value if is_reset else None)
@@ -73,7 +73,7 @@ def _states_and_plans(draw: st.DrawFn, optimizer: Transform | None) -> tuple[Any
 
 
 def _check_factors(path: str, old: Factors, new: Factors, plan: Plan, value: int | None) -> None:
-    """Vector by vector: those of side b lie along the last axis, those of side a along the one before it."""
+    """Compare vector by vector. The vectors of side b lie along the last axis, those of side a along the one before."""
     for side, before, after, switched in (
         ("b", old.b.mT, new.b.mT, plan.a),
         ("a", old.a, new.a, plan.b),
@@ -93,8 +93,10 @@ def _check_factors(path: str, old: Factors, new: Factors, plan: Plan, value: int
                         f"{where} has changed and is no counterpart"
                     )
                 elif value is not None:
-                    got = member_after[slot].unique().tolist()
-                    assert got in ([], [value]), f"{where} is the counterpart of a switched vector and holds {got}"
+                    entries = member_after[slot].unique().tolist()
+                    assert entries in ([], [value]), (
+                        f"{where} is the counterpart of a switched vector and holds {entries}"
+                    )
 
 
 def _is_same(new: Any, old: Any) -> bool:
@@ -113,54 +115,57 @@ def check_resumes(
     load: Callable[[Any, Any], Any] | None = None,
     examples: int | None = None,
 ) -> None:
-    """A run that ends anywhere and goes on from its saved state elsewhere has the bits of one that is not broken off.
+    """Check that an interrupted and resumed run equals an uninterrupted one, bit for bit.
+
+    The run ends after any number of steps and goes on from its saved state, as in another process.
 
     Args:
-        make: ``() -> (state, step)``, as a process does when it starts: ``state, aux = step(state, number)``. What the
-            step keeps to itself instead of in the state is lost, as in a process that is killed.
-        steps: of the run.
-        save: of a state to anything; the tensors' bytes unless given.
-        load: ``(saved, template) -> state``, where the template is a fresh state.
-        examples: how many ends to draw; the hypothesis profile's number unless given.
+        make: A function ``() -> (state, step)`` that starts as a new process does. A step is called as
+            ``state, aux = step(state, t)``. What it stores outside of the state is lost, as in a process that is
+            killed.
+        steps: The number of steps of the run.
+        save: A function of the state that returns anything. Default None saves the bytes of the tensors.
+        load: A function ``(saved, template) -> state``, where the template is a fresh state.
+        examples: The number of interruptions to draw. Default None means ``steps + 1``.
 
     Raises:
-        BrokenPromiseError: if it has not; with the earliest end.
+        BrokenPromiseError: If the runs differ. The message gives the earliest interruption.
 
     Example:
         >>> def make():
-        ...     return torch.zeros(2), lambda state, number: (state + number, None)
+        ...     return torch.zeros(2), lambda state, t: (state + t, None)
         >>> check_resumes(make)
     """
-    save, load = save or _saved, load or _loaded
+    save, load = save or _save_leaves, load or _load_leaves
     wanted = _run(*make(), range(steps))
 
     def check(end: int) -> None:
         state, step = make()
         first = _run(state, step, range(end))
-        kept = save(first[0])
+        saved = save(first[0])
         state, step = make()
-        second = _run(load(kept, state), step, range(end, steps))
-        for number, (got, right) in enumerate(zip(first[1] + second[1], wanted[1], strict=True)):
-            assert _is_same(got, right), f"step {number} reports {got} instead of {right}, broken off after {end} steps"
+        second = _run(load(saved, state), step, range(end, steps))
+        for t, (got, right) in enumerate(zip(first[1] + second[1], wanted[1], strict=True)):
+            assert _is_same(got, right), f"step {t} reports {got} instead of {right}, broken off after {end} steps"
         assert_same(second[0], wanted[0])
 
     ends = st.integers(0, steps).map(lambda end: (end,))
     hold("a run that is broken off and goes on is the run that is not", check, ends, examples or steps + 1)
 
 
-def _run(state: Any, step: Callable[[Any, int], tuple[Any, Any]], numbers: range) -> tuple[Any, list[Any]]:
+def _run(state: Any, step: Callable[[Any, int], tuple[Any, Any]], steps: range) -> tuple[Any, list[Any]]:
     reports = []
-    for number in numbers:
-        state, report = step(state, number)
+    for t in steps:
+        state, report = step(state, t)
         reports.append(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, report))
     return state, reports
 
 
-def _saved(state: Any) -> bytes:
+def _save_leaves(state: Any) -> bytes:
     file = io.BytesIO()
     torch.save(tree_leaves(state), file)
     return file.getvalue()
 
 
-def _loaded(saved: bytes, template: Any) -> Any:
+def _load_leaves(saved: bytes, template: Any) -> Any:
     return tree_unflatten(torch.load(io.BytesIO(saved), weights_only=True), tree_flatten(template)[1])

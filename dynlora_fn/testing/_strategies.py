@@ -1,7 +1,7 @@
 """Hypothesis strategies for every valid value, edges included.
 
-Only integers and choices are drawn, and every tensor is a function of them (see `values`): so that examples can be
-repeated, shrink to small ones, and are shown as the call that makes them.
+Only integers and choices are drawn, and every tensor is a function of them (see `_values.py`). So examples can be
+repeated, shrink to small ones, and are printed as the call that makes them.
 """
 
 import math
@@ -26,16 +26,21 @@ stacks: st.SearchStrategy[tuple[int, ...]] = st.sampled_from([(), (1,), (3,), (2
 
 @st.composite
 def shapes(draw: st.DrawFn, *, largest: int = 8) -> Shape:
-    """Matrices of any proportion with any rank that fits them, 1 and min(out, in) among them.
+    """Draw matrices of any proportion, with any rank that fits, often 1 or min(out, in).
 
     Args:
-        largest: of the numbers along an axis.
+        largest: The largest size of an axis.
+
+    Example:
+        >>> shapes(largest=4).validate()
     """
     if largest < 1:
-        raise ValueError(f"`largest` must be at least 1, got {largest}")
+        raise ValueError(f"`largest` is {largest}; use at least 1")
     out_features, in_features = draw(st.integers(1, largest)), draw(st.integers(1, largest))
-    least = min(out_features, in_features)
-    return Shape(out_features, in_features, draw(st.one_of(st.just(1), st.just(least), st.integers(1, least))))
+    largest_rank = min(out_features, in_features)
+    return Shape(
+        out_features, in_features, draw(st.one_of(st.just(1), st.just(largest_rank), st.integers(1, largest_rank)))
+    )
 
 
 any_shapes = shapes()
@@ -52,15 +57,20 @@ def low_rank_params(
     factor_dtypes: st.SearchStrategy[torch.dtype] = dtypes,
     deferred: bool | None = None,
 ) -> LowRank:
-    """Weights with bases of every precision, in codes with every residual and without, and with folds that wait.
+    """Draw weights with bases of every precision, with and without a residual and pending folds.
 
     Args:
-        shapes, stacks, factor_dtypes: of the weights.
-        storages: of the bases; `PLAIN` are those that `merge` and `switch` leave in one tensor.
-        deferred: whether folds wait, with room for those of any plan; both unless given.
+        shapes: A strategy for shapes. Default None draws shapes that fit the storage.
+        stacks: A strategy for stack axes.
+        storages: The storages of bases. `merge` and `switch` leave those of `PLAIN` in one tensor.
+        factor_dtypes: A strategy for dtypes of factors.
+        deferred: Whether folds are pending, with room for those of any plan. Default None draws both.
+
+    Example:
+        >>> low_rank_params(deferred=False).validate()
     """
     if not storages:
-        raise ValueError("`storages` must name at least one, got none")
+        raise ValueError("`storages` is empty; pass at least one, for example `PLAIN`")
     if shapes is None:
         storage = draw(st.sampled_from(storages))
         shape = _fitting(storage, draw(any_shapes))
@@ -68,10 +78,12 @@ def low_rank_params(
         shape = draw(shapes)
         fitting = [storage for storage in storages if fits(storage, shape)]
         if not fitting:
-            raise ValueError(f"`storages` must hold one whose blocks divide {shape}, got {storages}")
+            raise ValueError(
+                f"`storages` has none whose blocks divide {shape}, only {storages}; add one or draw other shapes"
+            )
         storage = draw(st.sampled_from(fitting))
     is_deferred = draw(st.booleans()) if deferred is None else deferred
-    return _made(
+    return _build(
         draw,
         low_rank,
         shape,
@@ -84,8 +96,10 @@ def low_rank_params(
 
 
 def _fitting(storage: Storage, shape: Shape) -> Shape:
-    """A shape that the format's blocks divide. Drawn like any other, so that an example can go over to a format without
-    blocks as it is made smaller."""
+    """Return a shape that the blocks of the format divide.
+
+    It is computed from any drawn shape, so that shrinking can replace the format by one without blocks.
+    """
     if storage.kind not in _BLOCKS:
         return shape
     out, in_ = (block * (1 + (size - 1) % 3) for block, size in zip(_BLOCKS[storage.kind], shape[:2], strict=True))
@@ -93,10 +107,17 @@ def _fitting(storage: Storage, shape: Shape) -> Shape:
 
 
 def plans(params: LowRank | Params) -> st.SearchStrategy[Any]:
-    """Any plan for one weight, or by name for some, none or all of the low-rank ones.
+    """Return a strategy for any plan of a weight, or of some low-rank weights by name.
 
-    None, some or all of the slots of each side, whole or in part inactive, one plan for the whole stack or one for each
-    member, the same slots on both sides or not, frozen for no, some or the usual number of updates.
+    A plan has no, some or all slots of each side, and all, some or none of its entries are active. It is for the full
+    stack or for each member, with the same slots on both sides or others. It freezes for no, some or the usual number
+    of updates.
+
+    Args:
+        params: A weight, or parameters by name. By name, any subset of the low-rank weights gets a plan.
+
+    Example:
+        >>> plans(low_rank(Shape(6, 4, 2))).validate()
     """
     return _plans_by_name(params) if isinstance(params, Mapping) else _plans(params)
 
@@ -116,58 +137,69 @@ def _plans(draw: st.DrawFn, param: LowRank) -> Plan:
     b = draw(_side_plans(rank, stack))
     a = draw(st.one_of(st.just(b), _side_plans(rank, stack)))
     frozen_for = torch.tensor(draw(st.integers(0, 6)), dtype=torch.int32)
-    return _made(draw, Plan, b=b, a=a, frozen_for=frozen_for)
+    return _build(draw, Plan, b=b, a=a, frozen_for=frozen_for)
 
 
 @st.composite
 def _side_plans(draw: st.DrawFn, rank: int, stack: tuple[int, ...]) -> SidePlan:
     count = draw(st.one_of(st.just(0), st.just(rank), st.integers(0, rank)))
-    own_stack, share = draw(st.sampled_from([(), stack])), draw(st.sampled_from([1.0, 0.5, 0.0]))
-    return _made(draw, side_plan, rank, count, own_stack, draw(seeds), share_active=share)
+    plan_stack, share = draw(st.sampled_from([(), stack])), draw(st.sampled_from([1.0, 0.5, 0.0]))
+    return _build(draw, side_plan, rank, count, plan_stack, draw(seeds), share_active=share)
 
 
 @st.composite
 def schedules(draw: st.DrawFn, *, kinds: Sequence[str] = ("rate", "count", "never", "switchlora")) -> Schedule:
-    """Schedules that hold for weights of any rank: with a rate, down to the shortest interval that the freeze allows,
-    with a count, the paper's, and none.
+    """Draw schedules that are valid for weights of any rank.
+
+    Those with a rate go down to the shortest interval that the freeze allows.
 
     Args:
-        kinds: of schedules, some of "rate", "count", "never" and "switchlora".
+        kinds: The kinds of schedules, some of "rate", "count", "never" and "switchlora" (the paper's).
+
+    Example:
+        >>> schedules(kinds=["rate"]).validate()
     """
     if unknown := set(kinds) - {"rate", "count", "never", "switchlora"}:
-        raise ValueError(f"`kinds` must be some of rate, count, never and switchlora, got {sorted(unknown)}")
+        raise ValueError(f"`kinds` has {sorted(unknown)}; use some of rate, count, never and switchlora")
     kind = draw(st.sampled_from(kinds))
     steps, freeze = draw(st.sampled_from([1, 1, 2, 5])), draw(st.integers(0, 6))
-    least = max(2 * steps * math.ceil(freeze / steps), steps)
+    shortest = max(2 * steps * math.ceil(freeze / steps), steps)
     if kind == "never":
         return never()
-    if kind == "count":  # with a freeze, how many fit depends on the rank
+    if kind == "count":  # without a freeze, since with one the valid counts depend on the rank
         return every(steps, draw(st.one_of(st.just("all"), st.integers(1, 8))), from_pool=draw(st.booleans()))
     if kind == "switchlora":
         return switchlora(
-            draw(st.integers(1, 10**5)), interval=draw(st.integers(least, 60)), freeze=freeze, every=steps
+            draw(st.integers(1, 10**5)), interval=draw(st.integers(shortest, 60)), freeze=freeze, every=steps
         )
-    interval = draw(st.one_of(st.just(least), st.integers(least, 60), st.integers(4 * least, 240).map(lambda n: n / 4)))
+    interval = draw(
+        st.one_of(st.just(shortest), st.integers(shortest, 60), st.integers(4 * shortest, 240).map(lambda n: n / 4))
+    )
     return Schedule(interval=interval, decay=draw(st.sampled_from([1.0, 0.9999, 0.99])), every=steps, freeze=freeze)
 
 
 @st.composite
 def trees(draw: st.DrawFn, *, weights: st.SearchStrategy[LowRank] | None = None, largest: int = 3) -> dict[str, Param]:
-    """Parameters by name: low-rank ones, stacked ones under names with a star for each axis, and full-rank tensors.
+    """Draw parameters by name: low-rank weights, single and stacked, and full-rank tensors.
+
+    The names of stacked weights have a star for each stack axis.
 
     Args:
-        weights: the low-rank ones; `low_rank_params()` unless given.
-        largest: number of each kind.
+        weights: A strategy for the low-rank weights. Default None means `low_rank_params()`.
+        largest: The largest number of parameters of each kind.
+
+    Example:
+        >>> trees(largest=1).validate()
     """
     if largest < 0:
-        raise ValueError(f"`largest` must not be negative, got {largest}")
+        raise ValueError(f"`largest` is {largest}; use at least 0")
     weights = low_rank_params() if weights is None else weights
     params: dict[str, Param] = {}
-    for number, weight in enumerate(draw(st.lists(weights, max_size=largest))):
-        params[f"{'blocks.' + '*.' * weight.seed.ndim if weight.seed.ndim else ''}w{number}.weight"] = weight
-    for number in range(draw(st.integers(0, largest))):
+    for index, weight in enumerate(draw(st.lists(weights, max_size=largest))):
+        params[f"{'blocks.' + '*.' * weight.seed.ndim if weight.seed.ndim else ''}w{index}.weight"] = weight
+    for index in range(draw(st.integers(0, largest))):
         shape = draw(st.sampled_from([(), (1,), (5,), (3, 4)]))
-        params[f"full{number}"] = _made(draw, normal, draw(seeds), *shape, dtype=draw(dtypes))
+        params[f"full{index}"] = _build(draw, normal, draw(seeds), *shape, dtype=draw(dtypes))
     return params
 
 
@@ -175,37 +207,43 @@ def trees(draw: st.DrawFn, *, weights: st.SearchStrategy[LowRank] | None = None,
 def optimizer_states(
     draw: st.DrawFn, params: Params | Trainable, *, optimizer: Transform | None = None, most_steps: int = 3
 ) -> Any:
-    """States of an optimizer before its first update and after some, with vectors that are frozen and others.
+    """Draw states of an optimizer before its first update and after some, with some vectors frozen.
 
     Args:
-        params: all of them, or what is trained.
-        optimizer: `adamw()` unless given.
-        most_steps: updates that lie behind a state.
+        params: The parameters, or only what is trained.
+        optimizer: The optimizer. Default None means `adamw()`.
+        most_steps: The largest number of updates.
+
+    Example:
+        >>> optimizer_states({"w": low_rank(Shape(6, 4, 2))}).validate()
     """
     if most_steps < 0:
-        raise ValueError(f"`most_steps` must not be negative, got {most_steps}")
+        raise ValueError(f"`most_steps` is {most_steps}; use at least 0")
     steps = draw(st.sampled_from([most_steps, 0, *range(1, most_steps)]))
-    return _made(draw, optimizer_state, params, steps=steps, seed=draw(seeds), optimizer=optimizer)
+    return _build(draw, optimizer_state, params, steps=steps, seed=draw(seeds), optimizer=optimizer)
 
 
 @st.composite
 def batches(
     draw: st.DrawFn, features: int, *, largest: int = 8, dtypes: st.SearchStrategy[torch.dtype] = dtypes
 ) -> Tensor:
-    """Inputs of a layer, ``(*batch, features)``: one token or some, with no, one or two leading axes.
+    """Draw inputs of a layer, ``(*batch, features)``, with at most two leading axes.
 
     Args:
-        features: of the layer's input.
-        largest: number along a leading axis.
-        dtypes: of the inputs.
+        features: The number of input features of the layer.
+        largest: The largest size of a leading axis.
+        dtypes: A strategy for the dtypes.
+
+    Example:
+        >>> batches(6).validate()
     """
     if features < 1 or largest < 1:
-        raise ValueError(f"`features` and `largest` must be at least 1, got {features} and {largest}")
+        raise ValueError(f"`features` is {features} and `largest` is {largest}; use at least 1")
     shape = draw(st.lists(st.integers(1, largest), max_size=2))
-    return _made(draw, normal, draw(seeds), *shape, features, dtype=draw(dtypes))
+    return _build(draw, normal, draw(seeds), *shape, features, dtype=draw(dtypes))
 
 
-def _made(draw: st.DrawFn, make: Callable[..., Value], *args: Any, **settings: Any) -> Value:
-    """What the call returns, known to hypothesis by the call: that is what a failing example shows."""
-    given = [st.just(value) for value in args]
-    return draw(st.builds(make, *given, **{name: st.just(value) for name, value in settings.items()}))
+def _build(draw: st.DrawFn, make: Callable[..., Value], *args: Any, **settings: Any) -> Value:
+    """Return the result of a call. Hypothesis prints the call in a failing example."""
+    constants = [st.just(value) for value in args]
+    return draw(st.builds(make, *constants, **{name: st.just(value) for name, value in settings.items()}))

@@ -1,7 +1,7 @@
-"""Checkers of transforms of a weight, one call with the same arguments each.
+"""Check transforms of a weight. All checkers are called with the same arguments.
 
-A transform takes a weight, or a weight and a plan for it, and returns the new weight, alone or first of several: as
-`merge` and `switch` do. Transforms of parameters by name are checked with ``arguments=trees()``.
+A transform takes a weight, or a weight and a plan for it. It returns the new weight, or a tuple that starts with it, as
+`merge` and `switch` do. To check a transform of parameters by name, pass ``arguments=trees()``.
 """
 
 from collections.abc import Callable
@@ -21,29 +21,30 @@ Transform = Callable[..., Any]
 def check_preserves_weight(
     transform: Transform, *, folds: int = 1, arguments: Arguments = None, examples: int | None = None
 ) -> None:
-    """The weight is the same, in float64 and from the definition, but for the roundings of its folds.
+    """Check that a transform does not change the weight, except for the roundings of its folds.
 
-    What is compared is ``base + b @ a / rank`` with the residual of a base in codes and with what waits of a deferred
-    one.
+    Compared in float64 is the weight of the definition, with the residual of a base in codes and with pending folds::
+
+        base + b @ a / rank
 
     Args:
-        transform: of a weight, or of a weight and a plan.
-        folds: how often it folds into a base, each of which rounds once.
-        arguments: a strategy for its arguments or a tuple of them; drawn of all kinds unless given.
-        examples: how many to draw; the hypothesis profile's number unless given.
+        transform: A function of a weight, or of a weight and a plan.
+        folds: How often the transform folds into a base. Each fold rounds once.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
     Raises:
-        BrokenPromiseError: if it does not; with the smallest example.
+        BrokenPromiseError: If the promise is broken. The message gives the smallest example.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_preserves_weight(dl.switch)
     """
 
-    def check(params: Any, *rest: Any) -> None:
-        after = weights_of(new_params(transform(params, *rest)))
+    def check(params: Any, *plan: Any) -> None:
+        after = weights_of(new_params(transform(params, *plan)))
         for name, before in weights_of(params).items():
-            assert name in after, f"there is no low-rank weight {name!r} any more"
+            assert name in after, f"the low-rank weight {name!r} is missing from the result"
             bound = rounding(before, after[name], folds=folds)
             assert_within(exact_weight(after[name]), exact_weight(before), bound)
 
@@ -51,34 +52,52 @@ def check_preserves_weight(
 
 
 def check_pure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
-    """The arguments hold the same values afterwards, nobody has written into them, and no global random number was
-    drawn. Arguments and exceptions as `check_preserves_weight`.
+    """Check that a transform does not change its arguments or draw global random numbers.
+
+    Writing into an argument is an error even if its values stay the same.
+
+    Args:
+        transform: A function of a weight, or of a weight and a plan.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
+
+    Raises:
+        BrokenPromiseError: If the promise is broken. The message gives the smallest example.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_pure(dl.switch)
     """
 
-    def check(*given: Any) -> None:
+    def check(*args: Any) -> None:
         state = torch.get_rng_state()
-        with untouched(*given):
-            transform(*given)
+        with untouched(*args):
+            transform(*args)
         assert torch.equal(state, torch.get_rng_state()), "a random number was drawn from torch's global generator"
 
     hold("arguments and global state are left alone", check, arguments_of(transform, arguments), examples)
 
 
 def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
-    """The new weight has the structure, shapes, dtypes and devices of the old one, and no gradient attached.
-    Arguments and exceptions as `check_preserves_weight`.
+    """Check that the new weight has the structure, shapes, dtypes and devices of the old one.
+
+    It must also have no gradient attached.
+
+    Args:
+        transform: A function of a weight, or of a weight and a plan.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
+
+    Raises:
+        BrokenPromiseError: If the promise is broken. The message gives the smallest example.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_keeps_structure(dl.merge)
     """
 
-    def check(params: Any, *rest: Any) -> None:
-        for path, new, old in pairs(new_params(transform(params, *rest)), params):
+    def check(params: Any, *plan: Any) -> None:
+        for path, new, old in pairs(new_params(transform(params, *plan)), params):
             if isinstance(old, Tensor):
                 assert isinstance(new, Tensor), f"{path} is {type(new).__name__} instead of a tensor"
                 assert kind(new) == kind(old), f"{path} is {kind(new)} instead of {kind(old)}"
@@ -88,20 +107,29 @@ def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, 
 
 
 def check_deterministic(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
-    """Equal arguments give equal bits, whatever the global random state and the memory that the arguments lie in.
-    Arguments and exceptions as `check_preserves_weight`.
+    """Check that equal arguments give equal bits.
+
+    Neither the global random state nor the memory that the arguments are stored in may matter.
+
+    Args:
+        transform: A function of a weight, or of a weight and a plan.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
+
+    Raises:
+        BrokenPromiseError: If the promise is broken. The message gives the smallest example.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_deterministic(dl.switch)
     """
 
-    def check(*given: Any) -> None:
+    def check(*args: Any) -> None:
         results = []
         with torch.random.fork_rng(devices=[]):
             for seed in range(2):
                 torch.manual_seed(seed)
-                results.append(transform(*tree_map(_copy, given)))
+                results.append(transform(*tree_map(_copy, args)))
         assert_same(results[1], results[0])
 
     hold("equal arguments give equal bits", check, arguments_of(transform, arguments), examples)

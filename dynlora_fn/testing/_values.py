@@ -1,4 +1,7 @@
-"""Weights, plans and states as functions of a few integers: examples repeat, and their calls say all about them."""
+"""Weights, plans and states as functions of a few integers.
+
+So examples can be repeated, and the call that makes one describes it completely.
+"""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from dynlora_fn.optim._transform import Transform
 
 
 class Shape(NamedTuple):
-    """Of one low-rank weight."""
+    """The shape of one low-rank weight."""
 
     out_features: int
     in_features: int
@@ -24,7 +27,7 @@ class Shape(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """How a base is held: "float64" or "float32" as they are, or a format of `quantize`."""
+    """The storage of a base: "float64" or "float32" for a plain tensor, or a format of `quantize`."""
 
     kind: str
     residual: ResidualKind = None
@@ -45,7 +48,7 @@ STORAGES = (
 
 
 def fits(storage: Storage, shape: Shape) -> bool:
-    """Whether the format's blocks divide a weight of the shape."""
+    """Return whether the blocks of a format divide a weight of this shape."""
     out_features, in_features, _ = shape
     if storage.kind == "nf4":
         return out_features * in_features % 64 == 0 and in_features % 2 == 0
@@ -53,7 +56,17 @@ def fits(storage: Storage, shape: Shape) -> bool:
 
 
 def normal(seed: int | torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Numbers of a normal distribution, drawn in float64 and rounded once."""
+    """Return normally distributed numbers, drawn in float64 and rounded once.
+
+    Args:
+        seed: The seed, or a generator.
+        *shape: The shape.
+        dtype: The dtype.
+
+    Example:
+        >>> normal(0, 2, 3, dtype=torch.float32).shape
+        torch.Size([2, 3])
+    """
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -68,15 +81,16 @@ def low_rank(
     storage: Storage | None = None,
     waiting: int = 0,
 ) -> LowRank:
-    """A weight whose base, factors and basis seeds are drawn from one generator.
+    """Return a weight whose base, factors and basis seeds are drawn from one generator.
 
     Args:
-        shape, stack: of the weight.
-        seed: of the generator.
-        base_dtype: of a base that is held as it is.
-        factor_dtype: of the factors.
-        storage: how the base is held instead.
-        waiting: vectors whose fold waits, as after `defer`; none unless given.
+        shape: The shape of the weight.
+        stack: The stack axes.
+        seed: The seed of the generator.
+        base_dtype: The dtype of a base that is a plain tensor.
+        factor_dtype: The dtype of the factors.
+        storage: The storage of the base. Default None means a plain tensor of `base_dtype`.
+        waiting: The number of vectors whose fold is pending, as after `defer`.
 
     Example:
         >>> low_rank(Shape(6, 4, 2), (3,), seed=1).factors.b.shape
@@ -106,16 +120,41 @@ def low_rank(
 def side_plan(
     rank: int, count: int, stack: tuple[int, ...] = (), seed: int = 0, *, share_active: float = 1.0
 ) -> SidePlan:
-    """`count` distinct slots, of which about a share is active, with vectors from anywhere in the basis."""
+    """Return a side plan of `count` distinct slots, with vectors from anywhere in the basis.
+
+    Args:
+        rank: The rank of the weight.
+        count: The number of entries.
+        stack: The stack axes. Default () means one plan for a full stack.
+        seed: The seed of the generator.
+        share_active: The probability that an entry is active.
+
+    Example:
+        >>> side_plan(4, 2).slots.shape
+        torch.Size([2])
+    """
     generator = torch.Generator().manual_seed(seed)
-    # The order of random numbers is a permutation: distinct slots, drawn anew for each member of the stack.
+    # The order of random numbers is a permutation, so slots are distinct. Each member of the stack has its draw.
     slots = torch.rand(*stack, rank, generator=generator).argsort(dim=-1)[..., :count]
     indices = torch.randint(2**34, (*stack, count), generator=generator)
     return SidePlan(slots, indices, torch.rand(*stack, count, generator=generator) < share_active)
 
 
 def plan_of(rank: int, *, b: int, a: int, stack: tuple[int, ...] = (), seed: int = 0, frozen_for: int = 5) -> Plan:
-    """A plan of so many active vectors of each side."""
+    """Return a plan with `b` and `a` active vectors on the two sides.
+
+    Args:
+        rank: The rank of the weight.
+        b: The number of vectors to switch on side b.
+        a: The number of vectors to switch on side a.
+        stack: The stack axes. Default () means one plan for a full stack.
+        seed: The seed of the generator.
+        frozen_for: For how many steps the counterparts are frozen.
+
+    Example:
+        >>> plan_of(4, b=1, a=2).a.active
+        tensor([True, True])
+    """
     sides = side_plan(rank, b, stack, seed), side_plan(rank, a, stack, seed + 1)
     return Plan(*sides, frozen_for=torch.tensor(frozen_for, dtype=torch.int32))
 
@@ -123,13 +162,19 @@ def plan_of(rank: int, *, b: int, a: int, stack: tuple[int, ...] = (), seed: int
 def optimizer_state(
     params: Params | Trainable, *, steps: int, seed: int = 0, optimizer: Transform | None = None
 ) -> Any:
-    """The state after so many updates with random gradients; where vectors can be frozen, some are.
+    """Return the state of an optimizer after updates with random gradients.
+
+    Where vectors can be frozen, some are.
 
     Args:
-        params: all of them, or what is trained.
-        steps: 0 is the state that the optimizer starts with.
-        seed: of gradients and freezes.
-        optimizer: `adamw()` unless given.
+        params: The parameters, or only what is trained.
+        steps: The number of updates. 0 returns the initial state.
+        seed: The seed of gradients and freezes.
+        optimizer: The optimizer. Default None means `adamw()`.
+
+    Example:
+        >>> optimizer_state({"w": low_rank(Shape(6, 4, 2))}, steps=1).mu["w"].b.shape
+        torch.Size([6, 2])
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = adamw() if optimizer is None else optimizer

@@ -22,7 +22,7 @@ from dynlora_fn.testing import (
     seeds,
     untouched,
 )
-from dynlora_fn.testing._shadow import half_step, kept
+from dynlora_fn.testing._shadow import exact_base, half_step
 from tests.support.quantized import RESIDUALS, SHAPE
 from tests.support.strategies import quantized_params
 
@@ -33,7 +33,7 @@ cases = quantized_params().flatmap(lambda param: st.tuples(st.just(param), plans
 def test_products_see_what_is_kept_to_a_step_of_the_codes(case):
     param, plan, _ = case
     for one in (param, switch(param, plan).param):
-        assert_within(dequantize(one.base, torch.float64), kept(one.base), half_step(one.base))
+        assert_within(dequantize(one.base, torch.float64), exact_base(one.base), half_step(one.base))
 
 
 @given(quantized_params())
@@ -70,9 +70,9 @@ def test_quantizing_keeps_the_weight_from_format_to_format(kind, residual):
     """What was missed goes over as well: two residuals' roundings away, not two formats' errors."""
     param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
     first = quantize(param, kind, residual=residual)
-    assert_within(kept(first.base), param.base, rounding(param, first))
+    assert_within(exact_base(first.base), param.base, rounding(param, first))
     second = quantize(first, "nf4", residual=residual)
-    assert_within(kept(second.base), kept(first.base), rounding(first, second))
+    assert_within(exact_base(second.base), exact_base(first.base), rounding(first, second))
 
 
 def test_a_residual_lies_where_it_is_asked_for():

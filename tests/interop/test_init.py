@@ -119,12 +119,12 @@ def test_tied_tensors_come_once():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"rank": 5}, r"`rank` must be at least 1 and at most min\(out, in\) = 4 for 'w' of shape \(4, 6\), got 5"),
-        ({"rank": 0}, r"`rank` must be at least 1 .* got 0"),
+        ({"rank": 5}, r"`rank` is 5 for 'w' of shape \(4, 6\); use at least 1 and at most min\(out, in\) = 4"),
+        ({"rank": 0}, r"`rank` is 0 .* use at least 1"),
         ({"targets": ["v*"]}, r"`targets` must match parameter names, got 'v\*', which matches none of: w, bias"),
         (
             {"targets": ["w", "bias"]},
-            r"`targets` must match matrices \(out, in\) or stacks of them, got 'bias' of shape \(4,\)",
+            r"`targets` matches 'bias' of shape \(4,\); match only matrices \(out, in\) or stacks of them",
         ),
         ({"start": "zero"}, r"`start` must be 'switchlora' or 'lora', got 'zero'"),
     ],
@@ -137,5 +137,5 @@ def test_init_refuses(changed, message):
 
 def test_init_refuses_integers():
     model = {"w": normal(0, 4, 6), "steps": torch.tensor(3)}
-    with pytest.raises(ValueError, match=r"`model` must hold floating-point .*, got torch\.int64 for 'steps'"):
+    with pytest.raises(ValueError, match=r"`model` has dtype torch\.int64 for 'steps'; pass only floating-point"):
         init(model, rank=2, seed=0, targets=["w"])

@@ -213,7 +213,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 def test_layers_that_peft_has_no_adapter_for_are_refused(tmp_path):
     model, params = model_and_params(CASES["Mixtral: experts, one by one"])
-    with pytest.raises(ValueError, match=r"layers that PEFT has LoRA for, got .*experts"):
+    with pytest.raises(ValueError, match=r"`params` has .*experts.*, for which PEFT has no LoRA"):
         save_adapter(model, params, tmp_path)
     model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
     params = init(model, rank=1, seed=0, targets=["0.weight"])

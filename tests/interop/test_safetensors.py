@@ -78,34 +78,32 @@ def test_sharded_weights_are_read_a_stack_at_a_time(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`path` must hold model.safetensors or .*index.json.*got '.*'"):
+    with pytest.raises(ValueError, match=r"`path` has no model.safetensors or .*index.json in '.*'"):
         open_weights(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no such thing")
-    with pytest.raises(ValueError, match=r"`path` must be a whole safetensors file, got '.*model.safetensors'"):
+    with pytest.raises(ValueError, match=r"`path` is not a complete safetensors file: '.*model.safetensors'"):
         open_weights(tmp_path)
     save_weights({"w": torch.zeros(2)}, tmp_path / "first.safetensors")
     index = {"weight_map": {"w": "first.safetensors", "v": "first.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index.json must name what is there, got 'v', not in 'first.safetensors'"):
+    with pytest.raises(ValueError, match=r"index.json names the tensor 'v', which is not in 'first.safetensors'"):
         open_weights(tmp_path)
     index["weight_map"]["v"] = "second.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"got none called 'second.safetensors'"):
+    with pytest.raises(ValueError, match=r"names the file 'second.safetensors', which is not in its folder"):
         open_weights(tmp_path)
 
 
 def test_parameters_of_another_model_are_refused():
     model = nn.Linear(3, 2)
     params = init(nn.Linear(3, 3), rank=1, seed=0, targets=["weight"])
-    with pytest.raises(ValueError, match=r"`params` must fit the model, got 'weight' of shape \(3, 3\) for \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"`params` has shape \(3, 3\) for 'weight', which does not fit .* \(2, 3\)"):
         state_dict(model, params)
-    with pytest.raises(ValueError, match=r"got 'bias' of shape \(3,\) for \(2,\)"):
+    with pytest.raises(ValueError, match=r"`params` has shape \(3,\) for 'bias', but the model has \(2,\)"):
         state_dict(model, {"weight": torch.zeros(2, 3), "bias": params["bias"]})
-    with pytest.raises(
-        ValueError, match=r"must hold every parameter of the model, got none for 'bias' of shape \(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"`params` has no 'bias' of shape \(2,\); pass every parameter of the model"):
         state_dict(model, {"weight": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match="got 'other', which it does not have"):
+    with pytest.raises(ValueError, match="`params` has 'other', which the model does not have"):
         state_dict(model, {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "other": torch.zeros(1)})
 
 

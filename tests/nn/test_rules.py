@@ -1,8 +1,10 @@
 """Each operation on a low-rank weight does what it does to the dense one, with that one's gradients projected."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+import dynlora_fn.nn
 from dynlora_fn import LowRank, Plan, SidePlan, call, combine, materialize, partition, switch, value_and_grad
 from dynlora_fn.bases import defer, quantize
+from dynlora_fn.nn._rules import RULES
 from dynlora_fn.testing import Shape, low_rank, normal
 
 # Sums of up to 40 products of numbers of about 1 follow each other three at a time, in float64.
@@ -186,6 +190,15 @@ def test_mixed_dtypes(name, autocast):
     torch.testing.assert_close(got.double(), wanted.double(), rtol=0, atol=40 * 2.0**-6)
 
 
+def test_the_readme_names_every_operation_with_a_rule():
+    readme = Path(dynlora_fn.nn.__file__).with_name("README.md").read_text()
+    section = readme.split("## Operations with a rule")[1].split("\n## ")[0]
+    spelled = {"__matmul__": "@", "__rmatmul__": "@", "__getitem__": "w[...]", "_grouped_mm": "grouped_mm"}
+    # The getter of a property has no name; the property that it is bound to does.
+    names = {(key.__self__ if key.__name__ == "__get__" else key).__name__ for key in RULES}
+    assert set(re.findall(r"`(?:F\.)?([^`]+)`", section)) == {spelled.get(name, name) for name in names}
+
+
 def test_what_a_rule_does_not_cover_is_refused():
     model, params = setting("fused rows")
     model.use = lambda w: w.split([1, 5])
@@ -203,7 +216,7 @@ def test_what_a_rule_does_not_cover_is_refused():
 
 def test_a_shape_that_does_not_fit_is_refused_with_both():
     model, params = setting("linear")
-    with pytest.raises(ValueError, match=r"`params` must fit the model, got 'weight' of shape \(6, 4\) for \(7, 4\)"):
+    with pytest.raises(ValueError, match=r"`params` has shape \(6, 4\) for 'weight', which does not fit .* \(7, 4\)"):
         call(Uses(model.use, (7, 4)), params)
 
 

@@ -23,12 +23,15 @@ def _call_wrapped() -> None:
     params = dl.init(fresh(), rank=2, seed=0, targets=["*.weight"])
     inside = torch.nn.Sequential(DistributedDataParallel(fresh()[0]), fresh()[1])
     for model, message in (
-        (DistributedDataParallel(fresh()), "got DistributedDataParallel"),
-        (torch.nn.DataParallel(fresh()), "got DataParallel"),
-        (fully_shard(fresh(), mesh=mesh), "got FSDPModule"),
-        (FullyShardedDataParallel(fresh(), device_id=torch.device("cpu")), "got FullyShardedDataParallel"),
-        (inside, "got DistributedDataParallel at '0'"),
+        (DistributedDataParallel(fresh()), "`model` is wrapped in DistributedDataParallel"),
+        (torch.nn.DataParallel(fresh()), "`model` is wrapped in DataParallel"),
+        (fully_shard(fresh(), mesh=mesh), "`model` is wrapped in FSDPModule"),
+        (
+            FullyShardedDataParallel(fresh(), device_id=torch.device("cpu")),
+            "`model` is wrapped in FullyShardedDataParallel",
+        ),
+        (inside, "submodule '0' of `model` is wrapped in DistributedDataParallel"),
     ):
-        with pytest.raises(ValueError, match=f"`model` must be the module itself: a wrapper's hooks.*{message}"):
+        with pytest.raises(ValueError, match=f"^{message}, whose gradient hooks .*; pass the unwrapped module"):
             dl.call(model, params, torch.ones(1, 4))
     assert dl.call(fresh(), params, torch.ones(1, 4)).shape == (1, 4)

@@ -283,7 +283,7 @@ def _refusals() -> None:
             dl.parallel.shard(dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"]), group)
         )["w"]
     }
-    with pytest.raises(NotImplementedError, match=r"must hold whole factors for `torch.vmap`"):
+    with pytest.raises(NotImplementedError, match=r"has sharded factors, which `torch.vmap` does not support"):
         torch.vmap(lambda x: dl.linear(x, linear["w"], path="merged"))(torch.ones(3, 4))
 
 

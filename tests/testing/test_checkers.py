@@ -84,7 +84,7 @@ BUGS = {
     "nothing": (
         testing.check_preserves_weight,
         lambda param: None,
-        "TypeError: a transform must return",
+        "TypeError: `transform` returns NoneType; return the new weight",
     ),
 }
 
@@ -172,7 +172,9 @@ def test_a_state_that_is_not_saved_whole_is_found():
 
 @pytest.mark.parametrize("transform", [lambda: None, lambda param, plan, other: None])
 def test_what_takes_other_arguments_is_refused(transform):
-    with pytest.raises(TypeError, match=r"`transform` must take a weight, or a weight and a plan, got [03] arguments"):
+    with pytest.raises(
+        TypeError, match=r"`transform` has [03] arguments without a default; take a weight, or a weight and a plan"
+    ):
         testing.check_pure(transform)
 
 

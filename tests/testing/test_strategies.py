@@ -146,16 +146,16 @@ def test_examples_are_the_calls_that_make_them():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: testing.shapes(largest=0), "`largest` must be at least 1, got 0"),
-        (lambda: low_rank_params(storages=[]), "`storages` must name at least one, got none"),
+        (lambda: testing.shapes(largest=0), "`largest` is 0; use at least 1"),
+        (lambda: low_rank_params(storages=[]), "`storages` is empty; pass at least one"),
         (
             lambda: low_rank_params(shapes=st.just(Shape(3, 3, 1)), storages=[testing.Storage("nf4")]),
-            "`storages` must hold one whose blocks divide Shape",
+            "`storages` has none whose blocks divide Shape",
         ),
-        (lambda: testing.schedules(kinds=["daily"]), r"`kinds` must be some of .*, got \['daily'\]"),
-        (lambda: trees(largest=-1), "`largest` must not be negative, got -1"),
-        (lambda: testing.optimizer_states({}, most_steps=-1), "`most_steps` must not be negative, got -1"),
-        (lambda: testing.batches(0), "`features` and `largest` must be at least 1, got 0 and 8"),
+        (lambda: testing.schedules(kinds=["daily"]), r"`kinds` has \['daily'\]; use some of "),
+        (lambda: trees(largest=-1), "`largest` is -1; use at least 0"),
+        (lambda: testing.optimizer_states({}, most_steps=-1), "`most_steps` is -1; use at least 0"),
+        (lambda: testing.batches(0), "`features` is 0 and `largest` is 8; use at least 1"),
     ],
 )
 def test_bad_arguments_raise_when_an_example_is_drawn(make, message):
