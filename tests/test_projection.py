@@ -110,9 +110,9 @@ def test_the_switched_vector_keeps_its_state():
 def test_a_plan_that_the_state_has_no_factors_for_is_refused():
     trainable = some_trainable()
     plan = one_switch(b=[0], a=[1], frozen_for=5)
-    with pytest.raises(ValueError, match=r"`opt_state` must hold the factors of every planned parameter.*\['v'\]"):
+    with pytest.raises(ValueError, match=r"`opt_state` must have the factors of every planned parameter.*\['v'\]"):
         project_optimizer_state(adamw_state(trainable), {**plan, "v": plan["w"]})
-    with pytest.raises(ValueError, match=r"`opt_state` must hold .*\['bias'\]"):
+    with pytest.raises(ValueError, match=r"`opt_state` must have .*\['bias'\]"):
         project_optimizer_state(adamw_state(trainable), {"bias": plan["w"]})
     with pytest.raises(ValueError, match="`plan` must be by parameter name"):
         project_optimizer_state(adamw_state(trainable), plan["w"])
@@ -315,8 +315,11 @@ def test_torch_optim_takes_its_state_back():
     [
         ({"rule": "rest"}, "`rule` must be one of reset, reset_thawed, keep, prune, transport, got 'rest'"),
         ({"rule": "prune", "prune": 1.5}, r"`prune` must be in \[0, 1\], got 1.5"),
-        ({"rule": "transport"}, "`change` must be given for 'transport' and for nothing else, got 'transport'"),
-        ({"change": Change({}, {})}, "`change` must be given .* got 'reset'"),
+        (
+            {"rule": "transport"},
+            "`change` must be passed with rule 'transport' and with no other, got rule 'transport'",
+        ),
+        ({"change": Change({}, {})}, "`change` must be passed .* got rule 'reset'"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -327,7 +330,7 @@ def test_bad_settings_are_refused(settings, message):
 def test_a_state_without_a_first_moment_is_not_transported():
     params = weights()
     state, change = {"other": filled(partition(params).trainable)}, Change(params, params)
-    with pytest.raises(ValueError, match=r"`opt_state` must hold a first moment .* \['w'\]"):
+    with pytest.raises(ValueError, match=r"`opt_state` must have a first moment .* \['w'\]"):
         project_optimizer_state(state, one_switch(**SWITCH), rule="transport", change=change)
 
 
