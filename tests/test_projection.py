@@ -1,18 +1,20 @@
 """What a switch does to the state of an optimizer: the counterparts start afresh, and nothing else changes."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optimizer_table import OPTIMIZERS as ENTRIES
 from test_optim import one_switch, some_trainable
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from dynlora_fn import Factors, Plan, apply_updates, partition, project_optimizer_state, switch
-from dynlora_fn.optim import AdamWState, Change, adamw, lion, multi_transform, muon, sgd
+from dynlora_fn.optim import AdamWState, Change, adamw, lion, sgd
+from dynlora_fn.optim._project_state import Rule
 from dynlora_fn.testing import Shape, assert_same, low_rank, low_rank_params, normal, plans, untouched
 
 
@@ -162,22 +164,17 @@ def own_state(transform: Any) -> Any:
     return make
 
 
-FACTORS_BY_MUON = multi_transform(
-    {"muon": muon(), "sgd": sgd()}, lambda name, leaf: "muon" if isinstance(leaf, Factors) else "sgd"
-)
 # By optimizer: how its state is made.
 OPTIMIZERS = {
-    "adamw": own_state(adamw()),
-    "sgd": own_state(sgd()),
-    "lion": own_state(lion()),
-    "muon": own_state(FACTORS_BY_MUON),
+    **{name: own_state(entry.transform) for name, entry in ENTRIES.items()},
     "torch.optim.AdamW": torch_state(torch.optim.AdamW),
     "torch.optim.SGD": torch_state(torch.optim.SGD, momentum=0.9),
     "torch.optim.RMSprop": torch_state(torch.optim.RMSprop, momentum=0.9),
     "torchopt.adamw": torchopt_state("adamw"),
     "torchopt.sgd": torchopt_state("sgd", momentum=0.9),
 }
-RULES = ["reset", "reset_thawed", "keep", "prune", "transport"]
+TRANSPORTED = {name: make for name, make in OPTIMIZERS.items() if name not in ENTRIES or ENTRIES[name].has_first_moment}
+CASES = [(name, rule) for name in OPTIMIZERS for rule in get_args(Rule) if rule != "transport" or name in TRANSPORTED]
 SWITCH = {"b": [0, 3], "a": [2], "frozen_for": 5}
 
 
@@ -208,9 +205,9 @@ def sides(before: Any, after: Any) -> list[tuple[str, Tensor, Tensor]]:
     return [(keystr(path), old, new) for (path, old), (_, new) in pairs if isinstance(old, Tensor)]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_every_optimizer_follows_every_rule_for_the_counterparts_alone(make, rule):
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_every_optimizer_follows_every_rule_for_the_counterparts_alone(name, rule):
+    make = OPTIMIZERS[name]
     before, after, _ = projected(make, rule, prune=0.5) if rule == "prune" else projected(make, rule)
     changed = 0
     for path, old, new in sides(before, after):
@@ -269,7 +266,7 @@ def test_pruning_is_relora_s(share):
     assert_same(new.count, state.count)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("make", TRANSPORTED.values(), ids=TRANSPORTED)
 def test_transport_is_exact_where_the_old_vectors_tell_all(make):
     """Of a G within the span of the old vectors, ``G a.T / rank`` becomes what it is with the new ones."""
     params, plan = weights(), one_switch(**SWITCH)
@@ -368,9 +365,9 @@ def test_lion_is_its_paper_s():
     torch.testing.assert_close(state.mu["w"], torch.tensor([0.625, -0.75]))
 
 
-@pytest.mark.parametrize("transform", [sgd(), lion(), FACTORS_BY_MUON, adamw()])
-def test_a_frozen_vector_stands_still_for_exactly_so_long(transform):
-    trainable = partition(weights()).trainable
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_a_frozen_vector_stands_still_for_exactly_so_long(entry):
+    transform, trainable = entry.transform, partition(weights()).trainable
     state = project_optimizer_state(own_state(transform)(trainable), one_switch(**SWITCH))
     for number in range(7):
         updates, state = transform.update(tree_map(torch.ones_like, dict(trainable)), state, trainable, lr=1.0)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from optimizer_table import OPTIMIZERS
 from strategies import plain_params
 
 import dynlora_fn as dl
@@ -73,9 +74,9 @@ def test_one_graph_serves_all_plans(transform):
     testing.check_compiles(transform)
 
 
-@pytest.mark.parametrize("optimizer", [dl.optim.adamw(), dl.optim.sgd(), dl.optim.lion()], ids=["adamw", "sgd", "lion"])
-def test_only_the_counterparts_start_afresh(optimizer):
-    testing.check_state_projection(dl.project_optimizer_state, optimizer=optimizer)
+@pytest.mark.parametrize("entry", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_only_the_counterparts_start_afresh(entry):
+    testing.check_state_projection(dl.project_optimizer_state, optimizer=entry.transform)
 
 
 @pytest.mark.parametrize("rule", ["keep", "prune", "reset_thawed"])
