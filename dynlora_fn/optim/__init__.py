@@ -1,4 +1,8 @@
-"""Optimizers as pairs of pure functions, and what a switch does to their state."""
+"""Optimizers as pairs of pure functions, and what a switch does to their state.
+
+An optimizer is a `Transform`. Train with `apply_updates`, clip with `clip_by_global_norm`, and call
+`project_optimizer_state` after every switch. The README says how to add an optimizer or a rule.
+"""
 
 from dynlora_fn.optim._adamw import AdamWState as AdamWState
 from dynlora_fn.optim._adamw import adamw as adamw

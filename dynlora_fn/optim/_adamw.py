@@ -11,18 +11,20 @@ from torch import Tensor
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moment, encode_moments
-from dynlora_fn.optim._freeze import _zero_count, count_down, no_vectors_frozen, zero_frozen
+from dynlora_fn.optim._freeze import count_down, no_vectors_frozen, zero_counts, zero_frozen
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, zero_moments
 
 
 class AdamWState(NamedTuple):
-    """All trees mirror the trainable parameters. Per vector means
-    ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``, which broadcasts against the factors."""
+    """Store the state of `adamw`. All trees mirror the trainable parameters.
 
-    mu: Tree  # mean of the gradients, in float32 or the parameter's dtype if that is wider, or in 8 bit
-    nu: Tree  # mean of their squares, likewise
+    "Per vector" means ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``, which broadcasts against the factors.
+    """
+
+    mu: Tree  # mean of the gradients: float32, the parameter's dtype if that is wider, or 8 bit
+    nu: Tree  # mean of the squared gradients, in the same dtypes
     count: Tree  # type: ignore[assignment]  # int32, updates so far: per vector for factors, 0-d for full-rank tensors
-    frozen_for: dict[str, Factors]  # int32, updates that each vector still sits out: per vector
+    frozen_for: dict[str, Factors]  # int32, per vector: updates for which the vector stays frozen
 
 
 def adamw(
@@ -32,38 +34,58 @@ def adamw(
     weight_decay: float = 0.0,
     moments: Literal["float32", "8bit"] = "float32",
 ) -> Transform:
-    """AdamW (arXiv:1711.05101) that equals `torch.optim.AdamW` where nothing is switched.
+    """Create AdamW with a step count for every factor vector.
 
-    Every factor vector has a step count of its own for the bias correction, since `project_optimizer_state` resets
-    them one by one. A vector that is frozen gets a zero gradient: right after a reset it does not move, weight decay
-    apart, but its count runs on, so that bias correction starts it gently once it thaws (0.52 of a full step after 5
-    updates at the default betas), as in SwitchLoRA's implementation (rule "reset" of `project_optimizer_state`; with
-    "reset_thawed" it restarts at the thaw).
+    It equals `torch.optim.AdamW` where nothing is switched (arXiv:1711.05101). With n the vector's count::
 
-    The learning rate is an argument of `update`: a number, or a 0-d tensor so that changing it does not compile anew,
-    or a dict of them by name. Decay is decoupled: ``trainable * lr * weight_decay`` is subtracted. With an `eps` of 0 a
-    vector that has never had a gradient, a frozen one too, moves by 0 / 0.
+        mu = betas[0] * mu + (1 - betas[0]) * grad
+        nu = betas[1] * nu + (1 - betas[1]) * grad**2
+        direction = mu / (1 - betas[0]**n) / (sqrt(nu / (1 - betas[1]**n)) + eps)
+        updates = -lr * (direction + weight_decay * trainable)
 
-    With ``moments="8bit"`` both moments are held between updates as torchao's OptimState8bit holds them
-    (arXiv:2110.02861), in `SignedMoment` and `UnsignedMoment`: 1 byte for each number of tensors of at least 4,096
-    numbers in whole blocks of 256. A reset is exact there as well.
+    `project_optimizer_state` resets vectors one at a time, so each vector needs its count for the bias correction.
+    A frozen vector gets a zero gradient. Right after a reset only weight decay moves it, while its count runs on.
+    Bias correction therefore starts it gently once it thaws: at 0.52 of a full step after 5 updates with the default
+    betas. SwitchLoRA's implementation does the same (rule "reset"). Rule "reset_thawed" restarts the count at the thaw.
 
-    Numerics: moments, bias corrections and updates in float32, or the parameter's dtype if that is wider, whatever the
-    parameter is stored in: in bfloat16 ``nu * 0.999`` would round to ``nu``. In 8 bit an update is computed of the new
-    moments before they are rounded.
+    Args:
+        betas: The decay rates of the mean gradient and of the mean squared gradient, each in [0, 1).
+        eps: The number added to the denominator. With 0, a vector that has never had a gradient moves by 0 / 0. That
+            includes a frozen one.
+        weight_decay: The decoupled weight decay. It applies to frozen vectors too.
+        moments: "float32", or "8bit" to store both moments between updates as torchao's OptimState8bit does
+            (arXiv:2110.02861), in `SignedMoment` and `UnsignedMoment`. That takes 1 byte for each number. Tensors of
+            fewer than 4,096 numbers, or of a size that is no multiple of 256, stay in full precision. A reset of
+            8-bit moments is exact.
+
+    Returns:
+        The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name. With
+        a tensor, a new learning rate does not recompile a compiled step.
+
+    Raises:
+        ValueError: If `betas`, `eps`, `weight_decay` or `moments` is out of range.
+
+    Numerics: Moments, bias corrections and updates are float32, or the parameter's dtype if that is wider. In bfloat16
+    ``nu * 0.999`` would round to ``nu``. With 8-bit moments, an update reads the new moments before they are rounded.
+
+    Example:
+        >>> optimizer, trainable = adamw(), {"w": torch.ones(2)}
+        >>> opt_state = optimizer.init(trainable)
+        >>> updates, opt_state = optimizer.update({"w": torch.tensor([3.0, -1.0])}, opt_state, trainable, lr=0.5)
+        >>> updates["w"]
+        tensor([-0.5000,  0.5000])
     """
     if moments not in ("float32", "8bit"):
         raise ValueError(f"`moments` must be 'float32' or '8bit', got {moments!r}")
-    for name, value, holds in (
-        ("betas", betas, all(0 <= beta < 1 for beta in betas)),
-        ("eps", eps, eps >= 0),
-        ("weight_decay", weight_decay, weight_decay >= 0),
-    ):
-        if not holds:
-            raise ValueError(f"`{name}` must be {'in [0, 1)' if name == 'betas' else 'at least 0'}, got {value}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"`betas` must be in [0, 1), got {betas}")
+    if not eps >= 0:
+        raise ValueError(f"`eps` must be at least 0, got {eps}")
+    if not weight_decay >= 0:
+        raise ValueError(f"`weight_decay` must be at least 0, got {weight_decay}")
 
     def init(trainable: Trainable) -> AdamWState:
-        counts = {name: _zero_count(leaf) for name, leaf in trainable.items()}
+        counts = {name: zero_counts(leaf) for name, leaf in trainable.items()}
         if moments == "8bit":
             mu = tree_map(partial(empty_moment, kind=SignedMoment), dict(trainable))
             nu = tree_map(partial(empty_moment, kind=UnsignedMoment), dict(trainable))
@@ -81,7 +103,7 @@ def adamw(
         count = tree_map(lambda c: c + 1, opt_state.count)
 
         def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
-            c = c.clamp(min=1).to(m.dtype)  # a count that restarts at the thaw is negative until then
+            c = c.clamp(min=1).to(m.dtype)  # under "reset_thawed" the count of a frozen vector is negative
             denominator = v.sqrt() / _bias_correction(betas[1], c).sqrt() + eps
             direction = m / _bias_correction(betas[0], c) / denominator
             return -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
@@ -98,5 +120,8 @@ def adamw(
 
 
 def _bias_correction(beta: float, count: Tensor) -> Tensor:
-    """1 - beta ** count, without the cancellation that float32 suffers where beta is near 1."""
+    """Return ``1 - beta ** count``.
+
+    `expm1` avoids the cancellation that float32 suffers where beta is near 1.
+    """
     return -torch.expm1(count * math.log(beta)) if beta else torch.ones_like(count)

@@ -15,7 +15,7 @@ from dynlora_fn.optim._transform import Tree
 
 
 class Clipped(NamedTuple):
-    """What `clip_by_global_norm` returns."""
+    """Store the result of `clip_by_global_norm`."""
 
     grads: Tree
     norm: Float[Tensor, ""]  # before clipping
@@ -24,23 +24,38 @@ class Clipped(NamedTuple):
 def clip_by_global_norm(
     grads: Trainable, max_norm: float, *, frozen: Mapping[str, Frozen | Tensor] | None = None
 ) -> Clipped:
-    """Gradients whose norm, taken over all of them together, is at most `max_norm`.
+    """Scale the gradients so that their joint norm is at most `max_norm`.
 
-    ``grads * min(1, max_norm / (norm + 1e-6))``, as `torch.nn.utils.clip_grad_norm_`. It comes before the switch, and
-    the gradients of frozen vectors count (arXiv:2406.06564's implementation).
+    The result equals the one of `torch.nn.utils.clip_grad_norm_`::
+
+        grads * min(1, max_norm / (norm + 1e-6))
+
+    Clip before the switch. The gradients of frozen vectors count (arXiv:2406.06564's implementation).
 
     Args:
-        grads: of what is trained.
-        max_norm: see above.
-        frozen: the rest of the parameters, where factors are sharded: of their gradients each process has a share, and
-            four bytes tell all of them of the others'.
+        grads: The gradients of the trainable parameters by name.
+        max_norm: The largest norm that is left unchanged.
+        frozen: The frozen parameters from `partition`, needed when factors are sharded. Each process then has a shard
+            of their gradients, and the squared norms are summed over the processes (four bytes). Collective: call it
+            on every process. Default None means that no factors are sharded.
+
+    Returns:
+        The clipped gradients, and their norm before clipping.
+
+    Numerics: The norm is computed in float32, or in a gradient's dtype if that is wider. Each gradient is multiplied
+    in its dtype.
+
+    Example:
+        >>> clipped = clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
+        >>> clipped.norm, clipped.grads["w"]
+        (tensor(5.), tensor([0.6000, 0.8000]))
     """
     shardings = factor_shardings(frozen or {})
     squares = [_squares(leaf) for name, grad in grads.items() if name not in shardings for leaf in tree_leaves(grad)]
-    own = [_squares(leaf) for name in shardings for leaf in tree_leaves(grads[name])]
-    if own:
+    sharded_squares = [_squares(leaf) for name in shardings for leaf in tree_leaves(grads[name])]
+    if sharded_squares:
         (group,) = {sharding.group for sharding in shardings.values()}
-        squares.append(all_reduce(torch.stack(own).sum(), group))
+        squares.append(all_reduce(torch.stack(sharded_squares).sum(), group))
     norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return Clipped(tree_map(lambda grad: grad * scale.to(grad.dtype), dict(grads)), norm)

@@ -1,4 +1,4 @@
-"""What the factors cannot learn: the part of a gradient outside their span, folded into the base without any state."""
+"""Fold into the base the part of a gradient that the factors cannot learn."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -12,33 +12,45 @@ from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import fold_base
 from dynlora_fn.bases._types import Base, Deferred, Sharded
-from dynlora_fn.optim._newton_schulz import norm, over_norm, with_even_spectrum
+from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
 from dynlora_fn.optim._transform import Rate, rate_of
 
 Normalize: TypeAlias = Literal["spectrum", "rows"]
 
 
 def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, Factors | Tensor]:
-    """The gradients by what is trained, of gradients by the dense weights: those that `value_and_grad` gives.
+    """Convert gradients of dense weights to gradients of the trainable parameters.
 
-    ``grad_b = G a.T / rank`` and ``grad_a = b.T G / rank``, with G the gradient at ``materialize(params)``.
+    The result equals what `value_and_grad` gives for the factors. With G the gradient at ``materialize(params)``::
+
+        grad_b = G a.T / rank,     grad_a = b.T G / rank
 
     Args:
-        grads: by name, of the shapes of the weights, stacks too.
-        params: that the dense weights were made of. Those that are full-rank keep their gradient.
+        grads: The gradients of the dense weights by name, with the shapes of the weights, stacks included.
+        params: The parameters that the dense weights were materialized from.
 
     Returns:
-        By name `Factors` or a tensor, like `partition`'s trainable tree.
+        The gradients by name, `Factors` or a tensor, with the structure of `partition`'s trainable tree. Full-rank
+        parameters keep their gradient.
 
-    Numerics: in float32 at least, rounded once to the dtype of the factors.
+    Raises:
+        ValueError: If the factors of a weight are sharded.
+
+    Numerics: Products are computed in float32, or in a wider dtype of gradient or factors, and rounded once to the
+    dtype of the factors.
+
+    Example:
+        >>> param = LowRank(torch.zeros(2, 2), Factors(b=torch.ones(2, 1), a=torch.ones(1, 2)), torch.tensor(0))
+        >>> project_gradients({"w": torch.eye(2)}, {"w": param})["w"].a
+        tensor([[1., 1.]])
     """
-    return {name: _projected(grads[name], param) for name, param in params.items()}
+    return {name: _project_gradient(name, grads[name], param) for name, param in params.items()}
 
 
-def _projected(grad: Tensor, param: Param) -> Factors | Tensor:
+def _project_gradient(name: str, grad: Tensor, param: Param) -> Factors | Tensor:
     if not isinstance(param, LowRank):
         return grad
-    _refuse_sharded_factors(param)
+    _refuse_sharded_factors(name, param)
     b, a = param.factors
     wide, rank = widest(grad.dtype, b.dtype, a.dtype), b.shape[-1]
     grad = grad.to(wide)
@@ -46,9 +58,9 @@ def _projected(grad: Tensor, param: Param) -> Factors | Tensor:
     return Factors(b=grad_b.to(b.dtype), a=grad_a.to(a.dtype))
 
 
-def _refuse_sharded_factors(param: LowRank) -> None:
+def _refuse_sharded_factors(name: str, param: LowRank) -> None:
     if param.factor_sharding:
-        raise ValueError("`params` must have whole factors for gradients of dense weights, got sharded ones")
+        raise ValueError(f"{name!r} must have whole factors for gradients of dense weights; shard only the base")
 
 
 @overload
@@ -64,40 +76,45 @@ def compensate(
     lr: Rate | Mapping[str, Rate],
     normalize: Normalize = "spectrum",
 ) -> LowRank | dict[str, Param]:
-    """Bases that have gone down the part of the gradient that lies outside the span of the factors; all else stays.
+    """Move the bases along the part of the gradient outside the factors' span.
 
-    With ``P_b``, ``P_a`` the projections on the columns of `b` and the rows of `a`, and G the gradient of the weight::
+    Only the bases change. With ``P_b`` and ``P_a`` the projections on the columns of `b` and the rows of `a`, and G the
+    gradient of the weight::
 
-        rest = (1 - P_b) G (1 - P_a)                 what a step of the factors misses, to first order
-        base = base - lr * normalized(rest)
+        outside = (1 - P_b) G (1 - P_a)              what a step of the factors misses, to first order
+        base = base - lr * normalized(outside)
 
-    as Fira (arXiv:2410.01623, eq. 9) adds to a projected gradient what the projection discards, but without a look at
-    the optimizer's state and with none of its own. "spectrum" makes all singular values of `rest` near
-    ``sqrt(max(out, in))``, Muon's direction without its momentum; "rows" divides each row by the root mean square of
-    its entries. Either way a change has the same size at every step, so that its growth needs no limit (Fira's does:
-    what it adds grows with the gradient), and `lr` compares with AdamW's for the dense weight: were `rest` of full
-    rank, the root mean square of the change's entries would be near `lr`.
+    Fira (arXiv:2410.01623, eq. 9) also adds the part of a gradient that a projection discards. This function neither
+    reads nor keeps optimizer state. A change has the same size at every step, so its growth needs no limit. Fira needs
+    one, because what it adds grows with the gradient. `lr` compares with AdamW's learning rate for the dense weight:
+    if `outside` had full rank, the root mean square of the change's entries would be near `lr`.
 
-    Cost: the gradients of the dense weights must be there: ``out * in`` numbers for each, where factors have
-    ``rank * (out + in)``. Where data are parallel as many are reduced, as in full-rank training; called every k-th step
-    alone, the k-th part of them. No moments are kept. The projections take about ``4 rank * out * in`` FLOPs, the
-    spectrum ``20 * min(out, in) * out * in`` and more.
+    Cost: the gradients of the dense weights must be computed: ``out * in`` numbers for each weight, where factors have
+    ``rank * (out + in)``. Data-parallel training reduces all of them, as full-rank training does. Called only every
+    k-th step, it reduces the k-th part. The projections take about ``4 * rank * out * in`` FLOPs. "spectrum" takes at
+    least ``20 * min(out, in) * out * in`` more.
 
     Args:
-        params: one weight, or weights by name. Those without a gradient, and full-rank ones, stay as they are.
-        grads: of the dense weights, (*stack, out, in), as `value_and_grad` gives them at ``materialize(params)``. From
-            the same ones `project_gradients` makes those of the factors.
-        lr: learning rate for the dense weight: a number, or a 0-d tensor, or a dict of them by name.
-        normalize: see above.
+        params: One weight, or a dict of weights by name. Full-rank parameters, and weights without a gradient, are
+            returned unchanged.
+        grads: The gradients of the dense weights, (*stack, out, in), from `value_and_grad` at ``materialize(params)``.
+            `project_gradients` makes the factors' gradients from the same ones.
+        lr: The learning rate for the dense weight: a number, a 0-d tensor, or a dict of either by name.
+        normalize: The size of the change. "spectrum" brings all singular values of `outside` near
+            ``sqrt(max(out, in))``, which is Muon's direction without momentum. "rows" divides each row by the root mean
+            square of its entries.
+
+    Returns:
+        The weight, or the parameters by name, with new bases.
 
     Raises:
-        ValueError: if a gradient does not fit its weight, or a quantized weight is not finite, then in a compiled step
-            as well; it names the weight.
+        ValueError: If `normalize` is unknown, a gradient does not have its weight's shape, or the factors of a weight
+            are sharded. If a quantized weight is not finite, also in a compiled step. The message names the weight.
 
-    Numerics: in float32 at least. The base is rounded once to its dtype: in plain bfloat16 much of a small change is
-    lost, while a quantized base keeps it in its residual (see `quantize`). Vectors that depend on others, zeros above
-    all, span nothing more. Rows of `rest` that are no more than rounding errors count as zeros. Singular values below
-    a hundredth of all are brought up less.
+    Numerics: Products are computed in float32 or a wider dtype of gradient or factors. The base is rounded once to its
+    dtype. Much of a small change is lost in a plain bfloat16 base, while a quantized base keeps it in its residual (see
+    `quantize`). Vectors that depend linearly on others, zeros included, add nothing to the span. Rows of `outside` that
+    contain only rounding errors count as zeros. Singular values below a hundredth of the norm are raised less.
 
     Example:
         >>> from torch import nn
@@ -125,45 +142,54 @@ def compensate(
 
 def _compensate(name: str, param: LowRank, grad: Tensor, lr: Rate, normalize: Normalize) -> LowRank:
     if grad.shape != param.shape:
-        raise ValueError(f"`grads` must have shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}")
-    _refuse_sharded_factors(param)
+        raise ValueError(
+            f"`grads` must have the weight's shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}; "
+            "pass the gradient of the dense weight"
+        )
+    _refuse_sharded_factors(name, param)
     with without_autocast(grad.device.type):
-        rest = _outside_of(param.factors, grad)
+        outside = _outside_span(param.factors, grad)
         if normalize == "spectrum":
-            change = with_even_spectrum(rest) * sqrt(max(param.shape[-2:]))
+            change = orthogonalize(outside) * sqrt(max(param.shape[-2:]))
         else:
-            change = over_norm(rest, dim=-1) * sqrt(param.shape[-1])
-        base = _subtracted(param.base, lr * change, name=name)
+            change = divide_by_norm(outside, dim=-1) * sqrt(param.shape[-1])
+        base = _subtract(param.base, lr * change, name=name)
     return param._replace(base=base)
 
 
-def _subtracted(base: Base, change: Tensor, *, name: str) -> Base:
+def _subtract(base: Base, change: Tensor, *, name: str) -> Base:
     if isinstance(base, Tensor):
         return (base - change).to(base.dtype)
-    if isinstance(base, Deferred):  # there is room for switches alone to wait
-        return base._replace(base=_subtracted(base.base, change, name=name))  # type: ignore[arg-type]
+    if isinstance(base, Deferred):  # folded at once: pending folds are low-rank, and `change` is not
+        return base._replace(base=_subtract(base.base, change, name=name))  # type: ignore[arg-type]
     if isinstance(base, Sharded):
-        own = change[..., base.sharding.local_rows, :]
-        return base._replace(base=_subtracted(base.base, own, name=name))  # type: ignore[arg-type]
+        local_change = change[..., base.sharding.local_rows, :]
+        return base._replace(base=_subtract(base.base, local_change, name=name))  # type: ignore[arg-type]
     identity = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
     return fold_base(base, -change, identity.expand(*change.shape[:-2], -1, -1), rank=1, name=name)
 
 
-def _outside_of(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
-    """``(1 - P_b) grad (1 - P_a)``, with zeros for rows of which rounding errors alone are left."""
+def _outside_span(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
+    """Return ``(1 - P_b) grad (1 - P_a)``.
+
+    Rows that contain only rounding errors become zero.
+    """
     wide = widest(grad.dtype, factors.b.dtype, factors.a.dtype)
-    grad, columns, rows = grad.to(wide), _basis(factors.b.to(wide)), _basis(factors.a.to(wide).mT)
-    rest = grad
-    for _ in range(2):  # the second time for the errors of the first, of which little else may be left
-        rest = rest - columns @ (columns.mT @ rest)
-        rest = rest - (rest @ rows) @ rows.mT
-    least = norm(grad, dim=(-2, -1)) * (max(grad.shape[-2:]) * torch.finfo(wide).eps)
-    return torch.where(norm(rest, dim=-1) <= least, 0, rest)
+    grad, columns, rows = grad.to(wide), _orthonormal(factors.b.to(wide)), _orthonormal(factors.a.to(wide).mT)
+    outside = grad
+    for _ in range(2):  # the second pass removes the rounding errors of the first, which may exceed what is left
+        outside = outside - columns @ (columns.mT @ outside)
+        outside = outside - (outside @ rows) @ rows.mT
+    threshold = norm(grad, dim=(-2, -1)) * (max(grad.shape[-2:]) * torch.finfo(wide).eps)
+    return torch.where(norm(outside, dim=-1) <= threshold, 0, outside)
 
 
-def _basis(columns: Float[Tensor, "*stack n rank"]) -> Float[Tensor, "*stack n rank"]:
-    """Orthonormal columns that span what these do, and zeros for those that depend on the ones before."""
+def _orthonormal(columns: Float[Tensor, "*stack n rank"]) -> Float[Tensor, "*stack n rank"]:
+    """Return orthonormal columns with the same span.
+
+    Columns that depend linearly on earlier ones become zero.
+    """
     orthonormal, triangle = torch.linalg.qr(columns)
     sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()  # (*stack, rank)
-    least = sizes.amax(-1, keepdim=True) * (max(columns.shape[-2:]) * torch.finfo(columns.dtype).eps)
-    return torch.where((sizes > least)[..., None, :], orthonormal, 0)
+    threshold = sizes.amax(-1, keepdim=True) * (max(columns.shape[-2:]) * torch.finfo(columns.dtype).eps)
+    return torch.where((sizes > threshold)[..., None, :], orthonormal, 0)

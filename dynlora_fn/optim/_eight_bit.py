@@ -1,7 +1,7 @@
-"""An optimizer's moments in 8 bit, as torchao holds them (arXiv:2110.02861), in plain tensors.
+"""Store an optimizer's moments in 8 bit, in plain tensors.
 
-Blocks of 256 numbers, one after the other through the whole tensor, share a scale. The codes of both kinds hold zero
-exactly, whatever the scale, so that a vector is reset without touching what shares its blocks.
+The format is torchao's (arXiv:2110.02861). Blocks of 256 consecutive numbers share a scale. The code tables of both
+kinds contain zero exactly, whatever the scale, so a vector can be reset without changing other numbers of its blocks.
 """
 
 from typing import Any, NamedTuple
@@ -15,18 +15,18 @@ from dynlora_fn.bases import _torchao
 from dynlora_fn.bases._torchao import decode_8bit, encode_8bit
 
 _BLOCK = 256
-_LEAST = 4096  # smaller tensors stay as they are, as those that the blocks do not divide: torchao's rule
+_MIN_NUMEL = 4096  # torchao keeps smaller tensors in full precision, and those that the blocks do not divide
 
 
 class SignedMoment(NamedTuple):
-    """The inner tensors of torchao's OptimState8bit, of means."""
+    """Store a mean of gradients, in the inner tensors of torchao's OptimState8bit."""
 
     codes: UInt8[Tensor, "*shape"]
     scale: Float[Tensor, " blocks"]
 
 
 class UnsignedMoment(NamedTuple):
-    """The same, of means of squares."""
+    """Store a mean of squared gradients, in the inner tensors of OptimState8bit."""
 
     codes: UInt8[Tensor, "*shape"]
     scale: Float[Tensor, " blocks"]
@@ -37,7 +37,7 @@ _Moment = SignedMoment | UnsignedMoment
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _values(is_signed: bool) -> tuple[float, ...]:
-    """What each of the 256 codes stands for, beside the scale."""
+    """Return the values of the 256 codes, to be multiplied by a scale."""
     return tuple(_torchao.get_qmap_signed() if is_signed else _torchao.get_qmap_unsigned())
 
 
@@ -47,8 +47,11 @@ def _table(moment: _Moment) -> Tensor:
 
 
 def empty_moment(leaf: Tensor, kind: type[_Moment]) -> Any:
-    """Zeros for the moments of a tensor: codes if it is large enough, else float32 or the dtype of a wider tensor."""
-    if leaf.numel() < _LEAST or leaf.numel() % _BLOCK:
+    """Return zeros for a tensor's moment.
+
+    They are codes if the tensor is large enough, else float32 or the tensor's dtype if that is wider.
+    """
+    if leaf.numel() < _MIN_NUMEL or leaf.numel() % _BLOCK:
         return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
     zero = _values(kind is SignedMoment).index(0)
     codes = torch.full_like(leaf, zero, dtype=torch.uint8, memory_format=torch.contiguous_format)
@@ -56,7 +59,7 @@ def empty_moment(leaf: Tensor, kind: type[_Moment]) -> Any:
 
 
 def decode_moments(tree: Any) -> Any:
-    """The tree with tensors for codes."""
+    """Return the tree with float32 tensors in place of codes."""
 
     def decode(leaf: Any) -> Any:
         return decode_8bit(leaf.codes, _table(leaf), leaf.scale) if isinstance(leaf, _Moment) else leaf
@@ -65,7 +68,7 @@ def decode_moments(tree: Any) -> Any:
 
 
 def encode_moments(tree: Any, like: Any) -> Any:
-    """The tree with codes wherever `like` has them."""
+    """Return the tree with codes wherever `like` has them."""
 
     def encode(old: Any, leaf: Tensor) -> Any:
         if not isinstance(old, _Moment):
@@ -76,7 +79,10 @@ def encode_moments(tree: Any, like: Any) -> Any:
 
 
 def reset_moment(moment: _Moment, is_reset: Tensor) -> _Moment:
-    """Exactly zero where `is_reset`, which broadcasts against the codes; all else keeps its bits."""
+    """Set numbers to exactly zero where `is_reset`. No other bit changes.
+
+    `is_reset` broadcasts against the codes.
+    """
     zero = _values(isinstance(moment, SignedMoment)).index(0)
     return type(moment)(torch.where(is_reset, zero, moment.codes.int()).to(torch.uint8), moment.scale)
 

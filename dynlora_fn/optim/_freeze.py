@@ -1,4 +1,4 @@
-"""Vectors that sit out updates: their gradients are zero."""
+"""Freeze factor vectors for some updates by setting their gradients to zero."""
 
 from collections.abc import Mapping
 
@@ -11,24 +11,26 @@ from dynlora_fn.optim._transform import Tree
 
 
 def no_vectors_frozen(trainable: Trainable) -> dict[str, Factors]:
-    """The updates that each vector still sits out: none."""
-    return {name: Factors(*_zero_count(leaf)) for name, leaf in trainable.items() if isinstance(leaf, Factors)}
+    """Return counters of the remaining frozen updates of each vector, all zero."""
+    return {name: Factors(*zero_counts(leaf)) for name, leaf in trainable.items() if isinstance(leaf, Factors)}
 
 
 def count_down(frozen_for: Mapping[str, Factors]) -> dict[str, Factors]:
-    left: dict[str, Factors] = tree_map(lambda leaf: (leaf - 1).clamp(min=0), dict(frozen_for))
-    return left
+    """Return the counters after one update. They stop at zero."""
+    remaining: dict[str, Factors] = tree_map(lambda leaf: (leaf - 1).clamp(min=0), dict(frozen_for))
+    return remaining
 
 
 def zero_frozen(grads: Trainable, frozen_for: Mapping[str, Factors]) -> Tree:
-    """Gradients that are zero for frozen vectors."""
+    """Return the gradients with zeros for frozen vectors."""
     return {
         name: tree_map(_freeze, grad, frozen_for[name]) if isinstance(grad, Factors) else grad
         for name, grad in grads.items()
     }
 
 
-def _zero_count(leaf: Factors | Tensor) -> Factors | Tensor:
+def zero_counts(leaf: Factors | Tensor) -> Factors | Tensor:
+    """Return int32 zeros: one for each vector of factors, one for a full-rank tensor."""
     if isinstance(leaf, Factors):
         return Factors(
             b=torch.zeros_like(leaf.b[..., :1, :], dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""Several optimizers at once."""
+"""Use several optimizers at once, each for some of the parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,17 +10,22 @@ from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates
 
 
 def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, Factors | Tensor], str]) -> Transform:
-    """Several optimizers, each of its own parameters, as optax has it: every parameter moves as it would with its
-    transform alone.
+    """Create an optimizer that applies another transform to each parameter.
+
+    Every parameter gets the update that its transform would give it if there were no other parameters. The interface
+    is optax's `multi_transform`.
 
     Args:
-        transforms: by what they are called.
-        choose: of a parameter's name and leaf, which of them.
+        transforms: The optimizers by key.
+        choose: The function that maps a parameter's name and leaf to a key of `transforms`.
+
+    Returns:
+        The optimizer. Its state is a dict of the transforms' states by key.
 
     Raises:
-        ValueError: in `init` and `update`, if `choose` names none of `transforms`.
+        ValueError: In `init` and `update`, if `choose` returns a key that `transforms` does not have.
 
-    Example: Muon for the factors, AdamW for all else.
+    Example: Muon for the factors, AdamW for all other parameters.
         >>> import torch
         >>> from dynlora_fn.optim import adamw, muon
         >>> optimizer = multi_transform(
@@ -28,31 +33,31 @@ def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, 
         ...     lambda name, leaf: "muon" if isinstance(leaf, Factors) else "adamw",
         ... )
         >>> state = optimizer.init({"w": Factors(b=torch.ones(3, 1), a=torch.ones(1, 2)), "bias": torch.ones(3)})
-        >>> [list(own.mu) for own in state.values()]
+        >>> [list(inner.mu) for inner in state.values()]
         [['w'], ['bias']]
     """
 
-    def parts(trainable: Trainable) -> dict[str, dict[str, Factors | Tensor]]:
-        own: dict[str, dict[str, Factors | Tensor]] = {key: {} for key in transforms}
+    def split(trainable: Trainable) -> dict[str, dict[str, Factors | Tensor]]:
+        groups: dict[str, dict[str, Factors | Tensor]] = {key: {} for key in transforms}
         for name, leaf in trainable.items():
             key = choose(name, leaf)
-            if key not in own:
-                raise ValueError(f"`choose` must name one of {', '.join(transforms)} for {name!r}, got {key!r}")
-            own[key][name] = leaf
-        return own
+            if key not in groups:
+                raise ValueError(f"`choose` returned {key!r} for {name!r}; return one of {', '.join(transforms)}")
+            groups[key][name] = leaf
+        return groups
 
     def init(trainable: Trainable) -> dict[str, Any]:
-        return {key: transforms[key].init(own) for key, own in parts(trainable).items()}
+        return {key: transforms[key].init(group) for key, group in split(trainable).items()}
 
     def update(
         grads: Trainable, opt_state: Mapping[str, Any], trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         updates: Tree = {}
         new: dict[str, Any] = {}
-        for key, own in parts(trainable).items():
-            own_grads = {name: grads[name] for name in own}
-            own_updates, new[key] = transforms[key].update(own_grads, opt_state[key], own, lr=lr)
-            updates |= own_updates
+        for key, group in split(trainable).items():
+            group_grads = {name: grads[name] for name in group}
+            group_updates, new[key] = transforms[key].update(group_grads, opt_state[key], group, lr=lr)
+            updates |= group_updates
         return Updates({name: updates[name] for name in trainable}, new)
 
     return Transform(init, update)

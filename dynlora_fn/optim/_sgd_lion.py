@@ -13,68 +13,126 @@ from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of,
 
 
 class MomentumState(NamedTuple):
-    """Both trees mirror the trainable parameters; per vector as in `AdamWState`."""
+    """Store the state of `sgd`, `lion` and `muon`.
+
+    Both trees mirror the trainable parameters.
+    "Per vector" means the same shapes as in `AdamWState`.
+    """
 
     mu: Tree  # the moment, in float32 or the parameter's dtype if that is wider
-    frozen_for: dict[str, Factors]  # int32, updates that each vector still sits out: per vector
+    frozen_for: dict[str, Factors]  # int32, per vector: updates for which the vector stays frozen
 
 
 def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
-    """Stochastic gradient descent that equals `torch.optim.SGD` where nothing is switched.
+    """Create stochastic gradient descent with momentum.
 
-    ``mu = momentum * mu + grad + weight_decay * trainable`` and ``updates = -lr * mu``. Arguments of `update`, dtypes
-    and frozen vectors are as in `adamw`.
+    It equals `torch.optim.SGD` where nothing is switched::
+
+        mu = momentum * mu + grad + weight_decay * trainable
+        updates = -lr * mu
+
+    A frozen vector gets a zero gradient. Its moment was reset, so only weight decay moves it.
+
+    Args:
+        momentum: The decay rate of the moment, in [0, 1).
+        weight_decay: The weight decay, which is added to the gradient.
+
+    Returns:
+        The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name.
+
+    Raises:
+        ValueError: If `momentum` is not in [0, 1).
+
+    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider.
+
+    Example:
+        >>> import torch
+        >>> optimizer, trainable = sgd(), {"w": torch.ones(2)}
+        >>> grads = {"w": torch.tensor([2.0, -1.0])}
+        >>> updates, opt_state = optimizer.update(grads, optimizer.init(trainable), trainable, lr=0.5)
+        >>> updates["w"]
+        tensor([-1.0000,  0.5000])
     """
     check_decay("momentum", momentum)
 
-    def direction(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    def moment_step(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
         mu = momentum * mu + (grad + weight_decay * param)
         return mu, mu
 
-    return _of_one_moment(direction)
+    return _one_moment_transform(moment_step)
 
 
 def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> Transform:
-    """Lion (arXiv:2302.06675, algorithm 2): every entry moves by the learning rate.
+    """Create Lion, which moves every entry by the learning rate.
 
-    ``updates = -lr * (sign(beta1 * mu + (1 - beta1) * grad) + weight_decay * trainable)`` and
-    ``mu = beta2 * mu + (1 - beta2) * grad``. Arguments of `update`, dtypes and frozen vectors are as in `adamw`.
+    It follows arXiv:2302.06675, algorithm 2, where nothing is switched::
+
+        updates = -lr * (sign(betas[0] * mu + (1 - betas[0]) * grad) + weight_decay * trainable)
+        mu = betas[1] * mu + (1 - betas[1]) * grad
+
+    A frozen vector gets a zero gradient. Its moment was reset, so only weight decay moves it.
+
+    Args:
+        betas: The decay rates of the direction and of the moment, each in [0, 1).
+        weight_decay: The decoupled weight decay.
+
+    Returns:
+        The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name.
+
+    Raises:
+        ValueError: If one of `betas` is not in [0, 1).
+
+    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider.
+
+    Example:
+        >>> import torch
+        >>> optimizer, trainable = lion(), {"w": torch.ones(2)}
+        >>> grads = {"w": torch.tensor([2.0, -1.0])}
+        >>> updates, opt_state = optimizer.update(grads, optimizer.init(trainable), trainable, lr=0.5)
+        >>> updates["w"]
+        tensor([-0.5000,  0.5000])
     """
     for beta in betas:
         check_decay("betas", beta)
 
-    def direction(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    def moment_step(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
         sign = (betas[0] * mu + (1 - betas[0]) * grad).sign()
         return betas[1] * mu + (1 - betas[1]) * grad, sign + weight_decay * param
 
-    return _of_one_moment(direction)
+    return _one_moment_transform(moment_step)
 
 
 def check_decay(name: str, value: float) -> None:
+    """Raise if the argument called `name` is no decay rate."""
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}")
 
 
 def init_momentum(trainable: Trainable) -> MomentumState:
-    """The state before the first update."""
+    """Return the state before the first update."""
     return MomentumState(zero_moments(trainable), no_vectors_frozen(trainable))
 
 
-def _of_one_moment(direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Transform:
+def _one_moment_transform(moment_step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Transform:
+    """Return the optimizer that applies `moment_step` to every leaf.
+
+    ``moment_step(mu, grad, param)`` returns the new moment and the direction, to be multiplied by ``-lr``.
+    """
+
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         grads = zero_frozen(grads, opt_state.frozen_for)
 
         def step(rate: Rate, mu: Tensor, grad: Tensor, param: Tensor) -> list[Tensor]:
-            mu, along = direction(mu, grad.to(mu.dtype), param.to(mu.dtype))
-            return [mu, -rate * along]
+            mu, direction = moment_step(mu, grad.to(mu.dtype), param.to(mu.dtype))
+            return [mu, -rate * direction]
 
         mu, updates = {}, {}
         for name, leaf in trainable.items():
-            both: Any = tree_map(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
-            is_pair = isinstance(both, list)
-            mu[name], updates[name] = both if is_pair else (Factors(*own) for own in zip(*both, strict=True))
+            pair: Any = tree_map(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
+            is_tensor = isinstance(pair, list)  # for factors it is a pair for each side
+            mu[name], updates[name] = pair if is_tensor else (Factors(*sides) for sides in zip(*pair, strict=True))
         return Updates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
 
     return Transform(init_momentum, update)

@@ -1,4 +1,4 @@
-"""What optimizers are made of, and what they share."""
+"""The type of an optimizer, and the functions that all optimizers share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -14,22 +14,27 @@ Rate: TypeAlias = Tensor | float
 
 
 class Transform(NamedTuple):
-    """An optimizer as a pair of pure functions: ``opt_state = init(trainable)`` and
-    ``updates, opt_state = update(grads, opt_state, trainable, lr=lr)``."""
+    """Define an optimizer as a pair of pure functions.
+
+    ``opt_state = init(trainable)`` and ``updates, opt_state = update(grads, opt_state, trainable, lr=lr)``.
+    """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
 
 
 class Updates(NamedTuple):
-    """What `update` of a `Transform` returns."""
+    """Store the result of `update` of a `Transform`."""
 
-    updates: Tree  # to be added, see `apply_updates`
-    opt_state: Any  # of the structure, shapes and dtypes that were passed in
+    updates: Tree  # to be added to the trainable parameters, see `apply_updates`
+    opt_state: Any  # the new state, with the structure, shapes and dtypes of the old one
 
 
 def zero_moments(trainable: Trainable) -> Tree:
-    """Of the parameters' structure, in float32 or the parameter's dtype if that is wider."""
+    """Return zeros in the structure and shapes of the parameters.
+
+    They are float32, or the parameter's dtype if that is wider.
+    """
 
     def zero(leaf: Tensor) -> Tensor:
         return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
@@ -39,10 +44,27 @@ def zero_moments(trainable: Trainable) -> Tree:
 
 
 def rate_of(lr: Rate | Mapping[str, Rate], name: str) -> Rate:
+    """Return the learning rate of one parameter."""
     return lr[name] if isinstance(lr, Mapping) else lr
 
 
 def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
-    """``trainable + updates``, rounded once to the parameters' dtype."""
+    """Add updates to the trainable parameters.
+
+    The result has the structure, shapes and dtypes of `trainable`: ``trainable + updates``.
+
+    Args:
+        trainable: The trainable parameters by name, from `partition`.
+        updates: The updates by name, from `update` of a `Transform`.
+
+    Returns:
+        The new trainable parameters by name.
+
+    Numerics: The sum is computed in the wider dtype and rounded once to the parameter's dtype.
+
+    Example:
+        >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
+        {'w': tensor([1.5000, 0.5000])}
+    """
     new: Tree = tree_map(lambda param, update: (param + update).to(param.dtype), dict(trainable), dict(updates))
     return new

@@ -1,4 +1,8 @@
-"""Switch factor vectors, merge factors, and the basis and pools that vectors come from."""
+"""Switch and merge factors, and generate or store the vectors that enter.
+
+`switch` and `merge` do not change the weight, except for one rounding of the base. Schedules are in
+`dynlora_fn.schedules`. The README says how to add one.
+"""
 
 from dynlora_fn.switching._basis import Bounds as Bounds
 from dynlora_fn.switching._basis import basis_bounds as basis_bounds

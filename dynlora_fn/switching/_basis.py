@@ -1,7 +1,8 @@
-"""Vectors that are regenerated from ``(seed, side, index)`` instead of being stored.
+"""Generate basis vectors from ``(seed, side, index)`` instead of storing them.
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain int64 tensor
-operations: no state, no memory, the same bits on every device and for every number of threads, eager and compiled.
+The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain int64
+tensor operations. It has no state and uses no memory. Its bits are the same on every device, for every number of
+threads, eager and compiled.
 """
 
 import itertools
@@ -24,9 +25,9 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product.
+    """Return the high and low 32 bits of a 32 x 32 bit product.
 
-    By 16-bit halves, since a 64-bit product overflows int64, which Inductor does not compile faithfully on CPU.
+    The product is formed from 16-bit halves. A 64-bit product overflows int64, which Inductor compiles wrongly on CPU.
     """
     low = (word & 0xFFFF) * constant
     middle = (word >> 16) * constant + (low >> 16)
@@ -34,11 +35,13 @@ def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Philox-4x32-10: four random 32-bit words for each counter and key, which broadcast against each other.
+    """Generate four random 32-bit words for each counter and key.
+
+    This is Philox-4x32-10. Counters and keys broadcast against each other.
 
     Args:
-        counter: four int64 tensors with values in [0, 2**32).
-        key: two int64 tensors with values in [0, 2**32).
+        counter: The four words of the counters, int64 tensors with values in [0, 2**32).
+        key: The two words of the keys, int64 tensors with values in [0, 2**32).
 
     Returns:
         Four int64 tensors with values in [0, 2**32).
@@ -59,8 +62,10 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 class Request(NamedTuple):
-    """Vectors number `indices` of one side of the basis named `seed`; of each basis of a stack, the same ones if
-    `indices` has no stack axes."""
+    """Name vectors of one side of a basis by their indices.
+
+    `seed` names the basis, or a stack of bases. If `indices` has no stack axes, they apply to every basis of the stack.
+    """
 
     seed: Int[Tensor, "*stack"]
     side: Side
@@ -69,14 +74,14 @@ class Request(NamedTuple):
 
 
 def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count length"]]:
-    """The vectors of each request, uniform in [-1, 1). Every value is a multiple of 2**-23, hence exact in float32.
+    """Return the vectors of each request, uniform in [-1, 1).
 
-    All requests go through Philox together: one kernel when compiled, which for ten rounds is slow to compile. It looks
-    the words of a block of four numbers up by vector, since six words of 64 bits a block would take three times the
-    memory of the numbers.
+    Every value is a multiple of 2**-23, hence exact in float32. All requests go through Philox together: compiled, that
+    is one kernel, and its ten rounds are slow to compile. The seed, side and index of a vector are looked up for each
+    block of four numbers. Storing these words for every block would take three times the memory of the numbers.
     """
-    by_length = sorted(range(len(requests)), key=lambda number: requests[number].length)
-    ordered = [requests[number] for number in by_length]
+    by_length = sorted(range(len(requests)), key=lambda position: requests[position].length)
+    ordered = [requests[position] for position in by_length]
     tables = [_vectors(request) for request in ordered]
     index, side, seed = (torch.cat([column.flatten() for column in columns]) for columns in zip(*tables, strict=True))
     sizes = [(table[0].numel(), -(-request.length // 4)) for table, request in zip(tables, ordered, strict=True)]
@@ -84,45 +89,65 @@ def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count len
     index, side, seed = index[vector], side[vector], seed[vector]
     words = philox((block.long(), index & _MASK, (index >> 32) & _MASK, side), (seed & _MASK, (seed >> 32) & _MASK))
     units = torch.stack([(word >> 8).to(torch.float32) * 2.0**-23 - 1 for word in words], dim=-1)
-    found = {}
-    parts = torch.split(units, [count * blocks for count, blocks in sizes])
-    for number, part, table, (_, blocks) in zip(by_length, parts, tables, sizes, strict=True):
-        found[number] = part.reshape(*table[0].shape, 4 * blocks)[..., : requests[number].length]
-    return [found[number] for number in range(len(requests))]
+    vectors = {}
+    chunks = torch.split(units, [count * blocks for count, blocks in sizes])
+    for position, chunk, table, (_, blocks) in zip(by_length, chunks, tables, sizes, strict=True):
+        vectors[position] = chunk.reshape(*table[0].shape, 4 * blocks)[..., : requests[position].length]
+    return [vectors[position] for position in range(len(requests))]
 
 
 def _vectors(request: Request) -> tuple[Tensor, Tensor, Tensor]:
-    """Index, side and seed of each vector: three tensors (*stack, count)."""
+    """Return index, side and seed of each vector: three tensors (*stack, count)."""
     index, seed = torch.broadcast_tensors(request.indices, request.seed[..., None])  # type: ignore[no-untyped-call]
     return index, torch.full_like(index, _SIDE_WORD[request.side]), seed
 
 
 def _positions(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each block of four numbers which vector it belongs to and which of its blocks it is. `sizes` are numbers of
-    vectors and of blocks in each; neighbours of equal length count as one."""
+    """Return for each block of four numbers its vector and its position there.
+
+    `sizes` gives the number of vectors of each request and the number of blocks of each of its vectors. Neighboring
+    requests of equal length are treated as one.
+    """
     vectors, blocks, first = [], [], 0
     for length, group in itertools.groupby(sizes, key=lambda size: size[1]):
         count = sum(size[0] for size in group)
-        own, within = (torch.arange(number, dtype=torch.int32, device=device) for number in (count, length))
-        vectors.append((first + own)[:, None].expand(count, length).flatten())
-        blocks.append(within.expand(count, length).flatten())
+        vector, block = (torch.arange(stop, dtype=torch.int32, device=device) for stop in (count, length))
+        vectors.append((first + vector)[:, None].expand(count, length).flatten())
+        blocks.append(block.expand(count, length).flatten())
         first += count
     return torch.cat(vectors), torch.cat(blocks)
 
 
 class Bounds(NamedTuple):
-    """Half the width of the uniform distribution that the vectors of each side are drawn from."""
+    """Store the bound of each side: its vectors are uniform in [-bound, bound)."""
 
     b: float
     a: float
 
 
 def basis_bounds(out_features: int, in_features: int, rank: int) -> Bounds:
-    """The bounds of SwitchLoRA's initialisation (arXiv:2406.06564, eq. 3): sqrt(3) times the standard deviations.
+    """Return the bounds of SwitchLoRA's initialization.
 
-    Both sides are non-zero, so that a vector that comes in meets a counterpart that can be trained at once.
+    Both sides are non-zero, so that an incoming vector meets a counterpart and gets a gradient at once. The bounds are
+    sqrt(3) times the standard deviations of arXiv:2406.06564, eq. 3, with ``gain = 1 / sqrt(3)``::
+
+        std_b = (rank / sqrt(out * in)) ** (1 / 4) * sqrt(gain)
+        std_a = (sqrt(out) * rank / in ** (3 / 2)) ** (1 / 4) * sqrt(gain)
+
+    Args:
+        out_features: The `out` of the weight.
+        in_features: The `in` of the weight.
+        rank: The rank of the factors.
+
+    Returns:
+        The bounds of side b and side a.
+
+    Example:
+        >>> bounds = basis_bounds(16, 16, 4)
+        >>> round(bounds.b, 4), round(bounds.a, 4)
+        (0.9306, 0.9306)
     """
-    gain = 1 / math.sqrt(3)  # of leaky_relu with a negative slope of sqrt(5)
+    gain = 1 / math.sqrt(3)  # the gain of leaky_relu with a negative slope of sqrt(5)
     std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * gain**0.5
     std_a = (math.sqrt(out_features) * rank / in_features**1.5) ** 0.25 * gain**0.5
     return Bounds(b=math.sqrt(3) * std_b, a=math.sqrt(3) * std_a)

@@ -1,4 +1,4 @@
-"""The randomly dithered plan of SwitchLoRA's implementation, as an alternative to `Schedule`'s deterministic one."""
+"""Dither a schedule at random, as SwitchLoRA's implementation does."""
 
 from dataclasses import dataclass
 
@@ -12,66 +12,80 @@ from dynlora_fn.switching._schedule import Schedule
 
 @dataclass(frozen=True)
 class Dithered:
-    """Plans in which every weight draws its own number of switches; made by `dithered`."""
+    """Plan numbers of switches that were drawn at random. Created by `dithered`."""
 
     schedule: Schedule
-    switched: dict[str, Int[Tensor, "steps *stack"]]  # on each side, before each step; on the host
+    switched: dict[str, Int[Tensor, "steps *stack"]]  # vectors switched on each side before each step; on the host
 
     def __call__(self, step: int | Tensor, params: Params) -> dict[str, Plan]:
-        """The plan of one step, as `Schedule.__call__`."""
+        """Return the plans of one step by name, as `Schedule.__call__` does."""
         return {name: self._plan(name, step, params[name]) for name in self.switched}  # type: ignore[arg-type]
 
     def switches(self, step: int, params: Params) -> int:
-        """How many vectors the step switches in all, stacks counted in full."""
+        """Return how many vectors the step switches in all members of all stacks."""
         return sum(2 * int((table[step + 1] - table[step]).sum()) for table in self.switched.values())
 
     def _plan(self, name: str, step: int | Tensor, param: LowRank) -> Plan:
         device, rank = param.factors.a.device, param.factors.a.shape[-2]
         entries = torch.arange(self.schedule.most(param), device=device)
-        at = torch.as_tensor(step).to(self.switched[name].device)
-        table = self.switched[name].index_select(0, torch.stack([at, at + 1])).to(device)
+        start = torch.as_tensor(step).to(self.switched[name].device)
+        table = self.switched[name].index_select(0, torch.stack([start, start + 1])).to(device)
         before, after = table[..., None]
-        number = entries + before
+        ordinal = entries + before  # position in the sequence of all switches of a side
 
         def side(ahead: int) -> SidePlan:
-            return SidePlan(slots=(number + ahead) % rank, indices=number + rank, active=number < after)
+            return SidePlan(slots=(ordinal + ahead) % rank, indices=ordinal + rank, active=ordinal < after)
 
         frozen_for = torch.tensor(self.schedule.freeze, dtype=torch.int32, device=device)
         return Plan(b=side(rank // 2), a=side(0), frozen_for=frozen_for)
 
 
 def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int) -> Dithered:
-    """`schedule` as the authors' implementation runs it: each weight and step rounds its rate up or down at random.
+    """Round the rate of a schedule up or down at random at each step.
 
-    The number executed is the same on both sides, side b rank // 2 slots ahead; what would switch a frozen vector is
-    held back and lost, so that small ranks fall short of the rate that is asked for and rank 1 never switches.
-    All numbers are drawn here, so that a plan stays a pure function of the step.
+    SwitchLoRA's implementation does this (arXiv:2406.06564). All random numbers are drawn when this function is called,
+    so that a plan stays a pure function of the step. Each weight, and each member of a stack, draws its numbers. Both
+    sides switch the same number of vectors, and side b runs ``rank // 2`` slots ahead. A switch that would meet a
+    frozen vector is dropped. Small ranks therefore fall short of the schedule's rate, and rank 1 never switches.
 
     Args:
-        schedule: with a rate, not a `count`, and for every step.
-        params: looked at for names, shapes and stacks alone.
-        total_steps: of the run.
-        seed: of the draws.
+        schedule: The schedule, with a rate instead of a `count`, and with ``every=1``.
+        params: The parameters by name. Only names, shapes and stacks are read.
+        total_steps: The number of steps of the run.
+        seed: The seed of the random numbers.
+
+    Returns:
+        The dithered schedule. It is called like `schedule`.
+
+    Raises:
+        ValueError: If `schedule` has a `count`, or an `every` other than 1.
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> params = init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"])
+        >>> schedule = dithered(Schedule(interval=10), params, total_steps=100, seed=0)
+        >>> sum(schedule.switches(step, params) for step in range(100))
+        48
     """
     if schedule.count is not None or schedule.every != 1:
-        raise ValueError(f"`schedule` must go by rate and step by step to be dithered, got {schedule}")
+        raise ValueError(f"`schedule` must have count=None and every=1 to be dithered, got {schedule}")
     generator = torch.Generator().manual_seed(seed)
     tables = {}
     for name, param in params.items():
         if isinstance(param, LowRank) and schedule.most(param):
             draws = torch.rand(total_steps, *param.seed.shape, generator=generator, dtype=torch.float64)
-            tables[name] = _execute(schedule, param, draws)
+            tables[name] = _count_switches(schedule, param, draws)
     return Dithered(schedule, tables)
 
 
-def _execute(schedule: Schedule, param: LowRank, draws: Tensor) -> Tensor:
-    most_at_once = param.factors.a.shape[-2] // 2  # in any `freeze` steps, or one side would meet a frozen vector
+def _count_switches(schedule: Schedule, param: LowRank, draws: Tensor) -> Tensor:
+    limit = param.factors.a.shape[-2] // 2  # in any `freeze` steps, or one side would switch a frozen vector
     rate = float(schedule.due(1, param)) / schedule.decay
     switched = torch.zeros(len(draws) + 1, *param.seed.shape, dtype=torch.int64)
     for step, draw in enumerate(draws):
-        asked = (rate * schedule.decay ** (step + 1) + draw).floor().long()
+        due = (rate * schedule.decay ** (step + 1) + draw).floor().long()
         if schedule.freeze:
-            lately = switched[step] - switched[max(step + 1 - schedule.freeze, 0)]
-            asked = torch.minimum(asked, most_at_once - lately)
-        switched[step + 1] = switched[step] + asked
+            recent = switched[step] - switched[max(step + 1 - schedule.freeze, 0)]
+            due = torch.minimum(due, limit - recent)
+        switched[step + 1] = switched[step] + due
     return switched

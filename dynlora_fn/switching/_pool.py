@@ -1,7 +1,8 @@
-"""Stored candidates, as in SwitchLoRA: vectors that go out return to the pool with their trained values.
+"""Store candidates in a pool, as in SwitchLoRA.
 
-A layer over `switch`'s `incoming` and `outgoing`. A pool holds min(out, in) * (out + in) numbers for a weight, 1 to 2
-times the weight, so that it lies in host memory by default; a step takes from it and gives back a few vectors.
+Outgoing vectors return to the pool with their trained values. It is a layer over `switch`'s `incoming` and `outgoing`.
+It stores min(out, in) * (out + in) numbers for each weight. That is 1 to 2 times the weight, so it is on the host by
+default. A step reads and writes only a few vectors.
 """
 
 from collections.abc import Mapping
@@ -17,32 +18,46 @@ from dynlora_fn.switching._weight import BasisSlice, basis_vectors
 
 
 class SidePool(NamedTuple):
-    """Candidates of one side of a weight."""
+    """Store the candidates of one side of a weight."""
 
-    vectors: Float[Tensor, "*stack size n"]  # one a row; the rows of vectors in use are stale
-    held: Int[Tensor, "*stack rank"]  # which row the vector in each slot belongs to
+    vectors: Float[Tensor, "*stack size n"]  # one vector in each row; rows of vectors in use are stale
+    held: Int[Tensor, "*stack rank"]  # the row that the vector in each slot returns to
 
 
 class Pool(NamedTuple):
-    """Candidates of one weight, min(out, in) a side, the ones in use among them."""
+    """Store the candidates of one weight: min(out, in) a side, in use or idle."""
 
     b: SidePool  # vectors (*stack, size, out)
     a: SidePool  # vectors (*stack, size, in)
 
 
 def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str, Pool]:
-    """A pool for every low-rank parameter: the first min(out, in) vectors of its basis, those it starts with included.
+    """Create a pool for every low-rank parameter.
+
+    A pool contains the first min(out, in) vectors of the basis, including those that the factors start from.
 
     Args:
-        params: as `init` made them.
-        device: that the pools lie on.
+        params: The parameters from `init`, before any switch.
+        device: The device of the pools.
+
+    Returns:
+        The pools by name.
+
+    Raises:
+        ValueError: If the factors of a weight are sharded.
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
+        >>> init_pool(params)["w"].b.vectors.shape  # 4 candidates of side b
+        torch.Size([4, 6])
     """
-    return {name: _init_pool(param, device) for name, param in params.items() if isinstance(param, LowRank)}
+    return {name: _init_pool(name, param, device) for name, param in params.items() if isinstance(param, LowRank)}
 
 
-def _init_pool(param: LowRank, device: torch.device | str) -> Pool:
+def _init_pool(name: str, param: LowRank, device: torch.device | str) -> Pool:
     if param.factor_sharding:
-        raise ValueError("`params` must have whole factors to be given a pool, got sharded ones")
+        raise ValueError(f"{name!r} of `params` must have whole factors to have a pool; shard only the base")
     shape, rank = param.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype
@@ -59,27 +74,43 @@ def draw(pool: Pool, plan: Plan) -> Factors: ...
 @overload
 def draw(pool: Mapping[str, Pool], plan: Plans) -> dict[str, Factors]: ...
 def draw(pool: Pool | Mapping[str, Pool], plan: Plan | Plans) -> Factors | dict[str, Factors]:
-    """The vectors that a plan takes from the pool, on the plan's device: `switch`'s `incoming`.
+    """Read from the pool the vectors that a plan names, as `incoming` of `switch`.
+
+    The pool does not change until `put_back`.
 
     Args:
-        pool: of one weight, or by name.
-        plan: of one weight, or by name. It must take rows that are idle: `Schedule` does, for it takes the rows in turn
-            and never more than are idle.
+        pool: The pool of one weight, or a dict of pools by name.
+        plan: The plan of that weight, or a dict of plans by name. It must name idle rows. `Schedule` does, because it
+            takes the rows in turn and never more than are idle.
+
+    Returns:
+        The vectors, laid out as factors, on the plan's device.
 
     Raises:
-        ValueError: if the plan could take more vectors of a side than are idle.
+        ValueError: If the plan could take more vectors of a side than are idle.
+
+    Example:
+        >>> from dynlora_fn import init, switch
+        >>> from dynlora_fn.schedules import Schedule
+        >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
+        >>> pools, plan = init_pool(params), Schedule(interval=10)(0, params)
+        >>> params, outgoing = switch(params, plan, incoming=draw(pools, plan))
+        >>> pools = put_back(pools, plan, outgoing)
     """
     if isinstance(pool, Pool):
         assert isinstance(plan, Plan)
         return Factors(b=_draw(pool.b, plan.b).mT, a=_draw(pool.a, plan.a))
     assert isinstance(plan, Mapping)
-    return {name: draw(pool[name], own) for name, own in plan.items()}
+    return {name: draw(pool[name], param_plan) for name, param_plan in plan.items()}
 
 
 def _draw(pool: SidePool, plan: SidePlan) -> Tensor:
     size, idle, count = pool.vectors.shape[-2], pool.vectors.shape[-2] - pool.held.shape[-1], plan.slots.shape[-1]
     if count > idle:
-        raise ValueError(f"`plan` must not take more vectors than the {idle} idle ones of {size}, got {count}")
+        raise ValueError(
+            f"`plan` takes {count} vectors of a side, but only {idle} of {size} are idle; "
+            "switch fewer in one step, or use a schedule with from_pool=True"
+        )
     return take_rows(pool.vectors, plan.indices.to(pool.held.device) % size).to(plan.indices.device)
 
 
@@ -96,13 +127,29 @@ def put_back(
     *,
     donate: bool = False,
 ) -> Pool | dict[str, Pool]:
-    """The pool after a switch: outgoing vectors lie in the rows they were once taken from.
+    """Return the outgoing vectors of a switch to the pool.
+
+    Each vector is stored in the row that it was taken from, and no vector is lost.
 
     Args:
-        pool: of one weight, or by name, as it was drawn from.
-        plan: the one that was drawn and switched by.
-        outgoing: what `switch` returned.
-        donate: write into the memory of `pool`, which must not be used again, instead of copying all of it.
+        pool: The pool of one weight, or a dict of pools by name, that was passed to `draw`.
+        plan: The plan that was passed to `draw` and `switch`.
+        outgoing: The outgoing vectors that `switch` returned.
+        donate: Whether to write into the memory of `pool`, which must not be used afterwards. Default False copies it.
+
+    Returns:
+        The new pool, or all pools by name. Pools without a plan are returned unchanged.
+
+    Example:
+        >>> from dynlora_fn import init, switch
+        >>> from dynlora_fn.schedules import every
+        >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
+        >>> pools, plan = init_pool(params), every(1, from_pool=True)(0, params)
+        >>> pools["w"].a.held
+        tensor([0, 1])
+        >>> _, outgoing = switch(params, plan, incoming=draw(pools, plan))
+        >>> put_back(pools, plan, outgoing)["w"].a.held
+        tensor([2, 3])
     """
     if isinstance(pool, Pool):
         assert isinstance(plan, Plan)
@@ -110,23 +157,23 @@ def put_back(
         return Pool(b=_put_back(pool.b, plan.b, outgoing.b.mT, donate), a=_put_back(pool.a, plan.a, outgoing.a, donate))
     assert isinstance(plan, Mapping)
     assert isinstance(outgoing, Mapping)
-    new = {name: put_back(pool[name], own, outgoing[name], donate=donate) for name, own in plan.items()}
+    new = {name: put_back(pool[name], param_plan, outgoing[name], donate=donate) for name, param_plan in plan.items()}
     return {**pool, **new}
 
 
 def _put_back(pool: SidePool, plan: SidePlan, outgoing: Tensor, donate: bool) -> SidePool:
-    vectors, held = pool if donate else (pool.vectors.clone(), pool.held.clone())
-    slots, indices, active = (leaf.to(held.device).expand(*held.shape[:-1], -1) for leaf in plan)
+    vectors, slot_rows = pool if donate else (pool.vectors.clone(), pool.held.clone())
+    slots, indices, active = (leaf.to(slot_rows.device).expand(*slot_rows.shape[:-1], -1) for leaf in plan)
     if not slots.shape[-1]:
-        return SidePool(vectors, held)
-    rows = held.gather(-1, slots)
+        return SidePool(vectors, slot_rows)
+    rows = slot_rows.gather(-1, slots)
     new_rows = torch.where(active, indices % vectors.shape[-2], rows)
     new_vectors = torch.where(active[..., None], outgoing.to(vectors), take_rows(vectors, rows))
-    # An entry that is not active may name a row that an active one writes: it repeats the first active entry instead.
+    # An inactive entry may name a row that an active one writes. It repeats the first active entry instead.
     source = torch.where(
-        active, torch.arange(active.shape[-1], device=held.device), active.int().argmax(-1, keepdim=True)
+        active, torch.arange(active.shape[-1], device=slot_rows.device), active.int().argmax(-1, keepdim=True)
     )
     rows, slots, new_rows = (leaf.gather(-1, source) for leaf in (rows, slots, new_rows))
     vectors.scatter_(-2, rows[..., None].expand(*rows.shape, vectors.shape[-1]), take_rows(new_vectors, source))
-    held.scatter_(-1, slots, new_rows)
-    return SidePool(vectors, held)
+    slot_rows.scatter_(-1, slots, new_rows)
+    return SidePool(vectors, slot_rows)

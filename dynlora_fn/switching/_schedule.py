@@ -1,4 +1,7 @@
-"""Which slots are switched in which step: pure functions of the step, equal on every rank and after every resume."""
+"""Schedules with a rate or a count: which slots are switched at which step.
+
+A plan is a pure function of the step. It is the same on every process and after every resume.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from dynlora_fn._core._types import LowRank, Params, Plan, SidePlan
 
 
 class Turn(NamedTuple):
-    """How many vectors of each side have been switched so far; of side b, rank // 2 are counted ahead."""
+    """Count the switches of each side so far. Side b starts at ``rank // 2``."""
 
     b: int | Tensor
     a: int | Tensor
@@ -19,30 +22,43 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Plans of a deterministic number of switches at a rate that decays.
+    """Plan a deterministic number of switches, at a rate that decays or by count.
 
-    After n steps every slot has been switched ``turns(n)`` times on each side::
+    No switch meets a frozen vector, at any rank, and nothing is random. After n steps every slot has been switched
+    ``turns(n)`` times on each side (arXiv:2406.06564, section 3.2)::
 
-        turns(n) = sum over u < n of decay ** (u + 1) / interval        (arXiv:2406.06564, section 3.2)
+        turns(n) = sum over u < n of decay ** (u + 1) / interval
 
-    and ``floor(rank * turns(n))`` vectors on side a, slots in turn. Side b runs half a turn behind:
-    ``floor(rank * turns(n) + rank / 2)``, counted from rank // 2. So one slot's two sides are switched half an interval
-    apart, the mean rate is kept at every rank, 1 included, and no switch meets a frozen vector. Nothing is random.
+    Side a has then switched ``floor(rank * turns(n))`` vectors, slot after slot. Side b runs half a turn behind, with
+    ``floor(rank * turns(n) + rank / 2)`` counted from ``rank // 2``. The two sides of a slot are therefore switched
+    half an interval apart. The mean rate is exact at every rank, including 1.
 
-    A step switches no more vectors of a side than min(out, in) - rank: a pool has no more idle candidates, and at full
-    rank, where the factors span all there is, nothing is switched. `count` overrules that, except with `from_pool`.
+    A step switches at most min(out, in) - rank vectors of a side, because a pool has no more idle candidates. At full
+    rank the factors span the whole space, and nothing is switched. `count` is not limited in this way, except with
+    `from_pool`.
 
     Attributes:
-        interval: steps between two switches of the same slot and side, at the start. Infinite: never.
-        decay: factor on the rate from one step to the next, in (0, 1].
-        every: plan only every so many steps, all that is due by then.
-        count: plan this many vectors of each side every `every` steps, or "all" of them, instead of by rate.
-        freeze: steps that the counterpart of a switched vector stands still.
-        from_pool: whether vectors come from a pool, so that `count` too is limited by what is idle.
+        interval: The number of steps between two switches of the same slot and side at the start. Infinite means that
+            nothing is switched.
+        decay: The factor on the rate from one step to the next, in (0, 1].
+        every: The number of steps between two plans. A plan switches all vectors that have come due.
+        count: The number of vectors of each side in each plan, or "all". Default None means that `interval` and `decay`
+            set the number.
+        freeze: The number of updates for which the counterpart of a switched vector is frozen.
+        from_pool: Whether vectors come from a pool, which limits `count` to the idle candidates.
 
     Raises:
-        ValueError: if a slot would be switched twice in one plan, or on one side while the other side's switch still
-            freezes it: ``interval >= 2 * freeze``, rounded up to whole multiples of `every`, and at least `every`.
+        ValueError: If an attribute is out of range. If a plan would switch a slot twice, or a slot while a switch of
+            its other side still freezes it. So `interval` must be at least `every`, and at least ``2 * freeze`` with
+            `freeze` rounded up to a multiple of `every`. With `count`, calling the schedule raises it: any `freeze`
+            steps may switch at most ``rank // 2`` vectors of a side.
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> params = init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"])
+        >>> schedule = Schedule(interval=10)
+        >>> [schedule.switches(step, params) for step in range(6)]
+        [0, 0, 2, 0, 2, 0]
     """
 
     interval: float = math.inf
@@ -53,29 +69,41 @@ class Schedule:
     from_pool: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, rule, holds in (
-            ("interval", self.interval, "be positive", self.interval > 0),
-            ("decay", self.decay, "be in (0, 1]", 0 < self.decay <= 1),
-            ("every", self.every, "be at least 1", self.every >= 1),
-            ("count", self.count, "be at least 1 or 'all'", self.count in (None, "all") or int(self.count) >= 1),
-            ("freeze", self.freeze, "not be negative", self.freeze >= 0),
-        ):
-            if not holds:
-                raise ValueError(f"`{name}` must {rule}, got {value}")
-        if self.count is None and self.interval < self.every:
-            rule = f"be at least `every` = {self.every}, so that no plan switches a vector twice"
-            raise ValueError(f"`interval` must {rule}, got {self.interval}")
-        least = 2 * self.every * math.ceil(self.freeze / self.every)
-        if self.count is None and self.interval < least:
-            rule = f"be at least {least}, so that no vector is switched while it is frozen for {self.freeze} steps"
-            raise ValueError(f"`interval` must {rule}, got {self.interval}")
+        if not self.interval > 0:
+            raise ValueError(f"`interval` must be positive, got {self.interval}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"`decay` must be in (0, 1], got {self.decay}")
+        if not self.every >= 1:
+            raise ValueError(f"`every` must be at least 1, got {self.every}")
+        if not (self.count in (None, "all") or int(self.count) >= 1):
+            raise ValueError(f"`count` must be at least 1 or 'all', got {self.count}")
+        if not self.freeze >= 0:
+            raise ValueError(f"`freeze` must not be negative, got {self.freeze}")
+        if self.count is None:
+            self._check_interval()
+
+    def _check_interval(self) -> None:
+        if self.interval < self.every:
+            raise ValueError(
+                f"`interval` must be at least `every` = {self.every}, so that no plan switches a vector twice, "
+                f"got {self.interval}"
+            )
+        shortest = 2 * self.every * math.ceil(self.freeze / self.every)
+        if self.interval < shortest:
+            raise ValueError(
+                f"`interval` must be at least {shortest}, so that no vector is switched while it is frozen for "
+                f"{self.freeze} steps, got {self.interval}"
+            )
 
     def __call__(self, step: int | Tensor, params: Params) -> dict[str, Plan]:
-        """The plan of one step for every low-rank parameter that can switch.
+        """Return the plans of one step by name.
 
         Args:
-            step: number of the step, from 0: an int, or a 0-d int64 tensor where it is traced.
-            params: looked at for names, shapes and devices alone.
+            step: The step, counted from 0: an int, or a 0-d int64 tensor in a traced function.
+            params: The parameters by name. Only names, shapes and devices are read.
+
+        Returns:
+            A plan for every low-rank parameter that can switch. All steps have plans of the same shapes.
         """
         plans = {}
         for name, param in params.items():
@@ -84,7 +112,10 @@ class Schedule:
         return plans
 
     def switches(self, step: int, params: Params) -> int:
-        """How many vectors the step switches in all, stacks counted in full; 0 tells that its plan can be skipped."""
+        """Return how many vectors the step switches in all members of all stacks.
+
+        0 means that its plan can be skipped.
+        """
         total = 0
         for param in params.values():
             if isinstance(param, LowRank) and self.most(param):
@@ -95,14 +126,19 @@ class Schedule:
         return total
 
     def most(self, param: LowRank) -> int:
-        """The number of entries in the parameter's plans: the most vectors that one step switches on a side."""
+        """Return the number of entries of a side in the parameter's plans.
+
+        It is the largest number of vectors of a side that one step switches.
+        """
         rank, idle = param.factors.a.shape[-2], _idle(param)
         if self.count is None:
             return min(math.ceil(self.due(self.every, param)), idle)
         count = min(rank if self.count == "all" else self.count, rank, idle if self.from_pool else rank)
         if self.freeze and count * math.ceil(self.freeze / self.every) > rank // 2:
-            rule = f"be at most {rank // 2} in any {self.freeze} steps, so that no frozen vector is switched"
-            raise ValueError(f"`count` must {rule} at rank {rank}, got {count} every {self.every}")
+            raise ValueError(
+                f"`count` must be at most {rank // 2} in any {self.freeze} steps at rank {rank}, so that no frozen "
+                f"vector is switched, got {count} every {self.every}"
+            )
         return count
 
     @overload
@@ -110,8 +146,11 @@ class Schedule:
     @overload
     def due(self, steps: Tensor, param: LowRank) -> Tensor: ...
     def due(self, steps: int | Tensor, param: LowRank) -> float | Tensor:
-        """Vectors of one side that are due after so many steps, rounded once: without a decay, where whole numbers are
-        met, a plan must not depend on how a product was rounded."""
+        """Return the number of vectors of one side that are due after `steps` steps.
+
+        It is rounded only once. Without a decay it reaches whole numbers, and a plan must not depend on the rounding
+        of a product.
+        """
         rank, batch = param.factors.a.shape[-2], self._decayed_steps(self.every)
         decayed: float | Tensor = self._decayed_steps(steps)
         if rank * batch > _idle(param) * self.interval:
@@ -123,14 +162,14 @@ class Schedule:
     @overload
     def _decayed_steps(self, steps: Tensor) -> Tensor: ...
     def _decayed_steps(self, steps: int | Tensor) -> float | Tensor:
-        """Sum of decay ** (u + 1) over u < steps."""
+        """Return the sum of ``decay ** (u + 1)`` over u < steps."""
         if self.decay == 1:
             return steps
         decayed: float | Tensor = self.decay**steps
         return self.decay * (1 - decayed) / (1 - self.decay)
 
     def _turn(self, steps: int | Tensor, param: LowRank) -> Turn:
-        """Where each side stands after so many steps."""
+        """Return the number of switches of each side after `steps` steps."""
         rank = param.factors.a.shape[-2]
         if self.count is not None:
             counted = self.most(param) * (steps // self.every)
@@ -146,15 +185,15 @@ class Schedule:
         entries = torch.arange(most, device=device)
 
         def side(start: int | Tensor, end: int | Tensor, ahead: int) -> SidePlan:
-            number = entries + start  # of the vector among all that this side ever switches
-            return SidePlan(slots=number % rank, indices=number - ahead + rank, active=number < end)
+            ordinal = entries + start  # position in the sequence of all switches of this side
+            return SidePlan(slots=ordinal % rank, indices=ordinal - ahead + rank, active=ordinal < end)
 
         frozen_for = torch.tensor(self.freeze, dtype=torch.int32, device=device)
         return Plan(b=side(before.b, after.b, rank // 2), a=side(before.a, after.a, 0), frozen_for=frozen_for)
 
 
 def _idle(param: LowRank) -> int:
-    """Candidates of a side that are not in use: a pool has min(out, in) in all."""
+    """Return the number of idle candidates of a side, of min(out, in) in all."""
     return min(param.shape[-2:]) - param.factors.a.shape[-2]
 
 
@@ -163,27 +202,69 @@ def _floor(value: float | Tensor) -> int | Tensor:
 
 
 def never() -> Schedule:
-    """No switches: plain low-rank training."""
+    """Create a schedule that never switches, for plain low-rank training.
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> never()(0, init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"]))
+        {}
+    """
     return Schedule()
 
 
 def every(steps: int, count: int | Literal["all"] = "all", *, freeze: int = 0, from_pool: bool = False) -> Schedule:
-    """`count` vectors of each side every so many steps. All at once, with vectors that are zero coming in on side b, is
-    the merge of ReLoRA (arXiv:2307.05695)."""
+    """Create a schedule that switches a fixed count every `steps` steps.
+
+    With "all", and vectors of zeros entering on side b, it is the merge of ReLoRA (arXiv:2307.05695).
+
+    Args:
+        steps: The number of steps between two switches. The first one is at step ``steps - 1``.
+        count: The number of vectors of each side, or "all".
+        freeze: The number of updates for which the counterpart of a switched vector is frozen.
+        from_pool: Whether vectors come from a pool, which limits `count` to the idle candidates.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If an argument is out of range. When the schedule is called, if any `freeze` steps would switch more
+            than ``rank // 2`` vectors of a side.
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> params = init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"])
+        >>> [every(3).switches(step, params) for step in range(6)]
+        [0, 0, 8, 0, 0, 8]
+    """
     return Schedule(every=steps, count=count, freeze=freeze, from_pool=from_pool)
 
 
 def switchlora(
     total_steps: int, *, interval: float = 40, ratio: float = 0.1, decay: float = 0.3, freeze: int = 5, every: int = 1
 ) -> Schedule:
-    """The schedule of arXiv:2406.06564: a slot is switched every `interval` steps at first, and the rate falls to
-    `decay` of that after ``ratio * total_steps``, and by as much again and again.
+    """Create SwitchLoRA's schedule (arXiv:2406.06564).
 
-    The paper says one third; its implementation, which is followed here, uses 0.3.
+    A slot is switched every `interval` steps at first. The rate falls to `decay` of its value in every
+    ``ratio * total_steps`` steps. The paper says one third. Its implementation, which is followed here, uses 0.3.
 
     Args:
-        total_steps: of the run.
-        interval, freeze, every: as in `Schedule`.
+        total_steps: The number of steps of the run.
+        interval: The number of steps between two switches of the same slot and side at the start.
+        ratio: The share of the run in which the rate falls by the factor `decay`.
+        decay: The factor by which the rate falls.
+        freeze: The number of updates for which the counterpart of a switched vector is frozen.
+        every: The number of steps between two plans.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If an argument is out of range, or `interval` is too short (see `Schedule`).
+
+    Example:
+        >>> schedule = switchlora(1000)
+        >>> round(schedule.decay**100, 3)
+        0.3
     """
     if total_steps < 1 or not ratio > 0:
         raise ValueError(f"`total_steps` and `ratio` must be positive, got {total_steps} and {ratio}")

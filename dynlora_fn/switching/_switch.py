@@ -1,4 +1,4 @@
-"""Vectors replaced, the weight kept: `switch`, and the vectors that come in."""
+"""Switch factor vectors, and generate the vectors that enter."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, overload
@@ -15,16 +15,18 @@ from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
 
 class Switched(NamedTuple):
-    """`outgoing` holds the replaced vectors, laid out as factors: `b` (*stack, out, count), `a` (*stack, count, in).
-    Entries of the plan that are not active hold what stays in their slots. Of sharded factors, the share that this
-    process has."""
+    """Store a switched weight and its outgoing vectors.
+
+    `outgoing` is laid out as factors: `b` (*stack, out, count), `a` (*stack, count, in). Where an entry of the plan is
+    inactive, it contains the vector that stays in the slot. For sharded factors it contains this process's shard.
+    """
 
     param: LowRank
     outgoing: Factors
 
 
 class SwitchedParams(NamedTuple):
-    """`outgoing` by name, as in `Switched`."""
+    """Store switched parameters and their outgoing vectors by name, as in `Switched`."""
 
     params: dict[str, Param]
     outgoing: dict[str, Factors]
@@ -37,30 +39,43 @@ def switch(params: Params, plan: Plans, *, incoming: Mapping[str, Factors] | Non
 def switch(
     params: LowRank | Params, plan: Plan | Plans, *, incoming: Factors | Mapping[str, Factors] | None = None
 ) -> Switched | SwitchedParams:
-    """Replaces the planned vectors and folds the difference into the base: the weight stays what it is.
+    """Replace factor vectors and fold the difference into the base.
 
-    Side a first, then side b with the new `a` (arXiv:2406.06564, algorithm 1)::
+    The weight does not change, except for one rounding of the base. For each planned slot k, side a first
+    (arXiv:2406.06564, algorithm 1)::
 
-        base += b[:, k] (a[k] - incoming.a[k]) / rank,     a[k] = incoming.a[k]
-        base += (b[:, k] - incoming.b[k]) a[k] / rank,     b[:, k] = incoming.b[k]
+        base += b[:, k] (a[k] - incoming.a[k]) / rank;   a[k] = incoming.a[k]
+        base += (b[:, k] - incoming.b[k]) a[k] / rank;   b[:, k] = incoming.b[k]
 
-    in one pass over the base. Switching back with what went out restores the factors bit for bit.
+    Both sides are folded in one pass over the base. Switching the outgoing vectors back in restores the factors bit for
+    bit.
 
     Args:
-        params: one weight, or weights by name; those without a plan stay as they are.
-        plan: of one weight, or by name. Where an active slot stands twice on one side, the first entry counts.
-        incoming: vectors that come in, laid out as factors with `count` in place of the rank; drawn from the basis
-            (`candidates`) unless given.
+        params: One weight, or a dict of parameters by name. Parameters without a plan are returned unchanged.
+        plan: The plan of that weight, or a dict of plans by name. If active entries of a side name a slot twice, the
+            first one counts.
+        incoming: The vectors that enter, laid out as factors with `count` in place of `rank`. Default None generates
+            them from the basis seed (see `candidates`).
 
     Returns:
-        The new parameters, and the vectors that went out.
+        The new weight or parameters, and the outgoing vectors.
 
     Raises:
-        ValueError: if the plan is for a weight that is not there or not low-rank, incoming vectors do not fit, or a
-            quantized weight is not finite, then in a compiled step as well; it names the weight.
+        ValueError: If the plan names a parameter that is missing or not low-rank, or incoming vectors have the wrong
+            shape. If a quantized weight is not finite, also in a compiled step. The message names the weight.
 
-    Numerics: exact but for one rounding of the base to its dtype. The differences are formed in float32 at least. A
-    quantized base is quantized anew where anything changes, from its codes and residual (see `quantize`).
+    Numerics: Differences are formed in float32 or a wider dtype of factors and base. The base is then rounded once to
+    its dtype. A quantized base is quantized again, from its codes and residual, where it changes (see `quantize`).
+
+    Example:
+        >>> from dynlora_fn import init, materialize
+        >>> from dynlora_fn.schedules import every
+        >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
+        >>> new, outgoing = switch(params, every(1)(0, params))
+        >>> torch.allclose(materialize(new["w"]), materialize(params["w"]))
+        True
+        >>> torch.equal(outgoing["w"].a, params["w"].factors.a)
+        True
     """
     if isinstance(params, LowRank):
         assert isinstance(plan, Plan)
@@ -70,8 +85,8 @@ def switch(
     assert not isinstance(incoming, Factors)
     incoming = candidates(params, plan) if incoming is None else incoming
     new, outgoing = dict(params), {}
-    for name, own_plan in plan.items():
-        new[name], outgoing[name] = _switch(name, _low_rank(params, name), own_plan, incoming[name])
+    for name, param_plan in plan.items():
+        new[name], outgoing[name] = _switch(name, _low_rank(params, name), param_plan, incoming[name])
     return SwitchedParams(new, outgoing)
 
 
@@ -82,12 +97,27 @@ def candidates(params: Params, plan: Plans, *, start: Start = "switchlora") -> d
 def candidates(
     params: LowRank | Params, plan: Plan | Plans, *, start: Start = "switchlora"
 ) -> Factors | dict[str, Factors]:
-    """The vectors that a plan names, regenerated from the basis seed: nothing is stored or sent.
+    """Generate the vectors that a plan names from the basis seed.
+
+    Nothing is stored or sent. Every process generates the same bits.
 
     Args:
-        params: one weight, or weights by name.
-        plan: of one weight, or by name; its `indices` say which vectors.
-        start: as in `init`; with "lora" the vectors of side b are zero.
+        params: One weight, or a dict of parameters by name.
+        plan: The plan of that weight, or a dict of plans by name. Its `indices` name the vectors.
+        start: The distribution, as in `init`. With "lora" the vectors of side b are zero.
+
+    Returns:
+        The vectors, laid out as factors with `count` in place of `rank`, or a dict of them by name.
+
+    Raises:
+        ValueError: If the plan names a parameter that is missing or not low-rank, or `start` is unknown.
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> from dynlora_fn.schedules import every
+        >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
+        >>> candidates(params, every(1)(0, params))["w"].b.shape
+        torch.Size([6, 2])
     """
     if isinstance(params, LowRank):
         assert isinstance(plan, Plan)
@@ -95,7 +125,7 @@ def candidates(
     assert isinstance(plan, Mapping)
     if not plan:
         return {}
-    slices = [_basis_slice(_low_rank(params, name), own, start) for name, own in plan.items()]
+    slices = [_basis_slice(_low_rank(params, name), param_plan, start) for name, param_plan in plan.items()]
     return dict(zip(plan, basis_vectors(slices), strict=True))
 
 
@@ -108,7 +138,8 @@ def _low_rank(params: Params, name: str) -> LowRank:
     param = params.get(name)
     if not isinstance(param, LowRank):
         raise ValueError(
-            f"`plan` must be for low-rank parameters, got one for {name!r}, which is {type(param).__name__}"
+            f"`plan` must be for low-rank parameters, got one for {name!r}, which is {type(param).__name__}; "
+            "remove it from `plan`"
         )
     return param
 
@@ -121,10 +152,10 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switche
     wide = widest(a.dtype, plain_dtype(param.base))
     new_a = _replace(a, plan.a, incoming.a, wide)
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
-    # One fold of both sides: the columns that meet each row of differences, and the other way about.
+    # One fold for both sides: b's columns times a's differences, and b's differences times a's new rows.
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
-    if sharding:  # rows of the base are whole
+    if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
         right = gather(right.mT, sharding.as_columns).mT
     base = fold_base(param.base, left, right, rank=a.shape[-2], name=name)
     factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
@@ -154,25 +185,28 @@ def _rows_after(
     incoming: Float[Tensor, "*stack count n"],
     index: Int[Tensor, "*#stack wanted"],
 ) -> Float[Tensor, "*stack wanted n"]:
-    """The new vectors at `index` alone. Read out of all of them, those would have to be in memory before the optimizer
-    writes them, which compiled is a copy of the factors."""
-    kept = take_rows(rows, index)
+    """Return the rows at `index` after the switch, without computing the other rows.
+
+    Reading them from the new factors would keep these in memory until the optimizer has written its result. In a
+    compiled step that is a copy of the factors.
+    """
+    current = take_rows(rows, index)
     if not plan.slots.shape[-1]:
-        return kept
+        return current
     source, is_hit, _ = _sources(plan, rows.shape[-2])
     stack = rows.shape[:-2]
     index = index.expand(*stack, index.shape[-1])
-    source, is_hit = (which.expand(*stack, which.shape[-1]).gather(-1, index) for which in (source, is_hit))
-    return torch.where(is_hit[..., None], take_rows(incoming.to(rows.dtype), source), kept)
+    source, is_hit = (leaf.expand(*stack, leaf.shape[-1]).gather(-1, index) for leaf in (source, is_hit))
+    return torch.where(is_hit[..., None], take_rows(incoming.to(rows.dtype), source), current)
 
 
 def _sources(
     plan: SidePlan, rank: int
 ) -> tuple[Int[Tensor, "*stack rank"], Bool[Tensor, "*stack rank"], Bool[Tensor, "*stack count"]]:
-    """For each slot the first active entry that names it and whether there is one; for each entry whether it counts.
+    """Return the source entry of each slot, and which slots and entries count.
 
-    A comparison of every slot with every entry instead of a scatter: entries that are not active collide with nothing,
-    and it fuses into the write of the factor when compiled.
+    A slot is replaced from the first active entry that names it. Every slot is compared with every entry. Unlike a
+    scatter, that lets inactive entries name any slot, and it fuses into the write of the factor when compiled.
     """
     entries = torch.arange(plan.slots.shape[-1], device=plan.slots.device)
     slots = torch.arange(rank, device=plan.slots.device)
@@ -186,7 +220,7 @@ def _sources(
 def take_rows(
     matrix: Float[Tensor, "*stack rows n"], index: Int[Tensor, "*#stack count"]
 ) -> Float[Tensor, "*stack count n"]:
-    """``matrix[..., index, :]``, with the same index for the whole stack or one for each member."""
+    """Return ``matrix[..., index, :]``, with one index for all or for each member."""
     shape = (*matrix.shape[:-2], index.shape[-1], matrix.shape[-1])
     return matrix.gather(-2, index[..., None].expand(shape))
 

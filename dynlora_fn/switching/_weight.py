@@ -1,4 +1,7 @@
-"""One weight: its vectors, merged, made dense. ``weight = base + b @ a / rank``."""
+"""Basis vectors of a weight, and `materialize` and `merge`.
+
+A weight is ``base + b @ a / rank``.
+"""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, overload
@@ -21,40 +24,65 @@ Start: TypeAlias = Literal["switchlora", "lora"]
 
 
 class BasisSlice(NamedTuple):
-    """Vectors of both sides of a weight's basis. Without stack axes, the same ones for the whole stack."""
+    """Name vectors of both sides of a weight's basis.
+
+    Indices without stack axes apply to the whole stack.
+    """
 
     seed: Int[Tensor, "*stack"]
     b_indices: Int[Tensor, "*#stack b_count"]
     a_indices: Int[Tensor, "*#stack a_count"]
-    shape: Sequence[int]  # of the weight, (out, in); it sets the bounds together with the rank and the start
+    shape: Sequence[int]  # (out, in) of the weight; with `rank` and `start` it sets the bounds
     rank: int
     start: Start
     dtype: torch.dtype
 
 
 def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
-    """The vectors of each slice, laid out as factors: `b` (*stack, out, b_count) and `a` (*stack, a_count, in)."""
+    """Generate the vectors of each slice of a basis.
+
+    They depend only on the seed, side and index, and on the bounds, which shape, rank and start set. Their bits are the
+    same on every device, eager and compiled. All slices are generated together.
+
+    Args:
+        slices: The slices. Their `start` is "switchlora" for the bounds of `basis_bounds`. "lora" means zeros on side b
+            and a bound of ``1 / sqrt(in)`` on side a.
+
+    Returns:
+        For each slice the vectors, laid out as factors: `b` (*stack, out, b_count) and `a` (*stack, a_count, in).
+
+    Raises:
+        ValueError: If a `start` is unknown.
+
+    Numerics: Vectors are scaled in float32, or in the slice's dtype if that is wider, and rounded once to the dtype.
+
+    Example:
+        >>> seed, indices = torch.tensor(0), torch.arange(3)
+        >>> (factors,) = basis_vectors([BasisSlice(seed, indices, indices, (6, 4), 2, "switchlora", torch.float32)])
+        >>> factors.b.shape, factors.a.shape
+        (torch.Size([6, 3]), torch.Size([3, 4]))
+    """
     requests = [
         request
-        for wanted in slices
+        for basis_slice in slices
         for request in (
-            Request(wanted.seed, "b", wanted.b_indices, wanted.shape[-2]),
-            Request(wanted.seed, "a", wanted.a_indices, wanted.shape[-1]),
+            Request(basis_slice.seed, "b", basis_slice.b_indices, basis_slice.shape[-2]),
+            Request(basis_slice.seed, "a", basis_slice.a_indices, basis_slice.shape[-1]),
         )
     ]
     units = uniform(requests)
-    return [_scale(wanted, b, a) for wanted, b, a in zip(slices, units[::2], units[1::2], strict=True)]
+    return [_scale(basis_slice, b, a) for basis_slice, b, a in zip(slices, units[::2], units[1::2], strict=True)]
 
 
-def _scale(wanted: BasisSlice, b: Tensor, a: Tensor) -> Factors:
-    if wanted.start not in ("switchlora", "lora"):
-        raise ValueError(f"`start` must be 'switchlora' or 'lora', got {wanted.start!r}")
-    out_features, in_features = wanted.shape[-2:]
-    is_lora = wanted.start == "lora"
-    bound = Bounds(b=0.0, a=in_features**-0.5) if is_lora else basis_bounds(out_features, in_features, wanted.rank)
-    dtype = torch.promote_types(wanted.dtype, torch.float32)
+def _scale(basis_slice: BasisSlice, b: Tensor, a: Tensor) -> Factors:
+    if basis_slice.start not in ("switchlora", "lora"):
+        raise ValueError(f"`start` must be 'switchlora' or 'lora', got {basis_slice.start!r}")
+    out_features, in_features = basis_slice.shape[-2:]
+    is_lora = basis_slice.start == "lora"
+    bound = Bounds(b=0.0, a=in_features**-0.5) if is_lora else basis_bounds(out_features, in_features, basis_slice.rank)
+    dtype = torch.promote_types(basis_slice.dtype, torch.float32)
     b, a = b.to(dtype) * bound.b, a.to(dtype) * bound.a
-    return Factors(b=b.to(wanted.dtype).mT.contiguous(), a=a.to(wanted.dtype))
+    return Factors(b=b.to(basis_slice.dtype).mT.contiguous(), a=a.to(basis_slice.dtype))
 
 
 @overload
@@ -62,10 +90,22 @@ def materialize(params: LowRank | Tensor) -> Tensor: ...
 @overload
 def materialize(params: Params) -> dict[str, Tensor]: ...
 def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
-    """The dense weight, ``base + b @ a / rank``, of one parameter or of each in a dict.
+    """Return the dense weight, ``base + b @ a / rank``.
 
-    Numerics: in the wider dtype of base and factors, float32 at least. Of a quantized base it is what products see, not
-    the residual.
+    Args:
+        params: One parameter, or a dict of parameters by name. Full-rank parameters are returned unchanged.
+
+    Returns:
+        The dense weight, or a dict of dense weights by name.
+
+    Numerics: The weight has the wider dtype of base and factors, at least float32. A quantized base is decoded without
+    its residual, as products read it.
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
+        >>> torch.allclose(materialize(params["w"]), torch.ones(6, 4))
+        True
     """
     return map_low_rank(_dense, params)  # type: ignore[return-value]
 
@@ -81,14 +121,30 @@ def merge(params: LowRank) -> LowRank: ...
 @overload
 def merge(params: Params) -> dict[str, Param]: ...
 def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
-    """The same weight with the product of the factors folded into the base, and ``b = 0``; `a` and the seed stay.
+    """Fold the product of the factors into the base.
 
-    Merging twice is merging once.
+    The weight does not change, except for one rounding of the base. Merging twice equals merging once::
+
+        base += b @ a / rank,     b = 0
+
+    `a` and the seed stay the same.
+
+    Args:
+        params: One weight, or a dict of parameters by name. Full-rank parameters are returned unchanged.
+
+    Returns:
+        The new weight, or the new parameters by name.
 
     Raises:
-        ValueError: if a quantized weight is not finite; it names the weight.
+        ValueError: If a quantized weight is not finite. The message names the weight.
 
-    Numerics: the base is rounded once to its dtype, or quantized once (see `quantize`).
+    Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`).
+
+    Example:
+        >>> from dynlora_fn import init
+        >>> params = merge(init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"]))
+        >>> bool(params["w"].factors.b.any()), torch.allclose(params["w"].base, torch.ones(6, 4))
+        (False, True)
     """
     if isinstance(params, LowRank):
         return _merge("param", params)
@@ -96,8 +152,8 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _merge(name: str, param: LowRank) -> LowRank:
-    held, (b, a) = with_pending(param)
-    base: Base = fold_base(held, b, a, rank=b.shape[-1], name=name)
+    inner_base, (b, a) = with_pending(param)
+    base: Base = fold_base(inner_base, b, a, rank=b.shape[-1], name=name)
     if isinstance(param.base, Sharded):
         assert isinstance(base, Sharded)
         base = base._replace(sharding=param.base.sharding)

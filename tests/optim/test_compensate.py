@@ -196,7 +196,7 @@ def test_projected_gradients_keep_shapes_and_dtypes(param):
 
 
 def test_a_gradient_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"`grads` must have shape \(6, 8\) for 'w', got \(8, 6\)"):
+    with pytest.raises(ValueError, match=r"`grads` must have the weight's shape \(6, 8\) for 'w', got \(8, 6\)"):
         compensate({"w": low_rank(SHAPE)}, {"w": torch.ones(8, 6)}, lr=0.1)
 
 

@@ -128,7 +128,5 @@ def test_a_moment_in_8_bit_is_pruned_exactly_and_not_transported():
     assert_same(new[..., own][new[..., own] != 0], old[..., own][new[..., own] != 0])
     assert (new[..., own] == 0).float().mean() > 0.8  # of both moments' smallest 90 %
     params = {"w": PARAM._replace(factors=trainable["w"])}
-    with pytest.raises(
-        ValueError, match="`rule` must not be 'transport' for moments in 8 bit, got it for those of 'w'"
-    ):
+    with pytest.raises(ValueError, match="`rule` must not be 'transport' for 8-bit moments, got them for 'w'"):
         project_optimizer_state(state, plan, rule="transport", change=Change(params, params))

@@ -129,5 +129,7 @@ def test_from_a_factor_that_is_zero_no_step_is_too_long(zero: str):
 
 def test_muon_wants_matrices():
     optimizer, trainable = muon(), {"bias": normal(0, 5)}
-    with pytest.raises(ValueError, match=r"`trainable` must be matrices to be trained by muon, got \(5,\) for 'bias'"):
+    with pytest.raises(
+        ValueError, match=r"`trainable` has 'bias' of shape \(5,\), which muon cannot orthogonalize; train"
+    ):
         optimizer.update(trainable, optimizer.init(trainable), trainable, lr=LR)

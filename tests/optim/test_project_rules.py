@@ -1,6 +1,6 @@
 """Every rule for the counterparts' state holds for every optimizer."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from dynlora_fn import Factors, partition, project_optimizer_state, switch
-from dynlora_fn.optim import Change, adamw, lion, sgd
+from dynlora_fn.optim import Change, adamw
+from dynlora_fn.optim._project_state import Rule
 from dynlora_fn.testing import assert_same, normal, untouched
-from tests.support.optimizer_states import FACTORS_BY_MUON, SWITCH, adamw_state, filled, own_state, weights
+from tests.support.optimizer_states import SWITCH, adamw_state, filled, own_state, weights
+from tests.support.optimizer_table import OPTIMIZERS as ENTRIES
 from tests.support.optimizers import one_switch, some_trainable
 
 
@@ -47,17 +49,15 @@ def torchopt_state(name: str, **settings: Any) -> Any:
 
 # By optimizer: how its state is made.
 OPTIMIZERS = {
-    "adamw": own_state(adamw()),
-    "sgd": own_state(sgd()),
-    "lion": own_state(lion()),
-    "muon": own_state(FACTORS_BY_MUON),
+    **{name: own_state(entry.transform) for name, entry in ENTRIES.items()},
     "torch.optim.AdamW": torch_state(torch.optim.AdamW),
     "torch.optim.SGD": torch_state(torch.optim.SGD, momentum=0.9),
     "torch.optim.RMSprop": torch_state(torch.optim.RMSprop, momentum=0.9),
     "torchopt.adamw": torchopt_state("adamw"),
     "torchopt.sgd": torchopt_state("sgd", momentum=0.9),
 }
-RULES = ["reset", "reset_thawed", "keep", "prune", "transport"]
+TRANSPORTED = {name: make for name, make in OPTIMIZERS.items() if name not in ENTRIES or ENTRIES[name].has_first_moment}
+CASES = [(name, rule) for name in OPTIMIZERS for rule in get_args(Rule) if rule != "transport" or name in TRANSPORTED]
 
 
 def projected(make: Any, rule: str, **settings: Any) -> tuple[Any, Any, Change]:
@@ -83,9 +83,9 @@ def sides(before: Any, after: Any) -> list[tuple[str, Tensor, Tensor]]:
     return [(keystr(path), old, new) for (path, old), (_, new) in pairs if isinstance(old, Tensor)]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_every_optimizer_follows_every_rule_for_the_counterparts_alone(make, rule):
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_every_optimizer_follows_every_rule_for_the_counterparts_alone(name, rule):
+    make = OPTIMIZERS[name]
     before, after, _ = projected(make, rule, prune=0.5) if rule == "prune" else projected(make, rule)
     changed = 0
     for path, old, new in sides(before, after):
@@ -101,7 +101,7 @@ def test_every_optimizer_follows_every_rule_for_the_counterparts_alone(make, rul
     assert bool(changed) == (rule != "keep")
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("make", TRANSPORTED.values(), ids=TRANSPORTED)
 def test_reset_leaves_no_moment(make):
     for path, old, new in sides(*projected(make, "reset")[:2]):
         if old.shape == (5, 4):
@@ -144,7 +144,7 @@ def test_pruning_is_relora_s(share):
     assert_same(new.count, state.count)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("make", TRANSPORTED.values(), ids=TRANSPORTED)
 def test_transport_is_exact_where_the_old_vectors_tell_all(make):
     """Of a G within the span of the old vectors, ``G a.T / rank`` becomes what it is with the new ones."""
     params, plan = weights(), one_switch(**SWITCH)
@@ -190,8 +190,11 @@ def test_torch_optim_takes_its_state_back():
     [
         ({"rule": "rest"}, "`rule` must be one of reset, reset_thawed, keep, prune, transport, got 'rest'"),
         ({"rule": "prune", "prune": 1.5}, r"`prune` must be in \[0, 1\], got 1.5"),
-        ({"rule": "transport"}, "`change` must be given for 'transport' and for nothing else, got 'transport'"),
-        ({"change": Change({}, {})}, "`change` must be given .* got 'reset'"),
+        (
+            {"rule": "transport"},
+            "`change` must be passed with rule 'transport' and with no other, got rule 'transport'",
+        ),
+        ({"change": Change({}, {})}, "`change` must be passed .* got rule 'reset'"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -202,5 +205,5 @@ def test_bad_settings_are_refused(settings, message):
 def test_a_state_without_a_first_moment_is_not_transported():
     params = weights()
     state, change = {"other": filled(partition(params).trainable)}, Change(params, params)
-    with pytest.raises(ValueError, match=r"`opt_state` must hold a first moment .* \['w'\]"):
+    with pytest.raises(ValueError, match=r"`opt_state` must have a first moment .* \['w'\]"):
         project_optimizer_state(state, one_switch(**SWITCH), rule="transport", change=change)

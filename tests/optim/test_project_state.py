@@ -94,9 +94,9 @@ def test_the_switched_vector_keeps_its_state():
 def test_a_plan_that_the_state_has_no_factors_for_is_refused():
     trainable = some_trainable()
     plan = one_switch(b=[0], a=[1], frozen_for=5)
-    with pytest.raises(ValueError, match=r"`opt_state` must hold the factors of every planned parameter.*\['v'\]"):
+    with pytest.raises(ValueError, match=r"`opt_state` must have the factors of every planned parameter.*\['v'\]"):
         project_optimizer_state(adamw_state(trainable), {**plan, "v": plan["w"]})
-    with pytest.raises(ValueError, match=r"`opt_state` must hold .*\['bias'\]"):
+    with pytest.raises(ValueError, match=r"`opt_state` must have .*\['bias'\]"):
         project_optimizer_state(adamw_state(trainable), {"bias": plan["w"]})
     with pytest.raises(ValueError, match="`plan` must be by parameter name"):
         project_optimizer_state(adamw_state(trainable), plan["w"])

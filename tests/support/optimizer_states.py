@@ -6,7 +6,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors
-from dynlora_fn.optim import AdamWState, adamw, multi_transform, muon, sgd
+from dynlora_fn.optim import AdamWState, adamw
 from dynlora_fn.testing import Shape, low_rank, normal
 
 
@@ -37,9 +37,6 @@ def own_state(transform: Any) -> Any:
     return make
 
 
-FACTORS_BY_MUON = multi_transform(
-    {"muon": muon(), "sgd": sgd()}, lambda name, leaf: "muon" if isinstance(leaf, Factors) else "sgd"
-)
 SWITCH = {"b": [0, 3], "a": [2], "frozen_for": 5}
 
 

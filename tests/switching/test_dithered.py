@@ -85,7 +85,7 @@ def test_a_dithered_plan_is_a_function_of_the_step_in_a_graph_too():
 
 @pytest.mark.parametrize("schedule", [every(10), Schedule(interval=40, every=2)])
 def test_only_a_rate_step_by_step_can_be_dithered(schedule):
-    with pytest.raises(ValueError, match="`schedule` must go by rate and step by step to be dithered"):
+    with pytest.raises(ValueError, match="`schedule` must have count=None and every=1 to be dithered"):
         dithered(schedule, {"w": weight(8, 8, 2)}, total_steps=10, seed=0)
 
 

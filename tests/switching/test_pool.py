@@ -208,5 +208,5 @@ def test_a_plan_for_more_vectors_than_are_idle_is_refused():
     _, pool = make(Shape(6, 5, 3), 1, 0)
     draw(pool, plan_of(3, b=2, a=2))
     for counts in ({"b": 3, "a": 1}, {"b": 1, "a": 3}):
-        with pytest.raises(ValueError, match="`plan` must not take more vectors than the 2 idle ones of 5, got 3"):
+        with pytest.raises(ValueError, match="`plan` takes 3 vectors of a side, but only 2 of 5 are idle"):
             draw(pool, plan_of(3, **counts))

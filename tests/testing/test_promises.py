@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import dynlora_fn as dl
 from dynlora_fn import testing
 from dynlora_fn.testing import Shape, low_rank, low_rank_params, plan_of, trees
+from tests.support.optimizer_table import OPTIMIZERS
 from tests.support.strategies import plain_params
 
 # By name: the transform, and the weights that it takes, all unless given.
@@ -73,9 +74,9 @@ def test_one_graph_serves_all_plans(transform):
     testing.check_compiles(transform)
 
 
-@pytest.mark.parametrize("optimizer", [dl.optim.adamw(), dl.optim.sgd(), dl.optim.lion()], ids=["adamw", "sgd", "lion"])
-def test_only_the_counterparts_start_afresh(optimizer):
-    testing.check_state_projection(dl.project_optimizer_state, optimizer=optimizer)
+@pytest.mark.parametrize("entry", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_only_the_counterparts_start_afresh(entry):
+    testing.check_state_projection(dl.project_optimizer_state, optimizer=entry.transform)
 
 
 @pytest.mark.parametrize("rule", ["keep", "prune", "reset_thawed"])
