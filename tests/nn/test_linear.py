@@ -14,6 +14,7 @@ import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, linear
 from dynlora_fn.bases import quantize
 from dynlora_fn.bases._base import dequantize
+from dynlora_fn.nn import _linear
 from dynlora_fn.nn._view import View, transposed
 from dynlora_fn.testing import Shape, assert_within, eps, low_rank, normal, seeds, untouched
 from tests.support import reference
@@ -247,7 +248,7 @@ def test_an_unknown_path_is_refused():
 def test_the_module_takes_the_cheapest_path(monkeypatch):
     """What `call` runs is what `cheapest` says of the shapes it meets."""
     asked = []
-    monkeypatch.setattr(contraction, "cheapest", lambda **sizes: asked.append(sizes) or "dense")
+    monkeypatch.setattr(_linear, "cheapest_path", lambda **sizes: asked.append(sizes) or "dense")
     model = nn.Linear(6, 4)
     dl.call(model, dl.init(model, rank=2, seed=0, targets=["weight"]), torch.ones(3, 5, 6))
     assert asked == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]

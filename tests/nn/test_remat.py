@@ -5,6 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import call, combine, compile_step, linear, remat, value_and_grad
+from dynlora_fn.nn import _products
 from dynlora_fn.testing import assert_same, normal
 from tests.support.blocks import Block, make
 
@@ -32,7 +33,7 @@ def test_gradients_are_the_same_bit_for_bit(via, backend):
 def test_a_block_is_computed_twice_and_the_rest_once(via, monkeypatch):
     model, trainable, frozen = make()
     shapes = []
-    monkeypatch.setattr(products, "contract", lambda x, *rest: shapes.append(x.shape) or linear(x, *rest))
+    monkeypatch.setattr(_products, "contract", lambda x, *rest: shapes.append(x.shape) or linear(x, *rest))
     gradients(remat(model, ["layers.[01]"]), trainable, frozen, via)
     assert len(shapes) == 3 + 2
 

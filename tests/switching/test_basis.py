@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynlora_fn import Factors
-from dynlora_fn.switching import BasisSlice, basis_bounds, basis_vectors
+from dynlora_fn.switching import BasisSlice, _basis, basis_bounds, basis_vectors
 from dynlora_fn.switching._basis import Request, philox
 from dynlora_fn.switching._basis import uniform as uniforms
 from dynlora_fn.testing import Shape, any_shapes, assert_same, seeds, shapes
@@ -195,7 +195,7 @@ def test_no_more_words_are_drawn_than_are_needed(monkeypatch: pytest.MonkeyPatch
         drawn.append(torch.broadcast_tensors(*counter, *key)[0].numel())
         return philox(counter, key)
 
-    monkeypatch.setattr(basis, "philox", counted)
+    monkeypatch.setattr(_basis, "philox", counted)
     indices = torch.arange(6).reshape(2, 3)
     seed = torch.tensor([1, 2])
     a, b = uniforms([Request(seed, "a", indices, 10), Request(seed, "b", indices[0], 5)])

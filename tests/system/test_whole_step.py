@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors, combine, unstack
+from dynlora_fn.nn import _linear
 from dynlora_fn.schedules import never
 from dynlora_fn.testing import assert_same
 from tests.support import reference
@@ -118,7 +119,7 @@ class PlainLoRA:
 
 
 def test_without_switches_a_run_is_plain_lora_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(contraction, "cheapest", lambda **_: "factored")  # the products of plain LoRA
+    monkeypatch.setattr(_linear, "cheapest_path", lambda **_: "factored")  # the products of plain LoRA
     # Without clipping, whose norm adds up the stack in another order.
     run = make_run(never(), dtype=torch.float32, start="lora", weight_decay=0.1, max_norm=math.inf)
     plain = PlainLoRA(run.state, weight_decay=0.1)
