@@ -151,7 +151,7 @@ def test_tied_tensors_come_once():
     [
         ({"rank": 5}, r"`rank` must be at least 1 and at most min\(out, in\) = 4 for 'w' of shape \(4, 6\), got 5"),
         ({"rank": 0}, r"`rank` must be at least 1 .* got 0"),
-        ({"targets": ["v*"]}, r"`targets` must match parameter names, got 'v\*', which matches none of: w, bias"),
+        ({"targets": ["v*"]}, r"`targets` contains 'v\*', which matches no name; use names or globs of: w, bias"),
         (
             {"targets": ["w", "bias"]},
             r"`targets` must match matrices \(out, in\) or stacks of them, got 'bias' of shape \(4,\)",
