@@ -251,10 +251,11 @@ def _drifted() -> list[str]:
 def test_processes_that_have_drifted_are_named():
     messages = in_ranks(5, _drifted)
     assert all(one == messages[0] for one in messages)
-    rule = "`state` must be the same on all processes, got"
+    differs = "differs from that of the majority, first at ['count'][0]; resume from a checkpoint"
     assert messages[0] == [
-        f"{rule} rank 2 with another, from ['count'][0] on",
-        f"{rule} ranks 1, 2 with another, from ['count'][0] on",
-        f"{rule} rank 0 with another, from ['count'][0] on",
-        f"{rule} 5 different ones, by ranks: [[0], [1], [2], [3], [4]]",
+        f"`state` of processes [2] {differs}",
+        f"`state` of processes [1, 2] {differs}",
+        f"`state` of processes [0] {differs}",
+        "`state` differs between processes without a majority, and the processes with equal states are"
+        " [[0], [1], [2], [3], [4]]; resume from a checkpoint",
     ]
