@@ -251,7 +251,7 @@ def _drifted() -> list[str]:
 def test_processes_that_have_drifted_are_named():
     messages = in_ranks(5, _drifted)
     assert all(one == messages[0] for one in messages)
-    differs = "differs from that of the majority, first at ['count'][0]; resume from a checkpoint"
+    differs = "differs from the majority, first at ['count'][0]; resume from a checkpoint"
     assert messages[0] == [
         f"`state` of processes [2] {differs}",
         f"`state` of processes [1, 2] {differs}",

@@ -21,7 +21,10 @@ class Autocast(NamedTuple):
 
 
 def autocast_now(device_type: str) -> Autocast | None:
-    """Return the current setting of autocast, or None on a device without it, such as meta."""
+    """Return the current setting of autocast, or None on a device without it.
+
+    The meta device is one.
+    """
     if not torch.amp.is_autocast_available(device_type):
         return None
     return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))

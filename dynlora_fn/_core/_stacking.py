@@ -42,7 +42,9 @@ def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
 
 
 def _group(names: list[str], keys: Mapping[str, Hashable], literal: int) -> Iterator[tuple[str, Stack]]:
-    """Replace all integers after the first `literal` by stars, and one fewer where they form no grid.
+    """Replace all integers after the first `literal` by stars.
+
+    Where the replaced integers form no grid, one more is kept.
 
     A grid contains index zero, so at most one group of a pattern is a grid and no two stacks share a name.
     """
@@ -64,7 +66,7 @@ def _integers(name: str) -> tuple[int, ...]:
 
 
 def _is_integer(part: str) -> bool:
-    """Return whether `unstack` would write the integer in the same way: not with a leading zero."""
+    """Return whether `unstack` would write the same text: no leading zero."""
     return part.isascii() and part.isdecimal() and str(int(part)) == part
 
 

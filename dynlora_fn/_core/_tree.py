@@ -11,7 +11,10 @@ from dynlora_fn._core._types import Factors, Frozen, LowRank, Param, Params, Tra
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """Return the plain tensors that store a tensor: itself, or the inner tensors of a subclass such as torchao's."""
+    """Return the plain tensors that store a tensor.
+
+    They are the tensor itself, or the inner tensors of a subclass such as torchao's.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -134,7 +137,10 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) -> Param | dict[str, Param]:
-    """Apply `transform` to one LowRank, or to each in a dict. Tensors are returned unchanged."""
+    """Apply `transform` to one LowRank, or to each in a dict.
+
+    Tensors are returned unchanged.
+    """
     if isinstance(params, Mapping):
         return {name: transform(param) if isinstance(param, LowRank) else param for name, param in params.items()}
     return transform(params) if isinstance(params, LowRank) else params

@@ -17,7 +17,10 @@ Side: TypeAlias = Literal["b", "a"]
 
 
 class Factors(NamedTuple):
-    """The trained low-rank factors of one weight. Slot k is the pair ``b[..., :, k]``, ``a[..., k, :]``."""
+    """The trained low-rank factors of one weight.
+
+    Slot k is the pair ``b[..., :, k]``, ``a[..., k, :]``.
+    """
 
     b: Float[Tensor, "*stack out rank"]
     a: Float[Tensor, "*stack rank in"]
@@ -25,7 +28,10 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which rows of a base this process stores: equally many on each, and fewer on the last ones."""
+    """Which rows of a base this process stores.
+
+    Every process stores equally many rows, and the last ones store fewer if the number does not divide.
+    """
 
     group: str  # the name of the process group
     world_size: int
@@ -56,7 +62,9 @@ register_constant(Sharding)  # a node without leaves, so that the leaves of ever
 
 
 class LowRank(NamedTuple):
-    """A low-rank weight, ``base + b @ a / rank`` (arXiv:2406.06564, equation 1 with alpha = 1).
+    """A low-rank weight, ``base + b @ a / rank``.
+
+    This is equation 1 of arXiv:2406.06564 with alpha = 1.
 
     The scale is always ``1 / rank``, so the forward pass and a switch cannot disagree about it.
     """

@@ -20,7 +20,7 @@ def plain_dtype(base: Base) -> torch.dtype:
 
 
 def dequantize(base: Codes | Quantized | Sharded | Transposed, dtype: torch.dtype) -> Tensor:
-    """Return the dense weight that products read: the decoded codes, without the residual.
+    """Return the dense weight that products read, without the residual.
 
     A conversion is one operation that a compiler cannot look into, so only one dense weight is alive at a time.
     Collective if the base is sharded: call it on every process.
@@ -53,8 +53,8 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
         name: The name of the weight, for error messages.
 
     Raises:
-        ValueError: If the new weight of a quantized base is not finite, in a compiled function too, or if more folds
-            arrive at once than a deferred base has room for.
+        ValueError: If the new weight of a quantized base is not finite, in a compiled function too. Also if a fold has
+            more vectors than a deferred base has room for.
     """
     if isinstance(base, Tensor):
         return fold(base, left, right, rank=rank)
@@ -72,7 +72,7 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
 
 
 def _deferred(base: Deferred, left: Tensor, right: Tensor, *, rank: int, name: str) -> Deferred:
-    """Append vectors to the pending ones, and fold as many of the oldest into the base."""
+    """Append pending vectors, and fold as many of the oldest into the base."""
     count, (b, a) = left.shape[-1], base.pending
     if count > b.shape[-1]:
         raise ValueError(

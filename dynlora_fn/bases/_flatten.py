@@ -14,7 +14,10 @@ from dynlora_fn.bases._types import FoldedBase, Quantized, Sharded, Transposed
 
 
 class Layout(NamedTuple):
-    """How to rebuild codes from their tensors. All fields are constants, so a graph can contain them."""
+    """How to rebuild codes from their tensors.
+
+    All fields are constants, so a graph can contain them.
+    """
 
     kind: str  # of the format of the codes
     sharding: tuple[Any, ...] | None = None  # the fields of `Sharding`, if these are the rows of this process
@@ -22,7 +25,10 @@ class Layout(NamedTuple):
 
 
 def flatten_base(base: FoldedBase | Transposed) -> tuple[Layout, list[Tensor]]:
-    """Return the layout and the tensors of the codes, as they are stored. `gather_codes` reverses it."""
+    """Return the layout and the tensors of the codes, as they are stored.
+
+    `gather_codes` reverses it.
+    """
     if isinstance(base, Transposed):
         layout, tensors = flatten_base(base.base)
         return layout._replace(is_transposed=True), tensors

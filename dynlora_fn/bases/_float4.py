@@ -23,7 +23,10 @@ from torch.nn import functional
 
 
 class NVFP4Codes(NamedTuple):
-    """``codes * scale * factor`` in blocks of 16: the inner tensors of torchao's prototype NVFP4Tensor."""
+    """``codes * scale * factor`` in blocks of 16.
+
+    They are the inner tensors of torchao's prototype NVFP4Tensor.
+    """
 
     codes: UInt8[Tensor, "*stack out half_in"]  # two 4-bit codes in each byte, the first in the low bits
     scale: Float[Tensor, "*stack rows blocks"]  # float8_e4m3fn; (out, blocks), or in the tiles of tensor cores
@@ -31,7 +34,10 @@ class NVFP4Codes(NamedTuple):
 
 
 class MXFP4Codes(NamedTuple):
-    """``codes * 2 ** (scale - 127)`` in blocks of 32: the inner tensors of torchao's prototype MXTensor."""
+    """``codes * 2 ** (scale - 127)`` in blocks of 32.
+
+    They are the inner tensors of torchao's prototype MXTensor.
+    """
 
     codes: UInt8[Tensor, "*stack out half_in"]  # two 4-bit codes in each byte, the first in the low bits
     scale: UInt8[Tensor, "*stack out blocks"]  # the bits of float8_e8m0fnu, which Inductor does not support
@@ -127,7 +133,10 @@ def with_factors_by_row(codes: NVFP4Codes) -> NVFP4Codes:
 
 
 def with_one_factor(codes: NVFP4Codes) -> NVFP4Codes:
-    """Reverse `with_factors_by_row` if the factors of all rows are equal; return other codes unchanged."""
+    """Reverse `with_factors_by_row` if the factors of all rows are equal.
+
+    Other codes are returned unchanged.
+    """
     first = codes.factor[..., :1, :]
     is_one = has_factors_by_row(codes) and bool((codes.factor == first).all())
     return codes._replace(factor=first[..., 0, 0].clone()) if is_one else codes
@@ -145,7 +154,7 @@ def _pack(units: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _limits() -> Tensor:
-    """Return, for each magnitude except the last, the largest value that is rounded to it.
+    """Return the largest value rounded to each magnitude, except for the last.
 
     It is the middle of two magnitudes, or the float just below if the next code is even.
     """
@@ -158,7 +167,10 @@ def _limits() -> Tensor:
 
 
 def swizzled(scale: Tensor) -> Tensor:
-    """Arrange scales (out, blocks) in tiles, padded with zeros: (32 * row tiles, 16 * column tiles)."""
+    """Arrange scales (out, blocks) in tiles, padded with zeros.
+
+    The result has the shape (32 * row tiles, 16 * column tiles).
+    """
     rows, columns = scale.shape
     bits = functional.pad(scale.view(torch.uint8), (0, -columns % 4, 0, -rows % 128))
     tiles = rearrange(bits, "(R q p) (C c) -> (R C p q c)", q=4, p=32, c=4)

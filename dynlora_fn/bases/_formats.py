@@ -35,7 +35,10 @@ def kind_of(codes: Codes) -> str:
 
 
 def code_tensors(codes: Codes | Residual) -> list[Tensor]:
-    """Return the tensors of codes or of a residual. `codes_from_tensors` and `residual_from_tensors` reverse it."""
+    """Return the tensors of codes or of a residual.
+
+    `codes_from_tensors` and `residual_from_tensors` reverse it.
+    """
     return [codes] if isinstance(codes, Tensor) else list(codes)
 
 
@@ -68,7 +71,9 @@ def format_of(base: object) -> tuple[str, torch.dtype]:
 
 
 def empty_codes(kind: str, name: str, weight: Tensor, *, float8_dtype: torch.dtype = torch.float8_e4m3fn) -> Codes:
-    """Return uninitialized codes for one weight (out, in), as the argument `like` of `encode`.
+    """Return uninitialized codes for one weight (out, in).
+
+    They are the argument `like` of `encode`.
 
     Args:
         kind: The name of the format.
@@ -118,7 +123,10 @@ def encode(weight: Tensor, like: Codes, *, again: bool = False) -> Codes:
 
 
 def encode_residual(weight: Tensor, like: Int8Codes | Tensor) -> Int8Codes | Tensor:
-    """Encode what codes miss in the format of `like`. It may be far smaller than a weight."""
+    """Encode what codes miss in the format of `like`.
+
+    It may be far smaller than a weight.
+    """
     return int8_residual(weight) if isinstance(like, Int8Codes) else weight.to(like.dtype)
 
 
@@ -141,7 +149,7 @@ def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
 
 
 def decode_into(target: Tensor, codes: Codes) -> None:
-    """Decode one weight into an existing tensor, which may be a view of a larger matrix."""
+    """Decode one weight into an existing tensor, such as a view of a larger matrix."""
     if isinstance(codes, Int8Codes | Float8Codes) and target.dtype in (torch.float32, torch.float64):
         target.copy_(codes.codes).mul_(codes.scale)
     else:
@@ -157,7 +165,7 @@ def shape_of(codes: Codes) -> torch.Size:
 
 
 def is_tied(codes: Codes) -> bool:
-    """Return whether one entry may change the codes of the entire weight, and not only those of its row."""
+    """Return whether one entry may change the codes of other rows."""
     return isinstance(codes, NF4Codes) or (isinstance(codes, NVFP4Codes) and not _float4.has_factors_by_row(codes))
 
 

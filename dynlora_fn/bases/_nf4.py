@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class NF4Codes(NamedTuple):
-    """4-bit quantiles of a normal distribution (arXiv:2305.14314): the inner tensors of torchao's NF4Tensor.
+    """NF4 codes (arXiv:2305.14314): the inner tensors of torchao's NF4Tensor.
 
     Blocks of 64 entries, row by row, share a scale. The scales are 8-bit integers, and groups of blocks share a factor.
     """
@@ -74,7 +74,7 @@ def encode(weight: Tensor, like: NF4Codes, *, again: bool = False) -> NF4Codes:
 
 @lru_cache(maxsize=1)
 def _limits() -> Tensor:
-    """Return, for each value except the last, the largest float32 that is nearest to it.
+    """Return the largest float32 nearest to each value, except for the last.
 
     A tie goes to the smaller value. The limit is near the middle of two values, where their rounded distances are
     equal.

@@ -38,7 +38,10 @@ _LIBRARY.define(
 
 
 def decode_exact(codes: Codes, residual: Residual, dtype: torch.dtype) -> Tensor:
-    """Return codes plus residual as a dense weight, on the device of the codes, in newly allocated memory."""
+    """Return codes plus residual as a dense weight, in newly allocated memory.
+
+    It is on the device of the codes.
+    """
     total = decode(codes, dtype)
     if not isinstance(residual, Tensor | Int8Codes):
         return total.clone() if total is codes else total
@@ -46,7 +49,10 @@ def decode_exact(codes: Codes, residual: Residual, dtype: torch.dtype) -> Tensor
 
 
 def _can_read(tensor: Tensor) -> bool:
-    """Return whether the host can read values: not on the meta device, and not while a CUDA graph is captured."""
+    """Return whether the host can read values.
+
+    It cannot on the meta device, or while a CUDA graph is captured.
+    """
     return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
@@ -82,7 +88,7 @@ def _empty_dequantized(codes: list[Tensor], kind: str, dtype: torch.dtype) -> Te
 def _fold_codes(
     codes: list[Tensor], kind: str, residual: list[Tensor], left: Tensor, right: Tensor, rank: int, name: str
 ) -> list[Tensor]:
-    """Encode ``codes + residual + left @ right / rank`` again, one member of the stack at a time."""
+    """Fold ``left @ right / rank`` into codes and residual, member by member."""
     old, split = [*codes, *residual], len(codes)
     new = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in old]
     stack = codes[0].shape[:-2]
@@ -121,7 +127,10 @@ def _fold_member(
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Add ``left @ right`` in place. On CUDA up to 32 vectors are added one by one: a matrix product may use TF32."""
+    """Add ``left @ right`` in place.
+
+    On CUDA up to 32 vectors are added one by one, because a matrix product may use TF32.
+    """
     if total.is_cuda and left.shape[-1] <= 32:
         for k in range(left.shape[-1]):
             total.addr_(left[:, k], right[k])
@@ -148,7 +157,10 @@ def _times_codes(
     with_b: bool,
     transposed: bool,
 ) -> Tensor:
-    """Multiply `x` by the dequantized base, with the factors merged into it if there are any; see `times_merged`."""
+    """Multiply `x` by the dequantized base.
+
+    If there are factors, they are merged into it first, as in `times_merged`.
+    """
     base = codes_from_tensors(kind, codes)
     if b is None or a is None:
         weight = decode(base, x.dtype)

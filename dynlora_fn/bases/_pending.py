@@ -11,7 +11,10 @@ from dynlora_fn.bases._types import Deferred, FoldedBase, Sharded
 
 
 class BaseAndFactors(NamedTuple):
-    """A weight without pending folds, ``base + b @ a / rank``, where `rank` is the rank of these factors."""
+    """A weight without pending folds, ``base + b @ a / rank``.
+
+    `rank` is the rank of these factors.
+    """
 
     base: FoldedBase
     factors: Factors
@@ -29,7 +32,9 @@ def rank_with_pending(param: LowRank) -> int:
 
 
 def with_pending(param: LowRank) -> BaseAndFactors:
-    """Return the weight with its pending folds as additional slots, which are not trained.
+    """Return the weight with its pending folds as additional slots.
+
+    Gradients do not reach the additional slots.
 
     Sharded factors are gathered. Collective in that case: call it on every process.
     """

@@ -36,9 +36,9 @@ def quantize(
 ) -> LowRank | dict[str, Param]:
     """Quantize the bases.
 
-    The error of the weight stays that of one quantization, however often differences are folded into the base. Products
-    read ``dequantize(codes) + b @ a / rank``. The residual stores what the codes miss. A fold by `switch` or `merge`
-    includes it::
+    The error of the weight does not exceed one quantization error, however often differences are folded into the base.
+    Products read ``dequantize(codes) + b @ a / rank``. The residual stores what the codes miss. A fold by `switch` or
+    `merge` includes it::
 
         target = codes + residual + difference
         codes = quantize(target);   residual = target - codes
@@ -60,13 +60,13 @@ def quantize(
         The same weights with `Quantized` bases. With "bfloat16" and no residual, the bases are plain tensors.
 
     Raises:
-        ValueError: If the format is unknown or does not fit the shape of a weight, a weight is not finite, or a base is
-            sharded or deferred.
+        ValueError: If the format is unknown, or does not fit the shape of a weight. Also if a weight is not finite, or
+            a base is sharded or deferred.
 
     Numerics: The codes are bitwise those of torchao for the base in float32, except that rows or blocks of zeros stay
         zeros. The error of an entry is at most half a step, as in the table. For nf4, add 1/128 of the largest
         difference between a block's largest entry and the mean of these largest entries. The difference is taken over
-        the blocks that share a factor. The mean is that of all blocks when the base was first quantized.
+        the blocks that share a factor. The mean is taken over all blocks when the base is first quantized.
 
         ========  ================================  =======================================================
         format    layout                            error of an entry, at most
@@ -139,7 +139,10 @@ def quantize_base(
 
 
 def _exact(base: LocalBase, dtype: torch.dtype) -> Tensor:
-    """Return one member with its residual, in `dtype` or a wider dtype, in newly allocated memory."""
+    """Return one member with its residual, in newly allocated memory.
+
+    Its dtype is `dtype` or a wider one.
+    """
     if isinstance(base, Tensor):
         return decode_exact(base, (), widest(base.dtype, dtype))
     return decode_exact(base.codes, base.residual, dtype)

@@ -8,14 +8,20 @@ from torch import Tensor
 
 
 class Int8Codes(NamedTuple):
-    """``codes * scale`` with one scale for each row: the inner tensors of torchao's symmetric Int8Tensor."""
+    """``codes * scale`` with one scale for each row.
+
+    They are the inner tensors of torchao's symmetric Int8Tensor.
+    """
 
     codes: Int8[Tensor, "*stack out in"]
     scale: Float[Tensor, "*stack out 1"]  # float32
 
 
 class Float8Codes(NamedTuple):
-    """``codes * scale`` with one scale for each row: the inner tensors of torchao's Float8Tensor."""
+    """``codes * scale`` with one scale for each row.
+
+    They are the inner tensors of torchao's Float8Tensor.
+    """
 
     codes: Float[Tensor, "*stack out in"]  # float8_e4m3fn or float8_e5m2
     scale: Float[Tensor, "*stack out 1"]  # float32
@@ -32,7 +38,10 @@ def int8_residual(weight: Tensor) -> Int8Codes:
 
 
 def encode_int8(weight: Tensor, steps: float, least_scale: float) -> Int8Codes:
-    """Encode a weight (out, in) in int8, with `steps` steps from zero to the largest magnitude of each row."""
+    """Encode a weight (out, in) in int8.
+
+    There are `steps` steps from zero to the largest magnitude of each row.
+    """
     largest = weight.abs().amax(-1, keepdim=True)
     scale = (largest / steps).clamp(min=least_scale).to(torch.float32)
     codes = (weight * (1.0 / scale)).round_().clamp_(-128, 127)

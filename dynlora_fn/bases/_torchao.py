@@ -47,7 +47,10 @@ def decode_8bit(codes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_8bit(tensor: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return 8-bit codes for the values in `table`, and one scale for each block of the flattened tensor."""
+    """Encode in 8 bits, with the values in `table` and one scale for each block.
+
+    Blocks are consecutive entries of the flattened tensor.
+    """
     from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor  # noqa: PLC0415
 
     scaled, scale = scale_tensor(tensor, block)

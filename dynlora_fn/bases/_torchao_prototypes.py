@@ -1,7 +1,7 @@
 """Convert torchao's prototypes NVFP4Tensor and MXTensor from and to codes.
 
-The prototypes are imported only to create one of their tensors, so nothing else fails if torchao moves them. A given
-tensor is recognized by the name of its type.
+The prototypes are imported only to create one of their tensors, so nothing else fails if torchao moves them.
+An existing tensor is recognized by the name of its type.
 """
 
 from typing import Any
@@ -18,7 +18,10 @@ def is_prototype(tensor: Tensor) -> bool:
 
 
 def codes_of(tensor: Any) -> NVFP4Codes | MXFP4Codes | None:
-    """Return codes that are views of the inner tensors of a matrix, or None if its layout is not supported."""
+    """Return codes that are views of the inner tensors of a matrix.
+
+    The result is None if the layout is not supported.
+    """
     if (
         type(tensor).__name__ == "NVFP4Tensor"
         and tensor.per_tensor_scale is not None

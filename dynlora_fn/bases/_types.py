@@ -21,17 +21,17 @@ class Transposed(NamedTuple):
 class Quantized(NamedTuple):
     """A base in low precision: codes, and a residual that stores what the codes miss.
 
-    Products read only the codes. A fold starts from ``codes + residual``, so the error stays that of quantizing once,
-    even after ten thousand switches. Without a residual, memory is saved and the errors of all folds add up.
+    Products read only the codes. A fold starts from ``codes + residual``, so the error does not exceed one quantization
+    error, even after ten thousand switches. Without a residual, memory is saved and the errors of all folds add up.
     """
 
     codes: Codes
     residual: Residual  # may be in host memory
-    like: Float[Tensor, "*stack 0"]  # empty; its dtype is that of the weight in torchao's tensor
+    like: Float[Tensor, "*stack 0"]  # empty; has the dtype of the weight in torchao's tensor
 
 
 class Sharded(NamedTuple):
-    """A base of which this process stores some rows, in full precision or as codes with a residual.
+    """The rows of a base that this process stores, dense or quantized.
 
     The base is all-gathered in its storage format for each product. A fold changes the rows of this process and needs
     no communication.
@@ -42,7 +42,7 @@ class Sharded(NamedTuple):
 
 
 class Deferred(NamedTuple):
-    """A base whose latest folds are pending: exactly ``base + pending.b @ pending.a / rank``."""
+    """A base with pending folds: ``base + pending.b @ pending.a / rank``, exactly."""
 
     base: "FoldedBase"
     pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)

@@ -60,7 +60,7 @@ def check_replicas(state: Any, group: Group) -> None:
     drifted = [process for process, sums in enumerate(gathered) if tuple(sums) != common]
     first = next(at for at, pair in enumerate(zip(gathered[drifted[0]], common, strict=True)) if pair[0] != pair[1])
     raise DriftedError(
-        f"`state` of processes {drifted} differs from that of the majority, first at {replicated[first][0]};"
+        f"`state` of processes {drifted} differs from the majority, first at {replicated[first][0]};"
         " resume from a checkpoint"
     )
 

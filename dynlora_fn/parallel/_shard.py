@@ -273,7 +273,10 @@ def as_dtensors(tree: Any) -> Any:
 
 
 def _is_sharded(leaf: Tensor) -> bool:
-    """Return whether a leaf of sharded factors is sharded: not a seed or a count, which are equal on all processes."""
+    """Return whether a leaf under the name of sharded factors is sharded.
+
+    Seeds and counts are not: they are equal on all processes.
+    """
     return leaf.dtype not in (torch.int32, torch.int64)
 
 
@@ -291,7 +294,7 @@ def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
 
 
 def shardings_in(tree: Any) -> dict[str, Sharding]:
-    """Return the shardings of all sharded factors by name, wherever their bases are in a state."""
+    """Return the shardings of all sharded factors in a state, by name."""
     found, _ = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Sharded))
     named = {_names(path)[-1]: leaf.sharding for path, leaf in found if isinstance(leaf, Sharded) and _names(path)}
     return {name: sharding for name, sharding in named.items() if sharding.columns is not None}

@@ -15,8 +15,9 @@ from dynlora_fn.bases._types import Deferred, Sharded
 class WireBytes(NamedTuple):
     """The bytes of the collectives of one step, by kind.
 
-    With ring algorithms, each of n processes sends ``2 (n - 1) / n`` of the bytes of an all-reduce, and ``(n - 1) / n``
-    of those of an all-gather or reduce-scatter. Switching sends nothing unless factors are sharded.
+    With ring algorithms, each of n processes sends ``2 (n - 1) / n`` of the bytes of an all-reduce. It sends
+    ``(n - 1) / n`` of the bytes of an all-gather or a reduce-scatter. Switching sends nothing unless factors are
+    sharded.
     """
 
     factors: int  # all-reduce of the gradients of factors that are not sharded
