@@ -1,4 +1,7 @@
-"""Rows of a base that lie on several processes, put together."""
+"""All-gather, reduce-scatter and all-reduce, as functional collectives that `torch.func` and Dynamo accept.
+
+Collective: every process of the group must call each function, in the same order.
+"""
 
 import torch
 from jaxtyping import Float, Shaped
@@ -10,14 +13,15 @@ from dynlora_fn._core._types import Sharding
 
 
 def gather(shard: Shaped[Tensor, "*stack rows in"], sharding: Sharding) -> Shaped[Tensor, "*stack out in"]:
-    """The rows of all processes, bit for bit, by one functional all-gather: every process must ask for it.
+    """All-gather the rows of all processes.
 
-    No gradient passes through it: what is frozen needs none, and so no reduce-scatter.
+    The bits of every row are kept. No gradient passes through: frozen tensors have none, so the backward pass needs no
+    reduce-scatter. Collective: call it on every process.
     """
     rows = shard.movedim(-2, 0)
     dtype = rows.dtype
     if dtype.itemsize == 1:
-        rows = rows.view(torch.uint8)  # not every backend, nor every operation, knows the formats of eight bits
+        rows = rows.view(torch.uint8)  # some backends and operations do not support 8-bit formats
     missing = sharding.rows_per_process - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
@@ -25,27 +29,36 @@ def gather(shard: Shaped[Tensor, "*stack rows in"], sharding: Sharding) -> Shape
     return gathered.view(dtype).movedim(0, -2) if dtype.itemsize == 1 else gathered.movedim(0, -2)
 
 
-def scatter(whole: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[Tensor, "*stack rows n"]:
-    """The rows of this process of the sum over all of them, by one functional reduce-scatter."""
-    rows = whole.movedim(-2, 0)
+def scatter(tensor: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[Tensor, "*stack rows n"]:
+    """Sum a tensor over all processes and return the rows of this process.
+
+    It is one functional reduce-scatter. Collective: call it on every process.
+    """
+    rows = tensor.movedim(-2, 0)
     missing = sharding.world_size * sharding.rows_per_process - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
-    given = rows.contiguous()
-    summed = C10D.reduce_scatter_tensor(given, "sum", sharding.world_size, sharding.group)
-    own = sharding.local_rows
-    summed = C10D.wait_tensor(summed)[: own.stop - own.start]
+    contiguous = rows.contiguous()  # bound to a name for the same reason as in `all_gather`
+    summed = C10D.reduce_scatter_tensor(contiguous, "sum", sharding.world_size, sharding.group)
+    local_rows = sharding.local_rows
+    summed = C10D.wait_tensor(summed)[: local_rows.stop - local_rows.start]
     return summed.movedim(0, -2)  # type: ignore[no-any-return]
 
 
 def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
-    """Those of all processes of a group, named, one behind the other along the first axis."""
-    given = tensor.contiguous()  # has a name, so that it is not freed while gloo reads it (pytorch/pytorch#75529)
-    gathered: Tensor = C10D.wait_tensor(C10D.all_gather_into_tensor(given, size, group))
+    """Concatenate the tensors of all processes along the first axis.
+
+    Args:
+        tensor: The tensor of this process, of one shape on all processes.
+        size: The number of processes.
+        group: The name of the process group.
+    """
+    contiguous = tensor.contiguous()  # bound to a name: gloo may read it after it is freed (pytorch/pytorch#75529)
+    gathered: Tensor = C10D.wait_tensor(C10D.all_gather_into_tensor(contiguous, size, group))
     return gathered
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """The sum over all processes of a group, named."""
+    """Sum a tensor over all processes of the group with this name."""
     reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced

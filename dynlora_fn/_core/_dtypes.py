@@ -1,4 +1,4 @@
-"""The dtype that sums are formed in, and autocast."""
+"""The dtype that sums are computed in, and autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
@@ -8,7 +8,7 @@ import torch
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """What sums of these are formed in: the widest of them, float32 at least."""
+    """Return the dtype to compute sums in: the widest of these, and at least float32."""
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
@@ -21,13 +21,17 @@ class Autocast(NamedTuple):
 
 
 def autocast_now(device_type: str) -> Autocast | None:
-    """What autocast is set to; None where there is none, as on the meta device."""
+    """Return the current setting of autocast, or None on a device without it.
+
+    The meta device is one.
+    """
     if not torch.amp.is_autocast_available(device_type):
         return None
     return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Disable autocast on a device, if the device has it."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -1,7 +1,7 @@
-"""Weights of one shape that repeat, in one tensor: ``layers.0.q.weight``, ``layers.1.q.weight``, ... become
-``layers.*.q.weight`` with a leading axis for each star.
+"""Stack repeated weights of one shape in one tensor, and unstack them.
 
-Graphs, compile time and the number of kernels of an update or a switch are then independent of a model's depth.
+``layers.0.q.weight``, ``layers.1.q.weight``, ... become ``layers.*.q.weight`` with a leading axis for each star.
+Graph size, compile time and the number of kernels of an update or a switch then do not depend on the model's depth.
 """
 
 from collections import defaultdict
@@ -15,12 +15,23 @@ from dynlora_fn._core._types import LowRank, Param, Params
 
 
 class Stack(NamedTuple):
+    """The names of the parameters that form one stack."""
+
     members: list[str]  # in row-major order
-    shape: tuple[int, ...]  # of the leading axes; () for a parameter that stands alone
+    shape: tuple[int, ...]  # the leading axes; () for a parameter that is not stacked
 
 
 def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
-    """Names with equal keys that differ in whole numbers alone, where the numbers form a full grid from zero.
+    """Group names that differ only in integers into stacks.
+
+    Every name is in exactly one stack. Names form a stack if their keys are equal and their integers form a full grid
+    that starts at zero.
+
+    Args:
+        keys: The key of each name, such as a shape. Only names with equal keys are stacked.
+
+    Returns:
+        The stacks by name, with a star for each integer that varies.
 
     Example:
         >>> stacks = find_stacks({"layers.0.w": "8x8", "layers.1.w": "8x8", "head": "8x8"})
@@ -31,38 +42,40 @@ def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
 
 
 def _group(names: list[str], keys: Mapping[str, Hashable], literal: int) -> Iterator[tuple[str, Stack]]:
-    """Stars for all numbers but the first `literal`; where they form no grid, one more is kept as it is.
+    """Replace all integers after the first `literal` by stars.
 
-    A grid holds index zero, so that at most one group of a pattern is one and no two stacks share a name.
+    Where the replaced integers form no grid, one more is kept.
+
+    A grid contains index zero, so at most one group of a pattern is a grid and no two stacks share a name.
     """
     groups: dict[tuple[str, Hashable], list[str]] = defaultdict(list)
     for name in names:
         groups[_starred(name, literal), keys[name]].append(name)
     for (pattern, _), members in groups.items():
-        shape = _grid_shape([_numbers(name)[literal:] for name in members])
+        shape = _grid_shape([_integers(name)[literal:] for name in members])
         if "*" not in pattern:
             yield from ((name, Stack([name], ())) for name in members)
         elif shape is not None and len(members) > 1:
-            yield pattern, Stack(sorted(members, key=_numbers), shape)
+            yield pattern, Stack(sorted(members, key=_integers), shape)
         else:
             yield from _group(members, keys, literal + 1)
 
 
-def _numbers(name: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in name.split(".") if _is_number(part))
+def _integers(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name.split(".") if _is_integer(part))
 
 
-def _is_number(part: str) -> bool:
-    """Whether it is what its number is written as: not so with a zero in front, since `unstack` writes it again."""
+def _is_integer(part: str) -> bool:
+    """Return whether `unstack` would write the same text: no leading zero."""
     return part.isascii() and part.isdecimal() and str(int(part)) == part
 
 
 def _starred(name: str, literal: int) -> str:
-    parts, numbers = name.split("."), 0
+    parts, integers = name.split("."), 0
     for at, part in enumerate(parts):
-        if _is_number(part):
-            numbers += 1
-            parts[at] = "*" if numbers > literal else part
+        if _is_integer(part):
+            integers += 1
+            parts[at] = "*" if integers > literal else part
     return ".".join(parts)
 
 
@@ -73,9 +86,21 @@ def _grid_shape(indices: list[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 
 def unstack(params: Params) -> dict[str, Param]:
-    """Every weight under its own name: views of the stacks, nothing is copied.
+    """Return each weight of every stack under its name in the model.
 
-    The backward of this is one stack for each parameter, and the graph grows with depth by views alone.
+    The results are views of the stacks, so nothing is copied. The backward pass is one stack operation for each stack.
+    Only the number of views in the graph grows with the depth of the model.
+
+    Args:
+        params: The parameters by name, with a star in a name for each leading axis.
+
+    Returns:
+        The parameters by name, without leading axes.
+
+    Example:
+        >>> import torch
+        >>> list(unstack({"layers.*.bias": torch.zeros(2, 8), "head": torch.zeros(3)}))
+        ['layers.0.bias', 'layers.1.bias', 'head']
     """
     return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
 
@@ -84,12 +109,12 @@ def _members(pattern: str, param: Param) -> Iterator[tuple[str, Param]]:
     if "*" not in pattern:
         yield pattern, param
         return
-    for number, member in enumerate(unbind(param)):
-        yield from _members(pattern.replace("*", str(number), 1), member)
+    for index, member in enumerate(unbind(param)):
+        yield from _members(pattern.replace("*", str(index), 1), member)
 
 
 def unbind(param: Param) -> list[Param]:
-    """The members along the first axis of the stack, as views."""
+    """Split a stack along its first axis into views."""
     if not isinstance(param, LowRank):
         return list(param.unbind())
     leaves, structure = tree_flatten(param)

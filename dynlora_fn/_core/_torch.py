@@ -1,7 +1,7 @@
 """Every private name of torch that the library uses, checked on the version in `CHECKED`.
 
-The other modules import these names from here, so that a new version of torch is adapted to in one place.
-`tests/core/test_torch_names.py` fails with the name of whatever has moved.
+No other module imports a private name of torch, so a new version needs changes only here.
+`tests/core/test_torch_names.py` fails with each name that has moved.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
 ConvNd = _ConvNd
 functional_collectives = _functional_collectives
-# Functional collectives. Called directly: these operations go through `torch.func`, and torch's wrappers do not.
+# Functional collectives. The operations are called directly because torch's wrappers fail under `torch.func`.
 C10D: Any = torch.ops._c10d_functional
 OpOverload = torch._ops.OpOverload
 grouped_mm: Callable[..., Any] = torch._grouped_mm
@@ -80,6 +80,6 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
-    """Return the Inductor options that a mode of `torch.compile` is a name for."""
+    """Return the Inductor options that a mode of `torch.compile` sets."""
     options: dict[str, Any] = torch._inductor.list_mode_options(mode)
     return options

@@ -1,4 +1,4 @@
-"""Dicts of parameters: trainable and frozen parts, names and globs."""
+"""Dicts of parameters: split into trainable and frozen trees, and select by names and globs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +11,10 @@ from dynlora_fn._core._types import Factors, Frozen, LowRank, Param, Params, Tra
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """Those that hold its memory: itself, or what is inside of a subclass such as torchao's."""
+    """Return the plain tensors that store a tensor.
+
+    They are the tensor itself, or the inner tensors of a subclass such as torchao's.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -19,22 +22,38 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 class Partition(NamedTuple):
-    """Gradients are taken of `trainable`; `frozen` is closed over, since `torch.func.grad` takes no integers."""
+    """The trainable and the frozen tree of the same parameters.
+
+    Take gradients with respect to `trainable` and close over `frozen`: `torch.func.grad` accepts no integer tensors.
+    """
 
     trainable: dict[str, Factors | Tensor]
     frozen: dict[str, Frozen | Tensor]
 
 
 def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
-    """Separates what is trained from what is not; `combine` puts it together again.
+    """Split parameters into a trainable and a frozen tree.
+
+    `combine` reverses it. Factors are always trainable; bases and seeds are always frozen. Nothing is copied.
 
     Args:
-        params: by name.
-        frozen: names or globs of full-rank tensors that are not trained (none unless asked for: the factors alone
-            are trained by `frozen=["*"]`). Bases and seeds are frozen always, factors never.
+        params: The parameters by name.
+        frozen: Names or globs of the full-rank tensors to freeze. The default is none, so that all are trained.
+            ``frozen=["*"]`` trains only the factors.
+
+    Returns:
+        The two trees, each a dict with the names of `params`.
 
     Raises:
-        ValueError: if a pattern matches no parameter.
+        ValueError: If a pattern matches no parameter.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(8, 8), rank=2, seed=0, targets=["weight"])
+        >>> trainable, frozen = dl.partition(params, frozen=["bias"])
+        >>> list(trainable), list(frozen)
+        (['weight'], ['weight', 'bias'])
     """
     is_frozen = set(match(params, frozen, "frozen"))
     parts = Partition({}, {})
@@ -48,50 +67,80 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
 
 
 def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict[str, Param]:
-    """The parameters that `partition` took apart.
+    """Join a trainable and a frozen tree into parameters.
+
+    It reverses `partition`. Nothing is copied.
+
+    Args:
+        trainable: The factors and trainable full-rank tensors by name.
+        frozen: The bases with their seeds, and the frozen full-rank tensors, by name.
+
+    Returns:
+        The parameters by name.
 
     Raises:
-        ValueError: if factors lack their base, a base its factors, or a tensor is in both.
+        ValueError: If factors have no base, a base has no factors, or a tensor is in both trees.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(8, 8), rank=2, seed=0, targets=["weight"])
+        >>> trainable, frozen = dl.partition(params)
+        >>> dl.combine(trainable, frozen)["weight"].factors.b.shape
+        torch.Size([8, 2])
     """
     params: dict[str, Param] = {}
     for name, leaf in trainable.items():
-        rest = frozen.get(name)
-        if isinstance(leaf, Factors) != isinstance(rest, Frozen):
-            raise ValueError(f"`frozen` must hold the base of every factor set and of nothing else, got {name!r}")
-        params[name] = LowRank(rest.base, leaf, rest.seed) if isinstance(rest, Frozen) else leaf  # type: ignore
-    for name, rest in frozen.items():
-        if isinstance(rest, Frozen) and name not in trainable:
-            raise ValueError(f"`trainable` must hold the factors of every base, got none for {name!r}")
-        if not isinstance(rest, Frozen):
+        frozen_leaf = frozen.get(name)
+        if isinstance(leaf, Factors) != isinstance(frozen_leaf, Frozen):
+            raise ValueError(
+                f"`frozen` does not fit `trainable` at {name!r}: factors need a base, and a tensor must have none;"
+                " pass both trees of one `partition`"
+            )
+        params[name] = LowRank(frozen_leaf.base, leaf, frozen_leaf.seed) if isinstance(frozen_leaf, Frozen) else leaf  # type: ignore
+    for name, frozen_leaf in frozen.items():
+        if isinstance(frozen_leaf, Frozen) and name not in trainable:
+            raise ValueError(f"`trainable` has no factors for the base {name!r}; pass both trees of one `partition`")
+        if not isinstance(frozen_leaf, Frozen):
             if name in params:
-                raise ValueError(f"`frozen` must not hold what is trained, got {name!r} twice")
-            params[name] = rest
+                raise ValueError(
+                    f"`frozen` and `trainable` both contain the tensor {name!r}; remove it from one of them"
+                )
+            params[name] = frozen_leaf
     return params
 
 
 def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[str]:
-    """The names that match any of the globs, in their order.
+    """Return the names that match any of the patterns, in the order of the names.
+
+    Args:
+        names: The names to select from.
+        patterns: Names or globs.
+        argument: The name of the caller's argument, for the error message.
 
     Raises:
-        ValueError: if a pattern matches none of the names.
+        ValueError: If a pattern matches none of the names.
     """
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             known = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise ValueError(
-                f"`{argument}` must match parameter names, got {pattern!r}, which matches none of: {known}"
+                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {known}"
             )
     return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether it is that name or that glob's."""
+    """Return whether a pattern is this name or a glob that matches it."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
 def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) -> Param | dict[str, Param]:
-    """`transform` of one LowRank, or of each in a dict; tensors stay as they are."""
+    """Apply `transform` to one LowRank, or to each in a dict.
+
+    Tensors are returned unchanged.
+    """
     if isinstance(params, Mapping):
         return {name: transform(param) if isinstance(param, LowRank) else param for name, param in params.items()}
     return transform(params) if isinstance(params, LowRank) else params

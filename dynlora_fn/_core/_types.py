@@ -1,6 +1,6 @@
-"""The tuples everything here is made of.
+"""The types that all packages share: weights, factors, plans and shardings.
 
-``*stack`` stands for any number of leading axes: weights of one shape that repeat over layers live in one tuple.
+``*stack`` means any number of leading axes: repeated weights of one shape are stacked in one tuple.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ Side: TypeAlias = Literal["b", "a"]
 
 
 class Factors(NamedTuple):
-    """The trained low-rank factors of one weight. Slot k is the pair ``b[..., :, k]``, ``a[..., k, :]``."""
+    """The trained low-rank factors of one weight.
+
+    Slot k is the pair ``b[..., :, k]``, ``a[..., k, :]``.
+    """
 
     b: Float[Tensor, "*stack out rank"]
     a: Float[Tensor, "*stack rank in"]
@@ -25,7 +28,10 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which rows of a base this process stores: equally many on each, and fewer on the last ones."""
+    """Which rows of a base this process stores.
+
+    Every process stores equally many rows, and the last ones store fewer if the number does not divide.
+    """
 
     group: str  # the name of the process group
     world_size: int
@@ -52,23 +58,25 @@ class Sharding:
         return slice(first, min(first + self.rows_per_process, self.rows))
 
 
-register_constant(Sharding)  # no leaf, so that a tree of bases holds tensors alone
+register_constant(Sharding)  # a node without leaves, so that the leaves of every tree are tensors
 
 
 class LowRank(NamedTuple):
-    """One weight, ``base + b @ a / rank`` (arXiv:2406.06564, eq. 1 with alpha = 1).
+    """A low-rank weight, ``base + b @ a / rank``.
 
-    The scale is always ``1 / rank``, so that the forward pass and a switch cannot disagree about it.
+    This is equation 1 of arXiv:2406.06564 with alpha = 1.
+
+    The scale is always ``1 / rank``, so the forward pass and a switch cannot disagree about it.
     """
 
-    # A plain tensor or a tuple of `dynlora_fn.bases`. Only `switch` and `merge` change it, never a gradient.
+    # A plain tensor or a tuple of `dynlora_fn.bases`. Only transforms such as `switch` and `merge` change it.
     base: Float[Tensor, "*stack out in"] | Any
     factors: Factors
-    seed: Int[Tensor, "*stack"]  # names the basis that incoming vectors are drawn from
+    seed: Int[Tensor, "*stack"]  # of the basis that incoming vectors are drawn from
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight, (*stack, out, in)."""
+        """The shape of the weight, (*stack, out, in)."""
         sharding = self.factor_sharding
         if sharding is not None and sharding.columns is not None:
             return torch.Size((*self.factors.b.shape[:-2], sharding.rows, sharding.columns))
@@ -76,29 +84,35 @@ class LowRank(NamedTuple):
 
     @property
     def factor_sharding(self) -> Sharding | None:
-        """How the factors are sharded; None if this process holds all of them."""
+        """How the factors are sharded, or None if they are not sharded."""
         sharding: Sharding | None = None if isinstance(self.base, Tensor) else getattr(self.base, "sharding", None)
         return None if sharding is None or sharding.columns is None else sharding
 
 
 class Frozen(NamedTuple):
-    """What `partition` keeps of a `LowRank` out of the gradient's reach."""
+    """The frozen leaves of a `LowRank`, as `partition` returns them."""
 
     base: Float[Tensor, "*stack out in"] | Any
     seed: Int[Tensor, "*stack"]
 
 
 class SidePlan(NamedTuple):
-    """What is switched on one side in one step. ``count`` is fixed, so that no step compiles anew; `active` says
-    which entries take part; the others must name a slot all the same. Without stack axes it holds for a whole stack."""
+    """The switches of one side in one step.
 
-    slots: Int[Tensor, "*stack count"]  # which slots, distinct where active
-    indices: Int[Tensor, "*stack count"]  # which vectors of the basis come in; of a pool, modulo its size
+    ``count`` is the same in every step, so that no step recompiles. Only entries where `active` is true are switched;
+    the other entries must contain valid slots too. A plan without stack axes applies to every member of a stack.
+    """
+
+    slots: Int[Tensor, "*stack count"]  # the slots to switch, distinct where active
+    indices: Int[Tensor, "*stack count"]  # the incoming vectors of the basis; taken modulo the size of a pool
     active: Bool[Tensor, "*stack count"]
 
 
 class Plan(NamedTuple):
-    """What one step switches in one weight, and for how many steps the counterparts are then frozen."""
+    """The switches of one weight in one step.
+
+    `frozen_for` is the number of steps for which the counterparts are then frozen.
+    """
 
     b: SidePlan
     a: SidePlan

@@ -1,4 +1,7 @@
-"""Frozen bases in torchao's low-precision formats, with a residual or deferred folds."""
+"""Frozen bases in low precision: quantize them, defer their folds, and convert them from and to torchao.
+
+The formats are torchao's. A residual stores what the codes miss, so that errors of repeated folds do not add up.
+"""
 
 from dynlora_fn.bases._deferred import defer as defer
 from dynlora_fn.bases._deferred import fold_pending as fold_pending

@@ -14,13 +14,17 @@ from dynlora_fn.bases._types import Base, Deferred, FoldedBase, Quantized, Shard
 
 
 def plain_dtype(base: Base) -> torch.dtype:
-    """That of a base in full precision; of codes, float32."""
-    held = base.base if isinstance(base, Sharded) else base
-    return held.dtype if isinstance(held, Tensor) else torch.float32
+    """Return the dtype of a base in full precision, and float32 for any other base."""
+    local = base.base if isinstance(base, Sharded) else base
+    return local.dtype if isinstance(local, Tensor) else torch.float32
 
 
 def dequantize(base: Codes | Quantized | Sharded | Transposed, dtype: torch.dtype) -> Tensor:
-    """What products see of a base: not its residual. Opaque to a compiler where that takes a copy."""
+    """Return the dense weight that products read, without the residual.
+
+    A conversion is one operation that a compiler cannot look into, so only one dense weight is alive at a time.
+    Collective if the base is sharded: call it on every process.
+    """
     if isinstance(base, Transposed):
         return dequantize(base.base, dtype).mT
     codes = gather_codes(*flatten_base(base)) if isinstance(base, Quantized | Sharded) else base
@@ -37,18 +41,29 @@ def fold_base(base: FoldedBase, left: Tensor, right: Tensor, *, rank: int, name:
 @overload
 def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) -> Base: ...
 def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) -> Base:
-    """``base + left @ right / rank`` in the base's own storage: see `fold`, and `quantize` for what a residual does.
+    """Fold a low-rank difference into a base: ``base + left @ right / rank``.
+
+    The result has the type and storage format of `base`. See `fold` for a dense base and `quantize` for the residual.
+
+    Args:
+        base: The base.
+        left: The left factor of the difference, (*stack, out, count). It is sharded if the factors are.
+        right: The right factor of the difference, (*stack, count, in).
+        rank: The rank of the weight, which is the divisor.
+        name: The name of the weight, for error messages.
 
     Raises:
-        ValueError: if the sum of a quantized base is not finite, in a compiled function too; it names the weight.
+        ValueError: If the new weight of a quantized base is not finite, in a compiled function too. Also if a fold has
+            more vectors than a deferred base has room for.
     """
     if isinstance(base, Tensor):
         return fold(base, left, right, rank=rank)
     if isinstance(base, Deferred):
         return _deferred(base, left, right, rank=rank, name=name)
     if isinstance(base, Sharded):
-        own = left if base.sharding.columns else left[..., base.sharding.local_rows, :]  # `left` is sharded as `b` is
-        return base._replace(base=fold_base(base.base, own, right, rank=rank, name=name))
+        # `left` is sharded already if the factors are.
+        local_left = left if base.sharding.columns else left[..., base.sharding.local_rows, :]
+        return base._replace(base=fold_base(base.base, local_left, right, rank=rank, name=name))
     codes, kind = code_tensors(base.codes), kind_of(base.codes)
     new = torch.ops.dynlora_fn.fold_codes(
         codes, kind, code_tensors(base.residual), left.detach(), right.detach(), rank, name
@@ -57,11 +72,13 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
 
 
 def _deferred(base: Deferred, left: Tensor, right: Tensor, *, rank: int, name: str) -> Deferred:
-    """The products wait behind those that do already, and as many of the oldest are folded: none are lost."""
+    """Append pending vectors, and fold as many of the oldest into the base."""
     count, (b, a) = left.shape[-1], base.pending
     if count > b.shape[-1]:
-        rule = "be at least as many as one fold brings"
-        raise ValueError(f"`vectors` of deferred {name!r} must {rule}, got {b.shape[-1]} for {count}")
+        raise ValueError(
+            f"`vectors` = {b.shape[-1]} of deferred {name!r} is less than the {count} vectors of one fold;"
+            f" pass at least {count} to `defer`"
+        )
     folded = fold_base(base.base, b[..., :count], a[..., :count, :], rank=rank, name=name)
     pending = torch.cat([b[..., count:], left.to(b.dtype)], -1), torch.cat([a[..., count:, :], right.to(a.dtype)], -2)
     return Deferred(folded, Factors(*pending))

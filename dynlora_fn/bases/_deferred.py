@@ -1,4 +1,4 @@
-"""Folds that wait, so that a base is quantized anew less often."""
+"""Defer folds, so that a base is quantized less often."""
 
 from typing import overload
 
@@ -12,17 +12,28 @@ def defer(params: LowRank, *, vectors: int) -> LowRank: ...
 @overload
 def defer(params: Params, *, vectors: int) -> dict[str, Param]: ...
 def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Param]:
-    """The same weights whose folds wait until `fold_pending`: `switch` keeps the differences as vectors.
+    """Defer the folds of `switch` until `fold_pending`.
 
-    ``weight = base + (pending.b @ pending.a + b @ a) / rank``. The forward and backward pass take them along as that
-    many more slots, which cost as much as trained ones. Where more come than there is room for, the oldest are folded,
-    so that nothing is lost: with room for n switches, ``fold_pending`` every n switches is all the folding there is.
+    The weight does not change. A switch appends its differences to the pending vectors instead of folding them::
+
+        weight = base + (pending.b @ pending.a + b @ a) / rank
+
+    Forward and backward pass treat pending vectors as additional slots, at the cost of trained ones. If there is no
+    room for a switch, the oldest vectors are folded, so nothing is lost. With room for n switches, and `fold_pending`
+    after every n switches, no other fold happens.
 
     Args:
-        params: one weight, or weights by name, of any kind of base.
-        vectors: that can wait; a switch brings one for each entry of its plan, of both sides.
+        params: One weight, or weights by name. Tensors are returned unchanged.
+        vectors: The number of vectors that can be pending. A switch adds one for each entry of its plan, on both sides.
 
-    Numerics: differences wait in the factors' dtype: exact in float32 or wider, and rounded to it in bfloat16.
+    Returns:
+        The same weights, each with a `Deferred` base.
+
+    Raises:
+        ValueError: If `vectors` is less than 1, a weight is deferred already, or its factors are sharded.
+
+    Numerics: Pending vectors have the dtype of the factors. They are exact in float32 or wider, and rounded in
+        bfloat16.
 
     Example:
         >>> from torch import nn
@@ -32,7 +43,7 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
         torch.Size([32, 8])
     """
     if vectors < 1:
-        raise ValueError(f"`vectors` must be at least 1, got {vectors}")
+        raise ValueError(f"`vectors` is {vectors}; it must be at least 1")
     if isinstance(params, LowRank):
         return _defer("param", params, vectors)
     return {
@@ -43,9 +54,12 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
 def _defer(name: str, param: LowRank, vectors: int) -> LowRank:
     base, (b, a) = param.base, param.factors
     if isinstance(base, Deferred):
-        raise ValueError(f"`params` must not be deferred already, got {name!r}, which is")
+        raise ValueError(f"the base of {name!r} in `params` is deferred already; call `defer` once")
     if param.factor_sharding:
-        raise ValueError(f"`params` must have whole factors to be deferred, got {name!r} with sharded ones")
+        raise ValueError(
+            f"`params` must have whole factors to be deferred, but those of {name!r} are sharded; use `shard` without"
+            " `shard_factors`"
+        )
     shape = param.shape
     pending = Factors(b.new_zeros((*shape[:-1], vectors)), a.new_zeros((*shape[:-2], vectors, shape[-1])))
     return param._replace(base=Deferred(base, pending))
@@ -56,13 +70,26 @@ def fold_pending(params: LowRank) -> LowRank: ...
 @overload
 def fold_pending(params: Params) -> dict[str, Param]: ...
 def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
-    """The same weights with what waits folded into their bases, which wait for the next; see `defer`.
+    """Fold the pending vectors into the bases.
+
+    The weight does not change, except for one rounding of the base. The bases stay deferred, with no vectors pending.
 
     Args:
-        params: one weight, or weights by name; those that are not deferred stay as they are.
+        params: One weight, or weights by name. Weights that are not deferred, and tensors, are returned unchanged.
+
+    Returns:
+        The same weights.
 
     Raises:
-        ValueError: if a quantized weight is not finite; it names the weight.
+        ValueError: If a quantized weight is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
+        >>> folded = dl.bases.fold_pending(dl.bases.defer(params, vectors=8))
+        >>> folded["weight"].base.pending.b.any().item()
+        False
     """
     if isinstance(params, LowRank):
         return _fold("param", params)
@@ -72,6 +99,6 @@ def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
 def _fold(name: str, param: LowRank) -> LowRank:
     if not isinstance(param.base, Deferred):
         return param
-    held, (b, a) = param.base
-    folded = fold_base(held, b, a, rank=param.factors.b.shape[-1], name=name)
+    base, (b, a) = param.base
+    folded = fold_base(base, b, a, rank=param.factors.b.shape[-1], name=name)
     return param._replace(base=Deferred(folded, Factors(b.new_zeros(b.shape), a.new_zeros(a.shape))))

@@ -1,4 +1,4 @@
-"""A base as constants and the tensors that products read."""
+"""Split a base into constants and the tensors that products read."""
 
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -14,25 +14,34 @@ from dynlora_fn.bases._types import FoldedBase, Quantized, Sharded, Transposed
 
 
 class Layout(NamedTuple):
-    """How tensors make up what products see of a base: constants alone, so that it goes along with them in a graph."""
+    """How to rebuild codes from their tensors.
 
-    kind: str  # of the codes
-    sharding: tuple[Any, ...] | None = None  # the fields of it, if these are rows of this process alone
+    All fields are constants, so a graph can contain them.
+    """
+
+    kind: str  # of the format of the codes
+    sharding: tuple[Any, ...] | None = None  # the fields of `Sharding`, if these are the rows of this process
     is_transposed: bool = False
 
 
 def flatten_base(base: FoldedBase | Transposed) -> tuple[Layout, list[Tensor]]:
-    """The tensors of a base that products see, as they are held; `whole_codes` makes codes of them."""
+    """Return the layout and the tensors of the codes, as they are stored.
+
+    `gather_codes` reverses it.
+    """
     if isinstance(base, Transposed):
         layout, tensors = flatten_base(base.base)
         return layout._replace(is_transposed=True), tensors
-    held, sharding = (base.base, astuple(base.sharding)) if isinstance(base, Sharded) else (base, None)
-    codes = held.codes if isinstance(held, Quantized) else held
+    local, sharding = (base.base, astuple(base.sharding)) if isinstance(base, Sharded) else (base, None)
+    codes = local.codes if isinstance(local, Quantized) else local
     return Layout(kind_of(codes), sharding), code_tensors(codes)
 
 
 def gather_codes(layout: Layout, tensors: Sequence[Tensor]) -> Codes:
-    """The codes, gathered if need be, in the very bytes that the processes hold."""
+    """Return the codes with all rows.
+
+    A sharded base is all-gathered in its storage format. Collective in that case: call it on every process.
+    """
     if layout.sharding:
         tensors = map_code_rows(gather, layout.kind, tensors, Sharding(*layout.sharding))
     return codes_from_tensors(layout.kind, tensors)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest, without_autocast
 
-# Compiled, outer products fuse into one pass over the base, in place where it is donated; a matrix product does neither
-# but is the faster one where many vectors change at once.
+# A compiler fuses outer products into one pass over the base, in place if the base is donated. It does neither for a
+# matrix product, but that is faster for many vectors.
 _MOST_OUTER_PRODUCTS = 32
 
 
@@ -19,12 +19,19 @@ def fold(
     rank: int,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*stack out in"]:
-    """``base + left @ right / rank``, rounded once to `dtype`, that of the base unless given.
+    """Return ``base + left @ right / rank``, rounded once.
 
-    Numerics: the sum is formed in the widest of all these dtypes, float32 at least, whatever autocast says: a fold
-    changes the weight, not an activation. Up to 32 vectors it is a sum of outer products, exact to that dtype;
-    beyond, one matrix product, whose precision on CUDA is what `torch.set_float32_matmul_precision` allows.
-    A base in bfloat16 is rounded as a whole at each fold, by up to 2**-9 of each entry.
+    Args:
+        base: The dense base.
+        left: The left factor of the difference.
+        right: The right factor of the difference.
+        rank: The rank of the weight, which is the divisor.
+        dtype: The dtype of the result. Default None means the dtype of `base`.
+
+    Numerics: The sum is computed in the widest of all these dtypes, and at least in float32. Autocast does not apply,
+        because a fold changes a weight and not an activation. Up to 32 vectors are added as outer products, exact to
+        that dtype. More vectors are one matrix product, with the precision on CUDA that
+        `torch.set_float32_matmul_precision` allows. A fold rounds every entry of a bfloat16 base, by up to 2**-9 of it.
     """
     dtype = base.dtype if dtype is None else dtype
     wide = widest(base.dtype, left.dtype, dtype)

@@ -1,7 +1,8 @@
-"""Operations on codes that a compiler takes as they are, so that one dense weight is alive at a time.
+"""Operations on codes that a compiler cannot look into, so that only one dense weight is alive at a time.
 
-Written as plain operations, a dequantized weight is computed once for the forward and the backward pass and lives in
-between: the whole model, dense. They have no gradients, since nothing that they take is trained.
+A compiler computes a weight that is dequantized by plain operations once for forward and backward pass, and keeps it
+alive in between. The whole model would then be in memory in full precision. These operations have no gradients,
+because none of their inputs is trained.
 """
 
 from typing import Any
@@ -37,28 +38,40 @@ _LIBRARY.define(
 
 
 def decode_exact(codes: Codes, residual: Residual, dtype: torch.dtype) -> Tensor:
-    """What codes and residual stand for together, on the device of the codes. Memory of its own."""
+    """Return codes plus residual as a dense weight, in newly allocated memory.
+
+    It is on the device of the codes.
+    """
     total = decode(codes, dtype)
     if not isinstance(residual, Tensor | Int8Codes):
         return total.clone() if total is codes else total
     return total + decode(residual, dtype).to(total.device)
 
 
-def _may_look(tensor: Tensor) -> bool:
+def _can_read(tensor: Tensor) -> bool:
+    """Return whether the host can read values.
+
+    It cannot on the meta device, or while a CUDA graph is captured.
+    """
     return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def check_finite(weight: Tensor, name: str) -> None:
-    """Raises ValueError with the weight's name where it is not. It waits for the device, but in no CUDA graph."""
-    if not _may_look(weight):
+    """Raise ValueError if a weight is not finite.
+
+    It waits for the device. On the meta device, and while a CUDA graph is captured, it checks nothing.
+    """
+    if not _can_read(weight):
         return
-    least, most = torch.aminmax(weight)
-    if not (torch.isfinite(least) and torch.isfinite(most)):
-        rule = "must be finite to be held in low precision"
-        raise ValueError(f"weight {name!r} {rule}, got numbers from {least.item()} to {most.item()}")
+    smallest, largest = torch.aminmax(weight)
+    if not (torch.isfinite(smallest) and torch.isfinite(largest)):
+        raise ValueError(
+            f"weight {name!r} is not finite, with values from {smallest.item()} to {largest.item()}; a base in low"
+            " precision stores finite values only, so check the weight and its last update"
+        )
 
 
-# --- in whichever dtype
+# --- dequantize
 
 
 def _dequantize(codes: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
@@ -69,38 +82,38 @@ def _empty_dequantized(codes: list[Tensor], kind: str, dtype: torch.dtype) -> Te
     return codes[0].new_empty(shape_of(codes_from_tensors(kind, codes)), dtype=dtype)
 
 
-# --- a difference folded in
+# --- fold
 
 
 def _fold_codes(
     codes: list[Tensor], kind: str, residual: list[Tensor], left: Tensor, right: Tensor, rank: int, name: str
 ) -> list[Tensor]:
-    """Codes and residual of ``codes + residual + left @ right / rank``, member after member of a stack."""
+    """Fold ``left @ right / rank`` into codes and residual, member by member."""
     old, split = [*codes, *residual], len(codes)
     new = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in old]
     stack = codes[0].shape[:-2]
     olds, news, (lefts, rights) = ([_members(tensor, stack) for tensor in group] for group in (old, new, (left, right)))
-    for number in range(stack.numel()):
-        own = [members[number] for members in olds]
-        before = codes_from_tensors(kind, own[:split]), residual_from_tensors(own[split:])
-        after = _fold_member(*before, lefts[number], rights[number], rank=rank, name=name)
+    for index in range(stack.numel()):
+        member = [members[index] for members in olds]
+        before = codes_from_tensors(kind, member[:split]), residual_from_tensors(member[split:])
+        after = _fold_member(*before, lefts[index], rights[index], rank=rank, name=name)
         for members, tensor in zip(news, after, strict=True):
-            members[number].copy_(tensor)
+            members[index].copy_(tensor)
     return new
 
 
 def _members(tensor: Tensor, stack: torch.Size) -> Tensor:
-    """With a single leading axis for the stack's."""
+    """Flatten the axes of the stack into one leading axis."""
     return tensor.reshape(stack.numel(), *tensor.shape[len(stack) :])
 
 
 def _fold_member(
     codes: Codes, residual: Residual, left: Tensor, right: Tensor, *, rank: int, name: str
 ) -> list[Tensor]:
-    # What no difference reaches keeps every bit: rows, or all of a weight whose format ties its rows together.
+    # Rows without a difference keep every bit. If the format ties rows together, only an unchanged weight does.
     is_changed = ((left != 0) & (right != 0).any(-1)).any(-1, keepdim=True)  # (out, 1)
     is_changed = is_changed.any() if is_tied(codes) else is_changed
-    if _may_look(is_changed) and not is_changed.any():
+    if _can_read(is_changed) and not is_changed.any():
         return [*code_tensors(codes), *code_tensors(residual)]
     wide = widest(left.dtype)
     total = _add(decode_exact(codes, residual, wide), left.to(wide) / rank, right.to(wide))
@@ -114,7 +127,10 @@ def _fold_member(
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``total + left @ right`` in its place: on CUDA one by one where they are few, since a product may be in TF32."""
+    """Add ``left @ right`` in place.
+
+    On CUDA up to 32 vectors are added one by one, because a matrix product may use TF32.
+    """
     if total.is_cuda and left.shape[-1] <= 32:
         for k in range(left.shape[-1]):
             total.addr_(left[:, k], right[k])
@@ -127,7 +143,7 @@ def _empty_folded(codes: list[Tensor], kind: str, residual: list[Tensor], *_: An
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (*codes, *residual)]
 
 
-# --- a product
+# --- multiply
 
 
 def _times_codes(
@@ -141,7 +157,10 @@ def _times_codes(
     with_b: bool,
     transposed: bool,
 ) -> Tensor:
-    """`times_merged` of the dequantized base, or `x` times the base itself without factors."""
+    """Multiply `x` by the dequantized base.
+
+    If there are factors, they are merged into it first, as in `times_merged`.
+    """
     base = codes_from_tensors(kind, codes)
     if b is None or a is None:
         weight = decode(base, x.dtype)
@@ -170,11 +189,11 @@ def _empty_times_codes(
     transposed: bool,
 ) -> Tensor:
     out_features, in_features = shape_of(codes_from_tensors(kind, codes))
-    more = b.shape[1] if with_b and b is not None else 0
-    return x.new_empty(x.shape[0], out_features if transposed else in_features + more)
+    b_features = b.shape[1] if with_b and b is not None else 0
+    return x.new_empty(x.shape[0], out_features if transposed else in_features + b_features)
 
 
-# --- under vmap: the axis that is mapped over becomes one of the stack
+# --- vmap: the mapped axis becomes a stack axis
 
 
 def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -211,7 +230,7 @@ def _mapped_fold(
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("fold_codes", _fold_codes, "CompositeExplicitAutograd")
 _LIBRARY.impl("times_codes", _times_codes, "CompositeExplicitAutograd")
-# Fake kernels rather than meta ones: a residual may lie on another device than the codes.
+# Fake kernels and not meta kernels, because a residual may be on another device than the codes.
 for _name, _fake in (
     ("dequantize", _empty_dequantized),
     ("fold_codes", _empty_folded),

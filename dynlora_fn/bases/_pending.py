@@ -1,4 +1,4 @@
-"""A weight with its pending folds among its factors."""
+"""Treat the pending folds of a weight as additional slots of its factors."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,33 +11,40 @@ from dynlora_fn.bases._types import Deferred, FoldedBase, Sharded
 
 
 class BaseAndFactors(NamedTuple):
-    """A weight, ``base + b @ a / rank``, in which nothing waits: the rank is that of its factors."""
+    """A weight without pending folds, ``base + b @ a / rank``.
+
+    `rank` is the rank of these factors.
+    """
 
     base: FoldedBase
     factors: Factors
 
 
 def without_pending(param: LowRank) -> FoldedBase:
-    """Its base, without what waits."""
+    """Return the base without its pending folds."""
     return param.base.base if isinstance(param.base, Deferred) else param.base
 
 
 def rank_with_pending(param: LowRank) -> int:
-    """Of its factors."""
-    waiting = param.base.pending.b.shape[-1] if isinstance(param.base, Deferred) else 0
-    return param.factors.b.shape[-1] + waiting
+    """Return the rank of the factors that `with_pending` returns."""
+    pending = param.base.pending.b.shape[-1] if isinstance(param.base, Deferred) else 0
+    return param.factors.b.shape[-1] + pending
 
 
 def with_pending(param: LowRank) -> BaseAndFactors:
-    """The same weight with what waits to be folded among its factors, as further slots of which none is trained.
-    Sharded factors are gathered."""
+    """Return the weight with its pending folds as additional slots.
+
+    Gradients do not reach the additional slots.
+
+    Sharded factors are gathered. Collective in that case: call it on every process.
+    """
     base, (b, a) = param.base, param.factors
     if sharding := param.factor_sharding:
         assert isinstance(base, Sharded)
-        held = base._replace(sharding=replace(sharding, columns=None))
-        return BaseAndFactors(held, gather_factors(param.factors, sharding))
+        rows_only = base._replace(sharding=replace(sharding, columns=None))
+        return BaseAndFactors(rows_only, gather_factors(param.factors, sharding))
     if not isinstance(base, Deferred):
         return BaseAndFactors(base, param.factors)
-    waiting_b, waiting_a = (leaf.detach() for leaf in base.pending)
-    b, a = torch.cat([b, waiting_b.to(b.dtype)], -1), torch.cat([a, waiting_a.to(a.dtype)], -2)
+    pending_b, pending_a = (leaf.detach() for leaf in base.pending)
+    b, a = torch.cat([b, pending_b.to(b.dtype)], -1), torch.cat([a, pending_a.to(a.dtype)], -2)
     return BaseAndFactors(base.base, Factors(b * (b.shape[-1] / param.factors.b.shape[-1]), a))

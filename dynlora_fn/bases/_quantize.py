@@ -1,4 +1,4 @@
-"""Bases in low precision that survive ten thousand switches: quantized, dequantized, folded into, and how far off."""
+"""Quantize bases, and measure how far the weights then are from the exact ones."""
 
 from collections.abc import Mapping
 from typing import overload
@@ -34,32 +34,53 @@ def quantize(
     residual: ResidualKind = "bfloat16",
     residual_device: Device = None,
 ) -> LowRank | dict[str, Param]:
-    """The same weights with their bases in low precision: off by one quantization error, however often they are folded.
+    """Quantize the bases.
 
-    Products see ``dequantize(codes) + b @ a / rank``. What the codes miss is kept as the residual, which `switch` and
-    `merge` fold into as well: ``target = codes + residual + difference``, quantized anew, and the residual is what the
-    new codes miss. Without a residual the errors of all folds add up: int8 has lost 45 % of the weights' standard
+    The error of the weight does not exceed one quantization error, however often differences are folded into the base.
+    Products read ``dequantize(codes) + b @ a / rank``. The residual stores what the codes miss. A fold by `switch` or
+    `merge` includes it::
+
+        target = codes + residual + difference
+        codes = quantize(target);   residual = target - codes
+
+    Without a residual the errors of all folds add up. An int8 base is then off by 45 % of the weights' standard
     deviation after 8,000 steps.
 
     Args:
-        params: one weight, or weights by name; tensors stay as they are. A base that is in low precision already goes
-            over to the other format, its residual included.
-        base: "int8" and "float8" with a scale for each row, "nf4" in blocks of 64, "bfloat16"; "nvfp4" in blocks of 16
-            and "mxfp4" in blocks of 32, which are prototypes in torchao and may change with it; or torchao's
-            Int8WeightOnlyConfig or Float8WeightOnlyConfig with PerRow, or its prototype NVFP4WeightOnlyConfig.
-        residual: "bfloat16" (2 bytes for each number), "int8" with a scale for each row (1 byte) or None.
-        residual_device: where the residuals lie, "cpu" for host memory; with the codes unless given. Folds alone touch
-            them.
+        params: One weight, or weights by name. Tensors are returned unchanged. A base that is quantized already is
+            converted to the new format, its residual included.
+        base: The format, by its name in the table below. Or a configuration of torchao: Int8WeightOnlyConfig or
+            Float8WeightOnlyConfig with PerRow, or the prototype NVFP4WeightOnlyConfig.
+        residual: The format of the residual: "bfloat16" (2 bytes for each entry), "int8" with one scale for each row
+            (1 byte), or None for no residual.
+        residual_device: The device of the residuals, such as "cpu" for host memory. Default None means the device of
+            the codes. Only folds read and write residuals.
+
+    Returns:
+        The same weights with `Quantized` bases. With "bfloat16" and no residual, the bases are plain tensors.
 
     Raises:
-        ValueError: if the format is unknown or does not fit the shape of a weight, or a weight is not finite; it names
-            the weight.
+        ValueError: If the format is unknown, or does not fit the shape of a weight. Also if a weight is not finite, or
+            a base is sharded or deferred.
 
-    Numerics: the codes are torchao's for the base in float32, bit for bit, except that rows or blocks of zeros stay
-    zeros. An entry is off by at most half a step: int8 ``scale / 2``, float8 e4m3 ``2**-4`` of it or ``scale / 2**10``,
-    bfloat16 ``2**-9`` of it; nf4 0.152 of its block's largest entry, and 1/128 of what the largest entries of blocks
-    that share a factor are off from the mean of all when the base was quantized first; nvfp4 a fifth of its block's
-    largest entry or ``2**-19`` of the weight's; mxfp4 a fifth of its block's largest entry.
+    Numerics: The codes are bitwise those of torchao for the base in float32, except that rows or blocks of zeros stay
+        zeros. The error of an entry is at most half a step, as in the table. For nf4, add 1/128 of the largest
+        difference between a block's largest entry and the mean of these largest entries. The difference is taken over
+        the blocks that share a factor. The mean is taken over all blocks when the base is first quantized.
+
+        ========  ================================  =======================================================
+        format    layout                            error of an entry, at most
+        ========  ================================  =======================================================
+        int8      one scale for each row            ``scale / 2``
+        float8    one scale for each row            for e4m3, ``2**-4`` of the entry or ``scale / 2**10``
+        bfloat16  no scale                          ``2**-9`` of the entry
+        nf4       blocks of 64                      0.152 of the largest entry of its block, plus the above
+        nvfp4     blocks of 16, torchao prototype   a fifth of the largest entry of its block, or ``2**-19``
+                                                    of the largest entry of the weight
+        mxfp4     blocks of 32, torchao prototype   a fifth of the largest entry of its block
+        ========  ================================  =======================================================
+
+        Prototypes may change with torchao.
 
     Example:
         >>> from torch import nn
@@ -70,7 +91,7 @@ def quantize(
         (torch.int8, torch.Size([32, 1]), torch.bfloat16)
     """
     if residual not in (None, "int8", "bfloat16"):
-        raise ValueError(f"`residual` must be 'int8', 'bfloat16' or None, got {residual!r}")
+        raise ValueError(f"unknown `residual` {residual!r}; use 'int8', 'bfloat16' or None")
     if isinstance(params, LowRank):
         return _quantize("param", params, base, residual, residual_device)
     return {
@@ -82,9 +103,9 @@ def quantize(
 def _quantize(name: str, param: LowRank, base: object, residual: ResidualKind, residual_device: Device) -> LowRank:
     old = param.base
     if isinstance(old, Deferred):
-        raise ValueError(f"`params` must be folded and no longer deferred to be quantized, got {name!r}, which is")
+        raise ValueError(f"the base of {name!r} in `params` is deferred; call `quantize` before `defer`")
     if isinstance(old, Sharded):
-        raise ValueError(f"`params` must be quantized before they are sharded, got {name!r}, which is")
+        raise ValueError(f"the base of {name!r} in `params` is sharded; call `quantize` before `shard`")
     dtype = old.dtype if isinstance(old, Tensor) else old.like.dtype
     return param._replace(base=quantize_base(name, old, base, residual, residual_device, dtype))
 
@@ -97,31 +118,37 @@ def quantize_base(
     residual_device: Device,
     dtype: torch.dtype,
 ) -> LocalBase:
-    """`quantize` of a base alone, of a weight in `dtype`: a plain tensor for bfloat16 without a residual."""
+    """Quantize one base, as `quantize` does.
+
+    The weight had the dtype `dtype`. The result is a plain tensor for "bfloat16" without a residual.
+    """
     kind, float8_dtype = format_of(base)
-    # nf4's scales are in float32, and torchao knows no int8 for float64.
-    keeps = kind != "nf4" and dtype in (torch.bfloat16, torch.float16)
-    made = []
+    # nf4's scales are in float32, and torchao does not support int8 for float64.
+    keeps_dtype = kind != "nf4" and dtype in (torch.bfloat16, torch.float16)
+    quantized = []
     for member in stack_members(old):
         weight = _exact(member, torch.float32)
         check_finite(weight, name)
         codes = encode(weight, empty_codes(kind, name, weight, float8_dtype=float8_dtype))
-        rest = weight.sub_(decode(codes, weight.dtype))
-        check_finite(rest, name)  # the largest numbers may round to infinity
-        like = rest.new_empty(0, dtype=dtype if keeps else torch.float32)
-        made.append(Quantized(codes, make_residual(rest, residual, residual_device), like))
-    stack = stack_bases(made, base_shape(old)[:-2])
+        error = weight.sub_(decode(codes, weight.dtype))
+        check_finite(error, name)  # the largest values may round to infinity
+        like = error.new_empty(0, dtype=dtype if keeps_dtype else torch.float32)
+        quantized.append(Quantized(codes, make_residual(error, residual, residual_device), like))
+    stack = stack_bases(quantized, base_shape(old)[:-2])
     return stack.codes if isinstance(stack.codes, Tensor) and residual is None else stack
 
 
 def _exact(base: LocalBase, dtype: torch.dtype) -> Tensor:
-    """One member with its residual, in `dtype` or a wider one: memory of its own."""
+    """Return one member with its residual, in newly allocated memory.
+
+    Its dtype is `dtype` or a wider one.
+    """
     if isinstance(base, Tensor):
         return decode_exact(base, (), widest(base.dtype, dtype))
     return decode_exact(base.codes, base.residual, dtype)
 
 
-# --- how far off
+# --- drift
 
 
 @overload
@@ -131,17 +158,24 @@ def drift(params: Params, exact: Mapping[str, Tensor] | None = ...) -> dict[str,
 def drift(
     params: LowRank | Params, exact: Tensor | Mapping[str, Tensor] | None = None
 ) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
-    """How far the weight that products see is from the exact one, ``|weight - exact| / |exact|`` in Frobenius norms.
+    """Return the relative error of the weight that products read.
 
-    Exact is codes and residual and factors together, or what is given. Without a residual nobody knows what was lost:
-    NaN. A stack counts as one weight. It takes about the time of a fold.
+    The error is ``|weight - exact| / |exact|`` in Frobenius norms. It takes about as long as a fold.
 
     Args:
-        params: one weight, or weights by name.
-        exact: dense weights to compare with instead, one or by name.
+        params: One weight, or weights by name. A stack counts as one weight.
+        exact: The exact dense weight, or weights by name. Default None means ``codes + residual + b @ a / rank``. For
+            a base without a residual it is unknown, and the result is NaN.
 
     Returns:
         A 0-d tensor in float32, or one for each low-rank weight by name.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(64, 32, bias=False), rank=4, seed=0, targets=["weight"], base="int8")
+        >>> bool(dl.bases.drift(params)["weight"] < 0.01)
+        True
     """
     if isinstance(params, LowRank):
         assert exact is None or isinstance(exact, Tensor)
@@ -151,23 +185,23 @@ def drift(
     return {name: _drift(param, exact[name] if exact else None) for name, param in low_rank.items()}
 
 
-def _drift(param: LowRank, wanted: Tensor | None) -> Tensor:
-    standing, (b, a) = with_pending(param)
-    base = gather_base(standing)
-    if wanted is None and (isinstance(base, Tensor) or not code_tensors(base.residual)):
+def _drift(param: LowRank, exact: Tensor | None) -> Tensor:
+    folded, (b, a) = with_pending(param)
+    base = gather_base(folded)
+    if exact is None and (isinstance(base, Tensor) or not code_tensors(base.residual)):
         return torch.full((), torch.nan, device=b.device)
     stack, wide = param.shape[:-2].numel(), widest(b.dtype)
     b, a = b.reshape(stack, *b.shape[-2:]), a.reshape(stack, *a.shape[-2:])
-    targets = [None] * stack if wanted is None else wanted.reshape(stack, *wanted.shape[-2:])
+    targets = [None] * stack if exact is None else exact.reshape(stack, *exact.shape[-2:])
     squares = []
-    for number, (member, target) in enumerate(zip(stack_members(base), targets, strict=True)):
-        seen = fold(dequantize(member, wide), b[number], a[number], rank=a.shape[-2])
+    for index, (member, target) in enumerate(zip(stack_members(base), targets, strict=True)):
+        weight = fold(dequantize(member, wide), b[index], a[index], rank=a.shape[-2])
         if target is None:
-            missed = decode(member.residual, seen.dtype).to(seen.device)  # type: ignore
-            target = seen + missed  # noqa: PLW2901
+            error = decode(member.residual, weight.dtype).to(weight.device)  # type: ignore
+            target = weight + error  # noqa: PLW2901
         else:
-            missed = target - seen
-        squares.append(torch.stack([missed.square().sum(), target.square().sum()]))
-    off, size = torch.stack(squares).sum(0)
-    relative: Tensor = (off / size).sqrt()
+            error = target - weight
+        squares.append(torch.stack([error.square().sum(), target.square().sum()]))
+    error_square, exact_square = torch.stack(squares).sum(0)
+    relative: Tensor = (error_square / exact_square).sqrt()
     return relative.float()

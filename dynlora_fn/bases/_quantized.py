@@ -1,4 +1,4 @@
-"""Quantized bases: shape, members of a stack, residual."""
+"""The shape, the stack members and the residual of a base that is not sharded."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias, TypeVar
@@ -16,29 +16,29 @@ Device: TypeAlias = torch.device | str | None
 LocalBaseT = TypeVar("LocalBaseT", bound="Tensor | Quantized")
 
 
-def make_residual(rest: Tensor, residual: ResidualKind, device: Device) -> Residual:
-    """What codes miss, as a residual on a device."""
+def make_residual(error: Tensor, residual: ResidualKind, device: Device) -> Residual:
+    """Return the difference that codes miss as a residual on a device."""
     if residual is None:
         return ()
-    made = rest.to(torch.bfloat16) if residual == "bfloat16" else int8_residual(rest)
-    return tree_map(lambda tensor: tensor.to(device or tensor.device), made)  # type: ignore[no-any-return]
+    encoded = error.to(torch.bfloat16) if residual == "bfloat16" else int8_residual(error)
+    return tree_map(lambda tensor: tensor.to(device or tensor.device), encoded)  # type: ignore[no-any-return]
 
 
 def base_shape(base: LocalBase) -> torch.Size:
-    """Of the weight, (*stack, out, in)."""
+    """Return the shape of the weight, (*stack, out, in)."""
     return shape_of(base if isinstance(base, Tensor) else base.codes)
 
 
 def stack_members(base: LocalBaseT) -> Iterator[LocalBaseT]:
-    """The bases of a stack in row-major order: views."""
+    """Yield the bases of a stack in row-major order, as views."""
     stack = base_shape(base)[:-2]
     leaves, structure = tree_flatten(base)
     rows = [leaf.reshape(stack.numel(), *leaf.shape[len(stack) :]) for leaf in leaves]
-    for number in range(stack.numel()):
-        yield tree_unflatten([row[number] for row in rows], structure)
+    for index in range(stack.numel()):
+        yield tree_unflatten([row[index] for row in rows], structure)
 
 
-def stack_bases(made: Sequence[LocalBaseT], stack: Sequence[int]) -> LocalBaseT:
-    """The stack of these members: copies."""
-    whole: LocalBaseT = tree_map(lambda *leaves: torch.stack(leaves).reshape((*stack, *leaves[0].shape)), *made)
-    return whole
+def stack_bases(members: Sequence[LocalBaseT], stack: Sequence[int]) -> LocalBaseT:
+    """Copy the members into one base with the leading axes `stack`."""
+    stacked: LocalBaseT = tree_map(lambda *leaves: torch.stack(leaves).reshape((*stack, *leaves[0].shape)), *members)
+    return stacked

@@ -1,4 +1,4 @@
-"""Rows of a sharded base: gather them, or map a function over them."""
+"""Gather the rows of a sharded base, or map a function over its tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +14,10 @@ from dynlora_fn.bases._types import FoldedBase, LocalBase, Sharded
 
 
 def gather_base(base: FoldedBase) -> LocalBase:
-    """The base with all of its rows, and its residual with all of its own."""
+    """Return the base with all rows, its residual included.
+
+    Collective if the base is sharded: call it on every process.
+    """
     if not isinstance(base, Sharded):
         return base
     return map_rows(gather, base.base, base.sharding)
@@ -24,7 +27,7 @@ RowMap: TypeAlias = Callable[[Tensor, Sharding], Tensor]
 
 
 def map_rows(change: RowMap, base: LocalBase, sharding: Sharding) -> LocalBase:
-    """`change` of every tensor that has the base's rows."""
+    """Apply `change` to every tensor that has the rows of the base."""
     if isinstance(base, Tensor):
         return change(base, sharding)
     kind, residual = kind_of(base.codes), tree_map(lambda leaf: change(leaf, sharding), base.residual)
@@ -35,22 +38,25 @@ def map_rows(change: RowMap, base: LocalBase, sharding: Sharding) -> LocalBase:
 
 
 def map_code_rows(change: RowMap, kind: str, tensors: Sequence[Tensor], sharding: Sharding) -> list[Tensor]:
-    """The same of the tensors of codes. nf4's scales, and their factors, lie row after row in a single axis: a process
-    has as many as any other, and its own are the row that it has."""
+    """Apply `change` to every tensor of codes that has the rows of the base.
+
+    The scales of nf4, and their factors, have one axis in row order. Every process has equally many, so they are
+    treated as one row for each process.
+    """
     if kind != "nf4":
         return [change(tensor, sharding) for tensor in tensors]
     codes, *blocks, mean = tensors
-    held = codes.shape[-2] // sharding.rows_per_process  # the shares of all processes, or that of this one
+    shards = codes.shape[-2] // sharding.rows_per_process  # all shards, or 1 if the codes are one shard
     processes = replace(sharding, rows=sharding.world_size)
-    blocks = [change(block.reshape(*block.shape[:-1], held, -1), processes).flatten(-2) for block in blocks]
+    blocks = [change(block.reshape(*block.shape[:-1], shards, -1), processes).flatten(-2) for block in blocks]
     return [change(codes, sharding), *blocks, mean]
 
 
 def factor_shardings(frozen: Mapping[str, Frozen | Tensor]) -> dict[str, Sharding]:
-    """Of all sharded factors by name."""
-    held = {
+    """Return the shardings of all sharded factors by name."""
+    shardings = {
         name: leaf.base.sharding
         for name, leaf in frozen.items()
         if isinstance(leaf, Frozen) and isinstance(leaf.base, Sharded)
     }
-    return {name: sharding for name, sharding in held.items() if sharding.columns is not None}
+    return {name: sharding for name, sharding in shardings.items() if sharding.columns is not None}

@@ -1,4 +1,4 @@
-"""Factors that lie on several processes as their base does: `b` by its rows, `a` by its columns."""
+"""Gather sharded factors and scatter their gradients. `b` is sharded by rows, and `a` by columns."""
 
 from dataclasses import astuple
 from typing import Any, TypeAlias
@@ -13,29 +13,35 @@ Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 
 
 def gather_factors(factors: Factors, sharding: Sharding) -> Factors:
-    """Those of all processes, bit for bit. Gradients pass through by `own_gradients`."""
-    return Factors(*_whole(*factors, astuple(sharding)))
+    """Gather the factors of all processes, bit for bit.
+
+    Their gradients are reduced by `scatter_gradients`. Collective: call it on every process.
+    """
+    return Factors(*_gather(*factors, astuple(sharding)))
 
 
 def scatter_gradients(gradients: Factors, sharding: Sharding) -> Factors:
-    """This process's shares of the mean of all processes' gradients."""
-    return Factors(*_own(*gradients, astuple(sharding)))
+    """Average gradients over all processes and return the shards of this process.
+
+    Collective: call it on every process.
+    """
+    return Factors(*_scatter(*gradients, astuple(sharding)))
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _whole(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
-    return _Whole.apply(b, a, constants)  # type: ignore[no-any-return, no-untyped-call]
+def _gather(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
+    return _Gather.apply(b, a, constants)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _own(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
-    return _Own.apply(b, a, constants)  # type: ignore[no-any-return, no-untyped-call]
+def _scatter(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
+    return _Scatter.apply(b, a, constants)  # type: ignore[no-any-return, no-untyped-call]
 
 
-# Each is the other's gradient, so that those of gradients are right as well; a collective by itself has none here.
+# Each is the gradient of the other, so second derivatives are right too. The collectives themselves have no gradients.
 
 
-class _Whole(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
         sharding = Sharding(*constants)
@@ -47,10 +53,10 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_Own.apply(b, a, ctx.constants), None  # type: ignore[no-untyped-call]
+        return *_Scatter.apply(b, a, ctx.constants), None  # type: ignore[no-untyped-call]
 
 
-class _Own(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
         sharding = Sharding(*constants)
@@ -63,5 +69,5 @@ class _Own(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, None]:
-        gathered, weight = _Whole.apply(b, a, ctx.constants), Sharding(*ctx.constants).weight  # type: ignore[no-untyped-call]
+        gathered, weight = _Gather.apply(b, a, ctx.constants), Sharding(*ctx.constants).weight  # type: ignore[no-untyped-call]
         return *(side * weight for side in gathered), None

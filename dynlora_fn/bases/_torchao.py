@@ -1,7 +1,7 @@
 """Every name of torchao that the library uses, checked on the version in `CHECKED`.
 
-torchao takes a second to import, so each name is imported at its first use. The prototypes may move or change:
-`tests/bases/test_torchao_names.py` fails with the name of whatever has moved.
+torchao takes a second to import, so each name is imported at its first use. The prototypes may move or change.
+`tests/bases/test_torchao_names.py` fails with each name that has moved.
 """
 
 from importlib import import_module
@@ -35,11 +35,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Dynamo traces the functions below. It follows an import statement, but not the function above.
+# Dynamo traces the functions below. It can trace an import statement, but not `__getattr__` of a module.
 
 
 def decode_8bit(codes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
-    """Return the numbers of `codes`, with the values in `table` and one scale for each block."""
+    """Decode 8-bit codes with the values in `table` and one scale for each block."""
     from torchao.optim.quant_utils import dequant_with_qmap  # noqa: PLC0415
 
     decoded: Tensor = dequant_with_qmap(codes, table, scale)
@@ -47,7 +47,10 @@ def decode_8bit(codes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_8bit(tensor: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return codes of the values in `table`, and one scale for each block of the flattened tensor."""
+    """Encode in 8 bits, with the values in `table` and one scale for each block.
+
+    Blocks are consecutive entries of the flattened tensor.
+    """
     from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor  # noqa: PLC0415
 
     scaled, scale = scale_tensor(tensor, block)

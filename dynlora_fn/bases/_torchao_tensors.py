@@ -1,6 +1,6 @@
-"""torchao's tensors and configurations, to and from the plain tensors that bases are held in.
+"""Convert torchao's tensors from and to bases.
 
-torchao is imported where it is needed: it takes a second.
+torchao takes a second to import, so it is imported at its first use.
 """
 
 from collections.abc import Mapping
@@ -26,24 +26,30 @@ from dynlora_fn.bases._types import LocalBase, Quantized
 
 
 def is_torchao(tensor: Tensor) -> bool:
+    """Return whether the type of a tensor is one of torchao's."""
     return type(tensor).__module__.split(".")[0] == "torchao"
 
 
 def from_torchao(
     tensor: Tensor, *, residual: ResidualKind = "bfloat16", residual_device: Device = None, name: str = "tensor"
 ) -> Quantized:
-    """A base of the tensor's own codes, bit for bit; `to_torchao` gives the tensor back.
+    """Return a base with the codes of a torchao tensor.
+
+    The codes are copied, bit for bit. `to_torchao` returns an equal tensor.
 
     Args:
-        tensor: a matrix in torchao's Int8Tensor or Float8Tensor, weight-only with PerRow, or NF4Tensor, as its
-            ``quantize_`` and ``to_nf4`` make them; or in its prototypes NVFP4Tensor with a scale for the whole, as
-            NVFP4WeightOnlyConfig makes it, or MXTensor of float4, weight-only. It is copied.
-        residual: "bfloat16", "int8" or None, as in `quantize`; nothing is missed yet.
-        residual_device: where it lies; with the codes unless given.
-        name: of the weight, for the message of an error.
+        tensor: A matrix. The stable types are Int8Tensor and Float8Tensor, weight-only with PerRow, and NF4Tensor, as
+            torchao's ``quantize_`` and ``to_nf4`` return them. The prototypes are NVFP4Tensor with one scale for the
+            weight, as from NVFP4WeightOnlyConfig, and MXTensor of float4, weight-only.
+        residual: The format of the residual, as in `quantize`. It starts at zero.
+        residual_device: The device of the residual. Default None means the device of the codes.
+        name: The name of the weight, for error messages.
+
+    Returns:
+        The base.
 
     Raises:
-        ValueError: if the tensor is of another kind or not finite.
+        ValueError: If the tensor has another type or layout, or is not finite.
 
     Example:
         >>> from torchao.quantization import Int8Tensor, PerRow
@@ -51,41 +57,46 @@ def from_torchao(
         >>> torch.equal(to_torchao(from_torchao(tensor)).dequantize(), tensor.dequantize())
         True
     """
-    held: Any = tensor.detach()
-    codes = _codes(held)
+    detached: Any = tensor.detach()
+    codes = _codes(detached)
     like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    if codes is None or not _is_same(held, _tensor(codes, like)):
-        kinds = "Int8Tensor or Float8Tensor, weight-only by row, NF4Tensor, or the prototypes NVFP4Tensor or MXTensor"
-        rule = f"be a matrix in torchao's {kinds} in weight-only float4 to be a base"
-        raise ValueError(f"weight {name!r} must {rule}, got {type(tensor).__name__} of shape {tuple(tensor.shape)}")
+    if codes is None or not _is_same(detached, _tensor(codes, like)):
+        raise ValueError(
+            f"weight {name!r} is a {type(tensor).__name__} of shape {tuple(tensor.shape)} that cannot be a base; use a"
+            " matrix in torchao's Int8Tensor or Float8Tensor, weight-only by row, NF4Tensor, or the prototypes"
+            " NVFP4Tensor or MXTensor in weight-only float4"
+        )
     dense = decode(codes, torch.float32)
     check_finite(dense, name)
     return Quantized(codes, make_residual(dense.zero_(), residual, residual_device), like)
 
 
-def _codes(held: Any) -> Codes | None:
-    if held.ndim != 2:
+def _codes(tensor: Any) -> Codes | None:
+    if tensor.ndim != 2:
         return None
-    if _torchao_prototypes.is_prototype(held):
-        views = _torchao_prototypes.codes_of(held)
+    if _torchao_prototypes.is_prototype(tensor):
+        views = _torchao_prototypes.codes_of(tensor)
         return None if views is None else tree_map(_copy, views)
-    if isinstance(held, _torchao.Int8Tensor | _torchao.Float8Tensor):
-        if held.scale.shape != (held.shape[0], 1):
+    if isinstance(tensor, _torchao.Int8Tensor | _torchao.Float8Tensor):
+        if tensor.scale.shape != (tensor.shape[0], 1):
             return None
-        kind = Int8Codes if isinstance(held, _torchao.Int8Tensor) else Float8Codes
-        return kind(_copy(held.qdata), _copy(held.scale))
-    if isinstance(held, _torchao.NF4Tensor) and held.shape[1] % 2 == 0:
-        inner = (held.quantized_data, held.quantized_scalers, held.quantization_factor, held.scaler_mean)
-        data, *rest = (_copy(tensor) for tensor in inner)
-        return NF4Codes(data.reshape(held.shape[0], -1), *rest)
+        format_type = Int8Codes if isinstance(tensor, _torchao.Int8Tensor) else Float8Codes
+        return format_type(_copy(tensor.qdata), _copy(tensor.scale))
+    if isinstance(tensor, _torchao.NF4Tensor) and tensor.shape[1] % 2 == 0:
+        inner = (tensor.quantized_data, tensor.quantized_scalers, tensor.quantization_factor, tensor.scaler_mean)
+        data, *scales = (_copy(part) for part in inner)
+        return NF4Codes(data.reshape(tensor.shape[0], -1), *scales)
     return None
 
 
-def _is_same(held: Any, rebuilt: Any) -> bool:
-    """Whether nothing is lost: the context says how torchao computes with a tensor, and only the usual one is kept."""
-    (names, context), (own_names, own_context) = held.__tensor_flatten__(), rebuilt.__tensor_flatten__()
-    same = type(held) is type(rebuilt) and context == own_context and set(names) <= set(own_names)
-    return same and all(torch.equal(_bits(getattr(held, name)), _bits(getattr(rebuilt, name))) for name in names)
+def _is_same(tensor: Any, rebuilt: Any) -> bool:
+    """Return whether nothing is lost.
+
+    The context says how torchao computes with a tensor. Codes do not store it, so only the default context is accepted.
+    """
+    (names, context), (rebuilt_names, rebuilt_context) = tensor.__tensor_flatten__(), rebuilt.__tensor_flatten__()
+    same = type(tensor) is type(rebuilt) and context == rebuilt_context and set(names) <= set(rebuilt_names)
+    return same and all(torch.equal(_bits(getattr(tensor, name)), _bits(getattr(rebuilt, name))) for name in names)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -101,14 +112,27 @@ def to_torchao(params: LowRank | Quantized) -> Tensor: ...
 @overload
 def to_torchao(params: Params) -> dict[str, Tensor]: ...
 def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tensor]:
-    """torchao's own tensor of the same codes: the same inner tensors, and the same bits when dequantized.
+    """Return torchao's tensors with the same codes.
+
+    The inner tensors are those of the base, and the bits are equal when dequantized.
 
     Args:
-        params: a base, a weight, which is merged first, or weights by name, which are also unstacked: a state dict for
-            the plain module, in which plain bases become dense tensors.
+        params: A base, a weight, or weights by name. The factors of a weight are merged into its base first. Weights by
+            name are also unstacked.
+
+    Returns:
+        One tensor. For weights by name, a state dict for the unmodified module; plain bases become dense tensors.
 
     Raises:
-        ValueError: if a base is a stack.
+        ValueError: If a base is a stack, or nvfp4 codes have one factor for each row.
+        ImportError: If torchao has moved the prototype of the format.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
+        >>> type(dl.bases.to_torchao(params)["weight"]).__name__
+        'Int8Tensor'
     """
     if isinstance(params, Mapping):
         return {
@@ -118,13 +142,15 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
     if isinstance(base, Tensor):
         return base
     if len(shape := base_shape(base)) != 2:
-        raise ValueError(f"`params` must be a single weight to be torchao's, got a stack of shape {tuple(shape)}")
+        raise ValueError(
+            f"`params` is a stack of shape {tuple(shape)}, which torchao does not support; call `unstack` first"
+        )
     return _tensor(base.codes, base.like)
 
 
 def _merged(param: LowRank) -> LocalBase:
-    held, (b, a) = with_pending(param)
-    return fold_base(gather_base(held), b, a, rank=b.shape[-1], name="params")
+    base, (b, a) = with_pending(param)
+    return fold_base(gather_base(base), b, a, rank=b.shape[-1], name="params")
 
 
 def _tensor(codes: Codes, like: Tensor) -> Tensor:
@@ -136,16 +162,16 @@ def _tensor(codes: Codes, like: Tensor) -> Tensor:
         return _torchao_prototypes.tensor_of(codes, like)
     block = [1, codes.codes.shape[1]]
     if isinstance(codes, Float8Codes):
-        made: Tensor = _torchao.Float8Tensor(codes.codes, codes.scale, block_size=block, dtype=like.dtype)
+        tensor: Tensor = _torchao.Float8Tensor(codes.codes, codes.scale, block_size=block, dtype=like.dtype)
     else:
         zero = torch.zeros_like(codes.scale, dtype=torch.int8)
-        made = _torchao.Int8Tensor(codes.codes, codes.scale, block, like.dtype, zero_point=zero)
-    return made
+        tensor = _torchao.Int8Tensor(codes.codes, codes.scale, block, like.dtype, zero_point=zero)
+    return tensor
 
 
 def _nf4_tensor(codes: NF4Codes, like: Tensor) -> Tensor:
     shape, blocks = base_shape(Quantized(codes, (), like)), len(codes.scales)
-    # What it says of a weight of this shape, by way of torchao itself.
+    # torchao computes the context for a weight of this shape.
     sizes = shape.numel() // blocks, blocks // len(codes.factor)
     _, context = _torchao.to_nf4(codes.mean.new_zeros(shape), *sizes).__tensor_flatten__()
     inner = {
@@ -155,5 +181,5 @@ def _nf4_tensor(codes: NF4Codes, like: Tensor) -> Tensor:
         "quantized_scalers": codes.scales,
         "nf4": torch.tensor(_nf4.VALUES, dtype=codes.mean.dtype, device=codes.mean.device),
     }
-    made: Tensor = _torchao.NF4Tensor.__tensor_unflatten__(inner, context, None, None)
-    return made
+    tensor: Tensor = _torchao.NF4Tensor.__tensor_unflatten__(inner, context, None, None)
+    return tensor

@@ -10,38 +10,44 @@ from dynlora_fn.bases._formats import Codes, Residual
 
 
 class Transposed(NamedTuple):
-    """``base.mT`` of codes, which have no transpose of their own. The base of a `LowRank` within one product."""
+    """The transpose ``base.mT`` of codes, which cannot be transposed themselves.
+
+    It is the base of a `LowRank` only within one product.
+    """
 
     base: "Quantized | Sharded"
 
 
 class Quantized(NamedTuple):
-    """A base in low precision: products see the codes alone, and what these miss is kept for the next fold.
+    """A base in low precision: codes, and a residual that stores what the codes miss.
 
-    The residual is what makes a base survive ten thousand switches: a fold starts from ``codes + residual``, so that
-    the error stays that of quantizing once. Without one its memory is saved, and the errors of all folds add up.
+    Products read only the codes. A fold starts from ``codes + residual``, so the error does not exceed one quantization
+    error, even after ten thousand switches. Without a residual, memory is saved and the errors of all folds add up.
     """
 
     codes: Codes
-    residual: Residual  # may lie in host memory
-    like: Float[Tensor, "*stack 0"]  # empty, of the dtype that torchao's tensor stands for
+    residual: Residual  # may be in host memory
+    like: Float[Tensor, "*stack 0"]  # empty; has the dtype of the weight in torchao's tensor
 
 
 class Sharded(NamedTuple):
-    """A base of which this process holds some rows, in full precision or codes with their residual. It is gathered, as
-    it is stored, for each product, and folded into where its rows are."""
+    """The rows of a base that this process stores, dense or quantized.
+
+    The base is all-gathered in its storage format for each product. A fold changes the rows of this process and needs
+    no communication.
+    """
 
     base: "LocalBase"  # (*stack, rows of this process, in)
     sharding: Sharding
 
 
 class Deferred(NamedTuple):
-    """A base whose latest folds wait: ``base + pending.b @ pending.a / rank``, exactly."""
+    """A base with pending folds: ``base + pending.b @ pending.a / rank``, exactly."""
 
     base: "FoldedBase"
     pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)
 
 
-LocalBase: TypeAlias = Tensor | Quantized  # by one process as a whole
-FoldedBase: TypeAlias = LocalBase | Sharded  # in which nothing waits
+LocalBase: TypeAlias = Tensor | Quantized  # all rows on this process
+FoldedBase: TypeAlias = LocalBase | Sharded  # without pending folds
 Base: TypeAlias = FoldedBase | Deferred

@@ -1,4 +1,7 @@
-"""Several processes: reduce gradients, shard bases and factors, check replicas."""
+"""Training on several processes: average gradients, shard bases and factors, check replicas, count bytes.
+
+Switching needs no communication: every process derives the same plan and vectors from the seed and the step.
+"""
 
 from dynlora_fn._core._types import Sharding as Sharding
 from dynlora_fn.parallel._check_replicas import DriftedError as DriftedError

@@ -12,65 +12,77 @@ from dynlora_fn._core._torch import keystr, tree_flatten_with_path
 from dynlora_fn.bases._types import Sharded
 from dynlora_fn.parallel._shard import Group, is_under, process_group, shardings_in
 
-# --- whether they agree
-
 
 class DriftedError(RuntimeError):
-    """Processes that must hold the same state do not."""
+    """The state differs between processes that must have the same state."""
 
 
 def check_replicas(state: Any, group: Group) -> None:
-    """Returns if all processes hold the same bits, and otherwise raises on each of them, naming those that do not.
+    """Check that all processes have the same state, bit for bit.
 
-    It reads the state once and sends eight bytes for each tensor. Left out is what differs: sharded bases, and all that
-    is by the name of sharded factors.
+    If not, every process raises the same error. The state is read once, and each tensor costs eight bytes of
+    communication. Sharded bases, and all tensors under the names of sharded factors, differ between processes and are
+    skipped. Collective: call it on every process.
 
     Args:
-        state: a tree of tensors.
-        group: the processes, a group or a mesh of one dimension; all must ask.
+        state: A tree of tensors.
+        group: The process group, or a mesh of one dimension.
 
     Raises:
-        DriftedError: with the processes that differ from the majority, and the tensor in which the first of them does.
+        DriftedError: If the state differs. It names the processes that differ from the majority, and the first tensor
+            that differs. Without a majority it lists the processes with equal states.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> import dynlora_fn as dl
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> dl.parallel.check_replicas({"w": torch.ones(2)}, dist.group.WORLD)
+        >>> dist.destroy_process_group()
     """
     leaves = tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Sharded))[0]
     shardings = shardings_in(state)
     replicated = [
         (keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and not is_under(path, shardings)
     ]
-    own = checksums([leaf for _, leaf in replicated])
+    local = checksums([leaf for _, leaf in replicated])
     processes = process_group(group)
-    every = all_gather(own[None], processes.size(), processes.group_name).tolist()
-    states = Counter(map(tuple, every))
+    gathered = all_gather(local[None], processes.size(), processes.group_name).tolist()
+    states = Counter(map(tuple, gathered))
     if len(states) == 1:
         return
     common, count = states.most_common(1)[0]
-    rule = "be the same on all processes"
-    if 2 * count <= len(every):
-        groups = [[rank for rank, one in enumerate(every) if tuple(one) == state] for state in states]
-        raise DriftedError(f"`state` must {rule}, got {len(states)} different ones, by ranks: {groups}")
-    drifted = [rank for rank, one in enumerate(every) if tuple(one) != common]
-    first = next(at for at, pair in enumerate(zip(every[drifted[0]], common, strict=True)) if pair[0] != pair[1])
-    names = f"rank{'s' if len(drifted) > 1 else ''} {', '.join(map(str, drifted))}"
-    raise DriftedError(f"`state` must {rule}, got {names} with another, from {replicated[first][0]} on")
+    if 2 * count <= len(gathered):
+        groups = [[process for process, sums in enumerate(gathered) if tuple(sums) == state] for state in states]
+        raise DriftedError(
+            f"`state` differs between processes without a majority, and the processes with equal states are {groups};"
+            " resume from a checkpoint"
+        )
+    drifted = [process for process, sums in enumerate(gathered) if tuple(sums) != common]
+    first = next(at for at, pair in enumerate(zip(gathered[drifted[0]], common, strict=True)) if pair[0] != pair[1])
+    raise DriftedError(
+        f"`state` of processes {drifted} differs from the majority, first at {replicated[first][0]};"
+        " resume from a checkpoint"
+    )
 
 
 def checksums(leaves: list[Tensor]) -> Int[Tensor, " leaves"]:
-    """One for each tensor, of its bits and their places: a bit that differs shows, and two numbers that are exchanged.
+    """Return a checksum of the bits of each tensor.
 
-    ``sum((2 k + 1) bits[k])`` modulo ``2**64``: odd factors, so that no bit is lost.
+    It is ``sum((2 k + 1) bits[k])`` modulo ``2**64``, with the bits of entry k as an integer. The factors are odd, so
+    every change of one entry changes it. It also depends on the order of the entries.
     """
-    made = [_checksum(leaf.detach()) for leaf in leaves]
-    return torch.stack([one.to(made[0].device) for one in made])
+    sums = [_checksum(leaf.detach()) for leaf in leaves]
+    return torch.stack([total.to(sums[0].device) for total in sums])
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_AT_ONCE = 2**22  # numbers, so that their copies as 64-bit integers take 64 MB at most
+_CHUNK = 2**22  # entries, so that the temporary 64-bit integers take 64 MB at most
 
 
 def _checksum(leaf: Tensor) -> Tensor:
     bits = leaf.contiguous().view(_INTEGERS[leaf.element_size()]).flatten()
     total = torch.zeros((), dtype=torch.int64, device=leaf.device)
-    for first, part in enumerate(torch.split(bits, _AT_ONCE)):
-        factors = 2 * torch.arange(first * _AT_ONCE, first * _AT_ONCE + len(part), device=leaf.device) + 1
+    for first, part in enumerate(torch.split(bits, _CHUNK)):
+        factors = 2 * torch.arange(first * _CHUNK, first * _CHUNK + len(part), device=leaf.device) + 1
         total = total + (part.long() * factors).sum()
     return total

@@ -16,21 +16,33 @@ from dynlora_fn.parallel._shard import Group, is_under, process_group
 def all_reduce_mean(
     tree: Any, group: Group, *, weight: float | None = None, frozen: Mapping[str, Frozen | Tensor] | None = None
 ) -> Any:
-    """The mean of each tensor over the processes, the same bits on all of them: one all-reduce for each dtype.
+    """Average every tensor over the processes.
 
-    Tensors of a dtype travel as one, so that a step sends one message however many weights there are. It goes wherever
-    the step goes, inside of `compile_step` too. A loss beside its gradients costs four bytes and no message.
+    The result has the same bits on all processes. Tensors of one dtype are concatenated, so there is one all-reduce for
+    each dtype, however many weights there are. A loss next to its gradients costs four bytes and no additional
+    all-reduce. It works in eager mode and inside `compile_step`. Collective: call it on every process.
 
     Args:
-        tree: of tensors, such as ``(loss, grads)``; the same structure, shapes and dtypes on every process.
-        group: the processes, a group or a mesh of one dimension.
-        weight: of this process in the mean, all of them adding up to 1, for batches of unequal sizes; 1 / their number
-            unless given.
-        frozen: the rest of the parameters, where factors are sharded: what stands under their names in `tree` has been
-            reduced already, and stays.
+        tree: A tree of tensors, such as ``(loss, grads)``, with equal structure, shapes and dtypes on every process.
+        group: The process group, or a mesh of one dimension.
+        weight: The weight of this process in the mean, for batches of unequal sizes. The weights must sum to 1.
+            Default None means 1 / the number of processes.
+        frozen: The frozen tree. Pass it if factors are sharded, so that their gradients, which are already reduced, are
+            skipped.
 
-    Numerics: each term is scaled first and summed in its own dtype, in an order that depends on the number of
-    processes.
+    Returns:
+        A tree with the structure, shapes and dtypes of `tree`.
+
+    Numerics: Each term is scaled first and summed in the dtype of its tensor. The order of the sum depends on the
+        number of processes.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> import dynlora_fn as dl
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> dl.parallel.all_reduce_mean({"w": torch.ones(2)}, dist.group.WORLD)
+        {'w': tensor([1., 1.])}
+        >>> dist.destroy_process_group()
     """
     weight = 1 / process_group(group).size() if weight is None else weight
     shardings = factor_shardings(frozen or {})

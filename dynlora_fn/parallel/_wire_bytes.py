@@ -1,4 +1,4 @@
-"""Bytes that processes send in one step."""
+"""Count the bytes of the collectives of one step."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,19 +13,23 @@ from dynlora_fn.bases._types import Deferred, Sharded
 
 
 class WireBytes(NamedTuple):
-    """Bytes of a step that processes reduce, gather and scatter, by kind. By the ring algorithms, each of n processes
-    sends ``2 (n - 1) / n`` of what is reduced and ``(n - 1) / n`` of what is gathered or scattered. Nothing is sent for
-    switching, unless factors are sharded."""
+    """The bytes of the collectives of one step, by kind.
 
-    factors: int  # gradients, reduced
-    full_rank: int  # likewise
-    bases: int  # gathered
-    gathered: int = 0  # sharded factors
-    scattered: int = 0  # their gradients, reduced
-    switched: int = 0  # rows of theirs, gathered to be folded into bases
+    With ring algorithms, each of n processes sends ``2 (n - 1) / n`` of the bytes of an all-reduce. It sends
+    ``(n - 1) / n`` of the bytes of an all-gather or a reduce-scatter. Switching sends nothing unless factors are
+    sharded.
+    """
+
+    factors: int  # all-reduce of the gradients of factors that are not sharded
+    full_rank: int  # all-reduce of the gradients of full-rank tensors
+    bases: int  # all-gather of sharded bases
+    gathered: int = 0  # all-gather of sharded factors
+    scattered: int = 0  # reduce-scatter of their gradients
+    switched: int = 0  # all-gather of the rows of sharded factors that a switch folds
 
     @property
     def reduced(self) -> int:
+        """The bytes of all all-reduces."""
         return self.factors + self.full_rank
 
 
@@ -36,36 +40,41 @@ def wire_bytes(
     gathers: int = 2,
     plan: Plans | None = None,
 ) -> WireBytes:
-    """What data-parallel processes reduce and gather in a step, from the shapes and dtypes of its tensors alone.
+    """Return the bytes of the collectives of one data-parallel step.
+
+    The count uses only shapes and dtypes: nothing is communicated and no value is read.
 
     Args:
-        trainable: what gradients are taken of.
-        frozen: the rest, of which sharded bases are gathered.
-        gathers: of each base in a step, and of sharded factors: two for each backward pass, three where `remat`
-            computes its block again.
-        plan: of a step that switches.
+        trainable: The trainable tree.
+        frozen: The frozen tree. Default None means that nothing is sharded.
+        gathers: How often each sharded base and each sharded factor is gathered in a step. It is 2 for a forward and a
+            backward pass, and 3 if `remat` computes the block again.
+        plan: The plan of a step that switches. Default None means a step without a switch.
+
+    Returns:
+        The bytes by kind.
 
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
         >>> params = dl.init(nn.Linear(64, 64), rank=8, seed=0, targets=["weight"])
-        >>> dl.parallel.wire_bytes(dl.partition(params).trainable)  # 4,352 by full-rank training
+        >>> dl.parallel.wire_bytes(dl.partition(params).trainable)  # full-rank training: 16,640
         WireBytes(factors=4096, full_rank=256, bases=0, gathered=0, scattered=0, switched=0)
     """
     shardings = factor_shardings(frozen or {})
-    whole = [leaf for name, leaf in trainable.items() if isinstance(leaf, Factors) and name not in shardings]
+    factors = [leaf for name, leaf in trainable.items() if isinstance(leaf, Factors) and name not in shardings]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
     sharded = [_sharded(leaf.base) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen)]
     bases = sum(_gathered_bytes(base) for base in sharded if base is not None)
-    shares = own = 0
+    shards = switched = 0
     for name, sharding in shardings.items():
         leaf = trainable[name]
         assert isinstance(leaf, Factors)
-        shares += _padded_bytes(leaf.b, sharding) + _padded_bytes(leaf.a.mT, sharding.as_columns)
+        shards += _padded_bytes(leaf.b, sharding) + _padded_bytes(leaf.a.mT, sharding.as_columns)
         if plan and name in plan:
             vectors = sum(side.slots.shape[-1] for side in (plan[name].b, plan[name].a))
-            own += _padded_bytes(leaf.a.mT, sharding.as_columns) // leaf.a.shape[-2] * vectors
-    return WireBytes(_bytes(whole), _bytes(full_rank), gathers * bases, gathers * shares, shares, own)
+            switched += _padded_bytes(leaf.a.mT, sharding.as_columns) // leaf.a.shape[-2] * vectors
+    return WireBytes(_bytes(factors), _bytes(full_rank), gathers * bases, gathers * shards, shards, switched)
 
 
 def _sharded(base: Any) -> Sharded | None:
@@ -74,21 +83,21 @@ def _sharded(base: Any) -> Sharded | None:
 
 
 def _gathered_bytes(base: Sharded) -> int:
-    """Of the shares of all processes, which are padded to the longest."""
-    found = []
+    """Return the bytes of the shards of all processes, each padded to the largest."""
+    sizes = []
 
     def count(leaf: Tensor, sharding: Sharding) -> Tensor:
-        found.append(_padded_bytes(leaf, sharding))
+        sizes.append(_padded_bytes(leaf, sharding))
         return leaf
 
     layout, tensors = flatten_base(base)
     map_code_rows(count, layout.kind, tensors, base.sharding)
-    return sum(found)
+    return sum(sizes)
 
 
 def _padded_bytes(leaf: Tensor, sharding: Sharding) -> int:
-    each = leaf.shape[:-2].numel() * leaf.shape[-1] * leaf.element_size()
-    return sharding.world_size * sharding.rows_per_process * each
+    row_bytes = leaf.shape[:-2].numel() * leaf.shape[-1] * leaf.element_size()
+    return sharding.world_size * sharding.rows_per_process * row_bytes
 
 
 def _bytes(tree: Any) -> int:

@@ -75,13 +75,11 @@ def test_merging_folds_all():
 
 
 def test_fewer_vectors_than_a_fold_brings_are_refused():
-    with pytest.raises(
-        ValueError, match="`vectors` of deferred 'w' must be at least as many as one fold brings, got 2 for 3"
-    ):
+    with pytest.raises(ValueError, match="`vectors` = 2 of deferred 'w' is less than the 3 vectors of one fold"):
         switch({"w": defer(PARAM, vectors=2)}, {"w": plan_of(4, b=2, a=1)})
-    with pytest.raises(ValueError, match="`vectors` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`vectors` is 0; it must be at least 1"):
         defer(PARAM, vectors=0)
-    with pytest.raises(ValueError, match="`params` must not be deferred already, got 'w', which is"):
+    with pytest.raises(ValueError, match="the base of 'w' in `params` is deferred already"):
         defer({"w": defer(PARAM, vectors=2)}, vectors=2)
-    with pytest.raises(ValueError, match="must be folded and no longer deferred to be quantized, got 'w', which is"):
+    with pytest.raises(ValueError, match="the base of 'w' in `params` is deferred; call `quantize` before `defer`"):
         quantize({"w": defer(PARAM, vectors=2)}, "int8")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dynlora_fn as dl
 from dynlora_fn import init, unstack
 from dynlora_fn.bases import from_torchao, to_torchao
 from dynlora_fn.bases._formats import KINDS, PROTOTYPES, decode, empty_codes, encode
+from dynlora_fn.bases._quantized import stack_bases
 from dynlora_fn.testing import assert_same, normal
 from tests.support.paths import ROOT
 from tests.support.torchao_tensors import dense, prototype
@@ -86,7 +86,7 @@ def test_torchaos_configurations_name_formats(config):
     made = getattr(torchao, config)()
     params = init(network(), rank=4, seed=0, targets=["*.weight"], base=made)
     assert_same(params, init(network(), rank=4, seed=0, targets=["*.weight"], base=config[:-16].lower()))
-    with pytest.raises(ValueError, match="`base` must be one of"):
+    with pytest.raises(ValueError, match=r"unknown `base` .*; use one of"):
         init(
             network(),
             rank=4,
@@ -100,7 +100,7 @@ def test_a_prototypes_configuration_names_its_format():
     got = init(network(), rank=4, seed=0, targets=["*.weight"], base=prototype_config())
     assert_same(got, init(network(), rank=4, seed=0, targets=["*.weight"], base="nvfp4"))
     single = prototype_config(use_dynamic_per_tensor_scale=False)
-    with pytest.raises(ValueError, match=r"`base` must be one of .* \(prototypes in torchao\)"):
+    with pytest.raises(ValueError, match=r"unknown `base` .*; use one of .* \(prototypes in torchao\)"):
         init(network(), rank=4, seed=0, targets=["*.weight"], base=single)
 
 
@@ -130,7 +130,6 @@ def test_prototypes_are_imported_where_they_are_asked_for_alone():
     """And where torchao has moved one, what asks for it says so."""
     script = """
 import sys, torch
-import dynlora_fn as dl
 param = dl.init({"w": torch.ones(32, 32)}, rank=2, seed=0, targets=["w"], base="int8")["w"]
 dl.bases.to_torchao(param)
 held = dl.bases.quantize(param, "mxfp4"), dl.bases.quantize(param, "nvfp4")
@@ -141,7 +140,7 @@ for one in held:
     try:
         dl.bases.to_torchao(one)
     except ImportError as error:
-        assert "must be in torchao.prototype.mx_formats to be made, as in torchao 0.18, got" in str(error)
+        assert "are not in torchao.prototype.mx_formats, where torchao 0.18 has them (" in str(error)
     else:
         raise AssertionError
 """
@@ -164,11 +163,13 @@ def test_prototypes_that_would_lose_something_are_refused():
         mx.MXTensor.to_mx(weight, packed, 32, is_swizzled_scales=True),
         mx.MXTensor.to_mx(weight, packed, 32, act_quant_kwargs=mx.QuantizeTensorToMXKwargs()),
     ):
-        with pytest.raises(ValueError, match=r"weight 'w' must be a matrix in .* prototypes NVFP4Tensor or MXTensor"):
+        with pytest.raises(
+            ValueError, match=r"weight 'w' is a .* cannot be a base; .* prototypes NVFP4Tensor or MXTensor"
+        ):
             from_torchao(tensor, name="w")
     broken = made(weight, per_tensor_scale=factor)
     broken.scale[3, 1] = torch.nan
-    with pytest.raises(ValueError, match="weight 'w' must be finite"):
+    with pytest.raises(ValueError, match="weight 'w' is not finite"):
         from_torchao(broken, name="w")
 
 
@@ -182,14 +183,14 @@ def test_prototypes_that_would_lose_something_are_refused():
     ],
 )
 def test_what_would_lose_something_is_refused(tensor):
-    with pytest.raises(ValueError, match="weight 'w' must be a matrix in torchao's Int8Tensor or Float8Tensor"):
+    with pytest.raises(
+        ValueError, match=r"weight 'w' is a .* cannot be a base; use a matrix in torchao's Int8Tensor or Float8Tensor"
+    ):
         from_torchao(tensor(normal(0, 64, 64, dtype=torch.float32)), name="w")
 
 
 def test_a_stack_is_no_tensor_of_torchaos():
     params = init(network(), rank=4, seed=0, targets=["0.weight", "2.weight"], base="int8", stack=False)
-    whole = dl.bases.restack([params["0.weight"].base, params["2.weight"].base], (2,))
-    with pytest.raises(
-        ValueError, match=r"`params` must be a single weight to be torchao's, got a stack .*\(2, 64, 64\)"
-    ):
+    whole = stack_bases([params["0.weight"].base, params["2.weight"].base], (2,))
+    with pytest.raises(ValueError, match=r"`params` is a stack of shape \(2, 64, 64\), which torchao does not support"):
         to_torchao(whole)

@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-import dynlora_fn as dl
-
 
 def model() -> nn.Module:
     torch.manual_seed(0)

@@ -118,7 +118,7 @@ def test_every_method_runs(job, given, tmp_path, changed):
     [
         ({"model": "nowhere"}, "`model` must be a folder with config.json, got 'nowhere'"),
         ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 16 for 'model.layers.0.self_attn.q_proj"),
-        ({"targets": "no.such"}, "`targets` must match parameter names, got 'no.such'"),
+        ({"targets": "no.such"}, "`targets` contains 'no.such', which matches no name"),
         ({"text": "nothing.txt"}, "`text` must name files or folders, got 'nothing.txt', which does not exist"),
         ({"adapter-rank": 0}, "`adapter_rank` must be at least 1, got 0"),
     ],

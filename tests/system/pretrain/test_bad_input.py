@@ -8,7 +8,7 @@ from tests.support.pretrain import Job, contents
 
 BAD_INPUT = {
     "rank": (["--rank", "33"], "`rank` must be at least 1 and at most min(out, in) = 32 for 'layers."),
-    "targets": (["--targets", "blocks.*"], "`targets` must match parameter names, got 'blocks.*'"),
+    "targets": (["--targets", "blocks.*"], "`targets` contains 'blocks.*', which matches no name"),
     "device": (["--device", "cuda:9"], "`device` must be one that this machine has, got 'cuda:9'"),
     "no such device": (["--device", "toaster"], "`device` must be one that this machine has, got 'toaster'"),
     "model": (["--model", "llama-2m"], "`model` must be one of"),

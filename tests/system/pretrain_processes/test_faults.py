@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import dynlora_fn as dl
 from models.pretrain import method
 from tests.support.paths import ROOT
 from tests.support.pretrain import Outcome, metrics
@@ -39,7 +38,7 @@ def _spoil_the_loss_of_the_second(process: int) -> None:
 def test_a_process_that_drifts_is_named(text: Path, tmp_path: Path):
     outcomes = in_processes(3, job, arguments(text, tmp_path / "run", **{"check-every": 5}), _let_the_third_drift)
     assert [outcome.code for outcome in outcomes] == [2, 2, 2], outcomes
-    assert "must be the same on all processes, got rank 2 with another, from [0].trainable[" in outcomes[0].err
+    assert "`state` of processes [2] differs from the majority, first at [0].trainable[" in outcomes[0].err
     assert [line["step"] for line in metrics(tmp_path / "run")][-1] <= 15
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
 
