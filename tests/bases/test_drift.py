@@ -5,6 +5,7 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
 from dynlora_fn import switch
 from dynlora_fn.bases import drift, quantize
 from dynlora_fn.testing import Shape, exact_weight, low_rank, plan_of

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
+import dynlora_fn as dl
 from dynlora_fn import merge, switch
 from dynlora_fn.bases import quantize
 from dynlora_fn.bases._float4 import BLOCKS

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
 from dynlora_fn import switch
 from dynlora_fn.bases import quantize
 from dynlora_fn.bases._formats import NAMES

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dynlora_fn as dl
 from dynlora_fn import init, unstack
 from dynlora_fn.bases import from_torchao, to_torchao
 from dynlora_fn.bases._formats import KINDS, PROTOTYPES, decode, empty_codes, encode

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, combine, partition
 from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn._core._types import Frozen

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacfwd, jacrev, jvp, vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
+import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, linear
 from dynlora_fn.bases import quantize
 from dynlora_fn.bases._base import dequantize

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dynlora_fn as dl
 from tests.support.processes import in_processes
 
 

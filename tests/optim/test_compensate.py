@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank
 from dynlora_fn.bases._base import dequantize, fold_base
 from dynlora_fn.optim import compensate, project_gradients

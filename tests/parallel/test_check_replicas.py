@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import dynlora_fn as dl
 from dynlora_fn.parallel._check_replicas import checksums
 from tests.support.processes import in_processes
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
 from tests.support.data_parallel import fresh, model
 from tests.support.processes import in_processes
 from tests.support.traffic import Traffic

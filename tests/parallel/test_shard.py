@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import dynlora_fn as dl
 from tests.support.processes import in_processes
 from tests.support.sharding import NET, Gathered, bits, bytes_of, fresh
 

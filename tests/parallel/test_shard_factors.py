@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+import dynlora_fn as dl
 from dynlora_fn.testing import assert_same, normal
 from tests.support.processes import in_processes
 from tests.support.traffic import Traffic

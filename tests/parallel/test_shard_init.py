@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
 from tests.support.processes import in_processes
 from tests.support.sharding import bits
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+import dynlora_fn as dl
 from tests.support.processes import in_processes
 from tests.support.sharding import Gathered, bytes_of, fresh
 

@@ -2,6 +2,7 @@
 
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
 from tests.support.data_parallel import fresh, model
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+import dynlora_fn as dl
+
 
 def model() -> nn.Module:
     torch.manual_seed(0)

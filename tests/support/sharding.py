@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
+
 
 def net() -> nn.Module:
     torch.manual_seed(0)

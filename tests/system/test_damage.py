@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import dynlora_fn as dl
 from dynlora_fn.testing import assert_same, untouched
 from models import corpus
 from models.pretrain.checkpoint import Saver, load_checkpoint

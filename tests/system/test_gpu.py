@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+import dynlora_fn as dl
 from dynlora_fn.switching._basis import Request, uniform
 from dynlora_fn.testing import assert_same
 from models import mlp

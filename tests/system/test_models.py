@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
+import dynlora_fn as dl
 from models import llama, mlp
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dynlora_fn as dl
 from bench.quality import store, study_schedules
 from bench.quality.execute import execute
 from bench.quality.experiments import EXPERIMENTS, sweep

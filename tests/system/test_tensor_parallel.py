@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_leaves
 
+import dynlora_fn as dl
 from dynlora_fn.testing import assert_within, eps
 from models import llama, mlp, parallel
 from models.pretrain.method import next_token_loss

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
+import dynlora_fn as dl
 from dynlora_fn import LowRank, Plan, testing
 from dynlora_fn.testing import BrokenPromiseError, Shape, low_rank, low_rank_params, plans
 

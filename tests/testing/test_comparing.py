@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dynlora_fn as dl
 from dynlora_fn import testing
 from dynlora_fn.testing import Shape, low_rank
 

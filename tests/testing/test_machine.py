@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
+import dynlora_fn as dl
 from dynlora_fn.bases._pending import without_pending
 from dynlora_fn.testing import TransformMachine
 from dynlora_fn.testing._small_model import is_sharded

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import dynlora_fn as dl
 from dynlora_fn import testing
 from dynlora_fn.testing import Shape, low_rank, low_rank_params, plan_of, trees
 from tests.support.optimizer_table import OPTIMIZERS

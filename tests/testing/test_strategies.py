@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 from torch.utils._pytree import tree_leaves, tree_map
 
+import dynlora_fn as dl
 from dynlora_fn import LowRank, testing
 from dynlora_fn.testing import Shape, low_rank, low_rank_params, plans, trees
 from tests.support.paths import ROOT

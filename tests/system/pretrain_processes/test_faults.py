@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+import dynlora_fn as dl
 from models.pretrain import method
 from tests.support.paths import ROOT
 from tests.support.pretrain import Outcome, metrics
