@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_schedule import assert_no_frozen_vector_is_switched, plans_of, switched, weight
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import switch
 from dynlora_fn.testing import Shape, assert_same, assert_within, exact_weight, low_rank, rounding, untouched
 from tests.support.schedule_table import SCHEDULES
+from tests.support.schedules import assert_no_frozen_vector_is_switched, plans_of, switched, weight
 
 STEPS = 60
 every_schedule = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
