@@ -23,14 +23,28 @@ from bench.support.mutations import ROOT, Mutant, mutants_of, mutated, path_of
 
 # The tests of each module, fast ones first, and the tests that take too long for a mutant.
 TESTS = {
-    "basis": ["test_basis", "test_lowrank"],
-    "base": ["test_base", "test_switching", "test_lowrank", "test_promises", "test_subclasses"],
-    "schedule": ["test_schedule", "test_dither"],
-    "lowrank": ["test_lowrank", "test_switching", "test_promises"],
-    "switching": ["test_switching", "test_promises", "test_pool"],
-    "optim": ["test_optim", "test_moments", "test_projection"],
-    "bases": ["test_promises", "test_deferred", "test_quantized"],
-}
+    "switching._basis": ["switching/test_basis", "switching/test_weight", "interop/test_init"],
+    "bases._fold": [
+        "bases/test_base", "switching/test_switch", "switching/test_weight", "testing/test_promises",
+        "compile/test_donated_subclasses",
+    ],
+    "switching._schedule": [
+        "switching/test_schedule", "switching/test_every", "switching/test_every_schedule", "switching/test_dithered",
+    ],
+    "switching._weight": ["switching/test_weight", "interop/test_init", "switching/test_switch", "testing/test_promises"],
+    "switching._switch": ["switching/test_switch", "testing/test_promises", "switching/test_pool"],
+    "optim._adamw": [
+        "optim/test_adamw", "optim/test_every_optimizer", "optim/test_freeze", "optim/test_eight_bit",
+        "optim/test_project_state", "optim/test_project_rules",
+    ],
+    "optim._freeze": ["optim/test_freeze", "optim/test_every_optimizer", "optim/test_project_rules"],
+    "optim._clip": ["optim/test_clip"],
+    "bases._base": [
+        "testing/test_promises", "bases/test_deferred", "bases/test_quantize", "bases/test_quantized_steps",
+        "bases/test_drift",
+    ],
+    "bases._pending": ["bases/test_deferred", "testing/test_promises"],
+}  # fmt: skip
 SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals")
 SKIPPED = " and ".join(f"not {name}" for name in SLOW)
 PRELOADED = (

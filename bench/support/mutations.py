@@ -89,8 +89,6 @@ def _executable_nodes(tree: ast.AST) -> list[Any]:
             "overload" in ast.unparse(decorator) for decorator in node.decorator_list
         ):
             return
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "rule":
-            return  # the text of an error
         nodes.append(node)
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list", "type_ignores"):
@@ -118,4 +116,4 @@ def mutated(mutant: Mutant) -> str:
 
 def path_of(module: str) -> Path:
     """Return the file of a library module."""
-    return ROOT / "dynlora_fn" / f"{module}.py"
+    return (ROOT / "dynlora_fn" / module.replace(".", "/")).with_suffix(".py")
