@@ -31,7 +31,9 @@ TESTS = {
     "switching._schedule": [
         "switching/test_schedule", "switching/test_every", "switching/test_every_schedule", "switching/test_dithered",
     ],
-    "switching._weight": ["switching/test_weight", "interop/test_init", "switching/test_switch", "testing/test_promises"],
+    "switching._weight": [
+        "switching/test_weight", "interop/test_init", "switching/test_switch", "testing/test_promises",
+    ],
     "switching._switch": ["switching/test_switch", "testing/test_promises", "switching/test_pool"],
     "optim._adamw": [
         "optim/test_adamw", "optim/test_every_optimizer", "optim/test_freeze", "optim/test_eight_bit",
