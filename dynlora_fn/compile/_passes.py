@@ -128,6 +128,11 @@ def _common_wrapper(members: list[Any]) -> tuple[Any, tuple[Any, ...]] | None:
     return target, arguments
 
 
+def remove_dead_code(graph: Graph) -> None:
+    """Remove what the passes before have replaced: it would count as read, and take memory."""
+    graph.eliminate_dead_code()
+
+
 def _members(joined: Node) -> list[Any]:
     members: Any = joined.args[0]
     return list(members)
@@ -154,6 +159,7 @@ PASSES: dict[str, Callable[[Graph], None]] = {
     "dequantize_in_products": dequantize_in_products,
     "separate_vectors": separate_vectors,
     "stack_in_one_copy": stack_in_one_copy,
+    "remove_dead_code": remove_dead_code,
     "recompute_activations": _recompute_activations.recompute_activations,
     "order_all_gathers": _order_all_gathers.order_all_gathers,
 }
@@ -174,10 +180,10 @@ class GraphPasses(CustomGraphPass):
         self.names = [name for name in PASSES if name not in skip]
 
     def __call__(self, graph: Graph) -> None:
-        graph.eliminate_dead_code()  # a pass counts the users of a node, and a dead one would count
+        remove_dead_code(graph)  # passes count the users of a node, and a dead one would count
         for name in self.names:
             PASSES[name](graph)
-            graph.eliminate_dead_code()
+        remove_dead_code(graph)
 
     def uuid(self) -> Any:
         """Return the key of these passes in Inductor's cache of compiled graphs."""

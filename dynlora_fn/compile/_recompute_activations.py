@@ -140,7 +140,7 @@ def _recompute_late_reads(
         if node not in copies:
             if node in sources:
                 copies[node] = graph.node_copy(node, lambda source: copy(source, user))
-            elif is_operation(node) and times.is_large(node):
+            elif node in times.place and is_operation(node) and times.is_large(node):  # any other waits already
                 # Without the wait, Inductor would fuse the copy with the first computation, and store its result.
                 copies[node] = insert_wait(graph, node, [_awaited(times, delayed, user)])
                 for other in nodes[times.place[user] :]:  # the same name, so that one kernel reads it for all of them

@@ -1,7 +1,7 @@
 """What is computed again in a step's graph: the same values, with less kept in between."""
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -122,14 +122,25 @@ OPERATIONS = [
 ]
 
 
-@given(st.lists(st.tuples(st.integers(0, len(OPERATIONS) - 1), st.integers(0, 9), st.integers(0, 9)), max_size=30))
-def test_any_program_keeps_its_values(program):
-    def function(x, y):
+PROGRAMS = st.lists(st.tuples(st.integers(0, len(OPERATIONS) - 1), st.integers(0, 9), st.integers(0, 9)), max_size=30)
+
+
+# A copy that is read by a node which is copied itself, later on.
+CHAIN = [(6, 7, 9), (7, 2, 4), (6, 7, 1), (7, 5, 1), (6, 5, 5), (5, 9, 3)]
+CHAIN += [(3, 3, 0), (7, 2, 8), (1, 4, 3), (4, 4, 6), (7, 3, 8), (6, 3, 1)]
+
+
+@given(PROGRAMS, st.booleans())
+@example(CHAIN, True)
+def test_any_program_keeps_its_values(program, is_gradient):
+    def values_of(x, y):
         values = [x, y]
         for operation, one, other in program:
             values.append(OPERATIONS[operation](values[-1 - one % len(values)], values[-1 - other % len(values)]))
         return values[-5:]
 
+    gradients = torch.func.grad(lambda *args: sum(value.square().sum() for value in values_of(*args)), argnums=(0, 1))
+    function = gradients if is_gradient else values_of
     args = normal(3, 16, 16), normal(4, 16, 16)
     before, after = graph_of(function, *args), graph_of(function, *args)
     recompute_activations(after.graph)
