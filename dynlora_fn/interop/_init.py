@@ -188,7 +188,7 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> LocalBase:
-    """Return a tensor as it is, and one of torchao as a base, or dense where it is trained full-rank."""
+    """Return a plain tensor unchanged, and one of torchao as a base, or dense where it is trained full-rank."""
     if not is_torchao(tensor):
         return tensor
     quantized = from_torchao(tensor, residual=residual, residual_device=residual_device, name=name)

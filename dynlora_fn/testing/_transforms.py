@@ -75,7 +75,7 @@ def check_pure(transform: Transform, *, arguments: Arguments = None, examples: i
             transform(*args)
         assert torch.equal(state, torch.get_rng_state()), "a random number was drawn from torch's global generator"
 
-    hold("arguments and global state are left alone", check, arguments_of(transform, arguments), examples)
+    hold("arguments and global state do not change", check, arguments_of(transform, arguments), examples)
 
 
 def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
