@@ -26,7 +26,7 @@ def adamw_state(trainable: Any) -> AdamWState:
     return AdamWState(filled(trainable), filled(trainable, 1), counts, per_vector(trainable))
 
 
-def own_state(transform: Any) -> Any:
+def updated_state(transform: Any) -> Any:
     def make(trainable: Any) -> Any:
         state = transform.init(trainable)
         for seed in range(2):

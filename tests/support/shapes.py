@@ -53,8 +53,8 @@ def _look(value: Any) -> None:
         for item in value.values():
             _look(item)
     elif isinstance(value, tuple | list):
-        is_own = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
-        if is_own and not isinstance(value, _pairs()):
+        is_from_library = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
+        if is_from_library and not isinstance(value, _pairs()):
             with jaxtyping.jaxtyped("context"):
                 _check_fields(value)
         for item in value:

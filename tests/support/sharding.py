@@ -58,11 +58,11 @@ class Gathered(TorchDispatchMode):
         self.total += size
         storage = result.untyped_storage()
         until = time.monotonic() + 1
-        while self._held() + size > self.room and time.monotonic() < until:
+        while self._live_bytes() + size > self.room and time.monotonic() < until:
             time.sleep(0.001)
-        self.most = max(self.most, self._held() + size)
+        self.most = max(self.most, self._live_bytes() + size)
         self._alive[storage.data_ptr()] = weakref.ref(storage), size
 
-    def _held(self) -> int:
+    def _live_bytes(self) -> int:
         self._alive = {at: pair for at, pair in self._alive.items() if pair[0]() is not None}
         return sum(size for _, size in self._alive.values())

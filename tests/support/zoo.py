@@ -25,7 +25,7 @@ class Case(NamedTuple):
 TOKENS = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1])
 IMAGES, SEQUENCES, VOLUMES = (
-    normal(number, *shape) for number, shape in enumerate([(2, 3, 8, 8), (2, 5, 12), (2, 2, 3, 6, 6)])
+    normal(seed, *shape) for seed, shape in enumerate([(2, 3, 8, 8), (2, 5, 12), (2, 2, 3, 6, 6)])
 )
 
 
