@@ -25,9 +25,9 @@ class Counted(TorchDispatchMode):
 
 def products(count: int) -> int:
     left, right = normal(0, 3, 5, count), normal(1, 3, count, 40)
-    with Counted() as seen:
+    with Counted() as counted:
         fold(normal(2, 3, 5, 40), left, right, rank=4)
-    return seen.count["bmm"] + seen.count["mm"]
+    return counted.count["bmm"] + counted.count["mm"]
 
 
 def test_up_to_32_vectors_are_outer_products_and_more_are_one_product():

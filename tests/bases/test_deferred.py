@@ -41,8 +41,8 @@ def test_what_waits_changes_no_bit_of_the_base(case):
 def test_the_oldest_are_folded_where_there_is_no_room():
     plan = [plan_of(4, b=1, a=1, seed=seed) for seed in range(3)]
     waiting, weight = defer(PARAM, vectors=4), materialize(PARAM)
-    for one in plan[:2]:
-        waiting = switch(waiting, one).param
+    for early_plan in plan[:2]:
+        waiting = switch(waiting, early_plan).param
         assert_same(waiting.base.base, PARAM.base)
         close(materialize(waiting), weight)
     third = switch(waiting, plan[2]).param

@@ -79,8 +79,8 @@ def bound(weight: Tensor, codes: Codes) -> Tensor:
     if isinstance(codes, NF4Codes):
         blocks = weight.reshape(codes.scales.numel(), -1).abs().amax(-1)
         off = (blocks - blocks.mean()).reshape(codes.factor.numel(), -1).abs().amax(-1, keepdim=True)
-        own = 0.152 * blocks.reshape(codes.factor.numel(), -1) + off / 128
-        return work + own.reshape(-1, 1).expand(-1, 64).reshape(weight.shape) + 1e-30
+        limit = 0.152 * blocks.reshape(codes.factor.numel(), -1) + off / 128
+        return work + limit.reshape(-1, 1).expand(-1, 64).reshape(weight.shape) + 1e-30
     if isinstance(codes, NVFP4Codes):
         return work + torch.maximum(by_block(weight, 16) / 5, weight.abs().max() * 2**-19) + 2**-140
     if isinstance(codes, MXFP4Codes):
@@ -137,8 +137,8 @@ def test_the_largest_numbers_are_kept_or_refused(kind, share):
     param = LowRank(weight, Factors(torch.zeros(4, 1), torch.zeros(1, 64)), torch.tensor(0))
     if share == 1 / 300 or torch.isfinite(decode(coded(weight, kind), torch.float32)).all():
         base = quantize({"w": param}, kind)["w"].base
-        kept = decode_exact(base.codes, base.residual, torch.float64)
-        assert_within(kept, weight, 2.0**-8 * bound(weight.double(), base.codes))
+        stored = decode_exact(base.codes, base.residual, torch.float64)
+        assert_within(stored, weight, 2.0**-8 * bound(weight.double(), base.codes))
     else:
         with pytest.raises(
             ValueError, match=r"weight 'w' is not finite, .*; a base in low precision stores finite values only"

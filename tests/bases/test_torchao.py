@@ -57,8 +57,8 @@ def test_there_and_back_keeps_every_bit(kind, dtype):
     elif kind == "nf4":
         tensor = torchao.to_nf4(weight, 64, 32)
     else:
-        made = torchao.Int8Tensor if kind == "int8" else torchao.Float8Tensor
-        tensor = made.from_hp(weight, granularity=torchao.PerRow())
+        tensor_type = torchao.Int8Tensor if kind == "int8" else torchao.Float8Tensor
+        tensor = tensor_type.from_hp(weight, granularity=torchao.PerRow())
     back = to_torchao(from_torchao(tensor))
     assert type(back) is type(tensor)
     assert back.dtype == dtype
@@ -84,8 +84,8 @@ def test_a_model_that_torchao_quantized_goes_in_as_it_is(kind):
 
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 def test_torchaos_configurations_name_formats(config):
-    made = getattr(torchao, config)()
-    params = init(network(), rank=4, seed=0, targets=["*.weight"], base=made)
+    torchao_config = getattr(torchao, config)()
+    params = init(network(), rank=4, seed=0, targets=["*.weight"], base=torchao_config)
     assert_same(params, init(network(), rank=4, seed=0, targets=["*.weight"], base=config[:-16].lower()))
     with pytest.raises(ValueError, match=r"unknown `base` .*; use one of"):
         init(
@@ -153,13 +153,13 @@ def test_prototypes_that_would_lose_something_are_refused():
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     weight = normal(0, 64, 64, dtype=torch.float32)
     factor = nvfp4.per_tensor_amax_to_scale(weight.abs().max())
-    made = nvfp4.NVFP4Tensor.to_nvfp4
+    to_nvfp4 = nvfp4.NVFP4Tensor.to_nvfp4
     packed = torch.float4_e2m1fn_x2
     for tensor in (
-        made(weight),
-        made(weight, per_tensor_scale=factor).t(),
-        made(weight, per_tensor_scale=factor, act_per_tensor_scale=factor),
-        made(weight, per_tensor_scale=factor, act_quant_kwargs=nvfp4.QuantizeTensorToNVFP4Kwargs()),
+        to_nvfp4(weight),
+        to_nvfp4(weight, per_tensor_scale=factor).t(),
+        to_nvfp4(weight, per_tensor_scale=factor, act_per_tensor_scale=factor),
+        to_nvfp4(weight, per_tensor_scale=factor, act_quant_kwargs=nvfp4.QuantizeTensorToNVFP4Kwargs()),
         mx.MXTensor.to_mx(weight, torch.float8_e4m3fn, 32),
         mx.MXTensor.to_mx(weight, packed, 32, is_swizzled_scales=True),
         mx.MXTensor.to_mx(weight, packed, 32, act_quant_kwargs=mx.QuantizeTensorToMXKwargs()),
@@ -168,7 +168,7 @@ def test_prototypes_that_would_lose_something_are_refused():
             ValueError, match=r"weight 'w' is a .* cannot be a base; .* prototypes NVFP4Tensor or MXTensor"
         ):
             from_torchao(tensor, name="w")
-    broken = made(weight, per_tensor_scale=factor)
+    broken = to_nvfp4(weight, per_tensor_scale=factor)
     broken.scale[3, 1] = torch.nan
     with pytest.raises(ValueError, match="weight 'w' is not finite"):
         from_torchao(broken, name="w")
@@ -192,6 +192,6 @@ def test_what_would_lose_something_is_refused(tensor):
 
 def test_a_stack_is_no_tensor_of_torchaos():
     params = init(network(), rank=4, seed=0, targets=["0.weight", "2.weight"], base="int8", stack=False)
-    whole = stack_bases([params["0.weight"].base, params["2.weight"].base], (2,))
+    stacked = stack_bases([params["0.weight"].base, params["2.weight"].base], (2,))
     with pytest.raises(ValueError, match=r"`params` is a stack of shape \(2, 64, 64\), which torchao does not support"):
-        to_torchao(whole)
+        to_torchao(stacked)
