@@ -26,7 +26,7 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
     stack = stack if base is None else quantize(stack, base)
     # No process is asked when operations are traced.
     sharding = Sharding("none", 4, 3, rows)
-    base = Sharded(map_rows(lambda leaf, own: leaf[..., own.own, :].clone(), stack.base, sharding), sharding)
+    base = Sharded(map_rows(lambda leaf, shard: leaf[..., shard.own, :].clone(), stack.base, sharding), sharding)
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
 
     def loss(factors, base, x):
@@ -37,13 +37,13 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
             x = torch.nn.functional.pad(x, (0, 8 - rows))
         return x.square().sum()
 
-    made = make_fx(
+    traced = make_fx(
         torch.func.grad(loss),
         decomposition_table=select_decomp_table(),
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )
-    return made(factors, base, X).graph
+    return traced(factors, base, X).graph
 
 
 @pytest.mark.parametrize("rows", [8, 7])  # of seven, the last process has one
@@ -58,9 +58,9 @@ def test_each_product_comes_between_its_own_gather_and_the_next(base, rows):
     gathered = [{node for node in waits_for(user) if node.target is GATHER} for user in users]
     assert len(users) == 12
     assert len(gathered[-1]) == len(before) == (12 if base is None else 24)
-    for number, (user, seen) in enumerate(zip(users, gathered, strict=True)):
-        later = gathered[-1] - seen
-        assert len(seen) == len(before) // 12 * (number + 1)  # its own, and no more than those before it
+    for index, (user, awaited) in enumerate(zip(users, gathered, strict=True)):
+        later = gathered[-1] - awaited
+        assert len(awaited) == len(before) // 12 * (index + 1)  # its own, and no more than those before it
         assert all(user in waits_for(node) for node in later)
 
 
@@ -73,4 +73,4 @@ def test_what_is_sent_is_padded_then():
     for node in (first, *later):
         assert node.target is torch.ops.aten.constant_pad_nd.default
     assert not any(node.target in PRODUCTS for node in waits_for(first))
-    assert all(any(one.target in PRODUCTS for one in waits_for(node)) for node in later)
+    assert all(any(dependency.target in PRODUCTS for dependency in waits_for(node)) for node in later)

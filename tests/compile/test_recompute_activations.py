@@ -126,8 +126,8 @@ OPERATIONS = [
 def test_any_program_keeps_its_values(program):
     def function(x, y):
         values = [x, y]
-        for operation, one, other in program:
-            values.append(OPERATIONS[operation](values[-1 - one % len(values)], values[-1 - other % len(values)]))
+        for operation, first, second in program:
+            values.append(OPERATIONS[operation](values[-1 - first % len(values)], values[-1 - second % len(values)]))
         return values[-5:]
 
     args = normal(3, 16, 16), normal(4, 16, 16)
