@@ -87,6 +87,6 @@ def test_unstacked_members_are_views():
     members = unstack(params)
     assert list(members) == ["l.0.w", "l.1.w", *(f"l.{n}.e.{e}.b" for n in range(2) for e in range(3)), "head"]
     assert_same(members["l.1.e.2.b"], params["l.*.e.*.b"][1, 2])
-    for whole, part in zip(tree_leaves(params["l.*.w"]), tree_leaves(members["l.1.w"]), strict=True):
-        assert_same(part, whole[1])
-        assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    for stacked, part in zip(tree_leaves(params["l.*.w"]), tree_leaves(members["l.1.w"]), strict=True):
+        assert_same(part, stacked[1])
+        assert part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
