@@ -77,8 +77,8 @@ def first_change(factors: Factors, grad: Tensor) -> Tensor:
     grads = {"w": Factors(b=grad @ a.mT / a.shape[-2], a=b.mT @ grad / a.shape[-2])}
     optimizer = muon(momentum=0.0)
     updates, _ = optimizer.update(grads, optimizer.init({"w": factors}), {"w": factors}, lr=SMALL)
-    own = updates["w"]
-    return (own.b @ a + b @ own.a) / a.shape[-2]
+    update = updates["w"]
+    return (update.b @ a + b @ update.a) / a.shape[-2]
 
 
 @pytest.mark.parametrize("shape", [Shape(7, 9, 3), Shape(9, 4, 4), Shape(5, 5, 1)])
@@ -99,9 +99,9 @@ def test_the_change_of_the_weight_does_not_depend_on_how_it_is_factored(seed: in
     turned = torch.linalg.qr(normal(seed + 2, 3, 3)).Q
     mixed = Factors(b=b @ turned * lengths, a=(turned / lengths).mT @ a)
     torch.testing.assert_close(mixed.b @ mixed.a, b @ a)
-    one, other = first_change(Factors(b, a), grad), first_change(mixed, grad)
+    change, mixed_change = first_change(Factors(b, a), grad), first_change(mixed, grad)
     least = min(torch.linalg.svdvals(side).square().min() / side.square().sum() for side in (b, a, *mixed))
-    assert (one - other).norm() <= 2e-3 / least * one.norm()
+    assert (change - mixed_change).norm() <= 2e-3 / least * change.norm()
 
 
 def test_members_of_a_stack_move_each_for_itself():
@@ -109,8 +109,8 @@ def test_members_of_a_stack_move_each_for_itself():
     grads = tree_map(partial(noise, 3), stack)
     both = moved(muon(), [{"w": grads}], {"w": stack})["w"]
     for member in range(2):
-        own, grad = (tree_map(lambda leaf: leaf[member], tree) for tree in (stack, grads))  # noqa: B023, called at once
-        alone = moved(muon(), [{"w": grad}], {"w": own})["w"]
+        factors, grad = (tree_map(lambda leaf: leaf[member], tree) for tree in (stack, grads))  # noqa: B023, called at once
+        alone = moved(muon(), [{"w": grad}], {"w": factors})["w"]
         for side, wanted in zip(both, alone, strict=True):
             torch.testing.assert_close(side[member], wanted, rtol=1e-12, atol=1e-12)
 
