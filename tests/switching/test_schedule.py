@@ -65,7 +65,7 @@ def test_slots_and_vectors_come_in_turn(schedule: Schedule, rank, idle):
         entries["b"] += switched(plan.b)
         entries["a"] += switched(plan.a)
     for name, start in (("b", rank // 2), ("a", 0)):
-        wanted = [((start + number) % rank, rank + number) for number in range(len(entries[name]))]
+        wanted = [((start + index) % rank, rank + index) for index in range(len(entries[name]))]
         assert entries[name] == wanted
 
 
@@ -139,8 +139,8 @@ def test_rounding_takes_no_more_than_a_pool_has_idle(steps):
     """Whatever the decay: with 3 idle ones, 3 * 10.16 / 10.16 may come out as a little more than 3."""
     for idle in range(1, 64, 2):
         param = weight(200 + idle, 300, 200)
-        for number in range(1, 50):
-            schedule = Schedule(interval=steps, decay=number / 50, every=steps, freeze=0)
+        for fiftieths in range(1, 50):
+            schedule = Schedule(interval=steps, decay=fiftieths / 50, every=steps, freeze=0)
             assert schedule(0, {"w": param})["w"].a.slots.shape[-1] <= idle
 
 
@@ -161,7 +161,7 @@ def test_never_plans_nothing():
 @given(st.integers(2, 10), ranks)
 def test_batches_hold_what_single_steps_would_have_switched(steps, rank):
     param = weight(64, 64, rank)
-    single, batched = (Schedule(interval=40, every=number, freeze=2) for number in (1, steps))
+    single, batched = (Schedule(interval=40, every=period, freeze=2) for period in (1, steps))
     for name in ("b", "a"):
         waiting = []
         for step in range(100):
