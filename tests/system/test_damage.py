@@ -49,9 +49,9 @@ STATE = {"params": dl.init(MODEL, rank=2, seed=0, targets=["*.weight"], base="in
 def write_sharded(folder: Path) -> None:
     weights = {name: weight.detach() for name, weight in MODEL.state_dict().items()}
     names = sorted(weights)
-    for number, part in enumerate((names[:2], names[2:])):
-        dl.interop.save_weights({name: weights[name] for name in part}, folder / f"part{number}.safetensors")
-    where = {name: f"part{number}.safetensors" for number, part in enumerate((names[:2], names[2:])) for name in part}
+    for index, part in enumerate((names[:2], names[2:])):
+        dl.interop.save_weights({name: weights[name] for name in part}, folder / f"part{index}.safetensors")
+    where = {name: f"part{index}.safetensors" for index, part in enumerate((names[:2], names[2:])) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
@@ -74,8 +74,8 @@ def read_checkpoint(folder: Path) -> Any:
 
 
 def write_text(folder: Path) -> None:
-    for number in range(2):
-        (folder / f"{number}.txt").write_text("some text, äöü\n" * 20)
+    for index in range(2):
+        (folder / f"{index}.txt").write_text("some text, äöü\n" * 20)
 
 
 def read_text(folder: Path) -> Any:

@@ -39,7 +39,7 @@ def test_residuals_in_host_memory_are_folded_into_as_on_the_device(residual, is_
     near, far = dl.merge(near), dl.merge(far)
     assert {leaf.device.type for leaf in tree_leaves(far.base.residual)} == {"cpu"}
     assert {leaf.device.type for leaf in tree_leaves((far.base.codes, far.factors))} == {"cuda"}
-    assert_same(*(tree_map(torch.Tensor.cpu, one) for one in (far, near)))
+    assert_same(*(tree_map(torch.Tensor.cpu, tree) for tree in (far, near)))
 
 
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.inductor)])

@@ -67,11 +67,11 @@ def step_of(task: Job, mesh=None):
     return step
 
 
-def train(task: Job, params, step, whole, steps: int = 6):
+def train(task: Job, params, step, full_shapes, steps: int = 6):
     trainable, frozen = dl.partition(params)
     state, losses = (trainable, frozen, dl.optim.adamw().init(trainable)), []
     for index in range(steps):
-        plan = SCHEDULE(index, whole(dl.combine(*state[:2])))
+        plan = SCHEDULE(index, full_shapes(dl.combine(*state[:2])))
         state, loss = step(state, task.batch(index), torch.tensor(1e-2), plan)
         losses.append(loss.item())
     return dl.combine(*state[:2]), losses
@@ -83,10 +83,10 @@ def _train(widths, base, backend) -> None:
     low_rank = [name for name, param in task.params.items() if isinstance(param, dl.LowRank)]
     for name in low_rank:
         assert 2 * parts[name].base.numel() == task.params[name].base.numel()
-    whole = task.params
+    unsharded = task.params
     if base:  # rounded number by number, so that parts are those of the whole
-        parts, whole = (dl.bases.quantize(params, base) for params in (parts, whole))
-    expected, wanted = train(task, whole, step_of(task), dict)
+        parts, unsharded = (dl.bases.quantize(params, base) for params in (parts, unsharded))
+    expected, wanted = train(task, unsharded, step_of(task), dict)
     step = step_of(task, mesh)
     if backend:
         step = dl.compile_step(step, backend=backend)
@@ -119,8 +119,8 @@ def _codes(base: str) -> None:
         name: part._replace(base=part.base._replace(residual=())) if isinstance(part, dl.LowRank) else part
         for name, part in parts.items()
     }
-    seen = parallel.gather(codes, mesh)  # what products see, as one whole
-    wanted = dl.value_and_grad(task.loss)(*dl.partition(seen), task.batch(0))
+    gathered = parallel.gather(codes, mesh)  # what products see, as one whole
+    wanted = dl.value_and_grad(task.loss)(*dl.partition(gathered), task.batch(0))
     trainable, frozen = (parallel.to_dtensors(tree, mesh) for tree in dl.partition(parts))
     with implicit_replication():
         loss, grads = parallel.value_and_grad(task.loss, mesh)(trainable, frozen, task.batch(0))

@@ -30,12 +30,12 @@ def flat(state: TrainState) -> dict[str, Tensor]:
 def members(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Of the stack of two and of what stands alone; a stack of biases has one step count."""
     for name, leaf in tree.items():
-        for number in range(2) if "*" in name else [0]:
-            yield name.replace("*", str(number)), one_of(leaf, number) if "*" in name else leaf
+        for index in range(2) if "*" in name else [0]:
+            yield name.replace("*", str(index)), one_of(leaf, index) if "*" in name else leaf
 
 
-def one_of(stack: Any, number: int) -> Any:
-    return tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, stack)
+def one_of(stack: Any, index: int) -> Any:
+    return tree_map(lambda leaf: leaf[index] if leaf.ndim else leaf, stack)
 
 
 def slow_plans(step: int, params: Any) -> dict[str, list[tuple[str, int, int, int]]]:
@@ -65,14 +65,14 @@ def test_the_whole_step_equals_the_reference():
     }
     slow = reference.State(weights, {name: part for name, part in parts.items() if isinstance(part, Tensor)})
     norms, switched = [], 0
-    for number, ((state, aux), (x, y, lr)) in enumerate(zip(run_for(run, 60), batches(60), strict=True)):
+    for step, ((state, aux), (x, y, lr)) in enumerate(zip(run_for(run, 60), batches(60), strict=True)):
 
         def loss_fn(tensors, x=x, y=y):
             for layer in ("layers.0", "layers.1"):
                 x = (x @ tensors[f"{layer}.weight"].T + tensors[f"{layer}.bias"]).tanh()
             return ((x @ tensors["head.weight"].T + tensors["head.bias"] - y) ** 2).mean()
 
-        plans = slow_plans(number, params)
+        plans = slow_plans(step, params)
         options = reference.Options(lr=lr.item(), max_norm=MAX_NORM, weight_decay=0.1)
         loss = reference.train_step(slow, loss_fn, plans, options)
         assert abs(aux["loss"].item() - loss) < 1e-10

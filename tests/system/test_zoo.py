@@ -101,10 +101,10 @@ def test_compiled_step(case):
     wanted, first = step(state, torch.tensor(0.01))
     compiled = compile_step(step, backend="aot_eager")
     losses = [first]
-    for number in range(6):
+    for index in range(6):
         state, loss = compiled(state, torch.tensor(0.01))
         losses.append(loss)
-        if not number:
+        if not index:
             torch.testing.assert_close(state[0], wanted[0], rtol=0, atol=1e-7)
     torch.testing.assert_close(losses[0], losses[1], **tolerance(case))
     assert losses[-1] < losses[1]
@@ -120,9 +120,9 @@ def test_export(case):
     fresh = case.make().to(case.dtype)
     fresh.load_state_dict(exported)
     torch.testing.assert_close(case.loss(fresh).detach(), loss_of(model, params, case), **tolerance(case))
-    for one, other in case.tied:
-        assert exported[one] is exported[other]
-        assert fresh.get_parameter(one) is fresh.get_parameter(other)
+    for name, tied_name in case.tied:
+        assert exported[name] is exported[tied_name]
+        assert fresh.get_parameter(name) is fresh.get_parameter(tied_name)
 
 
 def gradients(model: nn.Module, params: dict[str, Any], via: str) -> Any:

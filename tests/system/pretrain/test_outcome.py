@@ -124,7 +124,7 @@ def test_plain_lines_where_there_is_no_terminal(job: Job, tmp_path: Path):
 def test_dataset_with_a_tokenizer(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "dataset"
     folder.mkdir()
-    texts = [f"{number} times {k} is {number * k}" for number in range(30) for k in range(30)]
+    texts = [f"{factor} times {k} is {factor * k}" for factor in range(30) for k in range(30)]
     (folder / "train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
