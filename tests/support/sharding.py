@@ -1,4 +1,4 @@
-"""A network whose bases are sharded, and what is gathered of them."""
+"""A network whose bases are sharded, and a counter of gathered bytes."""
 
 import time
 import weakref
@@ -33,10 +33,10 @@ def bytes_of(tree) -> int:
 
 
 class Gathered(TorchDispatchMode):
-    """The bytes that are gathered, and the most of them that are in memory at once.
+    """Counts the bytes that are gathered, and the most of them that are in memory at once.
 
-    A thread of gloo lets go of a result some time after it is there. What is beyond `room` is therefore looked at once
-    more, up to a second later: what the program itself holds is still there then.
+    A thread of gloo releases a result some time after it is complete. Bytes beyond `room` are therefore counted again
+    for up to a second. What the program itself references is still alive then.
     """
 
     def __init__(self, room: float = float("inf")):
