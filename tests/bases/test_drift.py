@@ -20,7 +20,7 @@ def test_drift_is_what_products_miss(param):
     if isinstance(param.base, Tensor) or not tree_leaves(param.base.residual):
         assert drift(param).isnan()
     else:
-        # Two sums and the norm of what is computed in the factors' dtype, float32 at least.
+        # Two sums and a norm, in the factors' dtype and at least in float32.
         torch.testing.assert_close(drift(param).double(), missed, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(drift(param, exact).double(), missed, rtol=1e-3, atol=1e-6)
 
@@ -35,7 +35,7 @@ def test_drift_is_reported_by_name():
 
 
 def test_a_residual_keeps_drift_from_growing():
-    """Two thousand folds: with a residual the error of one, without it many times that."""
+    """After two thousand folds the error is that of one fold with a residual, and many times larger without."""
     weight = low_rank(Shape(64, 64, 16), base_dtype=torch.float64, factor_dtype=torch.float32)
     quantized = {residual: quantize(weight, "int8", residual=residual) for residual in RESIDUALS}
     for seed in range(2000):

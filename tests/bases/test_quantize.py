@@ -67,7 +67,7 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
 @pytest.mark.parametrize("residual", ["bfloat16", "int8"])
 @pytest.mark.parametrize("kind", NAMES)
 def test_quantizing_keeps_the_weight_from_format_to_format(kind, residual):
-    """What was missed goes over as well: two residuals' roundings away, not two formats' errors."""
+    """The residual is carried over, so the error is two residuals' roundings and not two formats' errors."""
     param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
     first = quantize(param, kind, residual=residual)
     assert_within(exact_base(first.base), param.base, rounding(param, first))

@@ -25,7 +25,7 @@ def network() -> nn.Sequential:
 
 
 def quantized(kind: str) -> nn.Sequential:
-    """As torchao quantizes a model."""
+    """Quantize a model with torchao."""
     model = network()
     if kind == "nf4":
         for layer in model[::2]:
@@ -74,11 +74,11 @@ def test_a_model_that_torchao_quantized_goes_in_as_it_is(kind):
     state = to_torchao(params)
     for name in targets:
         assert_same(inner(state[name]), inner(dict(model.named_parameters())[name]))
-    assert_same(state["4.weight"], dense(model[4].weight))  # no target: dense, to be trained
+    assert_same(state["4.weight"], dense(model[4].weight))  # not a target, so it stays dense and trainable
     switched = unstack(init(model, rank=4, seed=0, targets=targets))
     x = normal(1, 5, 64, dtype=torch.float32)
     got, wanted = dl.call(network(), switched, x), dl.call(network(), dl.materialize(unstack(params)), x)
-    # Quantized anew with the product taken out: another quantization error, of up to a fifth of nf4's largest numbers.
+    # Quantized again without the product: the error changes by up to a fifth of nf4's largest values.
     assert (got - wanted).norm() < {"int8": 0.02, "float8": 0.1, "nf4": 0.3, "nvfp4": 0.3}[kind] * wanted.norm()
 
 
@@ -107,7 +107,7 @@ def test_a_prototypes_configuration_names_its_format():
 
 @pytest.mark.parametrize("shape", [(16, 16), (130, 80), (256, 64)])
 def test_scales_in_tiles_stay_in_tiles(shape):
-    """As NVFP4WeightOnlyConfig lays them out, whether the tiles of 128 rows and 4 blocks are full or not."""
+    """The layout is NVFP4WeightOnlyConfig's, for full and partial tiles of 128 rows and 4 blocks."""
     weight = normal(0, *shape, dtype=torch.float32)
     layer = nn.Linear(*reversed(shape), bias=False)
     layer.weight = nn.Parameter(weight)
@@ -128,7 +128,7 @@ def test_scales_in_tiles_stay_in_tiles(shape):
 
 
 def test_prototypes_are_imported_where_they_are_asked_for_alone():
-    """And where torchao has moved one, what asks for it says so."""
+    """Where torchao has moved a prototype, the function that needs it raises an error that says so."""
     script = """
 import sys, torch
 param = dl.init({"w": torch.ones(32, 32)}, rank=2, seed=0, targets=["w"], base="int8")["w"]
