@@ -1,4 +1,4 @@
-"""States that hold tensor subclasses, torchao's for one, are donated down to the tensors inside of them."""
+"""States with tensor subclasses, such as torchao's, are donated down to their inner tensors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Gathers in a step's graph: no two weights that were gathered are alive at once, whatever order it runs in."""
+"""No two gathered weights of a step's graph are alive at once, in any order of execution."""
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ PRODUCTS = (torch.ops.dynlora_fn.times_codes.default, torch.ops.dynlora_fn.times
 
 
 def graph_of_a_step(base: str | None, rows: int) -> Graph:
-    """Of two layers of three branches each, as queries, keys and values, on the last of four processes."""
+    """Trace two layers of three branches each (query, key, value) on the last of four processes."""
     stack = low_rank(Shape(8, 8, 2), (6,), base_dtype=torch.float32, factor_dtype=torch.float32)
     stack = stack if base is None else quantize(stack, base)
-    # No process is asked when operations are traced.
+    # Tracing needs no process group.
     sharding = Sharding("none", 4, 3, rows)
     base = Sharded(map_rows(lambda leaf, shard: leaf[..., shard.own, :].clone(), stack.base, sharding), sharding)
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
@@ -46,7 +46,7 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
     return traced(factors, base, X).graph
 
 
-@pytest.mark.parametrize("rows", [8, 7])  # of seven, the last process has one
+@pytest.mark.parametrize("rows", [8, 7])  # of seven rows, the last process has one
 @pytest.mark.parametrize("base", [None, "int8"])
 def test_each_product_comes_between_its_own_gather_and_the_next(base, rows):
     graph = graph_of_a_step(base, rows)
@@ -60,12 +60,12 @@ def test_each_product_comes_between_its_own_gather_and_the_next(base, rows):
     assert len(gathered[-1]) == len(before) == (12 if base is None else 24)
     for index, (user, awaited) in enumerate(zip(users, gathered, strict=True)):
         later = gathered[-1] - awaited
-        assert len(awaited) == len(before) // 12 * (index + 1)  # its own, and no more than those before it
+        assert len(awaited) == len(before) // 12 * (index + 1)  # only this product's gather and the earlier ones
         assert all(user in waits_for(node) for node in later)
 
 
 def test_what_is_sent_is_padded_then():
-    """All of it at the start would be a copy of what the process holds."""
+    """Padding everything at the start would copy all shards of the process."""
     graph = graph_of_a_step(None, 7)
     GraphPasses()(graph)
     first, *later = [node.args[0] for node in graph.nodes if node.target is GATHER]

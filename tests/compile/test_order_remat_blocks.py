@@ -12,7 +12,7 @@ from tests.support.graphs import waits_for
 
 
 def test_a_block_waits_for_the_gradient_that_reaches_it():
-    """In the graph: else a compiler is free to compute it again at once, and to keep what it finds."""
+    """Without this dependency in the graph, a compiler may recompute at once and keep the results."""
     model, trainable, frozen = make()
     again = remat(model, ["layers.*"])
     loss = torch.func.grad(lambda tree, x: call(again, combine(tree, frozen), x).square().mean())
@@ -23,13 +23,13 @@ def test_a_block_waits_for_the_gradient_that_reaches_it():
 
 
 def test_a_block_waits_for_all_that_is_made_of_the_one_after_it():
-    """Whatever order the graph is written in: the gradients of that block's parameters keep what they are made of."""
+    """This is true for any order of the graph, since gradients of parameters keep their inputs alive."""
     model, trainable, frozen = make()
     again = remat(model, ["layers.*"])
     loss = torch.func.grad(lambda tree, x: call(again, combine(tree, frozen), x).square().mean())
     traced = make_fx(loss)(trainable, X)
     wanted = traced(trainable, X)
-    reorder_for_locality(traced.graph)  # as Inductor does: gradients move to where they are put together
+    reorder_for_locality(traced.graph)  # as Inductor does: gradients move to where they are stacked
     late = [node for node in traced.graph.nodes if node.target is torch.ops.dynlora_fn.late.default]
     products = [node for node in traced.graph.nodes if node.target is torch.ops.aten.mm.default]
     block_products = [

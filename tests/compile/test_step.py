@@ -13,8 +13,10 @@ from tests.support.training import SWITCHING, batches, make_run, run_for
 
 @pytest.mark.parametrize("donate", [True, False])
 def test_compiled_equals_eager_in_one_graph(donate):
-    """No recompile over steps, learning rates, plans and numbers of switches; a donated state keeps its memory, and
-    any other is left alone."""
+    """Nothing recompiles over steps, learning rates, plans and numbers of switches.
+
+    A donated state keeps its memory, and a state that is not donated does not change.
+    """
     wanted, run = run_for(make_run(SWITCHING), 50), make_run(SWITCHING)
     compiled = compile_step(run.step, donate=donate, backend="aot_eager")
     state, leaves = run.state, tree_leaves(run.state)
@@ -64,4 +66,4 @@ def test_a_step_that_switches_equals_eager_with_inductor():
     for index, batch in enumerate(batches(12)):
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             state, aux = compiled(state, *batch)
-        torch.testing.assert_close((state, aux), wanted[index], rtol=0, atol=1e-10)  # as to the reference
+        torch.testing.assert_close((state, aux), wanted[index], rtol=0, atol=1e-10)  # as for the reference
