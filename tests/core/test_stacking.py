@@ -62,7 +62,7 @@ names = st.lists(parts, min_size=1, max_size=4).map(".".join)
 
 @given(st.dictionaries(names, st.integers(1, 2), max_size=12), st.booleans())
 def test_unstack_gives_exactly_the_names_of_the_model(widths, stack):
-    """Whatever the numbering: gaps, ragged grids, leading numbers, zeros in front, shapes that alternate."""
+    """Names may have gaps, ragged grids, leading numbers, zeros in front and alternating shapes."""
     model = {name: normal(at, 2, width) for at, (name, width) in enumerate(widths.items())}
     params = init(model, rank=1, seed=0, targets=["*"] if model else [], stack=stack, dtype=torch.float64)
     members = unstack(params)
