@@ -25,7 +25,7 @@ def test_init_keeps_the_weights(shape: Shape, seed, start, some_dtypes, stack):
     params = init(model, rank=shape.rank, seed=seed, targets=["*"], **options)
     for name, param in unstack(params).items():
         assert (param.base.dtype, param.factors.b.dtype, param.factors.a.dtype) == (base_dtype, dtype, dtype)
-        # Rank products and sums, each of half an eps of what they are formed in, then one rounding to the base's dtype.
+        # Rank products and sums, each rounded by half an eps of the working dtype, then one rounding to the base's.
         bound = (
             (shape.rank + 3)
             * eps(reference.working_dtype(param))
@@ -46,7 +46,7 @@ def test_init_starts_plain_lora_from_the_weight_itself(shape: Shape, seed):
 
 @given(any_shapes, seeds)
 def test_init_draws_the_first_vectors_of_the_basis(shape: Shape, seed):
-    """Side b half a turn behind: its vector number 0 is in slot rank // 2."""
+    """Side b is half a turn behind: its vector 0 is in slot rank // 2."""
     param = init({"w": normal(seed, *shape[:2])}, rank=shape.rank, seed=seed, targets=["w"], dtype=torch.float64)["w"]
     for index in range(shape.rank):
         slot = (index + shape.rank // 2) % shape.rank
@@ -58,7 +58,7 @@ def test_init_draws_the_first_vectors_of_the_basis(shape: Shape, seed):
 
 @given(any_shapes, seeds)
 def test_plain_loras_vectors_are_within_one_over_the_root_of_in(shape: Shape, seed):
-    """U(-1 / sqrt(in), 1 / sqrt(in)), as `torch.nn.Linear`; zeros on side b."""
+    """Side a is U(-1 / sqrt(in), 1 / sqrt(in)), as in `torch.nn.Linear`, and side b is zero."""
     weight = normal(seed, *shape[:2])
     options = {"rank": shape.rank, "seed": seed, "targets": ["w"], "start": "lora", "dtype": torch.float64}
     param = init({"w": weight}, **options)["w"]
@@ -106,7 +106,7 @@ def test_init_stacks_what_repeats():
 def test_tied_tensors_come_once():
     weight, other = normal(0, 4, 4), normal(0, 4, 4)
     tied = init({"in": weight, "out": weight, "twin": other, "view": weight.T}, rank=1, seed=0, targets=["in"])
-    assert tied.keys() == {"in", "twin", "view"}  # equal values and other strides are no tie
+    assert tied.keys() == {"in", "twin", "view"}  # equal values with other strides are not tied
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     params = init(model, rank=1, seed=0, targets=["0.weight"], stack=False)
