@@ -1,4 +1,4 @@
-"""Low-rank weights in unmodified modules: `call` is the dense model, and what has no rule is refused by name."""
+"""`call` with low-rank weights equals the dense model, and an operation without a rule raises an error."""
 
 import pytest
 import torch

@@ -130,7 +130,7 @@ TRANSFORMS = list(transforms(STACK, "factored"))
 
 
 def check_transform(name: str, stack: LowRank, path: str, is_compiled: bool) -> None:
-    """Against the plain product with the dense base, eager."""
+    """Compare with the plain product with the dense base, eager."""
     transform = transforms(stack, path)[name]
     got = (torch.compile(transform, fullgraph=True, backend="aot_eager") if is_compiled else transform)()
     dense = stack._replace(base=dequantize(stack.base, torch.float64))
@@ -173,7 +173,7 @@ def test_every_path_is_the_plain_one_with_inductor(path):
 @pytest.mark.parametrize("kind", ["float64", "int8", "nf4", "bfloat16"])
 @pytest.mark.parametrize("path", ["merged", "dense"])
 def test_only_inputs_are_kept(path, kind, is_transposed):
-    """Of a base in low precision the codes, however a module has the weight."""
+    """The codes of a base in low precision are saved, also for a transposed weight."""
     saved = []
     param = ONE if kind == "float64" else quantize(ONE, kind)
     x = normal(1, 5, param.shape[-2] if is_transposed else param.shape[-1]).requires_grad_()
@@ -203,7 +203,7 @@ def test_the_factors_alone_may_be_trained(path):
 
 
 def test_a_merged_weight_is_rounded_once():
-    """A base and a product that cancel: what is left is far below bfloat16's spacing at either."""
+    """A base and a product cancel, so the result is far below bfloat16's spacing at either."""
     exact = torch.tensor([[1 / 3]], dtype=torch.float32)
     param = LowRank(exact, Factors(b=torch.tensor([[-1.0]]), a=exact.bfloat16().float()), torch.tensor(0))
     with torch.autocast("cpu", torch.bfloat16):
@@ -246,9 +246,9 @@ def test_an_unknown_path_is_refused():
 
 
 def test_the_module_takes_the_cheapest_path(monkeypatch):
-    """What `call` runs is what `cheapest` says of the shapes it meets."""
-    asked = []
-    monkeypatch.setattr(_linear, "cheapest_path", lambda **sizes: asked.append(sizes) or "dense")
+    """`call` takes the path that `cheapest_path` returns for its shapes."""
+    calls = []
+    monkeypatch.setattr(_linear, "cheapest_path", lambda **sizes: calls.append(sizes) or "dense")
     model = nn.Linear(6, 4)
     dl.call(model, dl.init(model, rank=2, seed=0, targets=["weight"]), torch.ones(3, 5, 6))
-    assert asked == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]
+    assert calls == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]

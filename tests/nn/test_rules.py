@@ -1,4 +1,4 @@
-"""Each operation on a low-rank weight does what it does to the dense one, with that one's gradients projected."""
+"""Each operation on a low-rank weight equals that on the dense weight, and its gradients are projected."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ IDS = torch.tensor([[0, 3, 3], [5, 1, 0]])
 
 
 class Uses(nn.Module):
-    """Uses its weight, of a shape, in some way."""
+    """Passes its weight to a function."""
 
     def __init__(self, use: Callable[[Tensor], Tensor], shape: tuple[int, ...]):
         super().__init__()
@@ -167,7 +167,7 @@ def test_an_ensemble_shares_the_base(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_grouped_product_is_that_of_the_dense_experts(dtype):
-    """Not in float64, which the operation does not take, nor with rows of other than whole 16 bytes."""
+    """The operation takes no float64, and only rows of a multiple of 16 bytes."""
     rows, offsets = normal(0, 7, 16, dtype=dtype), torch.tensor([2, 2, 7], dtype=torch.int32)
     param = low_rank(Shape(16, 24, 3), (3,), base_dtype=dtype, factor_dtype=dtype)
     model = Uses(lambda w: functional.grouped_mm(rows, w, offs=offsets), (3, 16, 24))
@@ -221,7 +221,7 @@ def test_a_shape_that_does_not_fit_is_refused_with_both():
 
 
 def waiting(param: LowRank) -> LowRank:
-    """With folds that wait: those of two vectors of each side."""
+    """Return a weight with pending folds of two vectors of each side."""
     slots = torch.arange(2)
     side = SidePlan(slots, slots + 2, torch.tensor([True, True]))
     return switch(defer(quantize(param, "int8"), vectors=4), Plan(side, side, torch.tensor(0))).param
