@@ -22,7 +22,7 @@ def some_grads(seed: int) -> dict:
 
 
 def some_state(steps: int = 3):
-    """After a few updates, so that no moment is zero."""
+    """Return a state after a few updates, so that no moment is zero."""
     optimizer, trainable = adamw(moments="8bit"), TRAINABLE
     state = optimizer.init(trainable)
     for step in range(steps):
@@ -73,7 +73,7 @@ STATE = some_state()[2]
 
 @given(plans(PARAM))
 def test_a_reset_is_exact(plan):
-    """Zeros for the counterparts, and every other code and scale as it was."""
+    """The counterparts become zero, and every other code and scale stays."""
     got = project_optimizer_state(STATE, {"w": plan})
     for tree, old in ((got.mu, STATE.mu), (got.nu, STATE.nu)):
         wanted = project_optimizer_state({"w": decode_moments(old["w"])}, {"w": plan})["w"]

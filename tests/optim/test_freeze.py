@@ -44,7 +44,7 @@ def test_freeze_counters_stop_at_zero():
 
 
 def test_a_vector_thaws_gently():
-    """0.52 of a full step at the sixth count, 0.89 four later, of a gradient that stays the same."""
+    """With a constant gradient, the sixth count takes 0.52 of a full step, and the tenth 0.89."""
     trainable, optimizer = some_trainable(), adamw(eps=0.0)
     state = project_optimizer_state(optimizer.init(trainable), one_switch(b=[], a=[1], frozen_for=5))
     grads = some_grads(trainable, 0)

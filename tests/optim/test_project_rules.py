@@ -16,9 +16,9 @@ from tests.support.optimizer_table import OPTIMIZERS as ENTRIES
 from tests.support.optimizers import one_switch, some_trainable
 
 
-# The table of optimizers and rules: what each makes of its state, and that nothing but the counterparts' changes.
+# The table of optimizers and rules: how each changes the state, and that only the counterparts' entries change.
 def torch_state(kind: Any, **settings: Any) -> Any:
-    """The state dict of one of torch's optimizers after two steps over the leaves of the parameters."""
+    """Return a function that makes the state dict of one of torch's optimizers after two steps."""
 
     def make(trainable: Any) -> Any:
         leaves = [leaf.clone().requires_grad_() for leaf in tree_leaves(trainable)]
@@ -33,7 +33,7 @@ def torch_state(kind: Any, **settings: Any) -> Any:
 
 
 def torchopt_state(name: str, **settings: Any) -> Any:
-    """In lists of all leaves, in the order of sorted names."""
+    """Return a function that makes torchopt's state: lists of all leaves, in the order of sorted names."""
 
     def make(trainable: Any) -> Any:
         torchopt = pytest.importorskip("torchopt", reason="has no wheel for every version of Python")
@@ -75,7 +75,7 @@ def projected(make: Any, rule: str, **settings: Any) -> tuple[Any, Any, Change]:
 
 
 def sides(before: Any, after: Any) -> list[tuple[str, Tensor, Tensor]]:
-    """Every tensor of the state before and after, with its path."""
+    """Return every tensor of the state before and after, with its path."""
     left, structure = tree_flatten_with_path(before)
     right, same = tree_flatten_with_path(after)
     assert structure == same
@@ -146,7 +146,7 @@ def test_pruning_is_relora_s(share):
 
 @pytest.mark.parametrize("make", TRANSPORTED.values(), ids=TRANSPORTED)
 def test_transport_is_exact_where_the_old_vectors_tell_all(make):
-    """Of a G within the span of the old vectors, ``G a.T / rank`` becomes what it is with the new ones."""
+    """For a G within the span of the old vectors, ``G a.T / rank`` becomes its value with the new vectors."""
     params, plan = weights(), one_switch(**SWITCH)
     after, _ = switch(params, plan)
     (b, a), (new_b, new_a) = params["w"].factors, after["w"].factors
@@ -181,7 +181,7 @@ def test_torch_optim_takes_its_state_back():
         leaf.grad = torch.zeros_like(leaf)
     before = leaves[3].detach().clone()
     optimizer.step()
-    assert_same(before[:, 2] * (1 - 0.1 * 0.01), leaves[3].detach()[:, 2])  # weight decay alone: no moment is left
+    assert_same(before[:, 2] * (1 - 0.1 * 0.01), leaves[3].detach()[:, 2])  # only weight decay: no moment is left
     assert (before[:, 1] * (1 - 0.1 * 0.01) != leaves[3].detach()[:, 1]).all()
 
 

@@ -35,7 +35,7 @@ def test_sgd_is_torch_s(transform, kind, settings):
 
 
 def test_lion_is_its_paper_s():
-    """Algorithm 2 of arXiv:2302.06675, in numbers by hand."""
+    """The values are algorithm 2 of arXiv:2302.06675, computed by hand."""
     transform, param = lion(betas=(0.5, 0.75), weight_decay=0.5), {"w": torch.tensor([1.0, 2.0])}
     state = transform.init(param)
     updates, state = transform.update({"w": torch.tensor([4.0, -8.0])}, state, param, lr=0.1)
