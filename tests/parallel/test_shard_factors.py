@@ -1,4 +1,4 @@
-"""Factors of which each process holds a share, with all that the optimizer keeps of them: the step of whole ones."""
+"""A step on sharded factors and their optimizer state equals the step on unsharded factors."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def train(state, step, steps: int, rows: slice):
 
 
 def whole_of(state) -> tuple:
-    """Parameters and moments of all processes, in the form that checkpoints read."""
+    """Return parameters and moments of all processes, in the form that checkpoints read."""
     placed = dl.parallel.as_dtensors(state)
     return tree_map(lambda leaf: leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf, (placed[0], placed[2]))
 
@@ -100,7 +100,7 @@ def _train(base, backend) -> None:
 
 @pytest.mark.parametrize(("size", "base", "backend"), [(3, None, None), (2, "int8", "aot_eager")])
 def test_a_step_is_that_of_whole_factors(size, base, backend):
-    """With rows and batches that the processes do not divide evenly."""
+    """The processes do not divide rows and batches evenly."""
     in_processes(size, _train, base, backend)
 
 
@@ -143,7 +143,7 @@ WEIGHT = dl.init({"w": normal(0, 256, 60, dtype=torch.float32)}, rank=60, seed=0
 
 
 def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
-    """The frozen part, and the rest after some updates."""
+    """Return the frozen part, and the trainable part and state after some updates."""
     optimizer = dl.optim.adamw(moments="8bit")
     group = group or torch.distributed.group.WORLD
     trainable, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(weight, group)))
@@ -162,7 +162,7 @@ def named(state: tuple) -> dict:
 def _eight_bit(folder: Path) -> None:
     frozen, state = eight_bit(WEIGHT, range(2))
     assert isinstance(state[1].mu["w"].b, dl.optim.SignedMoment)
-    assert isinstance(state[1].nu["w"].a, torch.Tensor)  # of too few numbers
+    assert isinstance(state[1].nu["w"].a, torch.Tensor)  # too small to shard
     checkpoint.save(named((frozen, state)), checkpoint_id=folder)
     frozen, loaded = eight_bit(WEIGHT, range(0))
     checkpoint.load(named((frozen, loaded)), checkpoint_id=folder)
@@ -184,7 +184,7 @@ def test_moments_in_8_bit_go_on_with_as_many_processes(tmp_path: Path):
 
 
 def _muon() -> None:
-    """Of three processes, with rows that they do not divide evenly."""
+    """Compare on three processes, which do not divide the rows evenly."""
     params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
     params = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     unsharded = dl.partition(params).trainable

@@ -74,7 +74,7 @@ def _compiled_numbers(base, residual) -> dict:
     state, x = dl.partition(dl.parallel.shard(params, group)), torch.ones(64, 18)
     expected = [step(state, x)[1]]
     expected.append(step(step(state, x)[0], x)[1])
-    # What is gathered is told apart from what is written over it.
+    # With reuse of buffers, the storage of a gathered tensor would stay alive for later tensors.
     compiled = dl.compile_step(step, options={"allow_buffer_reuse": False})
     state = tuple(state)
     losses = [compiled(state, x).aux]
@@ -86,7 +86,7 @@ def _compiled_numbers(base, residual) -> dict:
         gathered.note(result)
         return result
 
-    packet.default = watched  # which the code that was generated looks up as it runs
+    packet.default = watched  # the generated code looks it up as it runs
     losses.append(compiled(state, x).aux)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     return {"one": weight_bytes, "most": gathered.most, "total": gathered.total}
@@ -99,7 +99,7 @@ def _codes(base):
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_compiled_one_weight_is_gathered_at_a_time():
-    """On four processes with rows that must be padded."""
+    """On four processes the rows must be padded."""
     for found in in_processes(4, _compiled_numbers, "int8", "bfloat16"):
         padded = found["one"] * 20 / 18
         assert found["total"] == pytest.approx(2 * 3 * padded)
