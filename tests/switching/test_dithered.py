@@ -13,7 +13,7 @@ from tests.support.schedules import assert_no_frozen_vector_is_switched, plans_o
 
 
 def test_dithering_keeps_the_rate_on_average():
-    """Where nothing is held back: 64 slots, of which five steps switch 15 at most."""
+    """No switch is held back: five steps switch at most 15 of 64 slots."""
     steps, stack = 4000, (2, 3)
     schedule = switchlora(steps)
     tables = dithered(schedule, {"w": weight(400, 400, 64, stack)}, total_steps=steps, seed=0).switched["w"]
@@ -25,7 +25,7 @@ def test_dithering_keeps_the_rate_on_average():
 
 
 def test_dithering_holds_back_what_would_meet_a_frozen_vector():
-    """Rank 4, interval 10: 0.4 are asked for a step, and no more than 2 are switched in any 5."""
+    """With rank 4 and interval 10 a step requests 0.4 switches, and any five steps have at most 2."""
     steps = 20_000
     table = dithered(Schedule(interval=10), {"w": weight(64, 64, 4)}, total_steps=steps, seed=0).switched["w"]
     in_five = table[5:] - table[:-5]

@@ -1,4 +1,4 @@
-"""Stored candidates: no vector is lost or held twice, whatever is switched, and memory is written only if donated."""
+"""Pools lose no vector and store none twice, for any switch, and write memory only if donated."""
 
 from collections.abc import Iterator
 
@@ -33,25 +33,25 @@ def make(shape: Shape, members: int, seed: int) -> tuple[LowRank, Pool]:
 
 
 def plans_in_turn(param: LowRank, steps: int = 40) -> list[Plan]:
-    """Half of the vectors a step, or all that are idle if they are fewer: the pool wraps several times."""
+    """Return plans of half of the vectors, or of all idle ones if fewer: the pool wraps several times."""
     schedule = Schedule(interval=2, freeze=1)
     return [schedule(step, {"w": param})["w"] for step in range(steps)]
 
 
 def train(param: LowRank, seed: int) -> LowRank:
-    """Other values in every vector in use."""
+    """Return the weight with other values in every vector in use."""
     return param._replace(factors=tree_map(lambda leaf: leaf + normal(seed, *leaf.shape), param.factors))
 
 
 def sides(param: LowRank, pool: Pool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each member and side: vectors in use (rank, n), rows of the pool (size, n), the rows held (rank,)."""
+    """Yield for each member and side: vectors in use (rank, n), rows of the pool (size, n), rows in use (rank,)."""
     for at in np.ndindex(*param.seed.shape):
         yield param.factors.b[at].mT, pool.b.vectors[at], pool.b.held[at]
         yield param.factors.a[at], pool.a.vectors[at], pool.a.held[at]
 
 
 def inventory(param: LowRank, pool: Pool) -> list[list[list[float]]]:
-    """All vectors of each member and side, in use and idle, in the order of their values."""
+    """Return all vectors of each member and side, in use and idle, in the order of their values."""
     return [
         sorted([*used.tolist(), *(row for at, row in enumerate(rows.tolist()) if at not in in_use.tolist())])
         for used, rows, in_use in sides(param, pool)
@@ -153,7 +153,7 @@ def test_donated_pools_equal_undonated_ones_and_keep_their_memory(shape: Shape, 
 def test_a_stack_of_pools_is_the_loop_over_its_members(shape: Shape, seed):
     param, pool = make(shape, 3, seed)
     for step, shared in enumerate(plans_in_turn(param, steps=10)):
-        # Of each member another plan: of one none, of one half, of one all of the entries.
+        # Each member has another plan: with none, half and all of the entries active.
         varied = Plan(*(_vary(side) for side in (shared.b, shared.a)), shared.frozen_for)
         for plan in (shared, varied):
             outgoing = switch(train(param, step), plan, incoming=draw(pool, plan)).outgoing
@@ -181,7 +181,7 @@ def _exchange(pool: Pool, plan: Plan, outgoing: Factors) -> tuple[Factors, Pool]
 
 
 def test_an_idle_entry_may_name_what_an_active_one_writes():
-    """All that `active` leaves out is free to name any slot and any row."""
+    """An entry that is not active may name any slot and any row."""
     param, pool = make(Shape(6, 5, 3), 1, 0)
     for active in ([True, False], [False, True], [False, False]):
         side = SidePlan(torch.tensor([1, 1]), torch.tensor([3, 3]), torch.tensor(active))
