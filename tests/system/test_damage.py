@@ -1,4 +1,4 @@
-"""What comes from outside, damaged: an error that names the file, no crash, nothing executed, nothing half done.
+"""Damaged input gives an error that names the file, no crash, nothing executed, nothing half done.
 
 ``--damaged 1250`` makes ten thousand of them.
 """
@@ -28,7 +28,7 @@ from tests.support.damage import Damage, nothing_run
 
 
 class Kind(NamedTuple):
-    """One kind of input: how a good one is written, and how it is read."""
+    """One kind of input: a writer of valid input, and its reader."""
 
     write: Callable[[Path], None]
     read: Callable[[Path], Any]
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path) -> None:
 def read_checkpoint(folder: Path) -> Any:
     loaded = load_checkpoint(folder, STATE, SINGLE_PROCESS)
     assert loaded is not None
-    assert_same(loaded.state, STATE)  # what is whole is what was saved
+    assert_same(loaded.state, STATE)  # what reads without an error is what was saved
     return loaded
 
 

@@ -53,12 +53,12 @@ def test_a_paired_test_sees_differences_seed_by_seed():
 
 # --- sweeps
 def bowl(run: Run) -> float:
-    """Best at the papers' rates."""
+    """Return a loss that is lowest at the papers' rates."""
     return abs(math.log2(run.lr / CENTERS[run.method])) + abs(math.log2(run.dense_lr))
 
 
 def found_by(loss, run: Run) -> tuple[store.Found, Stage]:
-    """The search with runs that cost nothing."""
+    """Run the search with a loss function in place of training."""
     found: store.Found = {}
     while (stage := swept(found, run)).missing:
         found |= {missing_run: {"loss": loss(missing_run)} for missing_run in stage.missing}
@@ -249,7 +249,7 @@ def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(executed) == count
     assert "full rank" in (tmp_path / "out" / "methods.md").read_text()
     assert (tmp_path / "out" / "methods_tiny.png").stat().st_size > 1000
-    main(replace(config, experiment="test"))  # the same rates and seeds, by another text
+    main(replace(config, experiment="test"))  # the same rates and seeds, measured on another text
     chosen = {replace(run, held_out="test") for run in executed[:count] if run.seed > 0}
     assert {run for run in executed[count:] if run.seed > 0} == chosen
     assert "| test loss |" in (tmp_path / "out" / "test.md").read_text()
