@@ -14,7 +14,7 @@ from dynlora_fn.testing import BrokenPromiseError, Shape, low_rank, low_rank_par
 
 
 def wrong_slot(param: LowRank, plan: Plan) -> LowRank:
-    """Folds the differences of side a into the base by way of the next slot's counterpart."""
+    """Fold the differences of side a into the base with the next slot's counterpart."""
     rank = param.factors.a.shape[-2]
     new, outgoing = dl.switch(param, plan)
     incoming = dl.candidates(param, plan)
@@ -43,7 +43,7 @@ def by_value(param: LowRank) -> LowRank:
 
 
 class Counting:
-    """Each call is another."""
+    """Each call gives another result."""
 
     calls = 0
 
@@ -64,7 +64,7 @@ def with_plan() -> st.SearchStrategy[Any]:
     return plain().flatmap(lambda param: st.tuples(st.just(param), plans(param)))
 
 
-# By name: a checker, a transform that breaks its promise, and what it says of it.
+# By name: a checker, a transform that breaks its promise, and the checker's message.
 BUGS = {
     "weight": (testing.check_preserves_weight, lambda param: param._replace(base=param.base + 1e-9), "off by up to"),
     "scale": (testing.check_preserves_weight, lambda param: dl.merge(param)._replace(factors=param.factors), "off by"),
@@ -101,7 +101,7 @@ def test_bugs_are_found_and_told(check, transform, said):
 
 
 def test_a_wrong_slot_shrinks_to_two_slots():
-    """Of weights up to 8 x 8 with plans for all of their slots: the smallest that has two slots to confuse."""
+    """From weights up to 8 x 8 with plans for all slots, find the smallest with two slots to confuse."""
     with pytest.raises(BrokenPromiseError) as caught:
         testing.check_preserves_weight(wrong_slot, arguments=with_plan(), examples=200)
     message = str(caught.value)
@@ -111,7 +111,7 @@ def test_a_wrong_slot_shrinks_to_two_slots():
 
 
 def switched_side(opt_state: Any, plan: Any) -> Any:
-    """Resets the switched vectors themselves instead of their counterparts."""
+    """Reset the switched vectors themselves instead of their counterparts."""
     return dl.project_optimizer_state(
         opt_state, {name: Plan(b=entry.a, a=entry.b, frozen_for=entry.frozen_for) for name, entry in plan.items()}
     )

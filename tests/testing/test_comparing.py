@@ -37,7 +37,7 @@ def test_what_is_written_into_is_named():
 
 
 def test_the_bound_on_roundings_is_not_wide():
-    """A unit in the last place more than is rounded is found, on plain bases and in codes with a residual."""
+    """An error slightly beyond the roundings is found, on plain bases and in codes with a residual."""
     for storage, share in ((testing.Storage("float32"), 1e-5), (testing.Storage("int8", "bfloat16"), 1e-4)):
         param = low_rank(Shape(8, 8, 2), storage=storage, factor_dtype=torch.float32)
         merged = dl.merge(param)

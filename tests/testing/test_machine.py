@@ -20,7 +20,7 @@ def test_transforms_in_any_order_keep_the_weights():
 
 
 def test_two_processes_go_through_the_same_sequences():
-    """So that what is sharded lies on both of them, plain and in codes."""
+    """Both processes have shards, of plain bases and of codes."""
     for kinds in in_processes(2, _sequences):
         assert kinds >= {"Tensor", "Quantized"}
 

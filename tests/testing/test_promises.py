@@ -1,4 +1,4 @@
-"""What the transforms of a weight promise, each by the checker that users have for their own."""
+"""What the transforms of a weight promise, each tested with the public checker."""
 
 import dataclasses
 from functools import partial
@@ -14,7 +14,7 @@ from dynlora_fn.testing import Shape, low_rank, low_rank_params, plan_of, trees
 from tests.support.optimizer_table import OPTIMIZERS
 from tests.support.strategies import plain_params
 
-# By name: the transform, and the weights that it takes, all unless given.
+# By name: the transform, and the weights that it takes. The default is all of them.
 TRANSFORMS: dict[str, tuple[Any, Any]] = {
     "switch": (dl.switch, None),
     "merge": (dl.merge, None),
@@ -85,7 +85,7 @@ def test_no_rule_reaches_beyond_the_counterparts(rule):
 
 
 def training() -> tuple[Any, Any]:
-    """A run that switches, as a process starts it."""
+    """Return the initial state and the step of a run that switches."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
     weights = {
         name: testing.normal(len(name), *weight.shape, dtype=weight.dtype) for name, weight in model.named_parameters()
@@ -118,7 +118,7 @@ def test_a_run_goes_on_where_it_was_broken_off():
 
 
 def test_schedules_are_functions_of_the_step():
-    """Of numbers and of tensors alike, and of nothing that came before."""
+    """Plans are equal for integer and tensor steps, and do not depend on earlier calls."""
     cases = st.tuples(testing.schedules(), plain_params(), st.integers(0, 400))
 
     def plans(case: Any) -> Any:
@@ -132,6 +132,6 @@ def test_schedules_are_functions_of_the_step():
 
 
 class _Case(tuple):
-    """One argument."""
+    """Counts as one argument."""
 
     _fields = ()
