@@ -30,7 +30,7 @@ def test_counterparts_stand_still_for_exactly_so_many_updates(stack, frozen_for)
             assert not updates["w"].a[..., 2, :].any()
         left = max(frozen_for - step - 1, 0)
         assert state.frozen_for["w"].a.flatten().tolist() == [0, 0, left, 0] * max(len(stack) * 2, 1)
-        # The count runs on while a vector stands still.
+        # The count increases while a vector is frozen.
         assert state.count["w"].b.flatten().tolist() == [3 + step + 1, step + 1] * 2 * max(len(stack) * 2, 1)
 
 

@@ -130,8 +130,10 @@ def test_a_count_that_restarts_at_the_thaw():
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99, 1.0])
 def test_pruning_is_relora_s(share):
-    """``|x| > quantile(|x|, share)`` of a whole matrix where all of it is switched (arXiv:2307.05695's implementation),
-    but that nothing is kept without its second moment; the share 1 leaves nothing, and 0 drops the smallest."""
+    """ReLoRA keeps ``|x| > quantile(|x|, share)`` of a matrix that is fully switched (arXiv:2307.05695's code).
+
+    Here an entry is kept only with its second moment. The share 1 leaves nothing, and 0 drops the smallest.
+    """
     trainable = partition(weights()).trainable
     state = updated_state(adamw())(trainable)
     plan = one_switch(b=[0, 1, 2, 3], a=[0, 1, 2, 3], frozen_for=0)

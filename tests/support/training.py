@@ -1,4 +1,4 @@
-"""A whole training step with switches, on a small network."""
+"""A complete training step with switches, on a small network."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

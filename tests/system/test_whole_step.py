@@ -1,4 +1,4 @@
-"""A whole training step against the slow reference, against plain LoRA, and against itself."""
+"""A complete training step against the slow reference, against plain LoRA, and against itself."""
 
 import math
 from collections.abc import Iterator
