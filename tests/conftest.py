@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Some virtual machines report AMX and forbid its use: oneDNN's bfloat16 products then die of an illegal instruction.
+# Some virtual machines report AMX and forbid it: oneDNN's bfloat16 products then end in an illegal instruction.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # busy neighbors slow a spinning OpenMP down tenfold
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A first example may compile or import, so that a deadline tells nothing. In CI, where nobody shrinks by hand, every
+# A first example may compile or import, so a deadline says nothing. In CI, where nobody shrinks by hand, every
 # run draws the same examples. `--hypothesis-profile thorough` draws many, before a release, and
 # `sequences` is for `tests/testing/test_machine.py`.
 settings.register_profile("dynlora", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    """Dynamo keeps what it compiled by code object: without this, one test's graphs count as another's recompiles."""
+    """Reset Dynamo. It caches by code object, so one test's graphs would count as another's recompiles."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -12,7 +12,7 @@ from dynlora_fn.testing import Shape, low_rank, normal
 
 
 class Counted(TorchDispatchMode):
-    """How often each operation runs."""
+    """Counts how often each operation runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,19 +25,19 @@ class Counted(TorchDispatchMode):
 
 def products(count: int) -> int:
     left, right = normal(0, 3, 5, count), normal(1, 3, count, 40)
-    with Counted() as seen:
+    with Counted() as counted:
         fold(normal(2, 3, 5, 40), left, right, rank=4)
-    return seen.count["bmm"] + seen.count["mm"]
+    return counted.count["bmm"] + counted.count["mm"]
 
 
 def test_up_to_32_vectors_are_outer_products_and_more_are_one_product():
-    """Fused into one pass over the base, in place; many would take longer than a product does."""
+    """One pass over the base in place is faster for few outer products and slower for many."""
     assert [products(count) for count in (0, 1, 32, 33, 64)] == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_sums_are_formed_in_the_widest_dtype(count):
-    """What float32 would lose of either factor reaches a base in float64, and one that is rounded to it."""
+    """Bits of either factor that float32 would lose reach a base in float64."""
     base = torch.ones(2, 3)
     for left, right in ((1 + 2.0**-40, 1.0), (1.0, 1 + 2.0**-40)):
         pair = torch.full((2, count), left, dtype=torch.float64), torch.full((count, 3), right, dtype=torch.float64)
@@ -51,7 +51,7 @@ def test_sums_are_formed_in_the_widest_dtype(count):
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_a_base_on_the_meta_device_is_folded_into(count):
-    """Where there is no autocast to be asked."""
+    """The meta device has no autocast state to read."""
     meta = torch.device("meta")
     got = fold(
         torch.empty(4, 6, device=meta), torch.empty(4, count, device=meta), torch.empty(count, 6, device=meta), rank=2

@@ -1,4 +1,4 @@
-"""Folds that wait: the weight is the same at every moment, and so is the base once they are folded."""
+"""Deferred folds keep the weight at every moment, and give the same base once they are folded."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ PARAM = quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
-    """In float64 but for what the base is read in: float32's rounding, of sums of some ten terms below 100."""
+    """Compare in float64. The bound is float32's rounding of sums of some ten terms below 100."""
     torch.testing.assert_close(got.double(), wanted.double(), rtol=0, atol=1e3 * eps(torch.float32))
 
 
@@ -33,7 +33,7 @@ def test_what_waits_changes_no_bit_of_the_base(case):
     now, out = switch(param, plan)
     assert_same((got.factors, outgoing), (now.factors, out))
     wide = torch.promote_types(param.factors.a.dtype, torch.float32)
-    if param.factors.a.dtype == wide:  # otherwise what waits is rounded to the factors' dtype
+    if param.factors.a.dtype == wide:  # otherwise pending folds are rounded to the factors' dtype
         assert_same(fold_pending(got).base.base, now.base)
         assert not any(leaf.any() for leaf in fold_pending(got).base.pending)
 
@@ -41,8 +41,8 @@ def test_what_waits_changes_no_bit_of_the_base(case):
 def test_the_oldest_are_folded_where_there_is_no_room():
     plan = [plan_of(4, b=1, a=1, seed=seed) for seed in range(3)]
     waiting, weight = defer(PARAM, vectors=4), materialize(PARAM)
-    for one in plan[:2]:
-        waiting = switch(waiting, one).param
+    for early_plan in plan[:2]:
+        waiting = switch(waiting, early_plan).param
         assert_same(waiting.base.base, PARAM.base)
         close(materialize(waiting), weight)
     third = switch(waiting, plan[2]).param

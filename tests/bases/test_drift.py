@@ -15,14 +15,14 @@ from tests.support.strategies import quantized_params
 
 @given(quantized_params())
 def test_drift_is_what_products_miss(param):
-    right, seen = exact_weight(param), dl.materialize(param)
-    missed = (seen.double() - right).norm() / right.norm()
+    exact, approximate = exact_weight(param), dl.materialize(param)
+    missed = (approximate.double() - exact).norm() / exact.norm()
     if isinstance(param.base, Tensor) or not tree_leaves(param.base.residual):
         assert drift(param).isnan()
     else:
-        # Two sums and the norm of what is computed in the factors' dtype, float32 at least.
+        # Two sums and a norm, in the factors' dtype and at least in float32.
         torch.testing.assert_close(drift(param).double(), missed, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(drift(param, right).double(), missed, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(drift(param, exact).double(), missed, rtol=1e-3, atol=1e-6)
 
 
 def test_drift_is_reported_by_name():
@@ -35,16 +35,16 @@ def test_drift_is_reported_by_name():
 
 
 def test_a_residual_keeps_drift_from_growing():
-    """Two thousand folds: with a residual the error of one, without it many times that."""
+    """After two thousand folds the error is that of one fold with a residual, and many times larger without."""
     weight = low_rank(Shape(64, 64, 16), base_dtype=torch.float64, factor_dtype=torch.float32)
-    held = {residual: quantize(weight, "int8", residual=residual) for residual in RESIDUALS}
+    quantized = {residual: quantize(weight, "int8", residual=residual) for residual in RESIDUALS}
     for seed in range(2000):
         plan = plan_of(16, b=1, a=1, seed=seed)
         weight = switch(weight, plan).param
-        held = {residual: switch(param, plan).param for residual, param in held.items()}
+        quantized = {residual: switch(param, plan).param for residual, param in quantized.items()}
     exact_weight = dl.materialize(weight)
-    off = {residual: drift(param, exact_weight) for residual, param in held.items()}
+    drifts = {residual: drift(param, exact_weight) for residual, param in quantized.items()}
     once = drift(quantize(weight, "int8", residual=None), exact_weight)
-    assert off["bfloat16"] < 1.02 * once
-    assert off["int8"] < 1.2 * once
-    assert off[None] > 10 * once
+    assert drifts["bfloat16"] < 1.02 * once
+    assert drifts["int8"] < 1.2 * once
+    assert drifts[None] > 10 * once

@@ -1,4 +1,4 @@
-"""Codes are torchao's, bit for bit, and stand for their numbers within the bound of each format."""
+"""Codes are torchao's, bit for bit, and decode to the weight within the bound of each format."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ matrices = st.tuples(st.integers(1, 5), st.integers(1, 5), seeds, st.sampled_fro
 
 
 def matrix(out: int, half: int, seed: int, scale: float) -> Tensor:
-    """Of a size that all blocks divide, with a row of zeros, a block of zeros and an outlier now and then."""
+    """Return a matrix that all blocks divide, with a row and a block of zeros and some outliers."""
     weight = scale * normal(seed, 4 * out, 32 * half, dtype=torch.float32)
     if seed % 2:
         weight[seed % (4 * out)] = 0
@@ -32,7 +32,7 @@ def matrix(out: int, half: int, seed: int, scale: float) -> Tensor:
 
 
 def torchaos(weight: Tensor, kind: str, codes: Codes) -> Tensor:
-    """torchao's own tensor of a weight."""
+    """Return torchao's tensor of a weight."""
     if kind == "int8":
         return torchao.Int8Tensor.from_hp(weight, granularity=torchao.PerRow())
     if kind == "float8":
@@ -59,7 +59,7 @@ def test_codes_are_torchaos(case, kind):
 
 @pytest.mark.parametrize("kind", PROTOTYPES)
 def test_numbers_in_the_middle_and_blocks_next_to_nothing_are_torchaos(kind):
-    """Rounded to even, with the sign of zero; and a block below the least of nvfp4's scales."""
+    """Values are rounded to even and keep the sign of zero. One block is below the least of nvfp4's scales."""
     middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 7.0])
     weight = torch.stack([middle, -middle]).repeat(2, 2)
     weight[2], weight[3, 0] = weight[2] * 1e-3, 6 * 448  # so that nvfp4's factor is one
@@ -69,7 +69,7 @@ def test_numbers_in_the_middle_and_blocks_next_to_nothing_are_torchaos(kind):
 
 
 def bound(weight: Tensor, codes: Codes) -> Tensor:
-    """What a format may be off by, entry by entry: half of its step, as `quantize` promises."""
+    """Return the largest error of each entry: half of the format's step, as `quantize` promises."""
     largest = weight.abs().amax(-1, keepdim=True)
     work = 4 * eps(torch.float32) * weight.abs()  # scale, its inverse and the quotient are rounded as well
     if isinstance(codes, Int8Codes):
@@ -79,18 +79,18 @@ def bound(weight: Tensor, codes: Codes) -> Tensor:
     if isinstance(codes, NF4Codes):
         blocks = weight.reshape(codes.scales.numel(), -1).abs().amax(-1)
         off = (blocks - blocks.mean()).reshape(codes.factor.numel(), -1).abs().amax(-1, keepdim=True)
-        own = 0.152 * blocks.reshape(codes.factor.numel(), -1) + off / 128
-        return work + own.reshape(-1, 1).expand(-1, 64).reshape(weight.shape) + 1e-30
+        limit = 0.152 * blocks.reshape(codes.factor.numel(), -1) + off / 128
+        return work + limit.reshape(-1, 1).expand(-1, 64).reshape(weight.shape) + 1e-30
     if isinstance(codes, NVFP4Codes):
         return work + torch.maximum(by_block(weight, 16) / 5, weight.abs().max() * 2**-19) + 2**-140
     if isinstance(codes, MXFP4Codes):
         return work + by_block(weight, 32) / 5 + 2**-124
-    # float8 e4m3: three bits behind the point, and a fixed step below 2**-6 of what the scale stands for.
+    # float8 e4m3: three bits behind the point, and a fixed step below 2**-6 times the scale.
     return work + torch.maximum(weight.abs() * 2**-4, largest / 448 * 2**-10) + 2**-140
 
 
 def by_block(weight: Tensor, size: int) -> Tensor:
-    """The largest entry of each entry's block."""
+    """Return for each entry the largest magnitude in its block."""
     blocks = weight.reshape(-1, size)
     return blocks.abs().amax(-1, keepdim=True).expand_as(blocks).reshape(weight.shape)
 
@@ -131,14 +131,14 @@ def test_zeros_are_zeros(kind):
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("share", [1, 0.99, 1 / 300])
 def test_the_largest_numbers_are_kept_or_refused(kind, share):
-    """A format that would round them to infinity refuses them by the weight's name."""
+    """A format that would round the weight to infinity raises an error with the weight's name."""
     weight = torch.full((4, 64), share * torch.finfo(torch.float32).max)
     weight[:, ::2] *= -1
     param = LowRank(weight, Factors(torch.zeros(4, 1), torch.zeros(1, 64)), torch.tensor(0))
     if share == 1 / 300 or torch.isfinite(decode(coded(weight, kind), torch.float32)).all():
         base = quantize({"w": param}, kind)["w"].base
-        kept = decode_exact(base.codes, base.residual, torch.float64)
-        assert_within(kept, weight, 2.0**-8 * bound(weight.double(), base.codes))
+        stored = decode_exact(base.codes, base.residual, torch.float64)
+        assert_within(stored, weight, 2.0**-8 * bound(weight.double(), base.codes))
     else:
         with pytest.raises(
             ValueError, match=r"weight 'w' is not finite, .*; a base in low precision stores finite values only"
@@ -148,7 +148,7 @@ def test_the_largest_numbers_are_kept_or_refused(kind, share):
 
 @pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4", "bfloat16"])
 def test_what_was_codes_before_is_the_same_when_encoded_again(kind):
-    """Or a base without a residual, whose most negative numbers torchao's int8 overstates, would grow by each fold."""
+    """torchao's int8 overstates the most negative values, so a base without a residual would grow with each fold."""
     codes = coded(normal(0, 64, 64, dtype=torch.float32), kind)
     if kind == "int8":
         codes = encode(decode(codes, torch.float32), codes, again=True)  # from 127.5 steps to 127

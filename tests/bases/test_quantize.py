@@ -32,8 +32,8 @@ cases = quantized_params().flatmap(lambda param: st.tuples(st.just(param), plans
 @given(cases)
 def test_products_see_what_is_kept_to_a_step_of_the_codes(case):
     param, plan, _ = case
-    for one in (param, switch(param, plan).param):
-        assert_within(dequantize(one.base, torch.float64), exact_base(one.base), half_step(one.base))
+    for variant in (param, switch(param, plan).param):
+        assert_within(dequantize(variant.base, torch.float64), exact_base(variant.base), half_step(variant.base))
 
 
 @given(quantized_params())
@@ -67,7 +67,7 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
 @pytest.mark.parametrize("residual", ["bfloat16", "int8"])
 @pytest.mark.parametrize("kind", NAMES)
 def test_quantizing_keeps_the_weight_from_format_to_format(kind, residual):
-    """What was missed goes over as well: two residuals' roundings away, not two formats' errors."""
+    """The residual is carried over, so the error is two residuals' roundings and not two formats' errors."""
     param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
     first = quantize(param, kind, residual=residual)
     assert_within(exact_base(first.base), param.base, rounding(param, first))
@@ -84,9 +84,9 @@ def test_a_residual_lies_where_it_is_asked_for():
 @pytest.mark.parametrize("kind", ["int8", "float8", "nf4", "nvfp4", "mxfp4"])
 def test_torchaos_tensor_is_of_a_dtype_that_it_knows(kind):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        held = quantize(low_rank(SHAPE, base_dtype=dtype), kind)
+        quantized = quantize(low_rank(SHAPE, base_dtype=dtype), kind)
         wanted = torch.bfloat16 if dtype == torch.bfloat16 and kind != "nf4" else torch.float32
-        assert to_torchao(held).dtype == wanted
+        assert to_torchao(quantized).dtype == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -94,10 +94,10 @@ def test_torchaos_tensor_is_of_a_dtype_that_it_knows(kind):
 def test_quantizing_leaves_the_old_base_as_it_is(kind, dtype):
     param = low_rank(SHAPE, (2,), base_dtype=dtype)
     with untouched(param):
-        held = quantize(param, kind)
-    with untouched(held):
-        quantize(held, "int8")
-        to_torchao(unstack({"*": held})["0"])
+        quantized = quantize(param, kind)
+    with untouched(quantized):
+        quantize(quantized, "int8")
+        to_torchao(unstack({"*": quantized})["0"])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -105,9 +105,9 @@ def test_a_slot_of_zeros_hides_no_other(kind):
     param = low_rank(SHAPE, (), base_dtype=torch.float32, factor_dtype=torch.float32)
     for side, axis in ((param.factors.b, 1), (param.factors.a, 0)):
         side.select(axis, 0).zero_()
-        held = quantize(param, kind)
-        merged = merge(held)
-        assert_within(exact_weight(merged), exact_weight(held), rounding(held, merged))
+        quantized = quantize(param, kind)
+        merged = merge(quantized)
+        assert_within(exact_weight(merged), exact_weight(quantized), rounding(quantized, merged))
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4"])

@@ -90,5 +90,5 @@ def test_a_step_that_switches_equals_eager_with_inductor(kind):
     memory = [leaf.data_ptr() for leaf in tree_leaves(state)]
     got, losses = run(state, compiled, 6)
     assert [leaf.data_ptr() for leaf in tree_leaves(got)] == memory
-    # Other kernels round otherwise, and a code may fall the other way: by what it is worth, once.
+    # Other kernels round differently, so a code may differ by one step.
     torch.testing.assert_close(losses, wanted[1], rtol=0.02, atol=0)

@@ -25,7 +25,7 @@ def network() -> nn.Sequential:
 
 
 def quantized(kind: str) -> nn.Sequential:
-    """As torchao quantizes a model."""
+    """Quantize a model with torchao."""
     model = network()
     if kind == "nf4":
         for layer in model[::2]:
@@ -57,8 +57,8 @@ def test_there_and_back_keeps_every_bit(kind, dtype):
     elif kind == "nf4":
         tensor = torchao.to_nf4(weight, 64, 32)
     else:
-        made = torchao.Int8Tensor if kind == "int8" else torchao.Float8Tensor
-        tensor = made.from_hp(weight, granularity=torchao.PerRow())
+        tensor_type = torchao.Int8Tensor if kind == "int8" else torchao.Float8Tensor
+        tensor = tensor_type.from_hp(weight, granularity=torchao.PerRow())
     back = to_torchao(from_torchao(tensor))
     assert type(back) is type(tensor)
     assert back.dtype == dtype
@@ -74,18 +74,18 @@ def test_a_model_that_torchao_quantized_goes_in_as_it_is(kind):
     state = to_torchao(params)
     for name in targets:
         assert_same(inner(state[name]), inner(dict(model.named_parameters())[name]))
-    assert_same(state["4.weight"], dense(model[4].weight))  # no target: dense, to be trained
+    assert_same(state["4.weight"], dense(model[4].weight))  # not a target, so it stays dense and trainable
     switched = unstack(init(model, rank=4, seed=0, targets=targets))
     x = normal(1, 5, 64, dtype=torch.float32)
     got, wanted = dl.call(network(), switched, x), dl.call(network(), dl.materialize(unstack(params)), x)
-    # Quantized anew with the product taken out: another quantization error, of up to a fifth of nf4's largest numbers.
+    # Quantized again without the product: the error changes by up to a fifth of nf4's largest values.
     assert (got - wanted).norm() < {"int8": 0.02, "float8": 0.1, "nf4": 0.3, "nvfp4": 0.3}[kind] * wanted.norm()
 
 
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 def test_torchaos_configurations_name_formats(config):
-    made = getattr(torchao, config)()
-    params = init(network(), rank=4, seed=0, targets=["*.weight"], base=made)
+    torchao_config = getattr(torchao, config)()
+    params = init(network(), rank=4, seed=0, targets=["*.weight"], base=torchao_config)
     assert_same(params, init(network(), rank=4, seed=0, targets=["*.weight"], base=config[:-16].lower()))
     with pytest.raises(ValueError, match=r"unknown `base` .*; use one of"):
         init(
@@ -107,7 +107,7 @@ def test_a_prototypes_configuration_names_its_format():
 
 @pytest.mark.parametrize("shape", [(16, 16), (130, 80), (256, 64)])
 def test_scales_in_tiles_stay_in_tiles(shape):
-    """As NVFP4WeightOnlyConfig lays them out, whether the tiles of 128 rows and 4 blocks are full or not."""
+    """The layout is NVFP4WeightOnlyConfig's, for full and partial tiles of 128 rows and 4 blocks."""
     weight = normal(0, *shape, dtype=torch.float32)
     layer = nn.Linear(*reversed(shape), bias=False)
     layer.weight = nn.Parameter(weight)
@@ -128,7 +128,7 @@ def test_scales_in_tiles_stay_in_tiles(shape):
 
 
 def test_prototypes_are_imported_where_they_are_asked_for_alone():
-    """And where torchao has moved one, what asks for it says so."""
+    """Where torchao has moved a prototype, the function that needs it raises an error that says so."""
     script = """
 import sys, torch
 param = dl.init({"w": torch.ones(32, 32)}, rank=2, seed=0, targets=["w"], base="int8")["w"]
@@ -153,13 +153,13 @@ def test_prototypes_that_would_lose_something_are_refused():
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     weight = normal(0, 64, 64, dtype=torch.float32)
     factor = nvfp4.per_tensor_amax_to_scale(weight.abs().max())
-    made = nvfp4.NVFP4Tensor.to_nvfp4
+    to_nvfp4 = nvfp4.NVFP4Tensor.to_nvfp4
     packed = torch.float4_e2m1fn_x2
     for tensor in (
-        made(weight),
-        made(weight, per_tensor_scale=factor).t(),
-        made(weight, per_tensor_scale=factor, act_per_tensor_scale=factor),
-        made(weight, per_tensor_scale=factor, act_quant_kwargs=nvfp4.QuantizeTensorToNVFP4Kwargs()),
+        to_nvfp4(weight),
+        to_nvfp4(weight, per_tensor_scale=factor).t(),
+        to_nvfp4(weight, per_tensor_scale=factor, act_per_tensor_scale=factor),
+        to_nvfp4(weight, per_tensor_scale=factor, act_quant_kwargs=nvfp4.QuantizeTensorToNVFP4Kwargs()),
         mx.MXTensor.to_mx(weight, torch.float8_e4m3fn, 32),
         mx.MXTensor.to_mx(weight, packed, 32, is_swizzled_scales=True),
         mx.MXTensor.to_mx(weight, packed, 32, act_quant_kwargs=mx.QuantizeTensorToMXKwargs()),
@@ -168,7 +168,7 @@ def test_prototypes_that_would_lose_something_are_refused():
             ValueError, match=r"weight 'w' is a .* cannot be a base; .* prototypes NVFP4Tensor or MXTensor"
         ):
             from_torchao(tensor, name="w")
-    broken = made(weight, per_tensor_scale=factor)
+    broken = to_nvfp4(weight, per_tensor_scale=factor)
     broken.scale[3, 1] = torch.nan
     with pytest.raises(ValueError, match="weight 'w' is not finite"):
         from_torchao(broken, name="w")
@@ -192,6 +192,6 @@ def test_what_would_lose_something_is_refused(tensor):
 
 def test_a_stack_is_no_tensor_of_torchaos():
     params = init(network(), rank=4, seed=0, targets=["0.weight", "2.weight"], base="int8", stack=False)
-    whole = stack_bases([params["0.weight"].base, params["2.weight"].base], (2,))
+    stacked = stack_bases([params["0.weight"].base, params["2.weight"].base], (2,))
     with pytest.raises(ValueError, match=r"`params` is a stack of shape \(2, 64, 64\), which torchao does not support"):
-        to_torchao(whole)
+        to_torchao(stacked)

@@ -1,4 +1,4 @@
-"""States that hold tensor subclasses, torchao's for one, are donated down to the tensors inside of them."""
+"""States with tensor subclasses, such as torchao's, are donated down to their inner tensors."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_step_writes_into_the_tensors_inside(quantize, backend):
     state, got = compile_step(step, backend=backend)((weight, torch.tensor(0)), X)
     assert state[0] is weight
     assert_same([weight.qdata, weight.scale], [expected[0].qdata, expected[0].scale])
-    assert all(one is other for one, other in zip(inside, [weight.qdata, weight.scale], strict=True))
+    assert all(old is new for old, new in zip(inside, [weight.qdata, weight.scale], strict=True))
     torch.testing.assert_close(got, aux)
 
 

@@ -31,13 +31,13 @@ def test_old_leaves_may_come_back_under_other_names(step):
 
 def test_state_that_cannot_be_donated_is_refused():
     step = compile_step(lambda state: (tree_map(lambda leaf: leaf + 1, state), None), backend="aot_eager")
-    whole = torch.zeros(4)
+    tensor = torch.zeros(4)
     with pytest.raises(ValueError, match=r"`state` tensors at \['x'\] and \['y'\] share memory"):
-        step({"x": whole, "y": whole[2:]})
+        step({"x": tensor, "y": tensor[2:]})
     with pytest.raises(ValueError, match=r"`state` tensor at \['x'\] has requires_grad=True"):
         step({"x": torch.zeros(2, requires_grad=True)})
     with pytest.raises(ValueError, match=r"`state` at \['n'\] is of type int, which cannot be donated"):
-        step({"x": whole, "n": 3})
+        step({"x": tensor, "n": 3})
 
 
 def test_aux_may_hold_what_the_state_was():
@@ -61,10 +61,10 @@ def test_a_consumed_state_is_caught():
             use(old["x"])
     with pytest.raises(ValueError, match=r"`state` tensor at \['x'\] was written over by an earlier step"):
         step(old)
-    for number in range(2, 5):
+    for count in range(2, 5):
         with torch.compiler.set_stance("fail_on_recompile"):
             new, _ = step(new)
-        assert_same(new, {"x": torch.full((2,), float(number))})
+        assert_same(new, {"x": torch.full((2,), float(count))})
         assert new["x"].data_ptr() == memory
 
 

@@ -1,4 +1,4 @@
-"""Gathers in a step's graph: no two weights that were gathered are alive at once, whatever order it runs in."""
+"""No two gathered weights of a step's graph are alive at once, in any order of execution."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ PRODUCTS = (torch.ops.dynlora_fn.times_codes.default, torch.ops.dynlora_fn.times
 
 
 def graph_of_a_step(base: str | None, rows: int) -> Graph:
-    """Of two layers of three branches each, as queries, keys and values, on the last of four processes."""
+    """Trace two layers of three branches each (query, key, value) on the last of four processes."""
     stack = low_rank(Shape(8, 8, 2), (6,), base_dtype=torch.float32, factor_dtype=torch.float32)
     stack = stack if base is None else quantize(stack, base)
-    # No process is asked when operations are traced.
+    # Tracing needs no process group.
     sharding = Sharding("none", 4, 3, rows)
-    base = Sharded(map_rows(lambda leaf, own: leaf[..., own.own, :].clone(), stack.base, sharding), sharding)
+    base = Sharded(map_rows(lambda leaf, shard: leaf[..., shard.own, :].clone(), stack.base, sharding), sharding)
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
 
     def loss(factors, base, x):
@@ -37,16 +37,16 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
             x = torch.nn.functional.pad(x, (0, 8 - rows))
         return x.square().sum()
 
-    made = make_fx(
+    traced = make_fx(
         torch.func.grad(loss),
         decomposition_table=select_decomp_table(),
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )
-    return made(factors, base, X).graph
+    return traced(factors, base, X).graph
 
 
-@pytest.mark.parametrize("rows", [8, 7])  # of seven, the last process has one
+@pytest.mark.parametrize("rows", [8, 7])  # of seven rows, the last process has one
 @pytest.mark.parametrize("base", [None, "int8"])
 def test_each_product_comes_between_its_own_gather_and_the_next(base, rows):
     graph = graph_of_a_step(base, rows)
@@ -58,14 +58,14 @@ def test_each_product_comes_between_its_own_gather_and_the_next(base, rows):
     gathered = [{node for node in waits_for(user) if node.target is GATHER} for user in users]
     assert len(users) == 12
     assert len(gathered[-1]) == len(before) == (12 if base is None else 24)
-    for number, (user, seen) in enumerate(zip(users, gathered, strict=True)):
-        later = gathered[-1] - seen
-        assert len(seen) == len(before) // 12 * (number + 1)  # its own, and no more than those before it
+    for index, (user, awaited) in enumerate(zip(users, gathered, strict=True)):
+        later = gathered[-1] - awaited
+        assert len(awaited) == len(before) // 12 * (index + 1)  # only this product's gather and the earlier ones
         assert all(user in waits_for(node) for node in later)
 
 
 def test_what_is_sent_is_padded_then():
-    """All of it at the start would be a copy of what the process holds."""
+    """Padding everything at the start would copy all shards of the process."""
     graph = graph_of_a_step(None, 7)
     GraphPasses()(graph)
     first, *later = [node.args[0] for node in graph.nodes if node.target is GATHER]
@@ -73,4 +73,4 @@ def test_what_is_sent_is_padded_then():
     for node in (first, *later):
         assert node.target is torch.ops.aten.constant_pad_nd.default
     assert not any(node.target in PRODUCTS for node in waits_for(first))
-    assert all(any(one.target in PRODUCTS for one in waits_for(node)) for node in later)
+    assert all(any(dependency.target in PRODUCTS for dependency in waits_for(node)) for node in later)

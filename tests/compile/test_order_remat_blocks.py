@@ -12,7 +12,7 @@ from tests.support.graphs import waits_for
 
 
 def test_a_block_waits_for_the_gradient_that_reaches_it():
-    """In the graph: else a compiler is free to compute it again at once, and to keep what it finds."""
+    """Without this dependency in the graph, a compiler may recompute at once and keep the results."""
     model, trainable, frozen = make()
     again = remat(model, ["layers.*"])
     loss = torch.func.grad(lambda tree, x: call(again, combine(tree, frozen), x).square().mean())
@@ -23,30 +23,30 @@ def test_a_block_waits_for_the_gradient_that_reaches_it():
 
 
 def test_a_block_waits_for_all_that_is_made_of_the_one_after_it():
-    """Whatever order the graph is written in: the gradients of that block's parameters keep what they are made of."""
+    """This is true for any order of the graph, since gradients of parameters keep their inputs alive."""
     model, trainable, frozen = make()
     again = remat(model, ["layers.*"])
     loss = torch.func.grad(lambda tree, x: call(again, combine(tree, frozen), x).square().mean())
-    made = make_fx(loss)(trainable, X)
-    wanted = made(trainable, X)
-    reorder_for_locality(made.graph)  # as Inductor does: gradients move to where they are put together
-    late = [node for node in made.graph.nodes if node.target is torch.ops.dynlora_fn.late.default]
-    products = [node for node in made.graph.nodes if node.target is torch.ops.aten.mm.default]
-    own = [
-        {node for node in products if one in waits_for(node) and not later & waits_for(node)}
-        for one, later in zip(late, ({*late[1:]}, {late[2]}, set()), strict=True)
+    traced = make_fx(loss)(trainable, X)
+    wanted = traced(trainable, X)
+    reorder_for_locality(traced.graph)  # as Inductor does: gradients move to where they are stacked
+    late = [node for node in traced.graph.nodes if node.target is torch.ops.dynlora_fn.late.default]
+    products = [node for node in traced.graph.nodes if node.target is torch.ops.aten.mm.default]
+    block_products = [
+        {node for node in products if marker in waits_for(node) and not later & waits_for(node)}
+        for marker, later in zip(late, ({*late[1:]}, {late[2]}, set()), strict=True)
     ]
-    assert all(not products <= waits_for(one) for products, one in zip(own, late[1:], strict=False))
-    order_remat_blocks(made.graph)
-    made.graph.lint()
-    after = [node for node in made.graph.nodes if node.target is torch.ops.dynlora_fn.after.default]
+    assert all(not products <= waits_for(marker) for products, marker in zip(block_products, late[1:], strict=False))
+    order_remat_blocks(traced.graph)
+    traced.graph.lint()
+    after = [node for node in traced.graph.nodes if node.target is torch.ops.dynlora_fn.after.default]
     assert len(after) == 3
-    assert not any(products & waits_for(after[0]) for products in own)
-    for products, one in zip(own, after[1:], strict=False):
+    assert not any(products & waits_for(after[0]) for products in block_products)
+    for products, marker in zip(block_products, after[1:], strict=False):
         assert len(products) > 2
-        assert products <= waits_for(one)
-    made.recompile()
-    assert_same(made(trainable, X), wanted)
+        assert products <= waits_for(marker)
+    traced.recompile()
+    assert_same(traced(trainable, X), wanted)
 
 
 def ancestors(node) -> set:

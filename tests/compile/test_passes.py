@@ -1,4 +1,4 @@
-"""The rewrites of a step's graph keep its values, and find what they are for."""
+"""Graph passes keep the values of a step, and match the patterns that they rewrite."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ X = normal(1, 5, 8, dtype=torch.float32)
 
 
 def rewritten(function, *args):
-    """The graph of a function before and after, and how often each operation is in the latter."""
+    """Return the graph before and after the passes, and the count of each operation after them."""
     table = select_decomp_table()
     before, after = (
         make_fx(function, decomposition_table=table, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
@@ -31,7 +31,7 @@ def rewritten(function, *args):
 
 
 def gradients(dtype: torch.dtype, stack: LowRank = STACK, path: str = "merged", is_transposed: bool = False):
-    """Of a chain of stacked low-rank weights and a stacked vector."""
+    """Return the gradients of a chain of stacked low-rank weights and a stacked vector."""
 
     def loss(factors, shifts, x):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -63,14 +63,14 @@ def test_values_stay_bit_for_bit(dtype):
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("kind", ["int8", "float8", "nf4", "bfloat16"])
 def test_a_base_is_dequantized_within_its_products(kind, path, dtype, is_transposed):
-    """Nowhere is a dense base left alone, and one that was merged into is absorbed as a whole."""
+    """No product uses a dense base without its factors, and a merged base is absorbed completely."""
     stack = low_rank(Shape(16, 16, 2), (3,), base_dtype=torch.float32, factor_dtype=torch.float32)
     stack = quantize(stack, kind)
     args = stack.factors, normal(2, 3, 16, dtype=torch.float32), normal(1, 5, 16, dtype=torch.float32)
     before, after, count = rewritten(gradients(dtype, stack, path, is_transposed), *args)
     assert_same(after(*args), before(*args))
     ops = torch.ops.dynlora_fn
-    # Forward and backward for each layer; the gradient of the first input is of no use apart from a merged weight.
+    # Forward and backward for each layer; the gradient of the first input is used only with a merged weight.
     wanted = 6 if path == "merged" and (kind == "bfloat16" or not is_transposed) else 5
     is_used_as_it_is = (kind, path, dtype) == ("bfloat16", "factored", torch.bfloat16)
     assert count[ops.times_codes.default] == (0 if is_used_as_it_is else wanted)

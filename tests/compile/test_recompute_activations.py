@@ -1,4 +1,4 @@
-"""What is computed again in a step's graph: the same values, with less kept in between."""
+"""Recomputing activations in a step's graph keeps the values and saves fewer of them."""
 
 import torch
 from hypothesis import example, given
@@ -26,7 +26,7 @@ def count(graph, target) -> int:
 
 
 def loss(weights, x):
-    """Blocks of a norm, a gate and a residual; of all that they compute, the products alone need be kept."""
+    """Blocks of a norm, a gate and a residual; only the products must be saved."""
     for weight in weights.unbind():
         inner = rms_norm(x, [16])
         x = x + (silu(inner @ weight) * (inner @ weight.T)) @ weight
@@ -48,7 +48,7 @@ def test_the_peak_falls(monkeypatch):
     args = torch.func.grad(loss), WEIGHTS, X
     low = peak_memory(*args).step
     monkeypatch.delitem(PASSES, "recompute_activations")
-    # A norm and a gate in each block are not kept; those of one block, formed again, are alive at the peak.
+    # A norm and a gate in each block are not saved; those of one block, recomputed, are alive at the peak.
     assert low <= peak_memory(*args).step - len(WEIGHTS) * X.nbytes
 
 
@@ -57,7 +57,7 @@ def test_what_is_used_late_alone_is_formed_late():
         y = x
         for _ in range(6):
             y = (y @ weight).tanh()
-        narrow = x @ weight[:, :8]  # nothing but the order of the program keeps it from being formed at the start
+        narrow = x @ weight[:, :8]  # only the order of the program prevents its computation at the start
         return y.T @ narrow
 
     before, after = graph_of(step, X, WEIGHTS[0]), graph_of(step, X, WEIGHTS[0])
@@ -95,7 +95,7 @@ def test_a_random_result_is_kept():
 
 
 def test_small_results_are_kept():
-    """A kernel costs more than what they take."""
+    """A kernel costs more than the memory of these values."""
 
     def function(x, small):
         shift = small.sin()
@@ -135,8 +135,8 @@ CHAIN += [(3, 3, 0), (7, 2, 8), (1, 4, 3), (4, 4, 6), (7, 3, 8), (6, 3, 1)]
 def test_any_program_keeps_its_values(program, is_gradient):
     def values_of(x, y):
         values = [x, y]
-        for operation, one, other in program:
-            values.append(OPERATIONS[operation](values[-1 - one % len(values)], values[-1 - other % len(values)]))
+        for operation, first, second in program:
+            values.append(OPERATIONS[operation](values[-1 - first % len(values)], values[-1 - second % len(values)]))
         return values[-5:]
 
     gradients = torch.func.grad(lambda *args: sum(value.square().sum() for value in values_of(*args)), argnums=(0, 1))

@@ -13,19 +13,21 @@ from tests.support.training import SWITCHING, batches, make_run, run_for
 
 @pytest.mark.parametrize("donate", [True, False])
 def test_compiled_equals_eager_in_one_graph(donate):
-    """No recompile over steps, learning rates, plans and numbers of switches; a donated state keeps its memory, and
-    any other is left alone."""
+    """Nothing recompiles over steps, learning rates, plans and numbers of switches.
+
+    A donated state keeps its memory, and a state that is not donated does not change.
+    """
     wanted, run = run_for(make_run(SWITCHING), 50), make_run(SWITCHING)
     compiled = compile_step(run.step, donate=donate, backend="aot_eager")
     state, leaves = run.state, tree_leaves(run.state)
     memory = [leaf.data_ptr() for leaf in leaves]
-    for number, batch in enumerate(batches(50)):
+    for index, batch in enumerate(batches(50)):
         with (
-            torch.compiler.set_stance("fail_on_recompile" if number else "default"),
+            torch.compiler.set_stance("fail_on_recompile" if index else "default"),
             nullcontext() if donate else untouched(state),
         ):
             state, aux = compiled(state, *batch)
-        assert_same((state, aux), wanted[number])  # the same kernels in the same order
+        assert_same((state, aux), wanted[index])  # the same kernels in the same order
         if donate:
             assert all(new is old for new, old in zip(tree_leaves(state), leaves, strict=True))
             assert [leaf.data_ptr() for leaf in leaves] == memory
@@ -34,13 +36,13 @@ def test_compiled_equals_eager_in_one_graph(donate):
 
 
 def test_a_process_may_compile_any_number_of_steps():
-    def make(number):
-        return lambda state: ({"x": state["x"] + number}, None)
+    def make(increment):
+        return lambda state: ({"x": state["x"] + increment}, None)
 
     for donate in (True, False):
-        for number in range(torch._dynamo.config.recompile_limit + 2):
-            state, _ = compile_step(make(number), donate=donate, backend="aot_eager")({"x": torch.zeros(2)})
-            assert_same(state, {"x": torch.full((2,), float(number))})
+        for increment in range(torch._dynamo.config.recompile_limit + 2):
+            state, _ = compile_step(make(increment), donate=donate, backend="aot_eager")({"x": torch.zeros(2)})
+            assert_same(state, {"x": torch.full((2,), float(increment))})
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_a_step_that_changes_the_kind_of_its_state_is_refused(step, message):
 def test_a_step_that_switches_equals_eager_with_inductor():
     run, wanted = make_run(SWITCHING), run_for(make_run(SWITCHING), 12)
     compiled, state = compile_step(run.step), run.state
-    for number, batch in enumerate(batches(12)):
-        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+    for index, batch in enumerate(batches(12)):
+        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             state, aux = compiled(state, *batch)
-        torch.testing.assert_close((state, aux), wanted[number], rtol=0, atol=1e-10)  # as to the reference
+        torch.testing.assert_close((state, aux), wanted[index], rtol=0, atol=1e-10)  # as for the reference

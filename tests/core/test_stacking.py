@@ -62,7 +62,7 @@ names = st.lists(parts, min_size=1, max_size=4).map(".".join)
 
 @given(st.dictionaries(names, st.integers(1, 2), max_size=12), st.booleans())
 def test_unstack_gives_exactly_the_names_of_the_model(widths, stack):
-    """Whatever the numbering: gaps, ragged grids, leading numbers, zeros in front, shapes that alternate."""
+    """Names may have gaps, ragged grids, leading numbers, zeros in front and alternating shapes."""
     model = {name: normal(at, 2, width) for at, (name, width) in enumerate(widths.items())}
     params = init(model, rank=1, seed=0, targets=["*"] if model else [], stack=stack, dtype=torch.float64)
     members = unstack(params)
@@ -87,6 +87,6 @@ def test_unstacked_members_are_views():
     members = unstack(params)
     assert list(members) == ["l.0.w", "l.1.w", *(f"l.{n}.e.{e}.b" for n in range(2) for e in range(3)), "head"]
     assert_same(members["l.1.e.2.b"], params["l.*.e.*.b"][1, 2])
-    for whole, part in zip(tree_leaves(params["l.*.w"]), tree_leaves(members["l.1.w"]), strict=True):
-        assert_same(part, whole[1])
-        assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    for stacked, part in zip(tree_leaves(params["l.*.w"]), tree_leaves(members["l.1.w"]), strict=True):
+        assert_same(part, stacked[1])
+        assert part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()

@@ -23,7 +23,7 @@ def reexported(module: ModuleType) -> list[tuple[str, str]]:
 
 
 def lookup(name: str) -> Any:
-    """Return what a full name stands for, importing modules on the way.
+    """Return the object with this full name, importing modules on the way.
 
     Raises:
         AttributeError: If there is no such name.

@@ -1,4 +1,4 @@
-"""Trees by parameter name: the trainable and the frozen part, and the tensors inside of a leaf."""
+"""Trees by parameter name: the trainable and the frozen part, and the tensors inside a leaf."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_bases_and_seeds_are_frozen_and_all_else_is_trained():
         (["*"], {"norm.weight", "head.weight"}),
         (["norm.weight"], {"norm.weight"}),
         (["h*", "n*"], {"norm.weight", "head.weight"}),
-        (["q.*"], set()),  # factors are trained always
+        (["q.*"], set()),  # factors are always trained
     ],
 )
 def test_globs_name_the_tensors_that_are_not_trained(patterns, wanted):

@@ -25,7 +25,7 @@ def test_init_keeps_the_weights(shape: Shape, seed, start, some_dtypes, stack):
     params = init(model, rank=shape.rank, seed=seed, targets=["*"], **options)
     for name, param in unstack(params).items():
         assert (param.base.dtype, param.factors.b.dtype, param.factors.a.dtype) == (base_dtype, dtype, dtype)
-        # Rank products and sums, each of half an eps of what they are formed in, then one rounding to the base's dtype.
+        # Rank products and sums, each rounded by half an eps of the working dtype, then one rounding to the base's.
         bound = (
             (shape.rank + 3)
             * eps(reference.working_dtype(param))
@@ -46,24 +46,24 @@ def test_init_starts_plain_lora_from_the_weight_itself(shape: Shape, seed):
 
 @given(any_shapes, seeds)
 def test_init_draws_the_first_vectors_of_the_basis(shape: Shape, seed):
-    """Side b half a turn behind: its vector number 0 is in slot rank // 2."""
+    """Side b is half a turn behind: its vector 0 is in slot rank // 2."""
     param = init({"w": normal(seed, *shape[:2])}, rank=shape.rank, seed=seed, targets=["w"], dtype=torch.float64)["w"]
-    for number in range(shape.rank):
-        slot = (number + shape.rank // 2) % shape.rank
-        for side, vector in (("a", param.factors.a[number]), ("b", param.factors.b[:, slot])):
-            unit = torch.tensor(reference.uniform(param.seed.item(), side, number, len(vector)), dtype=torch.float64)
+    for index in range(shape.rank):
+        slot = (index + shape.rank // 2) % shape.rank
+        for side, vector in (("a", param.factors.a[index]), ("b", param.factors.b[:, slot])):
+            unit = torch.tensor(reference.uniform(param.seed.item(), side, index, len(vector)), dtype=torch.float64)
             # The bound is a dozen operations.
             torch.testing.assert_close(vector, unit * reference.bound(side, *shape), rtol=32 * EPS, atol=0)
 
 
 @given(any_shapes, seeds)
 def test_plain_loras_vectors_are_within_one_over_the_root_of_in(shape: Shape, seed):
-    """U(-1 / sqrt(in), 1 / sqrt(in)), as `torch.nn.Linear`; zeros on side b."""
+    """Side a is U(-1 / sqrt(in), 1 / sqrt(in)), as in `torch.nn.Linear`, and side b is zero."""
     weight = normal(seed, *shape[:2])
     options = {"rank": shape.rank, "seed": seed, "targets": ["w"], "start": "lora", "dtype": torch.float64}
     param = init({"w": weight}, **options)["w"]
-    for number, row in enumerate(param.factors.a):
-        unit = torch.tensor(reference.uniform(param.seed.item(), "a", number, len(row)), dtype=torch.float64)
+    for index, row in enumerate(param.factors.a):
+        unit = torch.tensor(reference.uniform(param.seed.item(), "a", index, len(row)), dtype=torch.float64)
         torch.testing.assert_close(row, unit / shape.in_features**0.5, rtol=8 * EPS, atol=0)
 
 
@@ -79,10 +79,10 @@ def test_init_copies_and_asks_for_no_gradient():
 
 
 def test_init_is_deterministic_and_another_seed_gives_other_factors():
-    one, same, other = (init(network(), rank=2, seed=seed, targets=TARGETS) for seed in (1, 1, 2))
-    assert_same(one, same)
-    assert not torch.equal(one["0.weight"].factors.a, other["0.weight"].factors.a)
-    assert not torch.equal(one["0.weight"].factors.a, one["3.weight"].factors.a)  # each weight has its own basis
+    first, same, other = (init(network(), rank=2, seed=seed, targets=TARGETS) for seed in (1, 1, 2))
+    assert_same(first, same)
+    assert not torch.equal(first["0.weight"].factors.a, other["0.weight"].factors.a)
+    assert not torch.equal(first["0.weight"].factors.a, first["3.weight"].factors.a)  # each weight has its own basis
 
 
 def test_seeds_depend_on_the_name_alone():
@@ -106,7 +106,7 @@ def test_init_stacks_what_repeats():
 def test_tied_tensors_come_once():
     weight, other = normal(0, 4, 4), normal(0, 4, 4)
     tied = init({"in": weight, "out": weight, "twin": other, "view": weight.T}, rank=1, seed=0, targets=["in"])
-    assert tied.keys() == {"in", "twin", "view"}  # equal values and other strides are no tie
+    assert tied.keys() == {"in", "twin", "view"}  # equal values with other strides are not tied
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     params = init(model, rank=1, seed=0, targets=["0.weight"], stack=False)

@@ -15,7 +15,7 @@ from dynlora_fn.testing import assert_same, normal
 from tests.support.zoo import CASES, GPT2, LLAMA, TOKENS, model_and_params
 
 peft = pytest.importorskip("peft")
-LOGITS = 1e-5  # that they may differ by, in float32
+LOGITS = 1e-5  # by which logits may differ in float32
 
 
 class Convolutions(nn.Module):
@@ -84,7 +84,7 @@ def test_in(kind, settings, tmp_path):
 
 
 def trained(kind: str, fused: Any = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Parameters that are far from what the model has."""
+    """Return parameters that are far from the model's."""
     make, targets, _ = KINDS[kind]
     model = make()
     names = [f"*.{name}.weight" if kind != "convolution" else f"{name}.weight" for name in targets]
@@ -119,7 +119,7 @@ def test_out_with_the_current_base(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_out_against_the_original(kind, tmp_path):
-    """The switch has replaced all vectors once: twice the rank holds the whole change."""
+    """The switch has replaced all vectors once, so twice the rank represents the full change."""
     model, params = trained(kind)
     x, original = KINDS[kind][2], model.state_dict()
     errors = save_adapter(model, params, tmp_path, original=original, rank=100)

@@ -44,15 +44,15 @@ def test_tied_tensors_are_written_under_both_names(tmp_path):
 
 
 class Watched(Mapping):
-    """Counts the tensors that somebody still holds, each time that another is asked for."""
+    """Counts the tensors that are still referenced, each time that another is read."""
 
     def __init__(self, weights):
-        self.weights, self.held, self.most = weights, weakref.WeakSet(), 0
+        self.weights, self.alive, self.most = weights, weakref.WeakSet(), 0
 
     def __getitem__(self, name):
         tensor = self.weights[name]
-        self.held.add(tensor)
-        self.most = max(self.most, len(self.held))
+        self.alive.add(tensor)
+        self.most = max(self.most, len(self.alive))
         return tensor
 
     def __iter__(self):

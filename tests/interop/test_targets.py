@@ -1,4 +1,4 @@
-"""Which parameters become low-rank: by name, glob, type of module or predicate, each with a rank of its own."""
+"""Which parameters become low-rank: by name, glob, type of module or predicate, each with its rank."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def model() -> nn.Module:
 
 
 def chosen(**changed: Any) -> dict[str, int]:
-    """The rank of every low-rank parameter by name."""
+    """Return the rank of every low-rank parameter by name."""
     params = init(model(), **{"rank": 2, "seed": 0, **changed})
     return {name: param.factors.a.shape[-2] for name, param in params.items() if isinstance(param, LowRank)}
 

@@ -1,4 +1,4 @@
-"""Low-rank weights in unmodified modules: `call` is the dense model, and what has no rule is refused by name."""
+"""`call` with low-rank weights equals the dense model, and an operation without a rule raises an error."""
 
 import pytest
 import torch
@@ -123,17 +123,17 @@ def test_an_operation_without_a_rule_is_refused_by_name(operation, use):
 
 
 def test_a_module_may_look_at_its_weight():
-    seen = {}
+    attributes = {}
 
     def use(x, w):
-        seen.update(shape=w.shape, size=w.size(1), ndim=w.dim(), numel=w.numel(), dtype=w.dtype, device=w.device)
+        attributes.update(shape=w.shape, size=w.size(1), ndim=w.dim(), numel=w.numel(), dtype=w.dtype, device=w.device)
         return nn.functional.linear(x.to(w.dtype), w)
 
     model = Uses(use)
     call(model, init(model, rank=1, seed=0, targets=["weight"], dtype=torch.float64), normal(1, 5, 3))
-    assert seen.pop("dtype") == torch.float64
-    assert seen.pop("device") == torch.device("cpu")
-    assert seen == {"shape": (3, 3), "size": 3, "ndim": 2, "numel": 9}
+    assert attributes.pop("dtype") == torch.float64
+    assert attributes.pop("device") == torch.device("cpu")
+    assert attributes == {"shape": (3, 3), "size": 3, "ndim": 2, "numel": 9}
 
 
 def compiled_gradients(loss_fn, trainable, x):

@@ -1,4 +1,4 @@
-"""What `explain` says of the parameters, and `peak_memory` of a step."""
+"""`explain` describes the parameters, and `peak_memory` measures a step."""
 
 import pytest
 import torch
@@ -58,9 +58,9 @@ N = 1000  # numbers of 8 bytes
     ("function", "vectors"),
     [
         (lambda x: x.sin().cos().exp(), 0),  # written over the argument
-        (lambda x: (x.sin().cos() * x).sum(), 0),  # nothing but a number
-        (lambda x: torch.cumsum(x.sin(), 0), 2),  # read as a whole by something that does not fuse
-        (lambda x: torch.cumsum(torch.cumsum(x, 0), 0).sum(), 2),  # the first is freed after the second is there
+        (lambda x: (x.sin().cos() * x).sum(), 0),  # only one number
+        (lambda x: torch.cumsum(x.sin(), 0), 2),  # read completely by an operation that does not fuse
+        (lambda x: torch.cumsum(torch.cumsum(x, 0), 0).sum(), 2),  # the first is freed after the second is allocated
         (lambda x: torch.cumsum(torch.cumsum(torch.cumsum(x, 0), 0), 0).sum(), 2),
         (lambda x: torch.cumsum(x, 0) + torch.cumsum(x, 0).cos(), 2),
         (lambda x: x.view(10, -1).mT, 0),
@@ -74,7 +74,7 @@ def test_the_peak_of_known_functions(function, vectors):
 
 
 def test_nothing_is_run():
-    """Sizes that no machine holds."""
+    """These sizes exceed the memory of any machine."""
     x = torch.empty(10**6, 10**6, device="meta")
     assert peak_memory(lambda x: x @ x, x).step == 4 * 10**12
 

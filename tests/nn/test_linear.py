@@ -79,48 +79,48 @@ ONE = tree_map(lambda leaf: leaf[0], STACK)
 
 def transforms(stack: LowRank, path: str) -> dict[str, Any]:
     # Copies: Dynamo fails on the forward mode of views of one tensor, in `torch.nn.functional.linear` itself.
-    one = tree_map(lambda leaf: leaf[0].clone(), stack)
+    member = tree_map(lambda leaf: leaf[0].clone(), stack)
     other = tree_map(lambda leaf: leaf[1].clone(), stack)
 
     def loss(factors: Factors, base: Any, x: Tensor) -> Tensor:
         return linear(x.tanh(), LowRank(base, factors, stack.seed[0]), path=path).square().sum()
 
     def output(factors: Factors) -> Tensor:
-        return linear(X[0], one._replace(factors=factors), path=path)
+        return linear(X[0], member._replace(factors=factors), path=path)
 
     def tangent_of(tangent: Factors) -> Any:
-        return jvp(lambda f: loss(f, one.base, X[0]), (one.factors,), (tangent,))[1]
+        return jvp(lambda f: loss(f, member.base, X[0]), (member.factors,), (tangent,))[1]
 
     return {
-        "grad": lambda: grad(loss)(one.factors, one.base, X[0]),
-        "grad of the input": lambda: grad(loss, argnums=2)(one.factors, one.base, X[0]),
+        "grad": lambda: grad(loss)(member.factors, member.base, X[0]),
+        "grad of the input": lambda: grad(loss, argnums=2)(member.factors, member.base, X[0]),
         "ensemble": lambda: torch.vmap(grad(loss))(stack.factors, stack.base, X),
         "ensemble of shared base": lambda: torch.vmap(grad(loss), in_dims=(0, None, None))(
-            stack.factors, one.base, X[0]
+            stack.factors, member.base, X[0]
         ),
-        "per sample": lambda: torch.vmap(grad(loss), in_dims=(None, None, 0))(one.factors, one.base, X),
+        "per sample": lambda: torch.vmap(grad(loss), in_dims=(None, None, 0))(member.factors, member.base, X),
         "grad of vmap": lambda: grad(lambda f: torch.vmap(loss)(f, stack.base, X).sum())(stack.factors),
         "grad of vmap of samples": lambda: grad(
-            lambda f: torch.vmap(loss, in_dims=(None, None, 0))(f, one.base, X).sum()
-        )(one.factors),
+            lambda f: torch.vmap(loss, in_dims=(None, None, 0))(f, member.base, X).sum()
+        )(member.factors),
         "grad of the input of vmap": lambda: grad(
-            lambda x: torch.vmap(loss, in_dims=(None, None, 0))(one.factors, one.base, x).sum()
+            lambda x: torch.vmap(loss, in_dims=(None, None, 0))(member.factors, member.base, x).sum()
         )(X),
-        "grad of grad": lambda: grad(lambda f: sum(leaf.sin().sum() for leaf in grad(loss)(f, one.base, X[0])))(
-            one.factors
+        "grad of grad": lambda: grad(lambda f: sum(leaf.sin().sum() for leaf in grad(loss)(f, member.base, X[0])))(
+            member.factors
         ),
         "grad of grad of the input": lambda: grad(
-            lambda x: sum(leaf.sin().sum() for leaf in grad(loss)(one.factors, one.base, x))
+            lambda x: sum(leaf.sin().sum() for leaf in grad(loss)(member.factors, member.base, x))
         )(X[0]),
-        "vjp": lambda: vjp(output, one.factors)[1](X[0][:, :8]),
-        "jacrev": lambda: jacrev(output)(one.factors),
-        "jacfwd": lambda: jacfwd(output)(one.factors),
+        "vjp": lambda: vjp(output, member.factors)[1](X[0][:, :8]),
+        "jacrev": lambda: jacrev(output)(member.factors),
+        "jacfwd": lambda: jacfwd(output)(member.factors),
         "jvp": lambda: jvp(
-            lambda f, x: loss(f, one.base, x), (one.factors, X[0].clone()), (other.factors, X[1].clone())
+            lambda f, x: loss(f, member.base, x), (member.factors, X[0].clone()), (other.factors, X[1].clone())
         ),
-        "jvp of grad": lambda: jvp(lambda f: grad(loss)(f, one.base, X[0]), (one.factors,), (other.factors,)),
-        "grad of jvp": lambda: grad(lambda f: jvp(lambda g: loss(g, one.base, X[0]), (f,), (other.factors,))[1])(
-            one.factors
+        "jvp of grad": lambda: jvp(lambda f: grad(loss)(f, member.base, X[0]), (member.factors,), (other.factors,)),
+        "grad of jvp": lambda: grad(lambda f: jvp(lambda g: loss(g, member.base, X[0]), (f,), (other.factors,))[1])(
+            member.factors
         ),
         "vmap of jvp": lambda: torch.vmap(tangent_of)(stack.factors),
     }
@@ -130,7 +130,7 @@ TRANSFORMS = list(transforms(STACK, "factored"))
 
 
 def check_transform(name: str, stack: LowRank, path: str, is_compiled: bool) -> None:
-    """Against the plain product with the dense base, eager."""
+    """Compare with the plain product with the dense base, eager."""
     transform = transforms(stack, path)[name]
     got = (torch.compile(transform, fullgraph=True, backend="aot_eager") if is_compiled else transform)()
     dense = stack._replace(base=dequantize(stack.base, torch.float64))
@@ -173,25 +173,25 @@ def test_every_path_is_the_plain_one_with_inductor(path):
 @pytest.mark.parametrize("kind", ["float64", "int8", "nf4", "bfloat16"])
 @pytest.mark.parametrize("path", ["merged", "dense"])
 def test_only_inputs_are_kept(path, kind, is_transposed):
-    """Of a base in low precision the codes, however a module has the weight."""
-    kept = []
+    """The codes of a base in low precision are saved, also for a transposed weight."""
+    saved = []
     param = ONE if kind == "float64" else quantize(ONE, kind)
     x = normal(1, 5, param.shape[-2] if is_transposed else param.shape[-1]).requires_grad_()
     param = param._replace(factors=Factors(*(leaf.clone().requires_grad_() for leaf in param.factors)))
     codes = param.base if isinstance(param.base, Tensor) else param.base.codes
     inputs = {leaf.data_ptr() for leaf in (x, *param.factors, *tree_leaves(codes))}
     param = transposed(View("w", (param,))).parts[0] if is_transposed else param
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         linear(x, param, path=path)
-    assert {t.data_ptr() for t in kept} == inputs
+    assert {t.data_ptr() for t in saved} == inputs
 
 
 @pytest.mark.parametrize("case", ["int8 factored", "int8 merged", "nf4 dense"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transposed_base_is_that_of_the_dense_one_under_transforms(name, case):
     kind, path = case.split()
-    held = quantize(low_rank(Shape(16, 8, 2), (S,), 0), kind)
-    (stack,) = transposed(View("w", (held,))).parts
+    quantized = quantize(low_rank(Shape(16, 8, 2), (S,), 0), kind)
+    (stack,) = transposed(View("w", (quantized,))).parts
     check_transform(name, stack, path, is_compiled=name == "grad")
 
 
@@ -203,7 +203,7 @@ def test_the_factors_alone_may_be_trained(path):
 
 
 def test_a_merged_weight_is_rounded_once():
-    """A base and a product that cancel: what is left is far below bfloat16's spacing at either."""
+    """A base and a product cancel, so the result is far below bfloat16's spacing at either."""
     exact = torch.tensor([[1 / 3]], dtype=torch.float32)
     param = LowRank(exact, Factors(b=torch.tensor([[-1.0]]), a=exact.bfloat16().float()), torch.tensor(0))
     with torch.autocast("cpu", torch.bfloat16):
@@ -246,9 +246,9 @@ def test_an_unknown_path_is_refused():
 
 
 def test_the_module_takes_the_cheapest_path(monkeypatch):
-    """What `call` runs is what `cheapest` says of the shapes it meets."""
-    asked = []
-    monkeypatch.setattr(_linear, "cheapest_path", lambda **sizes: asked.append(sizes) or "dense")
+    """`call` takes the path that `cheapest_path` returns for its shapes."""
+    calls = []
+    monkeypatch.setattr(_linear, "cheapest_path", lambda **sizes: calls.append(sizes) or "dense")
     model = nn.Linear(6, 4)
     dl.call(model, dl.init(model, rank=2, seed=0, targets=["weight"]), torch.ones(3, 5, 6))
-    assert asked == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]
+    assert calls == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]

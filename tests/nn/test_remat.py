@@ -1,4 +1,4 @@
-"""Blocks that are computed again: the same values and gradients by either route, eager and in one graph."""
+"""Recomputed blocks have the same values and gradients by either route, eager and in one graph."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_the_model_and_its_names_stay():
 
 
 def test_blocks_take_part_in_compositions():
-    """Per-sample gradients through a block that is computed again."""
+    """Per-sample gradients pass through a recomputed block."""
     model, trainable, frozen = make()
     x = normal(2, 4, 5, 8)
 

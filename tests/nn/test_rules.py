@@ -1,4 +1,4 @@
-"""Each operation on a low-rank weight does what it does to the dense one, with that one's gradients projected."""
+"""Each operation on a low-rank weight equals that on the dense weight, and its gradients are projected."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ IDS = torch.tensor([[0, 3, 3], [5, 1, 0]])
 
 
 class Uses(nn.Module):
-    """Uses its weight, of a shape, in some way."""
+    """Passes its weight to a function."""
 
     def __init__(self, use: Callable[[Tensor], Tensor], shape: tuple[int, ...]):
         super().__init__()
@@ -91,7 +91,7 @@ USES = {
     "one of a stack by tensor": (STACK, STACK, lambda w: functional.linear(x(5, 4), w[torch.tensor(1)])),
     "some of a stack": (STACK, STACK, lambda w: torch.bmm(w[torch.tensor([2, 0, 2, 1])], x(4, 4, 1))),
     "slice of a stack": (STACK, STACK, lambda w: torch.bmm(x(2, 5, 6), w[1:])),
-    "unbind": (STACK, STACK, lambda w: sum(functional.linear(x(5, 4), one) for one in w.unbind())),
+    "unbind": (STACK, STACK, lambda w: sum(functional.linear(x(5, 4), matrix) for matrix in w.unbind())),
     "chunk": (MATRIX, MATRIX, lambda w: functional.linear(x(5, 4), w.chunk(3)[1])),
     "chunk of columns": (MATRIX, MATRIX, lambda w: functional.linear(x(5, 2), w.chunk(2, dim=-1)[1])),
     "split": (MATRIX, MATRIX, lambda w: functional.linear(x(5, 4), torch.split(w, [2, 3, 1])[1])),
@@ -160,14 +160,14 @@ def test_an_ensemble_shares_the_base(name):
     (trainable, frozen), members = partition(params), 3
     many = {"weight": type(trainable["weight"])(*(normal(5, members, *leaf.shape) for leaf in trainable["weight"]))}
     got = torch.vmap(lambda tree: call(model, combine(tree, frozen)))(many)
-    for number in range(members):
-        one = {"weight": type(trainable["weight"])(*(leaf[number] for leaf in many["weight"]))}
-        torch.testing.assert_close(got[number], call(model, combine(one, frozen)), **TOLERANCE)
+    for member in range(members):
+        member_params = {"weight": type(trainable["weight"])(*(leaf[member] for leaf in many["weight"]))}
+        torch.testing.assert_close(got[member], call(model, combine(member_params, frozen)), **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_grouped_product_is_that_of_the_dense_experts(dtype):
-    """Not in float64, which the operation does not take, nor with rows of other than whole 16 bytes."""
+    """The operation takes no float64, and only rows of a multiple of 16 bytes."""
     rows, offsets = normal(0, 7, 16, dtype=dtype), torch.tensor([2, 2, 7], dtype=torch.int32)
     param = low_rank(Shape(16, 24, 3), (3,), base_dtype=dtype, factor_dtype=dtype)
     model = Uses(lambda w: functional.grouped_mm(rows, w, offs=offsets), (3, 16, 24))
@@ -221,9 +221,9 @@ def test_a_shape_that_does_not_fit_is_refused_with_both():
 
 
 def waiting(param: LowRank) -> LowRank:
-    """With folds that wait: those of two vectors of each side."""
-    own = torch.arange(2)
-    side = SidePlan(own, own + 2, torch.tensor([True, True]))
+    """Return a weight with pending folds of two vectors of each side."""
+    slots = torch.arange(2)
+    side = SidePlan(slots, slots + 2, torch.tensor([True, True]))
     return switch(defer(quantize(param, "int8"), vectors=4), Plan(side, side, torch.tensor(0))).param
 
 

@@ -70,8 +70,8 @@ def test_checkpoints_recompute_through_autograd():
         return hidden.mul(tree["b"]).sum()
 
     tree, x = some_tree(), normal(3, 5, 3)
-    kept, recomputed = (value_and_grad(loss_fn, via="autograd")(tree, x, flag) for flag in (False, True))
-    assert_same(recomputed, kept)
+    saved, recomputed = (value_and_grad(loss_fn, via="autograd")(tree, x, flag) for flag in (False, True))
+    assert_same(recomputed, saved)
     assert len(calls) == 1 + 2
 
 

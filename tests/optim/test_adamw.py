@@ -57,7 +57,7 @@ def test_parameters_in_bfloat16_have_moments_in_float32():
 
 
 def test_a_constant_gradient_moves_by_the_learning_rate():
-    """Both moments, corrected, are the gradient and its square. In float32, 1 - 0.999 alone would be off by 3e-5."""
+    """Both moments, corrected, are the gradient and its square. In float32, 1 - 0.999 is already off by 3e-5."""
     trainable, optimizer = some_trainable(torch.float32), adamw(eps=0.0)
     state, grads = optimizer.init(trainable), some_grads(trainable, 0)
     for step in range(100):
@@ -68,9 +68,9 @@ def test_a_constant_gradient_moves_by_the_learning_rate():
 
 
 def test_updates_are_rounded_once():
-    """A little more than half of what separates 1 from the next number of bfloat16; alone it would round to half."""
-    one, update = {"w": torch.ones(2, dtype=torch.bfloat16)}, {"w": torch.full((2,), 2.0**-8 + 2.0**-17)}
-    assert_same(apply_updates(one, update), {"w": torch.full((2,), 1 + 2.0**-7, dtype=torch.bfloat16)})
+    """The update is slightly more than half of bfloat16's spacing at 1. Rounded first, it would be exactly half."""
+    ones, update = {"w": torch.ones(2, dtype=torch.bfloat16)}, {"w": torch.full((2,), 2.0**-8 + 2.0**-17)}
+    assert_same(apply_updates(ones, update), {"w": torch.full((2,), 1 + 2.0**-7, dtype=torch.bfloat16)})
 
 
 def test_update_leaves_its_arguments_alone_and_keeps_their_kinds():
@@ -90,11 +90,11 @@ def test_update_leaves_its_arguments_alone_and_keeps_their_kinds():
 def test_the_learning_rate_may_be_a_number_a_tensor_or_one_by_name():
     trainable, optimizer = some_trainable(), adamw(weight_decay=0.1)
     state, grads = optimizer.init(trainable), some_grads(trainable, 0)
-    number = optimizer.update(grads, state, trainable, lr=LR)
-    assert_same(optimizer.update(grads, state, trainable, lr=torch.tensor(LR, dtype=torch.float64)), number)
+    by_number = optimizer.update(grads, state, trainable, lr=LR)
+    assert_same(optimizer.update(grads, state, trainable, lr=torch.tensor(LR, dtype=torch.float64)), by_number)
     by_name = optimizer.update(grads, state, trainable, lr={"w": LR, "bias": 2 * LR, "scale": 0.0})
-    assert_same(by_name.updates["w"], number.updates["w"])
-    assert_same(by_name.updates["bias"], 2 * number.updates["bias"])
+    assert_same(by_name.updates["w"], by_number.updates["w"])
+    assert_same(by_name.updates["bias"], 2 * by_number.updates["bias"])
     assert not by_name.updates["scale"].any()
 
 

@@ -134,7 +134,7 @@ def test_changes_below_a_quantization_step_add_up():
     step, grad = float(exact.base.abs().max()) / 127, normal(1, 8, 16)
     before = dl.materialize(exact)
     for _ in range(40):
-        param, exact = (compensate(one, grad, lr=step / 20) for one in (param, exact))
+        param, exact = (compensate(weight, grad, lr=step / 20) for weight in (param, exact))
     assert (dl.materialize(exact) - before).abs().max() > 2 * step
     assert_within(dl.materialize(param), dl.materialize(exact), step)
 
@@ -183,16 +183,16 @@ def test_projected_gradients_are_those_by_the_factors(path):
     wanted = dl.value_and_grad(loss)(param.factors).grads
     dense = dl.value_and_grad(lambda weight: (x @ weight.mT).square().sum())(dl.materialize(param)).grads
     got = project_gradients({"w": dense, "bias": dense[0]}, {"w": param, "bias": param.base[0]})
-    for side, own in zip(got["w"], wanted, strict=True):
-        assert_within(side, own, 1e-12 * own.abs().max())
+    for side, expected in zip(got["w"], wanted, strict=True):
+        assert_within(side, expected, 1e-12 * expected.abs().max())
     assert_same(got["bias"], dense[0])
 
 
 @given(plain_params())
 def test_projected_gradients_keep_shapes_and_dtypes(param):
     got = project_gradients({"w": normal(1, *param.shape, dtype=torch.float32)}, {"w": param})["w"]
-    for side, own in zip(got, param.factors, strict=True):
-        assert (side.shape, side.dtype) == (own.shape, own.dtype)
+    for side, factor in zip(got, param.factors, strict=True):
+        assert (side.shape, side.dtype) == (factor.shape, factor.dtype)
 
 
 def test_a_gradient_of_another_shape_is_refused():

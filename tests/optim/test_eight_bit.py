@@ -22,7 +22,7 @@ def some_grads(seed: int) -> dict:
 
 
 def some_state(steps: int = 3):
-    """After a few updates, so that no moment is zero."""
+    """Return a state after a few updates, so that no moment is zero."""
     optimizer, trainable = adamw(moments="8bit"), TRAINABLE
     state = optimizer.init(trainable)
     for step in range(steps):
@@ -73,7 +73,7 @@ STATE = some_state()[2]
 
 @given(plans(PARAM))
 def test_a_reset_is_exact(plan):
-    """Zeros for the counterparts, and every other code and scale as it was."""
+    """The counterparts become zero, and every other code and scale stays."""
     got = project_optimizer_state(STATE, {"w": plan})
     for tree, old in ((got.mu, STATE.mu), (got.nu, STATE.nu)):
         wanted = project_optimizer_state({"w": decode_moments(old["w"])}, {"w": plan})["w"]
@@ -96,9 +96,9 @@ def test_compiled_equals_eager_in_the_old_memory():
     memory = [leaf.data_ptr() for leaf in tree_leaves(state)]
     compiled = compile_step(step, backend="aot_eager")
     wanted = tree_map(torch.clone, wanted)
-    for number in range(3):
-        wanted, _ = step(wanted, some_grads(number))
-        state, _ = compiled(state, some_grads(number))
+    for seed in range(3):
+        wanted, _ = step(wanted, some_grads(seed))
+        state, _ = compiled(state, some_grads(seed))
     assert_same(state, wanted)
     assert [leaf.data_ptr() for leaf in tree_leaves(state)] == memory
 
@@ -122,11 +122,11 @@ def test_a_moment_in_8_bit_is_pruned_exactly_and_not_transported():
     side = SidePlan(torch.tensor([0, 5]), torch.tensor([0, 0]), torch.tensor([True, True]))
     plan = {"w": Plan(side, side, torch.tensor(2))}
     pruned = project_optimizer_state(state, plan, rule="prune", prune=0.9)
-    old, new = (decode_moments(one.mu["w"]).b for one in (state, pruned))
-    own = torch.zeros(64, dtype=torch.bool).index_fill(0, side.slots, True)
-    assert_same(pruned.mu["w"].b.codes[..., ~own], state.mu["w"].b.codes[..., ~own])
-    assert_same(new[..., own][new[..., own] != 0], old[..., own][new[..., own] != 0])
-    assert (new[..., own] == 0).float().mean() > 0.8  # of both moments' smallest 90 %
+    old, new = (decode_moments(opt_state.mu["w"]).b for opt_state in (state, pruned))
+    mask = torch.zeros(64, dtype=torch.bool).index_fill(0, side.slots, True)
+    assert_same(pruned.mu["w"].b.codes[..., ~mask], state.mu["w"].b.codes[..., ~mask])
+    assert_same(new[..., mask][new[..., mask] != 0], old[..., mask][new[..., mask] != 0])
+    assert (new[..., mask] == 0).float().mean() > 0.8  # of both moments' smallest 90 %
     params = {"w": PARAM._replace(factors=trainable["w"])}
     with pytest.raises(ValueError, match="`rule` must not be 'transport' for 8-bit moments, got them for 'w'"):
         project_optimizer_state(state, plan, rule="transport", change=Change(params, params))

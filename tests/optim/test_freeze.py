@@ -30,7 +30,7 @@ def test_counterparts_stand_still_for_exactly_so_many_updates(stack, frozen_for)
             assert not updates["w"].a[..., 2, :].any()
         left = max(frozen_for - step - 1, 0)
         assert state.frozen_for["w"].a.flatten().tolist() == [0, 0, left, 0] * max(len(stack) * 2, 1)
-        # The count runs on while a vector stands still.
+        # The count increases while a vector is frozen.
         assert state.count["w"].b.flatten().tolist() == [3 + step + 1, step + 1] * 2 * max(len(stack) * 2, 1)
 
 
@@ -44,7 +44,7 @@ def test_freeze_counters_stop_at_zero():
 
 
 def test_a_vector_thaws_gently():
-    """0.52 of a full step at the sixth count, 0.89 four later, of a gradient that stays the same."""
+    """With a constant gradient, the sixth count takes 0.52 of a full step, and the tenth 0.89."""
     trainable, optimizer = some_trainable(), adamw(eps=0.0)
     state = project_optimizer_state(optimizer.init(trainable), one_switch(b=[], a=[1], frozen_for=5))
     grads = some_grads(trainable, 0)

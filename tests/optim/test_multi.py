@@ -13,12 +13,12 @@ from tests.support.updates import moved, noise
 
 def test_every_parameter_moves_as_with_its_own_transform_alone():
     trainable = partition({"w": low_rank(Shape(5, 6, 3)), "bias": normal(1, 5), "head": normal(2, 4, 5)}).trainable
-    own = {"w": sgd(), "bias": adamw(), "head": lion()}
-    optimizer = multi_transform(own, lambda name, leaf: name)
+    transforms = {"w": sgd(), "bias": adamw(), "head": lion()}
+    optimizer = multi_transform(transforms, lambda name, leaf: name)
     grads = [tree_map(partial(noise, step), trainable) for step in range(3)]
     got = moved(optimizer, grads, trainable)
     assert list(got) == list(trainable)
-    for name, transform in own.items():
+    for name, transform in transforms.items():
         alone = moved(transform, [{name: grad[name]} for grad in grads], {name: trainable[name]})
         assert_same(got[name], alone[name])
 

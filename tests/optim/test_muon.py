@@ -24,7 +24,7 @@ def polynomial(values: Tensor) -> Tensor:
 
 
 def reference(grads: list[Tensor], param: Tensor) -> Tensor:
-    """In float64 by singular values, of which Muon's polynomial makes new ones."""
+    """Compute Muon in float64: its polynomial maps the singular values."""
     mu, param = torch.zeros_like(param), param.clone()
     for grad in grads:
         mu = MOMENTUM * mu + grad
@@ -43,7 +43,7 @@ def test_muon_is_its_polynomial_of_the_singular_values(shape: tuple[int, int]):
 
 
 def test_muon_moves_as_torch_s_does():
-    """Which computes in bfloat16, so that directions alone agree."""
+    """torch computes in bfloat16, so only directions agree."""
     param, grads = (
         normal(0, 6, 4, dtype=torch.float32),
         [normal(1 + step, 6, 4, dtype=torch.float32) for step in range(3)],
@@ -60,25 +60,25 @@ def test_muon_moves_as_torch_s_does():
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """By singular values, of which Muon's polynomial makes new ones."""
+    """Orthogonalize with Muon's polynomial of the singular values."""
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u * polynomial(values) @ vh
 
 
 def whitened(grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    """What both sides' updates do to the weight, of the gradient by it: even directions within the factors' spans."""
+    """Return the change of the weight from both updates: even directions within the factors' spans."""
     columns, rows = (torch.linalg.qr(side).Q for side in (b, a.mT))
     return polar(grad @ rows) @ rows.mT + columns @ polar(columns.mT @ grad)
 
 
 def first_change(factors: Factors, grad: Tensor) -> Tensor:
-    """Of the weight, to first order, by one update of the factors."""
+    """Return the change of the weight, to first order, from one update of the factors."""
     b, a = factors
     grads = {"w": Factors(b=grad @ a.mT / a.shape[-2], a=b.mT @ grad / a.shape[-2])}
     optimizer = muon(momentum=0.0)
     updates, _ = optimizer.update(grads, optimizer.init({"w": factors}), {"w": factors}, lr=SMALL)
-    own = updates["w"]
-    return (own.b @ a + b @ own.a) / a.shape[-2]
+    update = updates["w"]
+    return (update.b @ a + b @ update.a) / a.shape[-2]
 
 
 @pytest.mark.parametrize("shape", [Shape(7, 9, 3), Shape(9, 4, 4), Shape(5, 5, 1)])
@@ -93,15 +93,15 @@ def test_factors_move_the_weight_by_even_directions_within_their_spans(shape: Sh
 
 @given(seeds)
 def test_the_change_of_the_weight_does_not_depend_on_how_it_is_factored(seed: int):
-    """As far as damping allows, which by itself would change with the lengths of vectors."""
+    """The tolerance comes from damping, which depends on the lengths of vectors."""
     b, a = low_rank(Shape(6, 8, 3), seed=seed).factors
     grad, lengths = normal(seed + 1, 6, 8), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     turned = torch.linalg.qr(normal(seed + 2, 3, 3)).Q
     mixed = Factors(b=b @ turned * lengths, a=(turned / lengths).mT @ a)
     torch.testing.assert_close(mixed.b @ mixed.a, b @ a)
-    one, other = first_change(Factors(b, a), grad), first_change(mixed, grad)
+    change, mixed_change = first_change(Factors(b, a), grad), first_change(mixed, grad)
     least = min(torch.linalg.svdvals(side).square().min() / side.square().sum() for side in (b, a, *mixed))
-    assert (one - other).norm() <= 2e-3 / least * one.norm()
+    assert (change - mixed_change).norm() <= 2e-3 / least * change.norm()
 
 
 def test_members_of_a_stack_move_each_for_itself():
@@ -109,8 +109,8 @@ def test_members_of_a_stack_move_each_for_itself():
     grads = tree_map(partial(noise, 3), stack)
     both = moved(muon(), [{"w": grads}], {"w": stack})["w"]
     for member in range(2):
-        own, grad = (tree_map(lambda leaf: leaf[member], tree) for tree in (stack, grads))  # noqa: B023, called at once
-        alone = moved(muon(), [{"w": grad}], {"w": own})["w"]
+        factors, grad = (tree_map(lambda leaf: leaf[member], tree) for tree in (stack, grads))  # noqa: B023, called at once
+        alone = moved(muon(), [{"w": grad}], {"w": factors})["w"]
         for side, wanted in zip(both, alone, strict=True):
             torch.testing.assert_close(side[member], wanted, rtol=1e-12, atol=1e-12)
 

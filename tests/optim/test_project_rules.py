@@ -11,21 +11,21 @@ from dynlora_fn import Factors, partition, project_optimizer_state, switch
 from dynlora_fn.optim import Change, adamw
 from dynlora_fn.optim._project_state import Rule
 from dynlora_fn.testing import assert_same, normal, untouched
-from tests.support.optimizer_states import SWITCH, adamw_state, filled, own_state, weights
+from tests.support.optimizer_states import SWITCH, adamw_state, filled, updated_state, weights
 from tests.support.optimizer_table import OPTIMIZERS as ENTRIES
 from tests.support.optimizers import one_switch, some_trainable
 
 
-# The table of optimizers and rules: what each makes of its state, and that nothing but the counterparts' changes.
+# The table of optimizers and rules: how each changes the state, and that only the counterparts' entries change.
 def torch_state(kind: Any, **settings: Any) -> Any:
-    """The state dict of one of torch's optimizers after two steps over the leaves of the parameters."""
+    """Return a function that makes the state dict of one of torch's optimizers after two steps."""
 
     def make(trainable: Any) -> Any:
         leaves = [leaf.clone().requires_grad_() for leaf in tree_leaves(trainable)]
         optimizer = kind(leaves, lr=0.1, **settings)
         for seed in range(2):
-            for number, leaf in enumerate(leaves):
-                leaf.grad = normal(seed + number, *leaf.shape)
+            for index, leaf in enumerate(leaves):
+                leaf.grad = normal(seed + index, *leaf.shape)
             optimizer.step()
         return optimizer.state_dict()
 
@@ -33,7 +33,7 @@ def torch_state(kind: Any, **settings: Any) -> Any:
 
 
 def torchopt_state(name: str, **settings: Any) -> Any:
-    """In lists of all leaves, in the order of sorted names."""
+    """Return a function that makes torchopt's state: lists of all leaves, in the order of sorted names."""
 
     def make(trainable: Any) -> Any:
         torchopt = pytest.importorskip("torchopt", reason="has no wheel for every version of Python")
@@ -49,7 +49,7 @@ def torchopt_state(name: str, **settings: Any) -> Any:
 
 # By optimizer: how its state is made.
 OPTIMIZERS = {
-    **{name: own_state(entry.transform) for name, entry in ENTRIES.items()},
+    **{name: updated_state(entry.transform) for name, entry in ENTRIES.items()},
     "torch.optim.AdamW": torch_state(torch.optim.AdamW),
     "torch.optim.SGD": torch_state(torch.optim.SGD, momentum=0.9),
     "torch.optim.RMSprop": torch_state(torch.optim.RMSprop, momentum=0.9),
@@ -75,7 +75,7 @@ def projected(make: Any, rule: str, **settings: Any) -> tuple[Any, Any, Change]:
 
 
 def sides(before: Any, after: Any) -> list[tuple[str, Tensor, Tensor]]:
-    """Every tensor of the state before and after, with its path."""
+    """Return every tensor of the state before and after, with its path."""
     left, structure = tree_flatten_with_path(before)
     right, same = tree_flatten_with_path(after)
     assert structure == same
@@ -113,27 +113,29 @@ def test_reset_leaves_no_moment(make):
 def test_a_count_that_restarts_at_the_thaw():
     trainable = partition(weights()).trainable
     optimizer, plan = adamw(), one_switch(**SWITCH)
-    state = own_state(optimizer)(trainable)
+    state = updated_state(optimizer)(trainable)
     gentle = 0.1 / (1 - 0.9**6) / (0.001 / (1 - 0.999**6)) ** 0.5
     for rule, counts, first in (("reset", [1, 2, 3, 4, 5, 6], gentle), ("reset_thawed", [-4, -3, -2, -1, 0, 1], 1.0)):
-        own = project_optimizer_state(state, plan, rule=rule)
-        moved, seen = [], []
+        opt_state = project_optimizer_state(state, plan, rule=rule)
+        moved, counted = [], []
         for _ in range(6):
             grads = tree_map(torch.ones_like, dict(trainable))
-            updates, own = optimizer.update(grads, own, trainable, lr=1.0)
+            updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=1.0)
             moved.append(-updates["w"].b[0, 2].item())
-            seen.append(own.count["w"].b[0, 2].item())
-        assert seen == counts
+            counted.append(opt_state.count["w"].b[0, 2].item())
+        assert counted == counts
         assert moved[:5] == [0] * 5
         assert moved[5] == pytest.approx(first, abs=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99, 1.0])
 def test_pruning_is_relora_s(share):
-    """``|x| > quantile(|x|, share)`` of a whole matrix where all of it is switched (arXiv:2307.05695's implementation),
-    but that nothing is kept without its second moment; the share 1 leaves nothing, and 0 drops the smallest."""
+    """ReLoRA keeps ``|x| > quantile(|x|, share)`` of a matrix that is fully switched (arXiv:2307.05695's code).
+
+    Here an entry is kept only with its second moment. The share 1 leaves nothing, and 0 drops the smallest.
+    """
     trainable = partition(weights()).trainable
-    state = own_state(adamw())(trainable)
+    state = updated_state(adamw())(trainable)
     plan = one_switch(b=[0, 1, 2, 3], a=[0, 1, 2, 3], frozen_for=0)
     new = project_optimizer_state(state, plan, rule="prune", prune=share)
     for side in range(2):
@@ -146,7 +148,7 @@ def test_pruning_is_relora_s(share):
 
 @pytest.mark.parametrize("make", TRANSPORTED.values(), ids=TRANSPORTED)
 def test_transport_is_exact_where_the_old_vectors_tell_all(make):
-    """Of a G within the span of the old vectors, ``G a.T / rank`` becomes what it is with the new ones."""
+    """For a G within the span of the old vectors, ``G a.T / rank`` becomes its value with the new vectors."""
     params, plan = weights(), one_switch(**SWITCH)
     after, _ = switch(params, plan)
     (b, a), (new_b, new_a) = params["w"].factors, after["w"].factors
@@ -181,7 +183,7 @@ def test_torch_optim_takes_its_state_back():
         leaf.grad = torch.zeros_like(leaf)
     before = leaves[3].detach().clone()
     optimizer.step()
-    assert_same(before[:, 2] * (1 - 0.1 * 0.01), leaves[3].detach()[:, 2])  # weight decay alone: no moment is left
+    assert_same(before[:, 2] * (1 - 0.1 * 0.01), leaves[3].detach()[:, 2])  # only weight decay: no moment is left
     assert (before[:, 1] * (1 - 0.1 * 0.01) != leaves[3].detach()[:, 1]).all()
 
 

@@ -17,7 +17,7 @@ from tests.support.optimizers import one_switch, some_trainable
 
 
 class Momentum(NamedTuple):
-    """Of stochastic gradient descent."""
+    """The state of stochastic gradient descent."""
 
     velocity: dict[str, Any]
     decay: float
@@ -38,7 +38,7 @@ STATES = {
 
 
 def reset_slowly(leaf: Factors, plan: Plan, value: int) -> Factors:
-    """The counterparts of the switched slots, one by one."""
+    """Set the counterparts of the switched slots one by one."""
     b, a = (factor.clone() for factor in leaf)
     for at in np.ndindex(*b.shape[:-2]):
         for side, vectors in ((plan.a, b[at].mT), (plan.b, a[at])):
@@ -81,7 +81,7 @@ def test_only_the_counterparts_start_afresh(make, data):
 
 
 def test_the_switched_vector_keeps_its_state():
-    """Side a switched: b is reset; it is not the other way about."""
+    """Switching side a resets b, not a."""
     trainable = some_trainable()
     state = project_optimizer_state(adamw_state(trainable), one_switch(b=[], a=[2], frozen_for=5))
     assert not state.mu["w"].b[:, 2].any()

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dynlora_fn import apply_updates, partition, project_optimizer_state
 from dynlora_fn.optim import lion, sgd
 from dynlora_fn.testing import normal
-from tests.support.optimizer_states import SWITCH, own_state, weights
+from tests.support.optimizer_states import SWITCH, updated_state, weights
 from tests.support.optimizer_table import OPTIMIZERS as ENTRIES
 from tests.support.optimizers import one_switch
 
@@ -35,7 +35,7 @@ def test_sgd_is_torch_s(transform, kind, settings):
 
 
 def test_lion_is_its_paper_s():
-    """Algorithm 2 of arXiv:2302.06675, in numbers by hand."""
+    """The values are algorithm 2 of arXiv:2302.06675, computed by hand."""
     transform, param = lion(betas=(0.5, 0.75), weight_decay=0.5), {"w": torch.tensor([1.0, 2.0])}
     state = transform.init(param)
     updates, state = transform.update({"w": torch.tensor([4.0, -8.0])}, state, param, lr=0.1)
@@ -49,8 +49,8 @@ def test_lion_is_its_paper_s():
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_a_frozen_vector_stands_still_for_exactly_so_long(entry):
     transform, trainable = entry.transform, partition(weights()).trainable
-    state = project_optimizer_state(own_state(transform)(trainable), one_switch(**SWITCH))
-    for number in range(7):
+    state = project_optimizer_state(updated_state(transform)(trainable), one_switch(**SWITCH))
+    for step in range(7):
         updates, state = transform.update(tree_map(torch.ones_like, dict(trainable)), state, trainable, lr=1.0)
-        assert bool(updates["w"].b[:, 2].any()) == (number >= 5)
+        assert bool(updates["w"].b[:, 2].any()) == (step >= 5)
         assert updates["w"].b[:, 1].any()

@@ -48,10 +48,10 @@ def batch(step: int) -> torch.Tensor:
 
 def train(state, step, steps, rows=slice(None)):
     losses, lr, switched = [], torch.tensor(1e-2), 0
-    for number in range(steps):
+    for index in range(steps):
         params = dl.combine(*state[:2])
-        switched += SCHEDULE.switches(number, params)
-        state, loss = step(state, batch(number)[rows], lr, SCHEDULE(number, params))
+        switched += SCHEDULE.switches(index, params)
+        state, loss = step(state, batch(index)[rows], lr, SCHEDULE(index, params))
         losses.append(loss.item())
     return state, losses, switched
 
@@ -125,13 +125,13 @@ def test_losses_are_those_of_one_process_and_switching_sends_nothing(size: int):
     _, alone, switched = train(start(fresh(net)), make_step(net), steps)
     found = in_processes(size, _train_in_parallel, steps)
     assert switched >= (200 if size == 4 else 60)
-    for one in found:
-        assert one["state"] == found[0]["state"]
-        assert one["losses"] == found[0]["losses"]
-        assert one["switched"] == switched
+    for result in found:
+        assert result["state"] == found[0]["state"]
+        assert result["losses"] == found[0]["losses"]
+        assert result["switched"] == switched
         # One message a step, the loss in it: a switch has none.
-        assert one["calls"] == {"all_reduce": steps}
-        assert one["bytes"] == {"all_reduce": steps * (one["wire"].reduced + 4)}
+        assert result["calls"] == {"all_reduce": steps}
+        assert result["bytes"] == {"all_reduce": steps * (result["wire"].reduced + 4)}
     torch.testing.assert_close(torch.tensor(found[0]["losses"]), torch.tensor(alone), rtol=1e-4, atol=0)
 
 

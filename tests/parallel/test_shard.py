@@ -1,4 +1,4 @@
-"""A step on sharded bases gives the bits of a step on whole ones."""
+"""A step on sharded bases gives the bits of a step on unsharded bases."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def _compare(base, residual) -> None:
     for tokens in (1, 4096):  # the path is the cheapest one for so many
         x = torch.randn(tokens, 18)
         grads = [dl.value_and_grad(_loss)(tree[0], tree[1], x) for tree in map(dl.partition, (params, sharded))]
-        if tokens > 1:  # of whole ones, so few tokens go by the factored path
+        if tokens > 1:  # with unsharded bases, so few tokens take the factored path
             assert bits(grads[0]) == bits(grads[1])
         torch.testing.assert_close(grads[1], grads[0])
     via = dl.value_and_grad(_loss, via="autograd")(*dl.partition(sharded), x)
@@ -79,19 +79,19 @@ def _compare_tied(base, residual) -> None:
     sharded = dl.parallel.shard(params, group)
     assert bits(dl.parallel.unshard(sharded)) == bits(params)
     assert bits(dl.materialize(sharded)) == bits(dl.materialize(params))
-    folded, whole = (dl.switch(one, dl.schedules.every(1)(1, one)).params for one in (sharded, params))
+    folded, unsharded = (dl.switch(tree, dl.schedules.every(1)(1, tree)).params for tree in (sharded, params))
     for name in (name for name, param in params.items() if isinstance(param, dl.LowRank)):
-        held = dl.parallel.unshard(folded)[name].base
-        weights = [dl.materialize(one[name]) for one in (dl.parallel.unshard(folded), whole)]
-        if base == "nvfp4":  # each row has a factor of its own, and with it other codes: quantized as well
-            assert held.codes.factor.shape == (*weights[0].shape[:-1], 1)
+        folded_base = dl.parallel.unshard(folded)[name].base
+        weights = [dl.materialize(tree[name]) for tree in (dl.parallel.unshard(folded), unsharded)]
+        if base == "nvfp4":  # each row has its factor and so other codes: the error is as small
+            assert folded_base.codes.factor.shape == (*weights[0].shape[:-1], 1)
             missed = [(weight - dl.materialize(params[name])).norm() for weight in weights]
             assert missed[0] < 1.1 * missed[1]
-        else:  # but for the last bit of a product, which may move a code
+        else:  # except for the last bit of a product, which may move a code
             assert (weights[0] != weights[1]).float().mean() < 1e-3
             assert torch.equal(dl.materialize(folded[name]), weights[0])
-    assert bits(dl.parallel.shard(dl.parallel.unshard(folded), group)) == bits(folded)  # once more
-    assert dl.parallel.wire_bytes(*dl.partition(sharded)).bases == _seen_bytes(params, base, 2)
+    assert bits(dl.parallel.shard(dl.parallel.unshard(folded), group)) == bits(folded)  # a round trip
+    assert dl.parallel.wire_bytes(*dl.partition(sharded)).bases == _gathered_bytes(params, base, 2)
     x, packed = torch.randn(4096, 64), dl.partition(sharded)
 
     def loss(trainable, frozen):
@@ -103,8 +103,8 @@ def _compare_tied(base, residual) -> None:
     assert bits(grads) == bits(dl.value_and_grad(loss)(*dl.partition(params)))
 
 
-def _seen_bytes(params, base, gathers) -> int:
-    """Of all codes; nf4's means are everywhere, and nvfp4 has a factor for each row."""
+def _gathered_bytes(params, base, gathers) -> int:
+    """Return the bytes of all codes. nf4's means are on every process, and nvfp4 has a factor for each row."""
     low_rank = [param for param in params.values() if isinstance(param, dl.LowRank)]
     total = sum(bytes_of(param.base.codes) for param in low_rank)
     if base == "nf4":
@@ -122,11 +122,11 @@ def _compare_all_tied() -> None:
             dl.init(tied_net(), rank=2, seed=0, targets=["*.weight"], base="nf4"), torch.distributed.group.WORLD
         )
     )
-    whole = dl.init(tied_net(), rank=2, seed=0, targets=["*.weight"], base="nf4")["*.*.weight"].base.codes
+    expected_codes = dl.init(tied_net(), rank=2, seed=0, targets=["*.weight"], base="nf4")["*.*.weight"].base.codes
     for name in ("codes", "scales", "factor"):
         placed_leaf = getattr(placed["*.*.weight"].base.base.codes, name)
-        assert placed_leaf.shape == getattr(whole, name).shape
-        assert torch.equal(placed_leaf.full_tensor(), getattr(whole, name))
+        assert placed_leaf.shape == getattr(expected_codes, name).shape
+        assert torch.equal(placed_leaf.full_tensor(), getattr(expected_codes, name))
     one_factor = dl.init(nn.Linear(64, 64), rank=2, seed=0, targets=["weight"], base="nf4")
     with pytest.raises(
         ValueError, match=r"base of 'weight' .*, in nf4 and of shape \(64, 64\), .* a multiple of the 4096 entries"

@@ -1,4 +1,4 @@
-"""Factors of which each process holds a share, with all that the optimizer keeps of them: the step of whole ones."""
+"""A step on sharded factors and their optimizer state equals the step on unsharded factors."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def train(state, step, steps: int, rows: slice):
 
 
 def whole_of(state) -> tuple:
-    """Parameters and moments of all processes, in the form that checkpoints read."""
+    """Return parameters and moments of all processes, in the form that checkpoints read."""
     placed = dl.parallel.as_dtensors(state)
     return tree_map(lambda leaf: leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf, (placed[0], placed[2]))
 
@@ -100,7 +100,7 @@ def _train(base, backend) -> None:
 
 @pytest.mark.parametrize(("size", "base", "backend"), [(3, None, None), (2, "int8", "aot_eager")])
 def test_a_step_is_that_of_whole_factors(size, base, backend):
-    """With rows and batches that the processes do not divide evenly."""
+    """The processes do not divide rows and batches evenly."""
     in_processes(size, _train, base, backend)
 
 
@@ -143,7 +143,7 @@ WEIGHT = dl.init({"w": normal(0, 256, 60, dtype=torch.float32)}, rank=60, seed=0
 
 
 def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
-    """The frozen part, and the rest after some updates."""
+    """Return the frozen part, and the trainable part and state after some updates."""
     optimizer = dl.optim.adamw(moments="8bit")
     group = group or torch.distributed.group.WORLD
     trainable, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(weight, group)))
@@ -162,7 +162,7 @@ def named(state: tuple) -> dict:
 def _eight_bit(folder: Path) -> None:
     frozen, state = eight_bit(WEIGHT, range(2))
     assert isinstance(state[1].mu["w"].b, dl.optim.SignedMoment)
-    assert isinstance(state[1].nu["w"].a, torch.Tensor)  # of too few numbers
+    assert isinstance(state[1].nu["w"].a, torch.Tensor)  # too small to shard
     checkpoint.save(named((frozen, state)), checkpoint_id=folder)
     frozen, loaded = eight_bit(WEIGHT, range(0))
     checkpoint.load(named((frozen, loaded)), checkpoint_id=folder)
@@ -184,10 +184,10 @@ def test_moments_in_8_bit_go_on_with_as_many_processes(tmp_path: Path):
 
 
 def _muon() -> None:
-    """Of three processes, with rows that they do not divide evenly."""
+    """Compare on three processes, which do not divide the rows evenly."""
     params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
     params = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
-    whole = dl.partition(params).trainable
+    unsharded = dl.partition(params).trainable
     sharded, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD)))
 
     def part(factors, sharding):
@@ -198,7 +198,7 @@ def _muon() -> None:
         for step in range(2):
             grads = {
                 name: of(name, dl.Factors(normal(step, *leaf.b.shape), normal(step + 9, *leaf.a.shape)))
-                for name, leaf in whole.items()
+                for name, leaf in unsharded.items()
             }
             updates, state = optimizer.update(grads, state, trainable, lr=lr)
             trainable = dl.apply_updates(trainable, updates)
@@ -208,7 +208,7 @@ def _muon() -> None:
         return part(grad, frozen[name].base.sharding)
 
     for lr in (1e-6, 1.0):  # where no step is too long, and where all are
-        expected = moved(dl.optim.muon(), whole, lr)
+        expected = moved(dl.optim.muon(), unsharded, lr)
         wanted = {name: of(name, leaf) for name, leaf in expected.items()}
         got = moved(dl.optim.muon(frozen=frozen), sharded, lr, of)
         assert all((wanted[name].b - sharded[name].b).abs().max() > 1e-3 * lr for name in wanted)
@@ -219,12 +219,12 @@ def test_muon_moves_shares_as_it_moves_whole_factors():
     in_processes(3, _muon)
 
 
-def _shares() -> dict:
+def _sizes_and_traffic() -> dict:
     group = torch.distributed.group.WORLD
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64, bias=False), nn.GELU()) for _ in range(3)))
     params = dl.init(model, rank=4, seed=0, targets=TARGETS, group=group)
-    whole, sharded = start(params), start(dl.parallel.shard_factors(params))
+    unsharded, sharded = start(params), start(dl.parallel.shard_factors(params))
     x = torch.ones(512, 64)  # so many that factors are merged into the weight, or gathered
 
     def loss(trainable):
@@ -238,18 +238,18 @@ def _shares() -> dict:
         dl.switch(dl.combine(*sharded[:2]), plan)
     counts = sum(leaf.numel() * 4 for leaf in tree_leaves((sharded[2].count, sharded[2].frozen_for)))
     return {
-        "trainable": bytes_of(sharded[0]) / bytes_of(whole[0]),
-        "moments": (bytes_of(sharded[2]) - counts) / (bytes_of(whole[2]) - counts),
-        "grads": bytes_of(grads) / bytes_of(whole[0]),
+        "trainable": bytes_of(sharded[0]) / bytes_of(unsharded[0]),
+        "moments": (bytes_of(sharded[2]) - counts) / (bytes_of(unsharded[2]) - counts),
+        "grads": bytes_of(grads) / bytes_of(unsharded[0]),
         "traffic": traffic.bytes,
         "switching": switching.bytes,
         "wire": dl.parallel.wire_bytes(*sharded[:2], plan=plan),
-        "whole": bytes_of(whole[0]),
+        "whole": bytes_of(unsharded[0]),
     }
 
 
 def test_each_process_holds_its_share_and_what_is_sent_is_counted():
-    for found in in_processes(4, _shares):
+    for found in in_processes(4, _sizes_and_traffic):
         assert found["trainable"] == found["moments"] == found["grads"] == 0.25
         wire = found["wire"]
         assert wire.scattered == found["whole"]

@@ -14,48 +14,48 @@ from tests.support.sharding import bits
 
 
 class Read(dict):
-    """Weights that are read one by one, and the most bytes of a tensor that is left of those read before."""
+    """Reads weights one by one, and records the largest storage that is left of earlier reads."""
 
-    def __init__(self, weights, made: "Made"):
+    def __init__(self, weights, allocations: "Allocations"):
         super().__init__({name: weight.detach() for name, weight in weights.items()})
-        self.made, self.left = made, []
+        self.allocations, self.left = allocations, []
 
     def __getitem__(self, name):
-        self.left.append(self.made.largest())
+        self.left.append(self.allocations.largest())
         return super().__getitem__(name).clone()
 
 
-class Made(TorchDispatchMode):
-    """What operations have made and is still there."""
+class Allocations(TorchDispatchMode):
+    """Records the storages that operations allocate, to find the largest that is alive."""
 
     def __init__(self):
         super().__init__()
-        self._made: list[weakref.ref] = []
+        self._storages: list[weakref.ref] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         real = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf) and not leaf.is_meta]
-        self._made += [weakref.ref(leaf.untyped_storage()) for leaf in real]
+        self._storages += [weakref.ref(leaf.untyped_storage()) for leaf in real]
         return result
 
     def largest(self) -> int:
-        return max((storage.nbytes() for made in self._made if (storage := made()) is not None), default=0)
+        return max((storage.nbytes() for ref in self._storages if (storage := ref()) is not None), default=0)
 
 
-def _made_in_shards(base, residual) -> None:
+def _init_in_shards(base, residual) -> None:
     group = torch.distributed.group.WORLD
     options = {"rank": 2, "seed": 0, "targets": ["*.weight"], "base": base, "residual": residual}
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(3)), nn.Linear(64, 3))
     with torch.device("meta"):
         empty = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(3)), nn.Linear(64, 3))
-    made = Made()
-    weights = Read(dict(model.named_parameters()), made)
-    with made:
+    allocations = Allocations()
+    weights = Read(dict(model.named_parameters()), allocations)
+    with allocations:
         params = dl.init(empty, weights=weights, **options, group=group)
     assert len(weights.left) == len(weights)
-    whole = 64 * 64 * 4
-    assert 0 < max(weights.left[1:3]) <= whole / 4  # the rows of one weight, of three that make a stack
-    assert max(weights.left) <= 3 * whole / 4  # of all three
+    weight_bytes = 64 * 64 * 4
+    assert 0 < max(weights.left[1:3]) <= weight_bytes / 4  # the rows of one weight, of three that make a stack
+    assert max(weights.left) <= 3 * weight_bytes / 4  # of all three
     expected = dl.parallel.shard(dl.init(model, **options), group)
     assert expected.keys() == params.keys()
     assert bits(params) == bits(expected)
@@ -64,4 +64,4 @@ def _made_in_shards(base, residual) -> None:
 
 @pytest.mark.parametrize(("base", "residual"), [(None, None), ("int8", "bfloat16")])
 def test_parameters_are_made_in_shards_one_weight_at_a_time(base, residual):
-    in_processes(4, _made_in_shards, base, residual)
+    in_processes(4, _init_in_shards, base, residual)

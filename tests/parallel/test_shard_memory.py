@@ -22,17 +22,17 @@ def _memory_and_messages(base, residual) -> dict:
         return dl.call(model, dl.combine(trainable, frozen), torch.ones(256, 64)).square().mean()
 
     (name,) = (name for name in params if name.endswith("weight"))
-    held, whole = sharded[name].base.base, params[name].base
-    one = bytes_of(whole if isinstance(whole, torch.Tensor) else whole.codes) / 6
-    with Gathered(room=one) as step:
+    sharded_base, unsharded_base = sharded[name].base.base, params[name].base
+    weight_bytes = bytes_of(unsharded_base if isinstance(unsharded_base, torch.Tensor) else unsharded_base.codes) / 6
+    with Gathered(room=weight_bytes) as step:
         dl.value_and_grad(loss)(trainable)
     with Gathered() as switch:
         switched, _ = dl.switch(sharded, dl.schedules.every(1)(1, sharded))
         dl.merge(switched)
     return {
-        "share": sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(held)) / bytes_of(whole),
+        "share": sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(sharded_base)) / bytes_of(unsharded_base),
         "step": step,
-        "one": one,
+        "one": weight_bytes,
         "predicted": dl.parallel.wire_bytes(trainable, frozen).bases,
         "switch": switch.total,
     }
@@ -60,7 +60,7 @@ def _compiled_numbers(base, residual) -> dict:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(18, 18), nn.GELU()) for _ in range(3)))
     params = dl.init(model, rank=2, seed=0, targets=["*.0.weight"], base=base, residual=residual)
     (name,) = (name for name in params if name.endswith("weight"))
-    whole = params[name].base
+    unsharded_base = params[name].base
 
     def step(state, x):
         trainable, frozen = state
@@ -74,32 +74,32 @@ def _compiled_numbers(base, residual) -> dict:
     state, x = dl.partition(dl.parallel.shard(params, group)), torch.ones(64, 18)
     expected = [step(state, x)[1]]
     expected.append(step(step(state, x)[0], x)[1])
-    # What is gathered is told apart from what is written over it.
+    # With reuse of buffers, the storage of a gathered tensor would stay alive for later tensors.
     compiled = dl.compile_step(step, options={"allow_buffer_reuse": False})
     state = tuple(state)
     losses = [compiled(state, x).aux]
-    packet, one = torch.ops._c10d_functional.all_gather_into_tensor, bytes_of(_seen(whole)) / 3
-    gather, seen = packet.default, Gathered(room=one * 20 / 18)
+    packet, weight_bytes = torch.ops._c10d_functional.all_gather_into_tensor, bytes_of(_codes(unsharded_base)) / 3
+    gather, gathered = packet.default, Gathered(room=weight_bytes * 20 / 18)
 
     def watched(*args):
         result = gather(*args)
-        seen.note(result)
+        gathered.note(result)
         return result
 
-    packet.default = watched  # which the code that was generated looks up as it runs
+    packet.default = watched  # the generated code looks it up as it runs
     losses.append(compiled(state, x).aux)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
-    return {"one": one, "most": seen.most, "total": seen.total}
+    return {"one": weight_bytes, "most": gathered.most, "total": gathered.total}
 
 
-def _seen(base):
+def _codes(base):
     return base if isinstance(base, torch.Tensor) else base.codes
 
 
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_compiled_one_weight_is_gathered_at_a_time():
-    """On four processes with rows that must be padded."""
+    """On four processes the rows must be padded."""
     for found in in_processes(4, _compiled_numbers, "int8", "bfloat16"):
         padded = found["one"] * 20 / 18
         assert found["total"] == pytest.approx(2 * 3 * padded)
@@ -112,10 +112,12 @@ def _dtensors() -> None:
     sharded = dl.parallel.shard(params, group)
     placed = dl.parallel.as_dtensors({"params": sharded})["params"]
     for name in ("3.weight", "*.*.weight"):
-        held, whole = placed[name].base.base, params[name].base
-        for one, other in zip((held.codes.codes, held.residual), (whole.codes.codes, whole.residual), strict=True):
-            assert one.shape == other.shape
-            assert torch.equal(one.full_tensor(), other)
+        placed_base, base = placed[name].base.base, params[name].base
+        for placed_leaf, leaf in zip(
+            (placed_base.codes.codes, placed_base.residual), (base.codes.codes, base.residual), strict=True
+        ):
+            assert placed_leaf.shape == leaf.shape
+            assert torch.equal(placed_leaf.full_tensor(), leaf)
     placed["3.weight"].base.base.codes.codes.to_local().zero_()
     assert not sharded["3.weight"].base.base.codes.codes.any()  # the same memory
 

@@ -1,4 +1,4 @@
-"""What happens to files."""
+"""Damage to files, drawn from a seed."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def damage_by_a_bit(path: Path) -> None:
 
 
 class Damage:
-    """One way to spoil a file, drawn from a seed: at the level of bytes, of JSON, or of a safetensors header."""
+    """Spoils a file in a way drawn from a seed: its bytes, its JSON or its safetensors header."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
@@ -40,7 +40,7 @@ class Damage:
         path.write_bytes(way(content))
 
     def _at(self, content: bytes) -> int:
-        """Mostly where names and sizes are."""
+        """Draw a position, mostly where names and sizes are."""
         return self.random.randrange(max(1, min(len(content), self.random.choice([9, 200, len(content)]))))
 
     def _cut(self, content: bytes) -> bytes:
@@ -82,7 +82,7 @@ class Damage:
         return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
     def _changed(self, tree: Any) -> Any:
-        """With another value somewhere, or a key more, less or by another name."""
+        """Change a value, or add, remove or rename a key."""
         if isinstance(tree, dict | list) and tree and self.random.random() < 0.85:
             key = self.random.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
             if isinstance(tree, dict) and self.random.random() < 0.2:
@@ -97,24 +97,24 @@ class Damage:
 
 
 class _Payload:
-    """A pickle that says so when somebody loads it."""
+    """Creates a folder when its pickle is loaded."""
 
     def __reduce__(self) -> Any:
         return (os.mkdir, ("/nonexistent/executed",))
 
 
 class Watched:
-    """What no reader may do: load pickles, or start anything."""
+    """Records what no reader may do: load pickles, or start anything."""
 
     EVENTS = ("pickle.find_class", "os.system", "subprocess.Popen", "os.mkdir")
 
     def __init__(self) -> None:
-        self.is_on, self.seen = False, []
+        self.is_on, self.events = False, []
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: Any) -> None:
         if self.is_on and event in self.EVENTS:
-            self.seen.append((event, args))
+            self.events.append((event, args))
 
 
 WATCHED = Watched()
@@ -122,9 +122,9 @@ WATCHED = Watched()
 
 @contextmanager
 def nothing_run() -> Iterator[None]:
-    WATCHED.is_on, WATCHED.seen = True, []
+    WATCHED.is_on, WATCHED.events = True, []
     try:
         yield
     finally:
         WATCHED.is_on = False
-    assert not WATCHED.seen, WATCHED.seen
+    assert not WATCHED.events, WATCHED.events

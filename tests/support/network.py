@@ -1,4 +1,4 @@
-"""A small dense network, of which some weights become low-rank, and how far its outputs may differ."""
+"""A small dense network with low-rank targets, and the tolerance of its outputs."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Two equal layers out of three, a bias, a norm and a buffer."""
+    """Return three layers, two of them equal, a bias, a norm and a buffer."""
     torch.manual_seed(0)
     layers = [nn.Linear(6, 6), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)]
     return nn.Sequential(*layers).to(dtype).eval()

@@ -11,12 +11,12 @@ from dynlora_fn.testing import Shape, low_rank, normal
 
 
 def filled(trainable: Any, seed: int = 0) -> Any:
-    """A tree like the parameters that is zero nowhere."""
+    """Return a tree like the parameters that is nowhere zero."""
     return tree_map(lambda leaf: normal(seed, *leaf.shape).abs() + 1, dict(trainable))
 
 
 def per_vector(trainable: Any) -> Any:
-    """Whole numbers from 1 on, in the shapes of step counts."""
+    """Return integers from 1 on, in the shapes of step counts."""
     counts = tree_map(lambda leaf: leaf + 7, adamw().init(trainable).count)
     return {name: count for name, count in counts.items() if isinstance(count, Factors)}
 
@@ -26,7 +26,7 @@ def adamw_state(trainable: Any) -> AdamWState:
     return AdamWState(filled(trainable), filled(trainable, 1), counts, per_vector(trainable))
 
 
-def own_state(transform: Any) -> Any:
+def updated_state(transform: Any) -> Any:
     def make(trainable: Any) -> Any:
         state = transform.init(trainable)
         for seed in range(2):

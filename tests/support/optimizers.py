@@ -18,7 +18,7 @@ def some_trainable(dtype: torch.dtype = torch.float64, stack: tuple[int, ...] = 
 
 
 def some_grads(trainable: Any, step: int) -> Any:
-    """Of magnitudes between 0.5 and 1.5, so that an error of a moment is no larger relative to its root."""
+    """Return gradients of magnitudes 0.5 to 1.5, which bound the relative error of a moment's root."""
     signs = tree_map(lambda leaf: normal(100 + step, *leaf.shape).sign(), trainable)
     return tree_map(
         lambda leaf, sign: (sign * (0.5 + normal(step, *leaf.shape).sin().abs())).to(leaf.dtype), trainable, signs
@@ -26,7 +26,7 @@ def some_grads(trainable: Any, step: int) -> Any:
 
 
 def one_switch(b: list[int], a: list[int], frozen_for: int, rank: int = 4) -> dict[str, Plan]:
-    """Padded with an entry that is not active and names slot 0."""
+    """Return a plan that is padded with an inactive entry of slot 0."""
 
     def side(slots: list[int]) -> SidePlan:
         active = torch.tensor([True] * len(slots) + [False])

@@ -1,4 +1,4 @@
-"""The main job as a command: what it returns and leaves."""
+"""The main job as a command, with its result and its files."""
 
 import json
 from collections.abc import Callable

@@ -28,7 +28,7 @@ def arguments(text: Path, out: Path, **changed: object) -> list[str]:
 
 
 def job(given: list[str], fault: Callable[[int], None] | None = None, *, processes: Processes | None = None) -> Outcome:
-    """The command in this process, among those of the group that it is in unless told."""
+    """Run the command in this process, by default in the group of the process."""
     if processes is None:
         process, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         processes = Processes(process, world_size, torch.distributed.group.WORLD)
@@ -46,7 +46,7 @@ def job(given: list[str], fault: Callable[[int], None] | None = None, *, process
 
 
 def at_step(step: int, act: Callable[[], None]) -> None:
-    """Acts as that step's batch is drawn."""
+    """Call a function when the batch of a step is drawn."""
     draw = run.batch
 
     def batch(prepared: Any, now: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["models.pretrain.command", "torch.distributed.tensor", "torch._dynamo"])
-SECONDS = 240  # that a machine with other work may take
+SECONDS = 240  # enough for a busy machine
 
 
 def in_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -9,7 +9,7 @@ SHAPE = Shape(8, 32, 4)  # of a size that all blocks divide
 
 
 class Net(nn.Module):
-    """Two equal layers, which become a stack, and one of another shape."""
+    """Has two equal layers, which become a stack, and one of another shape."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ MASK = 0xFFFFFFFF
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox-4x32-10 on Python's integers."""
+    """Return Philox-4x32-10 of a counter and a key, on Python's integers."""
     for _ in range(10):
         first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         left, right = (second >> 32) ^ counter[1] ^ key[0], (first >> 32) ^ counter[3] ^ key[1]
@@ -24,7 +24,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def uniform(seed: int, side: str, index: int, length: int) -> list[float]:
-    """A vector of a basis, in [-1, 1): four numbers for each value of the counter."""
+    """Return a vector of a basis, in [-1, 1): four numbers for each value of the counter."""
     numbers: list[float] = []
     for block in range(-(-length // 4)):
         counter = [block, index & MASK, index >> 32, "ba".index(side)]
@@ -33,7 +33,7 @@ def uniform(seed: int, side: str, index: int, length: int) -> list[float]:
 
 
 def bound(side: str, out_features: int, in_features: int, rank: int) -> float:
-    """Half the width of the uniform distribution: sqrt(3) standard deviations (eq. 3, gain = 1 / sqrt(3))."""
+    """Return half the width of the uniform distribution: sqrt(3) deviations (eq. 3, gain = 1 / sqrt(3))."""
     std = {
         "b": (rank / (out_features * in_features) ** 0.5) ** 0.25,
         "a": (out_features**0.5 * rank / in_features**1.5) ** 0.25,
@@ -42,19 +42,19 @@ def bound(side: str, out_features: int, in_features: int, rank: int) -> float:
 
 
 def weight(param: Any) -> Tensor:
-    """base + b @ a / rank in float64, whatever it is stored in."""
+    """Return base + b @ a / rank in float64, for any dtype of storage."""
     b, a = (factor.double() for factor in param.factors)
     return param.base.double() + torch.einsum("...or,...ri->...oi", b, a) / a.shape[-2]
 
 
 def magnitude(param: Any) -> Tensor:
-    """The same with all terms positive. Rounding errors are relative to this, since terms may cancel."""
+    """Return the same with all terms positive. Rounding errors are relative to this, since terms may cancel."""
     b, a = (factor.double().abs() for factor in param.factors)
     return param.base.double().abs() + torch.einsum("...or,...ri->...oi", b, a) / a.shape[-2]
 
 
 def working_dtype(param: Any) -> torch.dtype:
-    """What sums are promised to be formed in: the wider of base and factors, float32 at least."""
+    """Return the promised dtype of sums: the wider of base and factors, and at least float32."""
     return torch.promote_types(torch.promote_types(param.base.dtype, param.factors.b.dtype), torch.float32)
 
 
@@ -110,7 +110,7 @@ class Weight:
         return bound(side, out_features, in_features, len(self.a)) * torch.tensor(numbers, dtype=torch.float64)
 
     def switch(self, side: str, slot: int, index: int, frozen_for: int) -> None:
-        """Steps 3 to 5: replaces a vector, keeps the weight, resets and freezes the counterpart."""
+        """Replace a vector, keep the weight, reset and freeze the counterpart (steps 3 to 5)."""
         vector, incoming = self.vectors(side)[slot], self.incoming(side, index)
         difference = vector - incoming
         left, right = (difference, self.a[slot]) if side == "b" else (self.b[:, slot], difference)
@@ -136,7 +136,7 @@ class State:
 
 
 def flat(state: State) -> dict[str, Tensor]:
-    """All there is by name, vectors of either side as rows: "w.base", "w.b", "w.b.mu", ..., "bias", "bias.mu", ..."""
+    """Return all tensors by name, vectors as rows: "w.base", "w.b", "w.b.mu", ..., "bias", "bias.mu", ..."""
     tensors = {}
     for name, weight in state.weights.items():
         tensors[f"{name}.base"] = weight.base
@@ -158,7 +158,7 @@ def flat(state: State) -> dict[str, Tensor]:
 
 
 def gradients(state: State, loss_fn: Callable[[dict[str, Tensor]], Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Step 1, on the dense weights: keys are names of tensors, and names with ".b" and ".a" for factors."""
+    """Return gradients (step 1) from the dense weights. Keys are tensor names, with ".b" and ".a" for factors."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in state.dense.items()}
     tensors = dict(leaves)
     for name, weight in state.weights.items():
@@ -176,11 +176,11 @@ def train_step(
     plans: Mapping[str, list[tuple[str, int, int, int]]],
     options: Options,
 ) -> float:
-    """The whole step; returns the loss before it.
+    """Run the complete step, and return the loss before it.
 
     Args:
-        loss_fn: of the dense tensors by name.
-        plans: for each weight what is switched, in this order: (side, slot, index of the vector, steps of the freeze).
+        loss_fn: The loss as a function of the dense tensors by name.
+        plans: The switches of each weight, in order: (side, slot, index of the vector, steps of the freeze).
     """
     loss, grads = gradients(state, loss_fn)
     norm = sum(float((grad**2).sum()) for grad in grads.values()) ** 0.5  # step 2

@@ -9,7 +9,7 @@ from dynlora_fn import Factors, LowRank, Plan, SidePlan
 
 
 def weight(out_features: int, in_features: int, rank: int, stack: tuple[int, ...] = ()) -> LowRank:
-    """Of shape and device alone: a schedule looks at nothing else."""
+    """Return a weight with shape and device only: a schedule reads nothing else."""
     base = torch.empty(()).expand(*stack, out_features, in_features)
     factors = Factors(
         torch.empty(()).expand(*stack, out_features, rank), torch.empty(()).expand(*stack, rank, in_features)
@@ -18,14 +18,14 @@ def weight(out_features: int, in_features: int, rank: int, stack: tuple[int, ...
 
 
 def plans_of(schedule: Callable, param: LowRank, steps: int) -> Iterator[Plan]:
-    """Steps without a plan for the weight have an empty one."""
+    """Yield the plan of each step. Steps without a plan for the weight have an empty one."""
     nothing = SidePlan(*(torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool)))
     for step in range(steps):
         yield schedule(step, {"w": param}).get("w", Plan(nothing, nothing, torch.tensor(0)))
 
 
 def switched(side: SidePlan) -> list[tuple[int, int]]:
-    """Slots with the vectors that they get."""
+    """Return slots with the indices of their new vectors."""
     return list(zip(side.slots[side.active].tolist(), side.indices[side.active].tolist(), strict=True))
 
 
@@ -33,7 +33,7 @@ ranks = st.integers(1, 12)
 
 
 def assert_no_frozen_vector_is_switched(plans: Iterator[Plan], rank: int) -> None:
-    """Counts down, update by update, how long each vector stands still."""
+    """Count down, update by update, how long each vector is frozen."""
     frozen_for = {"b": [0] * rank, "a": [0] * rank}
     for step, plan in enumerate(plans):
         slots = {name: {slot for slot, _ in switched(getattr(plan, name))} for name in ("b", "a")}

@@ -1,7 +1,7 @@
 """The shapes in annotations, enforced: ``pytest --shapes``.
 
-Every function of the package is checked as it is called by the annotations of its tensors, and every tuple that goes
-in or comes out by those of its fields, a weight's together. Tests that compile are skipped.
+Each call of a function of the package is checked against its tensor annotations. Each tuple that goes in or comes out
+is checked against the annotations of its fields. Tests that compile are skipped.
 """
 
 import inspect
@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 class ShapeError(TypeError):
-    """A tensor that is not what its annotation says, or does not fit another one."""
+    """A tensor that does not match its annotation or another tensor."""
 
 
 def install() -> None:
-    """From now on for all of `dynlora_fn` that is not imported yet."""
+    """Enforce annotations in all modules of `dynlora_fn` that are not imported yet."""
     jaxtyping.install_import_hook("dynlora_fn", "tests.support.shapes.checked")
     torch.compile, torch.export.export = _skipping_when_called, _skipped
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What jaxtyping calls with the arguments, and with arguments and result, of each function; it returns those."""
+    """Return the checker that jaxtyping calls with each function's arguments, and with its arguments and result."""
     signature = inspect.signature(function)
     hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
@@ -49,12 +49,12 @@ def _check(what: str, value: Any, hint: Any) -> None:
 
 
 def _look(value: Any) -> None:
-    if isinstance(value, dict):  # a look into a lazy mapping would make its weights
+    if isinstance(value, dict):  # reading a lazy mapping would make its weights
         for item in value.values():
             _look(item)
     elif isinstance(value, tuple | list):
-        is_own = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
-        if is_own and not isinstance(value, _pairs()):
+        is_from_library = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
+        if is_from_library and not isinstance(value, _pairs()):
             with jaxtyping.jaxtyped("context"):
                 _check_fields(value)
         for item in value:
@@ -63,7 +63,7 @@ def _look(value: Any) -> None:
 
 def _check_fields(value: Any) -> None:
     for name in ("factors", "pending"):
-        if hasattr(value, name):  # in the same context as the base that they belong to
+        if hasattr(value, name):  # in the same context as their base
             _check_fields(getattr(value, name))
     for name, hint in _hints(type(value)).items():
         field = getattr(value, name)
@@ -72,7 +72,7 @@ def _check_fields(value: Any) -> None:
 
 
 def _pairs() -> type:
-    """Also hold incoming vectors, counts and masks: their shapes are those of a weight in a weight alone."""
+    """Return the type that also contains incoming vectors, counts and masks: only a weight fixes their shapes."""
     from dynlora_fn._core._types import Factors  # noqa: PLC0415, once the hook is there
 
     return Factors
@@ -88,13 +88,13 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _options(hint: Any) -> list[Any]:
-    """The annotations of tensors among the types of a union."""
+    """Return the annotations of tensors among the types of a union."""
     parts = getattr(hint, "__args__", None) or [hint]
     return [part for part in parts if isinstance(part, type) and issubclass(part, jaxtyping.AbstractArray)]
 
 
 def _skipping_when_called(model: Any = None, **_: Any) -> Any:
-    """In place of what is compiled: packages decorate functions of theirs as they are imported."""
+    """Replace `torch.compile`: packages decorate functions with it when they are imported."""
     return _skipped if model is not None else lambda _: _skipped
 
 

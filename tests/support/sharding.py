@@ -1,4 +1,4 @@
-"""A network whose bases are sharded, and what is gathered of them."""
+"""A network whose bases are sharded, and a counter of gathered bytes."""
 
 import time
 import weakref
@@ -33,10 +33,10 @@ def bytes_of(tree) -> int:
 
 
 class Gathered(TorchDispatchMode):
-    """The bytes that are gathered, and the most of them that are in memory at once.
+    """Counts the bytes that are gathered, and the most of them that are in memory at once.
 
-    A thread of gloo lets go of a result some time after it is there. What is beyond `room` is therefore looked at once
-    more, up to a second later: what the program itself holds is still there then.
+    A thread of gloo releases a result some time after it is complete. Bytes beyond `room` are therefore counted again
+    for up to a second. What the program itself references is still alive then.
     """
 
     def __init__(self, room: float = float("inf")):
@@ -58,11 +58,11 @@ class Gathered(TorchDispatchMode):
         self.total += size
         storage = result.untyped_storage()
         until = time.monotonic() + 1
-        while self._held() + size > self.room and time.monotonic() < until:
+        while self._live_bytes() + size > self.room and time.monotonic() < until:
             time.sleep(0.001)
-        self.most = max(self.most, self._held() + size)
+        self.most = max(self.most, self._live_bytes() + size)
         self._alive[storage.data_ptr()] = weakref.ref(storage), size
 
-    def _held(self) -> int:
+    def _live_bytes(self) -> int:
         self._alive = {at: pair for at, pair in self._alive.items() if pair[0]() is not None}
         return sum(size for _, size in self._alive.values())

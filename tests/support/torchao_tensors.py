@@ -1,4 +1,4 @@
-"""torchao's tensors of its prototypes, and what torchao reads out of any tensor."""
+"""torchao's prototype tensors, and the values that torchao dequantizes."""
 
 import pytest
 import torch
@@ -14,5 +14,5 @@ def prototype(weight: Tensor, kind: str) -> Tensor:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """torchao's tensor as torchao dequantizes it."""
+    """Return torchao's tensor as torchao dequantizes it."""
     return tensor.get_original_weight() if hasattr(tensor, "get_original_weight") else tensor.dequantize()

@@ -1,4 +1,4 @@
-"""A whole training step with switches, on a small network."""
+"""A complete training step with switches, on a small network."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ RANK = 2
 
 
 class Net(nn.Module):
-    """Two equal layers, which become a stack, and one of another shape."""
+    """Has two equal layers, which become a stack, and one of another shape."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ def make_run(
 
 
 def batches(steps: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Data, and a learning rate that warms up and falls."""
+    """Yield data, and a learning rate that warms up and falls."""
     for step in range(steps):
         x, y = normal(2 * step, 8, 6, dtype=dtype), normal(2 * step + 1, 8, 4, dtype=dtype)
         yield x, y, torch.tensor(0.02 * min(1, (step + 1) / 10) * 0.98**step, dtype=dtype)
@@ -87,7 +87,7 @@ SWITCHING = Schedule(interval=10, decay=0.99, freeze=3)
 
 
 def run_for(run: Run, steps: int, step: Callable | None = None, dtype: torch.dtype = torch.float64) -> list[Any]:
-    """Copies of the state and what was reported, after each step."""
+    """Return copies of the state and of the auxiliary output after each step."""
     state, history = run.state, []
     for batch in batches(steps, dtype):
         state, aux = (step or run.step)(state, *batch)

@@ -19,18 +19,18 @@ class Case(NamedTuple):
     targets: Any
     fused: dict[str, Any] = {}  # noqa: RUF012, a NamedTuple's defaults are shared and never written
     dtype: torch.dtype = torch.float64
-    tied: tuple[tuple[str, str], ...] = ()  # names of one tensor
+    tied: tuple[tuple[str, str], ...] = ()  # pairs of names of one tensor
 
 
 TOKENS = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1])
 IMAGES, SEQUENCES, VOLUMES = (
-    normal(number, *shape) for number, shape in enumerate([(2, 3, 8, 8), (2, 5, 12), (2, 2, 3, 6, 6)])
+    normal(seed, *shape) for seed, shape in enumerate([(2, 3, 8, 8), (2, 5, 12), (2, 2, 3, 6, 6)])
 )
 
 
 def of_transformers(name: str, **config: Any) -> Callable[[], nn.Module]:
-    """A model of `transformers` from a small configuration, with random weights."""
+    """Return a model of `transformers` from a small configuration, with random weights."""
 
     def make() -> nn.Module:
         import transformers  # noqa: PLC0415, takes seconds
@@ -104,7 +104,7 @@ def encoder() -> nn.Module:
 
 
 def convolutions() -> nn.Module:
-    """Of one, two and three dimensions, with groups, strides and dilation."""
+    """Return convolutions of one, two and three dimensions, with groups, strides and dilation."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv3d(2, 4, (1, 3, 3), padding="same"),
@@ -116,7 +116,7 @@ def convolutions() -> nn.Module:
         nn.Flatten(2),
         nn.Conv1d(6, 4, 3, dilation=2, padding_mode="circular", padding=2),
     )
-    return model.double().eval()  # running statistics, which `torch.func` lets nobody write
+    return model.double().eval()  # running statistics, which `torch.func` does not allow to be written
 
 
 def encoder_loss(model: Callable[..., Any]) -> Tensor:
@@ -159,7 +159,7 @@ CASES = {
     "convolutions: 1d, 2d, 3d": Case(convolutions, convolution_loss, [nn.Conv1d, nn.Conv2d, nn.Conv3d]),
 }
 
-# Loops over the experts that were hit, and an operator of transformers' own for grouped products: no single graph.
+# Loops over the chosen experts and transformers' operator for grouped products give no single graph.
 EAGER_ONLY = {name for name in CASES if "Mixtral" in name and "batched" not in name}
 
 

@@ -1,4 +1,4 @@
-"""Basis vectors: the published generator, one set of bits however it is asked for, and SwitchLoRA's bounds."""
+"""Basis vectors: the published generator, the same bits for every way of requesting them, and SwitchLoRA's bounds."""
 
 import json
 import math
@@ -54,13 +54,13 @@ def test_vectors_equal_the_reference(seed, side, index, length):
 @given(basis_seeds, sides, st.lists(indices, min_size=1, max_size=4), st.integers(1, 9))
 def test_a_batch_holds_the_vectors_one_at_a_time(seed, side, index, length):
     batch = uniform(torch.tensor(seed), side, torch.tensor(index), length)
-    alone = [uniform(torch.tensor(seed), side, torch.tensor([one]), length)[0] for one in index]
+    alone = [uniform(torch.tensor(seed), side, torch.tensor([entry]), length)[0] for entry in index]
     assert_same(batch, torch.stack(alone))
 
 
 @given(st.lists(st.tuples(basis_seeds, sides, indices, st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=4))
 def test_requests_made_together_give_what_they_give_alone(requests):
-    """Of other seeds, sides, numbers of vectors, none among them, and lengths."""
+    """Requests differ in seeds, sides, numbers of vectors (also zero) and lengths."""
     requests = [
         Request(torch.tensor(seed), side, index + torch.arange(count), length)
         for seed, side, index, count, length in requests
@@ -98,8 +98,8 @@ def test_any_number_of_threads_gives_the_same_bits():
     threads = torch.get_num_threads()
     try:
         results = []
-        for number in (1, 2):
-            torch.set_num_threads(number)
+        for count in (1, 2):
+            torch.set_num_threads(count)
             results.append(uniform(seed, "a", index, 1000))
     finally:
         torch.set_num_threads(threads)
@@ -158,7 +158,7 @@ def test_bounds_equal_the_recorded_ones(path):
 
 
 def factors(seed: int, shape: Shape, start: str = "switchlora", dtype: torch.dtype = torch.float64) -> Factors:
-    """Vectors 0 to 2 of side b and 1 to 4 of side a."""
+    """Return vectors 0 to 2 of side b and 1 to 4 of side a."""
     indices = torch.arange(3), torch.arange(1, 5)
     return basis_vectors([BasisSlice(torch.tensor(seed), *indices, shape[:2], shape.rank, start, dtype)])[0]
 
@@ -166,8 +166,8 @@ def factors(seed: int, shape: Shape, start: str = "switchlora", dtype: torch.dty
 @given(any_shapes, seeds)
 def test_vectors_fill_their_bounds_and_are_rounded_once(shape: Shape, seed):
     wide = factors(seed, shape)
-    for side, vectors, numbers in (("b", wide.b.mT, range(3)), ("a", wide.a, range(1, 5))):
-        units = [reference.uniform(seed, side, number, vectors.shape[-1]) for number in numbers]
+    for side, vectors, vector_indices in (("b", wide.b.mT, range(3)), ("a", wide.a, range(1, 5))):
+        units = [reference.uniform(seed, side, index, vectors.shape[-1]) for index in vector_indices]
         wanted = torch.tensor(units, dtype=torch.float64) * reference.bound(side, *shape)
         torch.testing.assert_close(vectors, wanted, rtol=32 * EPS, atol=0)  # as the bounds
     single = factors(seed, shape, dtype=torch.float32)
@@ -188,7 +188,7 @@ def test_an_unknown_start_is_refused():
 
 
 def test_no_more_words_are_drawn_than_are_needed(monkeypatch: pytest.MonkeyPatch):
-    """Four numbers a block: three blocks for ten of them, two for five."""
+    """A block has four numbers: ten need three blocks, five need two."""
     drawn = []
 
     def counted(counter, key):

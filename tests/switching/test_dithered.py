@@ -13,7 +13,7 @@ from tests.support.schedules import assert_no_frozen_vector_is_switched, plans_o
 
 
 def test_dithering_keeps_the_rate_on_average():
-    """Where nothing is held back: 64 slots, of which five steps switch 15 at most."""
+    """No switch is held back: five steps switch at most 15 of 64 slots."""
     steps, stack = 4000, (2, 3)
     schedule = switchlora(steps)
     tables = dithered(schedule, {"w": weight(400, 400, 64, stack)}, total_steps=steps, seed=0).switched["w"]
@@ -25,7 +25,7 @@ def test_dithering_keeps_the_rate_on_average():
 
 
 def test_dithering_holds_back_what_would_meet_a_frozen_vector():
-    """Rank 4, interval 10: 0.4 are asked for a step, and no more than 2 are switched in any 5."""
+    """With rank 4 and interval 10 a step requests 0.4 switches, and any five steps have at most 2."""
     steps = 20_000
     table = dithered(Schedule(interval=10), {"w": weight(64, 64, 4)}, total_steps=steps, seed=0).switched["w"]
     in_five = table[5:] - table[:-5]
@@ -55,24 +55,24 @@ def test_dithered_plans_meet_no_frozen_vector_and_go_in_turn(rank, freeze, longe
     assert_no_frozen_vector_is_switched(iter(plans), rank)
     done = 0
     for step, plan in enumerate(plans):
-        number = len(switched(plan.a))
-        assert schedule.switches(step, {"w": param}) == 2 * number
-        assert switched(plan.a) == [((done + k) % rank, rank + done + k) for k in range(number)]
-        assert switched(plan.b) == [((done + k + rank // 2) % rank, rank + done + k) for k in range(number)]
-        done += number
+        count = len(switched(plan.a))
+        assert schedule.switches(step, {"w": param}) == 2 * count
+        assert switched(plan.a) == [((done + k) % rank, rank + done + k) for k in range(count)]
+        assert switched(plan.b) == [((done + k + rank // 2) % rank, rank + done + k) for k in range(count)]
+        done += count
     if rank == 1 and freeze:
         assert not done  # both sides name the one slot
 
 
 def test_dithered_plans_are_a_function_of_the_seed():
     params = {"w": weight(64, 64, 8, (3,)), "v": weight(64, 64, 8), "full": weight(8, 64, 8), "norm": torch.zeros(2)}
-    one, same, other = (dithered(switchlora(100), params, total_steps=100, seed=seed) for seed in (1, 1, 2))
-    assert_same(one.switched, same.switched)
-    assert one.switched.keys() == {"w", "v"}
-    assert not torch.equal(one.switched["w"], other.switched["w"])
+    first, same, other = (dithered(switchlora(100), params, total_steps=100, seed=seed) for seed in (1, 1, 2))
+    assert_same(first.switched, same.switched)
+    assert first.switched.keys() == {"w", "v"}
+    assert not torch.equal(first.switched["w"], other.switched["w"])
     for step in range(100):
-        assert_same(one(torch.tensor(step), params), one(step, params))
-        assert one(step, params)["w"].a.slots.shape[:-1] == (3,)
+        assert_same(first(torch.tensor(step), params), first(step, params))
+        assert first(step, params)["w"].a.slots.shape[:-1] == (3,)
 
 
 def test_a_dithered_plan_is_a_function_of_the_step_in_a_graph_too():

@@ -12,12 +12,12 @@ from tests.support.schedules import assert_no_frozen_vector_is_switched, plans_o
 
 @pytest.mark.parametrize("count", [1, 2, 4, 9, "all"])
 def test_every_so_many_steps_a_fixed_number_is_switched(count):
-    rank, number = 4, min(4, 9 if count == "all" else count)
+    rank, per_turn = 4, min(4, 9 if count == "all" else count)
     for step, plan in enumerate(plans_of(every(10, count), weight(5, 5, rank), 40)):
         turn = (step + 1) // 10 - 1
         for side, start in ((plan.b, rank // 2), (plan.a, 0)):
-            first = turn * number
-            wanted = [((start + first + k) % rank, rank + first + k) for k in range(number)]
+            first = turn * per_turn
+            wanted = [((start + first + k) % rank, rank + first + k) for k in range(per_turn)]
             assert switched(side) == (wanted if (step + 1) % 10 == 0 else [])
 
 

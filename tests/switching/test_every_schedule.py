@@ -18,7 +18,7 @@ every_rank = pytest.mark.parametrize("rank", [4, 5, 12])
 
 
 def params_of(rank: int = 4) -> dict[str, Any]:
-    """A weight, a stack, a weight of full rank, and a tensor that is not low-rank."""
+    """Return a weight, a stack, a weight of full rank, and a tensor that is not low-rank."""
     return {
         "w": weight(24, 20, rank),
         "stack": weight(24, 20, rank, (2, 3)),
@@ -29,7 +29,7 @@ def params_of(rank: int = 4) -> dict[str, Any]:
 
 @every_schedule
 def test_a_plan_is_a_function_of_the_step(make: Callable[..., Any]):
-    """In any order, from another schedule made in the same way, and with the step in a tensor."""
+    """Plans agree in any order of steps, from an equal schedule, and with the step in a tensor."""
     params = params_of()
     schedule, same = make(params, STEPS), make(params, STEPS)
     with untouched(params):

@@ -1,4 +1,4 @@
-"""Stored candidates: no vector is lost or held twice, whatever is switched, and memory is written only if donated."""
+"""Pools lose no vector and store none twice, for any switch, and write memory only if donated."""
 
 from collections.abc import Iterator
 
@@ -26,47 +26,47 @@ def idle_shapes(draw: st.DrawFn) -> Shape:
 
 
 def make(shape: Shape, members: int, seed: int) -> tuple[LowRank, Pool]:
-    model = {f"{number}.w": normal(seed + number, *shape[:2]) for number in range(members)}
+    model = {f"{member}.w": normal(seed + member, *shape[:2]) for member in range(members)}
     params = init(model, rank=shape.rank, seed=seed, targets=["*"], dtype=torch.float64)
     (param,), (pool,) = params.values(), init_pool(params).values()
     return param, pool
 
 
 def plans_in_turn(param: LowRank, steps: int = 40) -> list[Plan]:
-    """Half of the vectors a step, or all that are idle if they are fewer: the pool wraps several times."""
+    """Return plans of half of the vectors, or of all idle ones if fewer: the pool wraps several times."""
     schedule = Schedule(interval=2, freeze=1)
     return [schedule(step, {"w": param})["w"] for step in range(steps)]
 
 
 def train(param: LowRank, seed: int) -> LowRank:
-    """Other values in every vector in use."""
+    """Return the weight with other values in every vector in use."""
     return param._replace(factors=tree_map(lambda leaf: leaf + normal(seed, *leaf.shape), param.factors))
 
 
 def sides(param: LowRank, pool: Pool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each member and side: vectors in use (rank, n), rows of the pool (size, n), the rows held (rank,)."""
+    """Yield for each member and side: vectors in use (rank, n), rows of the pool (size, n), rows in use (rank,)."""
     for at in np.ndindex(*param.seed.shape):
         yield param.factors.b[at].mT, pool.b.vectors[at], pool.b.held[at]
         yield param.factors.a[at], pool.a.vectors[at], pool.a.held[at]
 
 
 def inventory(param: LowRank, pool: Pool) -> list[list[list[float]]]:
-    """All vectors of each member and side, in use and idle, in the order of their values."""
+    """Return all vectors of each member and side, in use and idle, in the order of their values."""
     return [
-        sorted([*used.tolist(), *(row for at, row in enumerate(rows.tolist()) if at not in held.tolist())])
-        for used, rows, held in sides(param, pool)
+        sorted([*used.tolist(), *(row for at, row in enumerate(rows.tolist()) if at not in in_use.tolist())])
+        for used, rows, in_use in sides(param, pool)
     ]
 
 
 @given(any_shapes, members, seeds)
-def test_a_new_pool_holds_the_first_vectors_of_the_basis(shape: Shape, number, seed):
-    param, pool = make(shape, number, seed)
+def test_a_new_pool_holds_the_first_vectors_of_the_basis(shape: Shape, member_count, seed):
+    param, pool = make(shape, member_count, seed)
     size = min(shape[:2])
     assert pool.b.vectors.shape == (*param.seed.shape, size, shape.out_features)
     assert pool.a.vectors.shape == (*param.seed.shape, size, shape.in_features)
-    for used, rows, held in sides(param, pool):
-        assert_same(rows[held], used)
-        assert sorted(held.tolist()) == list(range(shape.rank))
+    for used, rows, in_use in sides(param, pool):
+        assert_same(rows[in_use], used)
+        assert sorted(in_use.tolist()) == list(range(shape.rank))
     side = SidePlan(torch.zeros(size).long(), torch.arange(size), torch.ones(size).bool())
     numbered = candidates(param, Plan(side, side, torch.tensor(0)))
     assert_same((pool.b.vectors.mT, pool.a.vectors), tuple(numbered))
@@ -81,22 +81,22 @@ def test_a_pool_is_made_for_every_low_rank_weight_and_on_its_own_device():
 
 
 @given(idle_shapes(), members, seeds)
-def test_no_vector_is_lost_or_held_twice(shape: Shape, number, seed):
-    param, pool = make(shape, number, seed)
+def test_no_vector_is_lost_or_held_twice(shape: Shape, member_count, seed):
+    param, pool = make(shape, member_count, seed)
     for step, plan in enumerate(plans_in_turn(param)):
         before = inventory(param, pool)
         param, outgoing = switch(param, plan, incoming=draw(pool, plan))
         pool = put_back(pool, plan, outgoing)
         assert inventory(param, pool) == before
-        for _, rows, held in sides(param, pool):
-            assert len(set(held.tolist())) == shape.rank
-            assert 0 <= held.min() <= held.max() < len(rows)
+        for _, rows, in_use in sides(param, pool):
+            assert len(set(in_use.tolist())) == shape.rank
+            assert 0 <= in_use.min() <= in_use.max() < len(rows)
         param = train(param, step)
 
 
 @given(idle_shapes(), members, seeds)
-def test_switched_slots_hold_the_rows_that_the_plan_names(shape: Shape, number, seed):
-    param, pool = make(shape, number, seed)
+def test_switched_slots_hold_the_rows_that_the_plan_names(shape: Shape, member_count, seed):
+    param, pool = make(shape, member_count, seed)
     for plan in plans_in_turn(param):
         drawn = draw(pool, plan)
         new, outgoing = switch(param, plan, incoming=drawn)
@@ -104,19 +104,19 @@ def test_switched_slots_hold_the_rows_that_the_plan_names(shape: Shape, number, 
         for name, vectors in (("b", drawn.b.mT), ("a", drawn.a)):
             slots, indices, active = (leaf.tolist() for leaf in getattr(plan, name))
             before, after = getattr(pool, name), getattr(returned, name)
-            held = before.held.clone()
+            in_use = before.held.clone()
             for entry in range(len(slots)):
                 row = indices[entry] % min(shape[:2])
                 assert_same(vectors[..., entry, :], before.vectors[..., row, :])
                 if active[entry]:
-                    held[..., slots[entry]] = row
-            assert_same(after.held, held)
+                    in_use[..., slots[entry]] = row
+            assert_same(after.held, in_use)
         param, pool = train(new, seed), returned
 
 
 @given(idle_shapes(), members, seeds)
-def test_a_run_with_a_pool_equals_a_seeded_one_until_the_pool_wraps(shape: Shape, number, seed):
-    seeded, pool = make(shape, number, seed)
+def test_a_run_with_a_pool_equals_a_seeded_one_until_the_pool_wraps(shape: Shape, member_count, seed):
+    seeded, pool = make(shape, member_count, seed)
     stored, has_wrapped = seeded, False
     for step, plan in enumerate(plans_in_turn(seeded)):
         stored, outgoing = switch(stored, plan, incoming=draw(pool, plan))
@@ -135,52 +135,53 @@ def test_a_run_with_a_pool_equals_a_seeded_one_until_the_pool_wraps(shape: Shape
 
 
 @given(idle_shapes(), members, seeds)
-def test_donated_pools_equal_undonated_ones_and_keep_their_memory(shape: Shape, number, seed):
-    param, kept = make(shape, number, seed)
-    donated = tree_map(torch.clone, kept)
+def test_donated_pools_equal_undonated_ones_and_keep_their_memory(shape: Shape, member_count, seed):
+    param, pool = make(shape, member_count, seed)
+    donated = tree_map(torch.clone, pool)
     memory = [leaf.data_ptr() for leaf in tree_leaves(donated)]
     for step, plan in enumerate(plans_in_turn(param)):
-        new, outgoing = switch(param, plan, incoming=draw(kept, plan))
-        with untouched(kept, plan, outgoing, param):
-            kept_new = put_back(kept, plan, outgoing)
+        new, outgoing = switch(param, plan, incoming=draw(pool, plan))
+        with untouched(pool, plan, outgoing, param):
+            new_pool = put_back(pool, plan, outgoing)
         donated = put_back(donated, plan, outgoing, donate=True)
-        assert_same(donated, kept_new)
+        assert_same(donated, new_pool)
         assert [leaf.data_ptr() for leaf in tree_leaves(donated)] == memory
-        param, kept = train(new, step), kept_new
+        param, pool = train(new, step), new_pool
 
 
 @given(idle_shapes(), seeds)
 def test_a_stack_of_pools_is_the_loop_over_its_members(shape: Shape, seed):
     param, pool = make(shape, 3, seed)
     for step, shared in enumerate(plans_in_turn(param, steps=10)):
-        # Of each member another plan: of one none, of one half, of one all of the entries.
-        own = Plan(*(_own(side) for side in (shared.b, shared.a)), shared.frozen_for)
-        for plan in (shared, own):
+        # Each member has another plan: with none, half and all of the entries active.
+        varied = Plan(*(_vary(side) for side in (shared.b, shared.a)), shared.frozen_for)
+        for plan in (shared, varied):
             outgoing = switch(train(param, step), plan, incoming=draw(pool, plan)).outgoing
             together = draw(pool, plan), put_back(pool, plan, outgoing)
             alone = [
-                _alone(_member(pool, at), _member(plan, at, own=plan is own), _member(outgoing, at)) for at in range(3)
+                _exchange(_member(pool, at), _member(plan, at, is_per_member=plan is varied), _member(outgoing, at))
+                for at in range(3)
             ]
             assert_same(together, tree_map(lambda *leaves: torch.stack(leaves), *alone))
         pool = together[1]
 
 
-def _own(side: SidePlan) -> SidePlan:
+def _vary(side: SidePlan) -> SidePlan:
     slots, indices, active = (leaf.repeat(3, 1) for leaf in side)
     active[0], active[1, ::2] = False, False
     return SidePlan(slots, indices, active)
 
 
-def _member(tree, number: int, *, own: bool = True):
-    return tree_map(lambda leaf: leaf[number] if own and leaf.ndim else leaf, tree)
+def _member(tree, member: int, *, is_per_member: bool = True):
+    return tree_map(lambda leaf: leaf[member] if is_per_member and leaf.ndim else leaf, tree)
 
 
-def _alone(pool: Pool, plan: Plan, outgoing: Factors) -> tuple[Factors, Pool]:
+def _exchange(pool: Pool, plan: Plan, outgoing: Factors) -> tuple[Factors, Pool]:
     return draw(pool, plan), put_back(pool, plan, outgoing)
 
 
 def test_an_idle_entry_may_name_what_an_active_one_writes():
-    """All that `active` leaves out is free to name any slot and any row."""
+    """An entry that is not active may name any slot and any row."""
     param, pool = make(Shape(6, 5, 3), 1, 0)
     for active in ([True, False], [False, True], [False, False]):
         side = SidePlan(torch.tensor([1, 1]), torch.tensor([3, 3]), torch.tensor(active))

@@ -20,7 +20,7 @@ rates = schedules(kinds=["rate"])  # down to the shortest interval that the free
 
 
 def due(schedule: Schedule, param: LowRank, steps: int) -> Iterator[Fraction]:
-    """What has come due after each number of steps, rank * turns, in exact arithmetic."""
+    """Yield the switches that are due after each number of steps, rank * turns, in exact arithmetic."""
     rank, decay = param.factors.a.shape[-2], Fraction(schedule.decay)
     total = Fraction(0)
     for step in range(steps):
@@ -45,7 +45,7 @@ def test_as_many_are_switched_as_come_due(schedule: Schedule, rank):
 
 @given(ranks, st.integers(1, 30))
 def test_every_slot_is_switched_once_an_interval_on_each_side(rank, interval):
-    """At every rank, 1 included."""
+    """The check includes rank 1."""
     param = weight(64, 64, rank)
     switches = {"b": [], "a": []}
     for plan in plans_of(Schedule(interval=interval, freeze=0), param, 5 * interval):
@@ -58,20 +58,22 @@ def test_every_slot_is_switched_once_an_interval_on_each_side(rank, interval):
 @given(rates, ranks, st.integers(1, 40))
 @example(Schedule(interval=10, every=10, freeze=0), 12, 2)  # fewer idle ones than come due
 def test_slots_and_vectors_come_in_turn(schedule: Schedule, rank, idle):
-    """Side b starts half a turn behind; both bring in the vectors after the `rank` first ones of the basis. None is
-    left out where no more than the idle ones are switched."""
+    """Side b starts half a turn behind, and both sides continue after the first `rank` vectors of the basis.
+
+    No vector is skipped while at most the idle vectors are switched.
+    """
     entries = {"b": [], "a": []}
     for plan in plans_of(schedule, weight(rank + idle, 64, rank), 100):
         entries["b"] += switched(plan.b)
         entries["a"] += switched(plan.a)
     for name, start in (("b", rank // 2), ("a", 0)):
-        wanted = [((start + number) % rank, rank + number) for number in range(len(entries[name]))]
+        wanted = [((start + index) % rank, rank + index) for index in range(len(entries[name]))]
         assert entries[name] == wanted
 
 
 @given(st.floats(0.1, 4), st.sampled_from([1, 3, 10]), st.integers(0, 2), ranks)
 def test_the_active_slots_of_a_side_are_distinct(interval, steps, freeze, rank):
-    """However short the interval: or it is refused."""
+    """Any short interval either works or is refused."""
     try:
         schedule = Schedule(interval=interval, every=steps, freeze=freeze)
     except ValueError:
@@ -109,7 +111,7 @@ def test_a_step_in_a_tensor_gives_the_same_plan(schedule: Schedule, rank, step):
 
 @given(rates, ranks)
 def test_a_step_in_a_tensor_is_not_read(schedule: Schedule, rank):
-    """So that a plan is made on the device, without waiting for it: tensors on the meta device have no values."""
+    """A plan is made on the device without a wait for it: tensors on the meta device have no values."""
     params = {"w": tree_map(lambda leaf: leaf.to("meta"), weight(64, 40, rank))}
     step = torch.empty((), dtype=torch.int64, device="meta")
     of_meta, plan = schedule(step, params)["w"], schedule(0, {"w": weight(64, 40, rank)}).get("w")
@@ -136,11 +138,11 @@ def test_a_step_takes_no_more_than_a_pool_has_idle(schedule: Schedule, idle, ran
 
 @pytest.mark.parametrize("steps", [1, 7, 45])
 def test_rounding_takes_no_more_than_a_pool_has_idle(steps):
-    """Whatever the decay: with 3 idle ones, 3 * 10.16 / 10.16 may come out as a little more than 3."""
+    """For some decays 3 * 10.16 / 10.16 is slightly more than 3, and with 3 idle vectors it must round to 3."""
     for idle in range(1, 64, 2):
         param = weight(200 + idle, 300, 200)
-        for number in range(1, 50):
-            schedule = Schedule(interval=steps, decay=number / 50, every=steps, freeze=0)
+        for fiftieths in range(1, 50):
+            schedule = Schedule(interval=steps, decay=fiftieths / 50, every=steps, freeze=0)
             assert schedule(0, {"w": param})["w"].a.slots.shape[-1] <= idle
 
 
@@ -161,7 +163,7 @@ def test_never_plans_nothing():
 @given(st.integers(2, 10), ranks)
 def test_batches_hold_what_single_steps_would_have_switched(steps, rank):
     param = weight(64, 64, rank)
-    single, batched = (Schedule(interval=40, every=number, freeze=2) for number in (1, steps))
+    single, batched = (Schedule(interval=40, every=period, freeze=2) for period in (1, steps))
     for name in ("b", "a"):
         waiting = []
         for step in range(100):
@@ -222,5 +224,5 @@ def test_limits_are_those_of_the_matrix_in_a_stack():
 def test_defaults_are_the_papers():
     assert switchlora(1000) == Schedule(interval=40, decay=0.3 ** (1 / 100), freeze=5)
     assert switchlora(1).freeze == 5
-    assert Schedule(count=3, freeze=0).most(weight(4, 4, 4)) == 3  # without a pool there is no end of candidates
+    assert Schedule(count=3, freeze=0).most(weight(4, 4, 4)) == 3  # without a pool the candidates are unlimited
     assert Schedule(count=3, freeze=0, from_pool=True).most(weight(4, 4, 4)) == 0

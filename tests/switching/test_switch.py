@@ -15,12 +15,12 @@ from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank,
 from tests.support import reference
 from tests.support.strategies import plain_params
 
-# A weight, a plan for it, and a seed for all else.
+# A weight, a plan for it, and a seed for everything else.
 cases = plain_params().flatmap(lambda param: st.tuples(st.just(param), plans(param), seeds))
 
 
 def vectors(param: LowRank, plan: Plan, seed: int) -> Factors:
-    """Incoming vectors that come from nowhere in particular."""
+    """Return random incoming vectors that do not come from a basis."""
     (out_features, in_features), dtype, stack = param.base.shape[-2:], param.factors.a.dtype, param.seed.shape
     return Factors(
         b=normal(seed, *stack, out_features, plan.b.slots.shape[-1], dtype=dtype),
@@ -29,7 +29,7 @@ def vectors(param: LowRank, plan: Plan, seed: int) -> Factors:
 
 
 def entries(plan: SidePlan, at: tuple[int, ...], rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each slot that is switched with the vector that comes in: of duplicates the first."""
+    """Yield each switched slot with its incoming vector: the first of duplicates."""
     slots, active = (leaf.broadcast_to(rows.shape[:-1])[at].tolist() for leaf in (plan.slots, plan.active))
     for entry, slot in enumerate(slots):
         if active[entry] and slot not in [slots[before] for before in range(entry) if active[before]]:
@@ -37,7 +37,7 @@ def entries(plan: SidePlan, at: tuple[int, ...], rows: Tensor) -> Iterator[tuple
 
 
 def switched_slowly(param: LowRank, plan: Plan, incoming: Factors) -> tuple[LowRank, Tensor]:
-    """Slot by slot in float64, and the magnitudes of all terms that are added to the base."""
+    """Switch slot by slot in float64, and return the magnitudes of all terms added to the base too."""
     base, b, a = (leaf.double().clone() for leaf in (param.base, *param.factors))
     magnitude, rank = base.abs(), a.shape[-2]
     for at in np.ndindex(*param.seed.shape):
@@ -53,8 +53,11 @@ def switched_slowly(param: LowRank, plan: Plan, incoming: Factors) -> tuple[LowR
 
 
 def rounding(param: LowRank, plan: Plan, slow: LowRank, magnitude: Tensor) -> Tensor:
-    """Of the base: each entry of the plan adds a product, of a difference and a quotient, in the working dtype; in the
-    end comes one rounding to the base's own."""
+    """Return the bound of the base's rounding errors.
+
+    Each entry of the plan adds a product, of a difference and a quotient, in the working dtype.
+    The sum is rounded once to the base's dtype.
+    """
     sums = plan.b.slots.shape[-1] + plan.a.slots.shape[-1] + 3
     work = reference.working_dtype(param)
     return sums * eps(work) * magnitude + eps(param.base.dtype) / 2 * slow.base.abs() * (1 + eps(work))
@@ -93,7 +96,7 @@ def test_switch_keeps_the_output_and_the_gradient_of_the_input(case):
 
     got = switch(param, plan).param
     slow, magnitude = switched_slowly(param, plan, candidates(param, plan))
-    # What the base is off by, and what the products round before and after: 2 * length + rank + 4 sums each.
+    # The error of the base, and the roundings of both products: 2 * length + rank + 4 sums each.
     sums = 2 * max(param.base.shape) + param.factors.a.shape[-2] + 4
     bound = rounding(param, plan, slow, magnitude) + 2 * sums * eps(dtype) * (magnitude + reference.magnitude(got))
     (output, gradient), wanted = output_and_gradient(got), output_and_gradient(param)
@@ -161,7 +164,7 @@ def test_of_duplicates_the_first_active_entry_counts(active, entry):
 
 
 def test_a_base_in_bfloat16_is_rounded_once():
-    """Eight differences of a quarter of an eps each: rounded one by one they would vanish, together they are two."""
+    """The fold adds eight differences of a quarter of an eps. Rounded one by one they vanish, their sum is two eps."""
     ulp = eps(torch.bfloat16)
     factors = Factors(b=torch.ones(8, 8), a=torch.full((8, 8), 8 * ulp / 4))
     param = LowRank(torch.ones(8, 8, dtype=torch.bfloat16), factors, torch.tensor(0))

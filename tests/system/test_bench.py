@@ -1,4 +1,4 @@
-"""Every benchmark runs and gives its ratios; what they are is no test."""
+"""Every benchmark runs and reports its ratios; their values are not tested."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def test_a_benchmark_runs(name, tmp_path):
 
 
 def _run(name: str, out: Path) -> str:
-    """As ``python -m bench.NAME``, in a process that has torch already."""
+    """Run ``python -m bench.NAME`` in a process that has imported torch."""
     os.chdir(ROOT)
     sys.argv = [f"bench.{name}", "--quick", "--json", "--device", "cpu", "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -53,7 +53,7 @@ def _run(name: str, out: Path) -> str:
 
 
 def test_the_papers_figures_come_out_of_what_counts_the_bytes():
-    """Trainable numbers at 1.3B (arXiv:2406.06564), and so the bytes that processes reduce: 54 % fewer."""
+    """At 1.3B (arXiv:2406.06564) there are 54 % fewer trainable parameters, and so fewer bytes to reduce."""
     from bench.scale import paper_figures  # noqa: PLC0415
 
     found = paper_figures()

@@ -14,9 +14,9 @@ from models.corpus import Document, Split
 
 def write_files(folder: Path, count: int) -> list[Path]:
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"file{number}.txt" for number in range(count)]
-    for number, path in enumerate(paths):
-        path.write_text(f"text of file {number}\n" * (number + 3))
+    paths = [folder / f"file{index}.txt" for index in range(count)]
+    for index, path in enumerate(paths):
+        path.write_text(f"text of file {index}\n" * (index + 3))
     return paths
 
 
@@ -51,7 +51,7 @@ def test_two_files_leave_one_for_each_part(tmp_path: Path):
 
 def test_one_file_is_cut_at_a_line(tmp_path: Path):
     path = tmp_path / "only.txt"
-    path.write_text("".join(f"line {number}\n" for number in range(100)))
+    path.write_text("".join(f"line {index}\n" for index in range(100)))
     (train,), (validation,) = corpus.split(corpus.text_files([path]))
     assert train.text + validation.text == path.read_text()
     assert train.text.endswith("\n")
@@ -162,7 +162,7 @@ def test_a_tokenizer_that_is_none(tmp_path: Path):
 def write_dataset(folder: Path, **splits: list[str]) -> str:
     folder.mkdir()
     for name, texts in splits.items():
-        lines = (json.dumps({"text": text, "number": number}) for number, text in enumerate(texts))
+        lines = (json.dumps({"text": text, "number": index}) for index, text in enumerate(texts))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)
 
@@ -175,10 +175,10 @@ def test_dataset_with_a_validation_split(tmp_path: Path):
 
 
 def test_dataset_without_one_and_with_a_limit(tmp_path: Path):
-    name = write_dataset(tmp_path / "data", train=[f"{number:04d}" for number in range(100)])
+    name = write_dataset(tmp_path / "data", train=[f"{index:04d}" for index in range(100)])
     parts = corpus.dataset(name, config=None, column="text", characters=160)
     assert [document.text for document in parts.validation] == ["0000", "0001"]
-    assert [document.text for document in parts.train] == [f"{number:04d}" for number in range(2, 40)]
+    assert [document.text for document in parts.train] == [f"{index:04d}" for index in range(2, 40)]
 
 
 def test_dataset_without_the_column(tmp_path: Path):

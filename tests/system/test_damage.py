@@ -1,4 +1,4 @@
-"""What comes from outside, damaged: an error that names the file, no crash, nothing executed, nothing half done.
+"""Damaged input gives an error that names the file, no crash, nothing executed, nothing half done.
 
 ``--damaged 1250`` makes ten thousand of them.
 """
@@ -28,7 +28,7 @@ from tests.support.damage import Damage, nothing_run
 
 
 class Kind(NamedTuple):
-    """One kind of input: how a good one is written, and how it is read."""
+    """One kind of input: a writer of valid input, and its reader."""
 
     write: Callable[[Path], None]
     read: Callable[[Path], Any]
@@ -49,9 +49,9 @@ STATE = {"params": dl.init(MODEL, rank=2, seed=0, targets=["*.weight"], base="in
 def write_sharded(folder: Path) -> None:
     weights = {name: weight.detach() for name, weight in MODEL.state_dict().items()}
     names = sorted(weights)
-    for number, part in enumerate((names[:2], names[2:])):
-        dl.interop.save_weights({name: weights[name] for name in part}, folder / f"part{number}.safetensors")
-    where = {name: f"part{number}.safetensors" for number, part in enumerate((names[:2], names[2:])) for name in part}
+    for index, part in enumerate((names[:2], names[2:])):
+        dl.interop.save_weights({name: weights[name] for name in part}, folder / f"part{index}.safetensors")
+    where = {name: f"part{index}.safetensors" for index, part in enumerate((names[:2], names[2:])) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
@@ -69,13 +69,13 @@ def write_checkpoint(folder: Path) -> None:
 def read_checkpoint(folder: Path) -> Any:
     loaded = load_checkpoint(folder, STATE, SINGLE_PROCESS)
     assert loaded is not None
-    assert_same(loaded.state, STATE)  # what is whole is what was saved
+    assert_same(loaded.state, STATE)  # what reads without an error is what was saved
     return loaded
 
 
 def write_text(folder: Path) -> None:
-    for number in range(2):
-        (folder / f"{number}.txt").write_text("some text, äöü\n" * 20)
+    for index in range(2):
+        (folder / f"{index}.txt").write_text("some text, äöü\n" * 20)
 
 
 def read_text(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The fine-tuning job from the command line: what it leaves, that it goes on bit for bit, what it says of bad input."""
+"""The fine-tuning job from the command line: what it leaves, its bitwise resumption, and its errors for bad input."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def job(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> tuple[Path, Path]:
-    """A model with its tokenizer, and a text."""
+    """Write a model with its tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("given")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -25,7 +25,7 @@ def test_basis_has_the_same_bits():
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("residual", ["bfloat16", "int8"])
 def test_residuals_in_host_memory_are_folded_into_as_on_the_device(residual, is_compiled):
-    """Codes on the device, residuals beside them or on the host: the same bits, and each stays where it lies."""
+    """Residuals on the device and on the host give the same bits, and each stays on its device."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).cuda()
     (param,) = dl.init({"w": weight}, rank=8, seed=0, targets=["w"]).values()
     near, far = (
@@ -39,7 +39,7 @@ def test_residuals_in_host_memory_are_folded_into_as_on_the_device(residual, is_
     near, far = dl.merge(near), dl.merge(far)
     assert {leaf.device.type for leaf in tree_leaves(far.base.residual)} == {"cpu"}
     assert {leaf.device.type for leaf in tree_leaves((far.base.codes, far.factors))} == {"cuda"}
-    assert_same(*(tree_map(torch.Tensor.cpu, one) for one in (far, near)))
+    assert_same(*(tree_map(torch.Tensor.cpu, tree) for tree in (far, near)))
 
 
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.inductor)])

@@ -14,7 +14,7 @@ import dynlora_fn
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "dynlora_fn"
-# What the modules of each package may import of the others. A new package gets a row.
+# The packages that the modules of each package may import. A new package gets a row.
 ALLOWED = {
     "_core": set(),
     "bases": {"_core"},
@@ -32,7 +32,7 @@ NAMESPACES = ["bases", "interop", "optim", "parallel", "schedules", "switching"]
 
 
 def imported(source: str) -> set[str]:
-    """Full names of everything that is imported, inside functions and under TYPE_CHECKING too."""
+    """Return full names of everything that is imported, inside functions and under TYPE_CHECKING too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -44,7 +44,7 @@ def imported(source: str) -> set[str]:
 
 
 def of_package(source: str) -> list[list[str]]:
-    """The names among them that are the package's, split at the dots."""
+    """Return the imported names of the package, split at the dots."""
     return [name.split(".") for name in imported(source) if name.split(".")[0] == "dynlora_fn"]
 
 
@@ -53,7 +53,7 @@ def name_of(path: Path, root: Path) -> str:
 
 
 def circle_in(paths: list[Path], root: Path) -> list[str] | None:
-    """The modules of one circle of imports, or None if there is none."""
+    """Return the modules of one circle of imports, or None if there is none."""
     modules = {name_of(path, root): path for path in paths}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
@@ -163,7 +163,7 @@ def test_public_names_have_a_docstring(name: str, value: object):
 
 
 def test_importing_has_no_side_effects():
-    """In a fresh process: no setting of torch changes, and no random number is drawn."""
+    """In a fresh process, no setting of torch changes and no random number is drawn."""
     script = """
 import torch
 

@@ -23,7 +23,7 @@ from dynlora_fn.testing import Shape, assert_within, low_rank, normal
 from models import corpus as text
 from models.pretrain.learning_rate import warmup_cosine
 
-PATH = "".join(f"line {number}: {number * number}\n" for number in range(400))
+PATH = "".join(f"line {index}: {index * index}\n" for index in range(400))
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,15 @@ def test_a_paired_test_sees_differences_seed_by_seed():
 
 # --- sweeps
 def bowl(run: Run) -> float:
-    """Best at the papers' rates."""
+    """Return a loss that is lowest at the papers' rates."""
     return abs(math.log2(run.lr / CENTERS[run.method])) + abs(math.log2(run.dense_lr))
 
 
 def found_by(loss, run: Run) -> tuple[store.Found, Stage]:
-    """The search with runs that cost nothing."""
+    """Run the search with a loss function in place of training."""
     found: store.Found = {}
     while (stage := swept(found, run)).missing:
-        found |= {one: {"loss": loss(one)} for one in stage.missing}
+        found |= {missing_run: {"loss": loss(missing_run)} for missing_run in stage.missing}
     return found, stage
 
 
@@ -109,8 +109,8 @@ def test_all_runs_that_an_experiment_asks_for_can_be_named_and_read_again(tmp_pa
         for _ in range(20):
             missing = {run for stage in experiment(found, "tiny").values() for run in stage.missing}
             found |= {run: {"loss": bowl(run)} for run in missing}
-        for number, run in enumerate(found):
-            if number < 12:
+        for index, run in enumerate(found):
+            if index < 12:
                 store.append(tmp_path / f"{name}.jsonl", run, {"loss": 1.0}, "corpus")
         read = store.read(tmp_path, "corpus")
         assert set(list(found)[:12]) <= set(read)
@@ -164,10 +164,10 @@ def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
     loss, grads = job.gradients(method.weights(), tokens)
     assert_within(loss, wanted.value, 1e-5)
     for name, grad in dl.optim.project_gradients(grads, method.params).items():
-        for own, other in zip(
-            *(torch.utils._pytree.tree_leaves(one) for one in (grad, wanted.grads[name])), strict=True
+        for leaf, wanted_leaf in zip(
+            *(torch.utils._pytree.tree_leaves(tree) for tree in (grad, wanted.grads[name])), strict=True
         ):
-            assert_within(own, other, 1e-5 * other.abs().max() + 1e-9)
+            assert_within(leaf, wanted_leaf, 1e-5 * wanted_leaf.abs().max() + 1e-9)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "switchlora"])
@@ -206,10 +206,10 @@ def test_random_rows_are_idle_and_distinct():
     pool = dl.switching.init_pool(params)
     plan = dl.schedules.every(1, count=3)(0, params)
     drawn = study_schedules.at_random(plan, pool, torch.Generator().manual_seed(0))["w"]
-    for side, held in ((drawn.b, pool["w"].b.held), (drawn.a, pool["w"].a.held)):
-        for rows, own in zip(side.indices, held, strict=True):
+    for side, in_use in ((drawn.b, pool["w"].b.held), (drawn.a, pool["w"].a.held)):
+        for rows, used_rows in zip(side.indices, in_use, strict=True):
             assert len(set(rows.tolist())) == 3
-            assert set(rows.tolist()).isdisjoint(own.tolist())
+            assert set(rows.tolist()).isdisjoint(used_rows.tolist())
 
 
 def test_a_rate_with_an_end_switches_nothing_afterwards():
@@ -225,10 +225,10 @@ def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(PATH)
     text_file = (tmp_path / "text.txt",)
     config = Quality("methods", ("tiny",), text=text_file, folder=tmp_path / "out", threads=1, backend="eager")
-    made = []
+    executed = []
 
     def brief(job, run, make_method):
-        made.append(run)
+        executed.append(run)
         return {
             "loss": bowl(run),
             "curve": [(1, 1.0)],
@@ -239,19 +239,19 @@ def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("bench.quality.study.execute", brief)
     main(replace(config, minutes=0))
-    assert not made
+    assert not executed
     main(replace(config, rows=("full rank",)))
-    assert {run.method for run in made} == {"full"}
+    assert {run.method for run in executed} == {"full"}
     main(config)
-    assert len(made) == len(set(made)) > 50
-    count = len(made)
+    assert len(executed) == len(set(executed)) > 50
+    count = len(executed)
     main(config)
-    assert len(made) == count
+    assert len(executed) == count
     assert "full rank" in (tmp_path / "out" / "methods.md").read_text()
     assert (tmp_path / "out" / "methods_tiny.png").stat().st_size > 1000
-    main(replace(config, experiment="test"))  # the same rates and seeds, by another text
-    chosen = {replace(run, held_out="test") for run in made[:count] if run.seed > 0}
-    assert {run for run in made[count:] if run.seed > 0} == chosen
+    main(replace(config, experiment="test"))  # the same rates and seeds, measured on another text
+    chosen = {replace(run, held_out="test") for run in executed[:count] if run.seed > 0}
+    assert {run for run in executed[count:] if run.seed > 0} == chosen
     assert "| test loss |" in (tmp_path / "out" / "test.md").read_text()
     assert "small" not in (tmp_path / "out" / "test.md").read_text()  # it was not begun
     found = store.read(tmp_path / "out", next(iter({line["corpus"] for line in _lines(tmp_path)})))

@@ -1,4 +1,4 @@
-"""What the README and the pages of the packages show is run."""
+"""The examples in the README and on the packages' pages run."""
 
 import re
 from functools import partial
@@ -104,9 +104,9 @@ def test_the_loop_of_several_processes_learns_the_same_on_each():
 
 
 def _run_in_a_group(block: str) -> tuple[float, dict]:
-    torch.compile = partial(torch.compile, backend="aot_eager")  # in a process of its own
+    torch.compile = partial(torch.compile, backend="aot_eager")  # in another process
     join, leave = torch.distributed.init_process_group, torch.distributed.destroy_process_group
-    torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda: None  # the test's own
+    torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda: None  # of this test
     names: dict = {}
     exec(block, names)
     torch.distributed.init_process_group, torch.distributed.destroy_process_group = join, leave

@@ -84,21 +84,23 @@ def test_per_sample_gradients_are_those_of_batches_of_one():
     params = init(net, rank=2, seed=0, targets=TARGETS)
     got = recipes.per_sample_gradients(net, loss, params, (x, y))
     trainable, frozen = partition(params)
-    for number in range(len(x)):
-        one = value_and_grad(recipes.loss_of(net, loss, frozen))(trainable, (x[number, None], y[number, None])).grads
-        torch.testing.assert_close(tree_map(lambda leaf: leaf[number], got), one, rtol=1e-4, atol=1e-6)  # noqa: B023
+    for sample in range(len(x)):
+        grads = value_and_grad(recipes.loss_of(net, loss, frozen))(trainable, (x[sample, None], y[sample, None])).grads
+        torch.testing.assert_close(tree_map(lambda leaf: leaf[sample], got), grads, rtol=1e-4, atol=1e-6)  # noqa: B023
 
 
 @pytest.mark.parametrize(("seeds", "lrs"), [(range(8), [1e-2] * 8), ([3] * 8, [10.0**-power for power in range(1, 9)])])
 def test_an_ensemble_is_as_many_runs(seeds, lrs):
     net = model()
     trainable, frozen = recipes.ensemble(net, loss, BATCHES[:20], targets=TARGETS, rank=2, seeds=seeds, lrs=lrs)
-    for number, (seed, lr) in enumerate(zip(seeds, lrs, strict=True)):
-        one, own = recipes.ensemble(net, loss, BATCHES[:20], targets=TARGETS, rank=2, seeds=[seed], lrs=[lr])
+    for index, (seed, lr) in enumerate(zip(seeds, lrs, strict=True)):
+        single, single_frozen = recipes.ensemble(
+            net, loss, BATCHES[:20], targets=TARGETS, rank=2, seeds=[seed], lrs=[lr]
+        )
         bases = [param.base for param in frozen.values() if not isinstance(param, Tensor)]
-        assert_same(bases, [param.base for param in own.values() if not isinstance(param, Tensor)])
-        member = tree_map(lambda leaf: leaf[number], trainable)  # noqa: B023
-        torch.testing.assert_close(member, tree_map(lambda leaf: leaf[0], one), rtol=1e-3, atol=1e-5)
+        assert_same(bases, [param.base for param in single_frozen.values() if not isinstance(param, Tensor)])
+        member = tree_map(lambda leaf: leaf[index], trainable)  # noqa: B023
+        torch.testing.assert_close(member, tree_map(lambda leaf: leaf[0], single), rtol=1e-3, atol=1e-5)
     shapes = {tuple(leaf.shape) for leaf in tree_leaves(trainable)}
     assert shapes == {(8, 2, 8, 2), (8, 2, 2, 8)}
     assert any(

@@ -1,4 +1,4 @@
-"""The checks behind ``--shapes``: what does not fit its annotation is told."""
+"""The checks behind ``--shapes``: a tensor that does not match its annotation raises an error."""
 
 import pytest
 import torch

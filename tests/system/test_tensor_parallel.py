@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 def job(widths: tuple[int, ...] = (), layers: int = 2) -> Job:
-    """A perceptron, or without widths a llama of so many layers."""
+    """Return a job with a perceptron, or without widths with a llama of `layers` layers."""
     torch.manual_seed(0)
     if widths:
         model, targets = mlp.MLP(widths), mlp.TARGETS
@@ -67,11 +67,11 @@ def step_of(task: Job, mesh=None):
     return step
 
 
-def train(task: Job, params, step, whole, steps: int = 6):
+def train(task: Job, params, step, full_shapes, steps: int = 6):
     trainable, frozen = dl.partition(params)
     state, losses = (trainable, frozen, dl.optim.adamw().init(trainable)), []
     for index in range(steps):
-        plan = SCHEDULE(index, whole(dl.combine(*state[:2])))
+        plan = SCHEDULE(index, full_shapes(dl.combine(*state[:2])))
         state, loss = step(state, task.batch(index), torch.tensor(1e-2), plan)
         losses.append(loss.item())
     return dl.combine(*state[:2]), losses
@@ -83,10 +83,10 @@ def _train(widths, base, backend) -> None:
     low_rank = [name for name, param in task.params.items() if isinstance(param, dl.LowRank)]
     for name in low_rank:
         assert 2 * parts[name].base.numel() == task.params[name].base.numel()
-    whole = task.params
-    if base:  # rounded number by number, so that parts are those of the whole
-        parts, whole = (dl.bases.quantize(params, base) for params in (parts, whole))
-    expected, wanted = train(task, whole, step_of(task), dict)
+    unsharded = task.params
+    if base:  # rounded elementwise, so that parts equal those of the unsharded base
+        parts, unsharded = (dl.bases.quantize(params, base) for params in (parts, unsharded))
+    expected, wanted = train(task, unsharded, step_of(task), dict)
     step = step_of(task, mesh)
     if backend:
         step = dl.compile_step(step, backend=backend)
@@ -112,15 +112,15 @@ def test_a_step_in_parts_is_that_of_the_whole(widths, base, backend):
 
 
 def _codes(base: str) -> None:
-    """Each part has scales of its own, so that the whole has more of them than any whole base in the format."""
+    """Each part has its scales, so the gathered base has more of them than an unsharded base."""
     mesh, task = init_device_mesh("cpu", (2,)), job()
     parts = dl.bases.quantize(parallel.shard(task.params, mesh), base)
     codes = {
         name: part._replace(base=part.base._replace(residual=())) if isinstance(part, dl.LowRank) else part
         for name, part in parts.items()
     }
-    seen = parallel.gather(codes, mesh)  # what products see, as one whole
-    wanted = dl.value_and_grad(task.loss)(*dl.partition(seen), task.batch(0))
+    gathered = parallel.gather(codes, mesh)  # as products use it, gathered
+    wanted = dl.value_and_grad(task.loss)(*dl.partition(gathered), task.batch(0))
     trainable, frozen = (parallel.to_dtensors(tree, mesh) for tree in dl.partition(parts))
     with implicit_replication():
         loss, grads = parallel.value_and_grad(task.loss, mesh)(trainable, frozen, task.batch(0))

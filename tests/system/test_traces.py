@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 class Trace:
-    """One file: arrays by name, and what is compared where."""
+    """One trace file: arrays by name, and the names to compare at each step."""
 
     def __init__(self, path: Path):
         self.arrays = np.load(path)
@@ -89,7 +89,7 @@ class Trace:
         }
 
     def plans(self, step: int) -> dict[str, Plan]:
-        """Padded to one width for every step, the width of the busiest one."""
+        """Return plans padded to one width, that of the step with the most switches."""
 
         def side(layer: str, letter: str) -> SidePlan:
             count = int(self.arrays[f"{layer}.n{letter}"].max())
@@ -140,7 +140,7 @@ def check_switch(trace: Trace, step: int, params: dict, pools: dict, opt_state) 
 
 
 def check_seen_gradients(trace: Trace, step: int, grads: dict, opt_state) -> None:
-    """What the optimizer sees: clipped, and zero for frozen vectors."""
+    """Check the gradients that the optimizer receives: clipped, and zero for frozen vectors."""
     for layer in trace.meta.layers:
         name = f"{layer}.weight"
         for letter, side in (("A", "a"), ("B", "b")):

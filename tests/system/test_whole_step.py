@@ -1,4 +1,4 @@
-"""A whole training step against the slow reference, against plain LoRA, and against itself."""
+"""A complete training step against the slow reference, against plain LoRA, and against itself."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.training import MAX_NORM, RANK, SWITCHING, TrainState, batche
 
 
 def flat(state: TrainState) -> dict[str, Tensor]:
-    """As `reference.flat`."""
+    """Return the state in the layout of `reference.flat`."""
     trees = {"": state.trainable, **{f".{field}": tree for field, tree in state.opt_state._asdict().items()}}
     tensors = {}
     for suffix, tree in trees.items():
@@ -28,18 +28,18 @@ def flat(state: TrainState) -> dict[str, Tensor]:
 
 
 def members(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Of the stack of two and of what stands alone; a stack of biases has one step count."""
+    """Yield the two members of each stack, and each single leaf. A stack of biases has one step count."""
     for name, leaf in tree.items():
-        for number in range(2) if "*" in name else [0]:
-            yield name.replace("*", str(number)), one_of(leaf, number) if "*" in name else leaf
+        for index in range(2) if "*" in name else [0]:
+            yield name.replace("*", str(index)), one_of(leaf, index) if "*" in name else leaf
 
 
-def one_of(stack: Any, number: int) -> Any:
-    return tree_map(lambda leaf: leaf[number] if leaf.ndim else leaf, stack)
+def one_of(stack: Any, index: int) -> Any:
+    return tree_map(lambda leaf: leaf[index] if leaf.ndim else leaf, stack)
 
 
 def slow_plans(step: int, params: Any) -> dict[str, list[tuple[str, int, int, int]]]:
-    """Both layers of the stack by the plan that they share."""
+    """Return the plans of the reference: both layers of the stack share a plan."""
     switches = {
         name: [
             (side, slot, index, int(plan.frozen_for))
@@ -54,7 +54,7 @@ def slow_plans(step: int, params: Any) -> dict[str, list[tuple[str, int, int, in
 
 
 def test_the_whole_step_equals_the_reference():
-    """With clipping, weight decay, a stack, a learning rate that changes, and switches on both sides."""
+    """The run has clipping, weight decay, a stack, a changing learning rate, and switches on both sides."""
     run = make_run(SWITCHING, weight_decay=0.1)
     params = combine(run.state.trainable, run.state.frozen)
     parts = tree_map(torch.clone, unstack(params))
@@ -65,14 +65,14 @@ def test_the_whole_step_equals_the_reference():
     }
     slow = reference.State(weights, {name: part for name, part in parts.items() if isinstance(part, Tensor)})
     norms, switched = [], 0
-    for number, ((state, aux), (x, y, lr)) in enumerate(zip(run_for(run, 60), batches(60), strict=True)):
+    for step, ((state, aux), (x, y, lr)) in enumerate(zip(run_for(run, 60), batches(60), strict=True)):
 
         def loss_fn(tensors, x=x, y=y):
             for layer in ("layers.0", "layers.1"):
                 x = (x @ tensors[f"{layer}.weight"].T + tensors[f"{layer}.bias"]).tanh()
             return ((x @ tensors["head.weight"].T + tensors["head.bias"] - y) ** 2).mean()
 
-        plans = slow_plans(number, params)
+        plans = slow_plans(step, params)
         options = reference.Options(lr=lr.item(), max_norm=MAX_NORM, weight_decay=0.1)
         loss = reference.train_step(slow, loss_fn, plans, options)
         assert abs(aux["loss"].item() - loss) < 1e-10
@@ -84,7 +84,7 @@ def test_the_whole_step_equals_the_reference():
 
 
 class PlainLoRA:
-    """W + b a / r and AdamW, written down once more in plain torch, without stacks."""
+    """W + b a / r trained with AdamW, written in plain torch without stacks."""
 
     def __init__(self, state: TrainState, weight_decay: float):
         self.bases = {name: base for name, (base, _) in members(state.frozen)}

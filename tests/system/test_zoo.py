@@ -28,7 +28,7 @@ pytest.importorskip("transformers")
 
 
 def tolerance(case: Case) -> dict[str, float]:
-    """A dozen layers of sums of up to 48 terms, with values of about 1."""
+    """Return the tolerance of a dozen layers of sums of up to 48 terms, with values of about 1."""
     return {"rtol": 0, "atol": 12 * 48 * eps(case.dtype)}
 
 
@@ -37,7 +37,7 @@ def loss_of(model: nn.Module, params: dict[str, Any], case: Case) -> Tensor:
 
 
 def projected(gradient: Tensor, param: LowRank) -> tuple[Tensor, Tensor]:
-    """The gradient of a dense weight in the factors: G a^T / r and b^T G / r, in the matrices that they make."""
+    """Project the gradient of a dense weight onto the factors: G a^T / r and b^T G / r."""
     b, a = param.factors
     *stack, rows, columns = (*b.shape[:-1], a.shape[-1])
     if len(stack) == gradient.ndim - 1:  # fused, above each other or side by side
@@ -101,10 +101,10 @@ def test_compiled_step(case):
     wanted, first = step(state, torch.tensor(0.01))
     compiled = compile_step(step, backend="aot_eager")
     losses = [first]
-    for number in range(6):
+    for index in range(6):
         state, loss = compiled(state, torch.tensor(0.01))
         losses.append(loss)
-        if not number:
+        if not index:
             torch.testing.assert_close(state[0], wanted[0], rtol=0, atol=1e-7)
     torch.testing.assert_close(losses[0], losses[1], **tolerance(case))
     assert losses[-1] < losses[1]
@@ -120,9 +120,9 @@ def test_export(case):
     fresh = case.make().to(case.dtype)
     fresh.load_state_dict(exported)
     torch.testing.assert_close(case.loss(fresh).detach(), loss_of(model, params, case), **tolerance(case))
-    for one, other in case.tied:
-        assert exported[one] is exported[other]
-        assert fresh.get_parameter(one) is fresh.get_parameter(other)
+    for name, tied_name in case.tied:
+        assert exported[name] is exported[tied_name]
+        assert fresh.get_parameter(name) is fresh.get_parameter(tied_name)
 
 
 def gradients(model: nn.Module, params: dict[str, Any], via: str) -> Any:
@@ -140,7 +140,7 @@ def test_remat_of_an_unmodified_model(via):
 
 
 def test_the_models_own_checkpointing():
-    """Other values than the model's: a block that is computed again with the model's would be seen."""
+    """The values differ from the model's, so a block that is recomputed with the model's would fail."""
     model, params = model_and_params(LINEAR)
     params = tree_map(lambda leaf: leaf * 1.5 if leaf.is_floating_point() else leaf, params)
     wanted = gradients(model, params, "autograd")
@@ -155,6 +155,6 @@ def test_the_models_own_checkpointing():
 
 
 def test_attention_is_one_operation():
-    """All of the above with `scaled_dot_product_attention`, on what low-rank weights gave it."""
+    """The tests above therefore cover `scaled_dot_product_attention` of low-rank projections."""
     models = [model_and_params(CASES[name])[0] for name in CASES if "Llama" in name or "ViT" in name]
     assert {model.config._attn_implementation for model in models} == {"sdpa"}

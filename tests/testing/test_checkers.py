@@ -14,14 +14,14 @@ from dynlora_fn.testing import BrokenPromiseError, Shape, low_rank, low_rank_par
 
 
 def wrong_slot(param: LowRank, plan: Plan) -> LowRank:
-    """Folds the differences of side a into the base by way of the next slot's counterpart."""
+    """Fold the differences of side a into the base with the next slot's counterpart."""
     rank = param.factors.a.shape[-2]
     new, outgoing = dl.switch(param, plan)
     incoming = dl.candidates(param, plan)
     difference = torch.where(plan.a.active[..., None], outgoing.a - incoming.a, 0)
     stack = param.shape[:-2]
     columns = [side.expand(*stack, -1)[..., None, :] for side in (plan.a.slots, (plan.a.slots + 1) % rank)]
-    right, wrong = (param.factors.b.gather(-1, one.expand(*param.shape[:-1], -1)) for one in columns)
+    right, wrong = (param.factors.b.gather(-1, index.expand(*param.shape[:-1], -1)) for index in columns)
     return new._replace(base=new.base + (wrong - right) @ difference / rank)
 
 
@@ -43,7 +43,7 @@ def by_value(param: LowRank) -> LowRank:
 
 
 class Counting:
-    """Each call is another."""
+    """Each call gives another result."""
 
     calls = 0
 
@@ -64,7 +64,7 @@ def with_plan() -> st.SearchStrategy[Any]:
     return plain().flatmap(lambda param: st.tuples(st.just(param), plans(param)))
 
 
-# By name: a checker, a transform that breaks its promise, and what it says of it.
+# By name: a checker, a transform that breaks its promise, and the checker's message.
 BUGS = {
     "weight": (testing.check_preserves_weight, lambda param: param._replace(base=param.base + 1e-9), "off by up to"),
     "scale": (testing.check_preserves_weight, lambda param: dl.merge(param)._replace(factors=param.factors), "off by"),
@@ -101,7 +101,7 @@ def test_bugs_are_found_and_told(check, transform, said):
 
 
 def test_a_wrong_slot_shrinks_to_two_slots():
-    """Of weights up to 8 x 8 with plans for all of their slots: the smallest that has two slots to confuse."""
+    """From weights up to 8 x 8 with plans for all slots, find the smallest with two slots to confuse."""
     with pytest.raises(BrokenPromiseError) as caught:
         testing.check_preserves_weight(wrong_slot, arguments=with_plan(), examples=200)
     message = str(caught.value)
@@ -111,9 +111,9 @@ def test_a_wrong_slot_shrinks_to_two_slots():
 
 
 def switched_side(opt_state: Any, plan: Any) -> Any:
-    """Resets the switched vectors themselves instead of their counterparts."""
+    """Reset the switched vectors themselves instead of their counterparts."""
     return dl.project_optimizer_state(
-        opt_state, {name: Plan(b=own.a, a=own.b, frozen_for=own.frozen_for) for name, own in plan.items()}
+        opt_state, {name: Plan(b=entry.a, a=entry.b, frozen_for=entry.frozen_for) for name, entry in plan.items()}
     )
 
 
@@ -148,11 +148,11 @@ def test_projections_that_miss_are_found(project, said):
 
 def test_what_a_step_keeps_to_itself_is_lost_at_a_restart():
     def make():
-        seen = []
+        steps = []
 
-        def step(state, number):
-            seen.append(number)
-            return state + len(seen), state
+        def step(state, index):
+            steps.append(index)
+            return state + len(steps), state
 
         return torch.zeros(()), step
 
@@ -164,7 +164,7 @@ def test_what_a_step_keeps_to_itself_is_lost_at_a_restart():
 
 def test_a_state_that_is_not_saved_whole_is_found():
     def make():
-        return torch.zeros(()), lambda state, number: (state + 1, None)
+        return torch.zeros(()), lambda state, index: (state + 1, None)
 
     with pytest.raises(BrokenPromiseError, match="is not"):
         testing.check_resumes(make, save=lambda state: None, load=lambda saved, template: template)

@@ -9,8 +9,8 @@ from dynlora_fn.testing import Shape, low_rank
 
 
 def test_bits_kinds_and_structures_are_compared():
-    one = {"w": torch.tensor([0.0, 1.0])}
-    testing.assert_same(one, {"w": torch.tensor([0.0, 1.0])})
+    tree = {"w": torch.tensor([0.0, 1.0])}
+    testing.assert_same(tree, {"w": torch.tensor([0.0, 1.0])})
     for other in (
         {"w": torch.tensor([-0.0, 1.0])},
         {"w": torch.tensor([0.0, 1.0], dtype=torch.float64)},
@@ -19,7 +19,7 @@ def test_bits_kinds_and_structures_are_compared():
         {"w": 1},
     ):
         with pytest.raises(AssertionError):
-            testing.assert_same(other, one)
+            testing.assert_same(other, tree)
     testing.assert_same(torch.zeros(8, 3).T[:, :1], torch.zeros(3, 1))
 
 
@@ -37,7 +37,7 @@ def test_what_is_written_into_is_named():
 
 
 def test_the_bound_on_roundings_is_not_wide():
-    """A unit in the last place more than is rounded is found, on plain bases and in codes with a residual."""
+    """An error slightly beyond the roundings is found, on plain bases and in codes with a residual."""
     for storage, share in ((testing.Storage("float32"), 1e-5), (testing.Storage("int8", "bfloat16"), 1e-4)):
         param = low_rank(Shape(8, 8, 2), storage=storage, factor_dtype=torch.float32)
         merged = dl.merge(param)

@@ -20,13 +20,13 @@ def test_transforms_in_any_order_keep_the_weights():
 
 
 def test_two_processes_go_through_the_same_sequences():
-    """So that what is sharded lies on both of them, plain and in codes."""
-    for held in in_processes(2, _sequences):
-        assert held >= {"Tensor", "Quantized"}
+    """Both processes have shards, of plain bases and of codes."""
+    for kinds in in_processes(2, _sequences):
+        assert kinds >= {"Tensor", "Quantized"}
 
 
 def _sequences() -> set[str]:
-    seen = set()
+    kinds = set()
 
     class OfTwo(TransformMachine):
         # Matrices of 32 x 32 have one run of nf4's factors of scales, and one scale for all of nvfp4: not two.
@@ -34,11 +34,11 @@ def _sequences() -> set[str]:
         @rule()
         def shard(self):
             super().shard()
-            seen.update(type(without_pending(param).base).__name__ for param in self.weights().values())
+            kinds.update(type(without_pending(param).base).__name__ for param in self.weights().values())
 
     alike = settings(FEW, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(OfTwo, settings=alike)
-    return seen
+    return kinds
 
 
 WHOLE = (dl.bases.NF4Codes, dl.bases.NVFP4Codes)

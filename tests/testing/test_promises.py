@@ -1,4 +1,4 @@
-"""What the transforms of a weight promise, each by the checker that users have for their own."""
+"""What the transforms of a weight promise, each tested with the public checker."""
 
 import dataclasses
 from functools import partial
@@ -14,7 +14,7 @@ from dynlora_fn.testing import Shape, low_rank, low_rank_params, plan_of, trees
 from tests.support.optimizer_table import OPTIMIZERS
 from tests.support.strategies import plain_params
 
-# By name: the transform, and the weights that it takes, all unless given.
+# By name: the transform, and the weights that it takes. The default is all of them.
 TRANSFORMS: dict[str, tuple[Any, Any]] = {
     "switch": (dl.switch, None),
     "merge": (dl.merge, None),
@@ -42,7 +42,7 @@ def test_the_weight_is_kept(transform, arguments):
     testing.check_preserves_weight(transform, arguments=arguments)
 
 
-@pytest.mark.parametrize("storage", testing.STORAGES, ids=lambda one: f"{one.kind}+{one.residual}")
+@pytest.mark.parametrize("storage", testing.STORAGES, ids=lambda entry: f"{entry.kind}+{entry.residual}")
 @pytest.mark.parametrize("transform", [dl.switch, dl.merge])
 def test_the_weight_is_kept_on_every_base(transform, storage):
     param = low_rank(Shape(8, 32, 4), (2,), storage=storage, factor_dtype=torch.float32)
@@ -85,22 +85,24 @@ def test_no_rule_reaches_beyond_the_counterparts(rule):
 
 
 def training() -> tuple[Any, Any]:
-    """A run that switches, as a process starts it."""
+    """Return the initial state and the step of a run that switches."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
-    weights = {name: testing.normal(len(name), *own.shape, dtype=own.dtype) for name, own in model.named_parameters()}
+    weights = {
+        name: testing.normal(len(name), *weight.shape, dtype=weight.dtype) for name, weight in model.named_parameters()
+    }
     params = dl.init(model, weights=weights, rank=4, seed=0, targets=["*.weight"], base="int8")
     optimizer, schedule = dl.optim.adamw(), dl.schedules.Schedule(interval=2, freeze=1)
 
-    def step(state: Any, number: int) -> tuple[Any, Any]:
+    def step(state: Any, index: int) -> tuple[Any, Any]:
         trainable, frozen, opt_state = state
-        batch = testing.normal(number, 5, 6, dtype=torch.float32)
+        batch = testing.normal(index, 5, 6, dtype=torch.float32)
 
         def loss_fn(trainable: Any) -> torch.Tensor:
             return (dl.call(model, dl.combine(trainable, frozen), batch) - batch).square().mean()
 
         loss, grads = dl.value_and_grad(loss_fn)(trainable)
         params = dl.combine(trainable, frozen)
-        plan = schedule(number, params)
+        plan = schedule(index, params)
         params, _ = dl.switch(params, plan)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
@@ -116,7 +118,7 @@ def test_a_run_goes_on_where_it_was_broken_off():
 
 
 def test_schedules_are_functions_of_the_step():
-    """Of numbers and of tensors alike, and of nothing that came before."""
+    """Plans are equal for integer and tensor steps, and do not depend on earlier calls."""
     cases = st.tuples(testing.schedules(), plain_params(), st.integers(0, 400))
 
     def plans(case: Any) -> Any:
@@ -130,6 +132,6 @@ def test_schedules_are_functions_of_the_step():
 
 
 class _Case(tuple):
-    """One argument."""
+    """Counts as one argument."""
 
     _fields = ()

@@ -37,25 +37,25 @@ def storage_of(param: LowRank) -> tuple[str, str]:
 
 
 def test_weights_of_every_kind_occur():
-    seen: dict[str, set[Any]] = {"storage": set(), "stack": set(), "dtype": set(), "deferred": set(), "edges": set()}
+    found: dict[str, set[Any]] = {"storage": set(), "stack": set(), "dtype": set(), "deferred": set(), "edges": set()}
 
     @settings(MANY, max_examples=1200)
     @given(low_rank_params())
     def look(param):
         out_features, in_features = param.shape[-2:]
         rank = param.factors.a.shape[-2]
-        seen["storage"].add(storage_of(param))
-        seen["stack"].add(tuple(param.seed.shape))
-        seen["dtype"].add(param.factors.b.dtype)
-        seen["deferred"].add(isinstance(param.base, dl.bases.Deferred))
-        seen["edges"] |= {rank == 1 < min(param.shape[-2:]), rank == min(param.shape[-2:]), out_features > in_features}
+        found["storage"].add(storage_of(param))
+        found["stack"].add(tuple(param.seed.shape))
+        found["dtype"].add(param.factors.b.dtype)
+        found["deferred"].add(isinstance(param.base, dl.bases.Deferred))
+        found["edges"] |= {rank == 1 < min(param.shape[-2:]), rank == min(param.shape[-2:]), out_features > in_features}
         assert param.factors.b.shape == (*param.shape[:-1], rank)
 
     look()
-    assert len(seen["storage"]) == len(testing.STORAGES)
-    assert seen["stack"] == {(), (1,), (3,), (2, 3)}
-    assert seen["dtype"] == {torch.float64, torch.float32, torch.bfloat16}
-    assert seen["deferred"] == seen["edges"] == {True, False}
+    assert len(found["storage"]) == len(testing.STORAGES)
+    assert found["stack"] == {(), (1,), (3,), (2, 3)}
+    assert found["dtype"] == {torch.float64, torch.float32, torch.bfloat16}
+    assert found["deferred"] == found["edges"] == {True, False}
 
 
 PARAM = low_rank(Shape(4, 5, 3), (2,))

@@ -20,7 +20,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path) -> Job:
-    """Runs the command in this process."""
+    """Run the command in this process."""
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["pretrain", *SMALL, "--text", str(text), *map(str, arguments)])

@@ -79,7 +79,7 @@ def test_closing_table_counts_bytes(job: Job, tmp_path: Path):
     assert summary["bytes"]["factors"] == 4 * factors
     assert summary["bytes"]["gradients"] == summary["reduced_bytes_per_step"] == 4 * (factors + full_rank)
     assert summary["full_rank_reduced_bytes_per_step"] == 4 * (base + full_rank)
-    # Two moments, and a count and a freeze counter for each vector, a count alone for each full-rank tensor.
+    # Two moments, and a count and a freeze counter for each vector, only a count for each full-rank tensor.
     vectors = layers * len(sides) * 2 * rank
     assert summary["bytes"]["optimizer"] == 8 * (factors + full_rank) + 8 * vectors + 4 * 5
 
@@ -104,7 +104,7 @@ def test_closing_table_counts_the_bytes_of_codes_and_residuals(job, tmp_path, ba
 
 @pytest.mark.parametrize("options", [[], ["--compensate", "0.1"]], ids=["plain", "compensated"])
 def test_compiled_equals_eager(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]):
-    """With the tracing of `torch.compile` but not its slow code generation, and few weights that are low-rank."""
+    """The run uses the tracing of `torch.compile` without its slow code generation, and few low-rank weights."""
     options = [*options, "--steps", "12", "--targets", "*.query.weight", "*.down.weight"]
     assert job("--out", tmp_path / "eager", *options).code == 0
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -124,7 +124,7 @@ def test_plain_lines_where_there_is_no_terminal(job: Job, tmp_path: Path):
 def test_dataset_with_a_tokenizer(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "dataset"
     folder.mkdir()
-    texts = [f"{number} times {k} is {number * k}" for number in range(30) for k in range(30)]
+    texts = [f"{factor} times {k} is {factor * k}" for factor in range(30) for k in range(30)]
     (folder / "train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -20,7 +20,7 @@ from tests.support.processes import in_processes
 
 
 def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_path: Path):
-    """With sharded bases in int8 and sharded factors, so that what is saved in four parts is cut anew."""
+    """Bases in int8 and factors are sharded, so that a resumed run must shard four saved parts again."""
     options = {"base-dtype": "int8", "shard": True, "shard-factors": True, "save-every": 100, "steps": 10}
     uninterrupted = in_processes(4, job, arguments(text, tmp_path / "whole", **options))
     assert [outcome.code for outcome in uninterrupted] == [0] * 4, uninterrupted
@@ -47,7 +47,7 @@ def _ask_the_third(process: int) -> None:
 
 
 def test_one_process_saves_at_sigterm_and_goes_on_bit_for_bit(text: Path, tmp_path: Path):
-    """Started by itself, without a group."""
+    """The process runs without a group."""
     outcomes = in_processes(1, _alone, text, tmp_path)[0]
     assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
     assert "continuing after step 15" in outcomes[2].out
@@ -89,7 +89,7 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_taken(text: Path,
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
-    """Not what a donated step has written over it in the meantime."""
+    """The checkpoint has the values at the time of saving, not those that a later donated step wrote."""
     state = {"x": torch.arange(100_000.0), "count": torch.tensor(3), "half": torch.ones(2, 3, dtype=torch.bfloat16)}
     saver = Saver(tmp_path, SINGLE_PROCESS, keep=2)
     expected = {name: leaf.clone() for name, leaf in state.items()}

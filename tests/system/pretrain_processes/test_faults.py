@@ -57,7 +57,7 @@ def _let_the_third_drift(process: int) -> None:
 
 
 def test_killed_at_twenty_moments_it_ends_with_the_same_bits(text: Path, tmp_path: Path):
-    """Processes that are started anew as `torchrun` does it, all of them whenever one was killed."""
+    """All processes restart whenever one is killed, as with `torchrun`."""
     given = {"save-every": 4, "eval-every": 10, "steps": 20}
     since = time.monotonic()
     assert [outcome.code for outcome in in_processes(2, job, arguments(text, tmp_path / "whole", **given))] == [0, 0]
@@ -71,7 +71,7 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bits(text: Path, tmp_pat
 
 
 def _kill_until_done(given: list[str], moments: random.Random, length: float) -> int:
-    """The number of kills in a run that goes on after each from where the last checkpoint is."""
+    """Return the number of kills in a run that resumes from the last checkpoint after each."""
     for kills in range(100):
         with started(2, _restarted_job, given, kills) as (processes, ends):
             victim = moments.randrange(2)

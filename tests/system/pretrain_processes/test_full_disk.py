@@ -41,7 +41,7 @@ def _end_at_a_full_disk(text: Path, out: Path, uninterrupted: Path, fault: Calla
 
 
 def _limit_the_second(process: int) -> None:
-    """No file may grow beyond that: the limit on a process that comes closest."""
+    """Limit the file size of the second process, the closest limit of a process to a full disk."""
     if process == 1:
         at_step(15, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
 
@@ -63,7 +63,7 @@ def _can_mount(folder: Path) -> bool:
 
 
 def _fill_the_disk(folder: Path, process: int) -> None:
-    """A small one of their own for checkpoints."""
+    """Fill a small file system that is mounted for the checkpoints."""
     if process == 0:
         at_step(5, lambda: _mount(folder))
         at_step(15, lambda: _fill(folder / FILLER))
