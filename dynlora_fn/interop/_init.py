@@ -21,7 +21,8 @@ from dynlora_fn.bases._sharded import gather_base
 from dynlora_fn.bases._torchao_tensors import from_torchao, is_torchao
 from dynlora_fn.bases._types import LocalBase
 from dynlora_fn.interop._targets import Target, Targets, as_matrices, select
-from dynlora_fn.parallel._shard import Group, shard
+from dynlora_fn.parallel._group import Group
+from dynlora_fn.parallel._shard import shard
 from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
-import torch
 from torch import Tensor
 
-from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, SidePlan, Trainable
-from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, reset_moment
+from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, Trainable
+from dynlora_fn.optim._eight_bit import decode_moments
+from dynlora_fn.optim._state_rules import counterparts, is_pruned, replace_where, reset, transport
 
 Rule: TypeAlias = Literal["reset", "reset_thawed", "keep", "prune", "transport"]
 State = TypeVar("State")
@@ -189,15 +189,15 @@ def _kind(leaf: Factors, path: Sequence[Any]) -> str:
 def _apply_rule(leaf: Factors, name: str, kind: str, context: _Context) -> Factors:
     plan, new = context.plan[name], leaf
     if context.rule in ("reset", "reset_thawed"):
-        new = _reset(leaf, kind, plan, is_count_delayed=context.rule == "reset_thawed")
+        new = reset(leaf, kind, plan, is_count_delayed=context.rule == "reset_thawed")
     elif context.rule == "prune" and kind in ("first", "moment"):
         moments = decode_moments(leaf)
         if kind == "first":
             context.first_moments[name] = moments
         first_moments = context.first_moments.get(name, moments)
         sides = zip(moments, counterparts(leaf, plan), first_moments, strict=True)
-        b, a = (_is_pruned(moment, is_counterpart, first, context.prune) for moment, is_counterpart, first in sides)
-        new = Factors(_replace_where(leaf.b, b), _replace_where(leaf.a, a))
+        b, a = (is_pruned(moment, is_counterpart, first, context.prune) for moment, is_counterpart, first in sides)
+        new = Factors(replace_where(leaf.b, b), replace_where(leaf.a, a))
     elif context.rule == "transport" and kind == "first":
         assert context.change is not None
         if not all(isinstance(side, Tensor) for side in leaf):
@@ -207,82 +207,7 @@ def _apply_rule(leaf: Factors, name: str, kind: str, context: _Context) -> Facto
         before, after = context.change.before[name], context.change.after[name]
         assert isinstance(before, LowRank)
         assert isinstance(after, LowRank)
-        new = _transport(leaf, before.factors, after.factors, plan)
+        new = transport(leaf, before.factors, after.factors, plan)
     if context.rule != "transport" or kind == "first":
         context.projected.add(name)
     return new
-
-
-def counterparts(leaf: Factors, plan: Plan) -> Factors:
-    """Return which vectors of each side are counterparts of switched ones.
-
-    The masks broadcast against the factors.
-    """
-    b, a = (side if isinstance(side, Tensor) else side.codes for side in leaf)
-    return Factors(
-        b=_switched_slots(plan.a, b.shape[-1])[..., None, :],
-        a=_switched_slots(plan.b, a.shape[-2])[..., :, None],
-    )
-
-
-def _reset(leaf: Factors, kind: str, plan: Plan, *, is_count_delayed: bool) -> Factors:
-    new = torch.zeros((), device=plan.frozen_for.device)
-    if kind == "frozen_for":
-        new = plan.frozen_for
-    elif kind == "count" and is_count_delayed:
-        new = -plan.frozen_for
-    is_counterpart = counterparts(leaf, plan)
-    return Factors(
-        b=_replace_where(leaf.b, is_counterpart.b, new),
-        a=_replace_where(leaf.a, is_counterpart.a, new),
-    )
-
-
-def _replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -> Any:
-    """Set numbers to `value`, or to zero for None, where `is_replaced`.
-
-    8-bit moments are only ever set to zero.
-    """
-    if isinstance(side, SignedMoment | UnsignedMoment):
-        return reset_moment(side, is_replaced)
-    return torch.where(is_replaced, 0 if value is None else value.to(side), side)
-
-
-def _is_pruned(moment: Tensor, is_counterpart: Tensor, first_moment: Tensor, share: float) -> Tensor:
-    is_counterpart = is_counterpart.expand(moment.shape)
-    return is_counterpart & _is_small(moment, is_counterpart, share) & _is_small(first_moment, is_counterpart, share)
-
-
-def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
-    """Return which entries are at most as large as the largest pruned one.
-
-    The counterparts of one matrix lose a share of all their entries, not of each vector's.
-    """
-    # Entries of other vectors are sorted to the front as -1.
-    magnitudes = torch.where(is_counterpart, moment.abs(), -1).flatten(-2).sort(dim=-1).values
-    count = is_counterpart.flatten(-2).sum(-1)
-    last = (magnitudes.shape[-1] - count + (share * (count - 1)).floor().long()).clamp(max=magnitudes.shape[-1] - 1)
-    return moment.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
-
-
-def _transport(leaf: Factors, before: Factors, after: Factors, plan: Plan) -> Factors:
-    is_counterpart = counterparts(leaf, plan)
-    b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
-    a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
-    return Factors(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))
-
-
-def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:
-    """Return the coefficients of the new rows' projections on the old ones.
-
-    With rows v they are ``(v v.T)^+ v v_new.T``, of shape (rank, rank).
-    """
-    wide = torch.promote_types(before.dtype, torch.float32)
-    before, after = before.to(wide), after.to(wide)
-    coefficients: Tensor = torch.linalg.pinv(before @ before.mT, hermitian=True) @ (before @ after.mT)
-    return coefficients
-
-
-def _switched_slots(plan: SidePlan, rank: int) -> Tensor:
-    slots = torch.arange(rank, device=plan.slots.device)
-    return ((plan.slots[..., None, :] == slots[:, None]) & plan.active[..., None, :]).any(-1)

@@ -10,7 +10,8 @@ from torch import Tensor
 from dynlora_fn._core._collectives import all_gather
 from dynlora_fn._core._torch import keystr, tree_flatten_with_path
 from dynlora_fn.bases._types import Sharded
-from dynlora_fn.parallel._shard import Group, is_under, process_group, shardings_in
+from dynlora_fn.parallel._dtensors import is_under, shardings_in
+from dynlora_fn.parallel._group import Group, process_group
 
 
 class DriftedError(RuntimeError):

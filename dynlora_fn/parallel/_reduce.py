@@ -10,7 +10,8 @@ from torch import Tensor
 from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
 from dynlora_fn._core._types import Frozen
 from dynlora_fn.bases._sharded import factor_shardings
-from dynlora_fn.parallel._shard import Group, is_under, process_group
+from dynlora_fn.parallel._dtensors import is_under
+from dynlora_fn.parallel._group import Group, process_group
 
 
 def all_reduce_mean(

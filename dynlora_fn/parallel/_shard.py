@@ -1,15 +1,10 @@
 """Shard bases and factors over processes, gather them, and place them in `DTensor`s for checkpoints."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeAlias, overload
+from typing import overload
 
-import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from dynlora_fn._core._torch import MappingKey, resolve_process_group, tree_flatten_with_path, tree_map_with_path
 from dynlora_fn._core._tree import map_low_rank
 from dynlora_fn._core._types import Factors, LowRank, Param, Params, Sharding
 from dynlora_fn.bases._float4 import NVFP4Codes, with_factors_by_row, with_one_factor
@@ -18,8 +13,7 @@ from dynlora_fn.bases._quantized import base_shape
 from dynlora_fn.bases._sharded import gather_base, map_rows
 from dynlora_fn.bases._sharded_factors import gather_factors
 from dynlora_fn.bases._types import Deferred, FoldedBase, LocalBase, Quantized, Sharded
-
-Group: TypeAlias = "torch.distributed.ProcessGroup | DeviceMesh"
+from dynlora_fn.parallel._group import Group, sharding_of
 
 
 @overload
@@ -198,112 +192,3 @@ def _shard_base(name: str, base: FoldedBase, group: Group) -> Sharded:
         return leaf[..., sharding.local_rows, :].clone()  # a copy, so that the other rows can be freed
 
     return Sharded(map_rows(local, base, sharding), sharding)
-
-
-def sharding_of(group: Group, rows: int) -> Sharding:
-    """Return how `rows` rows are sharded over the processes of a group."""
-    group = process_group(group)
-    return Sharding(group.group_name, group.size(), group.rank(), rows)
-
-
-def process_group(group: Group) -> torch.distributed.ProcessGroup:
-    """Return the process group of a mesh of one dimension, or the group itself.
-
-    Raises:
-        ValueError: If the mesh has more than one dimension.
-    """
-    if not isinstance(group, DeviceMesh):
-        return group
-    if group.ndim != 1:
-        raise ValueError(
-            f"`group` is a mesh of {group.ndim} dimensions; pass a mesh of one dimension, such as mesh['data']"
-        )
-    return group.get_group()
-
-
-def as_dtensors(tree: Any) -> Any:
-    """Replace every sharded tensor by a `DTensor` in the same memory.
-
-    `torch.distributed.checkpoint` saves and loads a `DTensor` by its place in the unsharded tensor. So a checkpoint of
-    four processes can be loaded by three. Loading into the result changes the tensors of `tree`.
-
-    Args:
-        tree: A tree of tensors with sharded bases, such as parameters or a complete training state.
-
-    Returns:
-        A tree of the same structure.
-
-    Raises:
-        ValueError: If the moments of sharded factors are in 8 bit and the shards differ in size. A process does not
-            notice it if its shard is in float32 because blocks do not divide it.
-
-    Numerics: Blocks of 8-bit moments are blocks of a shard, and their scales are stored as one row for each process. So
-        only as many processes can resume from them. For another number the shapes differ, and loading fails.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> import dynlora_fn as dl
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> params = dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
-        >>> placed = dl.parallel.as_dtensors(dl.parallel.shard(params, dist.group.WORLD))
-        >>> type(placed["w"].base.base).__name__
-        'DTensor'
-        >>> dist.destroy_process_group()
-    """
-    shardings = shardings_in(tree)
-
-    def place(path: Any, node: Any) -> Any:
-        if isinstance(node, Sharded):
-            return node._replace(base=map_rows(partial(_placed, axis=-2), node.base, node.sharding))
-        if (name := is_under(path, shardings)) is None or not isinstance(node, Tensor) or not _is_sharded(node):
-            return node
-        *_, parent, last = ("", *(getattr(key, "name", "") for key in path))
-        side = parent if last in ("codes", "scale") else last
-        sharding = shardings[name] if side == "b" else shardings[name].as_columns
-        if side != last and sharding.rows % sharding.world_size:
-            raise ValueError(
-                f"`tree` has 8-bit moments of {name!r} whose shards differ in size: {sharding.rows} rows or columns"
-                f" over {sharding.world_size} processes; use float32 moments, or processes that divide them evenly"
-            )
-        if last == "scale":
-            return _placed(node[None], replace(sharding, rows=sharding.world_size), -2)
-        return _placed(node, sharding, -2 if side == "b" else -1)
-
-    return tree_map_with_path(place, tree, is_leaf=lambda node: isinstance(node, Sharded))
-
-
-def _is_sharded(leaf: Tensor) -> bool:
-    """Return whether a leaf under the name of sharded factors is sharded.
-
-    Seeds and counts are not: they are equal on all processes.
-    """
-    return leaf.dtype not in (torch.int32, torch.int64)
-
-
-def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
-    from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415 (takes a second to import)
-
-    group = resolve_process_group(sharding.group)
-    shape = list(leaf.shape)
-    shape[axis] = sharding.rows
-    mesh = DeviceMesh.from_group(group, leaf.device.type)
-    stride = torch.empty(shape, device="meta").stride()
-    placements, full_shape = [Shard(leaf.ndim + axis)], torch.Size(shape)
-    placed: Tensor = DTensor.from_local(leaf, mesh, placements, run_check=False, shape=full_shape, stride=stride)
-    return placed
-
-
-def shardings_in(tree: Any) -> dict[str, Sharding]:
-    """Return the shardings of all sharded factors in a state, by name."""
-    found, _ = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Sharded))
-    named = {_names(path)[-1]: leaf.sharding for path, leaf in found if isinstance(leaf, Sharded) and _names(path)}
-    return {name: sharding for name, sharding in named.items() if sharding.columns is not None}
-
-
-def is_under(path: Any, names: Mapping[str, Any]) -> str | None:
-    """Return the first of the names that is a key on the path of a leaf, or None."""
-    return next((name for name in _names(path) if name in names), None)
-
-
-def _names(path: Any) -> list[str]:
-    return [key.key for key in path if isinstance(key, MappingKey)]

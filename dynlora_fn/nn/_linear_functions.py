@@ -1,0 +1,195 @@
+"""The contraction's autograd functions: they save the input and the parameters, and no merged weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dynlora_fn._core._dtypes import widest, without_autocast
+from dynlora_fn._core._types import Factors, Sharding
+from dynlora_fn.bases._base import dequantize
+from dynlora_fn.bases._flatten import Layout, gather_codes
+from dynlora_fn.bases._sharded_factors import gather_factors, scatter_gradients
+
+
+def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the dense base, laid out as it is stored: transposed if `layout.is_transposed`."""
+    return dequantize(gather_codes(layout, codes), dtype)
+
+
+def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.mT + bias``, or ``x @ weight + bias`` for a weight that is stored transposed."""
+    if not layout.is_transposed:
+        return functional.linear(x, weight, bias)
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
+    inner = functional.linear(x, a.to(x.dtype)) / a.shape[-2]
+    is_ready = layout == Layout("plain") and codes[0].dtype == x.dtype
+    output = functional.linear(x, codes[0]) if is_ready else _times_base(x, layout, *codes)
+    output = output if bias is None else output + bias
+    return output + functional.linear(inner, b.to(x.dtype))
+
+
+def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tensor]) -> Tensor:
+    merge_dtype = widest(b.dtype, x.dtype, codes[0].dtype if layout.kind == "plain" else torch.float32)
+    left, right = (a.mT, b.mT) if layout.is_transposed else (b, a)
+    return torch.addmm(
+        _dense(layout, codes, merge_dtype), left.to(merge_dtype), right.to(merge_dtype), alpha=1 / b.shape[-1]
+    ).to(x.dtype)
+
+
+def _factor_sharding(layout: Layout) -> Sharding | None:
+    sharding = Sharding(*layout.sharding) if layout.sharding else None
+    return None if sharding is None or sharding.columns is None else sharding
+
+
+def _gather_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
+    sharding = _factor_sharding(layout)
+    return Factors(b, a) if sharding is None else gather_factors(Factors(b, a), sharding)
+
+
+def _scatter_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
+    sharding = _factor_sharding(layout)
+    return Factors(b, a) if sharding is None else scatter_gradients(Factors(b, a), sharding)
+
+
+def _refuse_sharded(layout: Layout, transform: str) -> None:
+    if _factor_sharding(layout) is not None:
+        raise NotImplementedError(
+            f"`params` has sharded factors, which {transform} does not support; gather them with `unshard`"
+        )
+
+
+# Dynamo rejects an autograd Function that defines `jvp`. `allow_in_graph` leaves it to AOTAutograd, which traces it
+# under any transform.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def times_merged(
+    x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
+) -> Tensor:
+    return _Merged.apply(x, b, a, bias, is_dense, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Merged(torch.autograd.Function):
+    """Compute ``linear(x, merged weight, bias)`` and save only the inputs for the backward pass."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
+    ) -> Tensor:
+        b, a = _gather_if_sharded(b, a, layout)
+        with without_autocast(x.device.type):
+            return _times(x, _merge(x, b, a, layout, codes), layout, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, b, a, bias, ctx.is_dense, ctx.layout, *codes = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, b, a, *codes)
+        ctx.save_for_forward(x, b, a, *codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, b, a, *codes = ctx.saved_tensors
+        b, a = _gather_if_sharded(b, a, ctx.layout)
+        with without_autocast(x.device.type):
+            rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+            weight = _merge(x, b, a, ctx.layout, codes)
+            gradients = _dense_gradients if ctx.is_dense else _low_rank_gradients
+            if ctx.layout.is_transposed:
+                weight = weight.mT
+                gradients = _dense_gradients if ctx.is_dense else _separate_gradients
+            grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
+            grad_bias = grad_rows.sum(0) if ctx.has_bias else None
+        rank = b.shape[-1]
+        grad_b, grad_a = _scatter_if_sharded(grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, ctx.layout)
+        input_gradients = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
+        return *input_gradients, None, None, *(None for _ in codes)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        b: Tensor,
+        a: Tensor,
+        bias: Any,
+        is_dense: bool,
+        layout: Layout,
+        *codes: Tensor,
+    ) -> tuple[Tensor, int]:
+        """Take the factored path, which multiplies by shared tensors once for all members.
+
+        The members of an ensemble share the base, and per-sample gradients share the full weight.
+        """
+        _refuse_sharded(layout, "`torch.vmap`")
+        in_dims = (*in_dims[:4], None, *in_dims[6:])
+        return torch.vmap(times_factored, in_dims=in_dims)(x, b, a, bias, layout, *codes), 0
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
+        x, b, a, *codes = ctx.saved_tensors
+        _refuse_sharded(ctx.layout, "forward-mode differentiation")
+        rank = b.shape[-1]
+        terms = [
+            None if x_tangent is None else times_factored(x_tangent, b, a, None, ctx.layout, *codes),
+            None if b_tangent is None else (x @ a.to(x.dtype).mT) @ b_tangent.to(x.dtype).mT / rank,
+            None if a_tangent is None else (x @ a_tangent.to(x.dtype).mT) @ b.to(x.dtype).mT / rank,
+            bias_tangent,
+        ]
+        return sum(term for term in terms if term is not None)
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
+    return _TimesBase.apply(x, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _TimesBase(torch.autograd.Function):
+    """Compute ``linear(x, base)`` in the dtype of `x`, and save the stored base instead of the dense one."""
+
+    @staticmethod
+    def forward(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
+        return _times(x, _dense(layout, codes, x.dtype), layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.layout, *codes = inputs
+        ctx.save_for_backward(*codes)
+        ctx.save_for_forward(*codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes = ctx.saved_tensors
+        dense = _dense(ctx.layout, codes, grad.dtype)
+        dense = dense.mT if ctx.layout.is_transposed else dense
+        return grad @ dense, None, *(None for _ in codes)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, layout: Layout, *codes: Tensor) -> tuple[Tensor, int]:
+        return torch.vmap(_TimesBase.forward, in_dims=in_dims)(x, layout, *codes), 0
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Any, *_: Any) -> Any:
+        return _times(x_tangent, _dense(ctx.layout, ctx.saved_tensors, x_tangent.dtype), ctx.layout)
+
+
+def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # One product for the gradients of the input and of `x @ a.T`: a narrow product leaves much of a processor idle.
+    weight_and_b = torch.cat([weight, b], dim=1)
+    grad_x, grad_inner = torch.split(grad @ weight_and_b, [a.shape[1], a.shape[0]], dim=1)
+    return grad_x, grad.mT @ (x @ a.mT), (x.mT @ grad_inner).mT
+
+
+def _separate_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same gradients for a weight that is stored transposed, to whose columns `b` cannot be appended."""
+    return grad @ weight, grad.mT @ (x @ a.mT), (x.mT @ (grad @ b)).mT
+
+
+def _dense_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight = grad.mT @ x
+    return grad @ weight, grad_weight @ a.mT, b.mT @ grad_weight

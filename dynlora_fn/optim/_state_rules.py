@@ -1,0 +1,84 @@
+"""Rules for the optimizer state of counterparts: reset, prune or transport it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._types import Factors, Plan, SidePlan
+from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, reset_moment
+
+
+def counterparts(leaf: Factors, plan: Plan) -> Factors:
+    """Return which vectors of each side are counterparts of switched ones.
+
+    The masks broadcast against the factors.
+    """
+    b, a = (side if isinstance(side, Tensor) else side.codes for side in leaf)
+    return Factors(
+        b=_switched_slots(plan.a, b.shape[-1])[..., None, :],
+        a=_switched_slots(plan.b, a.shape[-2])[..., :, None],
+    )
+
+
+def reset(leaf: Factors, kind: str, plan: Plan, *, is_count_delayed: bool) -> Factors:
+    new = torch.zeros((), device=plan.frozen_for.device)
+    if kind == "frozen_for":
+        new = plan.frozen_for
+    elif kind == "count" and is_count_delayed:
+        new = -plan.frozen_for
+    is_counterpart = counterparts(leaf, plan)
+    return Factors(
+        b=replace_where(leaf.b, is_counterpart.b, new),
+        a=replace_where(leaf.a, is_counterpart.a, new),
+    )
+
+
+def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -> Any:
+    """Set numbers to `value`, or to zero for None, where `is_replaced`.
+
+    8-bit moments are only ever set to zero.
+    """
+    if isinstance(side, SignedMoment | UnsignedMoment):
+        return reset_moment(side, is_replaced)
+    return torch.where(is_replaced, 0 if value is None else value.to(side), side)
+
+
+def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moment: Tensor, share: float) -> Tensor:
+    is_counterpart = is_counterpart.expand(moment.shape)
+    return is_counterpart & _is_small(moment, is_counterpart, share) & _is_small(first_moment, is_counterpart, share)
+
+
+def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
+    """Return which entries are at most as large as the largest pruned one.
+
+    The counterparts of one matrix lose a share of all their entries, not of each vector's.
+    """
+    # Entries of other vectors are sorted to the front as -1.
+    magnitudes = torch.where(is_counterpart, moment.abs(), -1).flatten(-2).sort(dim=-1).values
+    count = is_counterpart.flatten(-2).sum(-1)
+    last = (magnitudes.shape[-1] - count + (share * (count - 1)).floor().long()).clamp(max=magnitudes.shape[-1] - 1)
+    return moment.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
+
+
+def transport(leaf: Factors, before: Factors, after: Factors, plan: Plan) -> Factors:
+    is_counterpart = counterparts(leaf, plan)
+    b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
+    a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
+    return Factors(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))
+
+
+def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:
+    """Return the coefficients of the new rows' projections on the old ones.
+
+    With rows v they are ``(v v.T)^+ v v_new.T``, of shape (rank, rank).
+    """
+    wide = torch.promote_types(before.dtype, torch.float32)
+    before, after = before.to(wide), after.to(wide)
+    coefficients: Tensor = torch.linalg.pinv(before @ before.mT, hermitian=True) @ (before @ after.mT)
+    return coefficients
+
+
+def _switched_slots(plan: SidePlan, rank: int) -> Tensor:
+    slots = torch.arange(rank, device=plan.slots.device)
+    return ((plan.slots[..., None, :] == slots[:, None]) & plan.active[..., None, :]).any(-1)
