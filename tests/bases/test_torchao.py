@@ -131,6 +131,7 @@ def test_prototypes_are_imported_where_they_are_asked_for_alone():
     """Where torchao has moved a prototype, the function that needs it raises an error that says so."""
     script = """
 import sys, torch
+import dynlora_fn as dl
 param = dl.init({"w": torch.ones(32, 32)}, rank=2, seed=0, targets=["w"], base="int8")["w"]
 dl.bases.to_torchao(param)
 held = dl.bases.quantize(param, "mxfp4"), dl.bases.quantize(param, "nvfp4")
