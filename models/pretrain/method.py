@@ -170,7 +170,7 @@ def make_step(
         loss, grads = mean_over(dl.value_and_grad(loss_fn), differentiated, tokens)
         if processes.group is not None:
             loss, grads, stop = dl.parallel.all_reduce_mean(
-                (loss, grads, stop), processes.group, share=weight, frozen=frozen
+                (loss, grads, stop), processes.group, weight=weight, frozen=frozen
             )
         if compensate:
             dense, params = grads, state.params()

@@ -26,7 +26,7 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
     stack = stack if base is None else quantize(stack, base)
     # Tracing needs no process group.
     sharding = Sharding("none", 4, 3, rows)
-    base = Sharded(map_rows(lambda leaf, shard: leaf[..., shard.own, :].clone(), stack.base, sharding), sharding)
+    base = Sharded(map_rows(lambda leaf, shard: leaf[..., shard.local_rows, :].clone(), stack.base, sharding), sharding)
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
 
     def loss(factors, base, x):

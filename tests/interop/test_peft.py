@@ -190,8 +190,8 @@ def written(folder: Any, kind: str = "linear", **changed: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"peft_type": "IA3"}, "`folder` must hold an adapter of type 'LORA', got 'IA3'"),
-        ({"use_dora": True}, "the adapter must be plain LoRA, got use_dora = True"),
+        ({"peft_type": "IA3"}, "`folder` has an adapter of type 'IA3'; pass one of type 'LORA'"),
+        ({"use_dora": True}, "the adapter has use_dora = True, which is not plain LoRA"),
     ],
 )
 def test_other_adapters_are_refused(changed, message, tmp_path):
@@ -203,11 +203,11 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     model = written(tmp_path)
     name = "model.layers.1.mlp.down_proj"
     model.get_submodule(name).weight = nn.Parameter(torch.zeros(16, 20))
-    with pytest.raises(ValueError, match=rf"'{name}.weight' with factors of \(16, 2\) and \(2, 24\) for \(16, 20\)"):
+    with pytest.raises(ValueError, match=rf"factors of \(16, 2\) and \(2, 24\) for '{name}.weight' of \(16, 20\)"):
         load_adapter(model, tmp_path, seed=0)
     with pytest.raises(ValueError, match=r"'base_model.model.model.layers.0.*lora_A.weight' of shape \(2, \d+\)"):
         load_adapter(convolutions(), tmp_path, seed=0)
-    with pytest.raises(ValueError, match=r"`folder` must hold adapter_config.json, got '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"`folder` has no adapter_config.json in '.*nowhere'"):
         load_adapter(model, tmp_path / "nowhere", seed=0)
 
 
@@ -217,16 +217,18 @@ def test_layers_that_peft_has_no_adapter_for_are_refused(tmp_path):
         save_adapter(model, params, tmp_path)
     model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
     params = init(model, rank=1, seed=0, targets=["0.weight"])
-    with pytest.raises(ValueError, match=r"got '0.weight' of Conv1d in groups"):
+    with pytest.raises(ValueError, match=r"`params` has a low-rank '0.weight' of Conv1d in groups"):
         save_adapter(model, params, tmp_path)
 
 
 def test_an_original_that_does_not_fit_is_refused(tmp_path):
     model, params = trained("convolution")
     original = model.state_dict() | {"two.weight": torch.zeros(3, 6, 1, 3)}
-    with pytest.raises(ValueError, match=r"got shape \(3, 6, 1, 3\) for 'two.weight' of shape \(4, 6, 1, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"`original` has shape \(3, 6, 1, 3\) for 'two.weight' of shape \(4, 6, 1, 3\)"
+    ):
         save_adapter(model, params, tmp_path, original=original)
-    with pytest.raises(ValueError, match="`rank` must come with `original`"):
+    with pytest.raises(ValueError, match="`rank` is 3 without `original`"):
         save_adapter(model, params, tmp_path, rank=3)
 
 

@@ -98,7 +98,7 @@ KINDS = {
         lambda folder: dl.interop.save_adapter(MODEL, PARAMS, folder) and None,
         lambda folder: dl.interop.load_adapter(MODEL, folder, seed=0),
         "adapter_*",
-        "^the adapter must|^`folder` must hold an adapter",
+        "^the adapter has|^`folder` has an adapter",
     ),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, "step-*/*"),
     "run's configuration": Kind(

@@ -117,7 +117,7 @@ def test_every_method_runs(job, given, tmp_path, changed):
     ("changed", "message"),
     [
         ({"model": "nowhere"}, "`model` must be a folder with config.json, got 'nowhere'"),
-        ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 16 for 'model.layers.0.self_attn.q_proj"),
+        ({"rank": 99}, "`rank` is 99 for 'model.layers.0.self_attn.q_proj.weight' of shape (16, 16)"),
         ({"targets": "no.such"}, "`targets` contains 'no.such', which matches no name"),
         ({"text": "nothing.txt"}, "`text` must name files or folders, got 'nothing.txt', which does not exist"),
         ({"adapter-rank": 0}, "`adapter_rank` must be at least 1, got 0"),

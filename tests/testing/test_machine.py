@@ -36,7 +36,7 @@ def _sequences() -> set[str]:
             super().shard()
             kinds.update(type(without_pending(param).base).__name__ for param in self.weights().values())
 
-    alike = settings(FEW, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    alike = settings(FEW, max_examples=30, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(OfTwo, settings=alike)
     return kinds
 

@@ -7,7 +7,7 @@ import pytest
 from tests.support.pretrain import Job, contents
 
 BAD_INPUT = {
-    "rank": (["--rank", "33"], "`rank` must be at least 1 and at most min(out, in) = 32 for 'layers."),
+    "rank": (["--rank", "33"], "`rank` is 33 for 'layers.0.attention.query.weight' of shape (32, 32)"),
     "targets": (["--targets", "blocks.*"], "`targets` contains 'blocks.*', which matches no name"),
     "device": (["--device", "cuda:9"], "`device` must be one that this machine has, got 'cuda:9'"),
     "no such device": (["--device", "toaster"], "`device` must be one that this machine has, got 'toaster'"),

@@ -23,7 +23,7 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
         ),
         ({"shard-factors": True}, "`shard_factors` must come with --shard, seeded candidates and float32 moments, got"),
         ({"resume": True}, "`out` must hold a run to resume"),
-        ({"rank": 99}, "`rank` must be at least 1 and at most min(out, in) = 32"),
+        ({"rank": 99}, "use at least 1 and at most min(out, in) = 32"),
     ):
         outcomes = in_processes(2, job, arguments(text, out, **changed))
         assert [outcome.code for outcome in outcomes] == [2, 2]
