@@ -1,6 +1,6 @@
 """The parameters of the stateful machine beside their dense shadow in float64, and the comparison of both."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from dynlora_fn.testing._values import STORAGES, Storage, normal
 class ShadowedModel(RuleBasedStateMachine):
     """A machine without rules: it draws a model, and compares it with its shadow after every rule of a subclass."""
 
+    storages: Sequence[Storage] = STORAGES  # a subclass may draw from others
     params: dict[str, Param]
     opt_state: AdamWState
     shadow: dict[str, Tensor]  # dense weights in float64, by the names of the model
@@ -39,7 +40,7 @@ class ShadowedModel(RuleBasedStateMachine):
     @initialize(
         rank=st.integers(1, 8),
         seed=st.integers(0, 1000),
-        storage=st.sampled_from(STORAGES),
+        storage=st.runner().flatmap(lambda machine: st.sampled_from(machine.storages)),
         dtype=st.sampled_from([torch.float32, torch.float64]),
         start=st.sampled_from(["switchlora", "lora"]),
         is_stacked=st.booleans(),

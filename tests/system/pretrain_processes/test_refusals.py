@@ -15,7 +15,7 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
     for changed, message in (
         ({"batch-size": 1}, "`batch_size` must be at least the number of processes, 2, got 1"),
         ({"shard": True, "method": "full"}, "`shard` must come with frozen bases, got full, which has none"),
-        ({"shard": True, "base-dtype": "nf4"}, "`params` in nf4 must have rows for 2 processes in whole runs of "),
+        ({"shard": True, "base-dtype": "nf4"}, "in nf4 and of shape (32, 32), cannot be sharded over 2 processes"),
         ({"compensate": 0.1, "shard": True, "shard-factors": True}, "`compensate` must be 0 with --shard-factors, got"),
         (
             {"optimizer": "muon", "shard": True, "shard-factors": True},
