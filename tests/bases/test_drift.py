@@ -1,5 +1,6 @@
 """The difference between a quantized base and its products is measured."""
 
+import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
@@ -34,6 +35,7 @@ def test_drift_is_reported_by_name():
     assert drift(params, dense).keys() == found.keys()
 
 
+@pytest.mark.slow
 def test_a_residual_keeps_drift_from_growing():
     """After two thousand folds the error is that of one fold with a residual, and many times larger without."""
     weight = low_rank(Shape(64, 64, 16), base_dtype=torch.float64, factor_dtype=torch.float32)

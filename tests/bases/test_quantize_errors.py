@@ -15,6 +15,7 @@ from tests.support.quantized import SHAPE, Net
 BAD = [torch.nan, torch.inf, -torch.inf]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("kind", NAMES)
 def test_what_is_not_finite_is_refused_by_name(kind, value):

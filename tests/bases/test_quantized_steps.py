@@ -16,6 +16,7 @@ from dynlora_fn.testing import assert_same, low_rank, normal, plan_of
 from tests.support.quantized import RESIDUALS, SHAPE, Net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("kind", NAMES)
 def test_compiled_equals_eager_without_a_recompile_over_plans(kind, residual):
@@ -66,6 +67,7 @@ def run(state: Any, step: Callable[..., Any], steps: int) -> tuple[Any, list[Ten
 HELD = [*((kind, "bfloat16") for kind in NAMES), ("int8", "int8"), ("int8", None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "residual"), HELD)
 def test_a_donated_state_keeps_its_memory_and_equals_eager(kind, residual):
     wanted = run(*training(kind, residual), 12)

@@ -24,6 +24,7 @@ def step_of(quantize):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_a_step_writes_into_the_tensors_inside(quantize, backend):
     step, weight = step_of(quantize), quantize(X)

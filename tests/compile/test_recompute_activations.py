@@ -1,5 +1,6 @@
 """Recomputing activations in a step's graph keeps the values and saves fewer of them."""
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -130,6 +131,7 @@ CHAIN = [(6, 7, 9), (7, 2, 4), (6, 7, 1), (7, 5, 1), (6, 5, 5), (5, 9, 3)]
 CHAIN += [(3, 3, 0), (7, 2, 8), (1, 4, 3), (4, 4, 6), (7, 3, 8), (6, 3, 1)]
 
 
+@pytest.mark.slow
 @given(PROGRAMS, st.booleans())
 @example(CHAIN, True)
 def test_any_program_keeps_its_values(program, is_gradient):

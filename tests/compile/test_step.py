@@ -11,6 +11,7 @@ from dynlora_fn.testing import assert_same, untouched
 from tests.support.training import SWITCHING, batches, make_run, run_for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donate", [True, False])
 def test_compiled_equals_eager_in_one_graph(donate):
     """Nothing recompiles over steps, learning rates, plans and numbers of switches.
@@ -35,6 +36,7 @@ def test_compiled_equals_eager_in_one_graph(donate):
     assert len(numbers) > 1  # some steps switch, and some do not
 
 
+@pytest.mark.slow
 def test_a_process_may_compile_any_number_of_steps():
     def make(increment):
         return lambda state: ({"x": state["x"] + increment}, None)

@@ -107,6 +107,7 @@ def test_parameters_of_another_model_are_refused():
         state_dict(model, {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "other": torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_is_named():
     script = (
         "import sys; sys.modules['safetensors'] = sys.modules['safetensors.torch'] = None\n"

@@ -140,6 +140,7 @@ def compiled_gradients(loss_fn, trainable, x):
     return torch.compile(value_and_grad(loss_fn), backend="aot_eager", fullgraph=True)(trainable, x)
 
 
+@pytest.mark.slow
 def test_sequential_compiled_equals_eager():
     model, x = network(), normal(3, 5, 6)
     trainable, frozen = partition(init(model, rank=2, seed=0, targets=TARGETS, dtype=torch.float64))
@@ -167,6 +168,7 @@ def llama():
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
+@pytest.mark.slow
 def test_an_unmodified_llama_trains_its_low_rank_weights(llama):
     tokens = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0))
     params = init(llama, rank=4, seed=0, targets=["model.layers.*_proj.weight"], dtype=torch.float64)

@@ -88,6 +88,7 @@ def gradient_peak(model: nn.Module, params: dict) -> int:
     return peak_memory(gradients, tree_map(torch.clone, trainable), normal(0, 512, 64, dtype=torch.float32)).step
 
 
+@pytest.mark.slow
 def test_remat_lowers_the_peak():
     class Block(nn.Module):
         def __init__(self):

@@ -139,6 +139,7 @@ def check_transform(name: str, stack: LowRank, path: str, is_compiled: bool) -> 
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("path", ["merged", "dense"])
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -21,6 +21,7 @@ def gradients(model, trainable, frozen, via="func", backend=None):
     return (compile_step(step, donate=False, backend=backend) if backend else step)(trainable, x)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("via", ["func", "autograd"])
 def test_gradients_are_the_same_bit_for_bit(via, backend):

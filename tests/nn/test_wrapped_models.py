@@ -7,6 +7,7 @@ import dynlora_fn as dl
 from tests.support.processes import in_processes
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_is_refused_with_the_reason():
     in_processes(1, _call_wrapped)
 

@@ -84,6 +84,7 @@ def test_a_reset_is_exact(plan):
         assert_same(tree["head"], old["head"])
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_in_the_old_memory():
     optimizer, trainable, _ = some_state()
 

@@ -118,6 +118,7 @@ def _train_in_parallel(steps: int) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 5])  # five divide no batch of twelve
 def test_losses_are_those_of_one_process_and_switching_sends_nothing(size: int):
     steps = 200 if size == 4 else 40
@@ -145,6 +146,7 @@ def _compiled_steps() -> tuple:
     return (losses, compiled_losses), (eager[0], state[0])
 
 
+@pytest.mark.slow
 def test_reduction_and_gathering_go_into_a_compiled_step():
     for losses, trainables in in_processes(2, _compiled_steps):
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)

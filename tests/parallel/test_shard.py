@@ -60,6 +60,7 @@ def _compare_all(bases) -> None:
         _compare(base, residual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_sharded_base_gives_the_bits_of_the_whole_one(size: int):
     in_processes(size, _compare_all, BASES if size > 1 else BASES[:1])
@@ -134,6 +135,7 @@ def _compare_all_tied() -> None:
         dl.parallel.shard(one_factor, torch.distributed.group.WORLD)
 
 
+@pytest.mark.slow
 def test_tied_rows_give_the_bits_of_the_whole():
     in_processes(2, _compare_all_tied)
 

@@ -98,6 +98,7 @@ def _train(base, backend) -> None:
     torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "base", "backend"), [(3, None, None), (2, "int8", "aot_eager")])
 def test_a_step_is_that_of_whole_factors(size, base, backend):
     """The processes do not divide rows and batches evenly."""

@@ -29,6 +29,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEYS)
 def test_a_benchmark_runs(name, tmp_path):
     if name in ("memory", "memory_by_base", "ensemble") and not Path("/proc/self/clear_refs").exists():

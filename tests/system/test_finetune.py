@@ -70,6 +70,7 @@ def settings(given: tuple[Path, Path], out: Path, **changed: object) -> list[str
     return [str(part) for name, value in chosen.items() for part in (f"--{name}", value)]
 
 
+@pytest.mark.slow
 def test_it_leaves_a_model_and_an_adapter(job, given, tmp_path):
     peft = pytest.importorskip("peft")
     outcome = job(*settings(given, tmp_path / "run", **{"adapter-rank": 16, "steps": 60}))
@@ -88,6 +89,7 @@ def test_it_leaves_a_model_and_an_adapter(job, given, tmp_path):
     assert torch.equal(before.model.embed_tokens.weight, merged.model.embed_tokens.weight)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(job, given, tmp_path):
     assert job(*settings(given, tmp_path / "whole", export="merged")).code == 0
     assert job(*settings(given, tmp_path / "part", export="merged")).code == 0

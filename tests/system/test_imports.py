@@ -105,6 +105,7 @@ def test_no_test_imports_another():
             assert not name.startswith("test_"), (path, name)
 
 
+@pytest.mark.slow
 def test_the_kit_is_no_part_of_the_package():
     script = "import sys, dynlora_fn; assert not {'hypothesis', 'dynlora_fn.testing'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
@@ -165,6 +166,7 @@ def test_public_names_have_a_docstring(name: str, value: object):
     assert docstring, f"`{name}` must say what it is"
 
 
+@pytest.mark.slow
 def test_importing_has_no_side_effects():
     """In a fresh process, no setting of torch changes and no random number is drawn."""
     script = """

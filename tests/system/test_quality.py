@@ -142,6 +142,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", VARIANTS, ids=lambda run: "-".join(str(value) for value in run.described().values()))
 @torch.compiler.set_stance("force_eager")  # tracing takes longer than the run; one test below has it
 def test_every_method_learns_and_repeats_itself(job, run):
@@ -156,6 +157,7 @@ def test_every_method_learns_and_repeats_itself(job, run):
     assert execute(job, run, make_method)["curve"] == result["curve"]
 
 
+@pytest.mark.slow
 def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
     run = Run("tiny", "switchlora")
     method, tokens = make_method(job, run), job.batch(0, 0)
@@ -221,6 +223,7 @@ def test_a_rate_with_an_end_switches_nothing_afterwards():
     assert not any(switched[steps // 2 :])
 
 
+@pytest.mark.slow
 def test_a_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(PATH)
     text_file = (tmp_path / "text.txt",)

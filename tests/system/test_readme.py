@@ -38,6 +38,7 @@ def test_the_pages_of_the_readme_exist():
     assert all((ROOT / link).is_file() for link in links)
 
 
+@pytest.mark.slow
 def test_the_loop_learns_and_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Only the compiler's backend is replaced: Inductor takes a minute on a CPU and is tested elsewhere."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -95,6 +96,7 @@ def test_in_and_out_runs(tmp_path, monkeypatch):
     assert names["params"]["model.layers.*.mlp.up_proj.weight"].factors.b.shape == (2, 24, 4)
 
 
+@pytest.mark.slow
 def test_the_loop_of_several_processes_learns_the_same_on_each():
     block = block_with("all_reduce_mean", PAGES["parallel"])
     assert block.count("\n") < 60

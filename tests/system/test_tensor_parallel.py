@@ -99,6 +99,7 @@ def _train(widths, base, backend) -> None:
     dl.parallel.check_replicas(tree_leaves(got), mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("widths", "base", "backend"),
     [
@@ -139,6 +140,7 @@ def _codes(base: str) -> None:
         assert_within(after[name], before[name], largest / 16 * eps(torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["int8", "float8"])
 def test_parts_in_low_precision_have_scales_of_their_own(base):
     in_processes(2, _codes, base)

@@ -92,6 +92,7 @@ def training_step(model: nn.Module, case: Case, frozen: Any) -> Any:
 COMPILED = {name: case for name, case in CASES.items() if name not in EAGER_ONLY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
 def test_compiled_step(case):
     model, params = model_and_params(case)

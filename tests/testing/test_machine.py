@@ -20,6 +20,7 @@ def test_transforms_in_any_order_keep_the_weights():
     run_state_machine_as_test(TransformMachine, settings=CURRENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storages", "kind"), [(PLAIN, "Tensor"), (QUANTIZED, "Quantized")])
 def test_two_processes_go_through_the_same_sequences(storages, kind):
     """Both processes have shards, of plain bases and of codes."""

@@ -69,6 +69,7 @@ def test_a_stack_is_the_loop_and_the_vmap_over_its_members(transform):
     testing.check_vmap(transform)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [dl.switch, dl.merge, dl.bases.fold_pending])
 def test_one_graph_serves_all_plans(transform):
     testing.check_compiles(transform)

@@ -36,6 +36,7 @@ def storage_of(param: LowRank) -> tuple[str, str]:
     return codes, str([leaf.dtype for leaf in tree_leaves(base.residual)])
 
 
+@pytest.mark.slow
 def test_weights_of_every_kind_occur():
     found: dict[str, set[Any]] = {"storage": set(), "stack": set(), "dtype": set(), "deferred": set(), "edges": set()}
 
@@ -93,6 +94,7 @@ def test_schedules_hold_for_every_weight(schedule, param, step):
     schedule(step, {"w": param})
 
 
+@pytest.mark.slow
 def test_schedules_of_every_kind_occur():
     assert occurs(testing.schedules(), lambda schedule: schedule.count == "all" and schedule.every == 5)
     assert occurs(testing.schedules(), lambda schedule: schedule.interval == float("inf") and schedule.count is None)
@@ -170,6 +172,7 @@ def test_bad_arguments_raise_when_an_example_is_drawn(make, message):
         draw()
 
 
+@pytest.mark.slow
 def test_without_hypothesis_the_extra_is_named():
     script = (
         "import sys; sys.modules['hypothesis'] = None\n"

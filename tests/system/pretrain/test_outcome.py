@@ -32,6 +32,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(method[1::2]))
 def test_every_method_trains_and_exports(job: Job, tmp_path: Path, method: list[str]):
     out = tmp_path / "run"
@@ -102,6 +103,7 @@ def test_closing_table_counts_the_bytes_of_codes_and_residuals(job, tmp_path, ba
         assert 0 < summary["drift"] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--compensate", "0.1"]], ids=["plain", "compensated"])
 def test_compiled_equals_eager(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]):
     """The run uses the tracing of `torch.compile` without its slow code generation, and few low-rank weights."""
@@ -121,6 +123,7 @@ def test_plain_lines_where_there_is_no_terminal(job: Job, tmp_path: Path):
     assert "\x1b" not in outcome.out
 
 
+@pytest.mark.slow
 def test_dataset_with_a_tokenizer(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "dataset"
     folder.mkdir()

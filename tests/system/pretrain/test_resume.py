@@ -26,6 +26,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", ["--candidates seeded", "--candidates pool", "--base-dtype int8 --residual int8 --moments 8bit"]
 )

@@ -46,6 +46,7 @@ def _ask_the_third(process: int) -> None:
         at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+@pytest.mark.slow
 def test_one_process_saves_at_sigterm_and_goes_on_bit_for_bit(text: Path, tmp_path: Path):
     """The process runs without a group."""
     outcomes = in_processes(1, _alone, text, tmp_path)[0]
