@@ -52,6 +52,7 @@ def from_torchao(
         ValueError: If the tensor has another type or layout, or is not finite.
 
     Example:
+        >>> import torch
         >>> from torchao.quantization import Int8Tensor, PerRow
         >>> tensor = Int8Tensor.from_hp(torch.randn(8, 16), granularity=PerRow())
         >>> torch.equal(to_torchao(from_torchao(tensor)).dequantize(), tensor.dequantize())

@@ -67,6 +67,7 @@ def open_weights(path: Path | str) -> Weights:
         ImportError: If the extra `files` is not installed.
 
     Example:
+        >>> import torch
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> save_weights({"w": torch.ones(2)}, f"{folder}/model.safetensors")
@@ -150,6 +151,7 @@ def save_weights(weights: Mapping[str, Tensor], file: Path | str, *, metadata: M
         ImportError: If the extra `files` is not installed.
 
     Example:
+        >>> import torch
         >>> import tempfile
         >>> file = f"{tempfile.mkdtemp()}/weights.safetensors"
         >>> save_weights({"w": torch.ones(2)}, file)

@@ -39,6 +39,7 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
             data parallelism, which `torch.func` bypasses.
 
     Example:
+        >>> import torch
         >>> import dynlora_fn as dl
         >>> model = nn.Linear(6, 4)
         >>> params = dl.init(model, rank=2, seed=0, targets=["weight"])

@@ -52,6 +52,7 @@ def linear(
     to the dtype of the product. It is formed again in the backward pass, for which only `x` and `param` are saved.
 
     Example:
+        >>> import torch
         >>> import dynlora_fn as dl
         >>> param = dl.init({"w": torch.ones(4, 6)}, rank=2, seed=0, targets=["w"])["w"]
         >>> linear(torch.ones(3, 6), param).shape

@@ -50,6 +50,7 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
             would differ when it is computed again. Later calls are not checked.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         >>> x = torch.ones(2, 4)
         >>> torch.equal(remat(model, ["?"])(x), model(x))

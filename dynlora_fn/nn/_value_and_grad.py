@@ -39,6 +39,7 @@ def value_and_grad(
         ValueError: If `via` is neither "func" nor "autograd".
 
     Example:
+        >>> import torch
         >>> value_and_grad(lambda w, x: (w * x).sum())(torch.ones(2), torch.tensor([1.0, 2.0]))
         ValueAndGrad(value=tensor(3.), grads=tensor([1., 2.]))
     """

@@ -69,6 +69,7 @@ def adamw(
     ``nu * 0.999`` would round to ``nu``. With 8-bit moments, an update reads the new moments before they are rounded.
 
     Example:
+        >>> import torch
         >>> optimizer, trainable = adamw(), {"w": torch.ones(2)}
         >>> opt_state = optimizer.init(trainable)
         >>> updates, opt_state = optimizer.update({"w": torch.tensor([3.0, -1.0])}, opt_state, trainable, lr=0.5)

@@ -46,6 +46,7 @@ def clip_by_global_norm(
     in its dtype.
 
     Example:
+        >>> import torch
         >>> clipped = clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
         >>> clipped.norm, clipped.grads["w"]
         (tensor(5.), tensor([0.6000, 0.8000]))

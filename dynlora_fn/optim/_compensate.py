@@ -40,6 +40,7 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
     dtype of the factors.
 
     Example:
+        >>> import torch
         >>> param = LowRank(torch.zeros(2, 2), Factors(b=torch.ones(2, 1), a=torch.ones(1, 2)), torch.tensor(0))
         >>> project_gradients({"w": torch.eye(2)}, {"w": param})["w"].a
         tensor([[1., 1.]])

@@ -70,6 +70,7 @@ def muon(
     below. Gram matrices are damped by a thousandth of their mean diagonal.
 
     Example:
+        >>> import torch
         >>> optimizer = muon()
         >>> trainable = {"w": Factors(b=torch.eye(4, 2), a=torch.eye(2, 3))}
         >>> grads = {"w": Factors(b=torch.ones(4, 2), a=torch.ones(2, 3))}

@@ -90,6 +90,8 @@ def project_optimizer_state(
     other rules are exact.
 
     Example:
+        >>> import torch
+        >>> from dynlora_fn import Factors, Plan, SidePlan
         >>> from dynlora_fn.optim import sgd
         >>> trainable = {"w": Factors(b=torch.ones(3, 2), a=torch.ones(2, 3))}
         >>> opt_state = sgd().init(trainable)._replace(mu=trainable)

@@ -63,6 +63,7 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
     Numerics: The sum is computed in the wider dtype and rounded once to the parameter's dtype.
 
     Example:
+        >>> import torch
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
         {'w': tensor([1.5000, 0.5000])}
     """

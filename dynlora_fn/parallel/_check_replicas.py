@@ -34,6 +34,7 @@ def check_replicas(state: Any, group: Group) -> None:
             that differs. Without a majority it lists the processes with equal states.
 
     Example:
+        >>> import torch
         >>> import torch.distributed as dist
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

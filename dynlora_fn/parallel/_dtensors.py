@@ -35,6 +35,7 @@ def as_dtensors(tree: Any) -> Any:
         only as many processes can resume from them. For another number the shapes differ, and loading fails.
 
     Example:
+        >>> import torch
         >>> import torch.distributed as dist
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

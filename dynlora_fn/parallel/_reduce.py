@@ -38,6 +38,7 @@ def all_reduce_mean(
         number of processes.
 
     Example:
+        >>> import torch
         >>> import torch.distributed as dist
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

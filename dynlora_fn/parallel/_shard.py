@@ -48,6 +48,7 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
         encoded independently. After a fold into a sharded nvfp4 base, each row has a factor, also after `unshard`.
 
     Example:
+        >>> import torch
         >>> import torch.distributed as dist
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -77,6 +78,7 @@ def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
         The same weights with bases and factors that are not sharded.
 
     Example:
+        >>> import torch
         >>> import torch.distributed as dist
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -135,6 +137,7 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
     Numerics: Those of factors that are not sharded, except for the order in which gradients are summed.
 
     Example:
+        >>> import torch
         >>> import torch.distributed as dist
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

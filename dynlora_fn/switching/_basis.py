@@ -47,6 +47,7 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         Four int64 tensors with values in [0, 2**32).
 
     Example:
+        >>> import torch
         >>> zero = torch.tensor(0)
         >>> [f"{word.item():08x}" for word in philox((zero, zero, zero, zero), (zero, zero))]
         ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']

@@ -61,6 +61,7 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
         ValueError: If `schedule` has a `count`, or an `every` other than 1.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> params = init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"])
         >>> schedule = dithered(Schedule(interval=10), params, total_steps=100, seed=0)

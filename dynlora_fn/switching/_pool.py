@@ -47,6 +47,7 @@ def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str
         ValueError: If the factors of a weight are sharded.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
         >>> init_pool(params)["w"].b.vectors.shape  # 4 candidates of side b
@@ -90,6 +91,7 @@ def draw(pool: Pool | Mapping[str, Pool], plan: Plan | Plans) -> Factors | dict[
         ValueError: If the plan could take more vectors of a side than are idle.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init, switch
         >>> from dynlora_fn.schedules import Schedule
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
@@ -141,6 +143,7 @@ def put_back(
         The new pool, or all pools by name. Pools without a plan are returned unchanged.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init, switch
         >>> from dynlora_fn.schedules import every
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])

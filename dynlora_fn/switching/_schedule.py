@@ -54,6 +54,7 @@ class Schedule:
             steps may switch at most ``rank // 2`` vectors of a side.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> params = init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"])
         >>> schedule = Schedule(interval=10)
@@ -205,6 +206,7 @@ def never() -> Schedule:
     """Create a schedule that never switches, for plain low-rank training.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> never()(0, init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"]))
         {}
@@ -231,6 +233,7 @@ def every(steps: int, count: int | Literal["all"] = "all", *, freeze: int = 0, f
             than ``rank // 2`` vectors of a side.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> params = init({"w": torch.ones(8, 8)}, rank=4, seed=0, targets=["w"])
         >>> [every(3).switches(step, params) for step in range(6)]

@@ -68,6 +68,7 @@ def switch(
     its dtype. A quantized base is quantized again, from its codes and residual, where it changes (see `quantize`).
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init, materialize
         >>> from dynlora_fn.schedules import every
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
@@ -113,6 +114,7 @@ def candidates(
         ValueError: If the plan names a parameter that is missing or not low-rank, or `start` is unknown.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> from dynlora_fn.schedules import every
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])

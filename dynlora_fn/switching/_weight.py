@@ -57,6 +57,7 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
     Numerics: Vectors are scaled in float32, or in the slice's dtype if that is wider, and rounded once to the dtype.
 
     Example:
+        >>> import torch
         >>> seed, indices = torch.tensor(0), torch.arange(3)
         >>> (factors,) = basis_vectors([BasisSlice(seed, indices, indices, (6, 4), 2, "switchlora", torch.float32)])
         >>> factors.b.shape, factors.a.shape
@@ -102,6 +103,7 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
     its residual, as products read it.
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
         >>> torch.allclose(materialize(params["w"]), torch.ones(6, 4))
@@ -141,6 +143,7 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
     Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`).
 
     Example:
+        >>> import torch
         >>> from dynlora_fn import init
         >>> params = merge(init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"]))
         >>> bool(params["w"].factors.b.any()), torch.allclose(params["w"].base, torch.ones(6, 4))

@@ -21,6 +21,7 @@ def assert_same(got: Any, wanted: Any) -> None:
         AssertionError: If they differ. The message names the path.
 
     Example:
+        >>> import torch
         >>> assert_same({"w": torch.zeros(2)}, {"w": torch.zeros(2)})
     """
     for path, left, right in pairs(got, wanted):
@@ -44,6 +45,7 @@ def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
         AssertionError: If an entry is further away. The message gives the largest error.
 
     Example:
+        >>> import torch
         >>> assert_within(torch.tensor([1.0]), torch.tensor([1.5]), 0.5)
     """
     error = (got.double() - wanted.double()).abs()
@@ -55,6 +57,7 @@ def eps(dtype: torch.dtype) -> float:
     """Return the distance from 1 to the next number of a dtype.
 
     Example:
+        >>> import torch
         >>> eps(torch.bfloat16)
         0.0078125
     """
@@ -91,6 +94,7 @@ def untouched(*trees: Any) -> Iterator[None]:
         AssertionError: If a tensor was written into, even with its old values. The message names its path.
 
     Example:
+        >>> import torch
         >>> tree = {"w": torch.zeros(2)}
         >>> with untouched(tree):
         ...     tree["w"] + 1

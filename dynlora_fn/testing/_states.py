@@ -132,6 +132,7 @@ def check_resumes(
         BrokenPromiseError: If the runs differ. The message gives the earliest interruption.
 
     Example:
+        >>> import torch
         >>> def make():
         ...     return torch.zeros(2), lambda state, t: (state + t, None)
         >>> check_resumes(make)

@@ -64,6 +64,7 @@ def normal(seed: int | torch.Generator, *shape: int, dtype: torch.dtype = torch.
         dtype: The dtype.
 
     Example:
+        >>> import torch
         >>> normal(0, 2, 3, dtype=torch.float32).shape
         torch.Size([2, 3])
     """
