@@ -80,7 +80,7 @@ def forward(model: nn.Module, frozen: Any) -> Callable[[Any, Tensor], Any]:
 def contender(
     config: Ensemble, model: nn.Module, trainable: Any, frozen: Any, x: Tensor
 ) -> tuple[Callable[[], Any], float]:
-    """Return what is measured, and the bytes of what belongs to the members.
+    """Return the function to measure, and the bytes that belong to the members.
 
     A call has factors. An eager step also has gradients, two moments before and after, updates and new factors.
     """
