@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,6 +59,26 @@ class Sharding:
 
 
 register_constant(Sharding)  # a node without leaves, so that the leaves of every tree are tensors
+
+
+class ShardedFactors(NamedTuple):
+    """The shards of factors that this process stores: some rows of `b` and some columns of `a`.
+
+    Gradients, moments and updates of sharded factors have this type too, because `torch.func` and `tree_map` keep it.
+    So whoever combines the entries of a factor sees that it has a part of them.
+    """
+
+    b: Float[Tensor, "*stack rows rank"]
+    a: Float[Tensor, "*stack rank columns"]
+    sharding: Sharding  # with `columns`
+
+
+AnyFactors: TypeAlias = Factors | ShardedFactors
+
+
+def is_factors(leaf: Any) -> TypeGuard[AnyFactors]:
+    """Return whether a leaf of the trainable tree has factors, sharded or not."""
+    return isinstance(leaf, Factors | ShardedFactors)
 
 
 class LowRank(NamedTuple):
