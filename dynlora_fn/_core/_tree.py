@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
-from dynlora_fn._core._types import Factors, Frozen, LowRank, Param, Params, Trainable
+from dynlora_fn._core._types import AnyFactors, Frozen, LowRank, Param, Params, Trainable, is_factors
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
@@ -27,7 +27,7 @@ class Partition(NamedTuple):
     Take gradients with respect to `trainable` and close over `frozen`: `torch.func.grad` accepts no integer tensors.
     """
 
-    trainable: dict[str, Factors | Tensor]
+    trainable: dict[str, AnyFactors | Tensor]
     frozen: dict[str, Frozen | Tensor]
 
 
@@ -92,7 +92,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
     params: dict[str, Param] = {}
     for name, leaf in trainable.items():
         frozen_leaf = frozen.get(name)
-        if isinstance(leaf, Factors) != isinstance(frozen_leaf, Frozen):
+        if is_factors(leaf) != isinstance(frozen_leaf, Frozen):
             raise ValueError(
                 f"`frozen` does not fit `trainable` at {name!r}: factors need a base, and a tensor must have none;"
                 " pass both trees of one `partition`"
@@ -134,6 +134,18 @@ def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[
 def matches(name: str, pattern: str) -> bool:
     """Return whether a pattern is this name or a glob that matches it."""
     return name == pattern or fnmatchcase(name, pattern)
+
+
+def map_leaf(function: Callable[..., Any], leaf: Any, *others: Any) -> Any:
+    """Apply a function to a full-rank tensor, or to each side of factors.
+
+    The result has the type of `leaf`. The sides of `others` may have another shape and type, such as counts, which are
+    not sharded where factors are.
+    """
+    if not is_factors(leaf):
+        return function(leaf, *others)
+    b = function(leaf.b, *(other.b for other in others))
+    return leaf._replace(b=b, a=function(leaf.a, *(other.a for other in others)))
 
 
 def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) -> Param | dict[str, Param]:

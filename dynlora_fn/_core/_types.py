@@ -37,7 +37,7 @@ class Sharding:
     world_size: int
     process: int  # the index of this process in the group
     rows: int  # `out` of the unsharded base
-    columns: int | None = None  # `in` if the factors are sharded too: `b` by its rows, `a` by its columns
+    columns: int | None = None  # `in`, in the sharding of factors: `b` by its rows, `a` by its columns
     weight: float = 1.0  # of this process in the mean of the gradients of sharded factors
 
     @property
@@ -91,22 +91,21 @@ class LowRank(NamedTuple):
 
     # A plain tensor or a tuple of `dynlora_fn.bases`. Only transforms such as `switch` and `merge` change it.
     base: Float[Tensor, "*stack out in"] | Any
-    factors: Factors
+    factors: AnyFactors
     seed: Int[Tensor, "*stack"]  # of the basis that incoming vectors are drawn from
 
     @property
     def shape(self) -> torch.Size:
         """The shape of the weight, (*stack, out, in)."""
         sharding = self.factor_sharding
-        if sharding is not None and sharding.columns is not None:
-            return torch.Size((*self.factors.b.shape[:-2], sharding.rows, sharding.columns))
+        if sharding is not None:
+            return torch.Size((*self.factors.b.shape[:-2], sharding.rows, sharding.as_columns.rows))
         return torch.Size((*self.factors.b.shape[:-1], self.factors.a.shape[-1]))
 
     @property
     def factor_sharding(self) -> Sharding | None:
         """How the factors are sharded, or None if they are not sharded."""
-        sharding: Sharding | None = None if isinstance(self.base, Tensor) else getattr(self.base, "sharding", None)
-        return None if sharding is None or sharding.columns is None else sharding
+        return self.factors.sharding if isinstance(self.factors, ShardedFactors) else None
 
 
 class Frozen(NamedTuple):
@@ -142,4 +141,4 @@ class Plan(NamedTuple):
 Param: TypeAlias = LowRank | Tensor
 Params: TypeAlias = Mapping[str, Param]
 Plans: TypeAlias = Mapping[str, Plan]
-Trainable: TypeAlias = Mapping[str, Factors | Tensor]
+Trainable: TypeAlias = Mapping[str, AnyFactors | Tensor]

@@ -47,7 +47,8 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
 
     Args:
         base: The base.
-        left: The left factor of the difference, (*stack, out, count). It is sharded if the factors are.
+        left: The left factor of the difference, (*stack, out, count). For a sharded base it may have only the rows of
+            this process.
         right: The right factor of the difference, (*stack, count, in).
         rank: The rank of the weight, which is the divisor.
         name: The name of the weight, for error messages.
@@ -61,8 +62,7 @@ def fold_base(base: Base, left: Tensor, right: Tensor, *, rank: int, name: str) 
     if isinstance(base, Deferred):
         return _deferred(base, left, right, rank=rank, name=name)
     if isinstance(base, Sharded):
-        # `left` is sharded already if the factors are.
-        local_left = left if base.sharding.columns else left[..., base.sharding.local_rows, :]
+        local_left = left[..., base.sharding.local_rows, :] if left.shape[-2] == base.sharding.rows else left
         return base._replace(base=fold_base(base.base, local_left, right, rank=rank, name=name))
     codes, kind = code_tensors(base.codes), kind_of(base.codes)
     new = torch.ops.dynlora_fn.fold_codes(

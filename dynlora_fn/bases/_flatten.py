@@ -21,6 +21,7 @@ class Layout(NamedTuple):
 
     kind: str  # of the format of the codes
     sharding: tuple[Any, ...] | None = None  # the fields of `Sharding`, if these are the rows of this process
+    factor_sharding: tuple[Any, ...] | None = None  # of the factors that are multiplied with the codes
     is_transposed: bool = False
 
 

@@ -1,13 +1,12 @@
 """Treat the pending folds of a weight as additional slots of its factors."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from dynlora_fn._core._types import Factors, LowRank
+from dynlora_fn._core._types import Factors, LowRank, ShardedFactors
 from dynlora_fn.bases._sharded_factors import gather_factors
-from dynlora_fn.bases._types import Deferred, FoldedBase, Sharded
+from dynlora_fn.bases._types import Deferred, FoldedBase
 
 
 class BaseAndFactors(NamedTuple):
@@ -38,13 +37,12 @@ def with_pending(param: LowRank) -> BaseAndFactors:
 
     Sharded factors are gathered. Collective in that case: call it on every process.
     """
-    base, (b, a) = param.base, param.factors
-    if sharding := param.factor_sharding:
-        assert isinstance(base, Sharded)
-        rows_only = base._replace(sharding=replace(sharding, columns=None))
-        return BaseAndFactors(rows_only, gather_factors(param.factors, sharding))
+    base, factors = param.base, param.factors
+    if isinstance(factors, ShardedFactors):
+        return BaseAndFactors(base, gather_factors(factors))
     if not isinstance(base, Deferred):
-        return BaseAndFactors(base, param.factors)
+        return BaseAndFactors(base, factors)
+    b, a = factors
     pending_b, pending_a = (leaf.detach() for leaf in base.pending)
     b, a = torch.cat([b, pending_b.to(b.dtype)], -1), torch.cat([a, pending_a.to(a.dtype)], -2)
-    return BaseAndFactors(base.base, Factors(b * (b.shape[-1] / param.factors.b.shape[-1]), a))
+    return BaseAndFactors(base.base, Factors(b * (b.shape[-1] / factors.b.shape[-1]), a))

@@ -1,6 +1,6 @@
 """Gather the rows of a sharded base, or map a function over its tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import Frozen, Sharding
+from dynlora_fn._core._types import Sharding
 from dynlora_fn.bases._formats import code_tensors, codes_from_tensors, kind_of
 from dynlora_fn.bases._types import FoldedBase, LocalBase, Sharded
 
@@ -51,12 +51,3 @@ def map_code_rows(change: RowMap, kind: str, tensors: Sequence[Tensor], sharding
     blocks = [change(block.reshape(*block.shape[:-1], shards, -1), processes).flatten(-2) for block in blocks]
     return [change(codes, sharding), *blocks, mean]
 
-
-def factor_shardings(frozen: Mapping[str, Frozen | Tensor]) -> dict[str, Sharding]:
-    """Return the shardings of all sharded factors by name."""
-    shardings = {
-        name: leaf.base.sharding
-        for name, leaf in frozen.items()
-        if isinstance(leaf, Frozen) and isinstance(leaf.base, Sharded)
-    }
-    return {name: sharding for name, sharding in shardings.items() if sharding.columns is not None}

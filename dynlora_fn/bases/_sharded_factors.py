@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._collectives import gather, scatter
-from dynlora_fn._core._types import Factors, Sharding
+from dynlora_fn._core._types import Factors, Sharding, ShardedFactors
 
 Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 
 
-def gather_factors(factors: Factors, sharding: Sharding) -> Factors:
+def gather_factors(factors: ShardedFactors) -> Factors:
     """Gather the factors of all processes, bit for bit.
 
     Their gradients are reduced by `scatter_gradients`. Collective: call it on every process.
     """
-    return Factors(*_gather(*factors, astuple(sharding)))
+    return Factors(*_gather(factors.b, factors.a, astuple(factors.sharding)))
 
 
-def scatter_gradients(gradients: Factors, sharding: Sharding) -> Factors:
+def scatter_gradients(gradients: Factors, sharding: Sharding) -> ShardedFactors:
     """Average gradients over all processes and return the shards of this process.
 
     Collective: call it on every process.
     """
-    return Factors(*_scatter(*gradients, astuple(sharding)))
+    return ShardedFactors(*_scatter(*gradients, astuple(sharding)), sharding)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

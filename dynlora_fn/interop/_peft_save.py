@@ -14,7 +14,7 @@ from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, as_layer, kind_of_layer
 from dynlora_fn.interop._safetensors import save_merged, save_weights
 from dynlora_fn.interop._state_dict import state_dict
-from dynlora_fn.nn._view import ROWS, View, dense, view_of
+from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
 
 
 def save_adapter(
@@ -102,6 +102,7 @@ def _entries(model: nn.Module, name: str, pair: Pair) -> dict[str, Tensor]:
 
 def _pair(view: View) -> tuple[Pair, float]:
     """Return ``up @ down = b @ a / rank``. The rank of a fused weight is the sum of the ranks of its parts."""
+    view = gathered(view)
     ups = [part.factors.b.float() / part.factors.b.shape[-1] for part in view.parts]
     downs = [part.factors.a.float() for part in view.parts]
     if view.parts[0].seed.ndim:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._types import LowRank
-from dynlora_fn.nn._view import dense_base, expect_weight, refuse, single
+from dynlora_fn.nn._view import dense_base, expect_weight, refuse, single, whole_factors
 
 
 def embedding(
@@ -40,7 +40,7 @@ def embedding(
 
 def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:
     """Return the indexed rows of ``b @ a / rank`` and of the base."""
-    b, a = part.factors
+    b, a = whole_factors(part)
     dtype = widest(b.dtype, a.dtype)
     with without_autocast(b.device.type):
         low_rank_rows = b[index].to(dtype) @ a.to(dtype) / a.shape[-2]

@@ -1,5 +1,6 @@
 """Multiply an input by one low-rank weight, along one of the paths of `_contraction_paths`."""
 
+from dataclasses import astuple
 from math import prod
 from typing import get_args
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from dynlora_fn._core._dtypes import autocast_now
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._flatten import flatten_base
-from dynlora_fn.bases._pending import BaseAndFactors, rank_with_pending, with_pending, without_pending
+from dynlora_fn.bases._pending import rank_with_pending, with_pending, without_pending
 from dynlora_fn.bases._types import Sharded
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path
 from dynlora_fn.nn._linear_functions import times_factored, times_merged
@@ -62,16 +63,17 @@ def linear(
         raise ValueError(f"`path` is {path!r}; use one of {', '.join(get_args(ContractionPath))}")
     path = _cheapest(x, param) if path is None else path
     # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
-    is_gathered_later = param.factor_sharding and path != "factored"
-    base, (b, a) = BaseAndFactors(param.base, param.factors) if is_gathered_later else with_pending(param)
+    sharding = param.factor_sharding if path != "factored" else None
+    base, factors = (param.base, param.factors) if sharding else with_pending(param)
     layout, tensors = flatten_base(base)
+    layout = layout._replace(factor_sharding=astuple(sharding) if sharding else None)
     codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if path == "factored":
-        return times_factored(x, b, a, bias, layout, *codes)
-    output: Tensor = times_merged(x, b, a, bias, path == "dense", layout, *codes)
+        return times_factored(x, factors.b, factors.a, bias, layout, *codes)
+    output: Tensor = times_merged(x, factors.b, factors.a, bias, path == "dense", layout, *codes)
     return output
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._types import Factors, Sharding
+from dynlora_fn._core._types import Factors, Sharding, ShardedFactors
 from dynlora_fn.bases._base import dequantize
 from dynlora_fn.bases._flatten import Layout, gather_codes
 from dynlora_fn.bases._sharded_factors import gather_factors, scatter_gradients
@@ -43,18 +43,20 @@ def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tens
 
 
 def _factor_sharding(layout: Layout) -> Sharding | None:
-    sharding = Sharding(*layout.sharding) if layout.sharding else None
-    return None if sharding is None or sharding.columns is None else sharding
+    return Sharding(*layout.factor_sharding) if layout.factor_sharding else None
 
 
 def _gather_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
     sharding = _factor_sharding(layout)
-    return Factors(b, a) if sharding is None else gather_factors(Factors(b, a), sharding)
+    return Factors(b, a) if sharding is None else gather_factors(ShardedFactors(b, a, sharding))
 
 
 def _scatter_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
     sharding = _factor_sharding(layout)
-    return Factors(b, a) if sharding is None else scatter_gradients(Factors(b, a), sharding)
+    if sharding is None:
+        return Factors(b, a)
+    shards = scatter_gradients(Factors(b, a), sharding)
+    return Factors(shards.b, shards.a)
 
 
 def _refuse_sharded(layout: Layout, transform: str) -> None:

@@ -14,8 +14,19 @@ from torch.nn import functional
 from dynlora_fn._core._dtypes import autocast_now
 from dynlora_fn._core._torch import grouped_mm as torch_grouped_mm
 from dynlora_fn._core._types import LowRank
+from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.nn._linear import linear as contract
-from dynlora_fn.nn._view import ROWS, View, dense_base, expect_weight, matrix_shape, refuse, single, transposed
+from dynlora_fn.nn._view import (
+    ROWS,
+    View,
+    dense_base,
+    expect_weight,
+    matrix_shape,
+    refuse,
+    single,
+    transposed,
+    whole_factors,
+)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -46,9 +57,10 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
 
 
 def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
-    b, a = part.factors
-    if b.ndim == 2:
+    if part.factors.b.ndim == 2:
         return contract(x, part, bias)
+    part = LowRank(*with_pending(part), part.seed)  # `linear` gets sharded factors as they are
+    b, a = whole_factors(part)
     dtype = _compute_dtype(x)
     x, base, b, a = (leaf.to(dtype) for leaf in (x, dense_base(part), b, a))
     output: Tensor = x @ base.mT + (x @ a.mT / a.shape[-2]) @ b.mT
@@ -100,7 +112,7 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
         result = "..." * ("..." in equation) + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
     rank_letter = next(letter for letter in "rsuvwxyzabcdefghijklmnopqtRS" if letter not in equation)
     stack_letters = "".join(stack)
-    b, a = part.factors
+    b, a = whole_factors(part)
     others = [*operands[:at], *operands[at + 1 :]]
     dtype = _compute_dtype(others[0]) if others else b.dtype
     base, b, a, *others = (leaf.to(dtype) for leaf in (dense_base(part), b, a, *others))
@@ -123,9 +135,10 @@ def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_d
     part = single(view, "grouped_mm")
     if bias is not None or out_dtype is not None or matrix_shape(part)[:-2] != tuple(offs.shape):
         refuse(view, "grouped_mm", "`bias`, `out_dtype` or a weight that is not a stack of experts")
-    rank = part.factors.a.shape[-2]
+    b, a = whole_factors(part)
+    rank = a.shape[-2]
     padding = -rank % (16 // input.element_size())  # `grouped_mm` requires rows of a multiple of 16 bytes
-    b, a = functional.pad(part.factors.b, (0, padding)), functional.pad(part.factors.a, (0, 0, 0, padding))
+    b, a = functional.pad(b, (0, padding)), functional.pad(a, (0, 0, 0, padding))
 
     def times(x: Tensor, matrices: Tensor) -> Tensor:
         return functional.grouped_mm(x, matrices.to(x.dtype), offs=offs)
@@ -159,7 +172,7 @@ def convolve(dimensions: int) -> Callable[..., Tensor]:
             refuse(view, operation, f"a weight of shape {view.shape} that is not low-rank as (out, in * prod(kernel))")
         (part,) = view.parts
         dtype = _compute_dtype(input)
-        input, b, a = (leaf.to(dtype) for leaf in (input, *part.factors))
+        input, b, a = (leaf.to(dtype) for leaf in (input, *whole_factors(part)))
         bias = None if bias is None else bias.to(dtype)
         out_features, *inner_shape = view.shape
         base = dense_base(part).to(dtype).reshape(view.shape)

@@ -114,16 +114,22 @@ def _transposed_base(base: Any) -> Any:
     return codes.mT.detach() if isinstance(codes, Tensor) else Transposed(base)
 
 
+def whole_factors(part: LowRank) -> Factors:
+    """Return the factors of a part of a view that `gathered` has returned."""
+    assert isinstance(part.factors, Factors), "only `linear` takes sharded factors"
+    return part.factors
+
+
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:
     """Return ``weight[*stack, rows, columns]``, where `rows` and `columns` are slices."""
-    b, a = part.factors
+    b, a = whole_factors(part)
     factors = Factors(b[(*stack, rows, slice(None))], a[(*stack, slice(None), columns)])
     return LowRank(dense_base(part)[(*stack, rows, columns)], factors, part.seed[stack])
 
 
 def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
     """Return ``weight.view(*shape, in)`` of a matrix, as a stack whose members share `a`."""
-    b, a = part.factors
+    b, a = whole_factors(part)
     stack = shape[:-1]
     factors = Factors(b.reshape(*shape, b.shape[-1]), a.expand(*stack, *a.shape))
     return LowRank(dense_base(part).reshape(*shape, a.shape[-1]), factors, part.seed.expand(stack))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
+from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moment, encode_moments
 from dynlora_fn.optim._freeze import count_down, no_vectors_frozen, zero_counts, zero_frozen
@@ -110,7 +111,7 @@ def adamw(
             return -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
 
         updates = {
-            name: tree_map(partial(step, rate_of(lr, name)), mu[name], nu[name], count[name], leaf)
+            name: map_leaf(partial(step, rate_of(lr, name)), mu[name], nu[name], count[name], leaf)
             for name, leaf in trainable.items()
         }
         if moments == "8bit":

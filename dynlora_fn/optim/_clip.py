@@ -1,6 +1,6 @@
 """Clip gradients by their global norm."""
 
-from collections.abc import Mapping
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_leaves, tree_map
-from dynlora_fn._core._types import Frozen, Trainable
-from dynlora_fn.bases._sharded import factor_shardings
+from dynlora_fn._core._types import ShardedFactors, Trainable
 from dynlora_fn.optim._transform import Tree
 
 
@@ -21,9 +20,7 @@ class Clipped(NamedTuple):
     norm: Float[Tensor, ""]  # before clipping
 
 
-def clip_by_global_norm(
-    grads: Trainable, max_norm: float, *, frozen: Mapping[str, Frozen | Tensor] | None = None
-) -> Clipped:
+def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
     """Scale the gradients so that their joint norm is at most `max_norm`.
 
     The result equals the one of `torch.nn.utils.clip_grad_norm_`::
@@ -32,12 +29,12 @@ def clip_by_global_norm(
 
     Clip before the switch. The gradients of frozen vectors count (arXiv:2406.06564's implementation).
 
+    Each process has a shard of the gradients of sharded factors. Their squared norms are summed over the processes
+    (four bytes). Collective in that case: call it on every process.
+
     Args:
         grads: The gradients of the trainable parameters by name.
         max_norm: The largest norm that is left unchanged.
-        frozen: The frozen parameters from `partition`, needed when factors are sharded. Each process then has a shard
-            of their gradients, and the squared norms are summed over the processes (four bytes). Collective: call it
-            on every process. Default None means that no factors are sharded.
 
     Returns:
         The clipped gradients, and their norm before clipping.
@@ -51,12 +48,14 @@ def clip_by_global_norm(
         >>> clipped.norm, clipped.grads["w"]
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    shardings = factor_shardings(frozen or {})
-    squares = [_squares(leaf) for name, grad in grads.items() if name not in shardings for leaf in tree_leaves(grad)]
-    sharded_squares = [_squares(leaf) for name in shardings for leaf in tree_leaves(grads[name])]
-    if sharded_squares:
-        (group,) = {sharding.group for sharding in shardings.values()}
-        squares.append(all_reduce(torch.stack(sharded_squares).sum(), group))
+    squares: list[Tensor] = []
+    squares_by_group: dict[str, list[Tensor]] = defaultdict(list)
+    for node in tree_leaves(dict(grads), is_leaf=lambda node: isinstance(node, ShardedFactors)):
+        if isinstance(node, ShardedFactors):
+            squares_by_group[node.sharding.group] += [_squares(node.b), _squares(node.a)]
+        else:
+            squares.append(_squares(node))
+    squares += [all_reduce(torch.stack(shards).sum(), group) for group, shards in squares_by_group.items()]
     norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return Clipped(tree_map(lambda grad: grad * scale.to(grad.dtype), dict(grads)), norm)

@@ -51,17 +51,17 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
 def _project_gradient(name: str, grad: Tensor, param: Param) -> Factors | Tensor:
     if not isinstance(param, LowRank):
         return grad
-    _refuse_sharded_factors(name, param)
-    b, a = param.factors
+    b, a = _whole_factors(name, param)
     wide, rank = widest(grad.dtype, b.dtype, a.dtype), b.shape[-1]
     grad = grad.to(wide)
     grad_b, grad_a = grad @ a.to(wide).mT / rank, b.to(wide).mT @ grad / rank
     return Factors(b=grad_b.to(b.dtype), a=grad_a.to(a.dtype))
 
 
-def _refuse_sharded_factors(name: str, param: LowRank) -> None:
-    if param.factor_sharding:
-        raise ValueError(f"{name!r} must have whole factors for gradients of dense weights; shard only the base")
+def _whole_factors(name: str, param: LowRank) -> Factors:
+    if isinstance(param.factors, Factors):
+        return param.factors
+    raise ValueError(f"{name!r} must have whole factors for gradients of dense weights; shard only the base")
 
 
 @overload
@@ -147,9 +147,9 @@ def _compensate(name: str, param: LowRank, grad: Tensor, lr: Rate, normalize: No
             f"`grads` must have the weight's shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}; "
             "pass the gradient of the dense weight"
         )
-    _refuse_sharded_factors(name, param)
+    factors = _whole_factors(name, param)
     with without_autocast(grad.device.type):
-        outside = _outside_span(param.factors, grad)
+        outside = _outside_span(factors, grad)
         if normalize == "spectrum":
             change = orthogonalize(outside) * sqrt(max(param.shape[-2:]))
         else:

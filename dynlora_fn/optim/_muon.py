@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import Factors, Frozen, Sharding, Trainable
-from dynlora_fn.bases._sharded import factor_shardings
+from dynlora_fn._core._types import AnyFactors, Factors, ShardedFactors, Trainable, is_factors
 from dynlora_fn.optim._freeze import count_down, zero_frozen
 from dynlora_fn.optim._newton_schulz import orthogonalize, orthogonalize_shards
 from dynlora_fn.optim._sgd_lion import MomentumState, check_decay, init_momentum
@@ -21,9 +20,7 @@ _DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly depe
 _MAX_RELATIVE_STEP = 0.1  # of the sum of both factors' norms
 
 
-def muon(
-    *, momentum: float = 0.95, weight_decay: float = 0.0, frozen: Mapping[str, Frozen | Tensor] | None = None
-) -> Transform:
+def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     """Create Muon, which orthogonalizes updates of matrices and of low-rank weights.
 
     A low-rank weight is updated through the weight ``b @ a / rank``, not through each factor as a matrix. For a matrix
@@ -53,10 +50,6 @@ def muon(
     Args:
         momentum: The decay rate of the moment, in [0, 1).
         weight_decay: The decoupled weight decay.
-        frozen: The frozen parameters from `partition`, required when factors are sharded. The Gram matrices are then
-            summed over the processes. Only the sharding is read and stored. A shard of a factor looks like a whole
-            factor, so without `frozen` every process would orthogonalize its shard. Default None means that no
-            factors are sharded.
 
     Returns:
         The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name. For
@@ -79,7 +72,6 @@ def muon(
         torch.Size([4, 2])
     """
     check_decay("momentum", momentum)
-    shardings = factor_shardings(frozen or {})
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
@@ -90,8 +82,8 @@ def muon(
         updates: Tree = {}
         for name, leaf in trainable.items():
             rate, direction = rate_of(lr, name), directions[name]
-            if isinstance(leaf, Factors):
-                direction = _factor_directions(direction, leaf, rate, opt_state.frozen_for[name], shardings.get(name))
+            if is_factors(leaf):
+                direction = _factor_directions(direction, leaf, rate, opt_state.frozen_for[name])
             else:
                 direction = _matrix_direction(name, direction)
             decayed = tree_map(lambda step, param: step + weight_decay * param.to(step.dtype), direction, leaf)
@@ -114,14 +106,14 @@ def _matrix_direction(name: str, direction: Tensor) -> Tensor:
     return orthogonalize(direction) * sqrt(max(direction.shape[-2:]))
 
 
-def _factor_directions(
-    directions: Factors, factors: Factors, rate: Rate, frozen_for: Factors, sharding: Sharding | None
-) -> Factors:
+def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate, frozen_for: Factors) -> AnyFactors:
     """Return the directions of both factors before weight decay.
 
-    Their norms are limited, and they are zero for frozen vectors.
+    Their norms are limited, and they are zero for frozen vectors. The Gram matrices of sharded factors are summed over
+    the processes.
     """
-    b, a = (side.to(direction.dtype) for side, direction in zip(factors, directions, strict=True))
+    sharding = factors.sharding if isinstance(factors, ShardedFactors) else None
+    b, a = factors.b.to(directions.b.dtype), factors.a.to(directions.a.dtype)
     sum_over_processes = partial(all_reduce, group=sharding.group) if sharding else _identity
     gram_b, gram_a = sum_over_processes(torch.stack([b.mT @ b, a @ a.mT]))  # (*stack, rank, rank)
     size_b, size_a = _mean_diagonal(gram_b), _mean_diagonal(gram_a)
@@ -131,7 +123,7 @@ def _factor_directions(
     whitened_b, whitened_a = directions.b @ whitening_a.mT, whitening_b @ directions.a
     if sharding:
         step_b_transposed, step_a = orthogonalize_shards([whitened_b.mT, whitened_a], sum_over_processes)
-        step_b, shape = step_b_transposed.mT, (sharding.rows, sharding.columns or 0)
+        step_b, shape = step_b_transposed.mT, (sharding.rows, sharding.as_columns.rows)
     else:
         step_b, step_a = orthogonalize(whitened_b), orthogonalize(whitened_a)
         shape = b.shape[-2], a.shape[-1]
@@ -140,7 +132,7 @@ def _factor_directions(
     squares = [side.square().sum((-2, -1), keepdim=True) for side in (b, a, step_b, step_a)]
     norm_b, norm_a, norm_step_b, norm_step_a = sum_over_processes(torch.stack(squares)).sqrt()
     max_norm = _MAX_RELATIVE_STEP * (norm_b + norm_a) / rate
-    return Factors(
+    return directions._replace(
         b=torch.where(frozen_for.b > 0, 0, _limit_norm(step_b, norm_step_b, max_norm)),
         a=torch.where(frozen_for.a > 0, 0, _limit_norm(step_a, norm_step_a, max_norm)),
     )

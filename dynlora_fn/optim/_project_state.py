@@ -1,11 +1,13 @@
 """Apply a switch to the optimizer state: rules for the vectors' counterparts."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 from torch import Tensor
 
-from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, Trainable
+from dynlora_fn._core._tree import map_leaf
+from dynlora_fn._core._types import AnyFactors, Factors, LowRank, Params, Plan, Plans, Trainable, is_factors
 from dynlora_fn.optim._eight_bit import decode_moments
 from dynlora_fn.optim._state_rules import counterparts, is_pruned, replace_where, reset, transport
 
@@ -32,7 +34,7 @@ class _Context(NamedTuple):
     change: Change | None
     leaves: list[tuple[str, str]]  # name and side of each leaf of the trainable tree, for states that number them
     projected: set[str]  # names of planned parameters that the rule was applied to
-    first_moments: dict[str, Factors]  # by name, collected for "prune"
+    first_moments: dict[str, AnyFactors]  # by name, collected for "prune"
 
 
 def project_optimizer_state(
@@ -114,7 +116,7 @@ def project_optimizer_state(
     leaves = [
         (name, side)
         for name, leaf in (trainable or {}).items()
-        for side in (leaf._fields if isinstance(leaf, Factors) else ("",))
+        for side in (("b", "a") if is_factors(leaf) else ("",))
     ]
     context = _Context(plan, rule, prune, change, leaves, set(), {})
     if rule == "prune":
@@ -134,7 +136,7 @@ def project_optimizer_state(
 
 
 def _project(tree: Any, context: _Context, path: tuple[Any, ...]) -> Any:
-    if isinstance(tree, Factors):
+    if is_factors(tree):
         name = path[-1]
         return _apply_rule(tree, name, _kind(tree, path), context) if name in context.plan else tree
     if isinstance(tree, Mapping):
@@ -180,7 +182,7 @@ def _project_listed(tree: Mapping[int, Any], context: _Context, path: tuple[Any,
     return new
 
 
-def _kind(leaf: Factors, path: Sequence[Any]) -> str:
+def _kind(leaf: AnyFactors, path: Sequence[Any]) -> str:
     if "frozen_for" in path:
         return "frozen_for"
     if isinstance(leaf.b, Tensor) and not leaf.b.is_floating_point():
@@ -188,7 +190,7 @@ def _kind(leaf: Factors, path: Sequence[Any]) -> str:
     return "first" if _FIRST_MOMENTS & {key for key in path if isinstance(key, str)} else "moment"
 
 
-def _apply_rule(leaf: Factors, name: str, kind: str, context: _Context) -> Factors:
+def _apply_rule(leaf: AnyFactors, name: str, kind: str, context: _Context) -> AnyFactors:
     plan, new = context.plan[name], leaf
     if context.rule in ("reset", "reset_thawed"):
         new = reset(leaf, kind, plan, is_count_delayed=context.rule == "reset_thawed")
@@ -197,12 +199,11 @@ def _apply_rule(leaf: Factors, name: str, kind: str, context: _Context) -> Facto
         if kind == "first":
             context.first_moments[name] = moments
         first_moments = context.first_moments.get(name, moments)
-        sides = zip(moments, counterparts(leaf, plan), first_moments, strict=True)
-        b, a = (is_pruned(moment, is_counterpart, first, context.prune) for moment, is_counterpart, first in sides)
-        new = Factors(replace_where(leaf.b, b), replace_where(leaf.a, a))
+        pruned = map_leaf(partial(is_pruned, share=context.prune), moments, counterparts(leaf, plan), first_moments)
+        new = map_leaf(replace_where, leaf, pruned)
     elif context.rule == "transport" and kind == "first":
         assert context.change is not None
-        if not all(isinstance(side, Tensor) for side in leaf):
+        if not (isinstance(leaf.b, Tensor) and isinstance(leaf.a, Tensor)):
             raise ValueError(
                 f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use adamw(moments='float32')"
             )

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import NamedTuple
 
 from torch import Tensor
 
-from dynlora_fn._core._torch import tree_map
+from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Factors, Trainable
 from dynlora_fn.optim._freeze import count_down, no_vectors_frozen, zero_frozen
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, zero_moments
@@ -124,15 +125,14 @@ def _one_moment_transform(moment_step: Callable[[Tensor, Tensor, Tensor], tuple[
     ) -> Updates:
         grads = zero_frozen(grads, opt_state.frozen_for)
 
-        def step(rate: Rate, mu: Tensor, grad: Tensor, param: Tensor) -> list[Tensor]:
+        def step(rate: Rate, mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
             mu, direction = moment_step(mu, grad.to(mu.dtype), param.to(mu.dtype))
-            return [mu, -rate * direction]
+            return mu, -rate * direction
 
         mu, updates = {}, {}
         for name, leaf in trainable.items():
-            pair: Any = tree_map(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
-            is_tensor = isinstance(pair, list)  # for factors it is a pair for each side
-            mu[name], updates[name] = pair if is_tensor else (Factors(*sides) for sides in zip(*pair, strict=True))
+            pair = map_leaf(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
+            mu[name], updates[name] = (map_leaf(itemgetter(at), pair) for at in range(2))
         return Updates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
 
     return Transform(init_momentum, update)

@@ -1,37 +1,35 @@
 """Rules for the optimizer state of counterparts: reset, prune or transport it."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._types import Factors, Plan, SidePlan
+from dynlora_fn._core._tree import map_leaf
+from dynlora_fn._core._types import AnyFactors, Factors, Plan, SidePlan
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, reset_moment
 
 
-def counterparts(leaf: Factors, plan: Plan) -> Factors:
+def counterparts(leaf: AnyFactors, plan: Plan) -> Factors:
     """Return which vectors of each side are counterparts of switched ones.
 
     The masks broadcast against the factors.
     """
-    b, a = (side if isinstance(side, Tensor) else side.codes for side in leaf)
+    b, a = (side if isinstance(side, Tensor) else side.codes for side in (leaf.b, leaf.a))
     return Factors(
         b=_switched_slots(plan.a, b.shape[-1])[..., None, :],
         a=_switched_slots(plan.b, a.shape[-2])[..., :, None],
     )
 
 
-def reset(leaf: Factors, kind: str, plan: Plan, *, is_count_delayed: bool) -> Factors:
+def reset(leaf: AnyFactors, kind: str, plan: Plan, *, is_count_delayed: bool) -> AnyFactors:
     new = torch.zeros((), device=plan.frozen_for.device)
     if kind == "frozen_for":
         new = plan.frozen_for
     elif kind == "count" and is_count_delayed:
         new = -plan.frozen_for
-    is_counterpart = counterparts(leaf, plan)
-    return Factors(
-        b=replace_where(leaf.b, is_counterpart.b, new),
-        a=replace_where(leaf.a, is_counterpart.a, new),
-    )
+    return map_leaf(partial(replace_where, value=new), leaf, counterparts(leaf, plan))  # type: ignore[no-any-return]
 
 
 def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -> Any:
@@ -61,11 +59,11 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
     return moment.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
 
 
-def transport(leaf: Factors, before: Factors, after: Factors, plan: Plan) -> Factors:
+def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, plan: Plan) -> AnyFactors:
     is_counterpart = counterparts(leaf, plan)
     b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
     a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
-    return Factors(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))
+    return leaf._replace(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))
 
 
 def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Switching needs no communication: every process derives the same plan and vectors from the seed and the step.
 """
 
+from dynlora_fn._core._types import ShardedFactors as ShardedFactors
 from dynlora_fn._core._types import Sharding as Sharding
 from dynlora_fn.parallel._check_replicas import DriftedError as DriftedError
 from dynlora_fn.parallel._check_replicas import check_replicas as check_replicas

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import all_gather
 from dynlora_fn._core._torch import keystr, tree_flatten_with_path
+from dynlora_fn._core._types import ShardedFactors
 from dynlora_fn.bases._types import Sharded
-from dynlora_fn.parallel._dtensors import is_under, shardings_in
 from dynlora_fn.parallel._group import Group, process_group
 
 
@@ -22,8 +22,7 @@ def check_replicas(state: Any, group: Group) -> None:
     """Check that all processes have the same state, bit for bit.
 
     If not, every process raises the same error. The state is read once, and each tensor costs eight bytes of
-    communication. Sharded bases, and all tensors under the names of sharded factors, differ between processes and are
-    skipped. Collective: call it on every process.
+    communication. Sharded bases, factors, gradients and moments differ between processes and are skipped. Collective: call it on every process.
 
     Args:
         state: A tree of tensors.
@@ -41,11 +40,8 @@ def check_replicas(state: Any, group: Group) -> None:
         >>> dl.parallel.check_replicas({"w": torch.ones(2)}, dist.group.WORLD)
         >>> dist.destroy_process_group()
     """
-    leaves = tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Sharded))[0]
-    shardings = shardings_in(state)
-    replicated = [
-        (keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and not is_under(path, shardings)
-    ]
+    leaves = tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Sharded | ShardedFactors))[0]
+    replicated = [(keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
     local = checksums([leaf for _, leaf in replicated])
     processes = process_group(group)
     gathered = all_gather(local[None], processes.size(), processes.group_name).tolist()

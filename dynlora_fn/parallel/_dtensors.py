@@ -1,6 +1,5 @@
-"""Sharded tensors as `DTensor`, for checkpoints, and the shardings in a state."""
+"""Sharded tensors as `DTensor`, for checkpoints."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dynlora_fn._core._torch import MappingKey, resolve_process_group, tree_flatten_with_path, tree_map_with_path
-from dynlora_fn._core._types import Sharding
+from dynlora_fn._core._torch import keystr, resolve_process_group, tree_map_with_path
+from dynlora_fn._core._types import ShardedFactors, Sharding
 from dynlora_fn.bases._sharded import map_rows
 from dynlora_fn.bases._types import Sharded
 
@@ -45,34 +44,29 @@ def as_dtensors(tree: Any) -> Any:
         'DTensor'
         >>> dist.destroy_process_group()
     """
-    shardings = shardings_in(tree)
-
-    def place(path: Any, node: Any) -> Any:
-        if isinstance(node, Sharded):
-            return node._replace(base=map_rows(partial(_placed, axis=-2), node.base, node.sharding))
-        if (name := is_under(path, shardings)) is None or not isinstance(node, Tensor) or not _is_sharded(node):
-            return node
-        *_, parent, last = ("", *(getattr(key, "name", "") for key in path))
-        side = parent if last in ("codes", "scale") else last
-        sharding = shardings[name] if side == "b" else shardings[name].as_columns
-        if side != last and sharding.rows % sharding.world_size:
-            raise ValueError(
-                f"`tree` has 8-bit moments of {name!r} whose shards differ in size: {sharding.rows} rows or columns"
-                f" over {sharding.world_size} processes; use float32 moments, or processes that divide them evenly"
-            )
-        if last == "scale":
-            return _placed(node[None], replace(sharding, rows=sharding.world_size), -2)
-        return _placed(node, sharding, -2 if side == "b" else -1)
-
-    return tree_map_with_path(place, tree, is_leaf=lambda node: isinstance(node, Sharded))
+    return tree_map_with_path(_place, tree, is_leaf=lambda node: isinstance(node, Sharded | ShardedFactors))
 
 
-def _is_sharded(leaf: Tensor) -> bool:
-    """Return whether a leaf under the name of sharded factors is sharded.
+def _place(path: Any, node: Any) -> Any:
+    if isinstance(node, Sharded):
+        return node._replace(base=map_rows(partial(_placed, axis=-2), node.base, node.sharding))
+    if isinstance(node, ShardedFactors):
+        b = _place_side(path, node.b, node.sharding, -2)
+        return node._replace(b=b, a=_place_side(path, node.a, node.sharding.as_columns, -1))
+    return node
 
-    Seeds and counts are not: they are equal on all processes.
-    """
-    return leaf.dtype not in (torch.int32, torch.int64)
+
+def _place_side(path: Any, side: Any, sharding: Sharding, axis: int) -> Any:
+    """Place a tensor, or a moment in 8 bit."""
+    if isinstance(side, Tensor):
+        return _placed(side, sharding, axis)
+    if sharding.rows % sharding.world_size:
+        raise ValueError(
+            f"`tree` has 8-bit moments at {keystr(path)} whose shards differ in size: {sharding.rows} rows or columns"
+            f" over {sharding.world_size} processes; use float32 moments, or processes that divide them evenly"
+        )
+    scale = _placed(side.scale[None], replace(sharding, rows=sharding.world_size), -2)
+    return side._replace(codes=_placed(side.codes, sharding, axis), scale=scale)
 
 
 def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
@@ -87,18 +81,3 @@ def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
     placed: Tensor = DTensor.from_local(leaf, mesh, placements, run_check=False, shape=full_shape, stride=stride)
     return placed
 
-
-def shardings_in(tree: Any) -> dict[str, Sharding]:
-    """Return the shardings of all sharded factors in a state, by name."""
-    found, _ = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Sharded))
-    named = {_names(path)[-1]: leaf.sharding for path, leaf in found if isinstance(leaf, Sharded) and _names(path)}
-    return {name: sharding for name, sharding in named.items() if sharding.columns is not None}
-
-
-def is_under(path: Any, names: Mapping[str, Any]) -> str | None:
-    """Return the first of the names that is a key on the path of a leaf, or None."""
-    return next((name for name in _names(path) if name in names), None)
-
-
-def _names(path: Any) -> list[str]:
-    return [key.key for key in path if isinstance(key, MappingKey)]

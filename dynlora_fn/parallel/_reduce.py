@@ -1,22 +1,17 @@
 """Average gradients over processes."""
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
-from dynlora_fn._core._types import Frozen
-from dynlora_fn.bases._sharded import factor_shardings
-from dynlora_fn.parallel._dtensors import is_under
+from dynlora_fn._core._torch import functional_collectives, tree_flatten, tree_unflatten
+from dynlora_fn._core._types import ShardedFactors
 from dynlora_fn.parallel._group import Group, process_group
 
 
-def all_reduce_mean(
-    tree: Any, group: Group, *, weight: float | None = None, frozen: Mapping[str, Frozen | Tensor] | None = None
-) -> Any:
+def all_reduce_mean(tree: Any, group: Group, *, weight: float | None = None) -> Any:
     """Average every tensor over the processes.
 
     The result has the same bits on all processes. Tensors of one dtype are concatenated, so there is one all-reduce for
@@ -28,8 +23,6 @@ def all_reduce_mean(
         group: The process group, or a mesh of one dimension.
         weight: The weight of this process in the mean, for batches of unequal sizes. The weights must sum to 1.
             Default None means 1 / the number of processes.
-        frozen: The frozen tree. Pass it if factors are sharded, so that their gradients, which are already reduced, are
-            skipped.
 
     Returns:
         A tree with the structure, shapes and dtypes of `tree`.
@@ -47,12 +40,10 @@ def all_reduce_mean(
         >>> dist.destroy_process_group()
     """
     weight = 1 / process_group(group).size() if weight is None else weight
-    shardings = factor_shardings(frozen or {})
-    paths, structure = tree_flatten_with_path(tree)
-    leaves = [leaf for _, leaf in paths]
+    leaves, structure = tree_flatten(tree, is_leaf=lambda node: isinstance(node, ShardedFactors))
     buckets: dict[torch.dtype, list[int]] = defaultdict(list)
-    for at, (path, leaf) in enumerate(paths):
-        if not is_under(path, shardings):
+    for at, leaf in enumerate(leaves):
+        if not isinstance(leaf, ShardedFactors):  # the backward pass has reduced gradients of sharded factors
             buckets[leaf.dtype].append(at)
     for members in buckets.values():
         bucket = torch.cat([leaves[at].flatten() for at in members]) * weight

@@ -6,7 +6,7 @@ from typing import overload
 from torch import Tensor
 
 from dynlora_fn._core._tree import map_low_rank
-from dynlora_fn._core._types import Factors, LowRank, Param, Params, Sharding
+from dynlora_fn._core._types import LowRank, Param, Params, ShardedFactors, Sharding
 from dynlora_fn.bases._float4 import NVFP4Codes, with_factors_by_row, with_one_factor
 from dynlora_fn.bases._nf4 import NF4Codes
 from dynlora_fn.bases._quantized import base_shape
@@ -91,10 +91,8 @@ def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _unshard(param: LowRank) -> LowRank:
-    if sharding := param.factor_sharding:
-        assert isinstance(param.base, Sharded)
-        rows_only = param.base._replace(sharding=replace(sharding, columns=None))
-        param = param._replace(base=rows_only, factors=gather_factors(param.factors, sharding))
+    if isinstance(param.factors, ShardedFactors):
+        param = param._replace(factors=gather_factors(param.factors))
     base = param.base
     if isinstance(base, Deferred):
         return param._replace(base=base._replace(base=_unsharded(base.base)))
@@ -119,8 +117,8 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
     are sharded in the same way. The factors of a weight are all-gathered for each product, in the forward pass and
     again in the backward pass, and then freed. The backward pass also reduce-scatters their gradients.
 
-    Pass ``frozen=`` to `all_reduce_mean`, `clip_by_global_norm` and `muon`, so that they treat shards as shards. Any
-    other optimizer must be elementwise, as `adamw` is. A switch generates the incoming vectors without communication.
+    Factors, gradients, moments and updates are `ShardedFactors`, so `all_reduce_mean`, `clip_by_global_norm` and `muon`
+    treat shards as shards. Any other optimizer must be elementwise, as `adamw` is. A switch generates the incoming vectors without communication.
     It all-gathers the rows of `a` that it folds into the base: ``vectors * in`` entries for each weight.
 
     Args:
@@ -156,16 +154,16 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
 
 
 def _shard_factors(name: str, param: LowRank, weight: float | None) -> LowRank:
-    base, (b, a) = param.base, param.factors
-    if not isinstance(base, Sharded) or base.sharding.columns is not None:
+    base, factors = param.base, param.factors
+    if not isinstance(base, Sharded) or isinstance(factors, ShardedFactors):
         raise ValueError(
             f"the factors of {name!r} in `params` cannot be sharded: its base must be sharded and not deferred, and its"
             " factors must not be sharded already; call `shard` first, and `shard_factors` once"
         )
     weight = 1 / base.sharding.world_size if weight is None else weight
-    sharding = replace(base.sharding, columns=a.shape[-1], weight=weight)
-    shards = Factors(b[..., sharding.local_rows, :].clone(), a[..., sharding.as_columns.local_rows].clone())
-    return param._replace(base=base._replace(sharding=sharding), factors=shards)
+    sharding = replace(base.sharding, columns=factors.a.shape[-1], weight=weight)
+    b, a = factors.b[..., sharding.local_rows, :].clone(), factors.a[..., sharding.as_columns.local_rows].clone()
+    return param._replace(factors=ShardedFactors(b, a, sharding))
 
 
 def _shard(name: str, param: LowRank, group: Group) -> LowRank:

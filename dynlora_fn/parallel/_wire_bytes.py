@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import Factors, Frozen, Plans, Sharding, Trainable
+from dynlora_fn._core._types import Factors, Frozen, Plans, ShardedFactors, Sharding, Trainable
 from dynlora_fn.bases._flatten import flatten_base
-from dynlora_fn.bases._sharded import factor_shardings, map_code_rows
+from dynlora_fn.bases._sharded import map_code_rows
 from dynlora_fn.bases._types import Deferred, Sharded
 
 
@@ -61,15 +61,15 @@ def wire_bytes(
         >>> dl.parallel.wire_bytes(dl.partition(params).trainable)  # full-rank training: 16,640
         WireBytes(factors=4096, full_rank=256, bases=0, gathered=0, scattered=0, switched=0)
     """
-    shardings = factor_shardings(frozen or {})
-    factors = [leaf for name, leaf in trainable.items() if isinstance(leaf, Factors) and name not in shardings]
+    factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors)]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
     sharded = [_sharded(leaf.base) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen)]
     bases = sum(_gathered_bytes(base) for base in sharded if base is not None)
     shards = switched = 0
-    for name, sharding in shardings.items():
-        leaf = trainable[name]
-        assert isinstance(leaf, Factors)
+    for name, leaf in trainable.items():
+        if not isinstance(leaf, ShardedFactors):
+            continue
+        sharding = leaf.sharding
         shards += _padded_bytes(leaf.b, sharding) + _padded_bytes(leaf.a.mT, sharding.as_columns)
         if plan and name in plan:
             vectors = sum(side.slots.shape[-1] for side in (plan[name].b, plan[name].a))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._types import Factors, LowRank, Param, Params, Plan, Plans, SidePlan
+from dynlora_fn._core._types import AnyFactors, Factors, LowRank, Param, Params, Plan, Plans, ShardedFactors, SidePlan, is_factors
 from dynlora_fn.bases._base import fold_base, plain_dtype
 from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
@@ -18,26 +18,26 @@ class Switched(NamedTuple):
     """Store a switched weight and its outgoing vectors.
 
     `outgoing` is laid out as factors: `b` (*stack, out, count), `a` (*stack, count, in). Where an entry of the plan is
-    inactive, it contains the vector that stays in the slot. For sharded factors it contains this process's shard.
+    inactive, it contains the vector that stays in the slot. It has the type of the factors, sharded or not.
     """
 
     param: LowRank
-    outgoing: Factors
+    outgoing: AnyFactors
 
 
 class SwitchedParams(NamedTuple):
     """Store switched parameters and their outgoing vectors by name, as in `Switched`."""
 
     params: dict[str, Param]
-    outgoing: dict[str, Factors]
+    outgoing: dict[str, AnyFactors]
 
 
 @overload
-def switch(params: LowRank, plan: Plan, *, incoming: Factors | None = None) -> Switched: ...
+def switch(params: LowRank, plan: Plan, *, incoming: AnyFactors | None = None) -> Switched: ...
 @overload
-def switch(params: Params, plan: Plans, *, incoming: Mapping[str, Factors] | None = None) -> SwitchedParams: ...
+def switch(params: Params, plan: Plans, *, incoming: Mapping[str, AnyFactors] | None = None) -> SwitchedParams: ...
 def switch(
-    params: LowRank | Params, plan: Plan | Plans, *, incoming: Factors | Mapping[str, Factors] | None = None
+    params: LowRank | Params, plan: Plan | Plans, *, incoming: AnyFactors | Mapping[str, AnyFactors] | None = None
 ) -> Switched | SwitchedParams:
     """Replace factor vectors and fold the difference into the base.
 
@@ -54,8 +54,8 @@ def switch(
         params: One weight, or a dict of parameters by name. Parameters without a plan are returned unchanged.
         plan: The plan of that weight, or a dict of plans by name. If active entries of a side name a slot twice, the
             first one counts.
-        incoming: The vectors that enter, laid out as factors with `count` in place of `rank`. Default None generates
-            them from the basis seed (see `candidates`).
+        incoming: The vectors that enter, laid out as factors with `count` in place of `rank`. For sharded factors they
+            may be sharded too. Default None generates them from the basis seed (see `candidates`).
 
     Returns:
         The new weight or parameters, and the outgoing vectors.
@@ -83,7 +83,7 @@ def switch(
         assert not isinstance(incoming, Mapping)
         return _switch("param", params, plan, candidates(params, plan) if incoming is None else incoming)
     assert isinstance(plan, Mapping)
-    assert not isinstance(incoming, Factors)
+    assert not is_factors(incoming)
     incoming = candidates(params, plan) if incoming is None else incoming
     new, outgoing = dict(params), {}
     for name, param_plan in plan.items():
@@ -146,10 +146,10 @@ def _low_rank(params: Params, name: str) -> LowRank:
     return param
 
 
-def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switched:
-    b, a = param.factors
+def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Switched:
+    b, a, sharding = param.factors.b, param.factors.a, param.factor_sharding
     _check_incoming(name, param, plan, incoming)
-    if sharding := param.factor_sharding:
+    if sharding and isinstance(incoming, Factors):
         incoming = Factors(incoming.b[..., sharding.local_rows, :], incoming.a[..., sharding.as_columns.local_rows])
     wide = widest(a.dtype, plain_dtype(param.base))
     new_a = _replace(a, plan.a, incoming.a, wide)
@@ -160,8 +160,9 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: Factors) -> Switche
     if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
         right = gather(right.mT, sharding.as_columns).mT
     base = fold_base(param.base, left, right, rank=a.shape[-2], name=name)
-    factors = Factors(b=new_b.rows.mT.contiguous(), a=new_a.rows)
-    return Switched(LowRank(base, factors, param.seed), Factors(b=new_b.outgoing.mT, a=new_a.outgoing))
+    factors = param.factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)
+    outgoing = param.factors._replace(b=new_b.outgoing.mT, a=new_a.outgoing)
+    return Switched(LowRank(base, factors, param.seed), outgoing)
 
 
 class _Replaced(NamedTuple):
@@ -227,8 +228,15 @@ def take_rows(
     return matrix.gather(-2, index[..., None].expand(shape))
 
 
-def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: Factors) -> None:
+def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> None:
     *stack, out_features, in_features = param.shape
+    if isinstance(incoming, ShardedFactors):
+        if incoming.sharding != param.factor_sharding:
+            raise ValueError(
+                f"`incoming` for {name!r} is sharded as {incoming.sharding}, but the factors as"
+                f" {param.factor_sharding}; pass all rows and columns, or shards of the same sharding"
+            )
+        out_features, in_features = param.factors.b.shape[-2], param.factors.a.shape[-1]
     for side, vectors, wanted in (
         ("b", incoming.b, (*stack, out_features, plan.b.slots.shape[-1])),
         ("a", incoming.a, (*stack, plan.a.slots.shape[-1], in_features)),

@@ -17,7 +17,7 @@ from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import dequantize, fold_base, plain_dtype
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.bases._types import Base, Deferred, Sharded
+from dynlora_fn.bases._types import Base, Deferred
 from dynlora_fn.switching._basis import Bounds, Request, basis_bounds, uniform
 
 Start: TypeAlias = Literal["switchlora", "lora"]
@@ -157,9 +157,6 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 def _merge(name: str, param: LowRank) -> LowRank:
     inner_base, (b, a) = with_pending(param)
     base: Base = fold_base(inner_base, b, a, rank=b.shape[-1], name=name)
-    if isinstance(param.base, Sharded):
-        assert isinstance(base, Sharded)
-        base = base._replace(sharding=param.base.sharding)
     if isinstance(param.base, Deferred):
         base = Deferred(base, tree_map(torch.zeros_like, param.base.pending))  # type: ignore[arg-type]
     return LowRank(base, param.factors._replace(b=torch.zeros_like(param.factors.b)), param.seed)

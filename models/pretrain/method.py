@@ -169,16 +169,14 @@ def make_step(
         differentiated = dl.materialize(state.params()) if compensate else trainable
         loss, grads = mean_over(dl.value_and_grad(loss_fn), differentiated, tokens)
         if processes.group is not None:
-            loss, grads, stop = dl.parallel.all_reduce_mean(
-                (loss, grads, stop), processes.group, weight=weight, frozen=frozen
-            )
+            loss, grads, stop = dl.parallel.all_reduce_mean((loss, grads, stop), processes.group, weight=weight)
         if compensate:
             dense, params = grads, state.params()
             grads = {
                 name: grad for name, grad in dl.optim.project_gradients(dense, params).items() if name in trainable
             }
             frozen = dl.partition(dl.optim.compensate(params, dense, lr=lr * compensate), frozen=untrained).frozen
-        grads, norm = dl.optim.clip_by_global_norm(grads, clip, frozen=frozen)
+        grads, norm = dl.optim.clip_by_global_norm(grads, clip)
         outgoing: dict[str, dl.Factors] = {}
         if plan is not None:
             params = dl.combine(trainable, frozen)

@@ -1,5 +1,6 @@
 """A step on sharded factors and their optimizer state equals the step on unsharded factors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch.distributed import checkpoint
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 import dynlora_fn as dl
+from dynlora_fn.parallel import ShardedFactors
 from dynlora_fn.testing import assert_same, normal
 from tests.support.processes import in_processes
 from tests.support.traffic import Traffic
@@ -39,21 +41,18 @@ def start(params: dict) -> tuple:
     return trainable, frozen, dl.optim.adamw().init(trainable)
 
 
-def make_step(group, share, is_sharded: bool):
+def make_step(group, share):
     optimizer = dl.optim.adamw()
 
     def step(state, tokens, lr, plan):
         trainable, frozen, opt_state = state
-        sharded_frozen = frozen if is_sharded else None
 
         def loss_fn(trainable):
             logits = dl.call(NET, dl.combine(trainable, frozen), tokens[:, :-1])
             return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-        loss, grads = dl.parallel.all_reduce_mean(
-            tuple(dl.value_and_grad(loss_fn)(trainable)), group, weight=share, frozen=sharded_frozen
-        )
-        grads, norm = dl.optim.clip_by_global_norm(grads, 0.5, frozen=sharded_frozen)
+        loss, grads = dl.parallel.all_reduce_mean(tuple(dl.value_and_grad(loss_fn)(trainable)), group, weight=share)
+        grads, norm = dl.optim.clip_by_global_norm(grads, 0.5)
         params, _ = dl.switch(dl.combine(trainable, frozen), plan)
         opt_state = dl.project_optimizer_state(opt_state, plan)
         trainable, frozen = dl.partition(params)
@@ -84,16 +83,16 @@ def _train(base, backend) -> None:
     group = torch.distributed.group.WORLD
     rows = slice(process * 5 // world_size, (process + 1) * 5 // world_size)
     share = (rows.stop - rows.start) / 5
-    expected, wanted = train(start(fresh(base)), make_step(group, share, False), 12, rows)
+    expected, wanted = train(start(fresh(base)), make_step(group, share), 12, rows)
     params = dl.parallel.shard_factors(dl.parallel.shard(fresh(base), group), weight=share)
-    step = make_step(group, share, True)
+    step = make_step(group, share)
     if backend:
         step = dl.compile_step(step, backend=backend)
     state, told = train(start(params), step, 12, rows)
     dl.parallel.check_replicas(state, group)
     torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-6)
-    got, want = whole_of(state), (expected[0], expected[2])
-    torch.testing.assert_close(got, tree_map(lambda leaf: leaf, want), rtol=2e-3, atol=2e-5)
+    got, want = tree_leaves(whole_of(state)), tree_leaves((expected[0], expected[2]))
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-5)
     weights = [dl.state_dict(NET, dl.combine(*result[:2])) for result in (state, expected)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-4)
 
@@ -122,9 +121,13 @@ def _bits() -> None:
     expected, wanted = dl.switch(params, plan)
     assert_equal(dl.parallel.unshard(switched), expected)
     (name, *_) = outgoing
-    sharding = sharded[name].base.sharding
+    sharding = outgoing[name].sharding
     assert_equal(outgoing[name].b, wanted[name].b[..., sharding.local_rows, :])
     assert_equal(outgoing[name].a, wanted[name].a[..., sharding.as_columns.local_rows])
+    assert_equal(dl.switch(switched, plan, incoming=outgoing).params[name].factors, sharded[name].factors)
+    other = {key: leaf._replace(sharding=replace(leaf.sharding, process=7)) for key, leaf in outgoing.items()}
+    with pytest.raises(ValueError, match=r"`incoming` for '.*' is sharded as .*process=7.*, but the factors as"):
+        dl.switch(switched, plan, incoming=other)
     x = torch.randint(11, (4, 5))
     via = [dl.value_and_grad(_loss, via=via)(*dl.partition(sharded), x).grads for via in ("func", "autograd")]
     assert_equal(*via)
@@ -138,6 +141,42 @@ def _loss(trainable, frozen, x, model=NET):
 
 def test_bits_are_those_of_whole_factors():
     in_processes(2, _bits)
+
+
+def _carried() -> None:
+    group = torch.distributed.group.WORLD
+    params = fresh()
+    trainable, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(params, group)))
+    whole, whole_frozen = dl.partition(params)
+    x = torch.randint(11, (4, 5))
+    grads = dl.value_and_grad(_loss)(trainable, frozen, x).grads
+    whole_grads = dl.value_and_grad(_loss)(whole, whole_frozen, x).grads
+    scaled = tree_map(lambda leaf: 0.5 * leaf, grads)
+    opt_state = dl.optim.adamw(moments="8bit").init(trainable)
+    moments = [tree for tree in tree_leaves(opt_state, is_leaf=_is_sharded) if _is_sharded(tree)]
+    assert len(moments) == 2 * sum(map(_is_sharded, trainable.values()))
+    assert all(leaf.sharding == trainable[name].sharding for name, leaf in scaled.items() if _is_sharded(leaf))
+    # Nobody passes the sharding, and yet the norm is that of the whole gradients.
+    norms = [dl.optim.clip_by_global_norm(tree, 1.0).norm for tree in (grads, whole_grads)]
+    torch.testing.assert_close(*norms)
+    nested = dl.optim.clip_by_global_norm({"model": grads, "other": grads}, 1.0).norm
+    torch.testing.assert_close(nested, 2**0.5 * norms[0])
+    reduced = dl.parallel.all_reduce_mean({"inner": [grads]}, group)["inner"][0]
+    assert_same({name: leaf for name, leaf in reduced.items() if _is_sharded(leaf)}, _sharded_only(grads))
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        _, _ = next(iter(_sharded_only(trainable).values()))
+
+
+def _is_sharded(node) -> bool:
+    return isinstance(node, ShardedFactors)
+
+
+def _sharded_only(tree: dict) -> dict:
+    return {name: leaf for name, leaf in tree.items() if _is_sharded(leaf)}
+
+
+def test_gradients_and_moments_carry_the_sharding_of_their_factors():
+    in_processes(2, _carried)
 
 
 WEIGHT = dl.init({"w": normal(0, 256, 60, dtype=torch.float32)}, rank=60, seed=0, targets=["w"])
@@ -170,7 +209,7 @@ def _eight_bit(folder: Path) -> None:
     assert_same(loaded, state)
     assert_same(eight_bit(WEIGHT, range(2, 4), loaded), eight_bit(WEIGHT, range(4)))
     with pytest.raises(
-        ValueError, match=r"8-bit moments of 'w' whose shards differ in size: 257 rows or columns over 2 "
+        ValueError, match=r"8-bit moments at .*mu\['w'\] whose shards differ in size: 257 rows or columns over 2 "
     ):
         named(eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(0)))
     alone = [torch.distributed.new_group([process]) for process in range(2)][torch.distributed.get_rank()]
@@ -189,10 +228,13 @@ def _muon() -> None:
     params = dl.init(NET, rank=4, seed=0, targets=TARGETS, dtype=torch.float64)
     params = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     unsharded = dl.partition(params).trainable
-    sharded, frozen = dl.partition(dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD)))
+    sharded = dl.partition(
+        dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD))
+    ).trainable
 
     def part(factors, sharding):
-        return dl.Factors(factors.b[..., sharding.local_rows, :], factors.a[..., sharding.as_columns.local_rows])
+        b, a = factors.b[..., sharding.local_rows, :], factors.a[..., sharding.as_columns.local_rows]
+        return ShardedFactors(b, a, sharding)
 
     def moved(optimizer, trainable, lr, of=lambda name, grad: grad):
         state = optimizer.init(trainable)
@@ -206,12 +248,12 @@ def _muon() -> None:
         return trainable
 
     def of(name, grad):
-        return part(grad, frozen[name].base.sharding)
+        return part(grad, sharded[name].sharding)
 
     for lr in (1e-6, 1.0):  # where no step is too long, and where all are
         expected = moved(dl.optim.muon(), unsharded, lr)
         wanted = {name: of(name, leaf) for name, leaf in expected.items()}
-        got = moved(dl.optim.muon(frozen=frozen), sharded, lr, of)
+        got = moved(dl.optim.muon(), sharded, lr, of)
         assert all((wanted[name].b - sharded[name].b).abs().max() > 1e-3 * lr for name in wanted)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 * lr)
 
@@ -233,7 +275,7 @@ def _sizes_and_traffic() -> dict:
 
     with Traffic() as traffic:
         grads = dl.value_and_grad(loss)(sharded[0]).grads
-        dl.parallel.all_reduce_mean(grads, group, frozen=sharded[1])
+        dl.parallel.all_reduce_mean(grads, group)
     plan = dl.schedules.every(1)(1, params)
     with Traffic() as switching:
         dl.switch(dl.combine(*sharded[:2]), plan)
