@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._collectives import gather, scatter
-from dynlora_fn._core._types import Factors, Sharding, ShardedFactors
+from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 
 Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 
@@ -25,7 +25,8 @@ def scatter_gradients(gradients: Factors, sharding: Sharding) -> ShardedFactors:
 
     Collective: call it on every process.
     """
-    return ShardedFactors(*_scatter(*gradients, astuple(sharding)), sharding)
+    b, a = _scatter(*gradients, astuple(sharding))
+    return ShardedFactors(b, a, sharding)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
