@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dynlora_fn._core._types import Factors, Trainable
+from dynlora_fn._core._types import AnyFactors, Trainable
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates
 
 
-def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, Factors | Tensor], str]) -> Transform:
+def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, AnyFactors | Tensor], str]) -> Transform:
     """Create an optimizer that applies another transform to each parameter.
 
     Every parameter gets the update that its transform would give it if there were no other parameters. The interface
@@ -27,18 +27,20 @@ def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, 
 
     Example: Muon for the factors, AdamW for all other parameters.
         >>> import torch
+        >>> from torch import Tensor
+        >>> from dynlora_fn import Factors
         >>> from dynlora_fn.optim import adamw, muon
         >>> optimizer = multi_transform(
         ...     {"muon": muon(), "adamw": adamw()},
-        ...     lambda name, leaf: "muon" if isinstance(leaf, Factors) else "adamw",
+        ...     lambda name, leaf: "adamw" if isinstance(leaf, Tensor) else "muon",
         ... )
         >>> state = optimizer.init({"w": Factors(b=torch.ones(3, 1), a=torch.ones(1, 2)), "bias": torch.ones(3)})
-        >>> [list(inner.mu) for inner in state.values()]
+        >>> [list(each.inner.mu) for each in state.values()]
         [['w'], ['bias']]
     """
 
-    def split(trainable: Trainable) -> dict[str, dict[str, Factors | Tensor]]:
-        groups: dict[str, dict[str, Factors | Tensor]] = {key: {} for key in transforms}
+    def split(trainable: Trainable) -> dict[str, dict[str, AnyFactors | Tensor]]:
+        groups: dict[str, dict[str, AnyFactors | Tensor]] = {key: {} for key in transforms}
         for name, leaf in trainable.items():
             key = choose(name, leaf)
             if key not in groups:

@@ -1,34 +1,35 @@
 """Rules for the optimizer state of counterparts: reset, prune or transport it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._types import Factors, Plan, SidePlan
-from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, reset_moment
+from dynlora_fn._core._types import AnyFactors, Factors, Plan, SidePlan
+from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape, reset_moment
+from dynlora_fn.optim._roles import Role
 
 
-def counterparts(leaf: Factors, plan: Plan) -> Factors:
+def counterparts(leaf: AnyFactors, plan: Plan) -> Factors:
     """Return which vectors of each side are counterparts of switched ones.
 
     The masks broadcast against the factors.
     """
-    b, a = (side if isinstance(side, Tensor) else side.codes for side in leaf)
     return Factors(
-        b=_switched_slots(plan.a, b.shape[-1])[..., None, :],
-        a=_switched_slots(plan.b, a.shape[-2])[..., :, None],
+        b=_switched_slots(plan.a, moment_shape(leaf.b)[-1])[..., None, :],
+        a=_switched_slots(plan.b, moment_shape(leaf.a)[-2])[..., :, None],
     )
 
 
-def reset(leaf: Factors, kind: str, plan: Plan, *, is_count_delayed: bool) -> Factors:
+def reset(leaf: AnyFactors, role: Role, plan: Plan, *, is_count_delayed: bool) -> AnyFactors:
     new = torch.zeros((), device=plan.frozen_for.device)
-    if kind == "frozen_for":
+    if role == "frozen_for":
         new = plan.frozen_for
-    elif kind == "count" and is_count_delayed:
+    elif role == "count" and is_count_delayed:
         new = -plan.frozen_for
     is_counterpart = counterparts(leaf, plan)
-    return Factors(
+    return leaf._replace(
         b=replace_where(leaf.b, is_counterpart.b, new),
         a=replace_where(leaf.a, is_counterpart.a, new),
     )
@@ -39,14 +40,18 @@ def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -
 
     8-bit moments are only ever set to zero.
     """
-    if isinstance(side, SignedMoment | UnsignedMoment):
+    if is_eight_bit(side):
         return reset_moment(side, is_replaced)
     return torch.where(is_replaced, 0 if value is None else value.to(side), side)
 
 
-def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moment: Tensor, share: float) -> Tensor:
+def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moments: Sequence[Tensor], share: float) -> Tensor:
+    """Return which entries are among the smallest of `moment` and of every first moment."""
     is_counterpart = is_counterpart.expand(moment.shape)
-    return is_counterpart & _is_small(moment, is_counterpart, share) & _is_small(first_moment, is_counterpart, share)
+    is_small = is_counterpart & _is_small(moment, is_counterpart, share)
+    for first_moment in first_moments:
+        is_small = is_small & _is_small(first_moment, is_counterpart, share)
+    return is_small
 
 
 def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
@@ -61,11 +66,11 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
     return moment.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
 
 
-def transport(leaf: Factors, before: Factors, after: Factors, plan: Plan) -> Factors:
+def transport(leaf: AnyFactors, before: Factors, after: Factors, plan: Plan) -> AnyFactors:
     is_counterpart = counterparts(leaf, plan)
     b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
     a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
-    return Factors(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))
+    return leaf._replace(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))
 
 
 def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:
