@@ -1,7 +1,7 @@
 """Apply a rule to the factors at one place of an optimizer's state."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -67,8 +67,7 @@ def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], in
     return indices, count
 
 
-def _has_entries(
-leaf: AnyFactors, role: Role) -> bool:
+def _has_entries(leaf: AnyFactors, role: Role) -> bool:
     """Return whether a leaf is a moment with an entry for each entry of the factors, not only for each vector."""
     is_per_vector = moment_shape(leaf.b)[-2] == moment_shape(leaf.a)[-1] == 1
     return role == "first_moment" or (role == "second_moment" and not is_per_vector)

@@ -104,4 +104,3 @@ def project_optimizer_state(
         kind, hint = _NEEDED.get(rule, ("the factors", "initialize the optimizer with all trainable parameters"))
         raise ValueError(f"`opt_state` must have {kind} of every planned parameter, got none for {missing}; {hint}")
     return projected
-

@@ -27,7 +27,10 @@ _MIRRORED: dict[tuple[str, str], Role] = {
     ("acc_delta", "acc_delta"): "second_moment",  # Adadelta
     ("sum", "sum"): "second_moment",  # Adagrad
     ("col_var", "row_var"): "second_moment",  # Adafactor: means over the entries of each vector
-    ("row_var", "col_var"): "unchanged",  # Adafactor: means over all vectors, which belong to all of them, also at rank 1
+    (
+        "row_var",
+        "col_var",
+    ): "unchanged",  # Adafactor: means over all vectors, which belong to all of them, also at rank 1
 }
 _OF_TENSORS = {"step", "mu_product", "variance"}  # not of vectors; `variance` is Adafactor's of tensors with one axis
 _KNOWN = _OF_TENSORS.union(*_MIRRORED)

@@ -185,6 +185,7 @@ def optimizer_state(
     for _ in range(steps):
         grads = tree_map(lambda leaf: normal(generator, *leaf.shape, dtype=leaf.dtype), dict(trainable))
         _, state = optimizer.update(grads, state, trainable, lr=0.1)
+
     def freeze(node: Any) -> Any:
         if not isinstance(node, FreezeState):
             return node

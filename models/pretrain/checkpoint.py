@@ -28,7 +28,6 @@ import dynlora_fn as dl
 from models.pretrain.checksums import find_damage, join_sums, sync_folder, write_with_sum
 from models.pretrain.processes import Processes
 
-
 _BEFORE_FREEZE_STATE = re.compile(r"(\.opt_state\['\w+'\])\.inner\.")
 
 
