@@ -30,7 +30,7 @@ class AdamWState(NamedTuple):
 
     mu: Tree  # mean of the gradients: float32, the parameter's dtype if that is wider, or 8 bit
     nu: Tree  # mean of the squared gradients, in the same dtypes
-    # int32, updates so far: ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))`` for factors, 0-d for full-rank tensors
+    # int32, updates so far: 0-d for full-rank tensors, else ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``
     count: Tree  # type: ignore[assignment]
 
 

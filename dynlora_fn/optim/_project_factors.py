@@ -1,7 +1,7 @@
 """Apply a rule to the factors at one place of an optimizer's state."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor
 
@@ -132,7 +132,7 @@ def _per_vector(b: tuple[int, ...], a: tuple[int, ...]) -> tuple[tuple[int, ...]
     return (*b[:-2], 1, b[-1]), (*a[:-1], 1)
 
 
-def _refuse_shape(leaf: AnyFactors, name: str, path: Path, wanted: str) -> None:
+def _refuse_shape(leaf: AnyFactors, name: str, path: Path, wanted: str) -> NoReturn:
     raise ValueError(
         f"`opt_state` has factors of {name!r} at {render(path)} of shapes {moment_shape(leaf.b)} and "
         f"{moment_shape(leaf.a)}; they must have {wanted}"

@@ -112,8 +112,8 @@ def _without_tensors(node: Any, path: Path) -> Any:
 
 def _refuse_undeclared(node: Any, path: Path) -> None:
     raise ValueError(
-        f"`opt_state` has {_describe(node)} at {render(path) or 'its root'}, whose role is not declared; register its "
-        "type with `dl.optim.register_state`, or pass `roles` with the name of the field above the dict by parameter name"
+        f"`opt_state` has {_describe(node)} at {render(path) or 'its root'}, whose role is not declared; register "
+        "the type of the state with `dl.optim.register_state`, or pass `roles` with the field above the dict by name"
     )
 
 

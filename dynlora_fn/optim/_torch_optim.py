@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
-from dynlora_fn._core._types import Factors
+from dynlora_fn._core._types import Factors, is_factors
 from dynlora_fn.optim._containers import Path, Step, rebuild, render
 from dynlora_fn.optim._project_factors import Context, numbered_sides, project_factors
 from dynlora_fn.optim._roles import Role
@@ -59,7 +59,8 @@ def project_torch_optim(node: Mapping[str, Any], context: Context, path: Path) -
                 if role == "unchanged":
                     _check_shared(leaf, name, context, where)
                 else:
-                    b[field_b], a[field_a] = project_factors(leaf, role, name, where, context)
+                    new = project_factors(leaf, role, name, where, context)
+                    b[field_b], a[field_a] = new.b, new.a
     state = rebuild(
         node["state"], [rebuild(entry, [*entries[index].values()]) for index, entry in node["state"].items()]
     )
@@ -84,6 +85,7 @@ def _check_fields(b: Mapping[str, Any], a: Mapping[str, Any], name: str, path: P
 def _check_shared(leaf: Factors, name: str, context: Context, path: Path) -> None:
     """Raise if Adafactor's means over all vectors do not have the rows of `b` and the columns of `a`."""
     param = (context.trainable or {})[name]
+    assert is_factors(param)
     if leaf.b.shape[:-1] != param.b.shape[:-1] or leaf.a.shape[-1:] != param.a.shape[-1:]:
         raise ValueError(
             f"`opt_state` has at {render(path)} statistics of shapes {tuple(leaf.b.shape)} and {tuple(leaf.a.shape)}, "

@@ -31,7 +31,7 @@ _ROLES: dict[str, Roles] = {
 
 def is_torchopt(node: Any) -> bool:
     """Return whether a node is a state of torchopt."""
-    return type(node).__module__.split(".")[0] == "torchopt"
+    return hasattr(node, "_fields") and type(node).__module__.split(".")[0] == "torchopt"
 
 
 def torchopt_roles(node: Any, path: Path) -> Roles:
@@ -71,5 +71,6 @@ def project_torchopt_list(tensors: Any, role: Role, context: Context, path: Path
         if not (isinstance(new[b], Tensor) and isinstance(new[a], Tensor)):
             raise ValueError(f"`opt_state` has no tensors of {name!r} at {render(path)}[{b}] and [{a}]")
         where = (*path, Step(False, b))
-        new[b], new[a] = project_factors(Factors(new[b], new[a]), role, name, where, context)
+        leaf = project_factors(Factors(new[b], new[a]), role, name, where, context)
+        new[b], new[a] = leaf.b, leaf.a
     return rebuild(tensors, new)

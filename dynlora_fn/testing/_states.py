@@ -53,7 +53,7 @@ def check_state_projection(
         after, new_structure = tree_flatten_with_path(new, is_leaf=is_factors)
         assert structure == new_structure, f"the structure is {new_structure} instead of {structure}"
         for (path, old), (_, leaf) in zip(before, after, strict=True):
-            field, name = (getattr(key, "name", getattr(key, "key", None)) for key in (None, *path)[-2:])
+            field, name = (_key(step) for step in (None, *path)[-2:])
             if is_factors(old) and name in plan:
                 value = int(plan[name].frozen_for) if field == "frozen_for" else 0
                 _check_factors(keystr(path), old, leaf, plan[name], value if is_reset else None)
@@ -62,6 +62,11 @@ def check_state_projection(
 
     promise = "the counterparts of switched vectors start afresh, and nothing else changes"
     hold(promise, check, _states_and_plans(optimizer) if arguments is None else arguments, examples)
+
+
+def _key(step: Any) -> Any:
+    """Return the field or key of a step of a path."""
+    return getattr(step, "name", getattr(step, "key", None))
 
 
 @st.composite

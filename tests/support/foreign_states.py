@@ -15,7 +15,7 @@ def torch_state(kind: Any, **settings: Any) -> Callable[[Any], Any]:
     """Return a function that makes the state dict of one of torch's optimizers, in the order of the parameters."""
 
     def make(trainable: Any) -> Any:
-        return stepped(kind(leaves_of(trainable), **settings))
+        return stepped(kind(leaves_of(trainable), **{"lr": 0.1, **settings}))
 
     return make
 
