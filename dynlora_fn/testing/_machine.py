@@ -1,6 +1,6 @@
 """The stateful machine: transforms in any order, on a small model beside its dense shadow in float64."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from dynlora_fn.interop._safetensors import open_weights, save_weights
 from dynlora_fn.nn._call import call
 from dynlora_fn.nn._value_and_grad import value_and_grad
 from dynlora_fn.optim._adamw import AdamWState
+from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.optim._project_state import project_optimizer_state
 from dynlora_fn.optim._transform import apply_updates
 from dynlora_fn.parallel._shard import shard, unshard
@@ -133,7 +134,7 @@ class TransformMachine(ShadowedModel):
     def unstack(self) -> None:
         before = self.weights()
         self.params = tree_map(torch.clone, unstack(self.params))
-        self.opt_state = AdamWState(*(unstacked(tree) for tree in self.opt_state))
+        self.opt_state = self._map_state(unstacked)
         assert_same(self.weights(), before)
 
     @precondition(lambda self: STACK not in self.params and are_alike(self.params))
@@ -141,8 +142,13 @@ class TransformMachine(ShadowedModel):
     def stack(self) -> None:
         before = self.weights()
         self.params = stacked(self.params)
-        self.opt_state = AdamWState(*(stacked(tree) for tree in self.opt_state))
+        self.opt_state = self._map_state(stacked)
         assert_same(self.weights(), before)
+
+    def _map_state(self, change: Callable[[Any], Any]) -> FreezeState:
+        """Return the state of the optimizer with `change` of each of its trees by parameter name."""
+        inner, frozen_for = self.opt_state
+        return FreezeState(AdamWState(*(change(tree) for tree in inner)), change(frozen_for))
 
     @rule()
     def save_and_load(self) -> None:

@@ -15,6 +15,7 @@ from dynlora_fn.bases._deferred import defer
 from dynlora_fn.bases._quantize import quantize
 from dynlora_fn.bases._quantized import ResidualKind
 from dynlora_fn.optim._adamw import adamw
+from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.optim._transform import Transform
 
 
@@ -174,7 +175,7 @@ def optimizer_state(
         optimizer: The optimizer. Default None means `adamw()`.
 
     Example:
-        >>> optimizer_state({"w": low_rank(Shape(6, 4, 2))}, steps=1).mu["w"].b.shape
+        >>> optimizer_state({"w": low_rank(Shape(6, 4, 2))}, steps=1).inner.mu["w"].b.shape
         torch.Size([6, 2])
     """
     generator = torch.Generator().manual_seed(seed)
@@ -184,7 +185,12 @@ def optimizer_state(
     for _ in range(steps):
         grads = tree_map(lambda leaf: normal(generator, *leaf.shape, dtype=leaf.dtype), dict(trainable))
         _, state = optimizer.update(grads, state, trainable, lr=0.1)
-    if steps and hasattr(state, "frozen_for"):
-        frozen = tree_map(lambda leaf: torch.randint_like(leaf, 7, generator=generator), state.frozen_for)
-        state = state._replace(frozen_for=frozen)
-    return state
+
+    def freeze(node: Any) -> Any:
+        if not isinstance(node, FreezeState):
+            return node
+        return node._replace(
+            frozen_for=tree_map(lambda leaf: torch.randint_like(leaf, 7, generator=generator), node.frozen_for)
+        )
+
+    return tree_map(freeze, state, is_leaf=lambda node: isinstance(node, FreezeState)) if steps else state

@@ -8,7 +8,9 @@ object.
 """
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 import dynlora_fn as dl
 from models.pretrain.checksums import find_damage, join_sums, sync_folder, write_with_sum
 from models.pretrain.processes import Processes
+
+_BEFORE_FREEZE_STATE = re.compile(r"(\.opt_state\['\w+'\])\.inner\.")
 
 
 class SaveError(ValueError):
@@ -109,7 +113,8 @@ def load_checkpoint(folder: Path, template: Any, processes: Processes) -> Loaded
             refused.append(f"{path}: {problem}")
             continue
         state = tree_map(lambda leaf: leaf.clone(), template)
-        checkpoint.load(_named(state), storage_reader=checkpoint.HuggingFaceStorageReader(str(path)))
+        reader = checkpoint.HuggingFaceStorageReader(str(path))
+        checkpoint.load(_named_as(_named(state), reader.read_metadata().state_dict_metadata), storage_reader=reader)
         return Loaded(state, int(path.name.removeprefix("step-")), refused)
     if refused:
         raise ValueError(f"`resume` must find an undamaged checkpoint, got only damaged ones: {'; '.join(refused)}")
@@ -122,7 +127,7 @@ def _find_mismatch(path: Path, template: Any) -> str | None:
         saved = checkpoint.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, ValueError, SafetensorError) as error:
         return str(error)
-    expected = _named(template)
+    expected = _named_as(_named(template), saved)
     if saved.keys() != expected.keys():
         return f"it holds other tensors: {sorted(saved.keys() ^ expected.keys())[:4]}"
     for name, leaf in expected.items():
@@ -169,6 +174,16 @@ class _Writer(checkpoint.HuggingFaceStorageWriter):
 
 def _named(state: Any) -> dict[str, Tensor]:
     return {keystr(key): leaf for key, leaf in tree_flatten_with_path(dl.parallel.as_dtensors(state))[0]}
+
+
+def _named_as(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors by the names that a checkpoint has for them.
+
+    In older ones the optimizer's states have no `FreezeState` around them: ``.opt_state['rest'].mu`` there is
+    ``.opt_state['rest'].inner.mu`` here.
+    """
+    before = {_BEFORE_FREEZE_STATE.sub(r"\1.", name): tensor for name, tensor in tensors.items()}
+    return before if before.keys() == saved.keys() else tensors
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ def test_counterparts_stand_still_for_exactly_so_many_updates(stack, frozen_for)
         left = max(frozen_for - step - 1, 0)
         assert state.frozen_for["w"].a.flatten().tolist() == [0, 0, left, 0] * max(len(stack) * 2, 1)
         # The count increases while a vector is frozen.
-        assert state.count["w"].b.flatten().tolist() == [3 + step + 1, step + 1] * 2 * max(len(stack) * 2, 1)
+        assert state.inner.count["w"].b.flatten().tolist() == [3 + step + 1, step + 1] * 2 * max(len(stack) * 2, 1)
 
 
 def test_freeze_counters_stop_at_zero():
@@ -61,7 +61,7 @@ def test_a_vector_thaws_gently():
 
 
 def test_frozen_vectors_are_still_decayed():
-    trainable, optimizer = some_trainable(), adamw(weight_decay=0.1)
+    trainable, optimizer = some_trainable(), adamw(factor_decay=0.1)
     state = project_optimizer_state(optimizer.init(trainable), one_switch(b=[0], a=[1], frozen_for=5))
     updates, _ = optimizer.update(some_grads(trainable, 0), state, trainable, lr=LR)
     for update, vector in ((updates["w"].b[:, 1], trainable["w"].b[:, 1]), (updates["w"].a[0], trainable["w"].a[0])):
