@@ -50,8 +50,8 @@ def project_torch_optim(node: Mapping[str, Any], context: Context, path: Path) -
         # Without entries the optimizer has not updated the weight. A planned one is reported as missing.
         b, a = entries.get(index_b, {}), entries.get(index_a, {})
         _check_fields(b, a, name, path)
-        for (field_b, field_a), role in _MIRRORED.items():
-            role = _role(field_b, role, b)
+        for (field_b, field_a), usual in _MIRRORED.items():
+            role = _role(field_b, usual, b)
             if isinstance(b.get(field_b), Tensor):
                 leaf, where = Factors(b[field_b], a[field_a]), (*path, Step(False, index_b), Step(False, field_b))
                 if role == "unchanged":

@@ -41,8 +41,8 @@ STATES = {
     "torch.optim.RAdam": State(torch_state(torch.optim.RAdam)),
     "torch.optim.Adamax": State(torch_state(torch.optim.Adamax)),
     "torch.optim.SGD": State(torch_state(torch.optim.SGD, momentum=0.9)),
-    "torch.optim.RMSprop": State(torch_state(torch.optim.RMSprop, momentum=0.9)),
-    "torch.optim.RMSprop, centered": State(torch_state(torch.optim.RMSprop, momentum=0.9, centered=True), 2),
+    "torch.optim.RMSprop": State(torch_state(torch.optim.RMSprop, momentum=0.9), 0),  # a buffer of steps, not linear
+    "torch.optim.RMSprop, centered": State(torch_state(torch.optim.RMSprop, momentum=0.9, centered=True)),
     "torch.optim.Adagrad": State(torch_state(torch.optim.Adagrad), 0),
     "torch.optim.Adadelta": State(torch_state(torch.optim.Adadelta), 0),
     "torch.optim.Adafactor": State(torch_state(torch.optim.Adafactor), 0, has_moments=False),
@@ -52,7 +52,7 @@ STATES = {
     "torchopt.adadelta": State(torchopt_state("adadelta"), 0),
     "torchopt.adagrad": State(torchopt_state("adagrad"), 0),
     "torchopt.rmsprop": State(torchopt_state("rmsprop", momentum=0.9)),
-    "torchopt.rmsprop, centered": State(torchopt_state("rmsprop", momentum=0.9, centered=True), 2),
+    "torchopt.rmsprop, centered": State(torchopt_state("rmsprop", momentum=0.9, centered=True)),
     "torchopt.sgd": State(torchopt_state("sgd", momentum=0.9)),
 }
 TRANSPORTED = {name: state for name, state in STATES.items() if state.first_moments}
