@@ -289,7 +289,8 @@ def test_second_moments_are_pruned_only_where_every_first_moment_is():
     tree = {"w": TRAINABLE["w"]}
     fields = {"mean": filled(tree, 0), "trend": filled(tree, 1), "square": filled(tree, 2)}
     roles = {**ROLES, "trend": "first_moment"}
-    new = project_optimizer_state(fields, PLAN, rule="prune", prune=0.6, roles=roles)
+    plan = one_switch(b=[0, 1, 2, 3], a=[0, 1, 2, 3], frozen_for=0)
+    new = project_optimizer_state(fields, plan, rule="prune", prune=0.8, roles=roles)
     gone = {name: new[name]["w"].b == 0 for name in fields}
     assert gone["square"].any()
     assert not (gone["square"] & ~(gone["mean"] & gone["trend"])).any()
