@@ -60,3 +60,13 @@ def all_reduce(tensor: Tensor, group: str) -> Tensor:
     """Sum a tensor over all processes of the group with this name."""
     reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced
+
+
+def weighted(tensor: Tensor, weight: float | Tensor) -> Tensor:
+    """Multiply a term of a mean over processes by the weight of its process, a number or a 0-d tensor.
+
+    With weight 0 the result is zero, also where the term is NaN or infinite, as on a process without data.
+    """
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, torch.zeros_like(tensor), tensor * weight)
+    return tensor * weight if weight else torch.zeros_like(tensor)
