@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._collectives import weighted
-from dynlora_fn._core._torch import functional_collectives, keystr, tree_flatten_with_path, tree_unflatten
+from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
 from dynlora_fn._core._types import ShardedFactors, Sharding
 from dynlora_fn.parallel._group import Group, check_weight, has_processes_of, process_group
+from dynlora_fn.parallel._shards import name_of
 
 
 def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = None) -> Any:
@@ -78,10 +79,10 @@ def _checked(weight: float | Tensor) -> float | Tensor:
 
 def _check_can_be_averaged(path: Any, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"`tree` has {leaf!r} at {keystr(path)}, which is no tensor; pass a 0-d tensor or remove it")
+        raise TypeError(f"`tree` has {leaf!r} at {name_of(path)}, which is no tensor; pass a 0-d tensor or remove it")
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise TypeError(
-            f"`tree` has a tensor of dtype {leaf.dtype} at {keystr(path)}, in which a mean is rounded; convert it to a"
+            f"`tree` has a tensor of dtype {leaf.dtype} at {name_of(path)}, in which a mean is rounded; convert it to a"
             " floating dtype"
         )
 
@@ -92,11 +93,11 @@ def _check_is_averaged(
     """Check that the backward pass has averaged gradients of sharded factors as this call would."""
     if isinstance(weight, Tensor) or weight != sharding.weight:
         raise ValueError(
-            f"`weight` {weight} does not apply to the sharded factors at {keystr(path)}: the backward pass has averaged"
-            f" their gradients with the weight {sharding.weight}; pass the same number to `shard_factors(weight=)`"
+            f"`weight` {weight} does not apply to the sharded factors at {name_of(path)}, whose gradients the backward"
+            f" pass has averaged with the weight {sharding.weight}; pass the same number to `shard_factors(weight=)`"
         )
     if not has_processes_of(group, sharding.group):
         raise ValueError(
             f"`group` {group.group_name!r} has other processes than {sharding.group!r}, over which the sharded factors"
-            f" at {keystr(path)} are sharded and averaged; pass the group that was passed to `shard`"
+            f" at {name_of(path)} are sharded and averaged; pass the group that was passed to `shard`"
         )
