@@ -69,5 +69,6 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, None]:
-        gathered, weight = _Gather.apply(b, a, ctx.constants), Sharding(*ctx.constants).weight  # type: ignore[no-untyped-call]
-        return *(weighted(side, weight) for side in gathered), None
+        gathered_b, gathered_a = _Gather.apply(b, a, ctx.constants)  # type: ignore[no-untyped-call]
+        weight = Sharding(*ctx.constants).weight
+        return weighted(gathered_b, weight), weighted(gathered_a, weight), None

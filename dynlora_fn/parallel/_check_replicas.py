@@ -141,4 +141,5 @@ def _mix(x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 def _shifted(x: Int[Tensor, " n"], count: int) -> Int[Tensor, " n"]:
     """Shift bits to the right, and shift in zeros in place of the sign."""
-    return (x >> count) & (2 ** (64 - count) - 1)
+    shifted: Tensor = (x >> count) & (2 ** (64 - count) - 1)
+    return shifted
