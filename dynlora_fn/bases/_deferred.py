@@ -2,6 +2,7 @@
 
 from typing import overload
 
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import fold_base
 from dynlora_fn.bases._types import Deferred
@@ -52,7 +53,7 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
 
 
 def _defer(name: str, param: LowRank, vectors: int) -> LowRank:
-    base, (b, a) = param.base, param.factors
+    base = param.base
     if isinstance(base, Deferred):
         raise ValueError(f"the base of {name!r} in `params` is deferred already; call `defer` once")
     if param.factor_sharding:
@@ -60,6 +61,7 @@ def _defer(name: str, param: LowRank, vectors: int) -> LowRank:
             f"`params` must have whole factors to be deferred, but those of {name!r} are sharded; use `shard` without"
             " `shard_factors`"
         )
+    b, a = whole_factors(param)
     shape = param.shape
     pending = Factors(b.new_zeros((*shape[:-1], vectors)), a.new_zeros((*shape[:-2], vectors, shape[-1])))
     return param._replace(base=Deferred(base, pending))

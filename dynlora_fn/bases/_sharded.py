@@ -50,4 +50,3 @@ def map_code_rows(change: RowMap, kind: str, tensors: Sequence[Tensor], sharding
     processes = replace(sharding, rows=sharding.world_size)
     blocks = [change(block.reshape(*block.shape[:-1], shards, -1), processes).flatten(-2) for block in blocks]
     return [change(codes, sharding), *blocks, mean]
-

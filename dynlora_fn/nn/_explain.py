@@ -104,7 +104,7 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
     rank, members = param.factors.a.shape[-2], prod(stack)
     sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
     path, trainable = cheapest_path(**sizes), _bytes(param.factors)
-    entries = sum(leaf.numel() for leaf in param.factors)
+    entries = sum(leaf.numel() for leaf in tree_leaves(param.factors))
     weight = members * out_features * in_features
     stored_base, _ = with_pending(param)
     base = stored_base.base if isinstance(stored_base, Sharded) else stored_base

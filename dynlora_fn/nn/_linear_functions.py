@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._types import Factors, Sharding, ShardedFactors
+from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 from dynlora_fn.bases._base import dequantize
 from dynlora_fn.bases._flatten import Layout, gather_codes
 from dynlora_fn.bases._sharded_factors import gather_factors, scatter_gradients

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._stacking import unbind
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank
 from dynlora_fn.bases._base import dequantize
 from dynlora_fn.bases._pending import with_pending
@@ -112,12 +113,6 @@ def _transposed_base(base: Any) -> Any:
         return base.base
     codes = base.codes if isinstance(base, Quantized) else base
     return codes.mT.detach() if isinstance(codes, Tensor) else Transposed(base)
-
-
-def whole_factors(part: LowRank) -> Factors:
-    """Return the factors of a part of a view that `gathered` has returned."""
-    assert isinstance(part.factors, Factors), "only `linear` takes sharded factors"
-    return part.factors
 
 
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._torch import tree_leaves
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank
 from dynlora_fn.bases._base import dequantize, plain_dtype
 from dynlora_fn.bases._formats import kind_of
@@ -133,12 +134,12 @@ def _products(param: LowRank) -> list[tuple[Factors, int]]:
     """Return the trained and the pending factors, each with the rank of the scale."""
     rank = param.factors.b.shape[-1]
     pending = [param.base.pending] if isinstance(param.base, Deferred) else []
-    return [(factors, rank) for factors in (param.factors, *pending)]
+    return [(factors, rank) for factors in (whole_factors(param), *pending)]
 
 
 def _mixed_products(before: LowRank, after: LowRank) -> Tensor | float:
     """Return the products of old vectors with new ones, which a switch forms, with all terms positive."""
-    (b, a), (new_b, new_a) = before.factors, after.factors
+    (b, a), (new_b, new_a) = whole_factors(before), whole_factors(after)
     if b.shape != new_b.shape:
         return 0.0
     rank = b.shape[-1]

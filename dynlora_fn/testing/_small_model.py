@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._torch import tree_leaves, tree_map
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank, Param
 from dynlora_fn.bases._pending import without_pending
 from dynlora_fn.bases._types import Deferred, Sharded
@@ -55,7 +56,7 @@ def magnitude(param: LowRank | None, weight: Tensor) -> Tensor:
 
 def all_factors(param: LowRank) -> list[Factors]:
     """Return the trained and the pending factors."""
-    return [param.factors, *([param.base.pending] if isinstance(param.base, Deferred) else [])]
+    return [whole_factors(param), *([param.base.pending] if isinstance(param.base, Deferred) else [])]
 
 
 def is_sharded(param: LowRank) -> bool:
