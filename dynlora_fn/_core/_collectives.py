@@ -38,8 +38,7 @@ def scatter(tensor: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[
     missing = sharding.world_size * sharding.rows_per_process - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
-    contiguous = rows.contiguous()  # bound to a name for the same reason as in `all_gather`
-    summed = C10D.reduce_scatter_tensor(contiguous, "sum", sharding.world_size, sharding.group)
+    summed = C10D.reduce_scatter_tensor(rows.contiguous(), "sum", sharding.world_size, sharding.group)
     local_rows = sharding.local_rows
     summed = C10D.wait_tensor(summed)[: local_rows.stop - local_rows.start]
     return summed.movedim(0, -2)  # type: ignore[no-any-return]
@@ -53,8 +52,7 @@ def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
         size: The number of processes.
         group: The name of the process group.
     """
-    contiguous = tensor.contiguous()  # bound to a name: gloo may read it after it is freed (pytorch/pytorch#75529)
-    gathered: Tensor = C10D.wait_tensor(C10D.all_gather_into_tensor(contiguous, size, group))
+    gathered: Tensor = C10D.wait_tensor(C10D.all_gather_into_tensor(tensor.contiguous(), size, group))
     return gathered
 
 
@@ -62,3 +60,13 @@ def all_reduce(tensor: Tensor, group: str) -> Tensor:
     """Sum a tensor over all processes of the group with this name."""
     reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced
+
+
+def weighted(tensor: Tensor, weight: float | Tensor) -> Tensor:
+    """Multiply a term of a mean over processes by the weight of its process, a number or a 0-d tensor.
+
+    With weight 0 the result is zero, also where the term is NaN or infinite, as on a process without data.
+    """
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, torch.zeros_like(tensor), tensor * weight)
+    return tensor * weight if weight else torch.zeros_like(tensor)

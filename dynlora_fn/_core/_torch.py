@@ -4,8 +4,10 @@ No other module imports a private name of torch, so a new version needs changes 
 `tests/core/test_torch_names.py` fails with each name that has moved.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +41,16 @@ LAZY = {
 }
 # Looked up at their first use, by their full names.
 USED = (
+    "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
     "torch._dynamo.config.trace_autograd_ops",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
     "torch.Tensor._make_wrapper_subclass",
+    "torch.distributed.ProcessGroupGloo._Options._devices",
+    "torch.distributed.ProcessGroupGloo._Options._threads",
+    "torch.distributed.ProcessGroupGloo._Options._timeout",
     "torch.ops._c10d_functional.all_gather_into_tensor",
     "torch.ops._c10d_functional.all_reduce",
     "torch.ops._c10d_functional.reduce_scatter_tensor",
@@ -71,6 +77,25 @@ def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":
     """Return the process group with this name."""
     group: torch.distributed.ProcessGroup = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     return group
+
+
+def device_of_collectives(group: "torch.distributed.ProcessGroup") -> torch.device:
+    """Return a device whose tensors a group can send: the CPU if it can, else the current one of its kind."""
+    devices: list[torch.device] = group._device_types
+    return torch.device("cpu") if torch.device("cpu") in devices else devices[0]
+
+
+def gloo_with_one_thread(
+    store: "torch.distributed.Store", process: int, world_size: int, timeout: timedelta
+) -> "torch.distributed.ProcessGroupGloo":
+    """Return a gloo backend with one worker thread, on the interfaces that torch uses by default."""
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface=name) for name in interfaces] or [gloo.create_default_device()]
+    options._threads, options._timeout = 1, timeout
+    backend: torch.distributed.ProcessGroupGloo = gloo(store, process, world_size, options)
+    return backend
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._collectives import gather, scatter
+from dynlora_fn._core._collectives import gather, scatter, weighted
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 
 Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
@@ -61,7 +61,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
         sharding = Sharding(*constants)
-        b, a = b * sharding.weight, a.mT * sharding.weight
+        b, a = weighted(b, sharding.weight), weighted(a.mT, sharding.weight)
         return scatter(b, sharding), scatter(a, sharding.as_columns).mT
 
     @staticmethod
@@ -70,5 +70,6 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, None]:
-        gathered, weight = _Gather.apply(b, a, ctx.constants), Sharding(*ctx.constants).weight  # type: ignore[no-untyped-call]
-        return *(side * weight for side in gathered), None
+        gathered_b, gathered_a = _Gather.apply(b, a, ctx.constants)  # type: ignore[no-untyped-call]
+        weight = Sharding(*ctx.constants).weight
+        return weighted(gathered_b, weight), weighted(gathered_a, weight), None

@@ -8,6 +8,7 @@ from dynlora_fn._core._types import Sharding as Sharding
 from dynlora_fn.parallel._check_replicas import DriftedError as DriftedError
 from dynlora_fn.parallel._check_replicas import check_replicas as check_replicas
 from dynlora_fn.parallel._dtensors import as_dtensors as as_dtensors
+from dynlora_fn.parallel._gloo import register_gloo as register_gloo
 from dynlora_fn.parallel._reduce import all_reduce_mean as all_reduce_mean
 from dynlora_fn.parallel._shard import shard as shard
 from dynlora_fn.parallel._shard import shard_factors as shard_factors

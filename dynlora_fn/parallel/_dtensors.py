@@ -1,82 +1,93 @@
 """Sharded tensors as `DTensor`, for checkpoints."""
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dynlora_fn._core._torch import keystr, resolve_process_group, tree_map_with_path
+from dynlora_fn._core._torch import keystr, resolve_process_group, tree_flatten_with_path, tree_map_with_path
 from dynlora_fn._core._types import ShardedFactors, Sharding
-from dynlora_fn.bases._sharded import map_rows
-from dynlora_fn.bases._types import Sharded
+from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name_of
 
 
-def as_dtensors(tree: Any) -> Any:
-    """Replace every sharded tensor by a `DTensor` in the same memory.
+def as_dtensors(tree: Any) -> dict[str, Tensor]:
+    """Return the tensors of a tree by path, every shard as a `DTensor`, in the same memory.
 
-    `torch.distributed.checkpoint` saves and loads a `DTensor` by its place in the unsharded tensor. So a checkpoint of
-    four processes can be loaded by three. Loading into the result changes the tensors of `tree`.
+    Pass the result to `torch.distributed.checkpoint`. It saves and loads a `DTensor` by its place in the unsharded
+    tensor, so a checkpoint of four processes can be loaded by three. Loading into the result changes the tensors of
+    `tree`. The result is flat, because `torch.distributed.checkpoint` looks into dicts and lists and pickles tuples.
 
     Args:
-        tree: A tree of tensors with sharded bases, such as parameters or a complete training state.
+        tree: A tree of tensors, such as parameters or a complete training state. None is left out.
 
     Returns:
-        A tree of the same structure.
+        The tensors by path, such as ``"['w'].base"``. Shards of bases, factors and moments are `DTensor`.
 
     Raises:
+        TypeError: If a leaf is no tensor, because loading could not change it.
         ValueError: If the moments of sharded factors are in 8 bit and the shards differ in size. A process does not
-            notice it if its shard is in float32 because blocks do not divide it.
+            notice it if its shard is in float32 because blocks do not divide it. Also if a tensor in sharded factors
+            does not have the shape of a shard.
 
     Numerics: Blocks of 8-bit moments are blocks of a shard, and their scales are stored as one row for each process. So
         only as many processes can resume from them. For another number the shapes differ, and loading fails.
 
     Example:
+        >>> import tempfile
         >>> import torch
         >>> import torch.distributed as dist
+        >>> from torch.distributed import checkpoint
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> params = dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
-        >>> placed = dl.parallel.as_dtensors(dl.parallel.shard(params, dist.group.WORLD))
-        >>> type(placed["w"].base.base).__name__
-        'DTensor'
+        >>> saved, loaded = (
+        ...     dl.parallel.shard(dl.init({"w": weight}, rank=2, seed=0, targets=["w"]), dist.group.WORLD)
+        ...     for weight in (torch.ones(6, 4), torch.zeros(6, 4))
+        ... )
+        >>> {path: type(leaf).__name__ for path, leaf in dl.parallel.as_dtensors(saved).items()}
+        {"['w'].base.base": 'DTensor', "['w'].factors.b": 'Tensor', "['w'].factors.a": 'Tensor', "['w'].seed": 'Tensor'}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = checkpoint.save(dl.parallel.as_dtensors(saved), checkpoint_id=folder)
+        ...     checkpoint.load(dl.parallel.as_dtensors(loaded), checkpoint_id=folder)
+        >>> torch.equal(dl.materialize(dl.parallel.unshard(loaded))["w"], torch.ones(6, 4))
+        True
         >>> dist.destroy_process_group()
     """
-    return tree_map_with_path(_place, tree, is_leaf=lambda node: isinstance(node, Sharded | ShardedFactors))
+    placed = tree_map_with_path(_place, tree, is_leaf=is_sharded)
+    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(placed)[0] if leaf is not None]
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"`tree` has {leaf!r} at {name_of(path)}, which is no tensor, so a checkpoint could not restore it;"
+                " pass a 0-d tensor or remove it"
+            )
+    return {keystr(path): leaf for path, leaf in leaves}
 
 
 def _place(path: Any, node: Any) -> Any:
-    if isinstance(node, Sharded):
-        return node._replace(base=map_rows(partial(_placed, axis=-2), node.base, node.sharding))
+    if not is_sharded(node):
+        return node
     if isinstance(node, ShardedFactors):
-        b = _place_side(path, node.b, node.sharding, -2)
-        return node._replace(b=b, a=_place_side(path, node.a, node.sharding.as_columns, -1))
-    return node
+        _check_moments(path, node)
+    return map_shards(_placed, node, name_of(path))
 
 
-def _place_side(path: Any, side: Any, sharding: Sharding, axis: int) -> Any:
-    """Place a tensor, or a moment in 8 bit."""
-    if isinstance(side, Tensor):
-        return _placed(side, sharding, axis)
-    if sharding.rows % sharding.world_size:
-        raise ValueError(
-            f"`tree` has 8-bit moments at {keystr(path)} whose shards differ in size: {sharding.rows} rows or columns"
-            f" over {sharding.world_size} processes; use float32 moments, or processes that divide them evenly"
-        )
-    scale = _placed(side.scale[None], replace(sharding, rows=sharding.world_size), -2)
-    return side._replace(codes=_placed(side.codes, sharding, axis), scale=scale)
+def _check_moments(path: Any, node: ShardedFactors) -> None:
+    """Check that the shards of moments in 8 bit are of one size."""
+    for side, sharding in ((node.b, node.sharding), (node.a, node.sharding.as_columns)):
+        if hasattr(side, "codes") and sharding.rows % sharding.world_size:
+            raise ValueError(
+                f"`tree` has 8-bit moments at {name_of(path)} whose shards differ in size: {sharding.rows} rows or"
+                f" columns over {sharding.world_size} processes; use float32 moments, or processes that divide them"
+                " evenly"
+            )
 
 
 def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415 (takes a second to import)
 
-    group = resolve_process_group(sharding.group)
-    shape = list(leaf.shape)
-    shape[axis] = sharding.rows
-    mesh = DeviceMesh.from_group(group, leaf.device.type)
-    stride = torch.empty(shape, device="meta").stride()
-    placements, full_shape = [Shard(leaf.ndim + axis)], torch.Size(shape)
-    placed: Tensor = DTensor.from_local(leaf, mesh, placements, run_check=False, shape=full_shape, stride=stride)
+    mesh = DeviceMesh.from_group(resolve_process_group(sharding.group), leaf.device.type)
+    shape = full_shape(leaf, sharding, axis)
+    stride, placements = torch.empty(shape, device="meta").stride(), [Shard(leaf.ndim + axis)]
+    placed: Tensor = DTensor.from_local(leaf, mesh, placements, run_check=False, shape=shape, stride=stride)
     return placed

@@ -1,10 +1,11 @@
-"""The group that a collective runs over, and how rows are sharded over it."""
+"""The group that a collective runs over, how rows are sharded over it, and weights in a mean."""
 
 from typing import TypeAlias
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from dynlora_fn._core._torch import resolve_process_group
 from dynlora_fn._core._types import Sharding
 
 Group: TypeAlias = "torch.distributed.ProcessGroup | DeviceMesh"
@@ -29,3 +30,20 @@ def process_group(group: Group) -> torch.distributed.ProcessGroup:
             f"`group` is a mesh of {group.ndim} dimensions; pass a mesh of one dimension, such as mesh['data']"
         )
     return group.get_group()
+
+
+def has_processes_of(group: torch.distributed.ProcessGroup, name: str) -> bool:
+    """Return whether a group has the same processes, in the same order, as the group with this name."""
+    ranks = torch.distributed.get_process_group_ranks
+    return group.group_name == name or ranks(group) == ranks(resolve_process_group(name))
+
+
+def check_weight(weight: float) -> float:
+    """Return the weight of a process in a mean.
+
+    Raises:
+        ValueError: If it is not in [0, 1].
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"`weight` {weight} is not in [0, 1]; the weights of all processes must sum to 1")
+    return weight

@@ -6,26 +6,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._torch import functional_collectives, tree_flatten, tree_unflatten
-from dynlora_fn._core._types import ShardedFactors
-from dynlora_fn.parallel._group import Group, process_group
+from dynlora_fn._core._collectives import weighted
+from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
+from dynlora_fn._core._types import ShardedFactors, Sharding
+from dynlora_fn.parallel._group import Group, check_weight, has_processes_of, process_group
+from dynlora_fn.parallel._shards import name_of
 
 
-def all_reduce_mean(tree: Any, group: Group, *, weight: float | None = None) -> Any:
+def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = None) -> Any:
     """Average every tensor over the processes.
 
     The result has the same bits on all processes. Tensors of one dtype are concatenated, so there is one all-reduce for
     each dtype, however many weights there are. A loss next to its gradients costs four bytes and no additional
     all-reduce. It works in eager mode and inside `compile_step`. Collective: call it on every process.
 
+    Gradients of sharded factors are returned unchanged, because the backward pass has averaged them already.
+
     Args:
         tree: A tree of tensors, such as ``(loss, grads)``, with equal structure, shapes and dtypes on every process.
         group: The process group, or a mesh of one dimension.
-        weight: The weight of this process in the mean, for batches of unequal sizes. The weights must sum to 1.
-            Default None means 1 / the number of processes.
+        weight: The weight of this process in the mean, for batches of unequal sizes: a number in [0, 1] or a 0-d
+            tensor. The weights must sum to 1. With weight 0 the tensors of this process count as zero, also where they
+            are NaN, as the mean over an empty batch is. Default None means 1 / the number of processes.
 
     Returns:
         A tree with the structure, shapes and dtypes of `tree`.
+
+    Raises:
+        TypeError: If a leaf is no tensor of a floating dtype.
+        ValueError: If the weight is a number outside [0, 1] or a tensor with axes. Also if gradients of sharded factors
+            have been averaged with another weight or over another group.
 
     Numerics: Each term is scaled first and summed in the dtype of its tensor. The order of the sum depends on the
         number of processes.
@@ -39,16 +49,55 @@ def all_reduce_mean(tree: Any, group: Group, *, weight: float | None = None) -> 
         {'w': tensor([1., 1.])}
         >>> dist.destroy_process_group()
     """
-    weight = 1 / process_group(group).size() if weight is None else weight
-    leaves, structure = tree_flatten(tree, is_leaf=lambda node: isinstance(node, ShardedFactors))
+    processes = process_group(group)
+    weight = 1 / processes.size() if weight is None else _checked(weight)
+    paths, structure = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, ShardedFactors))
+    leaves = [leaf for _, leaf in paths]
     buckets: dict[torch.dtype, list[int]] = defaultdict(list)
-    for at, leaf in enumerate(leaves):
-        if not isinstance(leaf, ShardedFactors):  # the backward pass has reduced gradients of sharded factors
+    for at, (path, leaf) in enumerate(paths):
+        if isinstance(leaf, ShardedFactors):
+            _check_is_averaged(path, leaf.sharding, processes, weight)
+        else:
+            _check_can_be_averaged(path, leaf)
             buckets[leaf.dtype].append(at)
     for members in buckets.values():
-        bucket = torch.cat([leaves[at].flatten() for at in members]) * weight
+        bucket = weighted(torch.cat([leaves[at].flatten() for at in members]), weight)
         reduced: Tensor = functional_collectives.wait_tensor(functional_collectives.all_reduce(bucket, "sum", group))  # type: ignore[no-untyped-call]
         parts = torch.split(reduced, [leaves[at].numel() for at in members])
         for at, part in zip(members, parts, strict=True):
             leaves[at] = part.reshape(leaves[at].shape)
     return tree_unflatten(leaves, structure)
+
+
+def _checked(weight: float | Tensor) -> float | Tensor:
+    if not isinstance(weight, Tensor):
+        return check_weight(weight)
+    if weight.ndim:
+        raise ValueError(f"`weight` is a tensor of shape {tuple(weight.shape)}; pass a number or a 0-d tensor")
+    return weight
+
+
+def _check_can_be_averaged(path: Any, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"`tree` has {leaf!r} at {name_of(path)}, which is no tensor; pass a 0-d tensor or remove it")
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        raise TypeError(
+            f"`tree` has a tensor of dtype {leaf.dtype} at {name_of(path)}, in which a mean is rounded; convert it to a"
+            " floating dtype"
+        )
+
+
+def _check_is_averaged(
+    path: Any, sharding: Sharding, group: torch.distributed.ProcessGroup, weight: float | Tensor
+) -> None:
+    """Check that the backward pass has averaged gradients of sharded factors as this call would."""
+    if isinstance(weight, Tensor) or weight != sharding.weight:
+        raise ValueError(
+            f"`weight` {weight} does not apply to the sharded factors at {name_of(path)}, whose gradients the backward"
+            f" pass has averaged with the weight {sharding.weight}; pass the same number to `shard_factors(weight=)`"
+        )
+    if not has_processes_of(group, sharding.group):
+        raise ValueError(
+            f"`group` {group.group_name!r} has other processes than {sharding.group!r}, over which the sharded factors"
+            f" at {name_of(path)} are sharded and averaged; pass the group that was passed to `shard`"
+        )

@@ -13,7 +13,7 @@ from dynlora_fn.bases._quantized import base_shape
 from dynlora_fn.bases._sharded import gather_base, map_rows
 from dynlora_fn.bases._sharded_factors import gather_factors
 from dynlora_fn.bases._types import Deferred, FoldedBase, LocalBase, Quantized, Sharded
-from dynlora_fn.parallel._group import Group, sharding_of
+from dynlora_fn.parallel._group import Group, check_weight, sharding_of
 
 
 @overload
@@ -124,14 +124,15 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
 
     Args:
         params: One weight, or weights by name. Full-rank tensors are not sharded.
-        weight: The weight of this process in the mean of the gradients, as in `all_reduce_mean`. Default None means
-            1 / the number of processes.
+        weight: The weight of this process in the mean of the gradients. Pass the same number to `all_reduce_mean`.
+            Default None means 1 / the number of processes.
 
     Returns:
         The same weights with sharded factors.
 
     Raises:
-        ValueError: If a base is not sharded, is deferred, or its factors are sharded already.
+        ValueError: If a base is not sharded or is deferred, if its factors are sharded already, or if the weight is not
+            in [0, 1].
 
     Numerics: Those of factors that are not sharded, except for the order in which gradients are summed.
 
@@ -161,7 +162,7 @@ def _shard_factors(name: str, param: LowRank, weight: float | None) -> LowRank:
             f"the factors of {name!r} in `params` cannot be sharded: its base must be sharded and not deferred, and its"
             " factors must not be sharded already; call `shard` first, and `shard_factors` once"
         )
-    weight = 1 / base.sharding.world_size if weight is None else weight
+    weight = 1 / base.sharding.world_size if weight is None else float(check_weight(weight))
     sharding = replace(base.sharding, columns=factors.a.shape[-1], weight=weight)
     b, a = factors.b[..., sharding.local_rows, :].clone(), factors.a[..., sharding.as_columns.local_rows].clone()
     return param._replace(factors=ShardedFactors(b, a, sharding))

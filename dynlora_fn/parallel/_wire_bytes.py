@@ -1,15 +1,15 @@
 """Count the bytes of the collectives of one step."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Factors, Frozen, Plans, ShardedFactors, Sharding, Trainable
-from dynlora_fn.bases._flatten import flatten_base
-from dynlora_fn.bases._sharded import map_code_rows
-from dynlora_fn.bases._types import Deferred, Sharded
+from dynlora_fn.bases._types import Deferred, Quantized, Sharded
+from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards
 
 
 class WireBytes(NamedTuple):
@@ -63,41 +63,35 @@ def wire_bytes(
     """
     factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors)]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
-    sharded = [_sharded(leaf.base) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen)]
-    bases = sum(_gathered_bytes(base) for base in sharded if base is not None)
+    bases = sum(sum(_shard_bytes(name, leaf.base)) for name, leaf in (frozen or {}).items() if isinstance(leaf, Frozen))
     shards = switched = 0
     for name, leaf in trainable.items():
-        if not isinstance(leaf, ShardedFactors):
-            continue
-        sharding = leaf.sharding
-        shards += _padded_bytes(leaf.b, sharding) + _padded_bytes(leaf.a.mT, sharding.as_columns)
-        if plan and name in plan:
-            vectors = sum(side.slots.shape[-1] for side in (plan[name].b, plan[name].a))
-            switched += _padded_bytes(leaf.a.mT, sharding.as_columns) // leaf.a.shape[-2] * vectors
+        if isinstance(leaf, ShardedFactors):
+            b, a = _shard_bytes(name, leaf)
+            shards += b + a
+            plans = (plan[name].b, plan[name].a) if plan and name in plan else ()
+            switched += a // leaf.a.shape[-2] * sum(side.slots.shape[-1] for side in plans)
     return WireBytes(_bytes(factors), _bytes(full_rank), gathers * bases, gathers * shards, shards, switched)
 
 
-def _sharded(base: Any) -> Sharded | None:
-    base = base.base if isinstance(base, Deferred) else base
-    return base if isinstance(base, Sharded) else None
+def _shard_bytes(name: str, node: Any) -> list[int]:
+    """Return the bytes of a gather of each tensor of a node, with the shards of all processes padded to the largest.
 
-
-def _gathered_bytes(base: Sharded) -> int:
-    """Return the bytes of the shards of all processes, each padded to the largest."""
+    The list is empty if the node is not sharded. Residuals are not gathered.
+    """
     sizes = []
 
-    def count(leaf: Tensor, sharding: Sharding) -> Tensor:
-        sizes.append(_padded_bytes(leaf, sharding))
-        return leaf
+    def count(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
+        padded = replace(sharding, rows=sharding.world_size * sharding.rows_per_process)
+        sizes.append(full_shape(shard, padded, axis).numel() * shard.element_size())
+        return shard
 
-    layout, tensors = flatten_base(base)
-    map_code_rows(count, layout.kind, tensors, base.sharding)
-    return sum(sizes)
-
-
-def _padded_bytes(leaf: Tensor, sharding: Sharding) -> int:
-    row_bytes = leaf.shape[:-2].numel() * leaf.shape[-1] * leaf.element_size()
-    return sharding.world_size * sharding.rows_per_process * row_bytes
+    node = node.base if isinstance(node, Deferred) else node
+    if isinstance(node, Sharded) and isinstance(node.base, Quantized):
+        node = node._replace(base=node.base._replace(residual=()))
+    if is_sharded(node):
+        map_shards(count, node, name)
+    return sizes
 
 
 def _bytes(tree: Any) -> int:

@@ -25,6 +25,7 @@ from dynlora_fn.optim._adamw import AdamWState
 from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.optim._project_state import project_optimizer_state
 from dynlora_fn.optim._transform import apply_updates
+from dynlora_fn.parallel._gloo import register_gloo
 from dynlora_fn.parallel._shard import shard, unshard
 from dynlora_fn.switching._switch import switch
 from dynlora_fn.switching._weight import merge
@@ -167,7 +168,7 @@ class TransformMachine(ShadowedModel):
         """Shard over the default group, or over a group of only this process if there is none."""
         if not torch.distributed.is_initialized():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            torch.distributed.init_process_group(register_gloo(), store=store, rank=0, world_size=1)
             self.has_group = True
         self.params = shard(self.params, torch.distributed.group.WORLD)  # type: ignore[arg-type]
 

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save
-from torch import Tensor
 from torch.distributed import ProcessGroup, checkpoint
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.futures import Future as TorchFuture
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
 from models.pretrain.checksums import find_damage, join_sums, sync_folder, write_with_sum
@@ -74,7 +73,7 @@ class Saver:
         """
         self.finish()
         writer = _Writer(self._folder, step, self._processes.world_size, keep=self._keep)
-        future = checkpoint.async_save(_named(state), storage_writer=writer, process_group=self._group)
+        future = checkpoint.async_save(dl.parallel.as_dtensors(state), storage_writer=writer, process_group=self._group)
         assert isinstance(future, Future)
         self._pending = step, future
 
@@ -114,7 +113,9 @@ def load_checkpoint(folder: Path, template: Any, processes: Processes) -> Loaded
             continue
         state = tree_map(lambda leaf: leaf.clone(), template)
         reader = checkpoint.HuggingFaceStorageReader(str(path))
-        checkpoint.load(_named_as(_named(state), reader.read_metadata().state_dict_metadata), storage_reader=reader)
+        checkpoint.load(
+            _named_as(dl.parallel.as_dtensors(state), reader.read_metadata().state_dict_metadata), storage_reader=reader
+        )
         return Loaded(state, int(path.name.removeprefix("step-")), refused)
     if refused:
         raise ValueError(f"`resume` must find an undamaged checkpoint, got only damaged ones: {'; '.join(refused)}")
@@ -127,7 +128,7 @@ def _find_mismatch(path: Path, template: Any) -> str | None:
         saved = checkpoint.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, ValueError, SafetensorError) as error:
         return str(error)
-    expected = _named_as(_named(template), saved)
+    expected = _named_as(dl.parallel.as_dtensors(template), saved)
     if saved.keys() != expected.keys():
         return f"it holds other tensors: {sorted(saved.keys() ^ expected.keys())[:4]}"
     for name, leaf in expected.items():
@@ -170,10 +171,6 @@ class _Writer(checkpoint.HuggingFaceStorageWriter):
         sync_folder(self._folder)
         for old in _newest_first(self._folder)[self._keep :]:
             shutil.rmtree(old)
-
-
-def _named(state: Any) -> dict[str, Tensor]:
-    return {keystr(key): leaf for key, leaf in tree_flatten_with_path(dl.parallel.as_dtensors(state))[0]}
 
 
 def _named_as(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> dict[str, Tensor]:

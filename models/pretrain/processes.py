@@ -13,6 +13,8 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
+import dynlora_fn as dl
+
 
 class Processes(NamedTuple):
     """This process among all processes of a run."""
@@ -64,7 +66,7 @@ class Processes(NamedTuple):
 
         Its messages are not mixed up with those of this thread.
         """
-        return None if self.group is None else distributed.new_group(backend="gloo")
+        return None if self.group is None else distributed.new_group(backend=dl.parallel.register_gloo())
 
 
 SINGLE_PROCESS = Processes()
@@ -83,7 +85,8 @@ def join_processes() -> Iterator[Processes]:
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         # On one machine torchrun keeps its store across restarts, with the addresses of processes that have died.
         store = distributed.PrefixStore(f"attempt-{_restarts()}", store)
-    backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
+    gloo = dl.parallel.register_gloo()
+    backend = f"cpu:{gloo},cuda:nccl" if has_cuda else gloo
     distributed.init_process_group(backend, store=store, rank=process, world_size=world_size)
     try:
         yield Processes(process, world_size, distributed.group.WORLD)

@@ -1,11 +1,17 @@
 """Processes that have drifted apart are found and named."""
 
+import math
+from collections import OrderedDict
+from dataclasses import replace
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
 from dynlora_fn.parallel._check_replicas import checksums
@@ -32,6 +38,23 @@ def test_a_checksum_tells_a_bit_and_two_numbers_that_are_exchanged(
     numbers[[0, other]] = numbers[[other, 0]]
     if not torch.equal(numbers, leaf.flatten()):
         assert checksums([numbers.reshape(shape)]) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int8])
+def test_changes_of_two_numbers_do_not_cancel(dtype: torch.dtype):
+    def checksum(*numbers: int) -> int:
+        return checksums([torch.tensor(numbers, dtype=dtype)]).item()
+
+    changes = [(1, 2), (-1, -2), (2, 1), (-1, 2), (1, -2), (4, 1), (7, 0), (0, 0), (0, 3)]
+    assert len({checksum(*numbers) for numbers in changes}) == len(changes)
+
+
+def test_the_checksum_is_a_sum_of_splitmix_words():
+    """The state of SplitMix64 with seed 0 is 0x9E3779B97F4A7C15 first, and its output is known."""
+    state = torch.tensor([0x9E3779B97F4A7C15 - 2**64])
+    assert checksums([state]).item() % 2**64 == 0xE220A8397B1DCDAF
+    twice = 4 * 0xE220A8397B1DCDAF % 2**64  # factors 1 and 3
+    assert checksums([state.repeat(2)]).item() % 2**64 == twice
 
 
 def test_checksums_of_views_and_of_nothing():
@@ -65,6 +88,199 @@ def test_processes_that_have_drifted_are_named():
         f"`state` of processes [2] {differs}",
         f"`state` of processes [1, 2] {differs}",
         f"`state` of processes [0] {differs}",
-        "`state` differs between processes without a majority, and the processes with equal states are"
-        " [[0], [1], [2], [3], [4]]; resume from a checkpoint",
+        "`state` differs between processes without a majority, first at ['count'][0], and the processes with equal"
+        " states are [[0], [1], [2], [3], [4]]; resume from a checkpoint",
     ]
+
+
+class Pair(NamedTuple):
+    """A node with the fields of factors."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# For each way to differ: the state of most processes, that of one, and the first difference in the error.
+STRUCTURES = {
+    "a number": ({"step": 3}, {"step": 4}, "['step']: int 4 in dict instead of ['step']: int 3"),
+    "a bool and a number": ({"x": 1}, {"x": True}, "['x']: bool True in dict instead of ['x']: int 1"),
+    "a number of another type": ([1], [1.0], "[0]: float 1.0 in list instead of [0]: int 1"),
+    "the sign of zero": ([0.0], [-0.0], "[0]: float -0.0 in list instead of [0]: float 0.0"),
+    "a text": (
+        {"rule": "reset"},
+        {"rule": "a: b\nc"},
+        r"['rule']: str 'a: b\nc' in dict instead of ['rule']: str 'reset'",
+    ),
+    "a dtype": (
+        [torch.float32],
+        [torch.float64],
+        "[0]: dtype torch.float64 in list instead of [0]: dtype torch.float32",
+    ),
+    "a name": ({"v": _tensor(3)}, {"w": _tensor(3)}, "['w']: torch.float32 (3,) in dict instead of ['v']: "),
+    "the type of a key": ({1: _tensor(3)}, {"1": _tensor(3)}, "['1']: torch.float32 (3,) in dict instead of [1]: "),
+    "the order of keys": (
+        {"v": _tensor(3), "w": _tensor(3)},
+        {"w": _tensor(3), "v": _tensor(3)},
+        "['w']: torch.float32 (3,) in dict instead of ['v']: ",
+    ),
+    "a shape": (
+        [_tensor(2, 3)],
+        [_tensor(3, 2)],
+        "[0]: torch.float32 (3, 2) in list instead of [0]: torch.float32 (2, 3)",
+    ),
+    "a shape with one more axis": ([_tensor(3)], [_tensor(3, 1)], "[0]: torch.float32 (3, 1) in list instead of [0]: "),
+    "the dtype of a tensor": (
+        [_tensor(2, dtype=torch.float16)],
+        [_tensor(2, dtype=torch.bfloat16)],
+        "[0]: torch.bfloat16 (2,) in list instead of [0]: torch.float16 (2,)",
+    ),
+    "one leaf more": ([_tensor(2)], [_tensor(2), _tensor(2)], "[1]: torch.float32 (2,) in list instead of nothing"),
+    "one leaf less": ([_tensor(2), 1], [_tensor(2)], "nothing instead of [1]: int 1 in list"),
+    "nothing": ([_tensor(2)], [], "its root: empty list in no node instead of [0]: torch.float32 (2,)"),
+    "None": (
+        {"pool": _tensor(2)},
+        {"pool": None},
+        "['pool']: NoneType None in dict instead of ['pool']: torch.float32",
+    ),
+    "a number and a tensor": ([torch.tensor(1)], [1], "[0]: int 1 in list instead of [0]: torch.int64 ()"),
+    "a list and a tuple": ([_tensor(2)], (_tensor(2),), "[0]: torch.float32 (2,) in tuple instead of [0]: "),
+    "an empty list and a tuple": ({"r": []}, {"r": ()}, "['r']: empty tuple in dict instead of ['r']: empty list"),
+    "the type of a node": (
+        Pair(_tensor(2), _tensor(3)),
+        dl.Factors(_tensor(2), _tensor(3)),
+        ".b: torch.float32 (2,) in Factors instead of .b: torch.float32 (2,) in Pair",
+    ),
+    "the type of a dict": ({"x": 1}, OrderedDict(x=1), "['x']: int 1 in OrderedDict instead of ['x']: int 1 in dict"),
+    "an object": ({"x": 1}, {"x": object()}, "['x']: object in dict instead of ['x']: int 1"),
+}
+
+
+def _other_structures() -> list[str]:
+    group, is_drifted, messages = torch.distributed.group.WORLD, torch.distributed.get_rank() == 1, []
+    for common, drifted, _ in STRUCTURES.values():
+        dl.parallel.check_replicas(common, group)
+        with pytest.raises(dl.parallel.DriftedError) as error:
+            dl.parallel.check_replicas(drifted if is_drifted else common, group)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_every_other_structure_is_named_on_every_process():
+    messages = in_processes(3, _other_structures)
+    assert messages[0] == messages[1] == messages[2]
+    for message, (_, _, first) in zip(messages[0], STRUCTURES.values(), strict=True):
+        assert message.startswith(f"`state` of processes [1] differs from the majority, first at {first}"), message
+        assert message.endswith("; pass the same state on every process, or resume from a checkpoint")
+
+
+def _values() -> None:
+    process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    same = {
+        "nan": torch.tensor([torch.nan, torch.inf, -0.0]),
+        "numbers": (math.nan, 1, True, 2j, "text", b"x", None, torch.bfloat16, torch.Size([2])),
+        "complex": torch.tensor([1 + 2j, 3j], dtype=torch.complex128).conj(),
+        "bool": torch.tensor([True, False]),
+        "empty": (torch.zeros(0, 2), {}, (), []),
+    }
+    dl.parallel.check_replicas(same, group)
+    for state in ({}, {"step": 3}, 3, torch.ones(2), (), None):
+        dl.parallel.check_replicas(state, group)
+    for name, leaf in (
+        ("nan", torch.tensor([torch.nan, torch.inf, 0.0])),  # equal to -0.0, with other bits
+        ("complex", torch.tensor([1 + 2j, 3j], dtype=torch.complex128)),
+        ("bool", torch.tensor([True, True])),
+    ):
+        with pytest.raises(
+            dl.parallel.DriftedError, match=rf"processes \[0\] differs .*, first at \['{name}'\]; resume"
+        ):
+            dl.parallel.check_replicas({**same, name: leaf} if process == 0 else same, group)
+
+
+def test_bits_are_compared_and_equal_nans_are_equal():
+    in_processes(3, _values)
+
+
+def _without_a_majority() -> str:
+    with pytest.raises(dl.parallel.DriftedError) as error:
+        dl.parallel.check_replicas({"step": torch.distributed.get_rank()}, torch.distributed.group.WORLD)
+    return str(error.value)
+
+
+def test_two_processes_have_no_majority():
+    first, second = in_processes(2, _without_a_majority)
+    assert first == second
+    assert first == (
+        "`state` differs between processes without a majority, first at ['step']: int 1 in dict instead of"
+        " ['step']: int 0 in dict, and the processes with equal states are [[0], [1]];"
+        " pass the same state on every process, or resume from a checkpoint"
+    )
+
+
+def _not_comparable() -> None:
+    group = torch.distributed.group.WORLD
+    sharded = _sharded()
+    norms = tree_map(torch.linalg.vector_norm, dl.partition(sharded).trainable)
+    placed = dl.parallel.as_dtensors(sharded)
+    for state, reason in (
+        ({"optimizer": [object()]}, r"it has a object at \['optimizer'\]\[0\]"),
+        ({"f": len}, r"it has a builtin_function_or_method at \['f'\]"),
+        ({"x": torch.eye(2).to_sparse()}, r"it has a Tensor at \['x'\]"),
+        (placed, r"it has a DTensor at \[.*weight.*\]"),
+        (norms, r"a tensor of shape \(\) in the ShardedFactors at \['weight'\] is no shard"),
+    ):
+        with pytest.raises(TypeError, match=f"`state` cannot be compared: {reason}.*; remove it, or pass its tensors"):
+            dl.parallel.check_replicas(state, group)
+
+
+def test_what_cannot_be_compared_is_refused_by_its_path():
+    in_processes(2, _not_comparable)
+
+
+def _sharded(columns: int = 4, rank: int = 1, dtype: torch.dtype = torch.float32) -> dict:
+    """Return one weight of five rows with sharded factors, of which processes have three and two."""
+    linear = nn.Linear(columns, 5, bias=False)
+    params = dl.init(linear, rank=rank, seed=0, targets=["weight"], dtype=dtype)
+    return dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD))
+
+
+def _shards() -> list[str]:
+    process, group, messages = torch.distributed.get_rank(), torch.distributed.group.WORLD, []
+    trainable, frozen = dl.partition(_sharded())
+    state = trainable, frozen, dl.optim.adamw(moments="8bit").init(trainable)
+    dl.parallel.check_replicas(state, group)
+    factors = trainable["weight"]
+    alone = factors._replace(
+        sharding=replace(factors.sharding, world_size=1, process=0, rows=factors.b.shape[-2], columns=2)
+    )
+    whole = factors._replace(sharding=replace(factors.sharding, columns=6))
+    for other in (
+        dl.partition(_sharded(columns=6)).trainable,
+        dl.partition(_sharded(rank=2)).trainable,
+        dl.partition(_sharded(dtype=torch.float64)).trainable,
+        {"weight": dl.Factors(factors.b, factors.a)},
+        {"weight": alone},
+        {"weight": whole},
+    ):
+        with pytest.raises(dl.parallel.DriftedError) as error:
+            dl.parallel.check_replicas(other if process == 1 else trainable, group)
+        messages.append(str(error.value).split(" instead of ")[0].split("first at ")[1])
+    other_seed = frozen["weight"]._replace(seed=frozen["weight"].seed + process)
+    with pytest.raises(dl.parallel.DriftedError, match=r"first at .*\['weight'\]\.seed, and the processes"):
+        dl.parallel.check_replicas({"weight": other_seed}, group)
+    return messages
+
+
+def test_shards_are_compared_by_the_sizes_of_the_whole():
+    for messages in in_processes(2, _shards):
+        assert messages == [
+            "['weight'].a: torch.float32 (1, 6) in dict, ShardedFactors over 2",
+            "['weight'].b: torch.float32 (5, 2) in dict, ShardedFactors over 2",
+            "['weight'].b: torch.float64 (5, 1) in dict, ShardedFactors over 2",
+            "['weight'].b: torch.float32 (2, 1) in dict, Factors",
+            "['weight'].b: torch.float32 (2, 1) in dict, ShardedFactors over 1",
+            "['weight']: no shards in dict",
+        ]

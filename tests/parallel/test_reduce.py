@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
 from tests.support.data_parallel import fresh, model
@@ -151,3 +151,100 @@ def test_reduction_and_gathering_go_into_a_compiled_step():
     for losses, trainables in in_processes(2, _compiled_steps):
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
         torch.testing.assert_close(*trainables, rtol=1e-3, atol=1e-5)
+
+
+def _without_data() -> list:
+    """Average on three processes, of which the last has no data."""
+    process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    weight, is_empty = [0.25, 0.75, 0.0][process], process == 2
+    tree = {"loss": torch.tensor(process + 1.0), "grad": torch.tensor([process + 1.0, 0.0])}
+    if is_empty:
+        tree = tree_map(lambda leaf: torch.full_like(leaf, torch.nan), tree)
+        tree["grad"][1] = torch.inf
+    weights = [weight, torch.tensor(weight), torch.tensor(weight, dtype=torch.float64)]
+    means = [dl.parallel.all_reduce_mean(tree, group, weight=each) for each in weights]
+    for each in weights[:2]:
+        compiled = torch.compile(
+            lambda tree, each=each: dl.parallel.all_reduce_mean(tree, group, weight=each),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        means.append(compiled(tree))
+    return means
+
+
+def test_a_process_without_data_counts_as_zero():
+    for means in in_processes(3, _without_data):
+        for mean in means:
+            torch.testing.assert_close(mean["loss"], torch.tensor(1.75), rtol=0, atol=0)
+            torch.testing.assert_close(mean["grad"], torch.tensor([1.75, 0.0]), rtol=0, atol=0)
+
+
+def _sharded_without_data() -> tuple:
+    """Take gradients of sharded factors on three processes with 2, 1 and no rows of a batch."""
+    process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    weight, x = [2 / 3, 1 / 3, 0][process], torch.arange(12.0).reshape(3, 4)
+    params = dl.init(nn.Linear(4, 5), rank=2, seed=0, targets=["weight"])
+    sharded = dl.parallel.shard_factors(dl.parallel.shard(params, group), weight=weight)
+
+    def mean_grads(params: dict, x: torch.Tensor) -> tuple:
+        trainable, frozen = dl.partition(params)
+
+        def loss(trainable):
+            return dl.linear(x, dl.combine(trainable, frozen)["weight"]).square().mean()
+
+        return tuple(dl.value_and_grad(loss)({"weight": trainable["weight"]}))
+
+    local = mean_grads(sharded, x[[slice(0, 2), slice(2, 3), slice(3, 3)][process]])
+    loss, grads = dl.parallel.all_reduce_mean(local, group, weight=weight)
+    expected_loss, expected = mean_grads(params, x)
+    torch.testing.assert_close(loss, expected_loss)
+    sharding = grads["weight"].sharding
+    torch.testing.assert_close(grads["weight"].b, expected["weight"].b[sharding.local_rows])
+    torch.testing.assert_close(grads["weight"].a, expected["weight"].a[:, sharding.as_columns.local_rows])
+    return process, bits(loss)
+
+
+def test_gradients_of_sharded_factors_leave_out_a_process_without_data():
+    in_processes(3, _sharded_without_data)
+
+
+def _refused_means() -> None:
+    process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    grads = {"w": torch.ones(2)}
+    for weight in (-0.1, 1.5, float("nan"), float("inf"), -1, 2):
+        with pytest.raises(ValueError, match=rf"`weight` {weight} is not in \[0, 1\]"):
+            dl.parallel.all_reduce_mean(grads, group, weight=weight)
+    with pytest.raises(ValueError, match=r"`weight` is a tensor of shape \(1,\); pass a number or a 0-d tensor"):
+        dl.parallel.all_reduce_mean(grads, group, weight=torch.ones(1))
+    for leaf, error in (
+        (
+            torch.ones(2, dtype=torch.int64),
+            r"a tensor of dtype torch.int64 at \['x'\]\[1\], in which a mean is rounded",
+        ),
+        (torch.tensor(True), r"a tensor of dtype torch.bool at \['x'\]\[1\]"),
+        (0.5, r"0.5 at \['x'\]\[1\], which is no tensor"),
+        (None, r"None at \['x'\]\[1\], which is no tensor"),
+    ):
+        with pytest.raises(TypeError, match=f"`tree` has {error}"):
+            dl.parallel.all_reduce_mean({"x": [torch.ones(2), leaf]}, group)
+    params = dl.parallel.shard(dl.init(nn.Linear(4, 5), rank=2, seed=0, targets=["weight"]), group)
+    for weight in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"`weight` {weight} is not in \[0, 1\]"):
+            dl.parallel.shard_factors(params, weight=weight)
+    sharded = dl.parallel.shard_factors(params, weight=[0.25, 0.75][process])
+    grads = {"nested": [dl.partition(sharded).trainable]}
+    where = r"sharded factors at \['nested'\]\[0\]\['weight'\]"
+    for weight in (None, 1 - [0.25, 0.75][process], torch.tensor([0.25, 0.75][process])):
+        with pytest.raises(ValueError, match=rf"`weight` .* does not apply to the {where}.*`shard_factors\(weight=\)`"):
+            dl.parallel.all_reduce_mean(grads, group, weight=weight)
+    reduced = dl.parallel.all_reduce_mean(grads, group, weight=[0.25, 0.75][process])
+    assert bits(reduced["nested"][0]["weight"]) == bits(grads["nested"][0]["weight"])
+    same, alone = torch.distributed.new_group([0, 1]), [torch.distributed.new_group([each]) for each in range(2)]
+    dl.parallel.all_reduce_mean(grads, same, weight=[0.25, 0.75][process])
+    with pytest.raises(ValueError, match=rf"`group` .* has other processes than .*, over which the {where}"):
+        dl.parallel.all_reduce_mean(grads, alone[process], weight=[0.25, 0.75][process])
+
+
+def test_what_would_be_averaged_wrongly_is_refused():
+    in_processes(2, _refused_means)

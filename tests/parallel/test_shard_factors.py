@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed import checkpoint
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
 from dynlora_fn.parallel import ShardedFactors
@@ -72,10 +72,10 @@ def train(state, step, steps: int, rows: slice):
     return state, torch.stack(told)
 
 
-def whole_of(state) -> tuple:
-    """Return parameters and moments of all processes, in the form that checkpoints read."""
-    placed = dl.parallel.as_dtensors(state)
-    return tree_map(lambda leaf: leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf, (placed[0], placed[2]))
+def whole_of(state) -> dict:
+    """Return parameters and moments of all processes by path, in the form that checkpoints read."""
+    placed = dl.parallel.as_dtensors((state[0], state[2]))
+    return {path: leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf for path, leaf in placed.items()}
 
 
 def _train(base, backend) -> None:
@@ -91,8 +91,7 @@ def _train(base, backend) -> None:
     state, told = train(start(params), step, 12, rows)
     dl.parallel.check_replicas(state, group)
     torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-6)
-    got, want = tree_leaves(whole_of(state)), tree_leaves((expected[0], expected[2]))
-    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-5)
+    torch.testing.assert_close(whole_of(state), whole_of(expected), rtol=2e-3, atol=2e-5)
     weights = [dl.state_dict(NET, dl.combine(*result[:2])) for result in (state, expected)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-4)
 
@@ -195,28 +194,28 @@ def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
     return frozen, (trainable, moments)
 
 
-def named(state: tuple) -> dict:
-    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(dl.parallel.as_dtensors(state))[0]}
-
-
 def _eight_bit(folder: Path) -> None:
     frozen, state = eight_bit(WEIGHT, range(2))
     assert isinstance(state[1].inner.mu["w"].b, dl.optim.SignedMoment)
     assert isinstance(state[1].inner.nu["w"].a, torch.Tensor)  # too small to shard
-    checkpoint.save(named((frozen, state)), checkpoint_id=folder)
+    checkpoint.save(dl.parallel.as_dtensors((frozen, state)), checkpoint_id=folder)
     frozen, loaded = eight_bit(WEIGHT, range(0))
-    checkpoint.load(named((frozen, loaded)), checkpoint_id=folder)
+    checkpoint.load(dl.parallel.as_dtensors((frozen, loaded)), checkpoint_id=folder)
     assert_same(loaded, state)
     assert_same(eight_bit(WEIGHT, range(2, 4), loaded), eight_bit(WEIGHT, range(4)))
     with pytest.raises(
         ValueError, match=r"8-bit moments at .*mu\['w'\] whose shards differ in size: 257 rows or columns over 2 "
     ):
-        named(eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(0)))
+        dl.parallel.as_dtensors(
+            eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(0))
+        )
     alone = [torch.distributed.new_group([process]) for process in range(2)][torch.distributed.get_rank()]
     with pytest.raises(
         checkpoint.CheckpointException, match=r"Size mismatch .*\[2, 30\].*\[1, 60\].*mu\['w'\].b.scale"
     ):
-        checkpoint.load(named(eight_bit(WEIGHT, range(0), group=alone)), checkpoint_id=folder, no_dist=True)
+        checkpoint.load(
+            dl.parallel.as_dtensors(eight_bit(WEIGHT, range(0), group=alone)), checkpoint_id=folder, no_dist=True
+        )
 
 
 def test_moments_in_8_bit_go_on_with_as_many_processes(tmp_path: Path):

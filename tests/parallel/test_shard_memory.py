@@ -110,15 +110,14 @@ def _dtensors() -> None:
     group = torch.distributed.group.WORLD
     params = fresh("int8", "bfloat16")
     sharded = dl.parallel.shard(params, group)
-    placed = dl.parallel.as_dtensors({"params": sharded})["params"]
+    placed = dl.parallel.as_dtensors({"params": sharded})
     for name in ("3.weight", "*.*.weight"):
-        placed_base, base = placed[name].base.base, params[name].base
-        for placed_leaf, leaf in zip(
-            (placed_base.codes.codes, placed_base.residual), (base.codes.codes, base.residual), strict=True
-        ):
+        base = params[name].base
+        for field, leaf in (("codes.codes", base.codes.codes), ("residual", base.residual)):
+            placed_leaf = placed[f"['params'][{name!r}].base.base.{field}"]
             assert placed_leaf.shape == leaf.shape
             assert torch.equal(placed_leaf.full_tensor(), leaf)
-    placed["3.weight"].base.base.codes.codes.to_local().zero_()
+    placed["['params']['3.weight'].base.base.codes.codes"].to_local().zero_()
     assert not sharded["3.weight"].base.base.codes.codes.any()  # the same memory
 
 

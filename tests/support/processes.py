@@ -17,7 +17,7 @@ SECONDS = 240  # enough for a busy machine
 
 
 def in_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Return what ``function(*args)`` returns on each process of a group on gloo.
+    """Return what ``function(*args)`` returns on each process of a group on gloo with one thread.
 
     Raises:
         AssertionError: with the traceback of every process that fails.
@@ -65,9 +65,11 @@ def _work(
 ) -> None:
     import torch  # noqa: PLC0415, where it has been imported already
 
+    import dynlora_fn as dl  # noqa: PLC0415, as torch
+
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(Path(folder) / "store"), world_size)
-    torch.distributed.init_process_group("gloo", store=store, rank=process, world_size=world_size)
+    torch.distributed.init_process_group(dl.parallel.register_gloo(), store=store, rank=process, world_size=world_size)
     try:
         with _counted():
             outcome = function(*args)

@@ -108,7 +108,7 @@ def test_the_loop_of_several_processes_learns_the_same_on_each():
 def _run_in_a_group(block: str) -> tuple[float, dict]:
     torch.compile = partial(torch.compile, backend="aot_eager")  # in another process
     join, leave = torch.distributed.init_process_group, torch.distributed.destroy_process_group
-    torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda: None  # of this test
+    torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *_: None  # of this test
     names: dict = {}
     exec(block, names)
     torch.distributed.init_process_group, torch.distributed.destroy_process_group = join, leave

@@ -1,0 +1,83 @@
+"""Describe the structure of a state, so that processes can compare theirs."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._torch import is_traceable_wrapper_subclass, tree_flatten_with_path, tree_map_with_path
+from dynlora_fn._core._types import Sharding
+from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name_of
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size)  # compared by type and text
+
+
+class Description(NamedTuple):
+    """The structure of a state, and what is compared by value."""
+
+    lines: tuple[str, ...]  # for each leaf its path, its constant or dtype and shape, and the types of its parents
+    tensors: dict[str, Tensor]  # those that processes have alike, by path
+    refused: tuple[str, ...]  # for each leaf that cannot be compared, the reason
+
+
+def describe(state: Any) -> Description:
+    """Describe a state. Shards are described by the shape of the unsharded tensor.
+
+    Types, keys, shapes, dtypes and constants are in the lines, so processes with equal lines have equal structures.
+    """
+    lines, tensors, refused = [], {}, []
+    whole = tree_map_with_path(_whole, state, is_leaf=is_sharded)
+    for path, leaf in tree_flatten_with_path(whole, is_leaf=_is_empty)[0]:
+        name, text = name_of(path), _text(leaf)
+        kind = "no shards" if isinstance(leaf, _NoShard) else type(leaf).__name__
+        lines.append(f"{name}: {text or kind} in {_parents(whole, path)}")
+        if text is None:
+            refused.append(leaf if isinstance(leaf, _NoShard) else f"it has a {kind} at {name}")
+        elif isinstance(leaf, Tensor) and not leaf.is_meta:
+            tensors[name] = leaf
+    return Description(tuple(lines), tensors, tuple(refused))
+
+
+class _NoShard(str):
+    """Why the shards of a node cannot be described."""
+
+    __slots__ = ()
+
+
+def _whole(path: Any, node: Any) -> Any:
+    """Replace shards by tensors of the unsharded shape without memory."""
+    try:
+        return map_shards(_unsharded, node, name_of(path)) if is_sharded(node) else node
+    except ValueError as error:
+        return _NoShard(error)  # refused on every process, and not only on this one
+
+
+def _unsharded(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
+    return torch.empty(full_shape(shard, sharding, axis), dtype=shard.dtype, device="meta")
+
+
+def _is_empty(node: Any) -> bool:
+    """Return whether a node is a container without leaves, such as the residual `()`."""
+    return isinstance(node, dict | list | tuple) and not node
+
+
+def _text(leaf: Any) -> str | None:
+    """Return a text that is equal for equal constants and for tensors of equal dtype and shape, or None."""
+    if _is_empty(leaf):
+        return f"empty {type(leaf).__name__}"
+    if type(leaf) in _CONSTANTS:
+        return f"{type(leaf).__name__} {leaf!r}"
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not is_traceable_wrapper_subclass(leaf):
+        return f"{leaf.dtype} {tuple(leaf.shape)}"
+    return None
+
+
+def _parents(state: Any, path: Any) -> str:
+    """Return the types of all nodes on a path, and over how many processes those that are sharded are."""
+    names, node = [], state
+    for key in path:
+        sharding = getattr(node, "sharding", None)
+        over = f" over {sharding.world_size}" if isinstance(sharding, Sharding) else ""
+        names.append(type(node).__name__ + over)
+        node = key.get(node)
+    return ", ".join(names) or "no node"

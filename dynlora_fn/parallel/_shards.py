@@ -1,0 +1,70 @@
+"""The sharded nodes of a tree, and the place of each of their tensors in the unsharded tensor."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._torch import keystr
+from dynlora_fn._core._types import ShardedFactors, Sharding
+from dynlora_fn.bases._sharded import map_rows
+from dynlora_fn.bases._types import Sharded
+
+ShardMap: TypeAlias = Callable[[Tensor, Sharding, int], Tensor]  # of a shard, its sharding, and the sharded axis
+
+
+def is_sharded(node: Any) -> TypeGuard[Sharded | ShardedFactors]:
+    """Return whether a node of a tree has shards: a base, or factors with their gradients, moments and updates."""
+    return isinstance(node, Sharded | ShardedFactors)
+
+
+def name_of(path: Any) -> str:
+    """Return the path of a node as text, for error messages."""
+    return keystr(path) or "its root"
+
+
+def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> Any:
+    """Apply `change` to every tensor of a node that is a shard.
+
+    Args:
+        change: A function of a shard, its sharding and the axis that is sharded, as a negative number.
+        node: A sharded node.
+        name: Its path, for the error message.
+
+    Raises:
+        ValueError: If a tensor does not have the rows or columns that the sharding gives to this process.
+    """
+
+    def checked(leaf: Any, sharding: Sharding, axis: int) -> Tensor:
+        count = sharding.local_rows.stop - sharding.local_rows.start
+        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[axis] != count:
+            what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+            raise ValueError(
+                f"{what} in the {type(node).__name__} at {name} is no shard:"
+                f" this process has {count} entries along axis {axis}; pass it outside of the node"
+            )
+        return change(leaf, sharding, axis)
+
+    if isinstance(node, Sharded):
+        return node._replace(base=map_rows(lambda leaf, rows: checked(leaf, rows, -2), node.base, node.sharding))
+    b = _map_side(checked, node.b, node.sharding, -2)
+    return node._replace(b=b, a=_map_side(checked, node.a, node.sharding.as_columns, -1))
+
+
+def _map_side(change: ShardMap, side: Any, sharding: Sharding, axis: int) -> Any:
+    """Map one side of factors: a tensor, None, or a moment in 8 bit, whose scales become one row for each process."""
+    if side is None:
+        return None
+    if not hasattr(side, "codes"):
+        return change(side, sharding, axis)
+    scale = change(side.scale[None], replace(sharding, rows=sharding.world_size), -2)
+    return side._replace(codes=change(side.codes, sharding, axis), scale=scale)
+
+
+def full_shape(shard: Tensor, sharding: Sharding, axis: int) -> torch.Size:
+    """Return the shape of the unsharded tensor."""
+    shape = list(shard.shape)
+    shape[axis] = sharding.rows
+    return torch.Size(shape)
