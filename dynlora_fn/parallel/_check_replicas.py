@@ -10,7 +10,7 @@ from torch import Tensor
 from dynlora_fn._core._collectives import all_gather
 from dynlora_fn._core._torch import keystr, tree_flatten_with_path
 from dynlora_fn._core._types import ShardedFactors
-from dynlora_fn.bases._types import Sharded
+from dynlora_fn.bases._sharded import Sharded
 from dynlora_fn.parallel._group import Group, process_group
 
 

@@ -10,8 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dynlora_fn._core._torch import keystr, resolve_process_group, tree_map_with_path
 from dynlora_fn._core._types import ShardedFactors, Sharding
-from dynlora_fn.bases._sharded import map_rows
-from dynlora_fn.bases._types import Sharded
+from dynlora_fn.bases._sharded import Sharded
 
 
 def as_dtensors(tree: Any) -> Any:
@@ -49,7 +48,7 @@ def as_dtensors(tree: Any) -> Any:
 
 def _place(path: Any, node: Any) -> Any:
     if isinstance(node, Sharded):
-        return node._replace(base=map_rows(partial(_placed, axis=-2), node.base, node.sharding))
+        return node.map_rows(partial(_placed, axis=-2), node.sharding)
     if isinstance(node, ShardedFactors):
         b = _place_side(path, node.b, node.sharding, -2)
         return node._replace(b=b, a=_place_side(path, node.a, node.sharding.as_columns, -1))

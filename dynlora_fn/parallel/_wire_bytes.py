@@ -7,9 +7,8 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Factors, Frozen, Plans, ShardedFactors, Sharding, Trainable
-from dynlora_fn.bases._flatten import flatten_base
-from dynlora_fn.bases._sharded import map_code_rows
-from dynlora_fn.bases._types import Deferred, Sharded
+from dynlora_fn.bases._base import Base, as_base
+from dynlora_fn.bases._formats import codes_from_tensors
 
 
 class WireBytes(NamedTuple):
@@ -63,8 +62,7 @@ def wire_bytes(
     """
     factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors)]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
-    sharded = [_sharded(leaf.base) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen)]
-    bases = sum(_gathered_bytes(base) for base in sharded if base is not None)
+    bases = sum(_gathered_bytes(as_base(leaf.base)) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen))
     shards = switched = 0
     for name, leaf in trainable.items():
         if not isinstance(leaf, ShardedFactors):
@@ -77,21 +75,18 @@ def wire_bytes(
     return WireBytes(_bytes(factors), _bytes(full_rank), gathers * bases, gathers * shards, shards, switched)
 
 
-def _sharded(base: Any) -> Sharded | None:
-    base = base.base if isinstance(base, Deferred) else base
-    return base if isinstance(base, Sharded) else None
-
-
-def _gathered_bytes(base: Sharded) -> int:
-    """Return the bytes of the shards of all processes, each padded to the largest."""
-    sizes = []
+def _gathered_bytes(base: Base) -> int:
+    """Return the bytes of the shards of all processes, each padded to the largest, or 0 if nothing is sharded."""
+    sizes: list[int] = []
+    if not base.sharding:
+        return 0
 
     def count(leaf: Tensor, sharding: Sharding) -> Tensor:
         sizes.append(_padded_bytes(leaf, sharding))
         return leaf
 
-    layout, tensors = flatten_base(base)
-    map_code_rows(count, layout.kind, tensors, base.sharding)
+    layout, tensors = as_base(base.folded).flatten()
+    codes_from_tensors(layout.kind, tensors).map_rows(count, base.sharding)
     return sum(sizes)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition
 from dynlora_fn._core._types import Factors, LowRank, Params, Plan, SidePlan, Trainable
-from dynlora_fn.bases._deferred import defer
+from dynlora_fn.bases._defer import defer
 from dynlora_fn.bases._quantize import quantize
-from dynlora_fn.bases._quantized import ResidualKind
+from dynlora_fn.bases._residual import ResidualKind
 from dynlora_fn.optim._adamw import adamw
 from dynlora_fn.optim._transform import Transform
 
