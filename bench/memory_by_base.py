@@ -10,11 +10,11 @@ from typing import Any
 import tyro
 
 import dynlora_fn as dl
-from dynlora_fn.bases._base import as_base
 from bench.memory import Memory, measure_kind
 from bench.support.harness import Options, finish, start, table
 from bench.support.process_memory import MB, count_bytes
 from bench.support.training_steps import StepSize
+from dynlora_fn.bases._base import as_base
 from models.llama import TARGETS
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import dynlora_fn as dl
-from dynlora_fn.bases._base import as_base
 from bench.support.process_memory import count_bytes
 from bench.support.training_steps import SCHEDULE_STEPS, LibraryStep, StepSize
+from dynlora_fn.bases._base import as_base
 from models.llama import TARGETS
 
 

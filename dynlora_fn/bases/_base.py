@@ -1,6 +1,6 @@
 """What every base answers, and the adapter of a dense tensor."""
 
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -230,4 +230,5 @@ class Dense(NamedTuple):
 
 def as_base(base: StoredBase) -> Base:
     """Return a base that answers for itself. Only a plain tensor is not one already."""
-    return Dense(base) if isinstance(base, Tensor) else cast(Base, base)
+    answering: Base = Dense(base) if isinstance(base, Tensor) else base
+    return answering

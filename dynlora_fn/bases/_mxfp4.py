@@ -92,7 +92,5 @@ class MXFP4Codes(NamedTuple):
         _, mx_tensor, preferences = prototypes()
         scale, packed = self.scale.view(torch.float8_e8m0fnu), torch.float4_e2m1fn_x2
         block = self.shape[-1] // self.scale.shape[-1]
-        tensor: Tensor = mx_tensor(
-            self.codes, scale, packed, block, like.dtype, preferences.EMULATED, None, False
-        )
+        tensor: Tensor = mx_tensor(self.codes, scale, packed, block, like.dtype, preferences.EMULATED, None, False)
         return tensor

@@ -186,5 +186,3 @@ def _limits() -> Tensor:
         is_too_far = (limits - below).abs() > (limits - above).abs()
         limits = torch.where(is_too_far, torch.nextafter(limits, -infinity), limits)
     return limits
-
-

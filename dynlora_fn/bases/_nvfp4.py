@@ -105,7 +105,7 @@ class NVFP4Codes(NamedTuple):
         return self._replace(factor=(self.factor * factor).to(torch.float32))
 
     def map_rows(self, change: RowMap, sharding: Sharding) -> "NVFP4Codes":
-        return NVFP4Codes(*(change(tensor, sharding) for tensor in self))
+        return NVFP4Codes(change(self.codes, sharding), change(self.scale, sharding), change(self.factor, sharding))
 
     def by_rows(self, name: str, sharding: Sharding) -> "NVFP4Codes":
         """Give each row a factor, so that rows are encoded independently from then on.

@@ -22,7 +22,7 @@ class BaseAndFactors(NamedTuple):
 
 def rank_with_pending(param: LowRank) -> int:
     """Return the rank of the factors that `with_pending` returns."""
-    pending = sum(fold.factors.b.shape[-1] for fold in as_base(param.base).pending_folds)
+    pending = sum([fold.factors.b.shape[-1] for fold in as_base(param.base).pending_folds])
     return param.factors.b.shape[-1] + pending
 
 
@@ -38,9 +38,9 @@ def with_pending(param: LowRank) -> BaseAndFactors:
         return BaseAndFactors(param.base, gather_factors(factors))
     if not base.pending_folds:
         return BaseAndFactors(param.base, factors)
-    rank, dtypes = factors.b.shape[-1], [leaf.dtype for leaf in factors]
-    b = torch.cat([factors.b, *(_left(fold, rank, dtypes[0]) for fold in base.pending_folds)], -1)
-    a = torch.cat([factors.a, *(fold.factors.a.detach().to(dtypes[1]) for fold in base.pending_folds)], -2)
+    rank, (b, a) = factors.b.shape[-1], factors
+    b = torch.cat([b, *[_left(fold, rank, b.dtype) for fold in base.pending_folds]], -1)
+    a = torch.cat([a, *[fold.factors.a.detach().to(a.dtype) for fold in base.pending_folds]], -2)
     return BaseAndFactors(base.folded, Factors(b * (b.shape[-1] / rank), a))
 
 

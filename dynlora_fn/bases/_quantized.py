@@ -97,9 +97,7 @@ class Quantized(NamedTuple):
 
     def map_rows(self, change: RowMap, sharding: Sharding) -> "Quantized":
         codes = as_format(self.codes).map_rows(change, sharding)
-        return self._replace(
-            codes=stored(codes), residual=tree_map(lambda leaf: change(leaf, sharding), self.residual)
-        )
+        return self._replace(codes=stored(codes), residual=tree_map(lambda leaf: change(leaf, sharding), self.residual))
 
     def by_rows(self, name: str, sharding: Sharding) -> "Quantized":
         return self._replace(codes=stored(as_format(self.codes).by_rows(name, sharding)))

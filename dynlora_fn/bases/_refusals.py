@@ -1,6 +1,6 @@
 """What is not supported, with the message of each error. `README.md` prints the table."""
 
-from typing import Any, Never, NamedTuple
+from typing import Any, NamedTuple, Never
 
 
 class Refusal(NamedTuple):

@@ -53,4 +53,6 @@ def scaled_residual(residual: Residual, factor: float | Tensor) -> Residual:
         return ()
     factor = factor.to(next(iter(codes)).device) if isinstance(factor, Tensor) else factor
     scaled = codes.scaled(factor)
-    return residual_from_tensors(list(codes.encode_error(codes.decode(torch.float32) * factor) if scaled is None else scaled))
+    return residual_from_tensors(
+        list(codes.encode_error(codes.decode(torch.float32) * factor) if scaled is None else scaled)
+    )

@@ -164,7 +164,10 @@ def _encode_again(
     new = list(encoded)
     if error is not None:
         new += error.encode_error(total.sub_(encoded.decode(total.dtype)))
-    return [torch.where(is_changed.to(before.device), after.to(before.device), before) for after, before in zip(new, old, strict=True)]
+    return [
+        torch.where(is_changed.to(before.device), after.to(before.device), before)
+        for after, before in zip(new, old, strict=True)
+    ]
 
 
 def _empty_like(codes: list[Tensor], kind: str, residual: list[Tensor], *_: Any) -> list[Tensor]:

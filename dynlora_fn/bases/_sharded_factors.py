@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._collectives import gather, scatter
-from dynlora_fn._core._types import Factors, Sharding, ShardedFactors
+from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 
 Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 

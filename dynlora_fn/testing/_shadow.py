@@ -92,8 +92,16 @@ def half_step(base: StoredBase) -> Tensor:
     """
     gathered = as_base(as_base(base).gather())
     layout, tensors = gathered.flatten()
-    half, has_residual = codes_from_tensors(layout.kind, tensors).half_step, residual_codes(gathered.residual) is not None
-    return gathered.exact(torch.float64).abs().amax((-2, -1), keepdim=True) / (1 if has_residual else 1 - half) * half * 1.01
+    half, has_residual = (
+        codes_from_tensors(layout.kind, tensors).half_step,
+        residual_codes(gathered.residual) is not None,
+    )
+    return (
+        gathered.exact(torch.float64).abs().amax((-2, -1), keepdim=True)
+        / (1 if has_residual else 1 - half)
+        * half
+        * 1.01
+    )
 
 
 def exact_base(base: StoredBase) -> Tensor:

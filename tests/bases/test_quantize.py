@@ -33,7 +33,9 @@ cases = quantized_params().flatmap(lambda param: st.tuples(st.just(param), plans
 def test_products_see_what_is_kept_to_a_step_of_the_codes(case):
     param, plan, _ = case
     for variant in (param, switch(param, plan).param):
-        assert_within(as_base(variant.base).dequantize(torch.float64), exact_base(variant.base), half_step(variant.base))
+        assert_within(
+            as_base(variant.base).dequantize(torch.float64), exact_base(variant.base), half_step(variant.base)
+        )
 
 
 @given(quantized_params())
@@ -61,7 +63,9 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
     got = merge(param)
     for new, old in zip(tree_leaves(got.base), tree_leaves(param.base), strict=True):
         assert_same(new[:, ::2], old[:, ::2])
-    assert not torch.equal(as_base(got.base).dequantize(torch.float32)[:, 1::2], as_base(param.base).dequantize(torch.float32)[:, 1::2])
+    assert not torch.equal(
+        as_base(got.base).dequantize(torch.float32)[:, 1::2], as_base(param.base).dequantize(torch.float32)[:, 1::2]
+    )
 
 
 @pytest.mark.parametrize("residual", ["bfloat16", "int8"])

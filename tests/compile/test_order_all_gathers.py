@@ -26,7 +26,9 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
     stack = stack if base is None else quantize(stack, base)
     # Tracing needs no process group.
     sharding = Sharding("none", 4, 3, rows)
-    base = Sharded(as_base(stack.base).map_rows(lambda leaf, shard: leaf[..., shard.local_rows, :].clone(), sharding), sharding)
+    base = Sharded(
+        as_base(stack.base).map_rows(lambda leaf, shard: leaf[..., shard.local_rows, :].clone(), sharding), sharding
+    )
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
 
     def loss(factors, base, x):
