@@ -40,6 +40,9 @@ LAZY = {
 # Looked up at their first use, by their full names.
 USED = (
     "torch._C._distributed_c10d._resolve_process_group",
+    "torch._C._functorch.get_unwrapped",
+    "torch._C._functorch.is_batchedtensor",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._dynamo.config.trace_autograd_ops",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
@@ -71,6 +74,21 @@ def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":
     """Return the process group with this name."""
     group: torch.distributed.ProcessGroup = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     return group
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Return whether `torch.vmap` maps over a tensor, below other transforms too.
+
+    Dynamo cannot trace the question. While it traces, the answer is False.
+    """
+    functorch = torch._C._functorch
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

@@ -110,4 +110,4 @@ class Deferred(NamedTuple):
         return self._replace(base=as_base(self.base).gather())
 
     def to_torchao(self) -> Tensor:
-        return as_base(self.fold_pending(name="params").base).to_torchao()
+        return as_base(self.gather().fold_pending(name="params").base).to_torchao()

@@ -9,6 +9,7 @@ from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._types import Sharding
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import codes_from_tensors
+from dynlora_fn.bases._refusals import refuse_mapped
 
 
 class Layout(NamedTuple):
@@ -36,4 +37,10 @@ def gather_codes(layout: Layout, tensors: Sequence[Tensor]) -> Format:
     A sharded base is all-gathered in its storage format. Collective in that case: call it on every process.
     """
     codes = codes_from_tensors(layout.kind, tensors)
-    return codes.map_rows(gather, Sharding(*layout.sharding)) if layout.sharding else codes
+    return codes.map_rows(gather_rows, Sharding(*layout.sharding)) if layout.sharding else codes
+
+
+def gather_rows(shard: Tensor, sharding: Sharding) -> Tensor:
+    """All-gather the rows of a base. Collective: call it on every process."""
+    refuse_mapped("vmap, sharded base", shard)
+    return gather(shard, sharding)

@@ -123,14 +123,14 @@ class NF4Codes(NamedTuple):
     def map_rows(self, change: RowMap, sharding: Sharding) -> "NF4Codes":
         """Apply `change` to every tensor that has the rows of the weight.
 
-        The scales and their factors have one axis in row order. Every process has equally many, so they are treated as
-        one row for each process.
+        The scales and their factors have one axis in row order. Every process has equally many, so they are sharded as
+        a column.
         """
         shards = self.codes.shape[-2] // sharding.rows_per_process  # all shards, or 1 if the codes are one shard
-        processes = replace(sharding, rows=sharding.world_size)
 
         def change_blocks(blocks: Tensor) -> Tensor:
-            return change(blocks.reshape(*blocks.shape[:-1], shards, -1), processes).flatten(-2)
+            total = blocks.shape[-1] // shards * sharding.world_size
+            return change(blocks[..., None], replace(sharding, rows=total))[..., 0]
 
         codes = change(self.codes, sharding)
         return NF4Codes(codes, change_blocks(self.scales), change_blocks(self.factor), self.mean)

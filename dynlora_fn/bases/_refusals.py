@@ -2,6 +2,10 @@
 
 from typing import Any, NamedTuple, Never
 
+from torch import Tensor
+
+from dynlora_fn._core._torch import is_mapped
+
 
 class Refusal(NamedTuple):
     """One combination that is not supported."""
@@ -82,6 +86,13 @@ REFUSALS = {
         "`project_gradients`, `compensate`",
         "{name!r} must have whole factors for gradients of dense weights; shard only the base",
     ),
+    "vmap, sharded base": Refusal(
+        "`torch.vmap` over a stack of weights with sharded bases, where products read all rows",
+        "`linear`, `call`, `materialize`",
+        "`params` has sharded bases, which `torch.vmap` over the weights does not support; gather them with `unshard`, or"
+        " `unstack` the weights",
+        NotImplementedError,
+    ),
     "vmap, sharded factors": Refusal(
         "sharded factors under `torch.vmap`, except on the factored path",
         "`linear`, `call`",
@@ -112,3 +123,12 @@ def refuse(key: str, **values: Any) -> Never:
     """Raise the error for a combination in `REFUSALS`, with these values in its message."""
     refusal = REFUSALS[key]
     raise refusal.error(refusal.message.format(**values))
+
+
+def refuse_mapped(key: str, tensor: Tensor) -> None:
+    """Refuse a tensor that `torch.vmap` maps over, before a collective.
+
+    The collective would run slice by slice, and its results would be read before they are there.
+    """
+    if is_mapped(tensor):
+        refuse(key)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._types import Sharding
 from dynlora_fn.bases._base import PendingFold, StoredBase, as_base
-from dynlora_fn.bases._flatten import Flattened, gather_codes
+from dynlora_fn.bases._flatten import Flattened, gather_codes, gather_rows
 from dynlora_fn.bases._format import RowMap
 from dynlora_fn.bases._ops import dequantize
 from dynlora_fn.bases._quantized import Transposed
@@ -69,7 +68,7 @@ class Sharded(NamedTuple):
         return self.dequantize(dtype)
 
     def exact(self, dtype: torch.dtype) -> Tensor:
-        return as_base(self.gather()).exact(dtype)
+        return as_base(self._all_rows()).exact(dtype)
 
     def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Sharded":
         return self._replace(base=as_base(self.base).fold(self._local_rows(left), right, rank=rank, name=name))
@@ -85,7 +84,10 @@ class Sharded(NamedTuple):
         return self._replace(base=as_base(self.base).scaled(factor, name=name))
 
     def gather(self) -> StoredBase:
-        return as_base(as_base(self.base).map_rows(gather, self.sharding)).of_all_rows()
+        return as_base(self._all_rows()).of_all_rows()
+
+    def _all_rows(self) -> StoredBase:
+        return as_base(self.base).map_rows(gather_rows, self.sharding)
 
     def map_rows(self, change: RowMap, sharding: Sharding) -> "Sharded":
         return self._replace(base=as_base(self.base).map_rows(change, sharding))

@@ -128,7 +128,7 @@ def init(
             params[pattern] = make(pattern, layers)
         else:  # each member is sharded before the next is read
             shards = [shard({pattern: make(pattern, Stack([name], ()))}, group)[pattern] for name in layers.members]
-            params[pattern] = stack_bases(shards, layers.shape)  # type: ignore[type-var]
+            params[pattern] = stack_bases(shards, layers.shape)
     return params
 
 

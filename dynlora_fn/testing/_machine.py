@@ -16,6 +16,7 @@ from dynlora_fn._core._tree import combine, partition
 from dynlora_fn._core._types import Plan
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._defer import defer, fold_pending
+from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.bases._quantize import quantize
 from dynlora_fn.bases._residual import ResidualKind
 from dynlora_fn.interop._safetensors import open_weights, save_weights
@@ -107,10 +108,7 @@ class TransformMachine(ShadowedModel):
         self.keeps(merge(self.params))
 
     @precondition(lambda self: self.every(lambda param: not (has_pending(param) or is_sharded(param))))
-    @rule(
-        kind=st.sampled_from(["int8", "float8", "nf4", "bfloat16", "nvfp4", "mxfp4"]),
-        residual=st.sampled_from(RESIDUALS),
-    )
+    @rule(kind=st.sampled_from(list(FORMATS)), residual=st.sampled_from(RESIDUALS))
     def quantize(self, kind: str, residual: ResidualKind) -> None:
         self.keeps(quantize(self.params, kind, residual=residual))
 
