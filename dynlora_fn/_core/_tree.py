@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
-from dynlora_fn._core._types import AnyFactors, Frozen, LowRank, Param, Params, Trainable, is_factors
+from dynlora_fn._core._types import AnyFactors, Factors, Frozen, LowRank, Param, Params, Trainable, is_factors
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
@@ -146,6 +146,17 @@ def map_leaf(function: Callable[..., Any], leaf: Any, *others: Any) -> Any:
         return function(leaf, *others)
     b = function(leaf.b, *(other.b for other in others))
     return leaf._replace(b=b, a=function(leaf.a, *(other.a for other in others)))
+
+
+def whole_factors(param: LowRank) -> Factors:
+    """Return factors that are not sharded.
+
+    Raises:
+        ValueError: If they are sharded.
+    """
+    if isinstance(param.factors, Factors):
+        return param.factors
+    raise ValueError(f"the factors of a weight of shape {tuple(param.shape)} are sharded; gather them with `unshard`")
 
 
 def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) -> Param | dict[str, Param]:

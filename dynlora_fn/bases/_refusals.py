@@ -89,8 +89,8 @@ REFUSALS = {
     "vmap, sharded base": Refusal(
         "`torch.vmap` over a stack of weights with sharded bases, where products read all rows",
         "`linear`, `call`, `materialize`",
-        "`params` has sharded bases, which `torch.vmap` over the weights does not support; gather them with `unshard`, or"
-        " `unstack` the weights",
+        "`params` has sharded bases, which `torch.vmap` over the weights does not support; gather them with `unshard`,"
+        " or `unstack` the weights",
         NotImplementedError,
     ),
     "vmap, sharded factors": Refusal(

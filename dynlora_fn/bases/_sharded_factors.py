@@ -27,7 +27,8 @@ def scatter_gradients(gradients: Factors, sharding: Sharding) -> ShardedFactors:
 
     Collective: call it on every process.
     """
-    return ShardedFactors(*_scatter(*gradients, astuple(sharding)), sharding)
+    b, a = _scatter(*gradients, astuple(sharding))
+    return ShardedFactors(b, a, sharding)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

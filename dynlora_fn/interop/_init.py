@@ -117,9 +117,7 @@ def init(
         plain_dtype = base_dtype or (weight_dtype if base is None else widest(weight_dtype))
         param = _low_rank(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
-            quantized = quantize_base(
-                pattern, param.base, base, residual, residual_device, weight_dtype
-            )
+            quantized = quantize_base(pattern, param.base, base, residual, residual_device, weight_dtype)
             param = param._replace(base=quantized)
         return param
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._dtypes import widest, without_autocast
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
-from dynlora_fn.nn._view import dense_base, expect_weight, refuse, single, whole_factors
+from dynlora_fn.nn._view import dense_base, expect_weight, refuse, single
 
 
 def embedding(

@@ -103,7 +103,7 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
     rank, members = param.factors.a.shape[-2], prod(stack)
     sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
     path, trainable = cheapest_path(**sizes), _bytes(param.factors)
-    entries = sum(leaf.numel() for leaf in param.factors)
+    entries = sum(leaf.numel() for leaf in tree_leaves(param.factors))
     weight = members * out_features * in_features
     weight_bytes = as_base(param.base).weight_dtype.itemsize  # as full-rank training would store it
     element_bytes = max(weight_bytes, param.factors.b.element_size(), 4)

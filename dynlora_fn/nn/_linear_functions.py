@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._types import Factors, Sharding, ShardedFactors
+from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 from dynlora_fn.bases._flatten import Layout, gather_codes
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.bases._ops import dequantize

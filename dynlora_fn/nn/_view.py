@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._stacking import unbind
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._pending import with_pending
@@ -104,12 +105,6 @@ def transposed(view: View) -> View:
         for part in view.parts
     )
     return view._replace(parts=parts, axis=COLUMNS if view.axis == ROWS else ROWS)
-
-
-def whole_factors(part: LowRank) -> Factors:
-    """Return the factors of a part of a view that `gathered` has returned."""
-    assert isinstance(part.factors, Factors), "only `linear` takes sharded factors"
-    return part.factors
 
 
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:

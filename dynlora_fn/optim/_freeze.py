@@ -25,19 +25,18 @@ def count_down(frozen_for: Mapping[str, Factors]) -> dict[str, Factors]:
 def zero_frozen(grads: Trainable, frozen_for: Mapping[str, Factors]) -> Tree:
     """Return the gradients with zeros for frozen vectors."""
     return {
-        name: map_leaf(_freeze, grad, frozen_for[name]) if is_factors(grad) else grad
-        for name, grad in grads.items()
+        name: map_leaf(_freeze, grad, frozen_for[name]) if is_factors(grad) else grad for name, grad in grads.items()
     }
 
 
 def zero_counts(leaf: AnyFactors | Tensor) -> Factors | Tensor:
     """Return int32 zeros: one for each vector of factors, one for a full-rank tensor."""
-    if is_factors(leaf):
-        return Factors(
-            b=torch.zeros_like(leaf.b[..., :1, :], dtype=torch.int32),
-            a=torch.zeros_like(leaf.a[..., :1], dtype=torch.int32),
-        )
-    return torch.zeros((), dtype=torch.int32, device=leaf.device)
+    if isinstance(leaf, Tensor):
+        return torch.zeros((), dtype=torch.int32, device=leaf.device)
+    return Factors(
+        b=torch.zeros_like(leaf.b[..., :1, :], dtype=torch.int32),
+        a=torch.zeros_like(leaf.a[..., :1], dtype=torch.int32),
+    )
 
 
 def _freeze(grad: Tensor, frozen_for: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from dynlora_fn._core._types import AnyFactors, Trainable
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates
 
 
-def multi_transform(transforms: Mapping[str, Transform], choose: Callable[[str, AnyFactors | Tensor], str]) -> Transform:
+def multi_transform(
+    transforms: Mapping[str, Transform], choose: Callable[[str, AnyFactors | Tensor], str]
+) -> Transform:
     """Create an optimizer that applies another transform to each parameter.
 
     Every parameter gets the update that its transform would give it if there were no other parameters. The interface

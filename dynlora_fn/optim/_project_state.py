@@ -114,9 +114,7 @@ def project_optimizer_state(
     if (rule == "transport") != (change is not None):
         raise ValueError(f"`change` must be passed with rule 'transport' and with no other, got rule {rule!r}")
     leaves = [
-        (name, side)
-        for name, leaf in (trainable or {}).items()
-        for side in (("b", "a") if is_factors(leaf) else ("",))
+        (name, side) for name, leaf in (trainable or {}).items() for side in (("b", "a") if is_factors(leaf) else ("",))
     ]
     context = _Context(plan, rule, prune, change, leaves, set(), {})
     if rule == "prune":

@@ -22,7 +22,8 @@ def check_replicas(state: Any, group: Group) -> None:
     """Check that all processes have the same state, bit for bit.
 
     If not, every process raises the same error. The state is read once, and each tensor costs eight bytes of
-    communication. Sharded bases, factors, gradients and moments differ between processes and are skipped. Collective: call it on every process.
+    communication. Sharded bases, factors, gradients and moments differ between processes and are skipped. Collective:
+    call it on every process.
 
     Args:
         state: A tree of tensors.

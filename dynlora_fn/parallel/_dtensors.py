@@ -79,4 +79,3 @@ def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:
     placements, full_shape = [Shard(leaf.ndim + axis)], torch.Size(shape)
     placed: Tensor = DTensor.from_local(leaf, mesh, placements, run_check=False, shape=full_shape, stride=stride)
     return placed
-

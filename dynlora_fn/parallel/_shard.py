@@ -106,8 +106,9 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
     again in the backward pass, and then freed. The backward pass also reduce-scatters their gradients.
 
     Factors, gradients, moments and updates are `ShardedFactors`, so `all_reduce_mean`, `clip_by_global_norm` and `muon`
-    treat shards as shards. Any other optimizer must be elementwise, as `adamw` is. A switch generates the incoming vectors without communication.
-    It all-gathers the rows of `a` that it folds into the base: ``vectors * in`` entries for each weight.
+    treat shards as shards. Any other optimizer must be elementwise, as `adamw` is. A switch generates the incoming
+    vectors without communication. It all-gathers the rows of `a` that it folds into the base: ``vectors * in`` entries
+    for each weight.
 
     Args:
         params: One weight, or weights by name. Full-rank tensors are not sharded.

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._types import AnyFactors, Factors, LowRank, Param, Params, Plan, Plans, ShardedFactors, SidePlan, is_factors
+from dynlora_fn._core._types import (
+    AnyFactors,
+    Factors,
+    LowRank,
+    Param,
+    Params,
+    Plan,
+    Plans,
+    ShardedFactors,
+    SidePlan,
+)
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
@@ -83,7 +93,7 @@ def switch(
         assert not isinstance(incoming, Mapping)
         return _switch("param", params, plan, candidates(params, plan) if incoming is None else incoming)
     assert isinstance(plan, Mapping)
-    assert not is_factors(incoming)
+    assert not isinstance(incoming, Factors | ShardedFactors)
     incoming = candidates(params, plan) if incoming is None else incoming
     new, outgoing = dict(params), {}
     for name, param_plan in plan.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
-from dynlora_fn._core._tree import combine, partition
+from dynlora_fn._core._tree import combine, partition, whole_factors
 from dynlora_fn._core._types import Plan
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._defer import defer, fold_pending
@@ -73,12 +73,14 @@ class TransformMachine(ShadowedModel):
 
         value, grads = value_and_grad(loss)(trainable)
         self.compare_with_dense(value, unstacked(grads) if STACK in grads else grads, x, cotangent)
-        before = {name: product(param.factors, param.factors.b.shape[-1]) for name, param in self.weights().items()}
+        before = {
+            name: product(whole_factors(param), param.factors.b.shape[-1]) for name, param in self.weights().items()
+        }
         updates, self.opt_state = self.optimizer.update(grads, self.opt_state, trainable, lr=1e-2)
         trainable = apply_updates(trainable, updates)
         self.params = combine(trainable, frozen)
         for name, param in self.weights().items():
-            self.shadow[name] += product(param.factors, param.factors.b.shape[-1]) - before[name]
+            self.shadow[name] += product(whole_factors(param), param.factors.b.shape[-1]) - before[name]
         self.shadow["head.bias"] = self.bias.double()
 
     @rule(data=st.data())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank
 from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._formats import codes_from_tensors
@@ -126,12 +127,12 @@ def _fold_rounding(base: StoredBase, slack: Tensor) -> Tensor:
 
 def products(param: LowRank) -> list[tuple[Factors, int]]:
     """Return the trained and the pending factors, each with its divisor."""
-    return [(param.factors, param.factors.b.shape[-1]), *as_base(param.base).pending_folds]
+    return [(whole_factors(param), param.factors.b.shape[-1]), *as_base(param.base).pending_folds]
 
 
 def _mixed_products(before: LowRank, after: LowRank) -> Tensor | float:
     """Return the products of old vectors with new ones, which a switch forms, with all terms positive."""
-    (b, a), (new_b, new_a) = before.factors, after.factors
+    (b, a), (new_b, new_a) = whole_factors(before), whole_factors(after)
     if b.shape != new_b.shape:
         return 0.0
     rank = b.shape[-1]

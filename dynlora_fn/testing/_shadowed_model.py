@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._tree import partition
+from dynlora_fn._core._tree import partition, whole_factors
 from dynlora_fn._core._types import LowRank, Param
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.interop._init import init
@@ -114,7 +114,7 @@ class ShadowedModel(RuleBasedStateMachine):
         error = 2 * (3 * (32 + 2 * vectors) + 24 + 16) * eps(x.dtype)
         assert_within(value, wanted, error * magnitude_of_value)
         for name, param in weights.items():
-            (b, a), rank = (leaf.double() for leaf in param.factors), param.factors.b.shape[-1]
+            (b, a), rank = (leaf.double() for leaf in whole_factors(param)), param.factors.b.shape[-1]
             assert_within(
                 grads[name].b, wanted_grads[name] @ a.mT / rank, error * magnitude_of_grads[name] @ a.abs().mT / rank
             )

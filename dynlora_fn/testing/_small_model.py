@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._torch import tree_leaves, tree_map
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank, Param
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.testing._shadow import exact_base, half_step, product
@@ -54,7 +55,7 @@ def magnitude(param: LowRank | None, weight: Tensor) -> Tensor:
 
 def all_factors(param: LowRank) -> list[Factors]:
     """Return the trained and the pending factors."""
-    return [param.factors, *(fold.factors for fold in as_base(param.base).pending_folds)]
+    return [whole_factors(param), *(fold.factors for fold in as_base(param.base).pending_folds)]
 
 
 def is_sharded(param: LowRank) -> bool:
