@@ -109,8 +109,9 @@ class Base(Protocol):
     def scaled(self, factor: float | Tensor, *, name: str) -> StoredBase:
         """Return the base of ``factor * weight``, pending folds included.
 
-        Codes are kept and their scales multiplied where the format allows it. Otherwise codes and residual are encoded
-        again. A base in bfloat16, and codes that are encoded again without a residual, lose factors too near to one.
+        Codes are kept and their scales multiplied where the format allows it. A residual in bfloat16 is then rounded
+        up or down at random. Other formats, mxfp4 and bfloat16, are encoded again from codes and residual. Without a
+        residual they lose factors too near to one, as they lose small folds.
 
         Args:
             factor: A finite number, or a 0-d tensor on the device of the base.

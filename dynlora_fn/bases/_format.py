@@ -84,8 +84,9 @@ class Format(Protocol):
     def scaled(self, factor: float | Tensor) -> Self | None:
         """Return the codes of ``factor * weight``, of which only scales are rounded.
 
-        `factor` is a number or a 0-d tensor on the device of the codes. The result is None if scales of this format are
-        too coarse, so that the weight must be encoded again.
+        `factor` is a number or a 0-d tensor on the device of the codes. The last tensor of the result is a scale in
+        float32 that was multiplied. The result is None if scales of this format are too coarse, so that the weight must
+        be encoded again.
         """
 
     def map_rows(self, change: RowMap, sharding: Sharding) -> Self:

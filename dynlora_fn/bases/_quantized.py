@@ -81,7 +81,9 @@ class Quantized(NamedTuple):
     def scaled(self, factor: float | Tensor, *, name: str) -> "Quantized":
         scaled = as_format(self.codes).scaled(factor)
         if scaled is not None:
-            return self._replace(codes=stored(scaled), residual=scaled_residual(self.residual, factor))
+            return self._replace(
+                codes=stored(scaled), residual=scaled_residual(self.residual, factor, list(scaled)[-1])
+            )
         factor_tensor = torch.as_tensor(factor, device=self.like.device)
         return self._rewritten(torch.ops.dynlora_fn.scale_codes, factor_tensor.detach(), name)
 
