@@ -12,7 +12,7 @@ from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition, whole_factors
 from dynlora_fn._core._types import LowRank, Param
-from dynlora_fn.bases._pending import without_pending
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.interop._init import init
 from dynlora_fn.optim._adamw import adamw
 from dynlora_fn.optim._freeze import FreezeState
@@ -131,7 +131,7 @@ class ShadowedModel(RuleBasedStateMachine):
             # The comparison itself rounds, too.
             slack = 128 * eps(torch.float64) * (weight.abs().amax() + self.allowed[name])
             assert_within(weight, self.shadow[name], self.allowed[name] + slack)
-            assert_within(seen_weight(param), weight, half_step(without_pending(param)) + slack)
+            assert_within(seen_weight(param), weight, half_step(as_base(param.base).folded) + slack)
         trainable = partition(self.params).trainable
         shapes = [tree_map(lambda leaf: leaf.shape, tree) for tree in (self.opt_state.inner.mu, trainable)]
         assert shapes[0] == shapes[1], f"moments of {shapes[0]} for {shapes[1]}"
