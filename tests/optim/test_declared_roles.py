@@ -307,7 +307,7 @@ def test_rules_that_need_all_entries_are_refused_for_shards(rule: str):
 
 def test_transport_needs_the_weight_before_and_after():
     state, change = {"mean": filled(TRAINABLE)}, Change({}, {"w": PARAM})
-    with pytest.raises(ValueError, match="`change` must have the low-rank weight 'w' .* got NoneType and LowRank"):
+    with pytest.raises(ValueError, match=r"`change` must have the low-rank weight 'w' .* got NoneType and LowRank"):
         project_optimizer_state(state, PLAN, rule="transport", change=change, roles=ROLES)
 
 
