@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dynlora_fn import Factors
 from dynlora_fn.optim import adamw, freeze_counterparts, lion, multi_transform, muon, sgd
 from dynlora_fn.testing import normal
 from tests.support.optimizer_table import OPTIMIZERS
@@ -79,5 +78,5 @@ def test_gradients_of_other_shapes_are_refused(name: str, change: dict, message:
 def test_a_missing_gradient_is_refused(name: str):
     optimizer = OPTIMIZERS[name].transform
     grads = {name: leaf for name, leaf in TRAINABLE.items() if name != "w"}
-    with pytest.raises((ValueError, KeyError), match="'w'"):
+    with pytest.raises(ValueError, match="'w'"):
         optimizer.update(grads, optimizer.init(TRAINABLE), TRAINABLE, lr=0.1)
