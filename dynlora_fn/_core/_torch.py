@@ -86,7 +86,7 @@ def device_of_collectives(group: "torch.distributed.ProcessGroup") -> torch.devi
 
 
 def gloo_with_one_thread(
-    store: "torch.distributed.Store", process: int, world_size: int, timeout: timedelta
+    store: Any, process: int, world_size: int, timeout: timedelta
 ) -> "torch.distributed.ProcessGroupGloo":
     """Return a gloo backend with one worker thread, on the interfaces that torch uses by default."""
     gloo: Any = torch.distributed.ProcessGroupGloo
