@@ -17,7 +17,7 @@ import tyro
 
 import dynlora_fn as dl
 from bench.support.harness import Options, finish, start, table
-from dynlora_fn.bases._ops import decode_exact as with_residual
+from dynlora_fn.bases._base import as_base
 
 BASES = ("bfloat16", "int8", "float8", "nf4")
 RESIDUALS = ("none", "int8", "bfloat16")
@@ -64,9 +64,7 @@ def exact_weight(config: Drift) -> dl.LowRank:
 def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> Errors:
     """Return relative errors in Frobenius norms."""
     dense = dl.materialize(exact)
-    base = param.base.base if isinstance(param.base, dl.bases.Deferred) else param.base
-    stored = base if isinstance(base, torch.Tensor) else with_residual(base.codes, base.residual, torch.float64)
-    stored = param.base._replace(base=stored.double()) if isinstance(param.base, dl.bases.Deferred) else stored.double()
+    stored = as_base(param.base).map_folded(lambda base: as_base(base).exact(torch.float64))
     error = dl.bases.drift(param, dense).item()
     kind, _ = name.split("+")
     once = (

@@ -14,6 +14,7 @@ from bench.memory import Memory, measure_kind
 from bench.support.harness import Options, finish, start, table
 from bench.support.process_memory import MB, count_bytes
 from bench.support.training_steps import StepSize
+from dynlora_fn.bases._base import as_base
 from models.llama import TARGETS
 
 
@@ -41,8 +42,7 @@ def bytes_per_element(config: MemoryByBase, base: str) -> dict[str, float]:
     params = dl.init(model, rank=config.width // config.fraction, seed=0, targets=TARGETS, **storage_options(base))
     low_rank = [param for param in params.values() if isinstance(param, dl.LowRank)]
     elements = sum(param.shape.numel() for param in low_rank)
-    residuals = [param.base.residual for param in low_rank if isinstance(param.base, dl.bases.Quantized)]
-    residual_bytes = count_bytes(residuals)
+    residual_bytes = count_bytes([as_base(param.base).residual for param in low_rank])
     base_bytes = count_bytes([param.base for param in low_rank])
     return {"codes": (base_bytes - residual_bytes) / elements, "residual": residual_bytes / elements}
 

@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
-from dynlora_fn.bases._ops import decode_exact
+from dynlora_fn.bases._base import as_base
 
 BY_OUT = (".query.weight", ".key.weight", ".value.weight", ".gate.weight", ".up.weight")
 BY_IN = (".attention.output.weight", ".down.weight")
@@ -225,6 +225,6 @@ def in_full_precision(params: Mapping[str, Any]) -> dict[str, Any]:
     def dequantize(param: Any) -> Any:
         if not isinstance(param, dl.LowRank) or not isinstance(param.base, dl.bases.Quantized):
             return param
-        return param._replace(base=decode_exact(param.base.codes, param.base.residual, torch.float32))
+        return param._replace(base=as_base(param.base).exact(torch.float32))
 
     return {name: dequantize(param) for name, param in params.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 import dynlora_fn as dl
 from bench.support.process_memory import count_bytes
 from bench.support.training_steps import SCHEDULE_STEPS, LibraryStep, StepSize
+from dynlora_fn.bases._base import as_base
 from models.llama import TARGETS
 
 
@@ -158,7 +159,7 @@ def _switched(params: dict[str, Any]) -> int:
 
 def _gathered_bytes(base: Any) -> int:
     """Return the bytes of a base without its residual, which is not gathered."""
-    return count_bytes(base.codes if isinstance(base, dl.bases.Quantized) else base)
+    return count_bytes(as_base(base).flatten().tensors)
 
 
 def _largest(params: dict[str, Any]) -> int:

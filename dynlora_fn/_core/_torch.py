@@ -43,6 +43,9 @@ LAZY = {
 USED = (
     "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
+    "torch._C._functorch.get_unwrapped",
+    "torch._C._functorch.is_batchedtensor",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._dynamo.config.trace_autograd_ops",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
@@ -96,6 +99,21 @@ def gloo_with_one_thread(
     options._threads, options._timeout = 1, timeout
     backend: torch.distributed.ProcessGroupGloo = gloo(store, process, world_size, options)
     return backend
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Return whether `torch.vmap` maps over a tensor, below other transforms too.
+
+    Dynamo cannot trace the question. While it traces, the answer is False.
+    """
+    functorch = torch._C._functorch
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

@@ -1,106 +1,113 @@
-"""Defer folds, so that a base is quantized less often."""
+"""Deferred bases: folds that are pending, so that a base is quantized less often."""
 
-from typing import overload
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from dynlora_fn._core._tree import whole_factors
-from dynlora_fn._core._types import Factors, LowRank, Param, Params
-from dynlora_fn.bases._base import fold_base
-from dynlora_fn.bases._types import Deferred
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._torch import register_constant
+from dynlora_fn._core._types import Factors, Sharding
+from dynlora_fn.bases._base import PendingFold, StoredBase, as_base
+from dynlora_fn.bases._fold import fold
+from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._residual import Residual
 
 
-@overload
-def defer(params: LowRank, *, vectors: int) -> LowRank: ...
-@overload
-def defer(params: Params, *, vectors: int) -> dict[str, Param]: ...
-def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Param]:
-    """Defer the folds of `switch` until `fold_pending`.
+@dataclass(frozen=True)
+class Divisor:
+    """The divisor of pending folds: the rank of the factors when their weight was deferred.
 
-    The weight does not change. A switch appends its differences to the pending vectors instead of folding them::
-
-        weight = base + (pending.b @ pending.a + b @ a) / rank
-
-    Forward and backward pass treat pending vectors as additional slots, at the cost of trained ones. If there is no
-    room for a switch, the oldest vectors are folded, so nothing is lost. With room for n switches, and `fold_pending`
-    after every n switches, no other fold happens.
-
-    Args:
-        params: One weight, or weights by name. Tensors are returned unchanged.
-        vectors: The number of vectors that can be pending. A switch adds one for each entry of its plan, on both sides.
-
-    Returns:
-        The same weights, each with a `Deferred` base.
-
-    Raises:
-        ValueError: If `vectors` is less than 1, a weight is deferred already, or its factors are sharded.
-
-    Numerics: Pending vectors have the dtype of the factors. They are exact in float32 or wider, and rounded in
-        bfloat16.
-
-    Example:
-        >>> from torch import nn
-        >>> import dynlora_fn as dl
-        >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
-        >>> dl.bases.defer(params, vectors=8)["weight"].base.pending.b.shape
-        torch.Size([32, 8])
+    Pending folds keep it if the factors are replaced by others of another rank.
     """
-    if vectors < 1:
-        raise ValueError(f"`vectors` is {vectors}; it must be at least 1")
-    if isinstance(params, LowRank):
-        return _defer("param", params, vectors)
-    return {
-        name: _defer(name, param, vectors) if isinstance(param, LowRank) else param for name, param in params.items()
-    }
+
+    rank: int
 
 
-def _defer(name: str, param: LowRank, vectors: int) -> LowRank:
-    base = param.base
-    if isinstance(base, Deferred):
-        raise ValueError(f"the base of {name!r} in `params` is deferred already; call `defer` once")
-    if param.factor_sharding:
-        raise ValueError(
-            f"`params` must have whole factors to be deferred, but those of {name!r} are sharded; use `shard` without"
-            " `shard_factors`"
-        )
-    b, a = whole_factors(param)
-    shape = param.shape
-    pending = Factors(b.new_zeros((*shape[:-1], vectors)), a.new_zeros((*shape[:-2], vectors, shape[-1])))
-    return param._replace(base=Deferred(base, pending))
+register_constant(Divisor)  # a node without leaves, so that the leaves of every tree are tensors
 
 
-@overload
-def fold_pending(params: LowRank) -> LowRank: ...
-@overload
-def fold_pending(params: Params) -> dict[str, Param]: ...
-def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
-    """Fold the pending vectors into the bases.
+class Deferred(NamedTuple):
+    """A base with pending folds: ``base + pending.b @ pending.a / divisor.rank``, exactly."""
 
-    The weight does not change, except for one rounding of the base. The bases stay deferred, with no vectors pending.
+    base: StoredBase
+    pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)
+    divisor: Divisor
 
-    Args:
-        params: One weight, or weights by name. Weights that are not deferred, and tensors, are returned unchanged.
+    @property
+    def shape(self) -> torch.Size:
+        return as_base(self.base).shape
 
-    Returns:
-        The same weights.
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return as_base(self.base).weight_dtype
 
-    Raises:
-        ValueError: If a quantized weight is not finite.
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float32  # pending vectors have the dtype of the factors
 
-    Example:
-        >>> from torch import nn
-        >>> import dynlora_fn as dl
-        >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
-        >>> folded = dl.bases.fold_pending(dl.bases.defer(params, vectors=8))
-        >>> folded["weight"].base.pending.b.any().item()
-        False
-    """
-    if isinstance(params, LowRank):
-        return _fold("param", params)
-    return {name: _fold(name, param) if isinstance(param, LowRank) else param for name, param in params.items()}
+    @property
+    def sharding(self) -> Sharding | None:
+        return as_base(self.base).sharding
 
+    @property
+    def residual(self) -> Residual:
+        return as_base(self.base).residual
 
-def _fold(name: str, param: LowRank) -> LowRank:
-    if not isinstance(param.base, Deferred):
-        return param
-    base, (b, a) = param.base
-    folded = fold_base(base, b, a, rank=param.factors.b.shape[-1], name=name)
-    return param._replace(base=Deferred(folded, Factors(b.new_zeros(b.shape), a.new_zeros(a.shape))))
+    @property
+    def folded(self) -> StoredBase:
+        return self.base
+
+    @property
+    def pending_folds(self) -> list[PendingFold]:
+        return [PendingFold(self.pending, self.divisor.rank)]
+
+    def with_folded(self, folded: StoredBase) -> "Deferred":
+        b, a = self.pending
+        return Deferred(folded, Factors(torch.zeros_like(b), torch.zeros_like(a)), self.divisor)
+
+    def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> "Deferred":
+        return self._replace(base=change(self.base))
+
+    def fold_pending(self, *, name: str) -> "Deferred":
+        b, a = self.pending
+        return self.with_folded(as_base(self.base).fold(b, a, rank=self.divisor.rank, name=name))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        b, a = self.pending
+        return fold(as_base(self.base).dequantize(dtype), b, a, rank=self.divisor.rank)
+
+    def as_tensor(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantize(dtype)
+
+    def exact(self, dtype: torch.dtype) -> Tensor:
+        b, a = self.pending
+        return fold(as_base(self.base).exact(dtype), b, a, rank=self.divisor.rank)
+
+    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Deferred":
+        """Append pending vectors, and fold as many of the oldest into the base."""
+        b, a = self.pending
+        count, room = left.shape[-1], b.shape[-1]
+        if count > room:
+            refuse("fold, deferred", name=name, room=room, count=count)
+        folded = as_base(self.base).fold(b[..., :count], a[..., :count, :], rank=self.divisor.rank, name=name)
+        if rank != self.divisor.rank:
+            left = left * (self.divisor.rank / rank)
+        pending_b = torch.cat([b[..., count:], left.to(b.dtype)], -1)
+        pending_a = torch.cat([a[..., count:, :], right.to(a.dtype)], -2)
+        return Deferred(folded, Factors(pending_b, pending_a), self.divisor)
+
+    def add(self, change: Tensor, *, name: str) -> "Deferred":
+        # Folded at once: pending folds are low-rank, and `change` is not.
+        return self._replace(base=as_base(self.base).add(change, name=name))
+
+    def scaled(self, factor: float | Tensor, *, name: str) -> "Deferred":
+        b = (self.pending.b * factor).to(self.pending.b.dtype)
+        return Deferred(as_base(self.base).scaled(factor, name=name), self.pending._replace(b=b), self.divisor)
+
+    def gather(self) -> "Deferred":
+        return self._replace(base=as_base(self.base).gather())
+
+    def to_torchao(self) -> Tensor:
+        return as_base(self.gather().fold_pending(name="params").base).to_torchao()

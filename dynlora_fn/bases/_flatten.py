@@ -1,16 +1,15 @@
-"""Split a base into constants and the tensors that products read."""
+"""What products read of a base: constants, and the tensors of its codes."""
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._types import Sharding
-from dynlora_fn.bases._formats import Codes, code_tensors, codes_from_tensors, kind_of
-from dynlora_fn.bases._sharded import map_code_rows
-from dynlora_fn.bases._types import FoldedBase, Quantized, Sharded, Transposed
+from dynlora_fn.bases._format import Format
+from dynlora_fn.bases._formats import codes_from_tensors
+from dynlora_fn.bases._refusals import refuse_mapped
 
 
 class Layout(NamedTuple):
@@ -25,24 +24,23 @@ class Layout(NamedTuple):
     is_transposed: bool = False
 
 
-def flatten_base(base: FoldedBase | Transposed) -> tuple[Layout, list[Tensor]]:
-    """Return the layout and the tensors of the codes, as they are stored.
+class Flattened(NamedTuple):
+    """The layout and the tensors of the codes of a base, as they are stored."""
 
-    `gather_codes` reverses it.
-    """
-    if isinstance(base, Transposed):
-        layout, tensors = flatten_base(base.base)
-        return layout._replace(is_transposed=True), tensors
-    local, sharding = (base.base, astuple(base.sharding)) if isinstance(base, Sharded) else (base, None)
-    codes = local.codes if isinstance(local, Quantized) else local
-    return Layout(kind_of(codes), sharding), code_tensors(codes)
+    layout: Layout
+    tensors: list[Tensor]
 
 
-def gather_codes(layout: Layout, tensors: Sequence[Tensor]) -> Codes:
+def gather_codes(layout: Layout, tensors: Sequence[Tensor]) -> Format:
     """Return the codes with all rows.
 
     A sharded base is all-gathered in its storage format. Collective in that case: call it on every process.
     """
-    if layout.sharding:
-        tensors = map_code_rows(gather, layout.kind, tensors, Sharding(*layout.sharding))
-    return codes_from_tensors(layout.kind, tensors)
+    codes = codes_from_tensors(layout.kind, tensors)
+    return codes.map_rows(gather_rows, Sharding(*layout.sharding)) if layout.sharding else codes
+
+
+def gather_rows(shard: Tensor, sharding: Sharding) -> Tensor:
+    """All-gather the rows of a base. Collective: call it on every process."""
+    refuse_mapped("vmap, sharded base", shard)
+    return gather(shard, sharding)

@@ -1,12 +1,23 @@
 """NF4: 4-bit quantiles of a normal distribution (arXiv:2305.14314), in torchao's layout."""
 
+from dataclasses import replace
 from functools import lru_cache
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
+
+from dynlora_fn._core._types import Sharding
+from dynlora_fn.bases import _torchao
+from dynlora_fn.bases._format import RowMap
+from dynlora_fn.bases._refusals import refuse
+
+_BLOCK, _SCALE_BLOCK = 64, 256
+# Quantiles of a normal distribution, rounded as in torchao.
+_BELOW = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
+VALUES = (*_BELOW, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
 
 
 class NF4Codes(NamedTuple):
@@ -20,56 +31,141 @@ class NF4Codes(NamedTuple):
     factor: Float[Tensor, "*stack scale_blocks"]  # a block's scale is ``scales / factor + mean``
     mean: Float[Tensor, "*stack"]
 
+    @property
+    def kind(self) -> str:
+        return "nf4"
 
-_BLOCK, _SCALE_BLOCK = 64, 256
-# Quantiles of a normal distribution, rounded as in torchao.
-_BELOW = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
-VALUES = (*_BELOW, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float32
 
-def empty_codes(name: str, weight: Tensor) -> NF4Codes:
-    """Return uninitialized codes for one weight.
+    @property
+    def half_step(self) -> float:
+        return 0.17
 
-    The blocks have 64 entries. The largest divisor of the number of blocks that also divides 256 is the number of
-    blocks that share a factor.
+    @property
+    def is_tied(self) -> bool:
+        return True
 
-    Raises:
-        ValueError: If blocks of 64 do not divide the weight, or `in` is odd.
-    """
-    out_features, in_features = weight.shape
-    if weight.numel() % _BLOCK or in_features % 2:
-        raise ValueError(
-            f"weight {name!r} of shape {tuple(weight.shape)} does not fit nf4, which needs a multiple of {_BLOCK}"
-            " entries and an even `in`; use another format for it"
+    @property
+    def keeps_half_precision(self) -> bool:
+        return False  # its scales are in float32, and torchao's tensor has their dtype
+
+    @classmethod
+    def dtype_of(cls, config: Any) -> torch.dtype | None:
+        return None
+
+    @classmethod
+    def empty(cls, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> "NF4Codes":
+        """Return uninitialized codes for one weight.
+
+        The blocks have 64 entries. The largest divisor of the number of blocks that also divides 256 is the number of
+        blocks that share a factor.
+
+        Raises:
+            ValueError: If blocks of 64 do not divide the weight, or `in` is odd.
+        """
+        out_features, in_features = weight.shape
+        if weight.numel() % _BLOCK or in_features % 2:
+            refuse("nf4, shape", name=name, shape=tuple(weight.shape), block=_BLOCK)
+        blocks = weight.numel() // _BLOCK
+        is_double = weight.dtype == torch.float64
+        scale_dtype = torch.float32 if is_double else torch.promote_types(weight.dtype, torch.bfloat16)
+        return cls(
+            codes=weight.new_empty((out_features, in_features // 2), dtype=torch.uint8),
+            scales=weight.new_empty(blocks, dtype=torch.int8),
+            factor=weight.new_empty(blocks // gcd(blocks, _SCALE_BLOCK), dtype=scale_dtype),
+            mean=weight.new_empty((), dtype=scale_dtype),
         )
-    blocks = weight.numel() // _BLOCK
-    dtype = torch.promote_types(weight.dtype, torch.bfloat16) if weight.dtype != torch.float64 else torch.float32
-    return NF4Codes(
-        codes=weight.new_empty((out_features, in_features // 2), dtype=torch.uint8),
-        scales=weight.new_empty(blocks, dtype=torch.int8),
-        factor=weight.new_empty(blocks // gcd(blocks, _SCALE_BLOCK), dtype=dtype),
-        mean=weight.new_empty((), dtype=dtype),
-    )
 
+    def encode(self, weight: Tensor, *, again: bool = False) -> "NF4Codes":
+        """Encode in the layout of these codes, and keep their mean if `again`.
 
-def encode(weight: Tensor, like: NF4Codes, *, again: bool = False) -> NF4Codes:
-    """Encode a weight (out, in) in float32 in the layout of `like`.
+        The mean is only the center of the scales, and a new one would make the codes of every row depend on all rows.
+        """
+        weight = weight.to(torch.float32)
+        blocks = weight.reshape(self.scales.shape[-1], -1)
+        largest = blocks.abs().amax(-1)
+        mean = self.mean.to(largest.dtype) if again else largest.mean()
+        differences = (largest - mean).reshape(self.factor.shape[-1], -1)
+        factor = 256 / (2 * differences.abs().amax(-1))
+        # The factor is infinite where all blocks that share it are equal. Their differences are NaN, and become zero.
+        scales = (differences * factor[:, None]).nan_to_num_(0).round_().clamp_(-128, 127)
+        units = blocks / torch.where(largest > 0, largest, 1)[:, None]
+        pairs = torch.bucketize(units, _limits().to(units.device)).to(torch.uint8).reshape(-1, 2)
+        codes, dtype = (pairs[:, 0] << 4) | pairs[:, 1], self.mean.dtype
+        scales = scales.flatten().to(torch.int8)
+        return NF4Codes(codes.reshape(self.codes.shape), scales, factor.to(dtype), mean.to(dtype))
 
-    A weight that was decoded from codes and is encoded `again` keeps their mean. The mean is only the center of the
-    scales, and a new one would make the codes of every row depend on all rows.
-    """
-    blocks = weight.reshape(like.scales.shape[-1], -1)
-    largest = blocks.abs().amax(-1)
-    mean = like.mean.to(largest.dtype) if again else largest.mean()
-    differences = (largest - mean).reshape(like.factor.shape[-1], -1)
-    factor = 256 / (2 * differences.abs().amax(-1))
-    # The factor is infinite where all blocks that share it are equal. Their differences are then NaN, and become zero.
-    scales = (differences * factor[:, None]).nan_to_num_(0).round_().clamp_(-128, 127)
-    units = blocks / torch.where(largest > 0, largest, 1)[:, None]
-    pairs = torch.bucketize(units, _limits().to(units.device)).to(torch.uint8).reshape(-1, 2)
-    codes = (pairs[:, 0] << 4) | pairs[:, 1]
-    dtype = like.mean.dtype
-    return NF4Codes(codes.reshape(like.codes.shape), scales.flatten().to(torch.int8), factor.to(dtype), mean.to(dtype))
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        *stack, out_features, half = self.codes.shape
+        scale_dtype, blocks, factors = self.mean.dtype, self.scales.shape[-1], self.factor.shape[-1]
+        differences = self.scales.reshape(*stack, factors, -1) / self.factor[..., None]
+        scales = differences.reshape(*stack, blocks).to(scale_dtype) + self.mean[..., None]
+        indices = torch.stack([self.codes >> 4, self.codes & 0b1111], dim=-1)
+        units = torch.tensor(VALUES, dtype=scale_dtype, device=self.codes.device)[indices.int()]
+        values = units.reshape(*stack, blocks, -1) * scales[..., None]
+        return values.reshape(*stack, out_features, 2 * half).to(dtype)
+
+    def decode_into(self, target: Tensor) -> None:
+        target.copy_(self.decode(target.dtype))
+
+    def scaled(self, factor: float | Tensor) -> "NF4Codes | None":
+        if self.mean.dtype != torch.float32:  # bfloat16 would round the scales
+            return None
+        mean = (self.mean * factor).to(torch.float32)
+        return self._replace(factor=(self.factor / factor).to(torch.float32), mean=mean)
+
+    def map_rows(self, change: RowMap, sharding: Sharding) -> "NF4Codes":
+        """Apply `change` to every tensor that has the rows of the weight.
+
+        The scales and their factors have one axis in row order. Every process has equally many, so they are sharded as
+        a column.
+        """
+        shards = self.codes.shape[-2] // sharding.rows_per_process  # all shards, or 1 if the codes are one shard
+
+        def change_blocks(blocks: Tensor) -> Tensor:
+            total = blocks.shape[-1] // shards * sharding.world_size
+            return change(blocks[..., None], replace(sharding, rows=total))[..., 0]
+
+        codes = change(self.codes, sharding)
+        return NF4Codes(codes, change_blocks(self.scales), change_blocks(self.factor), self.mean)
+
+    def by_rows(self, name: str, sharding: Sharding) -> "NF4Codes":
+        rows, columns = self.shape[-2:]
+        entries = rows * columns // self.factor.shape[-1]
+        if rows % sharding.world_size or sharding.rows_per_process * columns % entries:
+            refuse("shard, nf4", name=name, shape=(rows, columns), processes=sharding.world_size, entries=entries)
+        return self
+
+    def of_all_rows(self) -> "NF4Codes":
+        return self
+
+    @classmethod
+    def from_torchao(cls, tensor: Any) -> "NF4Codes | None":
+        if not isinstance(tensor, _torchao.NF4Tensor) or tensor.shape[1] % 2:
+            return None
+        codes = tensor.quantized_data.reshape(tensor.shape[0], -1)
+        return cls(codes, tensor.quantized_scalers, tensor.quantization_factor, tensor.scaler_mean)
+
+    def to_torchao(self, like: Tensor) -> Tensor:
+        blocks = len(self.scales)
+        # torchao computes the context for a weight of this shape.
+        sizes = self.shape.numel() // blocks, blocks // len(self.factor)
+        _, context = _torchao.to_nf4(self.mean.new_zeros(self.shape), *sizes).__tensor_flatten__()
+        inner = {
+            "quantized_data": self.codes.flatten(),
+            "scaler_mean": self.mean,
+            "quantization_factor": self.factor,
+            "quantized_scalers": self.scales,
+            "nf4": torch.tensor(VALUES, dtype=self.mean.dtype, device=self.mean.device),
+        }
+        tensor: Tensor = _torchao.NF4Tensor.__tensor_unflatten__(inner, context, None, None)
+        return tensor
 
 
 @lru_cache(maxsize=1)
@@ -90,15 +186,3 @@ def _limits() -> Tensor:
         is_too_far = (limits - below).abs() > (limits - above).abs()
         limits = torch.where(is_too_far, torch.nextafter(limits, -infinity), limits)
     return limits
-
-
-def decode(codes: NF4Codes) -> Tensor:
-    """Decode to a dense weight (*stack, out, in) in the dtype of the mean."""
-    *stack, out_features, half = codes.codes.shape
-    dtype, (blocks, factors) = codes.mean.dtype, (codes.scales.shape[-1], codes.factor.shape[-1])
-    differences = codes.scales.reshape(*stack, factors, -1) / codes.factor[..., None]
-    scales = differences.reshape(*stack, blocks).to(dtype) + codes.mean[..., None]
-    indices = torch.stack([codes.codes >> 4, codes.codes & 0b1111], dim=-1)
-    units = torch.tensor(VALUES, dtype=dtype, device=codes.codes.device)[indices.int()]
-    values = units.reshape(*stack, blocks, -1) * scales[..., None]
-    return values.reshape(*stack, out_features, 2 * half)

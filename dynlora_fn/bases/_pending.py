@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dynlora_fn._core._types import Factors, LowRank, ShardedFactors
+from dynlora_fn.bases._base import PendingFold, StoredBase, as_base
 from dynlora_fn.bases._sharded_factors import gather_factors
-from dynlora_fn.bases._types import Deferred, FoldedBase
 
 
 class BaseAndFactors(NamedTuple):
@@ -15,18 +16,13 @@ class BaseAndFactors(NamedTuple):
     `rank` is the rank of these factors.
     """
 
-    base: FoldedBase
+    base: StoredBase
     factors: Factors
-
-
-def without_pending(param: LowRank) -> FoldedBase:
-    """Return the base without its pending folds."""
-    return param.base.base if isinstance(param.base, Deferred) else param.base
 
 
 def rank_with_pending(param: LowRank) -> int:
     """Return the rank of the factors that `with_pending` returns."""
-    pending = param.base.pending.b.shape[-1] if isinstance(param.base, Deferred) else 0
+    pending = sum([fold.factors.b.shape[-1] for fold in as_base(param.base).pending_folds])
     return param.factors.b.shape[-1] + pending
 
 
@@ -37,12 +33,18 @@ def with_pending(param: LowRank) -> BaseAndFactors:
 
     Sharded factors are gathered. Collective in that case: call it on every process.
     """
-    base, factors = param.base, param.factors
+    base, factors = as_base(param.base), param.factors
     if isinstance(factors, ShardedFactors):
-        return BaseAndFactors(base, gather_factors(factors))
-    if not isinstance(base, Deferred):
-        return BaseAndFactors(base, factors)
-    b, a = factors
-    pending_b, pending_a = (leaf.detach() for leaf in base.pending)
-    b, a = torch.cat([b, pending_b.to(b.dtype)], -1), torch.cat([a, pending_a.to(a.dtype)], -2)
-    return BaseAndFactors(base.base, Factors(b * (b.shape[-1] / factors.b.shape[-1]), a))
+        return BaseAndFactors(param.base, gather_factors(factors))
+    if not base.pending_folds:
+        return BaseAndFactors(param.base, factors)
+    rank, (b, a) = factors.b.shape[-1], factors
+    b = torch.cat([b, *[_left(fold, rank, b.dtype) for fold in base.pending_folds]], -1)
+    a = torch.cat([a, *[fold.factors.a.detach().to(a.dtype) for fold in base.pending_folds]], -2)
+    return BaseAndFactors(base.folded, Factors(b * (b.shape[-1] / rank), a))
+
+
+def _left(fold: PendingFold, rank: int, dtype: torch.dtype) -> Tensor:
+    """Return the left factor of a pending fold, as if its divisor were `rank`."""
+    left = fold.factors.b.detach().to(dtype)
+    return left if fold.divisor == rank else left * (rank / fold.divisor)

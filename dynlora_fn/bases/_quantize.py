@@ -9,14 +9,15 @@ from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._types import LowRank, Param, Params
-from dynlora_fn.bases._base import dequantize
+from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._fold import fold
-from dynlora_fn.bases._formats import code_tensors, decode, empty_codes, encode, format_of
-from dynlora_fn.bases._ops import check_finite, decode_exact
+from dynlora_fn.bases._formats import format_of, stored
 from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.bases._quantized import Device, ResidualKind, base_shape, make_residual, stack_bases, stack_members
-from dynlora_fn.bases._sharded import gather_base
-from dynlora_fn.bases._types import Deferred, LocalBase, Quantized, Sharded
+from dynlora_fn.bases._quantized import Quantized
+from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._residual import Device, ResidualKind, check_residual, make_residual, residual_codes
+from dynlora_fn.bases._rewrite import check_finite
+from dynlora_fn.bases._stacks import stack_bases, stack_members
 
 
 @overload
@@ -90,8 +91,7 @@ def quantize(
         >>> base.codes.codes.dtype, base.codes.scale.shape, base.residual.dtype
         (torch.int8, torch.Size([32, 1]), torch.bfloat16)
     """
-    if residual not in (None, "int8", "bfloat16"):
-        raise ValueError(f"unknown `residual` {residual!r}; use 'int8', 'bfloat16' or None")
+    check_residual(residual)
     if isinstance(params, LowRank):
         return _quantize("param", params, base, residual, residual_device)
     return {
@@ -101,51 +101,40 @@ def quantize(
 
 
 def _quantize(name: str, param: LowRank, base: object, residual: ResidualKind, residual_device: Device) -> LowRank:
-    old = param.base
-    if isinstance(old, Deferred):
-        raise ValueError(f"the base of {name!r} in `params` is deferred; call `quantize` before `defer`")
-    if isinstance(old, Sharded):
-        raise ValueError(f"the base of {name!r} in `params` is sharded; call `quantize` before `shard`")
-    dtype = old.dtype if isinstance(old, Tensor) else old.like.dtype
-    return param._replace(base=quantize_base(name, old, base, residual, residual_device, dtype))
+    old = as_base(param.base)
+    if old.pending_folds:
+        refuse("quantize, deferred", name=name)
+    if old.sharding:
+        refuse("quantize, sharded", name=name)
+    return param._replace(base=quantize_base(name, param.base, base, residual, residual_device, old.weight_dtype))
 
 
 def quantize_base(
     name: str,
-    old: LocalBase,
+    old: StoredBase,
     base: object,
     residual: ResidualKind,
     residual_device: Device,
     dtype: torch.dtype,
-) -> LocalBase:
+) -> StoredBase:
     """Quantize one base, as `quantize` does.
 
     The weight had the dtype `dtype`. The result is a plain tensor for "bfloat16" without a residual.
     """
-    kind, float8_dtype = format_of(base)
-    # nf4's scales are in float32, and torchao does not support int8 for float64.
-    keeps_dtype = kind != "nf4" and dtype in (torch.bfloat16, torch.float16)
+    format_type, code_dtype = format_of(base)
     quantized = []
-    for member in stack_members(old):
-        weight = _exact(member, torch.float32)
+    for member in map(as_base, stack_members(old)):
+        weight = member.exact(widest(member.sum_dtype))
         check_finite(weight, name)
-        codes = encode(weight, empty_codes(kind, name, weight, float8_dtype=float8_dtype))
-        error = weight.sub_(decode(codes, weight.dtype))
+        codes = format_type.empty(name, weight, code_dtype).encode(weight)
+        error = weight.sub_(codes.decode(weight.dtype))
         check_finite(error, name)  # the largest values may round to infinity
-        like = error.new_empty(0, dtype=dtype if keeps_dtype else torch.float32)
-        quantized.append(Quantized(codes, make_residual(error, residual, residual_device), like))
-    stack = stack_bases(quantized, base_shape(old)[:-2])
+        # torchao does not support int8 for float64.
+        is_half = codes.keeps_half_precision and dtype in (torch.bfloat16, torch.float16)
+        like = error.new_empty(0, dtype=dtype if is_half else torch.float32)
+        quantized.append(Quantized(stored(codes), make_residual(error, residual, residual_device), like))
+    stack = stack_bases(quantized, as_base(old).shape[:-2])
     return stack.codes if isinstance(stack.codes, Tensor) and residual is None else stack
-
-
-def _exact(base: LocalBase, dtype: torch.dtype) -> Tensor:
-    """Return one member with its residual, in newly allocated memory.
-
-    Its dtype is `dtype` or a wider one.
-    """
-    if isinstance(base, Tensor):
-        return decode_exact(base, (), widest(base.dtype, dtype))
-    return decode_exact(base.codes, base.residual, dtype)
 
 
 # --- drift
@@ -187,17 +176,18 @@ def drift(
 
 def _drift(param: LowRank, exact: Tensor | None) -> Tensor:
     folded, (b, a) = with_pending(param)
-    base = gather_base(folded)
-    if exact is None and (isinstance(base, Tensor) or not code_tensors(base.residual)):
+    base = as_base(folded).gather()
+    if exact is None and residual_codes(as_base(base).residual) is None:
         return torch.full((), torch.nan, device=b.device)
     stack, wide = param.shape[:-2].numel(), widest(b.dtype)
     b, a = b.reshape(stack, *b.shape[-2:]), a.reshape(stack, *a.shape[-2:])
     targets = [None] * stack if exact is None else exact.reshape(stack, *exact.shape[-2:])
     squares = []
-    for index, (member, target) in enumerate(zip(stack_members(base), targets, strict=True)):
-        weight = fold(dequantize(member, wide), b[index], a[index], rank=a.shape[-2])
-        if target is None:
-            error = decode(member.residual, weight.dtype).to(weight.device)  # type: ignore
+    for index, (member, target) in enumerate(zip(map(as_base, stack_members(base)), targets, strict=True)):
+        weight = fold(member.dequantize(wide), b[index], a[index], rank=a.shape[-2])
+        missing = residual_codes(member.residual)
+        if target is None and missing is not None:
+            error = missing.decode(weight.dtype).to(weight.device)
             target = weight + error  # noqa: PLW2901
         else:
             error = target - weight

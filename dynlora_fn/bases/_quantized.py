@@ -1,44 +1,154 @@
-"""The shape, the stack members and the residual of a base that is not sharded."""
+"""Quantized bases, and their transpose within one product."""
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from dynlora_fn._core._torch import tree_flatten, tree_map, tree_unflatten
-from dynlora_fn.bases._formats import Residual, shape_of
-from dynlora_fn.bases._rowwise import int8_residual
-from dynlora_fn.bases._types import LocalBase, Quantized
-
-ResidualKind: TypeAlias = Literal["int8", "bfloat16"] | None
-Device: TypeAlias = torch.device | str | None
-LocalBaseT = TypeVar("LocalBaseT", bound="Tensor | Quantized")
-
-
-def make_residual(error: Tensor, residual: ResidualKind, device: Device) -> Residual:
-    """Return the difference that codes miss as a residual on a device."""
-    if residual is None:
-        return ()
-    encoded = error.to(torch.bfloat16) if residual == "bfloat16" else int8_residual(error)
-    return tree_map(lambda tensor: tensor.to(device or tensor.device), encoded)  # type: ignore[no-any-return]
+from dynlora_fn._core._torch import tree_map
+from dynlora_fn._core._types import Sharding
+from dynlora_fn.bases._base import PendingFold, StoredBase, as_base
+from dynlora_fn.bases._flatten import Flattened, Layout
+from dynlora_fn.bases._format import RowMap
+from dynlora_fn.bases._formats import Codes, as_format, codes_from_tensors, stored
+from dynlora_fn.bases._ops import dequantize
+from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._residual import Residual, residual_from_tensors, residual_tensors, scaled_residual
+from dynlora_fn.bases._rewrite import decode_exact
 
 
-def base_shape(base: LocalBase) -> torch.Size:
-    """Return the shape of the weight, (*stack, out, in)."""
-    return shape_of(base if isinstance(base, Tensor) else base.codes)
+class Quantized(NamedTuple):
+    """A base in low precision: codes, and a residual that stores what the codes miss.
+
+    Products read only the codes. A fold starts from ``codes + residual``, so the error does not exceed one quantization
+    error, even after ten thousand switches. Without a residual, memory is saved and the errors of all folds add up.
+    """
+
+    codes: Codes
+    residual: Residual  # may be in host memory
+    like: Float[Tensor, "*stack 0"]  # empty; has the dtype of the weight in torchao's tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return as_format(self.codes).shape
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def sharding(self) -> None:
+        return None
+
+    @property
+    def folded(self) -> StoredBase:
+        return self
+
+    @property
+    def pending_folds(self) -> list[PendingFold]:
+        return []
+
+    def with_folded(self, folded: StoredBase) -> StoredBase:
+        return folded
+
+    def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> StoredBase:
+        return change(self)
+
+    def fold_pending(self, *, name: str) -> "Quantized":
+        return self
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(as_format(self.codes), dtype)
+
+    def as_tensor(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantize(dtype)
+
+    def exact(self, dtype: torch.dtype) -> Tensor:
+        return decode_exact(as_format(self.codes), self.residual, dtype)
+
+    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Quantized":
+        return self._rewritten(torch.ops.dynlora_fn.fold_codes, left.detach(), right.detach(), rank, name)
+
+    def add(self, change: Tensor, *, name: str) -> "Quantized":
+        return self._rewritten(torch.ops.dynlora_fn.add_to_codes, change.detach(), name)
+
+    def scaled(self, factor: float | Tensor, *, name: str) -> "Quantized":
+        scaled = as_format(self.codes).scaled(factor)
+        if scaled is not None:
+            return self._replace(
+                codes=stored(scaled), residual=scaled_residual(self.residual, factor, list(scaled)[-1])
+            )
+        factor_tensor = torch.as_tensor(factor, device=self.like.device)
+        return self._rewritten(torch.ops.dynlora_fn.scale_codes, factor_tensor.detach(), name)
+
+    def _rewritten(self, operation: Any, *arguments: Any) -> "Quantized":
+        codes = as_format(self.codes)
+        count = len(list(codes))
+        new = operation(list(codes), codes.kind, residual_tensors(self.residual), *arguments)
+        new_codes = codes_from_tensors(codes.kind, new[:count])
+        return Quantized(stored(new_codes), residual_from_tensors(new[count:]), self.like)
+
+    def gather(self) -> "Quantized":
+        return self
+
+    def map_rows(self, change: RowMap, sharding: Sharding) -> "Quantized":
+        codes = as_format(self.codes).map_rows(change, sharding)
+        return self._replace(codes=stored(codes), residual=tree_map(lambda leaf: change(leaf, sharding), self.residual))
+
+    def by_rows(self, name: str, sharding: Sharding) -> "Quantized":
+        return self._replace(codes=stored(as_format(self.codes).by_rows(name, sharding)))
+
+    def of_all_rows(self) -> "Quantized":
+        return self._replace(codes=stored(as_format(self.codes).of_all_rows()))
+
+    def transposed(self) -> StoredBase:
+        return self.codes.mT.detach() if isinstance(self.codes, Tensor) else Transposed(self)
+
+    def flatten(self) -> Flattened:
+        codes = as_format(self.codes)
+        return Flattened(Layout(codes.kind), list(codes))
+
+    def to_torchao(self) -> Tensor:
+        if len(self.shape) != 2:
+            refuse("torchao, stack", shape=tuple(self.shape))
+        return as_format(self.codes).to_torchao(self.like)
 
 
-def stack_members(base: LocalBaseT) -> Iterator[LocalBaseT]:
-    """Yield the bases of a stack in row-major order, as views."""
-    stack = base_shape(base)[:-2]
-    leaves, structure = tree_flatten(base)
-    rows = [leaf.reshape(stack.numel(), *leaf.shape[len(stack) :]) for leaf in leaves]
-    for index in range(stack.numel()):
-        yield tree_unflatten([row[index] for row in rows], structure)
+class Transposed(NamedTuple):
+    """The transpose ``base.mT`` of codes, which cannot be transposed themselves.
 
+    It is the base of a `LowRank` only within one product, so it answers only what products ask.
+    """
 
-def stack_bases(members: Sequence[LocalBaseT], stack: Sequence[int]) -> LocalBaseT:
-    """Copy the members into one base with the leading axes `stack`."""
-    stacked: LocalBaseT = tree_map(lambda *leaves: torch.stack(leaves).reshape((*stack, *leaves[0].shape)), *members)
-    return stacked
+    base: StoredBase  # Quantized or Sharded
+
+    @property
+    def folded(self) -> StoredBase:
+        return self
+
+    @property
+    def pending_folds(self) -> list[PendingFold]:
+        return []
+
+    @property
+    def sharding(self) -> Sharding | None:
+        return as_base(self.base).sharding
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return as_base(self.base).dequantize(dtype).mT
+
+    def as_tensor(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantize(dtype)
+
+    def transposed(self) -> StoredBase:
+        return self.base
+
+    def flatten(self) -> Flattened:
+        layout, tensors = as_base(self.base).flatten()
+        return Flattened(layout._replace(is_transposed=True), tensors)

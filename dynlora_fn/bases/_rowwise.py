@@ -1,55 +1,28 @@
-"""int8 and float8 with one scale for each row, in torchao's layout."""
-
-from typing import NamedTuple
+"""What int8 and float8 share: codes with one float32 scale for each row."""
 
 import torch
-from jaxtyping import Float, Int8
 from torch import Tensor
 
 
-class Int8Codes(NamedTuple):
-    """``codes * scale`` with one scale for each row.
-
-    They are the inner tensors of torchao's symmetric Int8Tensor.
-    """
-
-    codes: Int8[Tensor, "*stack out in"]
-    scale: Float[Tensor, "*stack out 1"]  # float32
+def empty_scale(weight: Tensor) -> Tensor:
+    """Return an uninitialized scale for each row of a weight (out, in)."""
+    return weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
 
 
-class Float8Codes(NamedTuple):
-    """``codes * scale`` with one scale for each row.
-
-    They are the inner tensors of torchao's Float8Tensor.
-    """
-
-    codes: Float[Tensor, "*stack out in"]  # float8_e4m3fn or float8_e5m2
-    scale: Float[Tensor, "*stack out 1"]  # float32
+def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``codes * scale``, computed in float32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return codes.to(wide).mul_(scale).to(dtype)
 
 
-# The first is torchao's. It rounds rows of very small values to zero, so the residual needs a smaller one.
-_LEAST_SCALE = torch.finfo(torch.float32).eps
-_LEAST_RESIDUAL_SCALE = torch.finfo(torch.float32).tiny
+def decode_rows_into(target: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Write ``codes * scale`` into `target`, without a temporary if `target` is in float32 or wider."""
+    if target.dtype in (torch.float32, torch.float64):
+        target.copy_(codes).mul_(scale)
+    else:
+        target.copy_(decode_rows(codes, scale, target.dtype))
 
 
-def int8_residual(weight: Tensor) -> Int8Codes:
-    """Encode what codes miss, which may be far smaller than a weight, in int8."""
-    return encode_int8(weight, 127, _LEAST_RESIDUAL_SCALE)
-
-
-def encode_int8(weight: Tensor, steps: float, least_scale: float) -> Int8Codes:
-    """Encode a weight (out, in) in int8.
-
-    There are `steps` steps from zero to the largest magnitude of each row.
-    """
-    largest = weight.abs().amax(-1, keepdim=True)
-    scale = (largest / steps).clamp(min=least_scale).to(torch.float32)
-    codes = (weight * (1.0 / scale)).round_().clamp_(-128, 127)
-    return Int8Codes(codes.to(torch.int8), scale)
-
-
-def _encode_float8(weight: Tensor, dtype: torch.dtype) -> Float8Codes:
-    most = torch.finfo(dtype).max
-    scale = (weight.abs().amax(-1, keepdim=True) / most).to(torch.float32)
-    codes = (weight / torch.where(scale > 0, scale, 1)).clamp_(-most, most)
-    return Float8Codes(codes.to(dtype), scale)
+def is_by_row(tensor: Tensor, scale: Tensor) -> bool:
+    """Return whether a torchao matrix has one scale for each row."""
+    return scale.shape == (tensor.shape[0], 1)

@@ -1,52 +1,106 @@
-"""Gather the rows of a sharded base, or map a function over its tensors."""
+"""Sharded bases: the rows of a base that this process stores."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeAlias
+from collections.abc import Callable
+from dataclasses import astuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from dynlora_fn._core._collectives import gather
-from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Sharding
-from dynlora_fn.bases._formats import code_tensors, codes_from_tensors, kind_of
-from dynlora_fn.bases._types import FoldedBase, LocalBase, Sharded
+from dynlora_fn.bases._base import PendingFold, StoredBase, as_base
+from dynlora_fn.bases._flatten import Flattened, gather_codes, gather_rows
+from dynlora_fn.bases._format import RowMap
+from dynlora_fn.bases._ops import dequantize
+from dynlora_fn.bases._quantized import Transposed
+from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._residual import Residual
 
 
-def gather_base(base: FoldedBase) -> LocalBase:
-    """Return the base with all rows, its residual included.
+class Sharded(NamedTuple):
+    """The rows of a base that this process stores, dense or quantized.
 
-    Collective if the base is sharded: call it on every process.
+    The base is all-gathered in its storage format for each product. A fold changes the rows of this process and needs
+    no communication.
     """
-    if not isinstance(base, Sharded):
-        return base
-    return map_rows(gather, base.base, base.sharding)
 
+    base: StoredBase  # a tensor or Quantized, (*stack, rows of this process, in)
+    sharding: Sharding
 
-RowMap: TypeAlias = Callable[[Tensor, Sharding], Tensor]
+    @property
+    def shape(self) -> torch.Size:
+        *stack, _, columns = as_base(self.base).shape
+        return torch.Size((*stack, self.sharding.rows, columns))
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return as_base(self.base).weight_dtype
 
-def map_rows(change: RowMap, base: LocalBase, sharding: Sharding) -> LocalBase:
-    """Apply `change` to every tensor that has the rows of the base."""
-    if isinstance(base, Tensor):
-        return change(base, sharding)
-    kind, residual = kind_of(base.codes), tree_map(lambda leaf: change(leaf, sharding), base.residual)
-    return base._replace(
-        codes=codes_from_tensors(kind, map_code_rows(change, kind, code_tensors(base.codes), sharding)),
-        residual=residual,
-    )
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return as_base(self.base).sum_dtype
 
+    @property
+    def residual(self) -> Residual:
+        return as_base(self.base).residual
 
-def map_code_rows(change: RowMap, kind: str, tensors: Sequence[Tensor], sharding: Sharding) -> list[Tensor]:
-    """Apply `change` to every tensor of codes that has the rows of the base.
+    @property
+    def folded(self) -> StoredBase:
+        return self
 
-    The scales of nf4, and their factors, have one axis in row order. Every process has equally many, so they are
-    treated as one row for each process.
-    """
-    if kind != "nf4":
-        return [change(tensor, sharding) for tensor in tensors]
-    codes, *blocks, mean = tensors
-    shards = codes.shape[-2] // sharding.rows_per_process  # all shards, or 1 if the codes are one shard
-    processes = replace(sharding, rows=sharding.world_size)
-    blocks = [change(block.reshape(*block.shape[:-1], shards, -1), processes).flatten(-2) for block in blocks]
-    return [change(codes, sharding), *blocks, mean]
+    @property
+    def pending_folds(self) -> list[PendingFold]:
+        return []
+
+    def with_folded(self, folded: StoredBase) -> StoredBase:
+        return folded
+
+    def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> StoredBase:
+        return change(self)
+
+    def fold_pending(self, *, name: str) -> "Sharded":
+        return self
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(gather_codes(*self.flatten()), dtype)
+
+    def as_tensor(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantize(dtype)
+
+    def exact(self, dtype: torch.dtype) -> Tensor:
+        return as_base(self._all_rows()).exact(dtype)
+
+    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Sharded":
+        return self._replace(base=as_base(self.base).fold(self._local_rows(left), right, rank=rank, name=name))
+
+    def add(self, change: Tensor, *, name: str) -> "Sharded":
+        return self._replace(base=as_base(self.base).add(self._local_rows(change), name=name))
+
+    def _local_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows of this process, which may be all that a tensor has."""
+        return tensor[..., self.sharding.local_rows, :] if tensor.shape[-2] == self.sharding.rows else tensor
+
+    def scaled(self, factor: float | Tensor, *, name: str) -> "Sharded":
+        return self._replace(base=as_base(self.base).scaled(factor, name=name))
+
+    def gather(self) -> StoredBase:
+        return as_base(self._all_rows()).of_all_rows()
+
+    def _all_rows(self) -> StoredBase:
+        return as_base(self.base).map_rows(gather_rows, self.sharding)
+
+    def map_rows(self, change: RowMap, sharding: Sharding) -> "Sharded":
+        return self._replace(base=as_base(self.base).map_rows(change, sharding))
+
+    def by_rows(self, name: str, sharding: Sharding) -> StoredBase:
+        return refuse("shard, sharded", name=name)
+
+    def transposed(self) -> StoredBase:
+        return Transposed(self)
+
+    def flatten(self) -> Flattened:
+        layout, tensors = as_base(self.base).flatten()
+        return Flattened(layout._replace(sharding=astuple(self.sharding)), tensors)
+
+    def to_torchao(self) -> Tensor:
+        return as_base(self.gather()).to_torchao()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import gather, scatter, weighted
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
+from dynlora_fn.bases._refusals import refuse_mapped
 
 Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 
@@ -17,6 +18,7 @@ def gather_factors(factors: ShardedFactors) -> Factors:
 
     Their gradients are reduced by `scatter_gradients`. Collective: call it on every process.
     """
+    refuse_mapped("vmap, sharded factors", factors.b)
     return Factors(*_gather(factors.b, factors.a, astuple(factors.sharding)))
 
 

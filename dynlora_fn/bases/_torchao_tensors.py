@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import LowRank, Params
-from dynlora_fn.bases import _nf4, _torchao, _torchao_prototypes
-from dynlora_fn.bases._base import fold_base
-from dynlora_fn.bases._float4 import MXFP4Codes, NVFP4Codes
-from dynlora_fn.bases._formats import Codes, decode
-from dynlora_fn.bases._nf4 import NF4Codes
-from dynlora_fn.bases._ops import check_finite
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._format import Format
+from dynlora_fn.bases._formats import FORMATS, codes_from_tensors
 from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.bases._quantized import Device, ResidualKind, base_shape, make_residual
-from dynlora_fn.bases._rowwise import Float8Codes, Int8Codes
-from dynlora_fn.bases._sharded import gather_base
-from dynlora_fn.bases._types import LocalBase, Quantized
+from dynlora_fn.bases._quantized import Quantized
+from dynlora_fn.bases._residual import Device, ResidualKind, check_residual, make_residual
+from dynlora_fn.bases._rewrite import check_finite
 
 
 def is_torchao(tensor: Tensor) -> bool:
@@ -49,7 +44,7 @@ def from_torchao(
         The base.
 
     Raises:
-        ValueError: If the tensor has another type or layout, or is not finite.
+        ValueError: If the tensor has another type or layout, or is not finite, or `residual` is unknown.
 
     Example:
         >>> import torch
@@ -58,35 +53,29 @@ def from_torchao(
         >>> torch.equal(to_torchao(from_torchao(tensor)).dequantize(), tensor.dequantize())
         True
     """
+    check_residual(residual)
     detached: Any = tensor.detach()
     codes = _codes(detached)
     like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    if codes is None or not _is_same(detached, _tensor(codes, like)):
+    if codes is None or not _is_same(detached, codes.to_torchao(like)):
         raise ValueError(
             f"weight {name!r} is a {type(tensor).__name__} of shape {tuple(tensor.shape)} that cannot be a base; use a"
             " matrix in torchao's Int8Tensor or Float8Tensor, weight-only by row, NF4Tensor, or the prototypes"
             " NVFP4Tensor or MXTensor in weight-only float4"
         )
-    dense = decode(codes, torch.float32)
+    dense = codes.decode(torch.float32)
     check_finite(dense, name)
     return Quantized(codes, make_residual(dense.zero_(), residual, residual_device), like)
 
 
-def _codes(tensor: Any) -> Codes | None:
+def _codes(tensor: Any) -> Format | None:
+    """Return codes with copies of the inner tensors of a matrix, or None if no format has this layout."""
     if tensor.ndim != 2:
         return None
-    if _torchao_prototypes.is_prototype(tensor):
-        views = _torchao_prototypes.codes_of(tensor)
-        return None if views is None else tree_map(_copy, views)
-    if isinstance(tensor, _torchao.Int8Tensor | _torchao.Float8Tensor):
-        if tensor.scale.shape != (tensor.shape[0], 1):
-            return None
-        format_type = Int8Codes if isinstance(tensor, _torchao.Int8Tensor) else Float8Codes
-        return format_type(_copy(tensor.qdata), _copy(tensor.scale))
-    if isinstance(tensor, _torchao.NF4Tensor) and tensor.shape[1] % 2 == 0:
-        inner = (tensor.quantized_data, tensor.quantized_scalers, tensor.quantization_factor, tensor.scaler_mean)
-        data, *scales = (_copy(part) for part in inner)
-        return NF4Codes(data.reshape(tensor.shape[0], -1), *scales)
+    for format_type in FORMATS.values():
+        codes = format_type.from_torchao(tensor)
+        if codes is not None:
+            return codes_from_tensors(codes.kind, map(_copy, codes))
     return None
 
 
@@ -139,48 +128,7 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
         return {
             name: to_torchao(param) if isinstance(param, LowRank) else param for name, param in unstack(params).items()
         }
-    base = _merged(params) if isinstance(params, LowRank) else params
-    if isinstance(base, Tensor):
-        return base
-    if len(shape := base_shape(base)) != 2:
-        raise ValueError(
-            f"`params` is a stack of shape {tuple(shape)}, which torchao does not support; call `unstack` first"
-        )
-    return _tensor(base.codes, base.like)
-
-
-def _merged(param: LowRank) -> LocalBase:
-    base, (b, a) = with_pending(param)
-    return fold_base(gather_base(base), b, a, rank=b.shape[-1], name="params")
-
-
-def _tensor(codes: Codes, like: Tensor) -> Tensor:
-    if isinstance(codes, Tensor):
-        return codes
-    if isinstance(codes, NF4Codes):
-        return _nf4_tensor(codes, like)
-    if isinstance(codes, NVFP4Codes | MXFP4Codes):
-        return _torchao_prototypes.tensor_of(codes, like)
-    block = [1, codes.codes.shape[1]]
-    if isinstance(codes, Float8Codes):
-        tensor: Tensor = _torchao.Float8Tensor(codes.codes, codes.scale, block_size=block, dtype=like.dtype)
-    else:
-        zero = torch.zeros_like(codes.scale, dtype=torch.int8)
-        tensor = _torchao.Int8Tensor(codes.codes, codes.scale, block, like.dtype, zero_point=zero)
-    return tensor
-
-
-def _nf4_tensor(codes: NF4Codes, like: Tensor) -> Tensor:
-    shape, blocks = base_shape(Quantized(codes, (), like)), len(codes.scales)
-    # torchao computes the context for a weight of this shape.
-    sizes = shape.numel() // blocks, blocks // len(codes.factor)
-    _, context = _torchao.to_nf4(codes.mean.new_zeros(shape), *sizes).__tensor_flatten__()
-    inner = {
-        "quantized_data": codes.codes.flatten(),
-        "scaler_mean": codes.mean,
-        "quantization_factor": codes.factor,
-        "quantized_scalers": codes.scales,
-        "nf4": torch.tensor(_nf4.VALUES, dtype=codes.mean.dtype, device=codes.mean.device),
-    }
-    tensor: Tensor = _torchao.NF4Tensor.__tensor_unflatten__(inner, context, None, None)
-    return tensor
+    if isinstance(params, LowRank):
+        folded, (b, a) = with_pending(params)
+        params = as_base(as_base(folded).gather()).fold(b, a, rank=b.shape[-1], name="params")
+    return as_base(params).to_torchao()

@@ -12,14 +12,12 @@ from dynlora_fn._core._stacking import Stack, find_stacks
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn._core._types import LowRank, Param
-from dynlora_fn.bases._base import dequantize, fold_base
+from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._fold import fold
-from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.bases._quantize import quantize_base
-from dynlora_fn.bases._quantized import Device, ResidualKind, base_shape, stack_bases
-from dynlora_fn.bases._sharded import gather_base
+from dynlora_fn.bases._residual import Device, ResidualKind, check_residual
+from dynlora_fn.bases._stacks import stack_bases
 from dynlora_fn.bases._torchao_tensors import from_torchao, is_torchao
-from dynlora_fn.bases._types import LocalBase
 from dynlora_fn.interop._targets import Target, Targets, as_matrices, select
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.parallel._shard import shard
@@ -96,6 +94,7 @@ def init(
     """
     if base is not None and base_dtype is not None:
         raise ValueError(f"`base` is {base!r} and `base_dtype` is {base_dtype}; pass only one of them")
+    check_residual(residual)
     module = model if isinstance(model, nn.Module) else None
     tensors = _tensors_of(model)
     selected = select(module, tensors, targets, rank, fused or {})
@@ -107,20 +106,18 @@ def init(
 
     def make(pattern: str, layers: Stack) -> Param:
         target, weight_dtype = selected.get(layers.members[0]), tensors[layers.members[0]].dtype
-        bases = [_as_base(name, read(name), target is not None, residual, residual_device) for name in layers.members]
+        bases = [_base_of(name, read(name), target is not None, residual, residual_device) for name in layers.members]
         stacked = stack_bases(bases, layers.shape)
         if target is None:
             assert isinstance(stacked, Tensor)
             return stacked
         matrices = _as_matrices(pattern, stacked, target, len(layers.shape))
-        seeds = _seeds(seed, layers.members, base_shape(matrices)[:-2], bases[0])
+        seeds = _seeds(seed, layers.members, as_base(matrices).shape[:-2], bases[0])
         # A base that is quantized afterwards is not rounded here, so that it is rounded only once.
         plain_dtype = base_dtype or (weight_dtype if base is None else widest(weight_dtype))
         param = _low_rank(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
-            quantized = quantize_base(
-                pattern, gather_base(with_pending(param).base), base, residual, residual_device, weight_dtype
-            )
+            quantized = quantize_base(pattern, param.base, base, residual, residual_device, weight_dtype)
             param = param._replace(base=quantized)
         return param
 
@@ -129,11 +126,11 @@ def init(
             params[pattern] = make(pattern, layers)
         else:  # each member is sharded before the next is read
             shards = [shard({pattern: make(pattern, Stack([name], ()))}, group)[pattern] for name in layers.members]
-            params[pattern] = stack_bases(shards, layers.shape)  # type: ignore[type-var]
+            params[pattern] = stack_bases(shards, layers.shape)
     return params
 
 
-def _as_matrices(name: str, weight: LocalBase, target: Target, stack_axes: int) -> LocalBase:
+def _as_matrices(name: str, weight: StoredBase, target: Target, stack_axes: int) -> StoredBase:
     if isinstance(weight, Tensor):
         return as_matrices(weight, target, stack_axes)
     if target.parts > 1 or target.is_spatial:
@@ -161,7 +158,7 @@ def _read(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapp
     raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 
 
-def _seeds(seed: int, names: list[str], stack: torch.Size, like: LocalBase) -> Tensor:
+def _seeds(seed: int, names: list[str], stack: torch.Size, like: StoredBase) -> Tensor:
     """Return a seed for each matrix of the stack, from the name of its weight and its position in that weight."""
     matrices = stack.numel() // len(names)
     seeds = [
@@ -188,12 +185,12 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _as_base(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> LocalBase:
+def _base_of(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> StoredBase:
     """Return a plain tensor unchanged, and one of torchao as a base, or dense where it is trained full-rank."""
     if not is_torchao(tensor):
         return tensor
     quantized = from_torchao(tensor, residual=residual, residual_device=residual_device, name=name)
-    return quantized if is_target else dequantize(quantized, tensor.dtype)
+    return quantized if is_target else quantized.dequantize(tensor.dtype)
 
 
 def _kind(tensor: Tensor) -> list[object]:
@@ -209,7 +206,7 @@ def _weight_seed(seed: int, name: str) -> int:
 
 def _low_rank(
     name: str,
-    weight: LocalBase,
+    weight: StoredBase,
     seed: Tensor,
     *,
     rank: int,
@@ -220,8 +217,8 @@ def _low_rank(
     slots = torch.arange(rank, device=seed.device)
     # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
     b_indices = (slots - rank // 2) % rank
-    shape = base_shape(weight)[-2:]
+    shape = as_base(weight).shape[-2:]
     (factors,) = basis_vectors([BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)])
     if isinstance(weight, Tensor):
         return LowRank(fold(weight, -factors.b, factors.a, rank=rank, dtype=base_dtype), factors, seed)
-    return LowRank(fold_base(weight, -factors.b, factors.a, rank=rank, name=name), factors, seed)
+    return LowRank(as_base(weight).fold(-factors.b, factors.a, rank=rank, name=name), factors, seed)

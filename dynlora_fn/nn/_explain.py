@@ -7,8 +7,7 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Param, Params
-from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.bases._types import Sharded
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
 
 _MOMENT_BYTES = 4  # for each entry of each of the two moments
@@ -106,10 +105,8 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
     path, trainable = cheapest_path(**sizes), _bytes(param.factors)
     entries = sum(leaf.numel() for leaf in tree_leaves(param.factors))
     weight = members * out_features * in_features
-    stored_base, _ = with_pending(param)
-    base = stored_base.base if isinstance(stored_base, Sharded) else stored_base
-    like = base if isinstance(base, Tensor) else base.like  # has the dtype that full-rank training would store
-    element_bytes = max(like.element_size(), param.factors.b.element_size(), 4)
+    weight_bytes = as_base(param.base).weight_dtype.itemsize  # as full-rank training would store it
+    element_bytes = max(weight_bytes, param.factors.b.element_size(), 4)
     return Cost(
         name=name,
         shape=tuple(param.shape),
@@ -122,7 +119,7 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
         gradient=trainable,
         # `count` and `frozen_for`, 4 bytes each, for each vector of both sides.
         optimizer=_MOMENT_BYTES * 2 * entries + 4 * 4 * members * rank,
-        full=weight * (2 * like.element_size() + 2 * _MOMENT_BYTES) + 4,
+        full=weight * (2 * weight_bytes + 2 * _MOMENT_BYTES) + 4,
         merged=0 if path == "factored" else out_features * in_features * element_bytes,
     )
 

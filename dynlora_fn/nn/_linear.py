@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dynlora_fn._core._dtypes import autocast_now
 from dynlora_fn._core._types import LowRank
-from dynlora_fn.bases._flatten import flatten_base
-from dynlora_fn.bases._pending import rank_with_pending, with_pending, without_pending
-from dynlora_fn.bases._types import Sharded
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._pending import rank_with_pending, with_pending
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path
 from dynlora_fn.nn._linear_functions import times_factored, times_merged
 
@@ -65,7 +64,7 @@ def linear(
     # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
     sharding = param.factor_sharding if path != "factored" else None
     base, factors = (param.base, param.factors) if sharding else with_pending(param)
-    layout, tensors = flatten_base(base)
+    layout, tensors = as_base(base).flatten()
     layout = layout._replace(factor_sharding=astuple(sharding) if sharding else None)
     codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
@@ -86,4 +85,4 @@ def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:
     out_features, in_features = param.shape
     rank, tokens = rank_with_pending(param), prod(x.shape[:-1])
     path = cheapest_path(tokens=tokens, out_features=out_features, in_features=in_features, rank=rank)
-    return "merged" if path == "factored" and isinstance(without_pending(param), Sharded) else path
+    return "merged" if path == "factored" and as_base(param.base).sharding else path

@@ -9,8 +9,10 @@ from torch.nn import functional
 
 from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
-from dynlora_fn.bases._base import dequantize
 from dynlora_fn.bases._flatten import Layout, gather_codes
+from dynlora_fn.bases._formats import codes_from_tensors
+from dynlora_fn.bases._ops import dequantize
+from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.bases._sharded_factors import gather_factors, scatter_gradients
 
 
@@ -35,7 +37,7 @@ def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout:
 
 
 def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tensor]) -> Tensor:
-    merge_dtype = widest(b.dtype, x.dtype, codes[0].dtype if layout.kind == "plain" else torch.float32)
+    merge_dtype = widest(b.dtype, x.dtype, codes_from_tensors(layout.kind, codes).sum_dtype)
     left, right = (a.mT, b.mT) if layout.is_transposed else (b, a)
     return torch.addmm(
         _dense(layout, codes, merge_dtype), left.to(merge_dtype), right.to(merge_dtype), alpha=1 / b.shape[-1]
@@ -60,10 +62,8 @@ def _scatter_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
 
 
 def _refuse_sharded(layout: Layout, transform: str) -> None:
-    if _factor_sharding(layout) is not None:
-        raise NotImplementedError(
-            f"`params` has sharded factors, which {transform} does not support; gather them with `unshard`"
-        )
+    if layout.factor_sharding:
+        refuse(f"{transform}, sharded factors")
 
 
 # Dynamo rejects an autograd Function that defines `jvp`. `allow_in_graph` leaves it to AOTAutograd, which traces it
@@ -128,14 +128,14 @@ class _Merged(torch.autograd.Function):
 
         The members of an ensemble share the base, and per-sample gradients share the full weight.
         """
-        _refuse_sharded(layout, "`torch.vmap`")
+        _refuse_sharded(layout, "vmap")
         in_dims = (*in_dims[:4], None, *in_dims[6:])
         return torch.vmap(times_factored, in_dims=in_dims)(x, b, a, bias, layout, *codes), 0
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
         x, b, a, *codes = ctx.saved_tensors
-        _refuse_sharded(ctx.layout, "forward-mode differentiation")
+        _refuse_sharded(ctx.layout, "forward mode")
         rank = b.shape[-1]
         terms = [
             None if x_tangent is None else times_factored(x_tangent, b, a, None, ctx.layout, *codes),

@@ -25,9 +25,8 @@ from torch import Tensor
 from dynlora_fn._core._stacking import unbind
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank
-from dynlora_fn.bases._base import dequantize
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.bases._types import Deferred, Quantized, Transposed
 from dynlora_fn.switching._weight import materialize
 
 ROWS, COLUMNS = -2, -1
@@ -93,26 +92,19 @@ def _unbind_last(param: LowRank) -> tuple[LowRank, ...]:
 
 def dense_base(param: LowRank) -> Tensor:
     """Return the base that products use as a detached tensor, dequantized if it is in low precision."""
-    base = param.base
-    assert not isinstance(base, Deferred)
-    return (base if isinstance(base, Tensor) else dequantize(base, param.factors.b.dtype)).detach()
+    return as_base(param.base).as_tensor(param.factors.b.dtype).detach()
 
 
 def transposed(view: View) -> View:
-    """Return the transposed weight, ``base.mT + a.mT @ b.mT / rank``."""
+    """Return the transposed weight, ``base.mT + a.mT @ b.mT / rank``.
+
+    Codes are only marked as transposed, and dequantized for each product.
+    """
     parts = tuple(
-        LowRank(_transposed_base(part.base), Factors(part.factors.a.mT, part.factors.b.mT), part.seed)
+        LowRank(as_base(part.base).transposed(), Factors(part.factors.a.mT, part.factors.b.mT), part.seed)
         for part in view.parts
     )
     return view._replace(parts=parts, axis=COLUMNS if view.axis == ROWS else ROWS)
-
-
-def _transposed_base(base: Any) -> Any:
-    """Return the transposed base. Codes are only marked as transposed, and dequantized for each product."""
-    if isinstance(base, Transposed):
-        return base.base
-    codes = base.codes if isinstance(base, Quantized) else base
-    return codes.mT.detach() if isinstance(codes, Tensor) else Transposed(base)
 
 
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:

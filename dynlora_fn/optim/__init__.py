@@ -11,10 +11,14 @@ from dynlora_fn.optim._compensate import compensate as compensate
 from dynlora_fn.optim._compensate import project_gradients as project_gradients
 from dynlora_fn.optim._eight_bit import SignedMoment as SignedMoment
 from dynlora_fn.optim._eight_bit import UnsignedMoment as UnsignedMoment
+from dynlora_fn.optim._freeze import FreezeState as FreezeState
+from dynlora_fn.optim._freeze import freeze_counterparts as freeze_counterparts
 from dynlora_fn.optim._multi import multi_transform as multi_transform
 from dynlora_fn.optim._muon import muon as muon
-from dynlora_fn.optim._project_state import Change as Change
+from dynlora_fn.optim._project_factors import Change as Change
 from dynlora_fn.optim._project_state import project_optimizer_state as project_optimizer_state
+from dynlora_fn.optim._roles import Role as Role
+from dynlora_fn.optim._roles import register_state as register_state
 from dynlora_fn.optim._sgd_lion import MomentumState as MomentumState
 from dynlora_fn.optim._sgd_lion import lion as lion
 from dynlora_fn.optim._sgd_lion import sgd as sgd

@@ -10,22 +10,31 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_leaf
-from dynlora_fn._core._types import Factors, Trainable
+from dynlora_fn._core._types import Trainable, is_factors
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moment, encode_moments
-from dynlora_fn.optim._freeze import count_down, no_vectors_frozen, zero_counts, zero_frozen
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, zero_moments
+from dynlora_fn.optim._freeze import FreezeState, freeze_counterparts, zero_counts
+from dynlora_fn.optim._roles import register_state
+from dynlora_fn.optim._transform import (
+    Rate,
+    Transform,
+    Tree,
+    Updates,
+    rate_of,
+    refuse_decay_of_factors,
+    zero_moments,
+)
 
 
 class AdamWState(NamedTuple):
-    """Store the state of `adamw`. All trees mirror the trainable parameters.
-
-    "Per vector" means ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``, which broadcasts against the factors.
-    """
+    """Store the state of `adamw` inside its `FreezeState`. All trees mirror the trainable parameters."""
 
     mu: Tree  # mean of the gradients: float32, the parameter's dtype if that is wider, or 8 bit
     nu: Tree  # mean of the squared gradients, in the same dtypes
-    count: Tree  # type: ignore[assignment]  # int32, updates so far: per vector for factors, 0-d for full-rank tensors
-    frozen_for: dict[str, Factors]  # int32, per vector: updates for which the vector stays frozen
+    # int32, updates so far: 0-d for full-rank tensors, else ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``
+    count: Tree  # type: ignore[assignment]
+
+
+register_state(AdamWState, {"mu": "first_moment", "nu": "second_moment", "count": "count"})
 
 
 def adamw(
@@ -33,6 +42,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    factor_decay: float = 0.0,
     moments: Literal["float32", "8bit"] = "float32",
 ) -> Transform:
     """Create AdamW with a step count for every factor vector.
@@ -42,29 +52,35 @@ def adamw(
         mu = betas[0] * mu + (1 - betas[0]) * grad
         nu = betas[1] * nu + (1 - betas[1]) * grad**2
         direction = mu / (1 - betas[0]**n) / (sqrt(nu / (1 - betas[1]**n)) + eps)
-        updates = -lr * (direction + weight_decay * trainable)
+        updates = -lr * (direction + decay * trainable)
 
     `project_optimizer_state` resets vectors one at a time, so each vector needs its count for the bias correction.
-    A frozen vector gets a zero gradient. Right after a reset only weight decay moves it, while its count runs on.
+    A frozen vector does not move (see `freeze_counterparts`), while its count runs on.
     Bias correction therefore starts it gently once it thaws: at 0.52 of a full step after 5 updates with the default
     betas. SwitchLoRA's implementation does the same (rule "reset"). Rule "reset_thawed" restarts the count at the thaw.
 
     Args:
         betas: The decay rates of the mean gradient and of the mean squared gradient, each in [0, 1).
-        eps: The number added to the denominator. With 0, a vector that has never had a gradient moves by 0 / 0. That
-            includes a frozen one.
-        weight_decay: The decoupled weight decay. It applies to frozen vectors too.
+        eps: The number added to the denominator. With 0, a vector that has never had a gradient moves by 0 / 0, unless
+            it is frozen.
+        weight_decay: The decoupled decay of full-rank tensors. A low-rank weight cannot be decayed through its factors:
+            decay it with `dl.optim.decay`.
+        factor_decay: The decoupled decay of each factor, as PEFT has it with `torch.optim.AdamW`. It is not the decay
+            of the weight: it pulls the weight to its base. Frozen vectors decay too. Use it for LoRA without switches.
         moments: "float32", or "8bit" to store both moments between updates as torchao's OptimState8bit does
             (arXiv:2110.02861), in `SignedMoment` and `UnsignedMoment`. That takes 1 byte for each number. Tensors of
             fewer than 4,096 numbers, or of a size that is no multiple of 256, stay in full precision. A reset of
             8-bit moments is exact.
 
     Returns:
-        The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name. With
-        a tensor, a new learning rate does not recompile a compiled step.
+        The optimizer. Its state is a `FreezeState` around an `AdamWState`. The `lr` of its `update` is a number, a 0-d
+        tensor, or a dict of either by parameter name. With a tensor, a new learning rate does not recompile a compiled
+        step.
 
     Raises:
-        ValueError: If `betas`, `eps`, `weight_decay` or `moments` is out of range.
+        ValueError: If `betas`, `eps`, `weight_decay`, `factor_decay` or `moments` is out of range. In `init` and
+            `update`, if `weight_decay` is not 0 and `trainable` has factors. In `update`, if `grads` does not have the
+            names and shapes of `trainable`.
 
     Numerics: Moments, bias corrections and updates are float32, or the parameter's dtype if that is wider. In bfloat16
     ``nu * 0.999`` would round to ``nu``. With 8-bit moments, an update reads the new moments before they are rounded.
@@ -81,27 +97,27 @@ def adamw(
         raise ValueError(f"`moments` must be 'float32' or '8bit', got {moments!r}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"`betas` must be in [0, 1), got {betas}")
-    if not eps >= 0:
-        raise ValueError(f"`eps` must be at least 0, got {eps}")
-    if not weight_decay >= 0:
-        raise ValueError(f"`weight_decay` must be at least 0, got {weight_decay}")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("factor_decay", factor_decay)):
+        if not value >= 0:
+            raise ValueError(f"`{name}` must be at least 0, got {value}")
 
     def init(trainable: Trainable) -> AdamWState:
+        refuse_decay_of_factors(weight_decay, trainable)
         counts = {name: zero_counts(leaf) for name, leaf in trainable.items()}
         if moments == "8bit":
             mu = tree_map(partial(empty_moment, kind=SignedMoment), dict(trainable))
             nu = tree_map(partial(empty_moment, kind=UnsignedMoment), dict(trainable))
         else:
             mu, nu = (zero_moments(trainable) for _ in range(2))
-        return AdamWState(mu, nu, counts, no_vectors_frozen(trainable))
+        return AdamWState(mu, nu, counts)
 
     def update(
         grads: Trainable, opt_state: AdamWState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
-        grads = zero_frozen(grads, opt_state.frozen_for)
+        refuse_decay_of_factors(weight_decay, trainable)
         mu, nu = (decode_moments(tree) if moments == "8bit" else tree for tree in (opt_state.mu, opt_state.nu))
-        mu = tree_map(lambda m, g: m * betas[0] + g.to(m.dtype) * (1 - betas[0]), mu, grads)
-        nu = tree_map(lambda v, g: v * betas[1] + g.to(v.dtype).square() * (1 - betas[1]), nu, grads)
+        mu = tree_map(lambda m, g: m * betas[0] + g.to(m.dtype) * (1 - betas[0]), mu, dict(grads))
+        nu = tree_map(lambda v, g: v * betas[1] + g.to(v.dtype).square() * (1 - betas[1]), nu, dict(grads))
         count = tree_map(lambda c: c + 1, opt_state.count)
 
         def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
@@ -116,9 +132,32 @@ def adamw(
         }
         if moments == "8bit":
             mu, nu = encode_moments(mu, opt_state.mu), encode_moments(nu, opt_state.nu)
-        return Updates(updates, AdamWState(mu, nu, count, count_down(opt_state.frozen_for)))
+        return Updates(updates, AdamWState(mu, nu, count))
 
-    return Transform(init, update)
+    transform = freeze_counterparts(Transform(init, update))
+    return _decay_factors(transform, factor_decay) if factor_decay else transform
+
+
+def _decay_factors(inner: Transform, factor_decay: float) -> Transform:
+    """Add the decay of each factor to the directions of `inner`, before both are multiplied by the learning rate."""
+
+    def update(
+        grads: Trainable, opt_state: FreezeState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
+    ) -> Updates:
+        directions, opt_state = inner.update(grads, opt_state, trainable, lr=-1.0)  # -lr is 1, which changes no bit
+
+        def step(rate: Rate, decay: float, direction: Tensor, param: Tensor) -> Tensor:
+            return -rate * (direction + decay * param.to(direction.dtype) if decay else direction)
+
+        updates = {
+            name: map_leaf(
+                partial(step, rate_of(lr, name), factor_decay if is_factors(leaf) else 0.0), directions[name], leaf
+            )
+            for name, leaf in trainable.items()
+        }
+        return Updates(updates, opt_state)
+
+    return Transform(inner.init, update)
 
 
 def _bias_correction(beta: float, count: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
-from dynlora_fn.bases._base import fold_base
-from dynlora_fn.bases._types import Base, Deferred, Sharded
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
 from dynlora_fn.optim._transform import Rate, rate_of
 
@@ -59,9 +59,9 @@ def _project_gradient(name: str, grad: Tensor, param: Param) -> Factors | Tensor
 
 
 def _whole_factors(name: str, param: LowRank) -> Factors:
-    if isinstance(param.factors, Factors):
-        return param.factors
-    raise ValueError(f"{name!r} must have whole factors for gradients of dense weights; shard only the base")
+    if not isinstance(param.factors, Factors):
+        refuse("dense gradients, sharded factors", name=name)
+    return param.factors
 
 
 @overload
@@ -154,20 +154,8 @@ def _compensate(name: str, param: LowRank, grad: Tensor, lr: Rate, normalize: No
             change = orthogonalize(outside) * sqrt(max(param.shape[-2:]))
         else:
             change = divide_by_norm(outside, dim=-1) * sqrt(param.shape[-1])
-        base = _subtract(param.base, lr * change, name=name)
+        base = as_base(param.base).add(-(lr * change), name=name)
     return param._replace(base=base)
-
-
-def _subtract(base: Base, change: Tensor, *, name: str) -> Base:
-    if isinstance(base, Tensor):
-        return (base - change).to(base.dtype)
-    if isinstance(base, Deferred):  # folded at once: pending folds are low-rank, and `change` is not
-        return base._replace(base=_subtract(base.base, change, name=name))  # type: ignore[arg-type]
-    if isinstance(base, Sharded):
-        local_change = change[..., base.sharding.local_rows, :]
-        return base._replace(base=_subtract(base.base, local_change, name=name))  # type: ignore[arg-type]
-    identity = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
-    return fold_base(base, -change, identity.expand(*change.shape[:-2], -1, -1), rank=1, name=name)
 
 
 def _outside_span(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:

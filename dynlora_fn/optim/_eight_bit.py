@@ -64,7 +64,7 @@ def decode_moments(tree: Any) -> Any:
     def decode(leaf: Any) -> Any:
         return decode_8bit(leaf.codes, _table(leaf), leaf.scale) if isinstance(leaf, _Moment) else leaf
 
-    return tree_map(decode, tree, is_leaf=_is_moment)
+    return tree_map(decode, tree, is_leaf=is_eight_bit)
 
 
 def encode_moments(tree: Any, like: Any) -> Any:
@@ -75,7 +75,7 @@ def encode_moments(tree: Any, like: Any) -> Any:
             return leaf
         return type(old)(*encode_8bit(leaf.contiguous(), _table(old), _BLOCK))
 
-    return tree_map(encode, like, tree, is_leaf=_is_moment)
+    return tree_map(encode, like, tree, is_leaf=is_eight_bit)
 
 
 def reset_moment(moment: _Moment, is_reset: Tensor) -> _Moment:
@@ -87,5 +87,11 @@ def reset_moment(moment: _Moment, is_reset: Tensor) -> _Moment:
     return type(moment)(torch.where(is_reset, zero, moment.codes.int()).to(torch.uint8), moment.scale)
 
 
-def _is_moment(leaf: Any) -> bool:
+def moment_shape(moment: Any) -> tuple[int, ...]:
+    """Return the shape of a moment, in 8 bit or not."""
+    return tuple((moment.codes if is_eight_bit(moment) else moment).shape)
+
+
+def is_eight_bit(leaf: Any) -> bool:
+    """Return whether a moment is in 8 bit."""
     return isinstance(leaf, _Moment)

@@ -1,43 +1,110 @@
-"""Freeze factor vectors for some updates by setting their gradients to zero."""
+"""Freeze factor vectors for some updates, around any optimizer."""
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_leaf
-from dynlora_fn._core._types import AnyFactors, Factors, Trainable, is_factors
-from dynlora_fn.optim._transform import Tree
+from dynlora_fn._core._types import Factors, Trainable, is_factors
+from dynlora_fn.optim._roles import register_state
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_gradients
 
 
-def no_vectors_frozen(trainable: Trainable) -> dict[str, Factors]:
-    """Return counters of the remaining frozen updates of each vector, all zero."""
-    return {name: Factors(*zero_counts(leaf)) for name, leaf in trainable.items() if is_factors(leaf)}
+class FreezeState(NamedTuple):
+    """Store the state of `freeze_counterparts`."""
+
+    inner: Any  # the state of the wrapped optimizer
+    # int32, ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``: updates for which each vector stays frozen
+    frozen_for: dict[str, Factors]
 
 
-def count_down(frozen_for: Mapping[str, Factors]) -> dict[str, Factors]:
+register_state(FreezeState, {"frozen_for": "frozen_for"})
+
+
+def freeze_counterparts(inner: Transform) -> Transform:
+    """Wrap an optimizer so that it does not move frozen vectors.
+
+    The wrapped optimizer gets a zero gradient for a frozen vector, and its update of the vector is replaced by zero.
+    So a vector does not move for exactly as many updates as `project_optimizer_state` sets after a switch, whatever
+    the optimizer does with the vector's state (arXiv:2406.06564, section 3.3). `adamw`, `sgd`, `lion` and `muon` are
+    already wrapped. To freeze the vectors of a chain of transforms, wrap the chain, not its members.
+
+    Args:
+        inner: The optimizer. Its state may be of any kind that `project_optimizer_state` can project.
+
+    Returns:
+        The optimizer, with a `FreezeState`.
+
+    Raises:
+        ValueError: In `update`, if the names or shapes of `grads` are not those of `trainable`.
+
+    Example: Gradients without any other optimizer.
+        >>> import torch
+        >>> from dynlora_fn.optim import Transform, Updates
+        >>> plain = Transform(
+        ...     init=lambda trainable: None,
+        ...     update=lambda grads, opt_state, trainable, *, lr: Updates(grads, opt_state),
+        ... )
+        >>> optimizer = freeze_counterparts(plain)
+        >>> trainable = {"w": Factors(b=torch.ones(1, 2), a=torch.ones(2, 1))}
+        >>> opt_state = optimizer.init(trainable)
+        >>> opt_state.frozen_for["w"].b[0, 1] = 1  # freeze b[:, 1] for one update
+        >>> for _ in range(2):
+        ...     updates, opt_state = optimizer.update(trainable, opt_state, trainable, lr=0.1)
+        ...     print(updates["w"].b)
+        tensor([[1., 0.]])
+        tensor([[1., 1.]])
+    """
+
+    def init(trainable: Trainable) -> FreezeState:
+        return FreezeState(inner.init(trainable), _no_vectors_frozen(trainable))
+
+    def update(
+        grads: Trainable, opt_state: FreezeState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
+    ) -> Updates:
+        check_gradients(grads, trainable)
+        frozen_for = opt_state.frozen_for
+        updates, inner_state = inner.update(zero_frozen(grads, frozen_for), opt_state.inner, trainable, lr=lr)
+        return Updates(zero_frozen(updates, frozen_for), FreezeState(inner_state, _count_down(frozen_for)))
+
+    return Transform(init, update)
+
+
+def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, Factors]) -> Tree:
+    """Return gradients or updates with zeros for frozen vectors."""
+    return {
+        name: map_leaf(_zero_where_frozen, leaf, frozen_for[name]) if is_factors(leaf) else leaf
+        for name, leaf in tree.items()
+    }
+
+
+def zero_counts(leaf: Any) -> Factors | Tensor:
+    """Return int32 zeros: one for each vector of factors, one for a full-rank tensor.
+
+    The counts of sharded factors are not sharded.
+    """
+    if not is_factors(leaf):
+        return torch.zeros((), dtype=torch.int32, device=leaf.device)
+    (*stack, _, rank), zeros = leaf.b.shape, leaf.b.new_zeros
+    return Factors(
+        b=zeros((*stack, 1, rank), dtype=torch.int32),
+        a=zeros((*stack, rank, 1), dtype=torch.int32),
+    )
+
+
+def _no_vectors_frozen(trainable: Trainable) -> dict[str, Factors]:
+    counts = {name: zero_counts(leaf) for name, leaf in trainable.items()}
+    return {name: leaf for name, leaf in counts.items() if isinstance(leaf, Factors)}
+
+
+def _count_down(frozen_for: Mapping[str, Factors]) -> dict[str, Factors]:
     """Return the counters after one update. They stop at zero."""
     remaining: dict[str, Factors] = tree_map(lambda leaf: (leaf - 1).clamp(min=0), dict(frozen_for))
     return remaining
 
 
-def zero_frozen(grads: Trainable, frozen_for: Mapping[str, Factors]) -> Tree:
-    """Return the gradients with zeros for frozen vectors."""
-    return {
-        name: map_leaf(_freeze, grad, frozen_for[name]) if is_factors(grad) else grad for name, grad in grads.items()
-    }
-
-
-def zero_counts(leaf: AnyFactors | Tensor) -> Factors | Tensor:
-    """Return int32 zeros: one for each vector of factors, one for a full-rank tensor."""
-    if isinstance(leaf, Tensor):
-        return torch.zeros((), dtype=torch.int32, device=leaf.device)
-    return Factors(
-        b=torch.zeros_like(leaf.b[..., :1, :], dtype=torch.int32),
-        a=torch.zeros_like(leaf.a[..., :1], dtype=torch.int32),
-    )
-
-
-def _freeze(grad: Tensor, frozen_for: Tensor) -> Tensor:
-    return torch.where(frozen_for > 0, 0, grad)
+def _zero_where_frozen(side: Tensor, frozen_for: Tensor) -> Tensor:
+    return torch.where(frozen_for > 0, 0, side)

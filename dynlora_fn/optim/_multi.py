@@ -29,14 +29,15 @@ def multi_transform(
 
     Example: Muon for the factors, AdamW for all other parameters.
         >>> import torch
+        >>> from torch import Tensor
         >>> from dynlora_fn import Factors
         >>> from dynlora_fn.optim import adamw, muon
         >>> optimizer = multi_transform(
         ...     {"muon": muon(), "adamw": adamw()},
-        ...     lambda name, leaf: "adamw" if isinstance(leaf, torch.Tensor) else "muon",
+        ...     lambda name, leaf: "adamw" if isinstance(leaf, Tensor) else "muon",
         ... )
         >>> state = optimizer.init({"w": Factors(b=torch.ones(3, 1), a=torch.ones(1, 2)), "bias": torch.ones(3)})
-        >>> [list(inner.mu) for inner in state.values()]
+        >>> [list(each.inner.mu) for each in state.values()]
         [['w'], ['bias']]
     """
 

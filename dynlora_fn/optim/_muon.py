@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import AnyFactors, Factors, ShardedFactors, Trainable, is_factors
-from dynlora_fn.optim._freeze import count_down, zero_frozen
+from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, is_factors
+from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._newton_schulz import orthogonalize, orthogonalize_shards
 from dynlora_fn.optim._sgd_lion import MomentumState, check_decay, init_momentum
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, refuse_decay_of_factors
 
 _DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent vectors do not move further
 _MAX_RELATIVE_STEP = 0.1  # of the sum of both factors' norms
@@ -40,23 +40,27 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     with AdamW's for factors. Orthogonalizing `b` as a matrix would make a long step wherever a vector of `a` is long.
     LoRA-Muon (arXiv:2606.12921) takes the same step.
 
-    Only weight decay moves a frozen vector. One update moves a factor by at most a tenth of the sum of both factors'
-    Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a` would otherwise have
-    no limit. Embedding, head and norms do better with AdamW: see `multi_transform`.
+    A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
+    of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
+    would otherwise have no limit. Embedding, head and norms do better with AdamW: see `multi_transform`.
 
     Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs for each update. For sharded factors
     four (rank, rank) matrices of each weight are all-reduced.
 
     Args:
         momentum: The decay rate of the moment, in [0, 1).
-        weight_decay: The decoupled weight decay.
+        weight_decay: The decoupled weight decay of full-rank tensors. A low-rank weight cannot be decayed through its
+            factors: decay it with `dl.optim.decay`.
 
     Returns:
-        The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name. For
-        sharded factors `update` is collective: call it on every process.
+        The optimizer. Its state is a `FreezeState` around a `MomentumState`. The `lr` of its `update` is a number, a
+        0-d tensor, or a dict of either by parameter name. For sharded factors `update` is collective: call it on every
+        process.
 
     Raises:
-        ValueError: If `momentum` is not in [0, 1). In `update`, if a full-rank tensor has fewer than two axes.
+        ValueError: If `momentum` is not in [0, 1). In `init` and `update`, if `weight_decay` is not 0 and `trainable`
+            has factors. In `update`, if a full-rank tensor has fewer than two axes, or `grads` does not have the names
+            and shapes of `trainable`.
 
     Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider. `orthogonalize` is a
     polynomial: singular values of at least a hundredth of the matrix's norm end between 0.68 and 1.14, smaller ones
@@ -64,6 +68,7 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
 
     Example:
         >>> import torch
+        >>> from dynlora_fn import Factors
         >>> optimizer = muon()
         >>> trainable = {"w": Factors(b=torch.eye(4, 2), a=torch.eye(2, 3))}
         >>> grads = {"w": Factors(b=torch.ones(4, 2), a=torch.ones(2, 3))}
@@ -76,21 +81,21 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
-        grads = zero_frozen(grads, opt_state.frozen_for)
-        mu: Tree = tree_map(lambda m, g: momentum * m + g.to(m.dtype), opt_state.mu, grads)
-        directions: Tree = tree_map(lambda m, g: g.to(m.dtype) + momentum * m, mu, grads)
+        refuse_decay_of_factors(weight_decay, trainable)
+        mu: Tree = tree_map(lambda m, g: momentum * m + g.to(m.dtype), opt_state.mu, dict(grads))
+        directions: Tree = tree_map(lambda m, g: g.to(m.dtype) + momentum * m, mu, dict(grads))
         updates: Tree = {}
         for name, leaf in trainable.items():
             rate, direction = rate_of(lr, name), directions[name]
             if is_factors(leaf):
-                direction = _factor_directions(direction, leaf, rate, opt_state.frozen_for[name])
+                direction = _factor_directions(direction, leaf, rate)
             else:
                 direction = _matrix_direction(name, direction)
             decayed = tree_map(lambda step, param: step + weight_decay * param.to(step.dtype), direction, leaf)
             updates[name] = tree_map(partial(_scale, rate), decayed)
-        return Updates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
+        return Updates(updates, MomentumState(mu))
 
-    return Transform(init_momentum, update)
+    return freeze_counterparts(Transform(partial(init_momentum, weight_decay=weight_decay), update))
 
 
 def _scale(rate: Rate, direction: Tensor) -> Tensor:
@@ -106,11 +111,10 @@ def _matrix_direction(name: str, direction: Tensor) -> Tensor:
     return orthogonalize(direction) * sqrt(max(direction.shape[-2:]))
 
 
-def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate, frozen_for: Factors) -> AnyFactors:
-    """Return the directions of both factors before weight decay.
+def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate) -> AnyFactors:
+    """Return the directions of both factors. Their norms are limited.
 
-    Their norms are limited, and they are zero for frozen vectors. The Gram matrices of sharded factors are summed over
-    the processes.
+    The Gram matrices of sharded factors are summed over the processes.
     """
     sharding = factors.sharding if isinstance(factors, ShardedFactors) else None
     b, a = factors.b.to(directions.b.dtype), factors.a.to(directions.a.dtype)
@@ -133,8 +137,7 @@ def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate, 
     norm_b, norm_a, norm_step_b, norm_step_a = sum_over_processes(torch.stack(squares)).sqrt()
     max_norm = _MAX_RELATIVE_STEP * (norm_b + norm_a) / rate
     return directions._replace(
-        b=torch.where(frozen_for.b > 0, 0, _limit_norm(step_b, norm_step_b, max_norm)),
-        a=torch.where(frozen_for.a > 0, 0, _limit_norm(step_a, norm_step_a, max_norm)),
+        b=_limit_norm(step_b, norm_step_b, max_norm), a=_limit_norm(step_a, norm_step_a, max_norm)
     )
 
 

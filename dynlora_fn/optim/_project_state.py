@@ -1,40 +1,16 @@
-"""Apply a switch to the optimizer state: rules for the vectors' counterparts."""
+"""Apply a switch to the optimizer state."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import TypeVar, get_args
 
-from torch import Tensor
+from dynlora_fn._core._types import Plan, Plans, Trainable
+from dynlora_fn.optim._project_factors import Change, Context, Rule
+from dynlora_fn.optim._roles import Roles, check_roles
+from dynlora_fn.optim._search_state import project_state
 
-from dynlora_fn._core._tree import map_leaf
-from dynlora_fn._core._types import AnyFactors, Factors, LowRank, Params, Plan, Plans, Trainable, is_factors
-from dynlora_fn.optim._eight_bit import decode_moments
-from dynlora_fn.optim._state_rules import counterparts, is_pruned, replace_where, reset, transport
-
-Rule: TypeAlias = Literal["reset", "reset_thawed", "keep", "prune", "transport"]
 State = TypeVar("State")
 
-# The names of the mean gradient here, in torch.optim, in torchopt and in optax.
-_FIRST_MOMENTS = {"mu", "exp_avg", "momentum_buffer", "trace", "velocity", "m"}
-
-
-class Change(NamedTuple):
-    """Store the parameters before and after a switch, for the rule "transport"."""
-
-    before: Params
-    after: Params
-
-
-class _Context(NamedTuple):
-    """Everything except the leaf that the new value of a leaf depends on."""
-
-    plan: Plans
-    rule: Rule
-    prune: float
-    change: Change | None
-    leaves: list[tuple[str, str]]  # name and side of each leaf of the trainable tree, for states that number them
-    projected: set[str]  # names of planned parameters that the rule was applied to
-    first_moments: dict[str, AnyFactors]  # by name, collected for "prune"
+# What the rules need that do not apply to every field.
+_NEEDED = {"prune": ("a moment", "use another rule"), "transport": ("a first moment", "use another rule")}
 
 
 def project_optimizer_state(
@@ -45,6 +21,7 @@ def project_optimizer_state(
     prune: float = 0.99,
     change: Change | None = None,
     trainable: Trainable | None = None,
+    roles: Roles | None = None,
 ) -> State:
     """Apply a rule to the optimizer state of the switched vectors' counterparts.
 
@@ -60,33 +37,38 @@ def project_optimizer_state(
     "reset_thawed"  As "reset", but the count starts at the thaw, so that the first update is a full one.
     "keep"          The state does not change.
     "prune"         The first moment loses a share of `prune` of its entries, the smallest in magnitude
-                    (arXiv:2307.05695). Other moments lose such entries only where the first moment loses them. An entry
-                    without its second moment would move by its first moment over `eps`.
+                    (arXiv:2307.05695). Second moments lose such entries only where the first moment loses them. An
+                    entry without its second moment would move by its first moment over `eps`.
     "transport"     The first moment becomes what it would have been with the new vectors, as far as it determines that.
                     With ``mu_b = G a.T / rank`` for an unknown G, ``mu_b (a a.T)^-1 a a_new.T`` is the moment of the G
                     of least norm. `mu_a` is treated in the same way. All other state is kept.
     ==============  ==================================================================================================
 
     Args:
-        opt_state: The state, a tree of tuples, dicts and lists. It contains dicts by parameter name, whose `Factors`
-            have the shapes ``(..., rank)`` on side b and ``(..., rank, .)`` on side a, as in `AdamWState`. Integer
-            leaves are counts. First moments are called mu, exp_avg, momentum_buffer, trace, velocity or m. Dicts in a
-            field or under a key called ``frozen_for`` are set to the plan's number of updates. With `trainable`, also
-            a state that numbers its tensors: the state dict of a `torch.optim.Optimizer`, or lists of all tensors as
-            in torchopt. Their counts belong to whole tensors and do not change.
+        opt_state: The state. It is searched through dicts, lists, tuples and dataclasses, which keep their types. What
+            a field means is declared by its type (see `register_state`) or by `roles`, and never read from the
+            name of a parameter or label. A field with a role contains dicts by parameter name. The state dict of a
+            `torch.optim.Optimizer` and the states of torchopt are known. Their counts belong to whole tensors and do
+            not change.
         plan: The plans by name.
         rule: One of the rules in the table.
         prune: The share in [0, 1] of the counterparts' entries, in one moment and side of a weight, that become zero.
         change: The parameters before and after the switch, for "transport" only.
-        trainable: The trainable parameters in the optimizer's order, if the state is by number instead of by name.
+        trainable: The trainable parameters. If they are passed, moments must have their shapes. They are required where
+            tensors are numbered. For `torch.optim` they have the order of the optimizer, unless its tensors are named
+            "w.b" and "w.a". For torchopt they are what the optimizer was initialized with.
+        roles: The roles of the fields of your own states. A key of `roles` is the field or key directly above the dict
+            by parameter name. It is needed only where no type declares a role. Default None means none.
 
     Returns:
         The new state, with the structure, shapes and dtypes of the old one.
 
     Raises:
-        ValueError: If `plan` is not by name, `rule` is unknown, or `prune` is not in [0, 1]. If `change` is missing for
-            "transport" or passed with another rule. If the state has no factors of a planned parameter, or for
-            "transport" no first moment, or an 8-bit one.
+        ValueError: If `plan` is not by name, `rule` or a role is unknown, or `prune` is not in [0, 1]. If `change` is
+            missing for "transport" or passed with another rule. If a place in the state has factors, a matrix or an
+            unknown object without a role, or factors whose shapes do not fit their role. If the state has no factors
+            of a planned parameter, for "prune" no moment, or for "transport" no first moment or one in 8 bit. For
+            "prune" and "transport", if factors are sharded.
 
     Numerics: "transport" is computed in float32 or a wider dtype of the factors, and rounded to the moment's dtype. All
     other rules are exact.
@@ -94,13 +76,13 @@ def project_optimizer_state(
     Example:
         >>> import torch
         >>> from dynlora_fn import Factors, Plan, SidePlan
-        >>> from dynlora_fn.optim import sgd
         >>> trainable = {"w": Factors(b=torch.ones(3, 2), a=torch.ones(2, 3))}
-        >>> opt_state = sgd().init(trainable)._replace(mu=trainable)
+        >>> opt_state = {"velocity": trainable, "step": 7}
         >>> side = SidePlan(slots=torch.tensor([1]), indices=torch.tensor([2]), active=torch.tensor([True]))
         >>> none = side._replace(active=torch.tensor([False]))
         >>> plan = {"w": Plan(b=none, a=side, frozen_for=torch.tensor(5))}  # a[1] is switched
-        >>> project_optimizer_state(opt_state, plan).mu["w"].b  # so the moment of b[:, 1] is reset
+        >>> new = project_optimizer_state(opt_state, plan, roles={"velocity": "first_moment"})
+        >>> new["velocity"]["w"].b  # so the moment of b[:, 1] is reset
         tensor([[1., 0.],
                 [1., 0.],
                 [1., 0.]])
@@ -113,102 +95,12 @@ def project_optimizer_state(
         raise ValueError(f"`prune` must be in [0, 1], got {prune}")
     if (rule == "transport") != (change is not None):
         raise ValueError(f"`change` must be passed with rule 'transport' and with no other, got rule {rule!r}")
-    leaves = [
-        (name, side) for name, leaf in (trainable or {}).items() for side in (("b", "a") if is_factors(leaf) else ("",))
-    ]
-    context = _Context(plan, rule, prune, change, leaves, set(), {})
+    check_roles(roles or {}, "`roles`")
+    context = Context(plan, rule, prune, change, trainable, roles or {}, set(), {}, {})
     if rule == "prune":
-        _project(opt_state, context, ())  # collects the first moments, which decide what other moments lose
-    projected: State = _project(opt_state, context, ())
-    missing = sorted(set(plan) - context.projected)
-    if missing and rule == "transport":
-        raise ValueError(
-            f"`opt_state` must have a first moment of every planned parameter, got none for {missing}; use another rule"
-        )
-    if missing:
-        raise ValueError(
-            f"`opt_state` must have the factors of every planned parameter, got none for {missing}; "
-            "initialize the optimizer with all trainable parameters"
-        )
+        project_state(opt_state, context, ())  # collects the first moments, which decide what second moments lose
+    projected: State = project_state(opt_state, context, ())
+    if missing := sorted(set(plan) - context.projected):
+        kind, hint = _NEEDED.get(rule, ("the factors", "initialize the optimizer with all trainable parameters"))
+        raise ValueError(f"`opt_state` must have {kind} of every planned parameter, got none for {missing}; {hint}")
     return projected
-
-
-def _project(tree: Any, context: _Context, path: tuple[Any, ...]) -> Any:
-    if is_factors(tree):
-        name = path[-1]
-        return _apply_rule(tree, name, _kind(tree, path), context) if name in context.plan else tree
-    if isinstance(tree, Mapping):
-        return _project_mapping(tree, context, path)
-    if not isinstance(tree, tuple | list):
-        return tree
-    if hasattr(tree, "_fields"):
-        return type(tree)(
-            *(_project(leaf, context, (*path, key)) for key, leaf in zip(tree._fields, tree, strict=True))
-        )
-    if context.leaves and len(tree) == len(context.leaves) and all(isinstance(leaf, Tensor) for leaf in tree):
-        return type(tree)(_project_listed(dict(enumerate(tree)), context, path).values())
-    return type(tree)(_project(leaf, context, (*path, index)) for index, leaf in enumerate(tree))
-
-
-def _project_mapping(tree: Mapping[Any, Any], context: _Context, path: tuple[Any, ...]) -> dict[Any, Any]:
-    is_numbered = all(isinstance(key, int) and isinstance(entry, Mapping) for key, entry in tree.items())
-    if context.leaves and tree and is_numbered:
-        return _project_numbered(tree, context, path)
-    return {key: _project(leaf, context, (*path, key)) for key, leaf in tree.items()}
-
-
-def _project_numbered(tree: Mapping[int, Any], context: _Context, path: tuple[Any, ...]) -> dict[int, Any]:
-    """Project torch.optim's ``{index: {"exp_avg": tensor, ...}}``, field by field."""
-    new = {index: dict(entry) for index, entry in tree.items()}
-    for field in {field for entry in tree.values() for field in entry}:
-        column = {index: entry[field] for index, entry in tree.items() if field in entry}
-        for index, leaf in _project_listed(column, context, (*path, field)).items():
-            new[index][field] = leaf
-    return new
-
-
-def _project_listed(tree: Mapping[int, Any], context: _Context, path: tuple[Any, ...]) -> dict[int, Any]:
-    """Project tensors that are stored by index.
-
-    The two sides of a weight follow each other and are projected as `Factors`.
-    """
-    new = dict(tree)
-    for index, (name, side) in enumerate(context.leaves):
-        b, a = tree.get(index), tree.get(index + 1)
-        if side == "b" and isinstance(b, Tensor) and isinstance(a, Tensor) and b.ndim > 1:
-            new[index], new[index + 1] = _project(Factors(b, a), context, (*path, name))
-    return new
-
-
-def _kind(leaf: AnyFactors, path: Sequence[Any]) -> str:
-    if "frozen_for" in path:
-        return "frozen_for"
-    if isinstance(leaf.b, Tensor) and not leaf.b.is_floating_point():
-        return "count"
-    return "first" if _FIRST_MOMENTS & {key for key in path if isinstance(key, str)} else "moment"
-
-
-def _apply_rule(leaf: AnyFactors, name: str, kind: str, context: _Context) -> AnyFactors:
-    plan, new = context.plan[name], leaf
-    if context.rule in ("reset", "reset_thawed"):
-        new = reset(leaf, kind, plan, is_count_delayed=context.rule == "reset_thawed")
-    elif context.rule == "prune" and kind in ("first", "moment"):
-        moments = decode_moments(leaf)
-        if kind == "first":
-            context.first_moments[name] = moments
-        first_moments = context.first_moments.get(name, moments)
-        pruned = map_leaf(partial(is_pruned, share=context.prune), moments, counterparts(leaf, plan), first_moments)
-        new = map_leaf(replace_where, leaf, pruned)
-    elif context.rule == "transport" and kind == "first":
-        assert context.change is not None
-        if not (isinstance(leaf.b, Tensor) and isinstance(leaf.a, Tensor)):
-            raise ValueError(
-                f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use adamw(moments='float32')"
-            )
-        before, after = context.change.before[name], context.change.after[name]
-        assert isinstance(before, LowRank)
-        assert isinstance(after, LowRank)
-        new = transport(leaf, before.factors, after.factors, plan)
-    if context.rule != "transport" or kind == "first":
-        context.projected.add(name)
-    return new

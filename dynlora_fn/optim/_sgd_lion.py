@@ -3,25 +3,35 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dynlora_fn._core._tree import map_leaf
-from dynlora_fn._core._types import Factors, Trainable
-from dynlora_fn.optim._freeze import count_down, no_vectors_frozen, zero_frozen
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, zero_moments
+from dynlora_fn._core._types import Trainable
+from dynlora_fn.optim._freeze import freeze_counterparts
+from dynlora_fn.optim._roles import register_state
+from dynlora_fn.optim._transform import (
+    Rate,
+    Transform,
+    Tree,
+    Updates,
+    rate_of,
+    refuse_decay_of_factors,
+    zero_moments,
+)
 
 
 class MomentumState(NamedTuple):
-    """Store the state of `sgd`, `lion` and `muon`.
+    """Store the state of `sgd`, `lion` and `muon` inside its `FreezeState`.
 
-    Both trees mirror the trainable parameters.
-    "Per vector" means the same shapes as in `AdamWState`.
+    The tree mirrors the trainable parameters.
     """
 
     mu: Tree  # the moment, in float32 or the parameter's dtype if that is wider
-    frozen_for: dict[str, Factors]  # int32, per vector: updates for which the vector stays frozen
+
+
+register_state(MomentumState, {"mu": "first_moment"})
 
 
 def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
@@ -32,17 +42,20 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
         mu = momentum * mu + grad + weight_decay * trainable
         updates = -lr * mu
 
-    A frozen vector gets a zero gradient. Its moment was reset, so only weight decay moves it.
+    A frozen vector does not move (see `freeze_counterparts`).
 
     Args:
         momentum: The decay rate of the moment, in [0, 1).
-        weight_decay: The weight decay, which is added to the gradient.
+        weight_decay: The weight decay of full-rank tensors, which is added to the gradient. A low-rank weight cannot be
+            decayed through its factors: decay it with `dl.optim.decay`.
 
     Returns:
-        The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name.
+        The optimizer. Its state is a `FreezeState` around a `MomentumState`. The `lr` of its `update` is a number, a
+        0-d tensor, or a dict of either by parameter name.
 
     Raises:
-        ValueError: If `momentum` is not in [0, 1).
+        ValueError: If `momentum` is not in [0, 1). In `init` and `update`, if `weight_decay` is not 0 and `trainable`
+            has factors. In `update`, if `grads` does not have the names and shapes of `trainable`.
 
     Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider.
 
@@ -60,7 +73,7 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
         mu = momentum * mu + (grad + weight_decay * param)
         return mu, mu
 
-    return _one_moment_transform(moment_step)
+    return _one_moment_transform(moment_step, weight_decay)
 
 
 def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> Transform:
@@ -71,17 +84,20 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
         updates = -lr * (sign(betas[0] * mu + (1 - betas[0]) * grad) + weight_decay * trainable)
         mu = betas[1] * mu + (1 - betas[1]) * grad
 
-    A frozen vector gets a zero gradient. Its moment was reset, so only weight decay moves it.
+    A frozen vector does not move (see `freeze_counterparts`).
 
     Args:
         betas: The decay rates of the direction and of the moment, each in [0, 1).
-        weight_decay: The decoupled weight decay.
+        weight_decay: The decoupled weight decay of full-rank tensors. A low-rank weight cannot be decayed through its
+            factors: decay it with `dl.optim.decay`.
 
     Returns:
-        The optimizer. The `lr` of its `update` is a number, a 0-d tensor, or a dict of either by parameter name.
+        The optimizer. Its state is a `FreezeState` around a `MomentumState`. The `lr` of its `update` is a number, a
+        0-d tensor, or a dict of either by parameter name.
 
     Raises:
-        ValueError: If one of `betas` is not in [0, 1).
+        ValueError: If one of `betas` is not in [0, 1). In `init` and `update`, if `weight_decay` is not 0 and
+            `trainable` has factors. In `update`, if `grads` does not have the names and shapes of `trainable`.
 
     Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider.
 
@@ -100,7 +116,7 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
         sign = (betas[0] * mu + (1 - betas[0]) * grad).sign()
         return betas[1] * mu + (1 - betas[1]) * grad, sign + weight_decay * param
 
-    return _one_moment_transform(moment_step)
+    return _one_moment_transform(moment_step, weight_decay)
 
 
 def check_decay(name: str, value: float) -> None:
@@ -109,12 +125,15 @@ def check_decay(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}")
 
 
-def init_momentum(trainable: Trainable) -> MomentumState:
+def init_momentum(trainable: Trainable, *, weight_decay: float) -> MomentumState:
     """Return the state before the first update."""
-    return MomentumState(zero_moments(trainable), no_vectors_frozen(trainable))
+    refuse_decay_of_factors(weight_decay, trainable)
+    return MomentumState(zero_moments(trainable))
 
 
-def _one_moment_transform(moment_step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Transform:
+def _one_moment_transform(
+    moment_step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], weight_decay: float
+) -> Transform:
     """Return the optimizer that applies `moment_step` to every leaf.
 
     ``moment_step(mu, grad, param)`` returns the new moment and the direction, to be multiplied by ``-lr``.
@@ -123,7 +142,7 @@ def _one_moment_transform(moment_step: Callable[[Tensor, Tensor, Tensor], tuple[
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
-        grads = zero_frozen(grads, opt_state.frozen_for)
+        refuse_decay_of_factors(weight_decay, trainable)
 
         def step(rate: Rate, mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
             mu, direction = moment_step(mu, grad.to(mu.dtype), param.to(mu.dtype))
@@ -131,8 +150,8 @@ def _one_moment_transform(moment_step: Callable[[Tensor, Tensor, Tensor], tuple[
 
         mu, updates = {}, {}
         for name, leaf in trainable.items():
-            pair = map_leaf(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
-            mu[name], updates[name] = (map_leaf(itemgetter(at), pair) for at in range(2))
-        return Updates(updates, MomentumState(mu, count_down(opt_state.frozen_for)))
+            pairs: Any = map_leaf(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
+            mu[name], updates[name] = (map_leaf(itemgetter(index), pairs) for index in range(2))
+        return Updates(updates, MomentumState(mu))
 
-    return Transform(init_momentum, update)
+    return freeze_counterparts(Transform(partial(init_momentum, weight_decay=weight_decay), update))

@@ -1,14 +1,14 @@
 """Rules for the optimizer state of counterparts: reset, prune or transport it."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import AnyFactors, Factors, Plan, SidePlan
-from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, reset_moment
+from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape, reset_moment
+from dynlora_fn.optim._roles import Role
 
 
 def counterparts(leaf: AnyFactors, plan: Plan) -> Factors:
@@ -16,20 +16,23 @@ def counterparts(leaf: AnyFactors, plan: Plan) -> Factors:
 
     The masks broadcast against the factors.
     """
-    b, a = (side if isinstance(side, Tensor) else side.codes for side in (leaf.b, leaf.a))
     return Factors(
-        b=_switched_slots(plan.a, b.shape[-1])[..., None, :],
-        a=_switched_slots(plan.b, a.shape[-2])[..., :, None],
+        b=_switched_slots(plan.a, moment_shape(leaf.b)[-1])[..., None, :],
+        a=_switched_slots(plan.b, moment_shape(leaf.a)[-2])[..., :, None],
     )
 
 
-def reset(leaf: AnyFactors, kind: str, plan: Plan, *, is_count_delayed: bool) -> AnyFactors:
+def reset(leaf: AnyFactors, role: Role, plan: Plan, *, is_count_delayed: bool) -> AnyFactors:
     new = torch.zeros((), device=plan.frozen_for.device)
-    if kind == "frozen_for":
+    if role == "frozen_for":
         new = plan.frozen_for
-    elif kind == "count" and is_count_delayed:
+    elif role == "count" and is_count_delayed:
         new = -plan.frozen_for
-    return map_leaf(partial(replace_where, value=new), leaf, counterparts(leaf, plan))  # type: ignore[no-any-return]
+    is_counterpart = counterparts(leaf, plan)
+    return leaf._replace(
+        b=replace_where(leaf.b, is_counterpart.b, new),
+        a=replace_where(leaf.a, is_counterpart.a, new),
+    )
 
 
 def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -> Any:
@@ -37,14 +40,18 @@ def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -
 
     8-bit moments are only ever set to zero.
     """
-    if isinstance(side, SignedMoment | UnsignedMoment):
+    if is_eight_bit(side):
         return reset_moment(side, is_replaced)
     return torch.where(is_replaced, 0 if value is None else value.to(side), side)
 
 
-def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moment: Tensor, share: float) -> Tensor:
+def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moments: Sequence[Tensor], share: float) -> Tensor:
+    """Return which entries are among the smallest of `moment` and of every first moment."""
     is_counterpart = is_counterpart.expand(moment.shape)
-    return is_counterpart & _is_small(moment, is_counterpart, share) & _is_small(first_moment, is_counterpart, share)
+    is_small = is_counterpart & _is_small(moment, is_counterpart, share)
+    for first_moment in first_moments:
+        is_small = is_small & _is_small(first_moment, is_counterpart, share)
+    return is_small
 
 
 def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
@@ -59,7 +66,7 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
     return moment.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
 
 
-def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, plan: Plan) -> AnyFactors:
+def transport(leaf: AnyFactors, before: Factors, after: Factors, plan: Plan) -> AnyFactors:
     is_counterpart = counterparts(leaf, plan)
     b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
     a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import Trainable
+from dynlora_fn._core._torch import tree_leaves, tree_map
+from dynlora_fn._core._types import Trainable, is_factors
 
 Tree = dict[str, Any]
 Rate: TypeAlias = Tensor | float
@@ -46,6 +46,39 @@ def zero_moments(trainable: Trainable) -> Tree:
 def rate_of(lr: Rate | Mapping[str, Rate], name: str) -> Rate:
     """Return the learning rate of one parameter."""
     return lr[name] if isinstance(lr, Mapping) else lr
+
+
+def check_gradients(grads: Trainable, trainable: Trainable) -> None:
+    """Raise if gradients do not have the names and shapes of the parameters.
+
+    A gradient of another shape would be broadcast.
+    """
+    if set(grads) != set(trainable):
+        differing = sorted(set(grads) ^ set(trainable))
+        raise ValueError(
+            f"`grads` must have the names of `trainable`, but only one of them has {differing}; "
+            "pass the gradients of the same parameters"
+        )
+    for name, leaf in trainable.items():
+        got, wanted = ([tuple(tensor.shape) for tensor in tree_leaves(tree)] for tree in (grads[name], leaf))
+        if got != wanted:
+            raise ValueError(
+                f"`grads` has {name!r} of shape {', '.join(map(str, got))} for a parameter of shape "
+                f"{', '.join(map(str, wanted))}; pass the gradient of that parameter"
+            )
+
+
+def refuse_decay_of_factors(weight_decay: float, trainable: Trainable) -> None:
+    """Raise if weight decay would be applied to factors.
+
+    Decayed vectors leave and fresh ones enter, so decaying factors does not decay the weight ``base + b @ a / rank``.
+    """
+    names = [name for name, leaf in trainable.items() if is_factors(leaf)]
+    if weight_decay and names:
+        raise ValueError(
+            f"`weight_decay` is {weight_decay}, but it cannot decay the weight {names[0]!r} through its factors; "
+            "use weight_decay=0 for factors, and decay weights with `dl.optim.decay(params, rate)` before the update"
+        )
 
 
 def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:

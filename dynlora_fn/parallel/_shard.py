@@ -7,12 +7,10 @@ from torch import Tensor
 
 from dynlora_fn._core._tree import map_low_rank
 from dynlora_fn._core._types import LowRank, Param, Params, ShardedFactors, Sharding
-from dynlora_fn.bases._float4 import NVFP4Codes, with_factors_by_row, with_one_factor
-from dynlora_fn.bases._nf4 import NF4Codes
-from dynlora_fn.bases._quantized import base_shape
-from dynlora_fn.bases._sharded import gather_base, map_rows
+from dynlora_fn.bases._base import StoredBase, as_base
+from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._sharded import Sharded
 from dynlora_fn.bases._sharded_factors import gather_factors
-from dynlora_fn.bases._types import Deferred, FoldedBase, LocalBase, Quantized, Sharded
 from dynlora_fn.parallel._group import Group, check_weight, sharding_of
 
 
@@ -93,17 +91,7 @@ def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
 def _unshard(param: LowRank) -> LowRank:
     if isinstance(param.factors, ShardedFactors):
         param = param._replace(factors=gather_factors(param.factors))
-    base = param.base
-    if isinstance(base, Deferred):
-        return param._replace(base=base._replace(base=_unsharded(base.base)))
-    return param._replace(base=_unsharded(base))
-
-
-def _unsharded(base: FoldedBase) -> LocalBase:
-    gathered = gather_base(base)
-    if isinstance(gathered, Quantized) and isinstance(gathered.codes, NVFP4Codes):
-        return gathered._replace(codes=with_one_factor(gathered.codes))
-    return gathered
+    return param._replace(base=as_base(param.base).gather())
 
 
 @overload
@@ -156,12 +144,9 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
 
 
 def _shard_factors(name: str, param: LowRank, weight: float | None) -> LowRank:
-    base, factors = param.base, param.factors
-    if not isinstance(base, Sharded) or isinstance(factors, ShardedFactors):
-        raise ValueError(
-            f"the factors of {name!r} in `params` cannot be sharded: its base must be sharded and not deferred, and its"
-            " factors must not be sharded already; call `shard` first, and `shard_factors` once"
-        )
+    base, factors = as_base(param.base), param.factors
+    if not base.sharding or base.pending_folds or isinstance(factors, ShardedFactors):
+        refuse("shard_factors, base", name=name)
     weight = 1 / base.sharding.world_size if weight is None else float(check_weight(weight))
     sharding = replace(base.sharding, columns=factors.a.shape[-1], weight=weight)
     b, a = factors.b[..., sharding.local_rows, :].clone(), factors.a[..., sharding.as_columns.local_rows].clone()
@@ -169,29 +154,14 @@ def _shard_factors(name: str, param: LowRank, weight: float | None) -> LowRank:
 
 
 def _shard(name: str, param: LowRank, group: Group) -> LowRank:
-    base = param.base
-    if isinstance(base, Deferred):
-        return param._replace(base=base._replace(base=_shard_base(name, base.base, group)))
-    return param._replace(base=_shard_base(name, base, group))
+    return param._replace(base=as_base(param.base).map_folded(lambda base: _shard_base(name, base, group)))
 
 
-def _shard_base(name: str, base: FoldedBase, group: Group) -> Sharded:
-    if isinstance(base, Sharded):
-        raise ValueError(f"the base of {name!r} in `params` is sharded already; call `unshard` first")
-    *_, rows, columns = base_shape(base)
-    sharding = sharding_of(group, rows)
-    if isinstance(base, Quantized) and isinstance(base.codes, NVFP4Codes):
-        base = base._replace(codes=with_factors_by_row(base.codes))
-    if isinstance(base, Quantized) and isinstance(base.codes, NF4Codes):
-        entries = rows * columns // base.codes.factor.shape[-1]
-        if rows % sharding.world_size or sharding.rows_per_process * columns % entries:
-            raise ValueError(
-                f"the base of {name!r} in `params`, in nf4 and of shape {(rows, columns)}, cannot be sharded over"
-                f" {sharding.world_size} processes: each must store a multiple of the {entries} entries that share a"
-                " factor; use another format or another number of processes"
-            )
+def _shard_base(name: str, base: StoredBase, group: Group) -> Sharded:
+    sharding = sharding_of(group, as_base(base).shape[-2])
+    by_rows = as_base(base).by_rows(name, sharding)
 
     def local(leaf: Tensor, sharding: Sharding) -> Tensor:
         return leaf[..., sharding.local_rows, :].clone()  # a copy, so that the other rows can be freed
 
-    return Sharded(map_rows(local, base, sharding), sharding)
+    return Sharded(as_base(by_rows).map_rows(local, sharding), sharding)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import keystr
 from dynlora_fn._core._types import ShardedFactors, Sharding
-from dynlora_fn.bases._sharded import map_rows
-from dynlora_fn.bases._types import Sharded
+from dynlora_fn.bases._sharded import Sharded
 
 ShardMap: TypeAlias = Callable[[Tensor, Sharding, int], Tensor]  # of a shard, its sharding, and the sharded axis
 
@@ -48,7 +47,7 @@ def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> A
         return change(leaf, sharding, axis)
 
     if isinstance(node, Sharded):
-        return node._replace(base=map_rows(lambda leaf, rows: checked(leaf, rows, -2), node.base, node.sharding))
+        return node.map_rows(lambda leaf, rows: checked(leaf, rows, -2), node.sharding)
     b = _map_side(checked, node.b, node.sharding, -2)
     return node._replace(b=b, a=_map_side(checked, node.a, node.sharding.as_columns, -1))
 

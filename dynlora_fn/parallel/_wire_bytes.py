@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Factors, Frozen, Plans, ShardedFactors, Sharding, Trainable
-from dynlora_fn.bases._types import Deferred, Quantized, Sharded
-from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards
+from dynlora_fn.bases._base import Base, as_base
+from dynlora_fn.bases._formats import codes_from_tensors
+from dynlora_fn.parallel._shards import ShardMap, full_shape, map_shards
 
 
 class WireBytes(NamedTuple):
@@ -63,7 +64,7 @@ def wire_bytes(
     """
     factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors)]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
-    bases = sum(sum(_shard_bytes(name, leaf.base)) for name, leaf in (frozen or {}).items() if isinstance(leaf, Frozen))
+    bases = sum(_gathered_bytes(as_base(leaf.base)) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen))
     shards = switched = 0
     for name, leaf in trainable.items():
         if isinstance(leaf, ShardedFactors):
@@ -74,24 +75,34 @@ def wire_bytes(
     return WireBytes(_bytes(factors), _bytes(full_rank), gathers * bases, gathers * shards, shards, switched)
 
 
-def _shard_bytes(name: str, node: Any) -> list[int]:
-    """Return the bytes of a gather of each tensor of a node, with the shards of all processes padded to the largest.
+def _gathered_bytes(base: Base) -> int:
+    """Return the bytes of a gather of a base, or 0 if it is not sharded. Residuals are not gathered."""
+    if not base.sharding:
+        return 0
+    sizes: list[int] = []
+    count = _count_into(sizes)
+    layout, tensors = as_base(base.folded).flatten()
+    codes = codes_from_tensors(layout.kind, tensors)
+    codes.map_rows(lambda shard, sharding: count(shard, sharding, -2), base.sharding)
+    return sum(sizes)
 
-    The list is empty if the node is not sharded. Residuals are not gathered.
-    """
-    sizes = []
+
+def _shard_bytes(name: str, factors: ShardedFactors) -> list[int]:
+    """Return the bytes of a gather of each side of factors."""
+    sizes: list[int] = []
+    map_shards(_count_into(sizes), factors, name)
+    return sizes
+
+
+def _count_into(sizes: list[int]) -> ShardMap:
+    """Return a map that appends the bytes of the shards of all processes, each padded to the largest."""
 
     def count(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
         padded = replace(sharding, rows=sharding.world_size * sharding.rows_per_process)
         sizes.append(full_shape(shard, padded, axis).numel() * shard.element_size())
         return shard
 
-    node = node.base if isinstance(node, Deferred) else node
-    if isinstance(node, Sharded) and isinstance(node.base, Quantized):
-        node = node._replace(base=node.base._replace(residual=()))
-    if is_sharded(node):
-        map_shards(count, node, name)
-    return sizes
+    return count
 
 
 def _bytes(tree: Any) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, SidePlan
+from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.switching._switch import take_rows
 from dynlora_fn.switching._weight import BasisSlice, basis_vectors
 
@@ -58,7 +59,7 @@ def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str
 
 def _init_pool(name: str, param: LowRank, device: torch.device | str) -> Pool:
     if param.factor_sharding:
-        raise ValueError(f"{name!r} of `params` must have whole factors to have a pool; shard only the base")
+        refuse("pool, sharded factors", name=name)
     shape, rank = param.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype

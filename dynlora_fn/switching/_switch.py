@@ -20,7 +20,7 @@ from dynlora_fn._core._types import (
     ShardedFactors,
     SidePlan,
 )
-from dynlora_fn.bases._base import fold_base, plain_dtype
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
 
@@ -161,7 +161,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Swit
     _check_incoming(name, param, plan, incoming)
     if sharding and isinstance(incoming, Factors):
         incoming = Factors(incoming.b[..., sharding.local_rows, :], incoming.a[..., sharding.as_columns.local_rows])
-    wide = widest(a.dtype, plain_dtype(param.base))
+    wide = widest(a.dtype, as_base(param.base).sum_dtype)
     new_a = _replace(a, plan.a, incoming.a, wide)
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
     # One fold for both sides: b's columns times a's differences, and b's differences times a's new rows.
@@ -169,7 +169,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Swit
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
     if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
         right = gather(right.mT, sharding.as_columns).mT
-    base = fold_base(param.base, left, right, rank=a.shape[-2], name=name)
+    base = as_base(param.base).fold(left, right, rank=a.shape[-2], name=name)
     factors = param.factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)
     outgoing = param.factors._replace(b=new_b.outgoing.mT, a=new_a.outgoing)
     return Switched(LowRank(base, factors, param.seed), outgoing)

@@ -11,13 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_low_rank
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
-from dynlora_fn.bases._base import dequantize, fold_base, plain_dtype
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.bases._types import Base, Deferred
 from dynlora_fn.switching._basis import Bounds, Request, basis_bounds, uniform
 
 Start: TypeAlias = Literal["switchlora", "lora"]
@@ -113,9 +111,9 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
 
 
 def _dense(param: LowRank) -> Tensor:
-    base, (b, a) = with_pending(param)
-    wide = widest(b.dtype, plain_dtype(base))
-    return fold(dequantize(base, wide), b, a, rank=b.shape[-1])
+    folded, (b, a) = with_pending(param)
+    base = as_base(folded)
+    return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
 
 
 @overload
@@ -155,8 +153,6 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _merge(name: str, param: LowRank) -> LowRank:
-    inner_base, (b, a) = with_pending(param)
-    base: Base = fold_base(inner_base, b, a, rank=b.shape[-1], name=name)
-    if isinstance(param.base, Deferred):
-        base = Deferred(base, tree_map(torch.zeros_like, param.base.pending))  # type: ignore[arg-type]
+    folded, (b, a) = with_pending(param)
+    base = as_base(param.base).with_folded(as_base(folded).fold(b, a, rank=b.shape[-1], name=name))
     return LowRank(base, param.factors._replace(b=torch.zeros_like(param.factors.b)), param.seed)

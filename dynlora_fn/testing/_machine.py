@@ -1,6 +1,6 @@
 """The stateful machine: transforms in any order, on a small model beside its dense shadow in float64."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,14 +14,16 @@ from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 from dynlora_fn._core._tree import combine, partition, whole_factors
 from dynlora_fn._core._types import Plan
-from dynlora_fn.bases._deferred import defer, fold_pending
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._defer import defer, fold_pending
+from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.bases._quantize import quantize
-from dynlora_fn.bases._quantized import ResidualKind
-from dynlora_fn.bases._types import Deferred, Sharded
+from dynlora_fn.bases._residual import ResidualKind
 from dynlora_fn.interop._safetensors import open_weights, save_weights
 from dynlora_fn.nn._call import call
 from dynlora_fn.nn._value_and_grad import value_and_grad
 from dynlora_fn.optim._adamw import AdamWState
+from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.optim._project_state import project_optimizer_state
 from dynlora_fn.optim._transform import apply_updates
 from dynlora_fn.parallel._gloo import register_gloo
@@ -34,6 +36,7 @@ from dynlora_fn.testing._shadowed_model import ShadowedModel
 from dynlora_fn.testing._small_model import (
     STACK,
     are_alike,
+    has_pending,
     is_sharded,
     map_bases,
     stacked,
@@ -108,33 +111,30 @@ class TransformMachine(ShadowedModel):
     def merge(self) -> None:
         self.keeps(merge(self.params))
 
-    @precondition(lambda self: self.every(lambda param: not isinstance(param.base, Deferred | Sharded)))
-    @rule(
-        kind=st.sampled_from(["int8", "float8", "nf4", "bfloat16", "nvfp4", "mxfp4"]),
-        residual=st.sampled_from(RESIDUALS),
-    )
+    @precondition(lambda self: self.every(lambda param: not (has_pending(param) or is_sharded(param))))
+    @rule(kind=st.sampled_from(list(FORMATS)), residual=st.sampled_from(RESIDUALS))
     def quantize(self, kind: str, residual: ResidualKind) -> None:
         self.keeps(quantize(self.params, kind, residual=residual))
 
-    @precondition(lambda self: self.every(lambda param: not isinstance(param.base, Deferred)))
+    @precondition(lambda self: self.every(lambda param: not has_pending(param)))
     @rule()
     def defer(self) -> None:
         rank = self.weights()["head.weight"].factors.b.shape[-1]
         self.keeps(defer(self.params, vectors=2 * rank))
 
-    @precondition(lambda self: self.every(lambda param: isinstance(param.base, Deferred)))
+    @precondition(lambda self: self.every(has_pending))
     @rule(goes_on=st.booleans())
     def fold_pending(self, goes_on: bool) -> None:
         self.keeps(fold_pending(self.params))
         if not goes_on:
-            self.params = map_bases(lambda base: base.base, self.params)
+            self.params = map_bases(lambda base: as_base(base).folded, self.params)
 
     @precondition(lambda self: STACK in self.params)
     @rule()
     def unstack(self) -> None:
         before = self.weights()
         self.params = tree_map(torch.clone, unstack(self.params))
-        self.opt_state = AdamWState(*(unstacked(tree) for tree in self.opt_state))
+        self.opt_state = self._map_state(unstacked)
         assert_same(self.weights(), before)
 
     @precondition(lambda self: STACK not in self.params and are_alike(self.params))
@@ -142,8 +142,13 @@ class TransformMachine(ShadowedModel):
     def stack(self) -> None:
         before = self.weights()
         self.params = stacked(self.params)
-        self.opt_state = AdamWState(*(stacked(tree) for tree in self.opt_state))
+        self.opt_state = self._map_state(stacked)
         assert_same(self.weights(), before)
+
+    def _map_state(self, change: Callable[[Any], Any]) -> FreezeState:
+        """Return the state of the optimizer with `change` of each of its trees by parameter name."""
+        inner, frozen_for = self.opt_state
+        return FreezeState(AdamWState(*(change(tree) for tree in inner)), change(frozen_for))
 
     @rule()
     def save_and_load(self) -> None:

@@ -12,9 +12,10 @@ from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition, whole_factors
 from dynlora_fn._core._types import LowRank, Param
-from dynlora_fn.bases._pending import without_pending
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.interop._init import init
-from dynlora_fn.optim._adamw import AdamWState, adamw
+from dynlora_fn.optim._adamw import adamw
+from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.switching._schedule import Schedule
 from dynlora_fn.switching._weight import Start
 from dynlora_fn.testing._compare import assert_within, eps
@@ -28,7 +29,7 @@ class ShadowedModel(RuleBasedStateMachine):
 
     storages: Sequence[Storage] = STORAGES  # a subclass may draw from others
     params: dict[str, Param]
-    opt_state: AdamWState
+    opt_state: FreezeState  # around an `AdamWState`
     shadow: dict[str, Tensor]  # dense weights in float64, by the names of the model
     allowed: dict[str, Tensor]  # the largest error of each entry
 
@@ -130,9 +131,9 @@ class ShadowedModel(RuleBasedStateMachine):
             # The comparison itself rounds, too.
             slack = 128 * eps(torch.float64) * (weight.abs().amax() + self.allowed[name])
             assert_within(weight, self.shadow[name], self.allowed[name] + slack)
-            assert_within(seen_weight(param), weight, half_step(without_pending(param)) + slack)
+            assert_within(seen_weight(param), weight, half_step(as_base(param.base).folded) + slack)
         trainable = partition(self.params).trainable
-        shapes = [tree_map(lambda leaf: leaf.shape, tree) for tree in (self.opt_state.mu, trainable)]
+        shapes = [tree_map(lambda leaf: leaf.shape, tree) for tree in (self.opt_state.inner.mu, trainable)]
         assert shapes[0] == shapes[1], f"moments of {shapes[0]} for {shapes[1]}"
 
     def teardown(self) -> None:

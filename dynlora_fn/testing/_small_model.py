@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank, Param
-from dynlora_fn.bases._pending import without_pending
-from dynlora_fn.bases._types import Deferred, Sharded
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.testing._shadow import exact_base, half_step, product
 
 LAYERS = ("layers.0.weight", "layers.1.weight")
@@ -50,17 +49,22 @@ def magnitude(param: LowRank | None, weight: Tensor) -> Tensor:
         return weight.abs()
     rank = param.factors.b.shape[-1]
     terms = [product(Factors(b.abs(), a.abs()), rank) for b, a in all_factors(param)]
-    base = without_pending(param)
+    base = as_base(param.base).folded
     return exact_base(base).abs() + half_step(base) + sum(terms)
 
 
 def all_factors(param: LowRank) -> list[Factors]:
     """Return the trained and the pending factors."""
-    return [whole_factors(param), *([param.base.pending] if isinstance(param.base, Deferred) else [])]
+    return [whole_factors(param), *(fold.factors for fold in as_base(param.base).pending_folds)]
 
 
 def is_sharded(param: LowRank) -> bool:
-    return isinstance(without_pending(param), Sharded)
+    return as_base(param.base).sharding is not None
+
+
+def has_pending(param: LowRank) -> bool:
+    """Return whether the base is deferred, with vectors pending or not."""
+    return bool(as_base(param.base).pending_folds)
 
 
 def map_bases(change: Callable[[Any], Any], params: Mapping[str, Param]) -> dict[str, Param]:

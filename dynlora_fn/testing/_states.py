@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynlora_fn._core._torch import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
-from dynlora_fn._core._types import Factors, Param, Plan
+from dynlora_fn._core._types import AnyFactors, Param, Plan, is_factors
 from dynlora_fn.optim._transform import Transform
 from dynlora_fn.testing._compare import assert_same, kind, untouched
 from dynlora_fn.testing._promises import Arguments, hold
@@ -28,8 +28,8 @@ def check_state_projection(
     """Check that a projection resets the state of switched vectors' counterparts and nothing else.
 
     For a slot k that is switched on side a, the state of ``b[:, k]`` becomes zero, moments and counts; for one on side
-    b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field ``frozen_for`` the counterparts get the plan's
-    number of updates.
+    b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field ``frozen_for``, directly above the dict by parameter
+    name, the counterparts get the plan's number of updates.
 
     Args:
         project: A function ``(opt_state, plan) -> opt_state``, where the plan is a dict by name.
@@ -49,19 +49,24 @@ def check_state_projection(
     def check(state: Any, plan: Mapping[str, Plan]) -> None:
         with untouched(state, plan):
             new = project(state, plan)
-        before, structure = tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Factors))
-        after, new_structure = tree_flatten_with_path(new, is_leaf=lambda node: isinstance(node, Factors))
+        before, structure = tree_flatten_with_path(state, is_leaf=is_factors)
+        after, new_structure = tree_flatten_with_path(new, is_leaf=is_factors)
         assert structure == new_structure, f"the structure is {new_structure} instead of {structure}"
         for (path, old), (_, leaf) in zip(before, after, strict=True):
-            name = next((planned for planned in plan if f"[{planned!r}]" in keystr(path)), None)
-            if isinstance(old, Factors) and name is not None:
-                value = int(plan[name].frozen_for) if "frozen_for" in keystr(path) else 0
+            field, name = (_key(step) for step in (None, *path)[-2:])
+            if is_factors(old) and name in plan:
+                value = int(plan[name].frozen_for) if field == "frozen_for" else 0
                 _check_factors(keystr(path), old, leaf, plan[name], value if is_reset else None)
             else:
                 assert _is_same(leaf, old), f"{keystr(path)} has changed and belongs to no counterpart"
 
     promise = "the counterparts of switched vectors start afresh, and nothing else changes"
     hold(promise, check, _states_and_plans(optimizer) if arguments is None else arguments, examples)
+
+
+def _key(step: Any) -> Any:
+    """Return the field or key of a step of a path."""
+    return getattr(step, "name", getattr(step, "key", None))
 
 
 @st.composite
@@ -72,7 +77,7 @@ def _states_and_plans(draw: st.DrawFn, optimizer: Transform | None) -> tuple[Any
     return state, {"w": draw(plans(param))}
 
 
-def _check_factors(path: str, old: Factors, new: Factors, plan: Plan, value: int | None) -> None:
+def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, value: int | None) -> None:
     """Compare vector by vector. The vectors of side b lie along the last axis, those of side a along the one before."""
     for side, before, after, switched in (
         ("b", old.b.mT, new.b.mT, plan.a),

@@ -11,10 +11,12 @@ from torch import Tensor
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition
 from dynlora_fn._core._types import Factors, LowRank, Params, Plan, SidePlan, Trainable
-from dynlora_fn.bases._deferred import defer
+from dynlora_fn.bases._defer import defer
+from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.bases._quantize import quantize
-from dynlora_fn.bases._quantized import ResidualKind
+from dynlora_fn.bases._residual import ResidualKind
 from dynlora_fn.optim._adamw import adamw
+from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.optim._transform import Transform
 
 
@@ -39,20 +41,19 @@ STORAGES = (
     *PLAIN,
     Storage("bfloat16", "bfloat16"),
     Storage("bfloat16", "int8"),
-    *(
-        Storage(kind, residual)
-        for kind in ("int8", "float8", "nf4", "mxfp4", "nvfp4")
-        for residual in (None, "int8", "bfloat16")
-    ),
+    *(Storage(kind, residual) for kind in FORMATS if kind != "bfloat16" for residual in (None, "int8", "bfloat16")),
 )
 
 
 def fits(storage: Storage, shape: Shape) -> bool:
     """Return whether the blocks of a format divide a weight of this shape."""
-    out_features, in_features, _ = shape
-    if storage.kind == "nf4":
-        return out_features * in_features % 64 == 0 and in_features % 2 == 0
-    return in_features % {"nvfp4": 16, "mxfp4": 32}.get(storage.kind, 1) == 0
+    if storage.kind not in FORMATS:
+        return True
+    try:
+        FORMATS[storage.kind].empty("weight", torch.empty(shape.out_features, shape.in_features, device="meta"))
+    except ValueError:
+        return False
+    return True
 
 
 def normal(seed: int | torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -174,7 +175,7 @@ def optimizer_state(
         optimizer: The optimizer. Default None means `adamw()`.
 
     Example:
-        >>> optimizer_state({"w": low_rank(Shape(6, 4, 2))}, steps=1).mu["w"].b.shape
+        >>> optimizer_state({"w": low_rank(Shape(6, 4, 2))}, steps=1).inner.mu["w"].b.shape
         torch.Size([6, 2])
     """
     generator = torch.Generator().manual_seed(seed)
@@ -184,7 +185,12 @@ def optimizer_state(
     for _ in range(steps):
         grads = tree_map(lambda leaf: normal(generator, *leaf.shape, dtype=leaf.dtype), dict(trainable))
         _, state = optimizer.update(grads, state, trainable, lr=0.1)
-    if steps and hasattr(state, "frozen_for"):
-        frozen = tree_map(lambda leaf: torch.randint_like(leaf, 7, generator=generator), state.frozen_for)
-        state = state._replace(frozen_for=frozen)
-    return state
+
+    def freeze(node: Any) -> Any:
+        if not isinstance(node, FreezeState):
+            return node
+        return node._replace(
+            frozen_for=tree_map(lambda leaf: torch.randint_like(leaf, 7, generator=generator), node.frozen_for)
+        )
+
+    return tree_map(freeze, state, is_leaf=lambda node: isinstance(node, FreezeState)) if steps else state

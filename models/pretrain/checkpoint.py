@@ -8,7 +8,9 @@ object.
 """
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,8 @@ from torch.utils._pytree import tree_map
 import dynlora_fn as dl
 from models.pretrain.checksums import find_damage, join_sums, sync_folder, write_with_sum
 from models.pretrain.processes import Processes
+
+_BEFORE_FREEZE_STATE = re.compile(r"(\.opt_state\['\w+'\])\.inner\.")
 
 
 class SaveError(ValueError):
@@ -108,7 +112,10 @@ def load_checkpoint(folder: Path, template: Any, processes: Processes) -> Loaded
             refused.append(f"{path}: {problem}")
             continue
         state = tree_map(lambda leaf: leaf.clone(), template)
-        checkpoint.load(dl.parallel.as_dtensors(state), storage_reader=checkpoint.HuggingFaceStorageReader(str(path)))
+        reader = checkpoint.HuggingFaceStorageReader(str(path))
+        checkpoint.load(
+            _named_as(dl.parallel.as_dtensors(state), reader.read_metadata().state_dict_metadata), storage_reader=reader
+        )
         return Loaded(state, int(path.name.removeprefix("step-")), refused)
     if refused:
         raise ValueError(f"`resume` must find an undamaged checkpoint, got only damaged ones: {'; '.join(refused)}")
@@ -121,7 +128,7 @@ def _find_mismatch(path: Path, template: Any) -> str | None:
         saved = checkpoint.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, ValueError, SafetensorError) as error:
         return str(error)
-    expected = dl.parallel.as_dtensors(template)
+    expected = _named_as(dl.parallel.as_dtensors(template), saved)
     if saved.keys() != expected.keys():
         return f"it holds other tensors: {sorted(saved.keys() ^ expected.keys())[:4]}"
     for name, leaf in expected.items():
@@ -164,6 +171,16 @@ class _Writer(checkpoint.HuggingFaceStorageWriter):
         sync_folder(self._folder)
         for old in _newest_first(self._folder)[self._keep :]:
             shutil.rmtree(old)
+
+
+def _named_as(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors by the names that a checkpoint has for them.
+
+    In older ones the optimizer's states have no `FreezeState` around them: ``.opt_state['rest'].mu`` there is
+    ``.opt_state['rest'].inner.mu`` here.
+    """
+    before = {_BEFORE_FREEZE_STATE.sub(r"\1.", name): tensor for name, tensor in tensors.items()}
+    return before if before.keys() == saved.keys() else tensors
 
 
 def _newest_first(folder: Path) -> list[Path]:

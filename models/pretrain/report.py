@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import LowRank
-from dynlora_fn.bases import Quantized, Sharded
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.parallel import WireBytes
 from models.pretrain.method import Method
 
@@ -51,7 +51,7 @@ def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
     """
     params = method.state.params()
     low_rank = [param for param in params.values() if isinstance(param, LowRank)]
-    bases = [param.base.base if isinstance(param.base, Sharded) else param.base for param in low_rank]
+    bases = [as_base(as_base(param.base).folded) for param in low_rank]
     total = sum(param.shape.numel() for param in params.values())
     factors = sum(param.shape[:-2].numel() * _rank(param) * sum(param.shape[-2:]) for param in low_rank)
     full_rank = [leaf for leaf in method.state.trainable.values() if isinstance(leaf, Tensor)]
@@ -61,8 +61,8 @@ def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
         "trainable": trainable,
         "trainable_share": trainable / total,
         "bytes": {
-            "base": count_bytes([base.codes if isinstance(base, Quantized) else base for base in bases]),
-            "residual": count_bytes([base.residual for base in bases if isinstance(base, Quantized)]),
+            "base": count_bytes([base.flatten().tensors for base in bases]),
+            "residual": count_bytes([base.residual for base in bases]),
             "factors": count_bytes([param.factors for param in low_rank]),
             "full_rank": count_bytes([param for param in params.values() if isinstance(param, Tensor)]),
             "gradients": count_bytes(method.state.trainable),

@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import Factors, LowRank, linear, materialize, merge, switch
 from dynlora_fn.bases import defer, fold_pending, quantize
-from dynlora_fn.bases._base import dequantize
 from dynlora_fn.testing import Shape, assert_same, eps, low_rank, normal, plan_of, plans, untouched
 from tests.support.strategies import quantized_params
 
@@ -70,7 +69,7 @@ def test_merging_folds_all():
     merged = merge(waiting)
     assert not merged.factors.b.any()
     assert not any(leaf.any() for leaf in merged.base.pending)
-    close(materialize(merged), dequantize(merged.base.base, torch.float64))
+    close(materialize(merged), merged.base.base.dequantize(torch.float64))
     assert_same(merge(merged), merged)
 
 

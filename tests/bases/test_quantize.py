@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import Plan, merge, switch, unstack
 from dynlora_fn.bases import quantize, to_torchao
-from dynlora_fn.bases._base import dequantize
-from dynlora_fn.bases._formats import NAMES
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.testing import (
     assert_same,
     assert_within,
@@ -33,7 +33,9 @@ cases = quantized_params().flatmap(lambda param: st.tuples(st.just(param), plans
 def test_products_see_what_is_kept_to_a_step_of_the_codes(case):
     param, plan, _ = case
     for variant in (param, switch(param, plan).param):
-        assert_within(dequantize(variant.base, torch.float64), exact_base(variant.base), half_step(variant.base))
+        assert_within(
+            as_base(variant.base).dequantize(torch.float64), exact_base(variant.base), half_step(variant.base)
+        )
 
 
 @given(quantized_params())
@@ -61,11 +63,13 @@ def test_rows_that_a_fold_does_not_change_keep_every_bit(kind, residual):
     got = merge(param)
     for new, old in zip(tree_leaves(got.base), tree_leaves(param.base), strict=True):
         assert_same(new[:, ::2], old[:, ::2])
-    assert not torch.equal(dequantize(got.base, torch.float32)[:, 1::2], dequantize(param.base, torch.float32)[:, 1::2])
+    assert not torch.equal(
+        as_base(got.base).dequantize(torch.float32)[:, 1::2], as_base(param.base).dequantize(torch.float32)[:, 1::2]
+    )
 
 
 @pytest.mark.parametrize("residual", ["bfloat16", "int8"])
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_quantizing_keeps_the_weight_from_format_to_format(kind, residual):
     """The residual is carried over, so the error is two residuals' roundings and not two formats' errors."""
     param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
@@ -90,7 +94,7 @@ def test_torchaos_tensor_is_of_a_dtype_that_it_knows(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_quantizing_leaves_the_old_base_as_it_is(kind, dtype):
     param = low_rank(SHAPE, (2,), base_dtype=dtype)
     with untouched(param):
@@ -117,5 +121,5 @@ def test_folds_of_next_to_nothing_leave_a_base_without_a_residual_as_it_is(kind)
     bases = []
     for _ in range(20):
         param = merge(param._replace(factors=tiny))
-        bases.append(dequantize(param.base, torch.float32))
+        bases.append(as_base(param.base).dequantize(torch.float32))
     torch.testing.assert_close(bases[-1], bases[0], rtol=40 * eps(torch.float32), atol=0)

@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_leaves
 import dynlora_fn as dl
 from dynlora_fn import switch
 from dynlora_fn.bases import quantize
-from dynlora_fn.bases._formats import NAMES
+from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.testing import assert_same, low_rank, normal, plan_of
 from tests.support.quantized import RESIDUALS, SHAPE, Net
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_compiled_equals_eager_without_a_recompile_over_plans(kind, residual):
     param = low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)
     param = quantize(param, kind, residual=residual)
@@ -64,7 +64,7 @@ def run(state: Any, step: Callable[..., Any], steps: int) -> tuple[Any, list[Ten
 
 
 # Each format with a residual, and each kind of residual, since a step takes seconds to compile.
-HELD = [*((kind, "bfloat16") for kind in NAMES), ("int8", "int8"), ("int8", None)]
+HELD = [*((kind, "bfloat16") for kind in FORMATS), ("int8", "int8"), ("int8", None)]
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dynlora_fn import linear, unstack
 from dynlora_fn._core._types import Sharding
 from dynlora_fn.bases import quantize
-from dynlora_fn.bases._sharded import map_rows
-from dynlora_fn.bases._types import Sharded
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._sharded import Sharded
 from dynlora_fn.compile._passes import GraphPasses
 from dynlora_fn.testing import Shape, low_rank, normal
 from tests.support.graphs import waits_for
@@ -26,7 +26,9 @@ def graph_of_a_step(base: str | None, rows: int) -> Graph:
     stack = stack if base is None else quantize(stack, base)
     # Tracing needs no process group.
     sharding = Sharding("none", 4, 3, rows)
-    base = Sharded(map_rows(lambda leaf, shard: leaf[..., shard.local_rows, :].clone(), stack.base, sharding), sharding)
+    base = Sharded(
+        as_base(stack.base).map_rows(lambda leaf, shard: leaf[..., shard.local_rows, :].clone(), sharding), sharding
+    )
     factors = stack.factors._replace(b=stack.factors.b[..., :rows, :])
 
     def loss(factors, base, x):

@@ -7,7 +7,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dynlora_fn import apply_updates
 from dynlora_fn.optim import adamw, clip_by_global_norm
 from dynlora_fn.testing import assert_same, assert_within, eps, untouched
-from tests.support.optimizers import LR, some_grads, some_trainable
+from tests.support.optimizer_states import trees_of
+from tests.support.optimizers import LR, decaying_adamw, some_grads, some_trainable
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -18,7 +19,8 @@ def test_adamw_equals_torch(dtype, options):
     steps, trainable = 100, some_trainable(dtype, stack=(2,))
     leaves = [leaf.clone().requires_grad_() for leaf in tree_leaves(trainable)]
     theirs = torch.optim.AdamW(leaves, **{"weight_decay": 0.0, **options}, foreach=False)
-    ours = adamw(**options)
+    decay = options.get("weight_decay", 0.0)
+    ours = decaying_adamw(decay, **{name: value for name, value in options.items() if name != "weight_decay"})
     state = ours.init(trainable)
     for step in range(steps):
         lr = LR * (1 + step % 3)
@@ -35,7 +37,7 @@ def test_adamw_equals_torch(dtype, options):
     for got, wanted in zip(tree_leaves(trainable), leaves, strict=True):
         assert got.dtype == dtype
         assert_within(got, wanted.detach(), bound)
-    assert all((count == steps).all() for count in tree_leaves(state.count))
+    assert all((count == steps).all() for count in tree_leaves(trees_of(state)["count"]))
 
 
 def test_parameters_in_bfloat16_have_moments_in_float32():
@@ -50,8 +52,8 @@ def test_parameters_in_bfloat16_have_moments_in_float32():
         wide_updates, wide_state = optimizer.update(wide_grads, wide_state, wide, lr=LR)
         assert_same((updates, state), (wide_updates, wide_state))
         if step == 0:
-            first = state.nu
-    for nu, start in zip(tree_leaves(state.nu), tree_leaves(first), strict=True):
+            first = state.inner.nu
+    for nu, start in zip(tree_leaves(state.inner.nu), tree_leaves(first), strict=True):
         assert (nu < start).all()  # in bfloat16, 0.999 of it would be the number itself
         torch.testing.assert_close(nu, start * 0.999**19, rtol=20 * eps(torch.float32), atol=0)
 
@@ -74,7 +76,7 @@ def test_updates_are_rounded_once():
 
 
 def test_update_leaves_its_arguments_alone_and_keeps_their_kinds():
-    trainable, optimizer = some_trainable(torch.bfloat16, stack=(2,)), adamw(weight_decay=0.1)
+    trainable, optimizer = some_trainable(torch.bfloat16, stack=(2,)), adamw(factor_decay=0.1)
     state, grads, lr = optimizer.init(trainable), some_grads(trainable, 0), torch.tensor(LR)
     with untouched(trainable, state, grads, lr):
         updates, new_state = optimizer.update(grads, state, trainable, lr=lr)
@@ -88,7 +90,7 @@ def test_update_leaves_its_arguments_alone_and_keeps_their_kinds():
 
 
 def test_the_learning_rate_may_be_a_number_a_tensor_or_one_by_name():
-    trainable, optimizer = some_trainable(), adamw(weight_decay=0.1)
+    trainable, optimizer = some_trainable(), adamw(factor_decay=0.1)
     state, grads = optimizer.init(trainable), some_grads(trainable, 0)
     by_number = optimizer.update(grads, state, trainable, lr=LR)
     assert_same(optimizer.update(grads, state, trainable, lr=torch.tensor(LR, dtype=torch.float64)), by_number)
@@ -105,6 +107,7 @@ def test_the_learning_rate_may_be_a_number_a_tensor_or_one_by_name():
         ({"betas": (-0.1, 0.9)}, r"`betas` must be in \[0, 1\)"),
         ({"eps": -1e-8}, "`eps` must be at least 0, got -1e-08"),
         ({"weight_decay": -1}, "`weight_decay` must be at least 0, got -1"),
+        ({"factor_decay": -1}, "`factor_decay` must be at least 0, got -1"),
     ],
 )
 def test_adamw_refuses(options, message):

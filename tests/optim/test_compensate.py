@@ -8,7 +8,7 @@ from torch import Tensor
 
 import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank
-from dynlora_fn.bases._base import dequantize, fold_base
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.optim import compensate, project_gradients
 from dynlora_fn.testing import PLAIN, Shape, assert_same, assert_within, dtypes, eps, low_rank, normal, untouched
 from tests.support.strategies import plain_params, quantized_params
@@ -125,12 +125,12 @@ def test_a_base_in_low_precision_is_folded_into_as_by_a_switch(param, normalize)
     eye = torch.eye(param.shape[-1], dtype=wide).expand(*moved.shape[:-2], -1, -1)
     with untouched(param, grad):
         got = compensate(param, grad, lr=1e-2, normalize=normalize)
-    assert_same(got, param._replace(base=fold_base(param.base, moved, eye, rank=1, name="w")))
+    assert_same(got, param._replace(base=as_base(param.base).fold(moved, eye, rank=1, name="w")))
 
 
 def test_changes_below_a_quantization_step_add_up():
     param = dl.bases.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
-    exact = param._replace(base=dequantize(param.base, torch.float32))
+    exact = param._replace(base=param.base.dequantize(torch.float32))
     step, grad = float(exact.base.abs().max()) / 127, normal(1, 8, 16)
     before = dl.materialize(exact)
     for _ in range(40):

@@ -45,27 +45,29 @@ def test_codes_are_torchaos(seed, kind, scale):
 
 def test_what_is_small_or_of_no_whole_blocks_stays_as_it_is():
     state = adamw(moments="8bit").init(TRAINABLE)
-    assert isinstance(state.mu["w"], Factors)
-    assert [type(leaf) for leaf in (*state.mu["w"], state.mu["head"])] == [SignedMoment] * 3
-    assert [type(leaf) for leaf in (*state.nu["w"], state.nu["head"])] == [UnsignedMoment] * 3
-    assert state.mu["bias"].dtype == torch.float64
+    assert isinstance(state.inner.mu["w"], Factors)
+    assert [type(leaf) for leaf in (*state.inner.mu["w"], state.inner.mu["head"])] == [SignedMoment] * 3
+    assert [type(leaf) for leaf in (*state.inner.nu["w"], state.inner.nu["head"])] == [UnsignedMoment] * 3
+    assert state.inner.mu["bias"].dtype == torch.float64
     odd = adamw(moments="8bit").init({"w": torch.ones(101, 101)})
-    assert odd.mu["w"].dtype == torch.float32
+    assert odd.inner.mu["w"].dtype == torch.float32
     small = adamw(moments="8bit").init({"w": torch.ones(16, 32)})
-    assert small.mu["w"].dtype == torch.float32
-    assert not any(leaf.any() for leaf in tree_leaves(decode_moments((state.mu, state.nu))))
+    assert small.inner.mu["w"].dtype == torch.float32
+    assert not any(leaf.any() for leaf in tree_leaves(decode_moments((state.inner.mu, state.inner.nu))))
 
 
 def test_an_update_is_that_of_the_decoded_moments():
     optimizer, trainable, state = some_state()
-    dense = state._replace(mu=decode_moments(state.mu), nu=decode_moments(state.nu))
+    inner = state.inner._replace(mu=decode_moments(state.inner.mu), nu=decode_moments(state.inner.nu))
+    dense = state._replace(inner=inner)
     with untouched(state):
         got = optimizer.update(some_grads(9), state, trainable, lr=0.01)
     wanted = adamw().update(some_grads(9), dense, trainable, lr=0.01)
     assert_same(got.updates, wanted.updates)
-    assert_same(got.opt_state.mu, encode_moments(wanted.opt_state.mu, state.mu))
-    assert_same(got.opt_state.nu, encode_moments(wanted.opt_state.nu, state.nu))
-    assert_same((got.opt_state.count, got.opt_state.frozen_for), (wanted.opt_state.count, wanted.opt_state.frozen_for))
+    assert_same(got.opt_state.inner.mu, encode_moments(wanted.opt_state.inner.mu, state.inner.mu))
+    assert_same(got.opt_state.inner.nu, encode_moments(wanted.opt_state.inner.nu, state.inner.nu))
+    assert_same(got.opt_state.inner.count, wanted.opt_state.inner.count)
+    assert_same(got.opt_state.frozen_for, wanted.opt_state.frozen_for)
 
 
 STATE = some_state()[2]
@@ -75,8 +77,9 @@ STATE = some_state()[2]
 def test_a_reset_is_exact(plan):
     """The counterparts become zero, and every other code and scale stays."""
     got = project_optimizer_state(STATE, {"w": plan})
-    for tree, old in ((got.mu, STATE.mu), (got.nu, STATE.nu)):
-        wanted = project_optimizer_state({"w": decode_moments(old["w"])}, {"w": plan})["w"]
+    for tree, old in ((got.inner.mu, STATE.inner.mu), (got.inner.nu, STATE.inner.nu)):
+        decoded = {"mu": {"w": decode_moments(old["w"])}}
+        wanted = project_optimizer_state(decoded, {"w": plan}, roles={"mu": "first_moment"})["mu"]["w"]
         assert_same(decode_moments(tree["w"]), wanted)
         for side, before, dense in zip(tree["w"], old["w"], wanted, strict=True):
             assert_same(side.scale, before.scale)
@@ -110,7 +113,7 @@ def test_moments_take_a_quarter():
 
     large = {"w": torch.ones(512, 512)}
     plain, small = adamw().init(large), adamw(moments="8bit").init(large)
-    assert size(small.mu) == size(plain.mu) / 4 + 4 * 512 * 512 / 256
+    assert size(small.inner.mu) == size(plain.inner.mu) / 4 + 4 * 512 * 512 / 256
 
 
 def test_an_unknown_kind_is_refused():
@@ -123,9 +126,9 @@ def test_a_moment_in_8_bit_is_pruned_exactly_and_not_transported():
     side = SidePlan(torch.tensor([0, 5]), torch.tensor([0, 0]), torch.tensor([True, True]))
     plan = {"w": Plan(side, side, torch.tensor(2))}
     pruned = project_optimizer_state(state, plan, rule="prune", prune=0.9)
-    old, new = (decode_moments(opt_state.mu["w"]).b for opt_state in (state, pruned))
+    old, new = (decode_moments(opt_state.inner.mu["w"]).b for opt_state in (state, pruned))
     mask = torch.zeros(64, dtype=torch.bool).index_fill(0, side.slots, True)
-    assert_same(pruned.mu["w"].b.codes[..., ~mask], state.mu["w"].b.codes[..., ~mask])
+    assert_same(pruned.inner.mu["w"].b.codes[..., ~mask], state.inner.mu["w"].b.codes[..., ~mask])
     assert_same(new[..., mask][new[..., mask] != 0], old[..., mask][new[..., mask] != 0])
     assert (new[..., mask] == 0).float().mean() > 0.8  # of both moments' smallest 90 %
     params = {"w": PARAM._replace(factors=trainable["w"])}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynlora_fn import Factors, Plan, partition, project_optimizer_state
-from dynlora_fn.optim import AdamWState
+from dynlora_fn.optim import AdamWState, FreezeState
 from dynlora_fn.testing import assert_same, low_rank_params, normal, plans, untouched
 from tests.support.optimizer_states import adamw_state, filled, per_vector
 from tests.support.optimizers import one_switch, some_trainable
@@ -22,18 +22,25 @@ class Momentum(NamedTuple):
     velocity: dict[str, Any]
     decay: float
     step: Tensor
+    roles = {"velocity": "first_moment"}  # noqa: RUF012, an annotation would make it a field
 
 
-# By name: a state, as a function of the trainable parameters.
+# By name: a state as a function of the trainable parameters, and the roles of fields that no type declares.
 STATES = {
-    "adamw": adamw_state,
-    "momentum": lambda trainable: Momentum(filled(trainable), 0.9, torch.tensor(3)),
-    "plain dict": filled,
-    "nested": lambda trainable: [
-        {"inner": (filled(trainable), [per_vector(trainable)], None)},
-        (1, "name", Momentum(filled(trainable), 0.9, torch.tensor(1))),
-    ],
-    "frozen_for in a dict": lambda trainable: {"frozen_for": {"deep": per_vector(trainable)}, "mu": filled(trainable)},
+    "adamw": (adamw_state, {}),
+    "momentum": (lambda trainable: Momentum(filled(trainable), 0.9, torch.tensor(3)), {}),
+    "plain dict": (lambda trainable: {"mean": filled(trainable)}, {"mean": "first_moment"}),
+    "nested": (
+        lambda trainable: [
+            {"inner": ({"mean": filled(trainable)}, [{"seen": per_vector(trainable)}], None)},
+            (1, "name", Momentum(filled(trainable), 0.9, torch.tensor(1))),
+        ],
+        {"mean": "second_moment", "seen": "count"},
+    ),
+    "frozen_for in a dict": (
+        lambda trainable: {"frozen_for": per_vector(trainable), "mu": filled(trainable)},
+        {"frozen_for": "frozen_for", "mu": "first_moment"},
+    ),
 }
 
 
@@ -49,45 +56,42 @@ def reset_slowly(leaf: Factors, plan: Plan, value: int) -> Factors:
     return Factors(b, a)
 
 
-def projected_slowly(state: Any, plan: dict[str, Plan], *, in_frozen_for: bool = False) -> Any:
+def projected_slowly(state: Any, plan: dict[str, Plan], field: str = "") -> Any:
     if isinstance(state, dict):
         return {
-            key: reset_slowly(leaf, plan[key], int(plan[key].frozen_for) if in_frozen_for else 0)
+            key: reset_slowly(leaf, plan[key], int(plan[key].frozen_for) if field == "frozen_for" else 0)
             if isinstance(leaf, Factors) and key in plan
-            else projected_slowly(leaf, plan, in_frozen_for=in_frozen_for or key == "frozen_for")
+            else projected_slowly(leaf, plan, key)
             for key, leaf in state.items()
         }
-    if isinstance(state, AdamWState):
-        fields = projected_slowly(state._asdict(), plan)
-        return AdamWState(**fields)
-    if isinstance(state, Momentum):
-        return state._replace(velocity=projected_slowly(state.velocity, plan))
+    if isinstance(state, FreezeState | AdamWState | Momentum):
+        return type(state)(**projected_slowly(state._asdict(), plan))
     if type(state) in (tuple, list):
-        return type(state)(projected_slowly(leaf, plan, in_frozen_for=in_frozen_for) for leaf in state)
+        return type(state)(projected_slowly(leaf, plan) for leaf in state)
     return state
 
 
-@pytest.mark.parametrize("make", STATES.values(), ids=STATES)
+@pytest.mark.parametrize(("make", "roles"), STATES.values(), ids=STATES)
 @given(data=st.data())
-def test_only_the_counterparts_start_afresh(make, data):
+def test_only_the_counterparts_start_afresh(make, roles, data):
     weights = {name: data.draw(low_rank_params(), name) for name in ("w", "other", "third")}
     plan = {name: data.draw(plans(weights[name]), f"plan of {name}") for name in ("w", "third")}
     trainable = partition({**weights, "bias": normal(0, 3)}).trainable
     state = make(trainable)
     with untouched(state, plan):
-        got = project_optimizer_state(state, plan)
+        got = project_optimizer_state(state, plan, roles=roles, trainable=trainable)
     assert_same(got, projected_slowly(state, plan))
-    assert_same(project_optimizer_state(state, {}), state)
+    assert_same(project_optimizer_state(state, {}, roles=roles), state)
 
 
 def test_the_switched_vector_keeps_its_state():
     """Switching side a resets b, not a."""
     trainable = some_trainable()
     state = project_optimizer_state(adamw_state(trainable), one_switch(b=[], a=[2], frozen_for=5))
-    assert not state.mu["w"].b[:, 2].any()
-    assert state.mu["w"].b[:, [0, 1, 3]].all()
-    assert state.mu["w"].a.all()
-    assert state.count["w"].b.flatten().tolist() == [7, 7, 0, 7]
+    assert not state.inner.mu["w"].b[:, 2].any()
+    assert state.inner.mu["w"].b[:, [0, 1, 3]].all()
+    assert state.inner.mu["w"].a.all()
+    assert state.inner.count["w"].b.flatten().tolist() == [7, 7, 0, 7]
     assert state.frozen_for["w"].b.flatten().tolist() == [7, 7, 5, 7]
 
 

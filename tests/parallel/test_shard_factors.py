@@ -196,8 +196,8 @@ def eight_bit(weight: dict, seeds: range, state=None, group=None) -> tuple:
 
 def _eight_bit(folder: Path) -> None:
     frozen, state = eight_bit(WEIGHT, range(2))
-    assert isinstance(state[1].mu["w"].b, dl.optim.SignedMoment)
-    assert isinstance(state[1].nu["w"].a, torch.Tensor)  # too small to shard
+    assert isinstance(state[1].inner.mu["w"].b, dl.optim.SignedMoment)
+    assert isinstance(state[1].inner.nu["w"].a, torch.Tensor)  # too small to shard
     checkpoint.save(dl.parallel.as_dtensors((frozen, state)), checkpoint_id=folder)
     frozen, loaded = eight_bit(WEIGHT, range(0))
     checkpoint.load(dl.parallel.as_dtensors((frozen, loaded)), checkpoint_id=folder)
@@ -278,7 +278,7 @@ def _sizes_and_traffic() -> dict:
     plan = dl.schedules.every(1)(1, params)
     with Traffic() as switching:
         dl.switch(dl.combine(*sharded[:2]), plan)
-    counts = sum(leaf.numel() * 4 for leaf in tree_leaves((sharded[2].count, sharded[2].frozen_for)))
+    counts = sum(leaf.numel() * 4 for leaf in tree_leaves((sharded[2].inner.count, sharded[2].frozen_for)))
     return {
         "trainable": bytes_of(sharded[0]) / bytes_of(unsharded[0]),
         "moments": (bytes_of(sharded[2]) - counts) / (bytes_of(unsharded[2]) - counts),

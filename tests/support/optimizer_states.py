@@ -6,7 +6,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors
-from dynlora_fn.optim import AdamWState, adamw
+from dynlora_fn.optim import AdamWState, FreezeState, adamw
 from dynlora_fn.testing import Shape, low_rank, normal
 
 
@@ -17,13 +17,20 @@ def filled(trainable: Any, seed: int = 0) -> Any:
 
 def per_vector(trainable: Any) -> Any:
     """Return integers from 1 on, in the shapes of step counts."""
-    counts = tree_map(lambda leaf: leaf + 7, adamw().init(trainable).count)
+    counts = tree_map(lambda leaf: leaf + 7, adamw().init(trainable).inner.count)
     return {name: count for name, count in counts.items() if isinstance(count, Factors)}
 
 
-def adamw_state(trainable: Any) -> AdamWState:
+def adamw_state(trainable: Any) -> FreezeState:
     counts = {**per_vector(trainable), "bias": torch.tensor(3)}
-    return AdamWState(filled(trainable), filled(trainable, 1), counts, per_vector(trainable))
+    return FreezeState(AdamWState(filled(trainable), filled(trainable, 1), counts), per_vector(trainable))
+
+
+def trees_of(opt_state: Any) -> dict[str, dict[str, Any]]:
+    """Return the trees of AdamW's state by field, joined over the labels of `multi_transform`."""
+    states = [opt_state] if isinstance(opt_state, FreezeState) else list(opt_state.values())
+    trees = [{**state.inner._asdict(), "frozen_for": state.frozen_for} for state in states]
+    return {field: {name: leaf for tree in trees for name, leaf in tree[field].items()} for field in trees[0]}
 
 
 def updated_state(transform: Any) -> Any:

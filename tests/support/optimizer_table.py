@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from dynlora_fn import Factors
+from torch import Tensor
+
 from dynlora_fn.optim import Transform, adamw, lion, multi_transform, muon, sgd
 
 
@@ -19,7 +20,7 @@ OPTIMIZERS = {
     "lion": Entry(lion()),
     "muon": Entry(
         multi_transform(
-            {"muon": muon(), "sgd": sgd()}, lambda name, leaf: "muon" if isinstance(leaf, Factors) else "sgd"
+            {"muon": muon(), "sgd": sgd()}, lambda name, leaf: "sgd" if isinstance(leaf, Tensor) else "muon"
         )
     ),
 }

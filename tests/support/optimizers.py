@@ -7,9 +7,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors, Plan, SidePlan, partition
+from dynlora_fn.optim import Transform, adamw, multi_transform
 from dynlora_fn.testing import Shape, low_rank, normal
 
 LR = 0.01
+
+
+def decaying_adamw(decay: float, **options: Any) -> Transform:
+    """Return AdamW that decays every tensor, factors too, as `torch.optim.AdamW` does."""
+    transforms = {
+        "factors": adamw(factor_decay=decay, **options),
+        "tensors": adamw(weight_decay=decay, **options),
+    }
+    return multi_transform(transforms, lambda name, leaf: "tensors" if isinstance(leaf, Tensor) else "factors")
 
 
 def some_trainable(dtype: torch.dtype = torch.float64, stack: tuple[int, ...] = ()) -> dict[str, Factors | Tensor]:

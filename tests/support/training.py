@@ -11,6 +11,7 @@ from dynlora_fn import apply_updates, call, combine, init, partition, project_op
 from dynlora_fn.optim import adamw, clip_by_global_norm
 from dynlora_fn.schedules import Schedule
 from dynlora_fn.testing import normal
+from tests.support.optimizers import decaying_adamw
 
 MAX_NORM = 0.5
 RANK = 2
@@ -51,7 +52,7 @@ def make_run(
     max_norm: float = MAX_NORM,
 ) -> Run:
     torch.manual_seed(0)
-    net, optimizer = Net().to(dtype), adamw(weight_decay=weight_decay)
+    net, optimizer = Net().to(dtype), decaying_adamw(weight_decay) if weight_decay else adamw()
     params = init(net, rank=RANK, seed=0, targets=["*.weight"], dtype=dtype, start=start)
 
     def step(state: TrainState, x: Tensor, y: Tensor, lr: Tensor) -> tuple[TrainState, dict[str, Tensor]]:

@@ -73,7 +73,7 @@ def test_the_bugs_that_the_kit_is_shown_with_are_found(capsys: pytest.CaptureFix
     )
     assert re.match(
         r"the counterparts .* start afresh, and nothing else changes\n"
-        r"happened: \.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and holds (.|\n)*rank=1",
+        r"happened: \.inner\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and holds (.|\n)*rank=1",
         state,
     )
 

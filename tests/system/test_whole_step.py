@@ -13,12 +13,13 @@ from dynlora_fn.nn import _linear
 from dynlora_fn.schedules import never
 from dynlora_fn.testing import assert_same
 from tests.support import reference
+from tests.support.optimizer_states import trees_of
 from tests.support.training import MAX_NORM, RANK, SWITCHING, TrainState, batches, make_run, run_for
 
 
 def flat(state: TrainState) -> dict[str, Tensor]:
     """Return the state in the layout of `reference.flat`."""
-    trees = {"": state.trainable, **{f".{field}": tree for field, tree in state.opt_state._asdict().items()}}
+    trees = {"": state.trainable, **{f".{field}": tree for field, tree in trees_of(state.opt_state).items()}}
     tensors = {}
     for suffix, tree in trees.items():
         for name, leaf in members(tree):

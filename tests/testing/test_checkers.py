@@ -119,12 +119,13 @@ def switched_side(opt_state: Any, plan: Any) -> Any:
 
 def no_moments(opt_state: Any, plan: Any) -> Any:
     new = dl.project_optimizer_state(opt_state, plan)
-    return new._replace(mu=opt_state.mu)
+    return new._replace(inner=new.inner._replace(mu=opt_state.inner.mu))
 
 
 def one_too_many(opt_state: Any, plan: Any) -> Any:
     new = dl.project_optimizer_state(opt_state, plan)
-    return new._replace(count={**new.count, "bias": torch.zeros_like(new.count["bias"])})
+    count = {**new.inner.count, "bias": torch.zeros_like(new.inner.count["bias"])}
+    return new._replace(inner=new.inner._replace(count=count))
 
 
 @pytest.mark.parametrize(
@@ -134,10 +135,13 @@ def one_too_many(opt_state: Any, plan: Any) -> Any:
             switched_side,
             r"slot 0 (is the counterpart of a switched vector and holds|has changed and is no counterpart)",
         ),
-        (no_moments, r"\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and holds"),
-        (one_too_many, r"\.count\['bias'\] has changed and belongs to no counterpart"),
-        (lambda opt_state, plan: opt_state._replace(nu=opt_state.mu), "has changed|is not"),
-        (lambda opt_state, plan: opt_state.mu, "the structure is .*(.|\\n)* instead of"),
+        (no_moments, r"\.inner\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and holds"),
+        (one_too_many, r"\.inner\.count\['bias'\] has changed and belongs to no counterpart"),
+        (
+            lambda opt_state, plan: opt_state._replace(inner=opt_state.inner._replace(nu=opt_state.inner.mu)),
+            "has changed|is not",
+        ),
+        (lambda opt_state, plan: opt_state.inner.mu, "the structure is .*(.|\\n)* instead of"),
     ],
     ids=["switched side", "moments", "bias", "nu", "structure"],
 )

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 import dynlora_fn as dl
-from dynlora_fn.bases._pending import without_pending
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.testing import PLAIN, STORAGES, Storage, TransformMachine
 from dynlora_fn.testing._small_model import is_sharded
 from tests.support.processes import in_processes
@@ -38,7 +38,7 @@ def _sequences(drawn_from: tuple[Storage, ...]) -> set[str]:
         @rule()
         def shard(self):
             super().shard()
-            kinds.update(type(without_pending(param).base).__name__ for param in self.weights().values())
+            kinds.update(type(as_base(param.base).folded.base).__name__ for param in self.weights().values())
 
     alike = settings(FEW, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(OfTwo, settings=alike)
@@ -49,7 +49,7 @@ WHOLE = (dl.bases.NF4Codes, dl.bases.NVFP4Codes)
 
 
 def codes_of(param: dl.LowRank) -> type | None:
-    base = without_pending(param)
+    base = as_base(param.base).folded
     return type(base.codes) if isinstance(base, dl.bases.Quantized) else None
 
 

@@ -115,9 +115,9 @@ def test_states_before_and_after_updates_occur():
     states = testing.optimizer_states({"w": PARAM})
     for condition in (
         lambda state: not any(leaf.any() for leaf in tree_leaves(state)),
-        lambda state: all(leaf.all() for leaf in tree_leaves(state.mu)),
+        lambda state: all(leaf.all() for leaf in tree_leaves(state.inner.mu)),
         lambda state: state.frozen_for["w"].b.any(),
-        lambda state: (state.count["w"].b == 1).all(),
+        lambda state: (state.inner.count["w"].b == 1).all(),
     ):
         assert occurs(states, condition)
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
+from models.pretrain.checksums import join_sums, write_with_sum
 from tests.support.damage import damage_by_a_bit, damage_by_truncation
 from tests.support.paths import ROOT
 from tests.support.pretrain import SMALL, Job, contents, metrics
@@ -139,3 +140,23 @@ def test_a_run_with_a_flat_record_of_its_options_resumes(job: Job, tmp_path: Pat
     assert outcome.code == 0, outcome.err
     assert "continuing after step 10" in outcome.out
     assert record == flat
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_checkpoint_whose_optimizer_states_have_their_older_names_resumes(job: Job, tmp_path: Path, optimizer: str):
+    """They had no `FreezeState` around them: ``.opt_state['rest'].mu`` is now ``.opt_state['rest'].inner.mu``."""
+    arguments = ["--out", tmp_path / "run", "--steps", 20, "--save-every", 10, "--optimizer", optimizer]
+    job(*arguments)
+    folders = [tmp_path / "run" / "checkpoints" / f"step-{step:08d}" for step in (10, 20)]
+    wanted = (folders[1] / "state.safetensors").read_bytes()
+    shutil.rmtree(folders[1])
+    path = folders[0] / "state.safetensors"
+    tensors = {name.replace("'].inner.", "']."): leaf for name, leaf in load_file(path).items()}
+    assert any(".opt_state['rest'].mu['" in name for name in tensors)
+    offsets = {name: {"saved_offsets": [0] * leaf.ndim} for name, leaf in tensors.items()}
+    write_with_sum(path, save(tensors, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)}))
+    join_sums(folders[0])
+    outcome = job(*arguments, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "continuing after step 10" in outcome.out
+    assert (folders[1] / "state.safetensors").read_bytes() == wanted

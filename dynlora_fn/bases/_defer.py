@@ -1,0 +1,97 @@
+"""`defer` and `fold_pending`: start and end the deferral of folds."""
+
+from typing import overload
+
+from dynlora_fn._core._types import Factors, LowRank, Param, Params, ShardedFactors
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._deferred import Deferred, Divisor
+from dynlora_fn.bases._refusals import refuse
+
+
+@overload
+def defer(params: LowRank, *, vectors: int) -> LowRank: ...
+@overload
+def defer(params: Params, *, vectors: int) -> dict[str, Param]: ...
+def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Param]:
+    """Defer the folds of `switch` until `fold_pending`.
+
+    The weight does not change. A switch appends its differences to the pending vectors instead of folding them::
+
+        weight = base + pending.b @ pending.a / divisor + b @ a / rank
+
+    The divisor is the rank when the weight is deferred. Forward and backward pass treat pending vectors as additional
+    slots, at the cost of trained ones. If there is no room for a switch, the oldest vectors are folded, so nothing is
+    lost. With room for n switches, and `fold_pending` after every n switches, no other fold happens.
+
+    Args:
+        params: One weight, or weights by name. Tensors are returned unchanged.
+        vectors: The number of vectors that can be pending. A switch adds one for each entry of its plan, on both sides.
+
+    Returns:
+        The same weights, each with a `Deferred` base.
+
+    Raises:
+        ValueError: If `vectors` is less than 1, a weight is deferred already, or its factors are sharded.
+
+    Numerics: Pending vectors have the dtype of the factors. They are exact in float32 or wider, and rounded in
+        bfloat16.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
+        >>> dl.bases.defer(params, vectors=8)["weight"].base.pending.b.shape
+        torch.Size([32, 8])
+    """
+    if vectors < 1:
+        raise ValueError(f"`vectors` is {vectors}; it must be at least 1")
+    if isinstance(params, LowRank):
+        return _defer("param", params, vectors)
+    return {
+        name: _defer(name, param, vectors) if isinstance(param, LowRank) else param for name, param in params.items()
+    }
+
+
+def _defer(name: str, param: LowRank, vectors: int) -> LowRank:
+    if as_base(param.base).pending_folds:
+        refuse("defer, deferred", name=name)
+    if isinstance(param.factors, ShardedFactors):
+        refuse("defer, sharded factors", name=name)
+    (b, a), shape = param.factors, param.shape
+    pending = Factors(b.new_zeros((*shape[:-1], vectors)), a.new_zeros((*shape[:-2], vectors, shape[-1])))
+    return param._replace(base=Deferred(param.base, pending, Divisor(b.shape[-1])))
+
+
+@overload
+def fold_pending(params: LowRank) -> LowRank: ...
+@overload
+def fold_pending(params: Params) -> dict[str, Param]: ...
+def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
+    """Fold the pending vectors into the bases.
+
+    The weight does not change, except for one rounding of the base. The bases stay deferred, with no vectors pending.
+
+    Args:
+        params: One weight, or weights by name. Weights that are not deferred, and tensors, are returned unchanged.
+
+    Returns:
+        The same weights.
+
+    Raises:
+        ValueError: If a quantized weight is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> import dynlora_fn as dl
+        >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
+        >>> folded = dl.bases.fold_pending(dl.bases.defer(params, vectors=8))
+        >>> folded["weight"].base.pending.b.any().item()
+        False
+    """
+    if isinstance(params, LowRank):
+        return _fold("param", params)
+    return {name: _fold(name, param) if isinstance(param, LowRank) else param for name, param in params.items()}
+
+
+def _fold(name: str, param: LowRank) -> LowRank:
+    return param._replace(base=as_base(param.base).fold_pending(name=name))

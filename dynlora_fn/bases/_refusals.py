@@ -1,0 +1,134 @@
+"""What is not supported, with the message of each error. `README.md` prints the table."""
+
+from typing import Any, NamedTuple, Never
+
+from torch import Tensor
+
+from dynlora_fn._core._torch import is_mapped
+
+
+class Refusal(NamedTuple):
+    """One combination that is not supported."""
+
+    what: str  # the combination
+    by: str  # the functions that refuse it
+    message: str  # what is wrong, with names and values, then what to do
+    error: type[Exception] = ValueError
+
+
+_SHARDED_FACTORS = "`params` has sharded factors, which {transform} does not support; gather them with `unshard`"
+
+REFUSALS = {
+    "nf4, shape": Refusal(
+        "nf4 for a weight whose number of entries is no multiple of 64, or whose `in` is odd",
+        "`quantize`, `init`",
+        "weight {name!r} of shape {shape} does not fit nf4, which needs a multiple of {block} entries and an even `in`;"
+        " use another format for it",
+    ),
+    "float4, shape": Refusal(
+        "nvfp4 or mxfp4 for a weight whose `in` is no multiple of 16 or 32",
+        "`quantize`, `init`",
+        "weight {name!r} of shape {shape} does not fit {kind}, a prototype in torchao, which needs a multiple of"
+        " {block} as `in`; use another format for it",
+    ),
+    "quantize, deferred": Refusal(
+        "quantizing a deferred base",
+        "`quantize`",
+        "the base of {name!r} in `params` is deferred; call `quantize` before `defer`",
+    ),
+    "quantize, sharded": Refusal(
+        "quantizing a sharded base",
+        "`quantize`",
+        "the base of {name!r} in `params` is sharded; call `quantize` before `shard`",
+    ),
+    "defer, deferred": Refusal(
+        "deferring a deferred base",
+        "`defer`",
+        "the base of {name!r} in `params` is deferred already; call `defer` once",
+    ),
+    "defer, sharded factors": Refusal(
+        "deferring a weight with sharded factors",
+        "`defer`",
+        "`params` must have whole factors to be deferred, but those of {name!r} are sharded; use `shard` without"
+        " `shard_factors`",
+    ),
+    "fold, deferred": Refusal(
+        "a fold of more vectors than a deferred base has room for",
+        "`switch`",
+        "`vectors` = {room} of deferred {name!r} is less than the {count} vectors of one fold; pass at least {count} to"
+        " `defer`",
+    ),
+    "shard, sharded": Refusal(
+        "sharding a sharded base",
+        "`shard`",
+        "the base of {name!r} in `params` is sharded already; call `unshard` first",
+    ),
+    "shard, nf4": Refusal(
+        "sharding nf4 where rows of two processes share a factor",
+        "`shard`, `init`",
+        "the base of {name!r} in `params`, in nf4 and of shape {shape}, cannot be sharded over {processes} processes:"
+        " each must store a multiple of the {entries} entries that share a factor; use another format or another number"
+        " of processes",
+    ),
+    "shard_factors, base": Refusal(
+        "sharding the factors of a base that is deferred or not sharded, or sharding them twice",
+        "`shard_factors`",
+        "the factors of {name!r} in `params` cannot be sharded: its base must be sharded and not deferred, and its"
+        " factors must not be sharded already; call `shard` first, and `shard_factors` once",
+    ),
+    "pool, sharded factors": Refusal(
+        "a pool of candidates for sharded factors",
+        "`init_pool`",
+        "{name!r} of `params` must have whole factors to have a pool; shard only the base",
+    ),
+    "dense gradients, sharded factors": Refusal(
+        "gradients of dense weights for sharded factors",
+        "`project_gradients`, `compensate`",
+        "{name!r} must have whole factors for gradients of dense weights; shard only the base",
+    ),
+    "vmap, sharded base": Refusal(
+        "`torch.vmap` over a stack of weights with sharded bases, where products read all rows",
+        "`linear`, `call`, `materialize`",
+        "`params` has sharded bases, which `torch.vmap` over the weights does not support; gather them with `unshard`,"
+        " or `unstack` the weights",
+        NotImplementedError,
+    ),
+    "vmap, sharded factors": Refusal(
+        "sharded factors under `torch.vmap`, except on the factored path",
+        "`linear`, `call`",
+        _SHARDED_FACTORS.format(transform="`torch.vmap`"),
+        NotImplementedError,
+    ),
+    "forward mode, sharded factors": Refusal(
+        "sharded factors in forward mode, except on the factored path",
+        "`linear`, `call`",
+        _SHARDED_FACTORS.format(transform="forward-mode differentiation"),
+        NotImplementedError,
+    ),
+    "torchao, stack": Refusal(
+        "a stack as one tensor of torchao",
+        "`to_torchao`",
+        "`params` is a stack of shape {shape}, which torchao does not support; call `unstack` first",
+    ),
+    "torchao, nvfp4 by row": Refusal(
+        "nvfp4 codes with a factor for each row, because of a fold while they were sharded",
+        "`to_torchao`",
+        "`params` in nvfp4 have factors of shape {shape}, one for each row, because of a fold while they were sharded;"
+        " torchao needs one factor for the weight, so call `quantize` first",
+    ),
+}
+
+
+def refuse(key: str, **values: Any) -> Never:
+    """Raise the error for a combination in `REFUSALS`, with these values in its message."""
+    refusal = REFUSALS[key]
+    raise refusal.error(refusal.message.format(**values))
+
+
+def refuse_mapped(key: str, tensor: Tensor) -> None:
+    """Refuse a tensor that `torch.vmap` maps over, before a collective.
+
+    The collective would run slice by slice, and its results would be read before they are there.
+    """
+    if is_mapped(tensor):
+        refuse(key)

@@ -1,0 +1,140 @@
+"""Apply a rule to the factors at one place of an optimizer's state."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, NoReturn, TypeAlias
+
+from torch import Tensor
+
+from dynlora_fn._core._tree import whole_factors
+from dynlora_fn._core._types import AnyFactors, LowRank, Params, Plans, ShardedFactors, Trainable, is_factors
+from dynlora_fn.optim._containers import Path, render
+from dynlora_fn.optim._eight_bit import decode_moments, moment_shape
+from dynlora_fn.optim._roles import Role
+from dynlora_fn.optim._state_rules import counterparts, is_pruned, replace_where, reset, transport
+
+Rule: TypeAlias = Literal["reset", "reset_thawed", "keep", "prune", "transport"]
+
+
+class Change(NamedTuple):
+    """Store the parameters before and after a switch, for the rule "transport"."""
+
+    before: Params
+    after: Params
+
+
+class Context(NamedTuple):
+    """Everything except the leaf that the new value of a leaf depends on."""
+
+    plan: Plans
+    rule: Rule
+    prune: float
+    change: Change | None
+    trainable: Trainable | None
+    roles: Mapping[str, Role]  # of the fields of states whose types declare none
+    projected: set[str]  # names of planned parameters that the rule was applied to
+    ranks: dict[str, int]  # by name, from the first factors that were found
+    first_moments: dict[str, dict[Path, AnyFactors]]  # by name, collected for "prune"
+
+
+def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> AnyFactors:
+    """Return the new state of a parameter, whose place in the state is `path`.
+
+    Raises:
+        ValueError: If the shapes do not fit the role, or the rule cannot be applied to such a state.
+    """
+    _check_shapes(leaf, role, name, path, context)
+    if name not in context.plan:
+        return leaf
+    plan, rule = context.plan[name], context.rule
+    if rule in ("reset", "reset_thawed"):
+        leaf = reset(leaf, role, plan, is_count_delayed=rule == "reset_thawed")
+    elif rule == "prune" and _has_entries(leaf, role):
+        leaf = _prune(leaf, role, name, path, context)
+    elif rule == "transport" and role == "first_moment":
+        leaf = _transport(leaf, name, context)
+    elif rule != "keep":
+        return leaf
+    context.projected.add(name)
+    return leaf
+
+
+def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], int]:
+    """Return the indices of `b` and `a` of each low-rank weight among all tensors, and the number of tensors."""
+    indices, count = {}, 0
+    for name, leaf in trainable.items():
+        if is_factors(leaf):
+            indices[name] = (count, count + 1)
+        count += 2 if is_factors(leaf) else 1
+    return indices, count
+
+
+def _has_entries(leaf: AnyFactors, role: Role) -> bool:
+    """Return whether a leaf is a moment with an entry for each entry of the factors, not only for each vector."""
+    is_per_vector = moment_shape(leaf.b)[-2] == moment_shape(leaf.a)[-1] == 1
+    return role == "first_moment" or (role == "second_moment" and not is_per_vector)
+
+
+def _prune(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> AnyFactors:
+    _refuse_shards(isinstance(leaf, ShardedFactors), name, "prune")
+    moments = leaf._replace(b=decode_moments(leaf.b), a=decode_moments(leaf.a))
+    if role == "first_moment":
+        context.first_moments.setdefault(name, {})[path] = moments
+    first = [moments] if role == "first_moment" else [*context.first_moments.get(name, {}).values()]
+    is_counterpart = counterparts(leaf, context.plan[name])
+    return leaf._replace(
+        b=replace_where(leaf.b, is_pruned(moments.b, is_counterpart.b, [each.b for each in first], context.prune)),
+        a=replace_where(leaf.a, is_pruned(moments.a, is_counterpart.a, [each.a for each in first], context.prune)),
+    )
+
+
+def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
+    if not (isinstance(leaf.b, Tensor) and isinstance(leaf.a, Tensor)):
+        raise ValueError(
+            f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use adamw(moments='float32')"
+        )
+    assert context.change is not None
+    before, after = (params.get(name) for params in context.change)
+    if not (isinstance(before, LowRank) and isinstance(after, LowRank)):
+        raise ValueError(
+            f"`change` must have the low-rank weight {name!r} before and after the switch, got "
+            f"{type(before).__name__} and {type(after).__name__}; pass both dicts of parameters"
+        )
+    _refuse_shards(isinstance(leaf, ShardedFactors) or before.factor_sharding is not None, name, "transport")
+    return transport(leaf, whole_factors(before), whole_factors(after), context.plan[name])
+
+
+def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:
+    """Raise where a rule would need the entries of all processes."""
+    if is_sharded:
+        raise ValueError(f"`rule` must not be {rule!r} for sharded factors, got them for {name!r}; use 'reset'")
+
+
+def _check_shapes(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> None:
+    b, a = moment_shape(leaf.b), moment_shape(leaf.a)
+    if min(len(b), len(a)) < 2 or b[:-2] != a[:-2] or b[-1] != a[-2]:
+        _refuse_shape(leaf, name, path, "equal stack axes and one rank, as (*stack, out, rank) and (*stack, rank, in)")
+    if context.ranks.setdefault(name, b[-1]) != b[-1]:
+        _refuse_shape(leaf, name, path, f"the rank {context.ranks[name]} of the other fields of {name!r}")
+    vectors = _per_vector(b, a)
+    if role in ("count", "frozen_for") and (b, a) != vectors:
+        _refuse_shape(leaf, name, path, f"one entry for each vector as {role!r}, {vectors[0]} and {vectors[1]}")
+    param = (context.trainable or {}).get(name)
+    if param is None:
+        return
+    if isinstance(param, Tensor):
+        _refuse_shape(leaf, name, path, f"the shape {tuple(param.shape)} of that tensor in `trainable`")
+    shapes = tuple(param.b.shape), tuple(param.a.shape)
+    allowed = {"first_moment": [shapes], "second_moment": [shapes, _per_vector(*shapes)]}
+    if (b, a) not in allowed.get(role, [_per_vector(*shapes)]):
+        _refuse_shape(leaf, name, path, f"the shapes of {role!r} for factors {shapes[0]} and {shapes[1]}")
+
+
+def _per_vector(b: tuple[int, ...], a: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (*b[:-2], 1, b[-1]), (*a[:-1], 1)
+
+
+def _refuse_shape(leaf: AnyFactors, name: str, path: Path, wanted: str) -> NoReturn:
+    raise ValueError(
+        f"`opt_state` has factors of {name!r} at {render(path)} of shapes {moment_shape(leaf.b)} and "
+        f"{moment_shape(leaf.a)}; they must have {wanted}"
+    )

@@ -1,0 +1,121 @@
+"""Find the factors in any optimizer state by the declared roles of its fields."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dynlora_fn._core._types import is_factors
+from dynlora_fn.optim._containers import Path, Step, children, contains_tensors, rebuild, render
+from dynlora_fn.optim._eight_bit import is_eight_bit
+from dynlora_fn.optim._project_factors import Context, project_factors
+from dynlora_fn.optim._roles import Role, Roles, declared_roles
+from dynlora_fn.optim._torch_optim import is_torch_optim, project_torch_optim
+from dynlora_fn.optim._torchopt import is_torchopt, project_torchopt_list, torchopt_roles
+
+
+def project_state(node: Any, context: Context, path: Path) -> Any:
+    """Project everything below a node that is in no field with a role.
+
+    Raises:
+        ValueError: If factors, a matrix or an unknown object is in no field with a role. The message names its path.
+    """
+    if node is None or isinstance(node, str | bytes | int | float | complex):
+        return node
+    if is_factors(node) or is_eight_bit(node) or (isinstance(node, Tensor) and node.ndim > 1):
+        _refuse_undeclared(node, path)
+    if is_torch_optim(node):
+        return project_torch_optim(node, context, path)
+    inside = children(node)
+    if inside is None:
+        return _without_tensors(node, path)
+    declared = torchopt_roles(node, path) if is_torchopt(node) else declared_roles(node)
+    return rebuild(node, [_project_child(node, declared, child, context, (*path, step)) for step, child in inside])
+
+
+def _project_child(parent: Any, declared: Roles, child: Any, context: Context, path: Path) -> Any:
+    step = path[-1]
+    by_type = declared.get(step.key) if step.is_field else None
+    by_user = context.roles.get(step.key) if _is_by_name(child) or children(child) is None else None
+    if by_type and by_user and by_type != by_user:
+        raise ValueError(
+            f"`roles` has {by_user!r} for {step.key!r}, but {type(parent).__name__} declares {by_type!r} for "
+            f"{render(path)}; remove it from `roles`"
+        )
+    role = by_type or by_user
+    if role == "unchanged":
+        return child
+    if role is None:
+        return project_state(child, context, path)
+    if is_torchopt(parent) and isinstance(child, tuple | list):
+        return project_torchopt_list(child, role, context, path)
+    return _project_field(child, role, context, path, name=None)
+
+
+def _project_field(node: Any, role: Role, context: Context, path: Path, *, name: str | None) -> Any:
+    """Project everything below a node in a field with a role. `name` is the key of the node in a dict, or None."""
+    if is_factors(node) and name is not None:
+        return project_factors(node, role, name, path, context)
+    is_leaf = isinstance(node, Tensor) or is_eight_bit(node)
+    if is_leaf and name in context.plan:
+        raise ValueError(
+            f"`opt_state` must have factors of the planned parameter {name!r} at {render(path)} as {role!r}, got a "
+            "tensor; if it belongs to no single vector, declare it 'unchanged'"
+        )
+    if is_factors(node) or (isinstance(node, Tensor) and node.ndim > 1 and name is None):
+        raise ValueError(f"`opt_state` has {_describe(node)} at {render(path)}, in no dict by parameter name; use one")
+    inside = None if is_leaf else children(node)
+    if inside is None:
+        return node if is_leaf else _without_tensors(node, path)
+    is_dict = isinstance(node, Mapping)
+    if any(is_factors(child) for _, child in inside):
+        _refuse_mixed(inside, path)
+    return rebuild(
+        node,
+        [
+            _project_field(child, role, context, (*path, step), name=step.key if is_dict else None)
+            for step, child in inside
+        ],
+    )
+
+
+def _is_by_name(node: Any) -> bool:
+    """Return whether a node is a dict by parameter name: one with factors, or one with nothing but leaves."""
+    if not isinstance(node, Mapping) or is_torch_optim(node):
+        return False
+    leaves = [_is_leaf(child) for child in node.values()]
+    return all(leaves) or any(is_factors(child) for child in node.values())
+
+
+def _is_leaf(node: Any) -> bool:
+    return is_factors(node) or is_eight_bit(node) or children(node) is None
+
+
+def _refuse_mixed(inside: list[tuple[Step, Any]], path: Path) -> None:
+    """Raise if something beside factors is a container: then it is unclear whether keys are parameters or fields."""
+    for step, child in inside:
+        if not _is_leaf(child):
+            raise ValueError(
+                f"`opt_state` has factors and a {type(child).__name__} side by side at {render(path)}, so that "
+                f"{step.key!r} may be a field or a parameter; put them in different dicts"
+            )
+
+
+def _without_tensors(node: Any, path: Path) -> Any:
+    if not isinstance(node, Tensor) and contains_tensors(node):
+        raise ValueError(
+            f"`opt_state` has a {type(node).__name__} with tensors at {render(path) or 'its root'}, which cannot be "
+            "searched; use dicts, lists, tuples or dataclasses"
+        )
+    return node
+
+
+def _refuse_undeclared(node: Any, path: Path) -> None:
+    raise ValueError(
+        f"`opt_state` has {_describe(node)} at {render(path) or 'its root'}, whose role is not declared; register "
+        "the type of the state with `dl.optim.register_state`, or pass `roles` with the field above the dict by name"
+    )
+
+
+def _describe(node: Any) -> str:
+    return f"a tensor of shape {tuple(node.shape)}" if isinstance(node, Tensor) else "factors"
