@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save
+from torch import Tensor
 from torch.distributed import ProcessGroup, checkpoint
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
