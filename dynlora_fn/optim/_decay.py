@@ -43,9 +43,9 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
     Raises:
         ValueError: If a number is not from 0 to 1, a tensor is not 0-d, or the dict has a name that is not in `params`.
 
-    Numerics: Products are computed in float32 or a wider dtype, and rounded once. In bfloat16 a tensor keeps its values
-    at rates below ``2**-9``. A quantized base multiplies its scales, so that no code is rounded again, where its format
-    allows (see `quantize`).
+    Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9`` a tensor in
+    bfloat16 keeps its values, and a bfloat16 residual until the next fold. A quantized base multiplies its scales, so
+    that no code is rounded again, where its format allows (see `quantize`).
 
     Example:
         >>> import torch
