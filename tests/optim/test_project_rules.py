@@ -52,7 +52,7 @@ STATES = {
     "torchopt.adadelta": State(torchopt_state("adadelta"), 0),
     "torchopt.adagrad": State(torchopt_state("adagrad"), 0),
     "torchopt.rmsprop": State(torchopt_state("rmsprop", momentum=0.9)),
-    "torchopt.rmsprop, centered": State(torchopt_state("rmsprop", momentum=0.9, centered=True)),
+    "torchopt.rmsprop, centered": State(torchopt_state("rmsprop", momentum=0.9, centered=True), 2),
     "torchopt.sgd": State(torchopt_state("sgd", momentum=0.9)),
 }
 TRANSPORTED = {name: state for name, state in STATES.items() if state.first_moments}
