@@ -15,7 +15,7 @@ from dynlora_fn.bases._deferred import Divisor
 from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.bases._quantized import Transposed
 from dynlora_fn.nn._linear import _cheapest
-from dynlora_fn.parallel import shard, unshard
+from dynlora_fn.parallel import as_dtensors, shard, unshard
 from dynlora_fn.testing import (
     STORAGES,
     Shape,
@@ -164,6 +164,16 @@ def test_sharded_bases_under_a_transpose_take_a_path_that_always_gathers():
     param = param_of(Storage("float32"), "sharded")
     mirrored = LowRank(as_base(param.base).transposed(), dl.Factors(param.factors.a.mT, param.factors.b.mT), param.seed)
     assert {_cheapest(torch.ones(tokens, 64), mirrored) for tokens in (1, 2, 8, 4096)} <= {"merged", "dense"}
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_every_sharded_base_goes_into_a_checkpoint(storage):
+    """The scales of nf4 failed here, deep inside torch."""
+    param = param_of(storage, "sharded", (2,))
+    placed = as_dtensors({"w": param.base})
+    for leaf, (path, tensor) in zip(torch.utils._pytree.tree_leaves(param.base), placed.items(), strict=True):
+        assert_same(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor, leaf)
+        assert path.startswith("['w'].base")
 
 
 # --- pending folds know their divisor
