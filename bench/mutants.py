@@ -40,6 +40,15 @@ TESTS = {
         "optim/test_project_state", "optim/test_project_rules",
     ],
     "optim._freeze": ["optim/test_freeze", "optim/test_every_optimizer", "optim/test_project_rules"],
+    "optim._transform": ["optim/test_arguments", "optim/test_every_optimizer"],
+    "optim._roles": ["optim/test_declared_roles"],
+    "optim._containers": ["optim/test_declared_roles"],
+    "optim._search_state": ["optim/test_declared_roles", "optim/test_project_state"],
+    "optim._project_factors": [
+        "optim/test_declared_roles", "optim/test_project_state", "optim/test_project_rules", "optim/test_eight_bit",
+    ],
+    "optim._torch_optim": ["optim/test_foreign_states", "optim/test_project_rules"],
+    "optim._torchopt": ["optim/test_foreign_states", "optim/test_project_rules"],
     "optim._clip": ["optim/test_clip"],
     "bases._base": [
         "testing/test_promises", "bases/test_deferred", "bases/test_quantize", "bases/test_quantized_steps",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 import dynlora_fn as dl
 from bench.quality.dense_methods import packaged
@@ -77,7 +77,7 @@ def measure(config: StepByMethod) -> dict[str, Timing]:
     contenders["full rank, Muon"] = full_muon.run
     add("switched")
     add("switched, compensated", compensate=COMPENSATE)
-    add("switched, Muon", optimizer=muon(lambda _, leaf: not isinstance(leaf, torch.Tensor)))
+    add("switched, Muon", optimizer=muon(lambda _, leaf: not isinstance(leaf, Tensor)))
     timings = interleave(contenders, repeats=config.repeats, device=device)
     timings["LoRA"] = timings["switched"]
     for name, (rare, fraction) in occasional.items():

@@ -20,6 +20,7 @@ from dynlora_fn._core._types import SidePlan as SidePlan
 from dynlora_fn.compile._peak_memory import peak_memory as peak_memory
 from dynlora_fn.compile._step import compile_step as compile_step
 from dynlora_fn.interop._init import init as init
+from dynlora_fn.interop._resize import resize as resize
 from dynlora_fn.interop._state_dict import state_dict as state_dict
 from dynlora_fn.nn._call import call as call
 from dynlora_fn.nn._explain import explain as explain
@@ -27,6 +28,7 @@ from dynlora_fn.nn._linear import linear as linear
 from dynlora_fn.nn._remat import checkpoint_contexts as checkpoint_contexts
 from dynlora_fn.nn._remat import remat as remat
 from dynlora_fn.nn._value_and_grad import value_and_grad as value_and_grad
+from dynlora_fn.optim._decay import decay as decay
 from dynlora_fn.optim._project_state import project_optimizer_state as project_optimizer_state
 from dynlora_fn.optim._transform import apply_updates as apply_updates
 from dynlora_fn.switching._switch import candidates as candidates

@@ -52,18 +52,24 @@ class LowRankMethod:
         switched = self._schedule.switches(step, self.params)
         self._switched += switched
         is_measured = switched and len(self._jumps) * SIZES[self._run.size].steps <= step * _MEASURED_SWITCHES
+        if self._schedule.follows_update:
+            self._move(step, factor_grads, scale)
         losses = [self._loss(tokens)] if is_measured else []
         if switched:
             self._switch(step)
         losses += [self._loss(tokens)] if is_measured else []
-        trainable, frozen = dl.partition(self.params)
-        state = (trainable, self._opt_state)
-        (trainable, self._opt_state), _ = self._update_step(state, factor_grads, self._rates(step, scale))
-        self.params = dl.combine(trainable, frozen)
+        if not self._schedule.follows_update:
+            self._move(step, factor_grads, scale)
         if is_measured:
             self._jumps.append((step, *losses, self._loss(tokens)))
         if (step + 1) % (SIZES[self._run.size].steps // 8) == 0:
             self._measure_overlap()
+
+    def _move(self, step: int, grads: Any, scale: float) -> None:
+        trainable, frozen = dl.partition(self.params)
+        state = (trainable, self._opt_state)
+        (trainable, self._opt_state), _ = self._update_step(state, grads, self._rates(step, scale))
+        self.params = dl.combine(trainable, frozen)
 
     def _compensate(self, step: int, grads: dict[str, Tensor], scale: float) -> None:
         run = self._run
@@ -78,7 +84,7 @@ class LowRankMethod:
         if run.method == "relora":  # the rate warms up again after each merge, over a twentieth of the interval
             every = max(1, round(run.merge_every * SIZES[run.size].steps))
             warmup = max(1, round(every / 20))
-            scale *= min(1.0, ((step + 1) % every + 1) / warmup) if step + 1 >= every else 1.0
+            scale *= min(1.0, (step % every + 1) / warmup) if step >= every else 1.0
         lr, side = torch.tensor(run.lr * scale), math.sqrt(run.side_lr)
         factors = lr if side == 1 else dl.Factors(b=lr * side, a=lr / side)
         dense = lr * run.dense_lr

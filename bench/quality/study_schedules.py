@@ -31,12 +31,13 @@ def _tabled(plain: dl.schedules.Schedule, run: Run, params: Mapping[str, Any]) -
     at = torch.arange(1, steps + 1, dtype=torch.float64)
     rate = (plain.decay**at).clamp(min=run.floor) * (at <= run.until * steps)
     turns = torch.cat([torch.zeros(1, dtype=torch.float64), (rate / plain.interval).cumsum(0)])
-    tables = {}
+    tables, ranks = {}, {}
     for name, param in params.items():
         if isinstance(param, dl.LowRank):
-            table = (param.factors.a.shape[-2] * turns).floor().long()
+            ranks[name] = param.factors.a.shape[-2]
+            table = (ranks[name] * turns).floor().long()
             tables[name] = table.reshape(-1, *(1 for _ in param.seed.shape)).expand(-1, *param.seed.shape).contiguous()
-    return dl.schedules.Dithered(plain, tables)
+    return dl.schedules.Dithered(plain, tables, ranks)
 
 
 def both_sides(plan: dict[str, dl.Plan]) -> dict[str, dl.Plan]:

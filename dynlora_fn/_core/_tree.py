@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import AnyFactors, Factors, Frozen, LowRank, Param, Params, Trainable, is_factors
+
+Value = TypeVar("Value")
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
@@ -124,9 +126,8 @@ def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            known = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise ValueError(
-                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {known}"
+                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {_first(names)}"
             )
     return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
@@ -146,6 +147,33 @@ def map_leaf(function: Callable[..., Any], leaf: Any, *others: Any) -> Any:
         return function(leaf, *others)
     b = function(leaf.b, *(other.b for other in others))
     return leaf._replace(b=b, a=function(leaf.a, *(other.a for other in others)))
+
+
+def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: str) -> dict[str, Value]:
+    """Return the value of each name that has one.
+
+    Keys are names and not globs: a star is a part of the name of a stack.
+
+    Args:
+        value: One value for all names, or a dict of values by name.
+        names: The names that may have a value.
+        argument: The name of the caller's argument, for the error message.
+
+    Raises:
+        ValueError: If the dict has another name.
+    """
+    names = list(names)
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    for name in value:
+        if name not in names:
+            raise ValueError(f"`{argument}` contains {name!r}, which is no name of these: {_first(names)}; remove it")
+    return dict(value)
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first names as a text."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def whole_factors(param: LowRank) -> Factors:

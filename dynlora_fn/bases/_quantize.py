@@ -159,6 +159,9 @@ def drift(
     Returns:
         A 0-d tensor in float32, or one for each low-rank weight by name.
 
+    Raises:
+        ValueError: If `exact` misses a weight, or has another shape than the weight.
+
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
@@ -168,13 +171,21 @@ def drift(
     """
     if isinstance(params, LowRank):
         assert exact is None or isinstance(exact, Tensor)
-        return _drift(params, exact)
+        return _drift("param", params, exact)
     assert exact is None or isinstance(exact, Mapping)
     low_rank = {name: param for name, param in params.items() if isinstance(param, LowRank)}
-    return {name: _drift(param, exact[name] if exact else None) for name, param in low_rank.items()}
+    missing = [] if exact is None else [name for name in low_rank if name not in exact]
+    if missing:
+        raise ValueError(f"`exact` has no weight for {missing}; pass one for each low-rank weight")
+    return {name: _drift(name, param, None if exact is None else exact[name]) for name, param in low_rank.items()}
 
 
-def _drift(param: LowRank, exact: Tensor | None) -> Tensor:
+def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
+    if exact is not None and exact.shape != param.shape:
+        raise ValueError(
+            f"`exact` has shape {tuple(exact.shape)} for {name!r}, but the weight has {tuple(param.shape)};"
+            " pass the dense weight"
+        )
     folded, (b, a) = with_pending(param)
     base = as_base(folded).gather()
     if exact is None and residual_codes(as_base(base).residual) is None:

@@ -1,12 +1,14 @@
-"""Parameters from a model and back to it: `init`, state dicts, safetensors files and PEFT adapters.
+"""Parameters from a model and back to it: `init`, `resize`, state dicts, safetensors files and PEFT adapters.
 
-`init` turns a module or a dict of tensors into parameters. Everything else converts parameters to and from the formats
-of PyTorch, Hugging Face and PEFT.
+`init` turns a module or a dict of tensors into parameters, and `resize` changes their ranks. Everything else converts
+parameters to and from the formats of PyTorch, Hugging Face and PEFT.
 """
 
 from dynlora_fn.interop._init import init as init
 from dynlora_fn.interop._peft_load import load_adapter as load_adapter
 from dynlora_fn.interop._peft_save import save_adapter as save_adapter
+from dynlora_fn.interop._resize import Resized as Resized
+from dynlora_fn.interop._resize import resize as resize
 from dynlora_fn.interop._safetensors import Weights as Weights
 from dynlora_fn.interop._safetensors import open_weights as open_weights
 from dynlora_fn.interop._safetensors import save_merged as save_merged

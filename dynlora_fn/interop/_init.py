@@ -21,7 +21,7 @@ from dynlora_fn.bases._torchao_tensors import from_torchao, is_torchao
 from dynlora_fn.interop._targets import Target, Targets, as_matrices, select
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.parallel._shard import shard
-from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
+from dynlora_fn.switching._weight import Start, first_vectors
 
 
 def init(
@@ -214,11 +214,7 @@ def _low_rank(
     base_dtype: torch.dtype | None,
     dtype: torch.dtype,
 ) -> LowRank:
-    slots = torch.arange(rank, device=seed.device)
-    # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
-    b_indices = (slots - rank // 2) % rank
-    shape = as_base(weight).shape[-2:]
-    (factors,) = basis_vectors([BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)])
+    factors = first_vectors(seed, as_base(weight).shape[-2:], rank, start, dtype)
     if isinstance(weight, Tensor):
         return LowRank(fold(weight, -factors.b, factors.a, rank=rank, dtype=base_dtype), factors, seed)
     return LowRank(as_base(weight).fold(-factors.b, factors.a, rank=rank, name=name), factors, seed)

@@ -1,14 +1,17 @@
 """Optimizers as pairs of pure functions, and what a switch does to their state.
 
 An optimizer is a `Transform`. Train with `apply_updates`, clip with `clip_by_global_norm`, and call
-`project_optimizer_state` after every switch. The README says how to add an optimizer or a rule.
+`project_optimizer_state` after every switch. `decay` and `average` are of weights, whatever their factors are. The
+README says how to add an optimizer or a rule.
 """
 
 from dynlora_fn.optim._adamw import AdamWState as AdamWState
 from dynlora_fn.optim._adamw import adamw as adamw
+from dynlora_fn.optim._average import average as average
 from dynlora_fn.optim._clip import clip_by_global_norm as clip_by_global_norm
 from dynlora_fn.optim._compensate import compensate as compensate
 from dynlora_fn.optim._compensate import project_gradients as project_gradients
+from dynlora_fn.optim._decay import decay as decay
 from dynlora_fn.optim._eight_bit import SignedMoment as SignedMoment
 from dynlora_fn.optim._eight_bit import UnsignedMoment as UnsignedMoment
 from dynlora_fn.optim._freeze import FreezeState as FreezeState

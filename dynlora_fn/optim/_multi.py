@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dynlora_fn._core._types import AnyFactors, Trainable
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_gradients
 
 
 def multi_transform(
@@ -25,7 +25,8 @@ def multi_transform(
         The optimizer. Its state is a dict of the transforms' states by key.
 
     Raises:
-        ValueError: In `init` and `update`, if `choose` returns a key that `transforms` does not have.
+        ValueError: In `init` and `update`, if `choose` returns a key that `transforms` does not have. In `update`, if
+            `grads` does not have the names and shapes of `trainable`.
 
     Example: Muon for the factors, AdamW for all other parameters.
         >>> import torch
@@ -56,6 +57,7 @@ def multi_transform(
     def update(
         grads: Trainable, opt_state: Mapping[str, Any], trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
+        check_gradients(grads, trainable)
         updates: Tree = {}
         new: dict[str, Any] = {}
         for key, group in split(trainable).items():

@@ -1,7 +1,7 @@
 """Apply a rule to the factors at one place of an optimizer's state."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor
 
@@ -34,6 +34,15 @@ class Context(NamedTuple):
     projected: set[str]  # names of planned parameters that the rule was applied to
     ranks: dict[str, int]  # by name, from the first factors that were found
     first_moments: dict[str, dict[Path, AnyFactors]]  # by name, collected for "prune"
+
+    def visit(self, leaf: AnyFactors, role: Role, name: str, path: Path) -> AnyFactors:
+        return project_factors(leaf, role, name, path, self)
+
+    def keep(self, node: Any, path: Path) -> Any:
+        return node
+
+    def check_foreign(self, library: str, path: Path) -> None:
+        """All libraries with a table are supported."""
 
 
 def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> AnyFactors:

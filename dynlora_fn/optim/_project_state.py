@@ -44,6 +44,10 @@ def project_optimizer_state(
                     of least norm. `mu_a` is treated in the same way. All other state is kept.
     ==============  ==================================================================================================
 
+    Gradients belong to the factors of the forward pass. "reset" and "reset_thawed" with ``frozen_for`` of 1 or more let
+    no counterpart move by a gradient from before the switch, so a step may switch first and then update. Otherwise a
+    step must update first (see `Schedule.follows_update`).
+
     Args:
         opt_state: The state. It is searched through dicts, lists, tuples and dataclasses, which keep their types. What
             a field means is declared by its type (see `register_state`) or by `roles`, and never read from the

@@ -8,13 +8,13 @@ from torch import Tensor
 from dynlora_fn._core._types import is_factors
 from dynlora_fn.optim._containers import Path, Step, children, contains_tensors, rebuild, render
 from dynlora_fn.optim._eight_bit import is_eight_bit
-from dynlora_fn.optim._project_factors import Context, project_factors
 from dynlora_fn.optim._roles import Role, Roles, declared_roles
 from dynlora_fn.optim._torch_optim import is_torch_optim, project_torch_optim
 from dynlora_fn.optim._torchopt import is_torchopt, project_torchopt_list, torchopt_roles
+from dynlora_fn.optim._visitor import Visitor
 
 
-def project_state(node: Any, context: Context, path: Path) -> Any:
+def project_state(node: Any, context: Visitor, path: Path) -> Any:
     """Project everything below a node that is in no field with a role.
 
     Raises:
@@ -25,15 +25,18 @@ def project_state(node: Any, context: Context, path: Path) -> Any:
     if is_factors(node) or is_eight_bit(node) or (isinstance(node, Tensor) and node.ndim > 1):
         _refuse_undeclared(node, path)
     if is_torch_optim(node):
+        context.check_foreign("torch.optim", path)
         return project_torch_optim(node, context, path)
     inside = children(node)
     if inside is None:
         return _without_tensors(node, path)
+    if is_torchopt(node):
+        context.check_foreign("torchopt", path)
     declared = torchopt_roles(node, path) if is_torchopt(node) else declared_roles(node)
     return rebuild(node, [_project_child(node, declared, child, context, (*path, step)) for step, child in inside])
 
 
-def _project_child(parent: Any, declared: Roles, child: Any, context: Context, path: Path) -> Any:
+def _project_child(parent: Any, declared: Roles, child: Any, context: Visitor, path: Path) -> Any:
     step = path[-1]
     by_type = declared.get(step.key) if step.is_field else None
     by_user = context.roles.get(step.key) if _is_by_name(child) or children(child) is None else None
@@ -44,7 +47,7 @@ def _project_child(parent: Any, declared: Roles, child: Any, context: Context, p
         )
     role = by_type or by_user
     if role == "unchanged":
-        return child
+        return context.keep(child, path)
     if role is None:
         return project_state(child, context, path)
     if is_torchopt(parent) and isinstance(child, tuple | list):
@@ -52,10 +55,10 @@ def _project_child(parent: Any, declared: Roles, child: Any, context: Context, p
     return _project_field(child, role, context, path, name=None)
 
 
-def _project_field(node: Any, role: Role, context: Context, path: Path, *, name: str | None) -> Any:
+def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name: str | None) -> Any:
     """Project everything below a node in a field with a role. `name` is the key of the node in a dict, or None."""
     if is_factors(node) and name is not None:
-        return project_factors(node, role, name, path, context)
+        return context.visit(node, role, name, path)
     is_leaf = isinstance(node, Tensor) or is_eight_bit(node)
     if is_leaf and name in context.plan:
         raise ValueError(

@@ -12,8 +12,9 @@ from torch import Tensor
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import Factors, is_factors
 from dynlora_fn.optim._containers import Path, Step, rebuild, render
-from dynlora_fn.optim._project_factors import Context, numbered_sides, project_factors
+from dynlora_fn.optim._project_factors import numbered_sides
 from dynlora_fn.optim._roles import Role
+from dynlora_fn.optim._visitor import Visitor
 
 # Pairs of fields: the one of `b`, the one of `a`.
 _MIRRORED: dict[tuple[str, str], Role] = {
@@ -38,7 +39,7 @@ def is_torch_optim(node: Any) -> bool:
     return isinstance(node, Mapping) and "state" in node and "param_groups" in node
 
 
-def project_torch_optim(node: Mapping[str, Any], context: Context, path: Path) -> Any:
+def project_torch_optim(node: Mapping[str, Any], context: Visitor, path: Path) -> Any:
     """Project a state dict of `torch.optim`.
 
     Raises:
@@ -57,7 +58,7 @@ def project_torch_optim(node: Mapping[str, Any], context: Context, path: Path) -
                 if role == "unchanged":
                     _check_shared(leaf, name, context, where)
                 else:
-                    new = project_factors(leaf, role, name, where, context)
+                    new = context.visit(leaf, role, name, where)
                     b[field_b], a[field_a] = new.b, new.a
     state = rebuild(
         node["state"], [rebuild(entry, [*entries[index].values()]) for index, entry in node["state"].items()]
@@ -85,7 +86,7 @@ def _check_fields(b: Mapping[str, Any], a: Mapping[str, Any], name: str, path: P
             raise ValueError(f"{where} {field!r} as {type(value).__name__}; only plain tensors can be projected")
 
 
-def _check_shared(leaf: Factors, name: str, context: Context, path: Path) -> None:
+def _check_shared(leaf: Factors, name: str, context: Visitor, path: Path) -> None:
     """Raise if Adafactor's means over all vectors do not have the rows of `b` and the columns of `a`."""
     param = (context.trainable or {})[name]
     assert is_factors(param)
@@ -96,7 +97,7 @@ def _check_shared(leaf: Factors, name: str, context: Context, path: Path) -> Non
         )
 
 
-def _indices(groups: Any, context: Context, path: Path) -> dict[str, tuple[Any, Any]]:
+def _indices(groups: Any, context: Visitor, path: Path) -> dict[str, tuple[Any, Any]]:
     """Return the indices of `b` and `a` for each low-rank weight.
 
     They come from the names in the groups (torch 2.6 or later), or for one group from the order of `trainable`.

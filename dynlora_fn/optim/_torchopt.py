@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dynlora_fn._core._types import Factors
 from dynlora_fn.optim._containers import Path, Step, rebuild, render
-from dynlora_fn.optim._project_factors import Context, numbered_sides, project_factors
+from dynlora_fn.optim._project_factors import numbered_sides
 from dynlora_fn.optim._roles import Role, Roles
+from dynlora_fn.optim._visitor import Visitor
 
 _ROLES: dict[str, Roles] = {
     "EmptyState": {},
@@ -49,7 +50,7 @@ def torchopt_roles(node: Any, path: Path) -> Roles:
     return _ROLES[kind]
 
 
-def project_torchopt_list(tensors: Any, role: Role, context: Context, path: Path) -> Any:
+def project_torchopt_list(tensors: Any, role: Role, context: Visitor, path: Path) -> Any:
     """Project a list of all tensors of the parameters, in the order of optree: by sorted names, `b` before `a`.
 
     Raises:
@@ -71,6 +72,6 @@ def project_torchopt_list(tensors: Any, role: Role, context: Context, path: Path
         if not (isinstance(new[b], Tensor) and isinstance(new[a], Tensor)):
             raise ValueError(f"`opt_state` has no tensors of {name!r} at {render(path)}[{b}] and [{a}]")
         where = (*path, Step(False, b))
-        leaf = project_factors(Factors(new[b], new[a]), role, name, where, context)
+        leaf = context.visit(Factors(new[b], new[a]), role, name, where)
         new[b], new[a] = leaf.b, leaf.a
     return rebuild(tensors, new)

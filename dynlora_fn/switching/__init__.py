@@ -6,6 +6,7 @@
 
 from dynlora_fn.switching._basis import Bounds as Bounds
 from dynlora_fn.switching._basis import basis_bounds as basis_bounds
+from dynlora_fn.switching._fold import fold as fold
 from dynlora_fn.switching._pool import Pool as Pool
 from dynlora_fn.switching._pool import SidePool as SidePool
 from dynlora_fn.switching._pool import draw as draw

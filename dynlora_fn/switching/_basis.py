@@ -62,6 +62,17 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
+def next_seed(seed: Int[Tensor, "*stack"], rank: int) -> Int[Tensor, "*stack"]:
+    """Return the seed of another basis, for the same weight at another rank.
+
+    A schedule counts its vectors from the rank. With the old seed it would hand out some of them twice.
+    """
+    zero = torch.zeros_like(seed)
+    key = seed & _MASK, (seed >> 32) & _MASK
+    high, low, *_ = philox((zero + rank, zero, zero, zero + len(_SIDE_WORD)), key)  # no vector has this last word
+    return (high >> 1) << 32 | low
+
+
 class Request(NamedTuple):
     """Name vectors of one side of a basis by their indices.
 

@@ -16,6 +16,12 @@ class Dithered:
 
     schedule: Schedule
     switched: dict[str, Int[Tensor, "steps *stack"]]  # vectors switched on each side before each step; on the host
+    ranks: dict[str, int]  # of the weights when the numbers were drawn
+
+    @property
+    def follows_update(self) -> bool:
+        """Whether a step must update first and switch then (see `Schedule`)."""
+        return self.schedule.follows_update
 
     def __call__(self, step: int | Tensor, params: Params) -> dict[str, Plan]:
         """Return the plans of one step by name, as `Schedule.__call__` does."""
@@ -27,6 +33,11 @@ class Dithered:
 
     def _plan(self, name: str, step: int | Tensor, param: LowRank) -> Plan:
         device, rank = param.factors.a.device, param.factors.a.shape[-2]
+        if rank != self.ranks[name]:
+            raise ValueError(
+                f"{name!r} has rank {rank}, but the schedule was dithered at rank {self.ranks[name]};"
+                " call `dithered` again"
+            )
         entries = torch.arange(self.schedule.most(param), device=device)
         start = torch.as_tensor(step).to(self.switched[name].device)
         table = self.switched[name].index_select(0, torch.stack([start, start + 1])).to(device)
@@ -58,7 +69,7 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
         The dithered schedule. It is called like `schedule`.
 
     Raises:
-        ValueError: If `schedule` has a `count`, or an `every` other than 1.
+        ValueError: If `schedule` has a `count`, or an `every` other than 1. When it is called, if a rank has changed.
 
     Example:
         >>> import torch
@@ -71,12 +82,13 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
     if schedule.count is not None or schedule.every != 1:
         raise ValueError(f"`schedule` must have count=None and every=1 to be dithered, got {schedule}")
     generator = torch.Generator().manual_seed(seed)
-    tables = {}
+    tables, ranks = {}, {}
     for name, param in params.items():
         if isinstance(param, LowRank) and schedule.most(param):
             draws = torch.rand(total_steps, *param.seed.shape, generator=generator, dtype=torch.float64)
             tables[name] = _count_switches(schedule, param, draws)
-    return Dithered(schedule, tables)
+            ranks[name] = param.factors.a.shape[-2]
+    return Dithered(schedule, tables, ranks)
 
 
 def _count_switches(schedule: Schedule, param: LowRank, draws: Tensor) -> Tensor:

@@ -96,6 +96,16 @@ class Schedule:
                 f"{self.freeze} steps, got {self.interval}"
             )
 
+    @property
+    def follows_update(self) -> bool:
+        """Whether a step must update first and switch then, as ReLoRA does.
+
+        The gradient of a vector was computed with the counterpart that it had in the forward pass. A plan that freezes
+        the counterparts of what it switches lets no vector move by such a gradient, so the switch may come before the
+        update, as in SwitchLoRA. A plan without a freeze must come after it.
+        """
+        return self.freeze == 0
+
     def __call__(self, step: int | Tensor, params: Params) -> dict[str, Plan]:
         """Return the plans of one step by name.
 
@@ -217,7 +227,8 @@ def never() -> Schedule:
 def every(steps: int, count: int | Literal["all"] = "all", *, freeze: int = 0, from_pool: bool = False) -> Schedule:
     """Create a schedule that switches a fixed count every `steps` steps.
 
-    With "all", and vectors of zeros entering on side b, it is the merge of ReLoRA (arXiv:2307.05695).
+    With "all", and vectors of zeros entering on side b, it is the merge of ReLoRA (arXiv:2307.05695). Without a freeze,
+    a step must update first and switch then (see `Schedule.follows_update`).
 
     Args:
         steps: The number of steps between two switches. The first one is at step ``steps - 1``.

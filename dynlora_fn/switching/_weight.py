@@ -73,6 +73,23 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
     return [_scale(basis_slice, b, a) for basis_slice, b, a in zip(slices, units[::2], units[1::2], strict=True)]
 
 
+def first_vectors(
+    seed: Int[Tensor, "*stack"],
+    shape: Sequence[int],
+    rank: int,
+    start: Start,
+    dtype: torch.dtype,
+    *,
+    from_slot: int = 0,
+) -> Factors:
+    """Return the vectors that a weight starts with, in the slots from `from_slot` to its rank."""
+    slots = torch.arange(from_slot, max(rank, from_slot), device=seed.device)
+    # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
+    b_indices = (slots - rank // 2) % rank
+    (factors,) = basis_vectors([BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)])
+    return factors
+
+
 def _scale(basis_slice: BasisSlice, b: Tensor, a: Tensor) -> Factors:
     if basis_slice.start not in ("switchlora", "lora"):
         raise ValueError(f"`start` must be 'switchlora' or 'lora', got {basis_slice.start!r}")

@@ -53,6 +53,9 @@ class Optimization(pretrain.Optimization):
     dense_lr: float | None = None
     """Peak learning rate of embedding, head and norms. Default None means `lr`."""
     warmup: int = 10
+    weight_decay: float = 0.0
+    """Decoupled decay per unit of learning rate: of the weights for full, and of the factors for the other methods.
+    Decayed factors pull the weights back to those of the given model."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,13 @@ class Config(pretrain.Config):
 
     default_rates: ClassVar[pretrain.DefaultRates] = FINETUNE_RATES
 
+    def decays_weights(self) -> bool:
+        """Return whether `weight_decay` is of the weights, and not of their factors.
+
+        A decay of low-rank weights would pull the given model to zero.
+        """
+        return self.training.method == "full"
+
 
 def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
     """Check the options, those of pre-training first.
@@ -97,3 +107,6 @@ def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
         raise ValueError(f"`adapter_rank` must be at least 1, got {adapter_rank}")
     if config.training.method == "full" and config.output.export == "adapter":
         raise ValueError("`export` must not be 'adapter' for full, which has no low-rank weights; use 'merged'")
+    weight_decay = config.optimization.weight_decay
+    if weight_decay and config.inner_optimizer() == "muon" and not config.decays_weights():
+        raise ValueError(f"`weight_decay` must be 0 for factors that muon trains, got {weight_decay}; use adamw")

@@ -90,7 +90,7 @@ class Optimization:
     """Steps of linear warm-up. A cosine to a tenth of the peak follows.
     After each merge, relora warms up again for a tenth as many steps."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of every trained weight, per unit of learning rate."""
+    """Decoupled decay of every trained weight, per unit of learning rate. A low-rank weight decays with its base."""
     clip: float = 1.0
     """Largest global norm of the gradients. Larger gradients are scaled down to it."""
 
@@ -193,3 +193,7 @@ class Config:
             return self.optimization.optimizer
         supports_muon = not self.machine.shard_factors and self.precision.moments == "float32"
         return "muon" if self.training.method == "switchlora" and supports_muon else "adamw"
+
+    def decays_weights(self) -> bool:
+        """Return whether `weight_decay` is of the weights, and not of their factors."""
+        return True

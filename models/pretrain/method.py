@@ -4,7 +4,6 @@ A method is a schedule, a first state and one pure training step.
 """
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ import dynlora_fn as dl
 from models.llama import TARGETS
 from models.pretrain.config import Config
 from models.pretrain.device import compute_dtype, run_device
-from models.pretrain.learning_rate import dense_lr_scale
+from models.pretrain.optimizer import Optimizer, inner_names, make_optimizer
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 
 
@@ -93,39 +92,6 @@ def init_params(
     )
 
 
-def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) -> frozenset[str]:
-    """Return the names of the low-rank weights.
-
-    For full, these are the weights that the other methods make low-rank.
-    """
-    training = config.training
-    globs = training.targets or targets if training.method == "full" else ()
-    return frozenset(
-        name
-        for name, param in params.items()
-        if isinstance(param, dl.LowRank) or any(fnmatchcase(name, glob) for glob in globs)
-    )
-
-
-def make_optimizer(config: Config, inner: frozenset[str]) -> dl.optim.Transform:
-    """Return the optimizer.
-
-    It takes the learning rate of the `inner` weights and scales it for the others.
-    """
-    weight_decay, scale = config.optimization.weight_decay, dense_lr_scale(config)
-    adamw = dl.optim.adamw(weight_decay=weight_decay, moments=config.precision.moments)
-    optimizers = {"adamw": adamw, "muon": dl.optim.muon(weight_decay=weight_decay)}
-    # The labels are in the names of a checkpoint's tensors: another label makes older checkpoints unreadable.
-    transforms = {"inner": optimizers[config.inner_optimizer()], "rest": adamw}
-    both = dl.optim.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
-
-    def update(grads: Any, opt_state: Any, trainable: Any, *, lr: Tensor) -> dl.optim.Updates:
-        rates = {name: lr if name in inner else lr * scale for name in trainable}
-        return both.update(grads, opt_state, trainable, lr=rates)
-
-    return dl.optim.Transform(both.init, update)
-
-
 def start(config: Config) -> dl.switching.Start:
     return "switchlora" if config.training.method == "switchlora" else "lora"
 
@@ -142,7 +108,7 @@ def make_schedule(config: Config) -> dl.schedules.Schedule:
 def make_step(
     config: Config,
     model: nn.Module,
-    optimizer: dl.optim.Transform,
+    optimizer: Optimizer,
     *,
     untrained: Sequence[str] = (),
     processes: Processes = SINGLE_PROCESS,
@@ -153,6 +119,7 @@ def make_step(
     """
     dtype, device_type, compensate = compute_dtype(config), run_device(config).type, config.training.compensate
     clip, weight = config.optimization.clip, processes.weight(config.data.batch_size)
+    updates_first = make_schedule(config).follows_update
 
     def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any, stop: Tensor) -> tuple[State, Metrics]:
         """Take one step. `tokens` is (grad_accum, rows of this process, seq_len + 1).
@@ -177,15 +144,27 @@ def make_step(
             }
             frozen = dl.partition(dl.optim.compensate(params, dense, lr=lr * compensate), frozen=untrained).frozen
         grads, norm = dl.optim.clip_by_global_norm(grads, clip)
-        outgoing: dict[str, dl.Factors] = {}
+        state, outgoing = State(trainable, frozen, opt_state), {}
+        if updates_first:
+            state = updated(state, grads, lr)
         if plan is not None:
-            params = dl.combine(trainable, frozen)
-            incoming = dl.candidates(params, plan, start=start(config)) if incoming is None else incoming
-            params, outgoing = dl.switch(params, plan, incoming=incoming)
-            opt_state = dl.project_optimizer_state(opt_state, plan)
-            trainable, frozen = dl.partition(params, frozen=untrained)
-        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
-        return State(dl.apply_updates(trainable, updates), frozen, opt_state), Metrics(loss, norm, stop, outgoing)
+            state, outgoing = switched(state, plan, incoming)
+        if not updates_first:
+            state = updated(state, grads, lr)
+        return state, Metrics(loss, norm, stop, outgoing)
+
+    def updated(state: State, grads: dict[str, Any], lr: Tensor) -> State:
+        params = optimizer.decay(state.params(), state.trainable, lr)
+        trainable, frozen = dl.partition(params, frozen=untrained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable, lr=lr)
+        return State(dl.apply_updates(trainable, updates), frozen, opt_state)
+
+    def switched(state: State, plan: Any, incoming: Any) -> tuple[State, dict[str, dl.Factors]]:
+        params = state.params()
+        incoming = dl.candidates(params, plan, start=start(config)) if incoming is None else incoming
+        params, outgoing = dl.switch(params, plan, incoming=incoming)
+        opt_state = dl.project_optimizer_state(state.opt_state, plan)
+        return State(*dl.partition(params, frozen=untrained), opt_state), outgoing
 
     return step
 

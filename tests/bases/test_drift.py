@@ -50,3 +50,12 @@ def test_a_residual_keeps_drift_from_growing():
     assert drifts["bfloat16"] < 1.02 * once
     assert drifts["int8"] < 1.2 * once
     assert drifts[None] > 10 * once
+
+
+def test_an_exact_weight_that_is_missing_or_of_another_shape_is_refused():
+    params = {"w": low_rank(Shape(8, 16, 4))}
+    with pytest.raises(ValueError, match=r"`exact` has no weight for \['w'\]; pass one for each low-rank weight"):
+        drift(params, {})
+    for shape in ((1, 16), (16, 8), (8, 1)):
+        with pytest.raises(ValueError, match=r"`exact` has shape .* for 'w', but the weight has \(8, 16\)"):
+            drift(params, {"w": torch.zeros(shape)})

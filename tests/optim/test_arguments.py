@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from dynlora_fn import Factors
 from dynlora_fn.optim import adamw, freeze_counterparts, lion, multi_transform, muon, sgd
 from dynlora_fn.testing import normal
 from tests.support.optimizer_table import OPTIMIZERS
@@ -39,7 +39,7 @@ def test_weight_decay_of_full_rank_tensors_stays(make: Any):
 def test_factors_and_tensors_may_be_decayed_in_their_own_ways():
     transforms = {"tensors": adamw(weight_decay=0.1), "factors": adamw(factor_decay=0.2)}
     optimizer = multi_transform(transforms, lambda name, leaf: "tensors" if isinstance(leaf, Tensor) else "factors")
-    grads = {name: leaf * 0 if isinstance(leaf, Tensor) else Factors(*(side * 0 for side in leaf)) for name, leaf in TRAINABLE.items()}  # fmt: skip
+    grads = tree_map(torch.zeros_like, TRAINABLE)
     updates, _ = optimizer.update(grads, optimizer.init(TRAINABLE), TRAINABLE, lr=1.0)
     torch.testing.assert_close(updates["bias"], -0.1 * TRAINABLE["bias"])
     torch.testing.assert_close(updates["w"].b, -0.2 * FACTORS.b)
@@ -78,5 +78,5 @@ def test_gradients_of_other_shapes_are_refused(name: str, change: dict, message:
 def test_a_missing_gradient_is_refused(name: str):
     optimizer = OPTIMIZERS[name].transform
     grads = {name: leaf for name, leaf in TRAINABLE.items() if name != "w"}
-    with pytest.raises((ValueError, KeyError), match="'w'"):
+    with pytest.raises(ValueError, match="'w'"):
         optimizer.update(grads, optimizer.init(TRAINABLE), TRAINABLE, lr=0.1)

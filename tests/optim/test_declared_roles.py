@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import register_dataclass, tree_map
 
 from dynlora_fn import Factors, partition, project_optimizer_state, switch
+from dynlora_fn._core._types import ShardedFactors, Sharding
 from dynlora_fn.optim import AdamWState, Change, FreezeState, adamw, multi_transform, register_state, sgd
 from dynlora_fn.optim._project_factors import Rule
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal
@@ -294,6 +295,20 @@ def test_second_moments_are_pruned_only_where_every_first_moment_is():
     gone = {name: new[name]["w"].b == 0 for name in fields}
     assert gone["square"].any()
     assert not (gone["square"] & ~(gone["mean"] & gone["trend"])).any()
+
+
+@pytest.mark.parametrize("rule", ["prune", "transport"])
+def test_rules_that_need_all_entries_are_refused_for_shards(rule: str):
+    sharding = Sharding(group="0", world_size=2, process=0, rows=10, columns=12)
+    state = {"mean": {"w": ShardedFactors(*TRAINABLE["w"], sharding)}}
+    with pytest.raises(ValueError, match=f"`rule` must not be '{rule}' for sharded factors, got them for 'w'"):
+        project_optimizer_state(state, **settings_of(rule, "w"), roles=ROLES)
+
+
+def test_transport_needs_the_weight_before_and_after():
+    state, change = {"mean": filled(TRAINABLE)}, Change({}, {"w": PARAM})
+    with pytest.raises(ValueError, match=r"`change` must have the low-rank weight 'w' .* got NoneType and LowRank"):
+        project_optimizer_state(state, PLAN, rule="transport", change=change, roles=ROLES)
 
 
 def test_a_role_that_does_not_exist_is_refused():

@@ -107,6 +107,16 @@ def test_a_state_with_one_side_of_a_weight_is_refused():
         project_optimizer_state(state, PLAN, trainable=TRAINABLE)
 
 
+def test_moments_in_a_subclass_of_tensor_are_refused():
+    """As torchao's optimizers in 8 bit have them."""
+    torchao = pytest.importorskip("torchao.optim.subclass_8bit")
+    state = torch_state(torch.optim.AdamW)(TRAINABLE)
+    for index in range(2):
+        state["state"][index]["exp_avg"] = torchao.OptimState8bit.zeros((16, 256), signed=True)
+    with pytest.raises(ValueError, match="for 'w' 'exp_avg' as OptimState8bit; only plain tensors can be projected"):
+        project_optimizer_state(state, PLAN, trainable=TRAINABLE)
+
+
 def test_a_state_before_the_first_step_is_refused():
     state = torch.optim.AdamW(leaves_of(TRAINABLE)).state_dict()
     with pytest.raises(ValueError, match=r"must have the factors of every planned parameter, got none for \['w'\]"):

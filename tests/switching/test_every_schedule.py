@@ -52,6 +52,15 @@ def test_all_steps_have_plans_of_the_same_kinds(make: Callable[..., Any]):
 
 
 @every_schedule
+def test_a_schedule_that_comes_before_the_update_freezes_every_counterpart(make: Callable[..., Any]):
+    params = params_of()
+    schedule = make(params, STEPS)
+    for step in range(STEPS):
+        for plan in schedule(step, params).values():
+            assert schedule.follows_update == (plan.frozen_for == 0)
+
+
+@every_schedule
 @every_rank
 def test_slots_are_distinct_and_no_vector_enters_twice(make: Callable[..., Any], rank: int):
     param = weight(48, 40, rank)

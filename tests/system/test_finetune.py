@@ -123,6 +123,7 @@ def test_every_method_runs(job, given, tmp_path, changed):
         ({"targets": "no.such"}, "`targets` contains 'no.such', which matches no name"),
         ({"text": "nothing.txt"}, "`text` must name files or folders, got 'nothing.txt', which does not exist"),
         ({"adapter-rank": 0}, "`adapter_rank` must be at least 1, got 0"),
+        ({"optimizer": "muon", "weight-decay": 0.1}, "`weight_decay` must be 0 for factors that muon trains, got 0.1"),
     ],
 )
 def test_bad_input_is_one_line(job, given, tmp_path, changed, message):

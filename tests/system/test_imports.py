@@ -23,7 +23,7 @@ ALLOWED = {
     "parallel": {"_core", "bases"},
     "switching": {"_core", "bases"},
     "nn": {"_core", "bases", "compile", "switching"},
-    "interop": {"_core", "bases", "nn", "parallel", "switching"},
+    "interop": {"_core", "bases", "nn", "optim", "parallel", "switching"},
     "testing": {"_core", "bases", "compile", "interop", "nn", "optim", "parallel", "switching"},
 }
 MODULES = sorted(path for path in PACKAGE.glob("*/*.py") if path.name != "__init__.py")

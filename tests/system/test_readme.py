@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from dynlora_fn.testing import assert_same
 from tests.support.paths import ROOT
 from tests.support.processes import in_processes
 from tests.support.zoo import CASES, EAGER_ONLY
@@ -63,6 +64,15 @@ def test_the_block_on_low_precision_runs_and_its_drift_is_small(capsys: pytest.C
     assert {type(names["state"][name]).__name__ for name in drifts} == {"Int8Tensor"}
     assert all(0 < value < 0.01 for value in drifts.values())
     assert str(drifts) in capsys.readouterr().out
+
+
+def test_the_three_ways_to_declare_roles_are_equal():
+    names: dict = {}
+    exec(block_with("register_state", PAGES["optim"]), names)
+    (mine,), (theirs,), plain = names["chain"]
+    slot = names["plan"]["w"].a.slots
+    assert not mine["w"].b[:, slot].any()
+    assert_same((theirs, plain["square"]), (mine, mine))
 
 
 def test_the_bugs_that_the_kit_is_shown_with_are_found(capsys: pytest.CaptureFixture[str]):

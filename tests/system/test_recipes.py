@@ -59,6 +59,14 @@ def test_a_recipe_learns(name):
         assert min(rank.values()) > 2, "the change must be of a higher rank than the factors"
 
 
+def test_a_merge_at_the_last_step_keeps_what_was_trained():
+    """The update comes first. After the merge, its gradients would belong to factors that are gone."""
+    net, settings = model(), {**SETTINGS, "warmup": 1}
+    merged, plain = (recipes.relora(net, loss, BATCHES, **settings, every=every) for every in (STEPS, 2 * STEPS))
+    torch.testing.assert_close(materialize(merged), materialize(plain), rtol=0, atol=1e-5)
+    assert merged["layers.*.weight"].factors.b.count_nonzero() == 0
+
+
 def changes(net: nn.Module, params: Any) -> dict[str, Tensor]:
     dense = materialize(unstack(params))
     return {name: (dense[name] - old).detach() for name, old in net.named_parameters() if old.ndim == 2}

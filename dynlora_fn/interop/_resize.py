@@ -1,0 +1,111 @@
+"""Change the rank of low-rank weights in the middle of a run."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._tree import by_name
+from dynlora_fn._core._types import Factors, LowRank, Param, Params
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.optim._resize_state import resize_state
+from dynlora_fn.optim._roles import Roles
+from dynlora_fn.switching._basis import next_seed
+from dynlora_fn.switching._weight import Start, first_vectors
+
+
+class Resized(NamedTuple):
+    """Store parameters at other ranks, and their optimizer state."""
+
+    params: dict[str, Param]
+    opt_state: Any
+
+
+def resize(
+    params: Params,
+    opt_state: Any = None,
+    *,
+    rank: int | Mapping[str, int],
+    start: Start = "switchlora",
+    roles: Roles | None = None,
+) -> Resized:
+    """Change the rank of low-rank weights and of their optimizer state.
+
+    The weights do not change, except for one rounding of each base. The first ``min(old, new)`` slots keep their
+    vectors. New slots get the vectors that `init` would draw, and the last slots are removed. With `b2`, `a2` the new
+    factors, the difference is folded into the base::
+
+        base += b @ a / old - b2 @ a2 / new
+
+    Each weight also gets the seed of another basis, so that a schedule, which counts vectors from the rank, hands out
+    none of them twice. The run goes on with the same schedule. Create a pool or a dithered schedule again.
+
+    The entries of vectors that stay are kept in the optimizer state. A gradient contains the factor ``1 / rank``, so
+    first moments are multiplied by ``old / new``, and second moments, which must be of squares, by its square. New
+    vectors start with zeros: no moment, no update counted, not frozen. A step that is compiled by `compile_step`
+    compiles again for the new shapes.
+
+    Args:
+        params: The parameters by name.
+        opt_state: The optimizer state of all trainable parameters, or None.
+        rank: The new rank, from 1 to min(out, in), or a dict of new ranks by name. Weights that are not in the dict,
+            and weights that have the rank already, are returned unchanged.
+        start: The distribution of new vectors, as in `init`. With "lora" new vectors of `b` are zero.
+        roles: The roles of the fields of your own states, as in `project_optimizer_state`.
+
+    Returns:
+        The new parameters by name, and the new state.
+
+    Raises:
+        ValueError: If a rank does not fit, a name is not of a low-rank weight, factors are sharded, or a quantized
+            weight is not finite. Also if the state belongs to another library, or has entries of a resized weight whose
+            role is not declared, or is "unchanged".
+
+    Numerics: The difference is formed in float32 or a wider dtype of factors and base. The base is then rounded once,
+    or quantized once (see `quantize`). 8-bit moments are encoded again.
+
+    Example:
+        >>> import torch
+        >>> from dynlora_fn import init, materialize
+        >>> params = init({"w": torch.ones(8, 8)}, rank=2, seed=0, targets=["w"])
+        >>> larger = resize(params, rank=4).params
+        >>> larger["w"].factors.b.shape, torch.allclose(materialize(larger)["w"], torch.ones(8, 8))
+        (torch.Size([8, 4]), True)
+    """
+    if isinstance(params, LowRank):
+        raise ValueError("`params` must be by parameter name, got a single LowRank; pass a dict of weights")
+    low_rank = {name: param for name, param in params.items() if isinstance(param, LowRank)}
+    ranks = by_name(rank, low_rank, "rank")
+    resized = {name: _resize(name, low_rank[name], new_rank, start) for name, new_rank in ranks.items()}
+    new = {name: resized.get(name, param) for name, param in params.items()}
+    return Resized(new, None if opt_state is None else resize_state(opt_state, low_rank, resized, roles=roles))
+
+
+def _resize(name: str, param: LowRank, rank: int, start: Start) -> LowRank:
+    _check(name, param, rank)
+    b, a, old = param.factors.b, param.factors.a, param.factors.b.shape[-1]
+    if rank == old:
+        return param
+    seed = next_seed(param.seed, rank)
+    added = first_vectors(seed, param.shape[-2:], rank, start, b.dtype, from_slot=old)
+    factors = Factors(torch.cat([b[..., :rank], added.b], -1), torch.cat([a[..., :rank, :], added.a], -2))
+    base = as_base(param.base)
+    wide = widest(b.dtype, base.sum_dtype)
+    staying, removed = b[..., :rank].to(wide) * (1 - old / rank), b[..., rank:].to(wide)
+    left = torch.cat([staying, removed, -added.b.to(wide) * (old / rank)], -1)
+    right = torch.cat([a, added.a], -2)
+    # A deferred base folds at once, because it may have no room.
+    new_base = base.map_folded(lambda folded: as_base(folded).fold(left, right, rank=old, name=name))
+    return LowRank(new_base, factors, seed)
+
+
+def _check(name: str, param: LowRank, rank: int) -> None:
+    limit = min(param.shape[-2:])
+    if not 1 <= rank <= limit:
+        raise ValueError(
+            f"`rank` is {rank} for {name!r} of shape {tuple(param.shape)}; "
+            f"use at least 1 and at most min(out, in) = {limit}"
+        )
+    if param.factor_sharding:
+        raise ValueError(f"`params` has sharded factors for {name!r}; call `unshard` first, and shard the result again")

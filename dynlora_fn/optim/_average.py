@@ -1,0 +1,135 @@
+"""Average weights over the steps of a run, whatever their factors and bases are."""
+
+from collections.abc import Mapping
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._fold import fold
+from dynlora_fn.optim._transform import Rate
+
+
+@overload
+def average(averaged: LowRank, params: LowRank, *, decay: Rate) -> LowRank: ...
+@overload
+def average(averaged: Tensor, params: Param, *, decay: Rate) -> Tensor: ...
+@overload
+def average(averaged: Params, params: Params, *, decay: Rate) -> dict[str, Param]: ...
+def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) -> Param | dict[str, Param]:
+    """Update an exponential average of weights.
+
+    The weight of the result is ``decay * averaged + (1 - decay) * params``, whatever factors and bases both have. An
+    average of factors is another model once vectors are switched, because its vectors belong to another base.
+
+    Factors and bases are averaged one by one. The product of averages is not the average of products, and the
+    difference is folded into the base::
+
+        b = decay * averaged.b + (1 - decay) * params.b,    a in the same way
+        base = decay * averaged.base + (1 - decay) * params.base
+               + decay * (1 - decay) * (averaged.b - params.b) @ (averaged.a - params.a) / rank
+
+    Call ``switch(averaged, plan)`` with every plan of the run, so that the slots of both contain versions of the same
+    vectors. The result is right without it, but what is folded is then as large as the product itself.
+
+    Cost: two passes over each base, and ``2 * rank * out * in`` FLOPs. A quantized base is encoded again.
+
+    Args:
+        averaged: The average so far: parameters that started as those of the run. Full-rank tensors may stand in place
+            of low-rank weights, as `materialize` returns them.
+        params: The parameters of the run.
+        decay: The share of the old average, from 0 to 1: a number or a 0-d tensor. With a tensor, a new value does not
+            recompile a compiled step.
+
+    Returns:
+        The new average, with the structure, shapes and dtypes of `averaged`.
+
+    Raises:
+        ValueError: If `decay` is out of range, names, shapes or ranks differ, a tensor of `params` has a low-rank
+            weight in its place, or factors are sharded.
+
+    Numerics: Sums are computed in float32 or a wider dtype, and every tensor of the average is rounded once to its
+    dtype. An average moves by ``1 - decay`` of a difference, which may be less than the precision of bfloat16 or of a
+    quantized base. Such an average stands still, so keep it in float32: convert it, or average `materialize`.
+
+    Example:
+        >>> import torch
+        >>> from dynlora_fn import init, materialize
+        >>> start = init({"w": torch.zeros(6, 4)}, rank=2, seed=0, targets=["w"])
+        >>> later = init({"w": torch.ones(6, 4)}, rank=2, seed=1, targets=["w"])  # other vectors
+        >>> averaged = average(start, later, decay=0.75)
+        >>> torch.allclose(materialize(averaged)["w"], torch.full((6, 4), 0.25), atol=1e-6)
+        True
+    """
+    if isinstance(decay, Tensor):
+        if decay.ndim:
+            raise ValueError(f"`decay` has shape {tuple(decay.shape)}; use a number or a 0-d tensor")
+    elif not 0 <= decay <= 1:
+        raise ValueError(f"`decay` is {decay}; use a number from 0 to 1")
+    if not isinstance(averaged, Mapping):
+        assert not isinstance(params, Mapping)
+        return _average("param", averaged, params, decay)
+    assert isinstance(params, Mapping)
+    if averaged.keys() != params.keys():
+        other = ", ".join(sorted(averaged.keys() ^ params.keys())[:4])
+        raise ValueError(f"`averaged` and `params` must have the same names, but only one has: {other}")
+    return {name: _average(name, old, params[name], decay) for name, old in averaged.items()}
+
+
+def _average(name: str, averaged: Param, param: Param, decay: Rate) -> Param:
+    _check(name, averaged, param)
+    if isinstance(averaged, Tensor):
+        new = param if isinstance(param, Tensor) else _dense(param)
+        return _moved(averaged, new, decay)
+    assert isinstance(param, LowRank)
+    old, new_factors = averaged.factors, param.factors
+    old_base, new_base = as_base(averaged.base), as_base(param.base)
+    wide = widest(old.b.dtype, new_factors.b.dtype, old_base.sum_dtype, new_base.sum_dtype)
+    share = _share(decay, wide)
+    step_b, step_a = (new.to(wide) - side.to(wide) for new, side in ((new_factors.b, old.b), (new_factors.a, old.a)))
+    change = share * (new_base.exact(wide) - old_base.exact(wide))
+    change = fold(change, share * (1 - share) * step_b, step_a, rank=step_b.shape[-1])
+    factors = old._replace(b=_moved(old.b, new_factors.b, decay), a=_moved(old.a, new_factors.a, decay))
+    return averaged._replace(base=old_base.add(change, name=name), factors=factors)
+
+
+def _dense(param: LowRank) -> Tensor:
+    """Return the exact weight, with the residual of its base."""
+    b, a = param.factors.b, param.factors.a
+    base = as_base(param.base)
+    return fold(base.exact(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
+
+
+def _moved(old: Tensor, new: Tensor, decay: Rate) -> Tensor:
+    """Return the average of two tensors. Equal ones keep every bit."""
+    wide = widest(old.dtype, new.dtype)
+    old_wide = old.to(wide)
+    return (old_wide + _share(decay, wide) * (new.to(wide) - old_wide)).to(old.dtype)
+
+
+def _share(decay: Rate, dtype: torch.dtype) -> Rate:
+    """Return the share of the new weight, ``1 - decay``."""
+    return 1 - decay.to(dtype) if isinstance(decay, Tensor) else 1 - decay
+
+
+def _check(name: str, averaged: Param, param: Param) -> None:
+    if averaged.shape != param.shape:
+        raise ValueError(
+            f"`averaged` has shape {tuple(averaged.shape)} for {name!r}, but `params` has {tuple(param.shape)};"
+            " average what was copied from the parameters of the run"
+        )
+    for argument, value in (("averaged", averaged), ("params", param)):
+        if isinstance(value, LowRank) and value.factor_sharding:
+            raise ValueError(f"`{argument}` has sharded factors for {name!r}; call `unshard` first")
+    if not isinstance(averaged, LowRank):
+        return
+    if not isinstance(param, LowRank):
+        raise ValueError(f"`averaged` is low-rank for {name!r}, but `params` is a tensor; pass `materialize(averaged)`")
+    ranks = averaged.factors.b.shape[-1], param.factors.b.shape[-1]
+    if ranks[0] != ranks[1]:
+        raise ValueError(
+            f"`averaged` has rank {ranks[0]} for {name!r}, but `params` has rank {ranks[1]}; call `resize` on both"
+        )

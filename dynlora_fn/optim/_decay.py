@@ -1,0 +1,90 @@
+"""Decay weights, whatever their bases are."""
+
+from collections.abc import Mapping
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._tree import by_name
+from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.optim._transform import Rate
+
+
+@overload
+def decay(params: LowRank, rate: Rate) -> LowRank: ...
+@overload
+def decay(params: Tensor, rate: Rate) -> Tensor: ...
+@overload
+def decay(params: Params, rate: Rate | Mapping[str, Rate]) -> dict[str, Param]: ...
+def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | dict[str, Param]:
+    """Multiply weights by ``1 - rate``.
+
+    This is the decoupled weight decay of arXiv:1711.05101, with ``rate = lr * weight_decay``. It is exact however often
+    vectors are switched, because base and product decay together::
+
+        weight = base + b @ a / rank,     base *= 1 - rate,     b *= 1 - rate
+
+    A decay of the factors is another method: it pulls the weight to its base, and a switched weight grows.
+
+    Call it before `apply_updates`, as `torch.optim.AdamW` decays before it adds the update. Whether a switch comes
+    before or after it makes no difference.
+
+    Args:
+        params: One parameter, or a dict of parameters by name. Full-rank tensors decay too.
+        rate: The rate, from 0 to 1: a number, a 0-d tensor, or a dict of either by name. Parameters that are not in the
+            dict are returned unchanged. With a tensor, a new rate does not recompile a compiled step.
+
+    Returns:
+        The parameter, or the parameters by name, with their structure, shapes and dtypes.
+
+    Raises:
+        ValueError: If a number is not from 0 to 1, a tensor is not 0-d, or the dict has a name that is not in `params`.
+
+    Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9`` a tensor in
+    bfloat16 keeps its values, and a bfloat16 residual until the next fold. A quantized base multiplies its scales, so
+    that no code is rounded again, where its format allows (see `quantize`).
+
+    Example:
+        >>> import torch
+        >>> from dynlora_fn import init, materialize
+        >>> dense, lr, weight_decay = torch.nn.Parameter(torch.ones(6, 4)), 1e-2, 0.1
+        >>> params = init({"w": dense}, rank=2, seed=0, targets=["w"])
+        >>> params = decay(params, lr * weight_decay)
+        >>> dense.grad = torch.zeros_like(dense)
+        >>> _ = torch.optim.AdamW([dense], lr=lr, weight_decay=weight_decay).step()
+        >>> torch.allclose(materialize(params)["w"], dense)
+        True
+    """
+    if isinstance(params, Mapping):
+        rates: dict[str, Rate] = by_name(rate, params, "rate")
+        return {name: _decay(name, param, rates[name]) if name in rates else param for name, param in params.items()}
+    if isinstance(rate, Mapping):
+        raise ValueError(f"`rate` is a dict of {list(rate)}, but `params` is one parameter; pass a number or a tensor")
+    return _decay("param", params, rate)
+
+
+def _decay(name: str, param: Param, rate: Rate) -> Param:
+    if isinstance(param, Tensor):
+        return _scaled(param, _remainder(name, rate, param.device, widest(param.dtype)))
+    base, b = as_base(param.base), param.factors.b
+    factor = _remainder(name, rate, b.device, widest(b.dtype, base.sum_dtype))
+    factors = param.factors._replace(b=_scaled(b, factor))
+    return param._replace(base=base.scaled(factor, name=name), factors=factors)
+
+
+def _remainder(name: str, rate: Rate, device: torch.device, dtype: torch.dtype) -> Rate:
+    """Return ``1 - rate``, on the device and in `dtype` if it is a tensor."""
+    if not isinstance(rate, Tensor):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`rate` is {rate} for {name!r}; use a number from 0 to 1, such as `lr * weight_decay`")
+        return 1 - rate
+    if rate.ndim:
+        raise ValueError(f"`rate` has shape {tuple(rate.shape)} for {name!r}; use a number or a 0-d tensor")
+    return 1 - rate.to(device, dtype)
+
+
+def _scaled(tensor: Tensor, factor: Rate) -> Tensor:
+    return (tensor.to(widest(tensor.dtype)) * factor).to(tensor.dtype)

@@ -1,0 +1,98 @@
+"""Give the optimizer state of low-rank weights another rank."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from dynlora_fn._core._torch import tree_leaves
+from dynlora_fn._core._types import AnyFactors, LowRank, Trainable, is_factors
+from dynlora_fn.optim._containers import Path, render
+from dynlora_fn.optim._eight_bit import decode_moments, empty_moment, encode_moments, is_eight_bit, moment_shape
+from dynlora_fn.optim._roles import Role, Roles, check_roles
+from dynlora_fn.optim._search_state import project_state
+
+State = TypeVar("State")
+
+# A gradient of factors contains 1 / rank. The exponents of old / new by role.
+_EXPONENTS: dict[Role, int] = {"first_moment": 1, "second_moment": 2}
+
+
+def resize_state(
+    opt_state: State, before: Mapping[str, LowRank], after: Mapping[str, LowRank], *, roles: Roles | None = None
+) -> State:
+    """Return the state of weights at other ranks, as `dynlora_fn.interop.resize` describes it.
+
+    Args:
+        opt_state: The state, with declared roles.
+        before: The weights by name.
+        after: Those that were resized, by name.
+        roles: The roles of the fields of states whose types declare none.
+
+    Raises:
+        ValueError: If the state has no factors of a resized weight, or factors whose role or shapes do not fit.
+    """
+    check_roles(roles or {}, "`roles`")
+    ranks = {name: (_rank(before[name]), _rank(param)) for name, param in after.items()}
+    changes = {name: Ranks(*pair) for name, pair in ranks.items() if pair[0] != pair[1]}
+    resizing = _Resizing(changes, roles or {}, set())
+    resized: State = project_state(opt_state, resizing, ())
+    if missing := sorted(set(changes) - resizing.visited):
+        raise ValueError(f"`opt_state` must have the factors of every resized weight, got none for {missing}")
+    return resized
+
+
+class Ranks(NamedTuple):
+    """The rank of a weight before and after."""
+
+    old: int
+    new: int
+
+
+class _Resizing(NamedTuple):
+    plan: Mapping[str, Ranks]
+    roles: Roles
+    visited: set[str]
+    trainable: Trainable | None = None
+
+    def visit(self, leaf: AnyFactors, role: Role, name: str, path: Path) -> AnyFactors:
+        if name not in self.plan:
+            return leaf
+        ranks = self.plan[name]
+        found = moment_shape(leaf.b)[-1], moment_shape(leaf.a)[-2]
+        if found != (ranks.old, ranks.old):
+            raise ValueError(
+                f"`opt_state` has factors of {name!r} at {render(path)} of the ranks {found}, but the weight has rank "
+                f"{ranks.old}; pass the state of these parameters"
+            )
+        self.visited.add(name)
+        scale = (ranks.old / ranks.new) ** _EXPONENTS.get(role, 0)
+        return leaf._replace(b=_resized(leaf.b, -1, ranks, scale), a=_resized(leaf.a, -2, ranks, scale))
+
+    def keep(self, node: Any, path: Path) -> Any:
+        if any(is_factors(leaf) for leaf in tree_leaves(node, is_leaf=is_factors)):
+            raise ValueError(
+                f"`opt_state` has factors at {render(path)} with the role 'unchanged', and it is unknown what another "
+                "rank changes in them; initialize the optimizer again"
+            )
+        return node
+
+    def check_foreign(self, library: str, path: Path) -> None:
+        raise ValueError(
+            f"`opt_state` has a state of {library} at {render(path) or 'its root'}, which cannot be resized; "
+            "initialize the optimizer again with the new parameters"
+        )
+
+
+def _rank(param: LowRank) -> int:
+    return param.factors.b.shape[-1]
+
+
+def _resized(side: Any, axis: int, ranks: Ranks, scale: float) -> Any:
+    """Return one side with the entries of the vectors that stay, times `scale`, and zeros for new ones."""
+    staying = decode_moments(side).narrow(axis, 0, min(ranks))
+    staying = staying * scale if scale != 1 else staying
+    shape = list(staying.shape)
+    shape[axis] = max(ranks.new - ranks.old, 0)
+    resized = torch.cat([staying, staying.new_zeros(shape)], axis)
+    return encode_moments(resized, empty_moment(resized, type(side))) if is_eight_bit(side) else resized

@@ -1,0 +1,50 @@
+"""Add a low-rank change to a weight through its base."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dynlora_fn._core._types import LowRank
+from dynlora_fn.bases._base import as_base
+
+
+def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, "*stack count in"]) -> LowRank:
+    """Add a product to a weight through its base.
+
+    The weight changes by ``b @ a / rank``, with the rank of `param`, and the factors do not change. `switch` and
+    `merge` fold in this way::
+
+        base += b @ a / rank
+
+    Args:
+        param: The weight.
+        b: The left factor of the change, with any number of vectors.
+        a: The right factor of the change.
+
+    Returns:
+        The weight with its new base.
+
+    Raises:
+        ValueError: If the shapes do not fit the weight, a quantized weight is not finite, or a deferred base has no
+            room for the vectors.
+
+    Numerics: The sum is computed in float32 or a wider dtype. The base is then rounded once to its dtype, or quantized
+    once (see `quantize`).
+
+    Example:
+        >>> import torch
+        >>> from dynlora_fn import init, materialize
+        >>> param = init({"w": torch.zeros(6, 4)}, rank=2, seed=0, targets=["w"])["w"]
+        >>> new = fold(param, torch.ones(6, 1), torch.ones(1, 4))
+        >>> torch.allclose(materialize(new), torch.full((6, 4), 0.5), atol=1e-6)
+        True
+    """
+    *stack, out_features, in_features = param.shape
+    count = b.shape[-1:].numel()
+    for name, factor, shape in (("b", b, (*stack, out_features, count)), ("a", a, (*stack, count, in_features))):
+        if factor.shape != shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(factor.shape)}; a product for a weight of shape {tuple(param.shape)} needs"
+                f" {shape}"
+            )
+    base = as_base(param.base).fold(b, a, rank=param.factors.b.shape[-1], name="param")
+    return param._replace(base=base)

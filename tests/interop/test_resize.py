@@ -1,0 +1,253 @@
+"""Another rank in the middle of a run: the weight, the vectors that stay, and the optimizer state."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import dynlora_fn as dl
+from dynlora_fn.interop import resize
+from dynlora_fn.optim._eight_bit import decode_moments
+from dynlora_fn.switching._weight import first_vectors
+from dynlora_fn.testing import (
+    Shape,
+    assert_same,
+    assert_within,
+    check_preserves_weight,
+    check_pure,
+    exact_weight,
+    low_rank,
+    low_rank_params,
+    normal,
+    optimizer_state,
+    rounding,
+)
+from tests.support.optimizer_table import OPTIMIZERS
+
+SHAPE = Shape(6, 8, 4)
+
+
+def to_rank(rank_of):
+    """Return a transform of one weight."""
+
+    def transform(param: dl.LowRank) -> dl.LowRank:
+        return resize({"w": param}, rank=rank_of(param)).params["w"]
+
+    return transform
+
+
+RANKS = {"least": lambda param: 1, "most": lambda param: min(param.shape[-2:])}
+
+
+@pytest.mark.parametrize("rank_of", RANKS.values(), ids=RANKS)
+def test_the_weight_is_kept(rank_of):
+    check_preserves_weight(to_rank(rank_of))
+    check_pure(to_rank(rank_of))
+
+
+@given(low_rank_params(deferred=False), st.integers(1, 8), st.sampled_from(["switchlora", "lora"]))
+def test_slots_keep_their_vectors_and_new_ones_get_those_of_init(param, rank, start):
+    rank, old = min(rank, *param.shape[-2:]), param.factors.b.shape[-1]
+    new = resize({"w": param}, rank=rank, start=start).params["w"]
+    assert_same(new.factors.b[..., :old], param.factors.b[..., :rank])
+    assert_same(new.factors.a[..., :old, :], param.factors.a[..., :rank, :])
+    first = first_vectors(new.seed, param.shape[-2:], rank, start, param.factors.b.dtype)
+    assert_same(new.factors.b[..., old:], first.b[..., old:])
+    assert_same(new.factors.a[..., old:, :], first.a[..., old:, :])
+    assert (rank == old) == torch.equal(new.seed, param.seed)
+
+
+def test_the_vectors_of_init_are_those_of_its_seed():
+    param = dl.init({"w": torch.ones(6, 8)}, rank=5, seed=3, targets=["w"])["w"]
+    assert_same(first_vectors(param.seed, (6, 8), 5, "switchlora", torch.float32), param.factors)
+
+
+def test_there_and_back_is_another_basis():
+    params = {"w": low_rank(SHAPE)}
+    again = resize(resize(params, rank=2).params, rank=4).params
+    assert not torch.equal(again["w"].seed, params["w"].seed)
+    assert_within(exact_weight(again["w"]), exact_weight(params["w"]), rounding(params["w"], again["w"], folds=2))
+
+
+def test_no_vector_enters_a_second_time():
+    """The schedule counts from the rank. Vectors in use before a resize must not enter another slot after it."""
+    schedule, params = dl.schedules.Schedule(interval=4, freeze=1), {"w": low_rank(Shape(12, 12, 2))}
+    entered: list[bytes] = []
+    for step in range(40):
+        if step in (10, 20, 30):
+            params = resize(params, rank={10: 6, 20: 3, 30: 6}[step]).params
+        plan = schedule(step, params)["w"]
+        vectors = dl.candidates(params["w"], plan).a[plan.a.active]
+        entered += [vector.numpy().tobytes() for vector in vectors]
+        params = {"w": dl.switch(params["w"], plan).param}
+    assert len(entered) > 20
+    assert len(set(entered)) == len(entered)
+
+
+def moments(state) -> tuple:
+    """Return the first and the second moments of AdamW, in full precision."""
+    return tuple(decode_moments(tree)["w"] for tree in (state.inner.mu, state.inner.nu))
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+@pytest.mark.parametrize("kind", ["float32", "8bit"])
+def test_the_state_of_vectors_that_stay_is_that_of_gradients_at_the_new_rank(rank, kind):
+    """The same dense gradients at the new rank give these moments, because the vectors are the same."""
+    shape = Shape(64, 128, 4) if kind == "8bit" else SHAPE
+    params, optimizer = (
+        {"w": low_rank(shape, (2,) if kind == "8bit" else (3,)), "bias": normal(0, 5)},
+        dl.optim.adamw(moments=kind),
+    )
+    before = optimizer_state(params, steps=3, optimizer=optimizer)
+    new, after = resize(params, before, rank=rank)
+    assert_same(tree_map(lambda leaf: leaf.shape, optimizer.init(dl.partition(new).trainable).frozen_for),
+                tree_map(lambda leaf: leaf.shape, after.frozen_for))  # fmt: skip
+    stays = min(rank, 4)
+    for exponent, old_moment, moment in zip((1, 2), moments(before), moments(after), strict=True):
+        scale, tolerance = (4 / rank) ** exponent, 0.02 if kind == "8bit" else 1e-12
+        wanted = scale * old_moment.b[..., :stays]
+        torch.testing.assert_close(
+            moment.b[..., :stays], wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+        )
+        wanted = scale * old_moment.a[..., :stays, :]
+        torch.testing.assert_close(
+            moment.a[..., :stays, :], wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+        )
+        assert not moment.b[..., stays:].any()
+        assert not moment.a[..., stays:, :].any()
+    for old_count, count in (
+        (before.inner.count["w"], after.inner.count["w"]),
+        (before.frozen_for["w"], after.frozen_for["w"]),
+    ):
+        assert_same(count.b[..., :stays], old_count.b[..., :stays])
+        assert_same(count.a[..., :stays, :], old_count.a[..., :stays, :])
+        assert not count.b[..., stays:].any()
+        assert not count.a[..., stays:, :].any()
+    assert_same(after.inner.mu["bias"], before.inner.mu["bias"])
+
+
+@pytest.mark.parametrize("entry", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("rank", [1, 6])
+def test_every_optimizer_goes_on(entry, rank):
+    params = {"w": low_rank(SHAPE, (3,)), "other": low_rank(SHAPE), "bias": normal(0, 5)}
+    params, state = resize(params, optimizer_state(params, steps=2, optimizer=entry.transform), rank={"w": rank})
+    trainable = dl.partition(params).trainable
+    fresh = entry.transform.init(trainable)
+    kinds = [tree_map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, fresh)]
+    assert kinds[0] == kinds[1]
+    updates, _ = entry.transform.update(trainable, state, trainable, lr=0.1)
+    assert all(leaf.isfinite().all() for leaf in tree_leaves(updates))
+
+
+def test_resizing_to_the_same_rank_changes_nothing():
+    params = {"w": low_rank(SHAPE)}
+    state = optimizer_state(params, steps=2)
+    assert_same(tuple(resize(params, state, rank=4)), (params, state))
+
+
+@pytest.mark.parametrize(
+    ("state", "roles", "message"),
+    [
+        (
+            lambda factors: {"velocity": {"w": factors}},
+            None,
+            r"factors at \['velocity'\]\['w'\], whose role is not declared",
+        ),
+        (lambda factors: {"x": {"w": factors}}, {"x": "unchanged"}, r"at \['x'\] with the role 'unchanged'"),
+        (
+            lambda factors: {"x": {"v": factors}},
+            {"x": "first_moment"},
+            r"of every resized weight, got none for \['w'\]",
+        ),
+        (
+            lambda factors: {"state": {}, "param_groups": []},
+            None,
+            "a state of torch.optim at its root, which cannot be",
+        ),
+        (
+            lambda factors: {"x": {"w": low_rank(Shape(6, 8, 3)).factors}},
+            {"x": "first_moment"},
+            r"of the ranks \(3, 3\), but the weight has rank 4",
+        ),
+    ],
+)
+def test_states_without_roles_are_refused(state, roles, message):
+    param = low_rank(SHAPE)
+    with pytest.raises(ValueError, match=message):
+        resize({"w": param}, state(param.factors), rank=2, roles=roles)
+
+
+def test_a_state_with_roles_of_its_own_is_resized():
+    param = low_rank(SHAPE)
+    new = resize({"w": param}, {"velocity": {"w": param.factors}}, rank=2, roles={"velocity": "first_moment"})
+    assert_same(new.opt_state["velocity"]["w"].b, 2 * param.factors.b[:, :2])
+
+
+def test_a_compiled_step_compiles_again_for_the_new_shapes():
+    net = nn.Linear(8, 6, bias=False).double()
+    params = dl.init(net, rank=2, seed=0, targets=["weight"], dtype=torch.float64)
+    schedule, optimizer, x = dl.schedules.Schedule(interval=4, freeze=1), dl.optim.adamw(), normal(0, 5, 8)
+
+    def step(state, x):
+        trainable, frozen, opt_state, t = state
+        loss, grads = dl.value_and_grad(lambda tree: dl.call(net, dl.combine(tree, frozen), x).square().mean())(
+            trainable
+        )
+        params = dl.combine(trainable, frozen)
+        plan = schedule(t, params)
+        params, _ = dl.switch(params, plan)
+        opt_state = dl.project_optimizer_state(opt_state, plan)
+        trainable, frozen = dl.partition(params)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=1e-2)
+        return (dl.apply_updates(trainable, updates), frozen, opt_state, t + 1), loss
+
+    trainable, frozen = dl.partition(params)
+    states = [(trainable, frozen, optimizer.init(trainable), torch.tensor(0)) for _ in range(2)]
+    states = [tree_map(torch.clone, state) for state in states]
+    compiled, losses = dl.compile_step(step, backend="aot_eager"), []
+    for t in range(8):
+        if t == 4:
+            for index, (trainable, frozen, opt_state, count) in enumerate(states):
+                params, opt_state = resize(dl.combine(trainable, frozen), opt_state, rank=5)  # noqa: PLW2901
+                states[index] = tree_map(torch.clone, (*dl.partition(params), opt_state, count))
+        (states[0], loss), (states[1], compiled_loss) = step(states[0], x), compiled(states[1], x)
+        torch.testing.assert_close(compiled_loss, loss)
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    torch.testing.assert_close(states[1][0], states[0][0])
+
+
+def test_ranks_by_name():
+    params = {"w": low_rank(SHAPE), "v": low_rank(SHAPE), "bias": normal(0, 6)}
+    new = resize(params, rank={"w": 2}).params
+    assert list(new) == list(params)
+    assert new["v"] is params["v"]
+    assert new["bias"] is params["bias"]
+    assert new["w"].factors.b.shape == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, r"`rank` is 0 for 'w' of shape \(6, 8\); use at least 1 and at most min\(out, in\) = 6"),
+        (7, r"`rank` is 7 for 'w' of shape \(6, 8\)"),
+        ({"bias": 2}, "`rank` contains 'bias', which is no name of these: w; remove it"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(rank, message):
+    with pytest.raises(ValueError, match=message):
+        resize({"w": low_rank(SHAPE), "bias": normal(0, 6)}, rank=rank)
+
+
+def test_a_single_weight_is_refused():
+    with pytest.raises(ValueError, match="`params` must be by parameter name, got a single LowRank"):
+        resize(low_rank(SHAPE), rank=2)
+
+
+def test_a_dithered_schedule_is_of_its_ranks():
+    params = {"w": low_rank(SHAPE)}
+    schedule = dl.schedules.dithered(dl.schedules.Schedule(interval=10), params, total_steps=10, seed=0)
+    with pytest.raises(ValueError, match="'w' has rank 2, but the schedule was dithered at rank 4; call `dithered`"):
+        schedule(0, resize(params, rank=2).params)
