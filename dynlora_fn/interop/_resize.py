@@ -39,7 +39,8 @@ def resize(
         base += b @ a / old - b2 @ a2 / new
 
     Each weight also gets the seed of another basis, so that a schedule, which counts vectors from the rank, hands out
-    none of them twice. The run goes on with the same schedule. Create a pool or a dithered schedule again.
+    none of them twice. The run goes on with the same schedule. Create a pool or a dithered schedule again. Right after
+    a resize the schedule may switch a vector that is still frozen, which it otherwise avoids.
 
     The entries of vectors that stay are kept in the optimizer state. A gradient contains the factor ``1 / rank``, so
     first moments are multiplied by ``old / new``, and second moments, which must be of squares, by its square. New

@@ -62,14 +62,10 @@ def _paths() -> None:
     tensors = {keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0] if isinstance(leaf, torch.Tensor)}
     assert placed.keys() == tensors.keys()
     is_shard = {path: hasattr(leaf, "to_local") for path, leaf in placed.items()}
-    for path in (
-        "['trainable']['2.weight'].b",
-        "['opt_state'].inner.mu['2.weight'].a",
-        "['frozen']['2.weight'].base.base",
-    ):
-        assert is_shard[path]
-    assert not is_shard["['opt_state'].inner.count['2.weight'].b"], "counts are not sharded"
-    assert not is_shard["['trainable']['2.bias']"]
+    for end in (".mu['2.weight'].a", ".nu['2.weight'].b", "['trainable']['2.weight'].b", "['2.weight'].base.base"):
+        assert [is_shard[path] for path in placed if path.endswith(end)] == [True], end
+    for end in (".count['2.weight'].b", "['trainable']['2.bias']", "['2.weight'].seed"):
+        assert [is_shard[path] for path in placed if path.endswith(end)] == [False], end
     for path, leaf in placed.items():
         local = leaf.to_local() if is_shard[path] else leaf
         assert local.data_ptr() == tensors[path].data_ptr(), f"{path} must be in the memory of the state"

@@ -24,7 +24,9 @@ def test_transforms_in_any_order_keep_the_weights():
 @pytest.mark.parametrize(("storages", "kind"), [(PLAIN, "Tensor"), (QUANTIZED, "Quantized")])
 def test_two_processes_go_through_the_same_sequences(storages, kind):
     """Both processes have shards, of plain bases and of codes."""
-    assert in_processes(2, _sequences, storages) == [{kind}, {kind}]
+    first, second = in_processes(2, _sequences, storages)
+    assert first == second
+    assert kind in first  # and others, if a plain base is quantized before it is sharded
 
 
 def _sequences(drawn_from: tuple[Storage, ...]) -> set[str]:
