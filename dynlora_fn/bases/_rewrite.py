@@ -152,11 +152,12 @@ def _encode_again(
 ) -> list[Tensor]:
     """Return the tensors of codes and residual of a new weight.
 
-    Rows that do not change keep every bit. If the format ties rows together, only an unchanged weight does.
+    Rows that do not change keep every bit. No rows are none that change. If the format ties rows together, only an unchanged weight does.
     """
     is_changed = is_changed.any() if codes.is_tied else is_changed
     old = [*codes, *residual_tensors(residual)]
-    if _can_read(is_changed) and not is_changed.any():
+    is_empty = not codes.shape.numel()  # of a process without rows
+    if is_empty or (_can_read(is_changed) and not is_changed.any()):
         return old
     total = new_weight()
     check_finite(total, name)

@@ -37,6 +37,25 @@ def _compare(base, residual) -> None:
         dl.resize(shards, rank=1)
 
 
+def _compare_without_rows() -> None:
+    group = torch.distributed.group.WORLD
+    for base in ("int8", "float8", "bfloat16", "mxfp4", "nvfp4"):
+        params = dl.init({"w": torch.linspace(-1, 1, 64)[None]}, rank=1, seed=0, targets=["w"])
+        params = dl.bases.quantize(params, base)
+        rows = dl.parallel.shard(params, group)
+        for change in (
+            lambda tree: dl.decay(tree, 0.25),
+            dl.merge,
+            lambda tree: dl.optim.average(tree, dl.decay(tree, 0.5), decay=0.5),
+            lambda tree: {"w": dl.switching.fold(tree["w"], torch.ones(1, 1), torch.ones(1, 64))},
+        ):
+            _assert_same_weights(change(rows), change(params))
+
+
+def test_weights_change_where_a_process_has_no_rows():
+    in_processes(2, _compare_without_rows)
+
+
 def _compare_all() -> None:
     for base, residual in [(None, None), ("int8", "bfloat16"), ("float8", "int8")]:
         _compare(base, residual)
