@@ -61,8 +61,8 @@ class Base(Protocol):
     def pending_folds(self) -> list[PendingFold]:
         """The pending folds."""
 
-    def with_folded(self, folded: StoredBase) -> StoredBase:
-        """Return `folded` as the base of a weight of the same kind, with nothing pending."""
+    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
+        """Return `folded` as a base of the same kind beside factors of `rank`, with nothing pending."""
 
     def map_folded(self, change: Any) -> StoredBase:
         """Apply `change` to the base without its pending folds, and keep those pending."""
@@ -180,7 +180,7 @@ class Dense(NamedTuple):
     def pending_folds(self) -> list[PendingFold]:
         return []
 
-    def with_folded(self, folded: StoredBase) -> StoredBase:
+    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
         return folded
 
     def map_folded(self, change: Any) -> StoredBase:

@@ -17,9 +17,10 @@ from dynlora_fn.bases._residual import Residual
 
 @dataclass(frozen=True)
 class Divisor:
-    """The divisor of pending folds: the rank of the factors when their weight was deferred.
+    """The divisor of pending folds: the rank of the factors when their weight was deferred, resized or merged.
 
-    Pending folds keep it if the factors are replaced by others of another rank.
+    Pending folds keep it if the factors are replaced by others of another rank. It is no tensor, so a checkpoint does
+    not contain it: after `resize` it is the new rank, as that of a weight which is deferred at that rank.
     """
 
     rank: int
@@ -63,16 +64,16 @@ class Deferred(NamedTuple):
     def pending_folds(self) -> list[PendingFold]:
         return [PendingFold(self.pending, self.divisor.rank)]
 
-    def with_folded(self, folded: StoredBase) -> "Deferred":
+    def with_folded(self, folded: StoredBase, *, rank: int) -> "Deferred":
         b, a = self.pending
-        return Deferred(folded, Factors(torch.zeros_like(b), torch.zeros_like(a)), self.divisor)
+        return Deferred(folded, Factors(torch.zeros_like(b), torch.zeros_like(a)), Divisor(rank))
 
     def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> "Deferred":
         return self._replace(base=change(self.base))
 
     def fold_pending(self, *, name: str) -> "Deferred":
-        b, a = self.pending
-        return self.with_folded(as_base(self.base).fold(b, a, rank=self.divisor.rank, name=name))
+        (b, a), rank = self.pending, self.divisor.rank
+        return self.with_folded(as_base(self.base).fold(b, a, rank=rank, name=name), rank=rank)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         b, a = self.pending

@@ -54,7 +54,7 @@ class Quantized(NamedTuple):
     def pending_folds(self) -> list[PendingFold]:
         return []
 
-    def with_folded(self, folded: StoredBase) -> StoredBase:
+    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
         return folded
 
     def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> StoredBase:

@@ -52,7 +52,7 @@ class Sharded(NamedTuple):
     def pending_folds(self) -> list[PendingFold]:
         return []
 
-    def with_folded(self, folded: StoredBase) -> StoredBase:
+    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
         return folded
 
     def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> StoredBase:

@@ -38,6 +38,8 @@ def resize(
 
         base += b @ a / old - b2 @ a2 / new
 
+    Pending vectors of a deferred base are folded too.
+
     Each weight also gets the seed of another basis, so that a schedule, which counts vectors from the rank, hands out
     none of them twice. The run goes on with the same schedule. Create a pool or a dithered schedule again. Right after
     a resize the schedule may switch a vector that is still frozen, which it otherwise avoids.
@@ -94,11 +96,12 @@ def _resize(name: str, param: LowRank, rank: int, start: Start) -> LowRank:
     base = as_base(param.base)
     wide = widest(b.dtype, base.sum_dtype)
     staying, removed = b[..., :rank].to(wide) * (1 - old / rank), b[..., rank:].to(wide)
-    left = torch.cat([staying, removed, -added.b.to(wide) * (old / rank)], -1)
-    right = torch.cat([a, added.a], -2)
-    # A deferred base folds at once, because it may have no room.
-    new_base = base.map_folded(lambda folded: as_base(folded).fold(left, right, rank=old, name=name))
-    return LowRank(new_base, factors, seed)
+    # A deferred base folds at once, because it may have no room. Then nothing is pending with the old rank as divisor.
+    pending = [(fold.factors.b.to(wide) * (old / fold.divisor), fold.factors.a) for fold in base.pending_folds]
+    left = torch.cat([staying, removed, -added.b.to(wide) * (old / rank), *[b for b, _ in pending]], -1)
+    right = torch.cat([a, added.a, *[a for _, a in pending]], -2)
+    folded = as_base(base.folded).fold(left, right, rank=old, name=name)
+    return LowRank(base.with_folded(folded, rank=rank), factors, seed)
 
 
 def _check(name: str, param: LowRank, rank: int) -> None:

@@ -171,5 +171,6 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 def _merge(name: str, param: LowRank) -> LowRank:
     folded, (b, a) = with_pending(param)
-    base = as_base(param.base).with_folded(as_base(folded).fold(b, a, rank=b.shape[-1], name=name))
+    new = as_base(folded).fold(b, a, rank=b.shape[-1], name=name)
+    base = as_base(param.base).with_folded(new, rank=param.factors.b.shape[-1])
     return LowRank(base, param.factors._replace(b=torch.zeros_like(param.factors.b)), param.seed)

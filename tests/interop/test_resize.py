@@ -1,11 +1,13 @@
 """Another rank in the middle of a run: the weight, the vectors that stay, and the optimizer state."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import dynlora_fn as dl
 from dynlora_fn.interop import resize
@@ -69,6 +71,23 @@ def test_there_and_back_is_another_basis():
     again = resize(resize(params, rank=2).params, rank=4).params
     assert not torch.equal(again["w"].seed, params["w"].seed)
     assert_within(exact_weight(again["w"]), exact_weight(params["w"]), rounding(params["w"], again["w"], folds=2))
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+@pytest.mark.parametrize("base", [None, "int8"])
+def test_a_checkpoint_after_a_resize_belongs_to_a_weight_that_is_deferred_at_the_new_rank(rank, base):
+    """The divisor of pending folds is in no checkpoint, so it must follow from the rank."""
+    init = partial(dl.init, seed=0, targets=["w"], base=base)
+    params = dl.bases.defer(init({"w": normal(0, 8, 8, dtype=torch.float32)}, rank=4), vectors=16)
+    params = dl.switch(params, dl.schedules.every(1)(0, params)).params
+    new = resize(params, rank=rank).params
+    assert_within(exact_weight(new["w"]), exact_weight(params["w"]), rounding(params["w"], new["w"], folds=2))
+    assert not new["w"].base.pending.b.any()
+    new = dl.switch(new, dl.schedules.every(1)(0, new)).params
+    assert new["w"].base.pending.b.any()
+    fresh = dl.bases.defer(init({"w": torch.zeros(8, 8)}, rank=rank), vectors=16)
+    resumed = tree_unflatten(tree_leaves(new), tree_flatten(fresh)[1])
+    assert_same(dl.materialize(resumed), dl.materialize(new))
 
 
 def test_no_vector_enters_a_second_time():
