@@ -7,9 +7,11 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass, tree_flatten_with_path, tree_map_with_path
 from dynlora_fn._core._types import Sharding
+from dynlora_fn.bases._deferred import Divisor
 from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name_of
 
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size)  # compared by type and text
+# Compared by type and text. A `Sharding` is not: it differs between processes.
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size, Divisor)
 
 
 class Description(NamedTuple):
@@ -27,10 +29,13 @@ def describe(state: Any) -> Description:
     """
     lines, tensors, refused = [], {}, []
     whole = tree_map_with_path(_whole, state, is_leaf=is_sharded)
-    for path, leaf in tree_flatten_with_path(whole, is_leaf=_is_empty)[0]:
-        name, text = name_of(path), _text(leaf)
+    for path, leaf in tree_flatten_with_path(whole, is_leaf=_is_leaf)[0]:
+        name, text, parents = name_of(path), _text(leaf), _parents(whole, path)
         kind = "no shards" if isinstance(leaf, _NoShard) else type(leaf).__name__
-        lines.append(f"{name}: {text or kind} in {_parents(whole, path)}")
+        kinds = ", ".join(map(_kind, parents)) or "no node"
+        # A meta tensor has no values to compare, so the others must not have any either.
+        device = " on meta" if isinstance(leaf, Tensor) and leaf.is_meta and not any(map(is_sharded, parents)) else ""
+        lines.append(f"{name}: {text or kind}{device} in {kinds}")
         if text is None:
             refused.append(leaf if isinstance(leaf, _NoShard) else f"it has a {kind} at {name}")
         elif isinstance(leaf, Tensor) and not leaf.is_meta:
@@ -56,8 +61,12 @@ def _unsharded(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
     return torch.empty(full_shape(shard, sharding, axis), dtype=shard.dtype, device="meta")
 
 
+def _is_leaf(node: Any) -> bool:
+    """Return whether a node is described although it has no leaves: a constant, or a container such as `()`."""
+    return isinstance(node, Divisor) or _is_empty(node)
+
+
 def _is_empty(node: Any) -> bool:
-    """Return whether a node is a container without leaves, such as the residual `()`."""
     return isinstance(node, dict | list | tuple) and not node
 
 
@@ -72,12 +81,16 @@ def _text(leaf: Any) -> str | None:
     return None
 
 
-def _parents(state: Any, path: Any) -> str:
-    """Return the types of all nodes on a path, and over how many processes those that are sharded are."""
-    names, node = [], state
+def _parents(state: Any, path: Any) -> list[Any]:
+    """Return all nodes on a path."""
+    nodes, node = [], state
     for key in path:
-        sharding = getattr(node, "sharding", None)
-        over = f" over {sharding.world_size}" if isinstance(sharding, Sharding) else ""
-        names.append(type(node).__name__ + over)
+        nodes.append(node)
         node = key.get(node)
-    return ", ".join(names) or "no node"
+    return nodes
+
+
+def _kind(node: Any) -> str:
+    """Return the type of a node, and over how many processes it is sharded."""
+    sharding = getattr(node, "sharding", None)
+    return type(node).__name__ + (f" over {sharding.world_size}" if isinstance(sharding, Sharding) else "")

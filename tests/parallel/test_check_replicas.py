@@ -204,6 +204,25 @@ def test_bits_are_compared_and_equal_nans_are_equal():
     in_processes(3, _values)
 
 
+def _without_values() -> None:
+    process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    params = dl.bases.defer(dl.init({"w": torch.ones(4, 4)}, rank=2, seed=0, targets=["w"]), vectors=2)
+    sharded = _sharded()
+    for state in (params, sharded, {"x": torch.ones(2, device="meta")}):
+        dl.parallel.check_replicas(state, group)
+    meta = {"x": torch.ones(2, device="meta" if process else "cpu")}
+    with pytest.raises(dl.parallel.DriftedError, match=r"\['x'\]: torch.float32 \(2,\) on meta in dict"):
+        dl.parallel.check_replicas(meta, group)
+    base = params["w"].base
+    other = base._replace(divisor=replace(base.divisor, rank=2 + process))
+    with pytest.raises(dl.parallel.DriftedError, match=r"\.divisor: .*rank=3.* in Deferred"):
+        dl.parallel.check_replicas(other, group)
+
+
+def test_constants_and_tensors_without_values_are_compared():
+    in_processes(2, _without_values)
+
+
 def _without_a_majority() -> str:
     with pytest.raises(dl.parallel.DriftedError) as error:
         dl.parallel.check_replicas({"step": torch.distributed.get_rank()}, torch.distributed.group.WORLD)
