@@ -67,6 +67,7 @@ def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name:
         )
     if is_factors(node) or (isinstance(node, Tensor) and node.ndim > 1 and name is None):
         raise ValueError(f"`opt_state` has {_describe(node)} at {render(path)}, in no dict by parameter name; use one")
+    _check_is_of_parameter(node, name, context, path, is_leaf=is_leaf)
     inside = None if is_leaf else children(node)
     if inside is None:
         return node if is_leaf else _without_tensors(node, path)
@@ -80,6 +81,25 @@ def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name:
             for step, child in inside
         ],
     )
+
+
+def _check_is_of_parameter(node: Any, name: Any, context: Visitor, path: Path, *, is_leaf: bool) -> None:
+    """Raise if the state of a parameter is stored in another way than under its name.
+
+    That state would be returned unchanged without an error, next to other fields that change.
+    """
+    if name in context.plan and children(node):
+        raise ValueError(
+            f"`opt_state` has a {type(node).__name__} at {render(path)} in place of the factors of {name!r}; store each "
+            "kind of state in a field, by parameter name"
+        )
+    trainable = context.trainable
+    is_number = isinstance(node, Tensor) and not node.ndim
+    if is_leaf and not is_number and trainable is not None and name is not None and name not in trainable:
+        raise ValueError(
+            f"`opt_state` has {_describe(node)} at {render(path)}, but `trainable` has no parameter {name!r}; store "
+            "the state by the names of `trainable`, or declare the field 'unchanged'"
+        )
 
 
 def _is_by_name(node: Any) -> bool:

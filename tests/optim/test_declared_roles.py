@@ -217,6 +217,18 @@ UNDECLARED = {
         lambda tree: Record({**tree, "w": torch.ones(5, 6)}),
         r"must have factors of the planned parameter 'w' at \.velocity\['w'\] as 'first_moment', got a tensor",
     ),
+    "by kind below the name": (
+        lambda tree: Record({**tree, "w": {"slow": tree["w"], "fast": tree["w"]}}, {"mean": tree}),
+        r"has a dict at \.velocity\['w'\] in place of the factors of 'w'",
+    ),
+    "by side below the name": (
+        lambda tree: Record({"w": {"b": tree["w"].b, "a": tree["w"].a}}, {"mean": tree}),
+        r"has a dict at \.velocity\['w'\] in place of the factors of 'w'",
+    ),
+    "a pair below the name": (
+        lambda tree: Record({"w": (tree["w"].b, tree["w"].a)}, {"mean": tree}),
+        r"has a tuple at \.velocity\['w'\] in place of the factors of 'w'",
+    ),
     "nothing": (lambda tree: Record({"bias": torch.ones(5)}), r"every planned parameter, got none for \['w'\]"),
     "unchanged": (lambda tree: {"shared": tree}, r"every planned parameter, got none for \['w'\]"),
 }
@@ -226,6 +238,17 @@ UNDECLARED = {
 def test_what_nobody_declared_is_refused_by_its_path(make: Any, message: str):
     with pytest.raises(ValueError, match=message):
         project_optimizer_state(make(filled(TRAINABLE)), PLAN, roles=ROLES)
+
+
+@pytest.mark.parametrize("name", ["w.b", ("w", "b"), "m"])
+def test_tensors_under_other_names_than_those_of_the_parameters_are_refused(name: Any):
+    state = Record({**filled(TRAINABLE), name: TRAINABLE["w"].b, "step": torch.tensor(3)})
+    with pytest.raises(
+        ValueError, match=r"at \.velocity\[.*\], but `trainable` has no parameter .*; store the state by"
+    ):
+        project_optimizer_state(state, PLAN, trainable=TRAINABLE)
+    del state.velocity[name]
+    project_optimizer_state(state, PLAN, trainable=TRAINABLE)
 
 
 def test_roles_must_not_contradict_a_type():
