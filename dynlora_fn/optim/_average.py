@@ -10,7 +10,7 @@ from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
-from dynlora_fn.optim._transform import Rate
+from dynlora_fn.optim._transform import Rate, check_is_floating
 
 
 @overload
@@ -49,7 +49,7 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
 
     Raises:
         ValueError: If `decay` is out of range, names, shapes or ranks differ, a tensor of `params` has a low-rank
-            weight in its place, or factors are sharded.
+            weight in its place, or factors are sharded. Also if a tensor of `averaged` is not floating, such as a counter.
 
     Numerics: Sums are computed in float32 or a wider dtype, and every tensor of the average is rounded once to its
     dtype. An average moves by ``1 - decay`` of a difference, which may be less than the precision of bfloat16 or of a
@@ -125,6 +125,7 @@ def _check(name: str, averaged: Param, param: Param) -> None:
         if isinstance(value, LowRank) and value.factor_sharding:
             raise ValueError(f"`{argument}` has sharded factors for {name!r}; call `unshard` first")
     if not isinstance(averaged, LowRank):
+        check_is_floating("averaged", name, averaged)
         return
     if not isinstance(param, LowRank):
         raise ValueError(f"`averaged` is low-rank for {name!r}, but `params` is a tensor; pass `materialize(averaged)`")

@@ -10,7 +10,7 @@ from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import by_name
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
-from dynlora_fn.optim._transform import Rate
+from dynlora_fn.optim._transform import Rate, check_is_floating
 
 
 @overload
@@ -42,6 +42,7 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
 
     Raises:
         ValueError: If a number is not from 0 to 1, a tensor is not 0-d, or the dict has a name that is not in `params`.
+            Also if a tensor is not floating, such as a counter, which would be rounded.
 
     Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9`` a tensor in
     bfloat16 keeps its values, and a bfloat16 residual until the next fold. A quantized base multiplies its scales, so
@@ -68,6 +69,7 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
 
 def _decay(name: str, param: Param, rate: Rate) -> Param:
     if isinstance(param, Tensor):
+        check_is_floating("params", name, param)
         return _scaled(param, _remainder(name, rate, param.device, widest(param.dtype)))
     base, b = as_base(param.base), param.factors.b
     factor = _remainder(name, rate, b.device, widest(b.dtype, base.sum_dtype))

@@ -68,6 +68,14 @@ def check_gradients(grads: Trainable, trainable: Trainable) -> None:
             )
 
 
+def check_is_floating(argument: str, name: str, tensor: Tensor) -> None:
+    """Raise if a product with a number would be rounded to an integer."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(
+            f"`{argument}` has a tensor of dtype {tensor.dtype} for {name!r}, in which products are rounded; leave it out"
+        )
+
+
 def refuse_decay_of_factors(weight_decay: float, trainable: Trainable) -> None:
     """Raise if weight decay would be applied to factors.
 
@@ -93,6 +101,9 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
     Returns:
         The new trainable parameters by name.
 
+    Raises:
+        ValueError: If an update has another shape or node type than its parameter, or names differ.
+
     Numerics: The sum is computed in the wider dtype and rounded once to the parameter's dtype.
 
     Example:
@@ -100,5 +111,14 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
         {'w': tensor([1.5000, 0.5000])}
     """
-    new: Tree = tree_map(lambda param, update: (param + update).to(param.dtype), dict(trainable), dict(updates))
+    new: Tree = tree_map(_updated, dict(trainable), dict(updates))
     return new
+
+
+def _updated(param: Tensor, update: Tensor) -> Tensor:
+    if update.shape != param.shape:  # it would be broadcast
+        raise ValueError(
+            f"`updates` has a tensor of shape {tuple(update.shape)} for a parameter of shape {tuple(param.shape)}; pass"
+            " the updates of the same parameters"
+        )
+    return (param + update).to(param.dtype)

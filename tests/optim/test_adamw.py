@@ -75,6 +75,12 @@ def test_updates_are_rounded_once():
     assert_same(apply_updates(ones, update), {"w": torch.full((2,), 1 + 2.0**-7, dtype=torch.bfloat16)})
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_updates_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"`updates` has a tensor of shape \(.*\) for a parameter of shape \(3,\)"):
+        apply_updates({"w": torch.ones(3)}, {"w": torch.ones(shape)})
+
+
 def test_update_leaves_its_arguments_alone_and_keeps_their_kinds():
     trainable, optimizer = some_trainable(torch.bfloat16, stack=(2,)), adamw(factor_decay=0.1)
     state, grads, lr = optimizer.init(trainable), some_grads(trainable, 0), torch.tensor(LR)

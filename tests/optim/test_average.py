@@ -131,6 +131,7 @@ W = low_rank(Shape(6, 4, 2))
         ({"w": W}, {"w": torch.zeros(6, 4)}, 0.9, r"`averaged` is low-rank for 'w', but `params` is a tensor"),
         ({"w": W}, {"w": low_rank(Shape(6, 5, 2))}, 0.9, r"has shape \(6, 4\) for 'w', but `params` has \(6, 5\)"),
         ({"w": W}, {"w": low_rank(Shape(6, 4, 3))}, 0.9, "has rank 2 for 'w', but `params` has rank 3; call `resize`"),
+        (torch.tensor(7), torch.tensor(9), 0.9, "`averaged` has a tensor of dtype torch.int64 for 'param'"),
         (torch.zeros(4, 6), W, 0.9, r"has shape \(4, 6\) for 'param'"),
     ],
 )

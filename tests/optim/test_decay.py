@@ -114,6 +114,13 @@ def test_bad_rates_are_refused(rate, message):
         decay({"w": low_rank(Shape(6, 4, 2))}, rate)
 
 
+def test_counters_are_not_decayed():
+    params = {"w": low_rank(Shape(6, 4, 2)), "steps": torch.tensor(7)}
+    with pytest.raises(ValueError, match="`params` has a tensor of dtype torch.int64 for 'steps'"):
+        decay(params, 0.1)
+    assert decay(params, {"w": 0.1})["steps"] == 7
+
+
 def test_rates_by_name_need_names():
     with pytest.raises(ValueError, match=r"`rate` is a dict of \['w'\], but `params` is one parameter"):
         decay(low_rank(Shape(6, 4, 2)), {"w": 0.1})
