@@ -26,19 +26,23 @@ def rank_with_pending(param: LowRank) -> int:
     return param.factors.b.shape[-1] + pending
 
 
-def with_pending(param: LowRank) -> BaseAndFactors:
+def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> BaseAndFactors:
     """Return the weight with its pending folds as additional slots.
 
     Gradients do not reach the additional slots.
 
     Sharded factors are gathered. Collective in that case: call it on every process.
+
+    Args:
+        param: The weight.
+        dtype: The dtype of joined factors. A wide one does not round them. Default None means that of the factors.
     """
     base, factors = as_base(param.base), param.factors
     if isinstance(factors, ShardedFactors):
         return BaseAndFactors(param.base, gather_factors(factors))
     if not base.pending_folds:
         return BaseAndFactors(param.base, factors)
-    rank, (b, a) = factors.b.shape[-1], factors
+    rank, (b, a) = factors.b.shape[-1], (side.to(dtype or side.dtype) for side in factors)
     b = torch.cat([b, *[_left(fold, rank, b.dtype) for fold in base.pending_folds]], -1)
     a = torch.cat([a, *[fold.factors.a.detach().to(a.dtype) for fold in base.pending_folds]], -2)
     return BaseAndFactors(base.folded, Factors(b * (b.shape[-1] / rank), a))

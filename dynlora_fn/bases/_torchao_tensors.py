@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.bases._base import as_base
@@ -129,6 +130,6 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
             name: to_torchao(param) if isinstance(param, LowRank) else param for name, param in unstack(params).items()
         }
     if isinstance(params, LowRank):
-        folded, (b, a) = with_pending(params)
+        folded, (b, a) = with_pending(params, widest(params.factors.b.dtype))
         params = as_base(as_base(folded).gather()).fold(b, a, rank=b.shape[-1], name="params")
     return as_base(params).to_torchao()

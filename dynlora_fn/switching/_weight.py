@@ -128,7 +128,7 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
 
 
 def _dense(param: LowRank) -> Tensor:
-    folded, (b, a) = with_pending(param)
+    folded, (b, a) = with_pending(param, _sum_dtype(param))
     base = as_base(folded)
     return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
 
@@ -169,8 +169,13 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
     return {name: _merge(name, param) if isinstance(param, LowRank) else param for name, param in params.items()}
 
 
+def _sum_dtype(param: LowRank) -> torch.dtype:
+    """Return the dtype in which the factors are added to the base, pending ones included."""
+    return widest(param.factors.b.dtype, as_base(as_base(param.base).folded).sum_dtype)
+
+
 def _merge(name: str, param: LowRank) -> LowRank:
-    folded, (b, a) = with_pending(param)
+    folded, (b, a) = with_pending(param, _sum_dtype(param))
     new = as_base(folded).fold(b, a, rank=b.shape[-1], name=name)
     base = as_base(param.base).with_folded(new, rank=param.factors.b.shape[-1])
     return LowRank(base, param.factors._replace(b=torch.zeros_like(param.factors.b)), param.seed)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import Factors, LowRank, linear, materialize, merge, switch
 from dynlora_fn.bases import defer, fold_pending, quantize
-from dynlora_fn.testing import Shape, assert_same, eps, low_rank, normal, plan_of, plans, untouched
+from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, plan_of, plans, untouched
 from tests.support.strategies import quantized_params
 
 PARAM = quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
@@ -71,6 +71,17 @@ def test_merging_folds_all():
     assert not any(leaf.any() for leaf in merged.base.pending)
     close(materialize(merged), merged.base.base.dequantize(torch.float64))
     assert_same(merge(merged), merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_factors_are_not_rounded_beside_pending_ones(dtype):
+    """With five slots in place of three, factors are multiplied by 5 / 3, which their dtype must not round."""
+    wide = torch.float32 if dtype == torch.bfloat16 else torch.float64
+    base, b, a = normal(0, 6, 8).to(wide), normal(1, 6, 3).to(dtype), normal(2, 3, 8).to(dtype)
+    param = LowRank(base, Factors(b, a), torch.tensor(0))
+    deferred = defer(param, vectors=2)
+    for weight in (deferred, merge(deferred)):
+        assert_within(materialize(weight), materialize(param), 8 * eps(wide))
 
 
 def test_fewer_vectors_than_a_fold_brings_are_refused():
