@@ -65,7 +65,7 @@ def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name:
             f"`opt_state` must have factors of the planned parameter {name!r} at {render(path)} as {role!r}, got a "
             "tensor; if it belongs to no single vector, declare it 'unchanged'"
         )
-    if is_factors(node) or (isinstance(node, Tensor) and node.ndim > 1 and name is None):
+    if is_factors(node) or (isinstance(node, Tensor) and node.ndim > 0 and name is None):
         raise ValueError(f"`opt_state` has {_describe(node)} at {render(path)}, in no dict by parameter name; use one")
     _check_is_of_parameter(node, name, context, path, is_leaf=is_leaf)
     inside = None if is_leaf else children(node)
@@ -90,11 +90,11 @@ def _check_is_of_parameter(node: Any, name: Any, context: Visitor, path: Path, *
     """
     if name in context.plan and children(node):
         raise ValueError(
-            f"`opt_state` has a {type(node).__name__} at {render(path)} in place of the factors of {name!r}; store each "
-            "kind of state in a field, by parameter name"
+            f"`opt_state` has a {type(node).__name__} at {render(path)} in place of the factors of {name!r}; store "
+            "each kind of state in a field, by parameter name"
         )
     trainable = context.trainable
-    is_number = isinstance(node, Tensor) and not node.ndim
+    is_number = isinstance(node, Tensor) and node.ndim == 0
     if is_leaf and not is_number and trainable is not None and name is not None and name not in trainable:
         raise ValueError(
             f"`opt_state` has {_describe(node)} at {render(path)}, but `trainable` has no parameter {name!r}; store "

@@ -229,6 +229,10 @@ UNDECLARED = {
         lambda tree: Record({"w": (tree["w"].b, tree["w"].a)}, {"mean": tree}),
         r"has a tuple at \.velocity\['w'\] in place of the factors of 'w'",
     ),
+    "flat": (
+        lambda tree: Record(tree, {"mean": torch.ones(48)}),
+        r"has a tensor of shape \(48,\) at \.other\['mean'\], in no dict by parameter name",
+    ),
     "nothing": (lambda tree: Record({"bias": torch.ones(5)}), r"every planned parameter, got none for \['w'\]"),
     "unchanged": (lambda tree: {"shared": tree}, r"every planned parameter, got none for \['w'\]"),
 }
