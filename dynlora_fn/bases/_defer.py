@@ -19,9 +19,9 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
 
         weight = base + pending.b @ pending.a / divisor + b @ a / rank
 
-    The divisor is the rank when the weight is deferred or resized. Forward and backward pass treat pending vectors as additional
-    slots, at the cost of trained ones. If there is no room for a switch, the oldest vectors are folded, so nothing is
-    lost. With room for n switches, and `fold_pending` after every n switches, no other fold happens.
+    The divisor is the rank when the weight is deferred or resized. Forward and backward pass treat pending vectors as
+    additional slots, at the cost of trained ones. If there is no room for a switch, the oldest vectors are folded, so
+    nothing is lost. With room for n switches, and `fold_pending` after every n switches, no other fold happens.
 
     Args:
         params: One weight, or weights by name. Tensors are returned unchanged.

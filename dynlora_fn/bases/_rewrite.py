@@ -152,7 +152,7 @@ def _encode_again(
 ) -> list[Tensor]:
     """Return the tensors of codes and residual of a new weight.
 
-    Rows that do not change keep every bit. No rows are none that change. If the format ties rows together, only an unchanged weight does.
+    Rows that do not change keep every bit. If the format ties rows together, only an unchanged weight does.
     """
     is_changed = is_changed.any() if codes.is_tied else is_changed
     old = [*codes, *residual_tensors(residual)]

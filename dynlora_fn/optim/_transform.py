@@ -72,7 +72,8 @@ def check_is_floating(argument: str, name: str, tensor: Tensor) -> None:
     """Raise if a product with a number would be rounded to an integer."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(
-            f"`{argument}` has a tensor of dtype {tensor.dtype} for {name!r}, in which products are rounded; leave it out"
+            f"`{argument}` has a tensor of dtype {tensor.dtype} for {name!r}, in which products are rounded;"
+            " leave it out"
         )
 
 

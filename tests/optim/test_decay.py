@@ -116,7 +116,7 @@ def test_bad_rates_are_refused(rate, message):
 
 def test_counters_are_not_decayed():
     params = {"w": low_rank(Shape(6, 4, 2)), "steps": torch.tensor(7)}
-    with pytest.raises(ValueError, match="`params` has a tensor of dtype torch.int64 for 'steps'"):
+    with pytest.raises(ValueError, match=r"`params` has a tensor of dtype torch\.int64 for 'steps'"):
         decay(params, 0.1)
     assert decay(params, {"w": 0.1})["steps"] == 7
 
