@@ -33,11 +33,17 @@ def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
     Returns:
         The stacks by name, with a star for each integer that varies.
 
+    Raises:
+        ValueError: If a name contains a star.
+
     Example:
         >>> stacks = find_stacks({"layers.0.w": "8x8", "layers.1.w": "8x8", "head": "8x8"})
         >>> stacks["layers.*.w"], stacks["head"]
         (Stack(members=['layers.0.w', 'layers.1.w'], shape=(2,)), Stack(members=['head'], shape=()))
     """
+    for name in keys:
+        if "*" in name:
+            raise ValueError(f"parameter {name!r} contains a star, which stands for the axis of a stack; rename it")
     return dict(_group(list(keys), keys, literal=0))
 
 

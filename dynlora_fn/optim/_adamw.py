@@ -11,7 +11,7 @@ from torch import Tensor
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Trainable, is_factors
-from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moment, encode_moments
+from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._freeze import FreezeState, freeze_counterparts, zero_counts
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._transform import (
@@ -69,8 +69,8 @@ def adamw(
             of the weight: it pulls the weight to its base. Frozen vectors decay too. Use it for LoRA without switches.
         moments: "float32", or "8bit" to store both moments between updates as torchao's OptimState8bit does
             (arXiv:2110.02861), in `SignedMoment` and `UnsignedMoment`. That takes 1 byte for each number. Tensors of
-            fewer than 4,096 numbers, or of a size that is no multiple of 256, stay in full precision. A reset of
-            8-bit moments is exact.
+            fewer than 4,096 numbers, or of a size that is no multiple of 256, stay in full precision, and so do shards
+            that differ in size. A reset of 8-bit moments is exact.
 
     Returns:
         The optimizer. Its state is a `FreezeState` around an `AdamWState`. The `lr` of its `update` is a number, a 0-d
@@ -105,8 +105,8 @@ def adamw(
         refuse_decay_of_factors(weight_decay, trainable)
         counts = {name: zero_counts(leaf) for name, leaf in trainable.items()}
         if moments == "8bit":
-            mu = tree_map(partial(empty_moment, kind=SignedMoment), dict(trainable))
-            nu = tree_map(partial(empty_moment, kind=UnsignedMoment), dict(trainable))
+            mu = {name: empty_moments(leaf, SignedMoment) for name, leaf in trainable.items()}
+            nu = {name: empty_moments(leaf, UnsignedMoment) for name, leaf in trainable.items()}
         else:
             mu, nu = (zero_moments(trainable) for _ in range(2))
         return AdamWState(mu, nu, counts)

@@ -71,9 +71,11 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
     elif not 0 <= decay <= 1:
         raise ValueError(f"`decay` is {decay}; use a number from 0 to 1")
     if not isinstance(averaged, Mapping):
-        assert not isinstance(params, Mapping)
+        if isinstance(params, Mapping):
+            raise ValueError("`averaged` is one parameter, but `params` is a dict; pass two dicts or two parameters")
         return _average("param", averaged, params, decay)
-    assert isinstance(params, Mapping)
+    if not isinstance(params, Mapping):
+        raise ValueError("`averaged` is a dict, but `params` is one parameter; pass two dicts or two parameters")
     if averaged.keys() != params.keys():
         other = ", ".join(sorted(averaged.keys() ^ params.keys())[:4])
         raise ValueError(f"`averaged` and `params` must have the same names, but only one has: {other}")

@@ -4,6 +4,7 @@ The format is torchao's (arXiv:2110.02861). Blocks of 256 consecutive numbers sh
 kinds contain zero exactly, whatever the scale, so a vector can be reset without changing other numbers of its blocks.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
+from dynlora_fn._core._types import ShardedFactors
 from dynlora_fn.bases import _torchao
 from dynlora_fn.bases._torchao import decode_8bit, encode_8bit
 
@@ -46,12 +48,24 @@ def _table(moment: _Moment) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=moment.codes.device)
 
 
-def empty_moment(leaf: Tensor, kind: type[_Moment]) -> Any:
-    """Return zeros for a tensor's moment.
+def empty_moments(leaf: Any, kind: type[_Moment]) -> Any:
+    """Return zeros for the moment of a tensor or of factors.
 
-    They are codes if the tensor is large enough, else float32 or the tensor's dtype if that is wider.
+    They are codes for tensors that are large enough, else float32 or the tensor's dtype if that is wider. Shards that
+    differ in size are never codes, because blocks might divide them on some processes only.
     """
-    if leaf.numel() < _MIN_NUMEL or leaf.numel() % _BLOCK:
+    if not isinstance(leaf, ShardedFactors):
+        return tree_map(partial(_empty_moment, kind=kind), leaf)
+    sharding = leaf.sharding
+    b, a = (
+        _empty_moment(side, kind, is_even=size % sharding.world_size == 0)
+        for side, size in ((leaf.b, sharding.rows), (leaf.a, sharding.as_columns.rows))
+    )
+    return leaf._replace(b=b, a=a)
+
+
+def _empty_moment(leaf: Tensor, kind: type[_Moment], *, is_even: bool = True) -> Any:
+    if not is_even or leaf.numel() < _MIN_NUMEL or leaf.numel() % _BLOCK:
         return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
     zero = _values(kind is SignedMoment).index(0)
     codes = torch.full_like(leaf, zero, dtype=torch.uint8, memory_format=torch.contiguous_format)

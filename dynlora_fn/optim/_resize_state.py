@@ -8,7 +8,7 @@ import torch
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import AnyFactors, LowRank, Trainable, is_factors
 from dynlora_fn.optim._containers import Path, render
-from dynlora_fn.optim._eight_bit import decode_moments, empty_moment, encode_moments, is_eight_bit, moment_shape
+from dynlora_fn.optim._eight_bit import decode_moments, empty_moments, encode_moments, is_eight_bit, moment_shape
 from dynlora_fn.optim._roles import Role, Roles, check_roles
 from dynlora_fn.optim._search_state import project_state
 
@@ -95,4 +95,4 @@ def _resized(side: Any, axis: int, ranks: Ranks, scale: float) -> Any:
     shape = list(staying.shape)
     shape[axis] = max(ranks.new - ranks.old, 0)
     resized = torch.cat([staying, staying.new_zeros(shape)], axis)
-    return encode_moments(resized, empty_moment(resized, type(side))) if is_eight_bit(side) else resized
+    return encode_moments(resized, empty_moments(resized, type(side))) if is_eight_bit(side) else resized

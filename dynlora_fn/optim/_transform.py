@@ -49,7 +49,7 @@ def rate_of(lr: Rate | Mapping[str, Rate], name: str) -> Rate:
 
 
 def check_gradients(grads: Trainable, trainable: Trainable) -> None:
-    """Raise if gradients do not have the names and shapes of the parameters.
+    """Raise if gradients do not have the names, types and shapes of the parameters.
 
     A gradient of another shape would be broadcast.
     """
@@ -60,6 +60,11 @@ def check_gradients(grads: Trainable, trainable: Trainable) -> None:
             "pass the gradients of the same parameters"
         )
     for name, leaf in trainable.items():
+        if is_factors(leaf) and type(grads[name]) is not type(leaf):
+            raise ValueError(
+                f"`grads` has a {type(grads[name]).__name__} for {name!r}, which is a {type(leaf).__name__} in"
+                " `trainable`; take the gradient by the same parameters"
+            )
         got, wanted = ([tuple(tensor.shape) for tensor in tree_leaves(tree)] for tree in (grads[name], leaf))
         if got != wanted:
             raise ValueError(

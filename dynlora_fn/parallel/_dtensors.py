@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dynlora_fn._core._torch import keystr, resolve_process_group, tree_flatten_with_path, tree_map_with_path
-from dynlora_fn._core._types import ShardedFactors, Sharding
+from dynlora_fn._core._types import Sharding
 from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name_of
 
 
@@ -26,9 +26,7 @@ def as_dtensors(tree: Any) -> dict[str, Tensor]:
 
     Raises:
         TypeError: If a leaf is no tensor, because loading could not change it.
-        ValueError: If the moments of sharded factors are in 8 bit and the shards differ in size. A process does not
-            notice it if its shard is in float32 because blocks do not divide it. Also if a tensor in sharded factors
-            does not have the shape of a shard.
+        ValueError: If a tensor in sharded factors does not have the shape of a shard.
 
     Numerics: Blocks of 8-bit moments are blocks of a shard, and their scales are stored as one row for each process. So
         only as many processes can resume from them. For another number the shapes differ, and loading fails.
@@ -67,20 +65,7 @@ def as_dtensors(tree: Any) -> dict[str, Tensor]:
 def _place(path: Any, node: Any) -> Any:
     if not is_sharded(node):
         return node
-    if isinstance(node, ShardedFactors):
-        _check_moments(path, node)
     return map_shards(_placed, node, name_of(path))
-
-
-def _check_moments(path: Any, node: ShardedFactors) -> None:
-    """Check that the shards of moments in 8 bit are of one size."""
-    for side, sharding in ((node.b, node.sharding), (node.a, node.sharding.as_columns)):
-        if hasattr(side, "codes") and sharding.rows % sharding.world_size:
-            raise ValueError(
-                f"`tree` has 8-bit moments at {name_of(path)} whose shards differ in size: {sharding.rows} rows or"
-                f" columns over {sharding.world_size} processes; use float32 moments, or processes that divide them"
-                " evenly"
-            )
 
 
 def _placed(leaf: Tensor, sharding: Sharding, axis: int) -> Tensor:

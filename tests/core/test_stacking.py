@@ -90,3 +90,8 @@ def test_unstacked_members_are_views():
     for stacked, part in zip(tree_leaves(params["l.*.w"]), tree_leaves(members["l.1.w"]), strict=True):
         assert_same(part, stacked[1])
         assert part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+
+
+def test_a_name_with_a_star_is_refused():
+    with pytest.raises(ValueError, match=r"parameter 'layers\.\*\.w' contains a star"):
+        find_stacks({"layers.*.w": "8x8", "head": "8x8"})

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn.optim import adamw, freeze_counterparts, lion, multi_transform, muon, sgd
+from dynlora_fn.parallel import ShardedFactors, Sharding
 from dynlora_fn.testing import normal
 from tests.support.optimizer_table import OPTIMIZERS
 from tests.support.optimizers import some_trainable
@@ -80,3 +81,10 @@ def test_a_missing_gradient_is_refused(name: str):
     grads = {name: leaf for name, leaf in TRAINABLE.items() if name != "w"}
     with pytest.raises(ValueError, match="'w'"):
         optimizer.update(grads, optimizer.init(TRAINABLE), TRAINABLE, lr=0.1)
+
+
+def test_gradients_of_another_type_are_refused_by_name():
+    sharded = ShardedFactors(*FACTORS, Sharding("group", 1, 0, 5, columns=6))
+    grads = {**TRAINABLE, "w": sharded}
+    with pytest.raises(ValueError, match=r"`grads` has a ShardedFactors for 'w', which is a Factors in `trainable`"):
+        adamw().update(grads, adamw().init(TRAINABLE), TRAINABLE, lr=0.1)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import Factors, Plan, SidePlan, apply_updates, compile_step, partition, project_optimizer_state
 from dynlora_fn.optim import Change, SignedMoment, UnsignedMoment, adamw
-from dynlora_fn.optim._eight_bit import decode_moments, empty_moment, encode_moments
+from dynlora_fn.optim._eight_bit import decode_moments, empty_moments, encode_moments
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal, plans, seeds, untouched
 
 torchao = pytest.importorskip("torchao.optim.subclass_8bit")
@@ -38,7 +38,7 @@ def test_codes_are_torchaos(seed, kind, scale):
     values[seed % 32] = 0
     wanted = torchao.OptimState8bit.zeros(values.shape, signed=kind is SignedMoment)
     wanted.copy_(values)
-    got = encode_moments(values, empty_moment(values, kind))
+    got = encode_moments(values, empty_moments(values, kind))
     assert_same(got, kind(wanted.codes, wanted.scale))
     assert_same(decode_moments(got), wanted.dequantize())
 

@@ -203,12 +203,14 @@ def _eight_bit(folder: Path) -> None:
     checkpoint.load(dl.parallel.as_dtensors((frozen, loaded)), checkpoint_id=folder)
     assert_same(loaded, state)
     assert_same(eight_bit(WEIGHT, range(2, 4), loaded), eight_bit(WEIGHT, range(4)))
-    with pytest.raises(
-        ValueError, match=r"8-bit moments at .*mu\['w'\] whose shards differ in size: 257 rows or columns over 2 "
-    ):
-        dl.parallel.as_dtensors(
-            eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(0))
-        )
+    uneven = eight_bit(dl.init({"w": torch.ones(257, 256)}, rank=256, seed=0, targets=["w"]), range(1))
+    dl.parallel.check_replicas(uneven, torch.distributed.group.WORLD)  # 129 and 128 rows: full precision on both
+    mu = uneven[1][1].inner.mu["w"]
+    assert isinstance(mu.b, torch.Tensor)
+    assert isinstance(mu.a, dl.optim.SignedMoment)
+    assert {leaf.shape[:1] for path, leaf in dl.parallel.as_dtensors(uneven).items() if path.endswith("mu['w'].b")} == {
+        (257,)
+    }
     alone = [torch.distributed.new_group([process]) for process in range(2)][torch.distributed.get_rank()]
     with pytest.raises(
         checkpoint.CheckpointException, match=r"Size mismatch .*\[2, 30\].*\[1, 60\].*mu\['w'\].b.scale"
