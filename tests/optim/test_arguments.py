@@ -61,7 +61,7 @@ WRONG = {
     ),
     "one column": ({"w": FACTORS._replace(a=FACTORS.a[:, :1])}, "has 'w' of shape (5, 4), (4, 1) for"),
     "another axis": ({"bias": torch.ones(2, 5)}, "has 'bias' of shape (2, 5) for a parameter of shape (5,)"),
-    "a dense gradient": ({"w": torch.ones(5, 6)}, "has 'w' of shape (5, 6) for a parameter of shape (5, 4), (4, 6)"),
+    "a dense gradient": ({"w": torch.ones(5, 6)}, "has a Tensor for 'w', which is a Factors in `trainable`"),
     "another name": ({"head": torch.ones(5)}, "must have the names of `trainable`, but only one of them has ['head']"),
 }
 
