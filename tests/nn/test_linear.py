@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, linear
 from dynlora_fn.bases import quantize
+from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn import _linear
 from dynlora_fn.nn._view import View, transposed
 from dynlora_fn.testing import Shape, assert_within, eps, low_rank, normal, seeds, untouched
@@ -132,7 +133,7 @@ def check_transform(name: str, stack: LowRank, path: str, is_compiled: bool) -> 
     """Compare with the plain product with the dense base, eager."""
     transform = transforms(stack, path)[name]
     got = (torch.compile(transform, fullgraph=True, backend="aot_eager") if is_compiled else transform)()
-    dense = stack._replace(base=stack.base.dequantize(torch.float64))
+    dense = stack._replace(base=as_base(stack.base).dequantize(torch.float64))
     for left, right in zip(tree_leaves(got), tree_leaves(transforms(dense, "factored")[name]()), strict=True):
         # Up to six products in a row of at most 16 terms each, of magnitude 1 and 30 twice over.
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-9)
