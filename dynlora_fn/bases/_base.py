@@ -68,7 +68,7 @@ class Base(Protocol):
         """Apply `change` to the base without its pending folds, and keep those pending."""
 
     def fold_pending(self, *, name: str) -> StoredBase:
-        """Fold what is pending, and return a base of the same kind with nothing pending."""
+        """Fold the pending folds, and return a base of the same kind without any."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the dense base that products read, without the residual.

@@ -82,7 +82,7 @@ class Format(Protocol):
         """Decode one weight into an existing tensor, such as a view of a larger matrix."""
 
     def scaled(self, factor: float | Tensor) -> Self | None:
-        """Return the codes of ``factor * weight``, of which only scales are rounded.
+        """Return the codes of ``factor * weight``. Only scales are rounded.
 
         `factor` is a number or a 0-d tensor on the device of the codes. The last tensor of the result is a scale in
         float32 that was multiplied. The result is None if scales of this format are too coarse, so that the weight must

@@ -94,7 +94,7 @@ def test_the_documentation_prints_the_table():
 
 
 def test_other_variants_are_refused_too():
-    """The same combinations in other orders, each of which failed deep inside torch or returned other values."""
+    """The same combinations in other orders. Each failed deep inside torch or returned other values."""
     for params in (defer(sharded(), vectors=4), shard(defer(whole(), vectors=4), dist.group.WORLD)):
         with pytest.raises(ValueError, match="the factors of 'w' in `params` cannot be sharded"):
             shard_factors(params)

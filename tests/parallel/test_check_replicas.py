@@ -260,7 +260,7 @@ def test_what_cannot_be_compared_is_refused_by_its_path():
 
 
 def _sharded(columns: int = 4, rank: int = 1, dtype: torch.dtype = torch.float32) -> dict:
-    """Return one weight of five rows with sharded factors, of which processes have three and two."""
+    """Return one weight of five rows with sharded factors. The processes have three rows and two."""
     linear = nn.Linear(columns, 5, bias=False)
     params = dl.init(linear, rank=rank, seed=0, targets=["weight"], dtype=dtype)
     return dl.parallel.shard_factors(dl.parallel.shard(params, torch.distributed.group.WORLD))

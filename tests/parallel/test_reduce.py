@@ -154,7 +154,7 @@ def test_reduction_and_gathering_go_into_a_compiled_step():
 
 
 def _without_data() -> list:
-    """Average on three processes, of which the last has no data."""
+    """Average on three processes. The last has no data."""
     process, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     weight, is_empty = [0.25, 0.75, 0.0][process], process == 2
     tree = {"loss": torch.tensor(process + 1.0), "grad": torch.tensor([process + 1.0, 0.0])}
