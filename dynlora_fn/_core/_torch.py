@@ -41,8 +41,10 @@ LAZY = {
 }
 # Looked up at their first use, by their full names.
 USED = (
+    "torch._C._DisableFuncTorch",
     "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
+    "torch._C._functorch.count_jvp_interpreters",
     "torch._C._functorch.get_unwrapped",
     "torch._C._functorch.is_batchedtensor",
     "torch._C._functorch.is_functorch_wrapped_tensor",
@@ -51,6 +53,7 @@ USED = (
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
     "torch.Tensor._make_wrapper_subclass",
+    "torch.autograd.forward_ad._current_level",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
@@ -114,6 +117,35 @@ def is_mapped(tensor: torch.Tensor) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def forward_levels() -> int:
+    """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`.
+
+    Dynamo cannot trace the question.
+    """
+    nested = torch._C._functorch.count_jvp_interpreters()
+    return max(nested, torch.autograd.forward_ad._current_level + 1)
+
+
+def is_tracked(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor requires a gradient or has a tangent, below other transforms too.
+
+    While Dynamo traces, only gradients of the innermost level are seen.
+    """
+    functorch = torch._C._functorch
+    if torch.compiler.is_dynamo_compiling():
+        return tensor.requires_grad
+    has_tangents = forward_levels() > 0
+    # Transforms would take the question for an operation of the innermost level, where outer tangents are constants.
+    with torch._C._DisableFuncTorch():
+        while True:
+            tangent = torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent if has_tangents else None
+            if tensor.requires_grad or tangent is not None:
+                return True
+            if not functorch.is_functorch_wrapped_tensor(tensor):
+                return False
+            tensor = functorch.get_unwrapped(tensor)
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

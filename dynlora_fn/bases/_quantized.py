@@ -108,7 +108,7 @@ class Quantized(NamedTuple):
         return self._replace(codes=stored(as_format(self.codes).of_all_rows()))
 
     def transposed(self) -> StoredBase:
-        return self.codes.mT.detach() if isinstance(self.codes, Tensor) else Transposed(self)
+        return self.codes.mT if isinstance(self.codes, Tensor) else Transposed(self)
 
     def flatten(self) -> Flattened:
         codes = as_format(self.codes)

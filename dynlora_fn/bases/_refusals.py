@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Never
 
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._torch import is_mapped
 
 
@@ -105,6 +106,20 @@ REFUSALS = {
         _SHARDED_FACTORS.format(transform="forward-mode differentiation"),
         NotImplementedError,
     ),
+    "gradient, codes": Refusal(
+        "derivatives by codes, which are rounded",
+        "`linear`, `call`, `materialize`",
+        "derivatives by codes are not supported, but {what} in {kind} requires a gradient or has a tangent; detach it,"
+        " or use a plain tensor as the base",
+        NotImplementedError,
+    ),
+    "gradient, sharded base": Refusal(
+        "derivatives by a sharded base",
+        "`linear`, `call`, `materialize`",
+        "derivatives by a sharded base are not supported, but {what} requires a gradient or has a tangent; detach it,"
+        " or gather it with `unshard`",
+        NotImplementedError,
+    ),
     "torchao, stack": Refusal(
         "a stack as one tensor of torchao",
         "`to_torchao`",
@@ -132,3 +147,9 @@ def refuse_mapped(key: str, tensor: Tensor) -> None:
     """
     if is_mapped(tensor):
         refuse(key)
+
+
+def refuse_attached(key: str, tree: Any, **values: Any) -> None:
+    """Refuse tensors that require a gradient or have a tangent, before an operation that would drop it."""
+    if is_attached(tree):
+        refuse(key, **values)

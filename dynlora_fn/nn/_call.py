@@ -12,6 +12,8 @@ from torch.nn.functional import linear
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import make_wrapper_subclass
 from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._flatten import refuse_differentiated
 from dynlora_fn.nn._reshaping import METHODS
 from dynlora_fn.nn._rules import RULES
 from dynlora_fn.nn._view import View, gathered, refuse, view_of
@@ -34,7 +36,8 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
-        NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both.
+        NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both. Also if
+            a base in low precision or a sharded one is differentiated.
         ValueError: If a weight does not fit the shape of its parameter, or if the model or a submodule is wrapped for
             data parallelism, which `torch.func` bypasses.
 
@@ -54,6 +57,10 @@ def call_with(
     model: nn.Module, params: Params, buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run `call` with `buffers` in place of the model's buffers."""
+    for name, param in params.items():
+        if isinstance(param, LowRank):
+            layout, tensors = as_base(as_base(param.base).folded).flatten()
+            refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Any] = {
         name: _weight_of(name, param, parameters[name].shape)
