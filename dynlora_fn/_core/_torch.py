@@ -47,6 +47,7 @@ USED = (
     "torch._C._functorch.get_interpreter_stack",
     "torch._C._functorch.get_unwrapped",
     "torch._C._functorch.is_batchedtensor",
+    "torch._C._functorch.is_dead_tensor_wrapper",
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.maybe_get_level",
     "torch._C._functorch.peek_interpreter_stack",
@@ -150,26 +151,38 @@ def is_tracked(tensor: torch.Tensor) -> bool:
 
 def _requires_grad(tensor: torch.Tensor) -> bool:
     functorch = torch._C._functorch
-    while not tensor.requires_grad:
-        if not functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)
-    return True
+    tensor = _without_dead_levels(tensor)
+    if tensor.requires_grad or not functorch.is_functorch_wrapped_tensor(tensor):
+        return tensor.requires_grad
+    return _requires_grad(functorch.get_unwrapped(tensor))
 
 
 def _has_tangent(tensor: torch.Tensor) -> bool:
     functorch = torch._C._functorch
+    tensor = _without_dead_levels(tensor)
     if functorch.peek_interpreter_stack() is None:
-        return torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None
+        return _is_dual(tensor)
     # A level sees only its tangents, so lower levels are asked in turn.
     interpreter = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
-    is_forward = interpreter.key() == functorch.TransformType.Jvp
-    if is_forward and torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None:
+    if interpreter.key() == functorch.TransformType.Jvp and _is_dual(tensor):
         return True
     if functorch.maybe_get_level(tensor) == interpreter.level():
         tensor = functorch.get_unwrapped(tensor)
     with interpreter.lower():
         return _has_tangent(tensor)
+
+
+def _is_dual(tensor: torch.Tensor) -> bool:
+    dual: Any = torch.autograd.forward_ad.unpack_dual(tensor, level=0)  # type: ignore[no-untyped-call]
+    return dual.tangent is not None
+
+
+def _without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without the wrappers of transforms that have ended, which a pullback saves."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_dead_tensor_wrapper(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

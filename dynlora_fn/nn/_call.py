@@ -36,8 +36,8 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
-        NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both. Also if
-            a base in low precision or a sharded one is differentiated.
+        NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both. Also
+            if a base in low precision or a sharded one is differentiated.
         ValueError: If a weight does not fit the shape of its parameter, or if the model or a submodule is wrapped for
             data parallelism, which `torch.func` bypasses.
 
