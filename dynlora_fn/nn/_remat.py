@@ -15,7 +15,8 @@ from dynlora_fn._core._torch import TorchDispatchMode, tree_flatten, tree_leaves
 from dynlora_fn._core._tree import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
-from dynlora_fn.nn._call import call_with, params_of
+from dynlora_fn.nn._call import call_with
+from dynlora_fn.nn._weight import params_of
 
 
 def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
