@@ -6,8 +6,20 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from dynlora_fn._core._stacking import member_names
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
-from dynlora_fn._core._types import AnyFactors, Factors, Frozen, LowRank, Param, Params, Trainable, is_factors
+from dynlora_fn._core._types import (
+    AnyFactors,
+    Factors,
+    Frozen,
+    FrozenLeaf,
+    FrozenTensor,
+    LowRank,
+    Param,
+    Params,
+    Trainable,
+    is_factors,
+)
 
 Value = TypeVar("Value")
 
@@ -30,24 +42,25 @@ class Partition(NamedTuple):
     """
 
     trainable: dict[str, AnyFactors | Tensor]
-    frozen: dict[str, Frozen | Tensor]
+    frozen: dict[str, FrozenLeaf]
 
 
 def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     """Split parameters into a trainable and a frozen tree.
 
-    `combine` reverses it. Factors are always trainable; bases and seeds are always frozen. Nothing is copied.
+    `combine` reverses it. Factors are always trainable; bases, seeds and each `FrozenTensor` are always frozen.
+    Nothing is copied.
 
     Args:
         params: The parameters by name.
-        frozen: Names or globs of the full-rank tensors to freeze. The default is none, so that all are trained.
-            ``frozen=["*"]`` trains only the factors.
+        frozen: Names or globs of the full-rank tensors to freeze, as in `params` or as in the model: all members of a
+            stack must match. The default is none. ``frozen=["*"]`` trains only the factors.
 
     Returns:
         The two trees, each a dict with the names of `params`.
 
     Raises:
-        ValueError: If a pattern matches no parameter.
+        ValueError: If a pattern matches no parameter, or if the patterns match only some members of a stack.
 
     Example:
         >>> from torch import nn
@@ -57,18 +70,46 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
         >>> list(trainable), list(frozen)
         (['weight'], ['weight', 'bias'])
     """
-    is_frozen = set(match(params, frozen, "frozen"))
+    is_frozen = _names_to_freeze(params, frozen) if frozen else set()
     parts = Partition({}, {})
     for name, param in params.items():
         if isinstance(param, LowRank):
             parts.trainable[name] = param.factors
             parts.frozen[name] = Frozen(param.base, param.seed)
+        elif isinstance(param, FrozenTensor):
+            parts.frozen[name] = param
         else:
             parts[name in is_frozen][name] = param
     return parts
 
 
-def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict[str, Param]:
+def _names_to_freeze(params: Params, patterns: Sequence[str]) -> set[str]:
+    members = {name: member_names(name, param.shape) for name, param in params.items()}
+    match(dict.fromkeys([*params, *(member for names in members.values() for member in names)]), patterns, "frozen")
+    exact, globs = ([pattern for pattern in patterns if (pattern in params) is is_name] for is_name in (True, False))
+    selected = {name for name in params if any(matches(name, pattern) for pattern in exact)}
+    full_rank = [name for name, param in params.items() if not isinstance(param, LowRank)]
+    return selected | {name for name in full_rank if name not in selected and _covers(globs, name, members[name])}
+
+
+def _covers(globs: Sequence[str], name: str, members: Sequence[str]) -> bool:
+    """Return whether globs match a parameter, or all members of a stack.
+
+    The star in the name of a stack is no name of the model, so that `[!0]` must not match it.
+
+    Raises:
+        ValueError: If they match only some members.
+    """
+    others = [member for member in members if not any(matches(member, glob) for glob in globs)]
+    if others and len(others) < len(members):
+        raise ValueError(
+            f"`frozen` matches {len(members) - len(others)} of {len(members)} members of the stack {name!r}, but not "
+            f"{others[0]!r}; match all of them, or make the parameters with `init(..., stack=False)`"
+        )
+    return not others if len(others) < len(members) else any(matches(name, glob) for glob in globs)
+
+
+def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str, Param]:
     """Join a trainable and a frozen tree into parameters.
 
     It reverses `partition`. Nothing is copied.
@@ -185,6 +226,11 @@ def whole_factors(param: LowRank) -> Factors:
     if isinstance(param.factors, Factors):
         return param.factors
     raise ValueError(f"the factors of a weight of shape {tuple(param.shape)} are sharded; gather them with `unshard`")
+
+
+def tensor_of(param: Tensor | FrozenTensor) -> Tensor:
+    """Return the tensor of a full-rank parameter, trained or not."""
+    return param.tensor if isinstance(param, FrozenTensor) else param
 
 
 def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) -> Param | dict[str, Param]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.optim._transform import Rate, check_is_floating
@@ -84,9 +84,12 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
 
 def _average(name: str, averaged: Param, param: Param, decay: Rate) -> Param:
     _check(name, averaged, param)
+    if isinstance(param, FrozenTensor):
+        return averaged
     if isinstance(averaged, Tensor):
         new = param if isinstance(param, Tensor) else _dense(param)
         return _moved(averaged, new, decay)
+    assert isinstance(averaged, LowRank)
     assert isinstance(param, LowRank)
     old, new_factors = averaged.factors, param.factors
     old_base, new_base = as_base(averaged.base), as_base(param.base)
@@ -127,6 +130,12 @@ def _check(name: str, averaged: Param, param: Param) -> None:
     for argument, value in (("averaged", averaged), ("params", param)):
         if isinstance(value, LowRank) and value.factor_sharding:
             raise ValueError(f"`{argument}` has sharded factors for {name!r}; call `unshard` first")
+    if isinstance(param, FrozenTensor):
+        return
+    if isinstance(averaged, FrozenTensor):
+        raise ValueError(
+            f"`averaged` is frozen for {name!r}, but `params` trains it; pass `materialize(averaged)`, or train both"
+        )
     if not isinstance(averaged, LowRank):
         check_is_floating("averaged", name, averaged)
         return

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._types import Factors, LowRank, Param, Params
+from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
@@ -45,7 +45,8 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
         >>> project_gradients({"w": torch.eye(2)}, {"w": param})["w"].a
         tensor([[1., 1.]])
     """
-    return {name: _project_gradient(name, grads[name], param) for name, param in params.items()}
+    trained = {name: param for name, param in params.items() if not isinstance(param, FrozenTensor)}
+    return {name: _project_gradient(name, grads[name], param) for name, param in trained.items()}
 
 
 def _project_gradient(name: str, grad: Tensor, param: Param) -> Factors | Tensor:

@@ -3,7 +3,7 @@
 A weight is ``base + b @ a / rank``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._tree import map_low_rank
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
@@ -102,7 +102,7 @@ def _scale(basis_slice: BasisSlice, b: Tensor, a: Tensor) -> Factors:
 
 
 @overload
-def materialize(params: LowRank | Tensor) -> Tensor: ...
+def materialize(params: Param) -> Tensor: ...
 @overload
 def materialize(params: Params) -> dict[str, Tensor]: ...
 def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
@@ -124,10 +124,14 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
         >>> torch.allclose(materialize(params["w"]), torch.ones(6, 4))
         True
     """
-    return map_low_rank(_dense, params)  # type: ignore[return-value]
+    if isinstance(params, Mapping):
+        return {name: _dense(param) for name, param in params.items()}
+    return _dense(params)
 
 
-def _dense(param: LowRank) -> Tensor:
+def _dense(param: Param) -> Tensor:
+    if not isinstance(param, LowRank):
+        return tensor_of(param)
     folded, (b, a) = with_pending(param, _sum_dtype(param))
     base = as_base(folded)
     return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
