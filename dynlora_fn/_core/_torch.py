@@ -116,6 +116,12 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     return False
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor belongs to a transform of `torch.func`, and must not be used after it."""
+    is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_wrapped
+
+
 def trace_autograd_ops() -> AbstractContextManager[Any]:
     """Let Dynamo trace `torch.autograd.grad` inside a compiled function."""
     patch: AbstractContextManager[Any] = torch._dynamo.config.patch(trace_autograd_ops=True)
