@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_flatten, tree_unflatten
-from dynlora_fn._core._types import Param, Params
+from dynlora_fn._core._types import LowRank, Param, Params
 
 
 class Stack(NamedTuple):
@@ -139,6 +140,10 @@ def unstack(params: Params) -> dict[str, Param]:
     Returns:
         The parameters by name, without leading axes.
 
+    Raises:
+        TypeError: If a value is neither a weight nor a tensor.
+        ValueError: If a parameter has fewer leading axes than its name has stars.
+
     Example:
         >>> import torch
         >>> list(unstack({"layers.*.bias": torch.zeros(2, 8), "head": torch.zeros(3)}))
@@ -146,7 +151,23 @@ def unstack(params: Params) -> dict[str, Param]:
         >>> list(unstack({"{1..2}.bias": torch.zeros(2, 8)}))
         ['1.bias', '2.bias']
     """
+    check_params("params", params)
+    for pattern, param in params.items():
+        _check_axes(pattern, param)
     return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
+
+
+def _check_axes(pattern: str, param: Param) -> None:
+    """Raise if a parameter has fewer leading axes than its name."""
+    axes = param.seed.ndim if isinstance(param, LowRank) else len(param.shape)
+    name, count = pattern, 0
+    while axis := _first_axis(name):
+        name, count = f"{axis[0]}{axis[1]}{axis[2]}", count + 1
+    if count > axes:
+        raise ValueError(
+            f"`params` has {pattern!r} of shape {tuple(param.shape)}, which has no axis for each star in the name; "
+            "rename it, or stack its members"
+        )
 
 
 def _members(pattern: str, param: Param) -> Iterator[tuple[str, Param]]:

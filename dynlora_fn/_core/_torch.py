@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.distributed import _functional_collectives
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import MappingKey as MappingKey
 from torch.utils._pytree import keystr as keystr
@@ -120,6 +121,17 @@ def is_transformed(tensor: torch.Tensor) -> bool:
     """Return whether a tensor belongs to a transform of `torch.func`, and must not be used after it."""
     is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return is_wrapped
+
+
+def can_read(tensor: torch.Tensor) -> bool:
+    """Return whether the host can read the values of a tensor at once.
+
+    It cannot inside of a trace or a transform, and it would have to wait for another device.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return False
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not is_wrapped and _get_current_dispatch_mode() is None
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

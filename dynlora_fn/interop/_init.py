@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, find_stacks
 from dynlora_fn._core._torch import tree_leaves
@@ -18,6 +19,14 @@ from dynlora_fn.bases._quantize import quantize_base
 from dynlora_fn.bases._residual import Device, ResidualKind, check_residual
 from dynlora_fn.bases._stacks import stack_bases
 from dynlora_fn.bases._torchao_tensors import from_torchao, is_torchao
+from dynlora_fn.interop._arguments import (
+    check_fused,
+    check_kind,
+    check_model,
+    check_settings,
+    check_targets,
+    check_weights,
+)
 from dynlora_fn.interop._parameters import Parameters, is_opaque, parameters_of
 from dynlora_fn.interop._targets import Rank, Target, Targets, as_matrices, select
 from dynlora_fn.parallel._group import Group
@@ -88,10 +97,11 @@ def init(
         by name. None of them requires a gradient.
 
     Raises:
+        TypeError: If an argument has a wrong type or dtype, such as a rank or seed that is no integer.
         ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing; if a module of a type
             in `targets` computes its weight by a parametrization; if a target is not a matrix, or is not finite in low
-            precision; if a rank or a format does not fit; if a weight is missing from `weights` or has another shape;
-            or if both `base` and `base_dtype` are passed.
+            precision; if a rank or a format does not fit; if a weight is missing from `weights`, has another shape, or
+            is none of the model; or if both `base` and `base_dtype` are passed.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
         The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its
@@ -104,7 +114,13 @@ def init(
     """
     if base is not None and base_dtype is not None:
         raise ValueError(f"`base` is {base!r} and `base_dtype` is {base_dtype}; pass only one of them")
-    check_residual(residual)
+    check_settings(start, base_dtype, dtype, stack)
+    check_residual(residual, residual_device)
+    check_model(model)
+    check_weights(weights, model)
+    seed = check_integer("seed", seed)
+    check_targets(targets)
+    check_fused(fused)
     module = model if isinstance(model, nn.Module) else None
     parameters = parameters_of(model)
     tensors = parameters.tensors
@@ -160,13 +176,14 @@ def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> T
     shape = tuple(parameters.tensors[name].shape)
     for alias in parameters.aliases[name]:
         if alias in weights:
-            weight = weights[alias].detach()
+            weight = weights[alias]
+            check_kind(alias, weight, parameters.tensors[name])
             if tuple(weight.shape) != shape:
                 raise ValueError(
                     f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
                     "pass the weights of this model"
                 )
-            return weight
+            return weight.detach()
     raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 
 

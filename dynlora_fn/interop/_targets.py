@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._torch import ConvNd
 from dynlora_fn._core._tree import match, matches
 from dynlora_fn.interop._parameters import Parameters
@@ -144,11 +145,13 @@ def _rank_of(aliases: Sequence[str], rank: Rank, matrix: tuple[int, int]) -> int
     if isinstance(rank, Mapping):
         for pattern, matching_rank in rank.items():
             if _matches_any(aliases, pattern):
-                return matching_rank
+                return check_integer("rank", matching_rank, of=pattern)
         raise ValueError(
             f"`rank` has no rank for target {aliases[0]!r} in {dict(rank)}; add a pattern that matches it, or '*'"
         )
-    return rank(aliases[0], matrix) if callable(rank) else rank
+    if callable(rank):
+        return check_integer("rank", rank(aliases[0], matrix), of=aliases[0])
+    return check_integer("rank", rank)
 
 
 def _is_spatial(model: nn.Module | None, name: str) -> bool:

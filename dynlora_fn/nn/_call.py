@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dynlora_fn._core._check import check_module
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
@@ -49,6 +50,7 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
         >>> call(model, params, torch.ones(3, 6)).shape
         torch.Size([3, 4])
     """
+    check_module("model", model)
     if problem := _problem_of(model):
         raise ValueError(problem)
     return call_with(model, params, {}, args, kwargs)
@@ -103,7 +105,9 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params) -> dic
             continue
         other, other_param = given.setdefault(named[name], (name, param))
         if other_param is not param:
-            raise ValueError(f"`params` has different weights for {other!r} and {name!r}, which are tied; pass only one")
+            raise ValueError(
+                f"`params` has different weights for {other!r} and {name!r}, which are tied; pass only one"
+            )
         tensors[named[name]] = _tensor_for(name, param, named[name].shape)
     unexpected = [name for name in params if name not in named]
     missing = [slot.name for slot in slots if not slot.is_buffer and slot.tensor not in tensors]

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_callable, check_choice, check_flag
 from dynlora_fn._core._torch import tree_flatten, tree_map, tree_unflatten
 
 
@@ -36,6 +37,7 @@ def value_and_grad(
         The function.
 
     Raises:
+        TypeError: If `loss_fn` is no function, or `has_aux` no flag.
         ValueError: If `via` is neither "func" nor "autograd".
 
     Example:
@@ -43,8 +45,9 @@ def value_and_grad(
         >>> value_and_grad(lambda w, x: (w * x).sum())(torch.ones(2), torch.tensor([1.0, 2.0]))
         ValueAndGrad(value=tensor(3.), grads=tensor([1., 2.]))
     """
-    if via not in ("func", "autograd"):
-        raise ValueError(f"`via` is {via!r}; use 'func' or 'autograd'")
+    check_callable("loss_fn", loss_fn)
+    check_choice("via", via, ("func", "autograd"))
+    check_flag("has_aux", has_aux)
     return _via_func(loss_fn, has_aux) if via == "func" else _via_autograd(loss_fn, has_aux)
 
 

@@ -55,7 +55,10 @@ def test_numbers_with_gaps_or_zeros_in_front_stay_by_themselves(names):
         ([f"l.{layer}.e.{expert}" for layer in range(2) for expert in (1, 2)], {"l.*.e.{1..2}": (2, 2)}),
         # A number that does not vary is no axis, and one with gaps gives a stack for each run.
         (["l.0.net.3.w", "l.1.net.3.w"], {"l.*.net.3.w": (2,)}),
-        ([f"l.{layer}.net.{at}" for layer in (1, 2) for at in (0, 2)], {"l.{1..2}.net.0": (2,), "l.{1..2}.net.2": (2,)}),
+        (
+            [f"l.{layer}.net.{at}" for layer in (1, 2) for at in (0, 2)],
+            {"l.{1..2}.net.0": (2,), "l.{1..2}.net.2": (2,)},
+        ),
         (["l.0", "l.1", "l.3", "l.4", "l.5", "l.9"], {"l.*": (2,), "l.{3..5}": (3,), "l.9": ()}),
         ([f"l.{layer}.e.{expert}" for layer in (0, 2) for expert in range(2)], {"l.0.e.*": (2,), "l.2.e.*": (2,)}),
     ],
@@ -114,7 +117,9 @@ def test_unstacked_members_are_views():
         assert part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("name", ["w*", "{a}.w", "a{1..2}.w", "{1..2}b", "{1..}", "{..2}", "{1..2", "{01..2}.w", "a.{.b"])
+@pytest.mark.parametrize(
+    "name", ["w*", "{a}.w", "a{1..2}.w", "{1..2}b", "{1..}", "{..2}", "{1..2", "{01..2}.w", "a.{.b"]
+)
 def test_other_braces_and_stars_are_no_axes(name):
     assert list(unstack({name: torch.zeros(2, 3)})) == [name]
 

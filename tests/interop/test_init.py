@@ -191,7 +191,9 @@ def test_a_parameter_without_a_gradient_stays_frozen():
     assert trainable.keys() == {"0.weight", "2.weight", "0.bias", "1.weight", "3.weight"}
     assert all(not leaf.requires_grad for leaf in tree_leaves(params))
     x = normal(0, 2, 4, dtype=torch.float32)
-    torch.testing.assert_close(call(model, combine(trainable, frozen), x), model(x), rtol=0, atol=64 * eps(torch.float32))
+    torch.testing.assert_close(
+        call(model, combine(trainable, frozen), x), model(x), rtol=0, atol=64 * eps(torch.float32)
+    )
     assert_same(dict(state_dict(model, params))["2.bias"], model[2].bias.detach())
 
 

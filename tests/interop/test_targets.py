@@ -59,8 +59,14 @@ def test_a_rank_for_each():
         ({"targets": [nn.Linear, nn.LayerNorm]}, "`targets` has the type LayerNorm, but no .* 'layers.0.norm' for one"),
         ({"targets": [nn.Linear, nn.ModuleList]}, "`targets` has the type ModuleList, but no such module"),
         ({"targets": [nn.Linear, "head.*"]}, r"`targets` contains 'head.\*', which matches no name"),
-        ({"targets": lambda name, tensor: tensor.ndim > 9}, r"predicate that is true for no .* embedding.weight, .*\[\]"),
-        ({"rank": lambda name, shape: 7}, r"`rank` is 7 for 'embedding.weight'.*rank=\{'embedding.weight': 6, '\*': 7\}"),
+        (
+            {"targets": lambda name, tensor: tensor.ndim > 9},
+            r"predicate that is true for no .* embedding.weight, .*\[\]",
+        ),
+        (
+            {"rank": lambda name, shape: 7},
+            r"`rank` is 7 for 'embedding.weight'.*rank=\{'embedding.weight': 6, '\*': 7\}",
+        ),
         ({"targets": ["nothing.*"]}, r"`targets` contains 'nothing.\*', which matches no name"),
         ({"rank": {"other": 2, "*": 1}}, "`rank` contains 'other', which matches no name"),
         ({"rank": {"embedding.*": 2}}, "`rank` has no rank for target 'layers.0.map.weight'"),
@@ -68,7 +74,10 @@ def test_a_rank_for_each():
         ({"fused": {"*": 4}}, r"`fused` is 4 along axis -2 for 'embedding.weight' .* divides"),
         ({"fused": {"none": 3}}, "`fused` contains 'none', which matches no name"),
         ({"targets": nn.Conv1d, "fused": {"*": 3}}, "`fused` is .*'conv.weight'"),
-        ({"targets": nn.Linear, "fused": {"*": 3}, "rank": 3}, r"`rank` is 3 for 'layers.0.map.weight' .* = 2, as in rank="),
+        (
+            {"targets": nn.Linear, "fused": {"*": 3}, "rank": 3},
+            r"`rank` is 3 for 'layers.0.map.weight' .* = 2, as in rank=",
+        ),
     ],
 )
 def test_bad_settings_are_refused(changed, message):

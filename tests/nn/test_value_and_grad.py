@@ -84,5 +84,5 @@ def test_per_sample_gradients_are_the_loop():
 
 
 def test_an_unknown_route_is_refused():
-    with pytest.raises(ValueError, match="`via` is 'jax'; use 'func' or 'autograd'"):
+    with pytest.raises(ValueError, match="`via` must be 'func' or 'autograd', got 'jax'"):
         value_and_grad(some_loss, via="jax")
