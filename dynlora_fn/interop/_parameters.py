@@ -28,7 +28,8 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
         ValueError: If a parameter has no shape yet.
     """
     named = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else dict(model)
-    parameters, first_names, frozen = Parameters({}, {}, frozenset()), {}, set()
+    parameters, frozen = Parameters({}, {}, frozenset()), set[str]()
+    first_names: dict[object, str] = {}
     for name, tensor in named.items():
         if is_lazy(tensor):
             raise ValueError(f"`model` has no shape for {name!r} yet; run its first forward pass, which sets the shape")

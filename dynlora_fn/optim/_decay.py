@@ -37,7 +37,8 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
     Args:
         params: One parameter, or a dict of parameters by name. Full-rank tensors decay too.
         rate: The rate, from 0 to 1: a number, a 0-d tensor, or a dict of either by name. Parameters that are not in the
-            dict, and each `FrozenTensor`, are returned unchanged. With a tensor, a new rate does not recompile a compiled step.
+            dict, and each `FrozenTensor`, are returned unchanged. With a tensor, a new rate does not recompile a
+            compiled step.
 
     Returns:
         The parameter, or the parameters by name, with their structure, shapes and dtypes.

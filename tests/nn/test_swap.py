@@ -147,7 +147,8 @@ def test_an_lstm_keeps_its_list_of_weights():
     output = model(x)[0].detach()
     call(model, {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}, x)
     assert all(
-        weight is model._parameters[name] for name, weight in zip(model._flat_weights_names, model._flat_weights)
+        weight is model._parameters[name]
+        for name, weight in zip(model._flat_weights_names, model._flat_weights, strict=True)
     )
     assert_same(copy.deepcopy(model)(x)[0].detach(), output)
 
@@ -159,9 +160,7 @@ class Lazily(nn.Linear):
 
 def test_a_generator_is_refused():
     model = Lazily(4, 4).double()
-    with pytest.raises(
-        NotImplementedError, match="`model` returns a generator, which would run with the parameters of"
-    ):
+    with pytest.raises(NotImplementedError, match="`model` returns a generator, which would run with the para"):
         call(model, low_rank_of(model), normal(1, 3, 4))
 
 
