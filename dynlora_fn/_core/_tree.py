@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_patterns, first_names
@@ -74,7 +75,11 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     """
     check_params("params", params)
     check_patterns("frozen", frozen)
-    is_frozen = _names_to_freeze(params, frozen) if frozen else set()
+    frozen_names: list[str] = []
+    if frozen:
+        shapes = {name: tuple(param.shape) for name, param in params.items()}
+        full_rank = [name for name, param in params.items() if isinstance(param, Tensor)]
+        frozen_names = _names_to_freeze(shapes, full_rank, frozen)
     parts = Partition({}, {})
     for name, param in params.items():
         if isinstance(param, LowRank):
@@ -83,17 +88,19 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
         elif isinstance(param, FrozenTensor):
             parts.frozen[name] = param
         else:
-            parts[name in is_frozen][name] = param
+            parts[name in frozen_names][name] = param
     return parts
 
 
-def _names_to_freeze(params: Params, patterns: Sequence[str]) -> set[str]:
-    members = {name: member_names(name, param.shape) for name, param in params.items()}
-    match(dict.fromkeys([*params, *(member for names in members.values() for member in names)]), patterns, "frozen")
-    exact, globs = ([pattern for pattern in patterns if (pattern in params) is is_name] for is_name in (True, False))
-    selected = {name for name in params if any(matches(name, pattern) for pattern in exact)}
-    full_rank = [name for name, param in params.items() if not isinstance(param, LowRank)]
-    return selected | {name for name in full_rank if name not in selected and _covers(globs, name, members[name])}
+# Dynamo cannot trace globs.
+@torch.compiler.assume_constant_result
+def _names_to_freeze(shapes: Mapping[str, Sequence[int]], trained: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Return those of the `trained` names that patterns match. `shapes` are those of all parameters."""
+    members = {name: member_names(name, shape) for name, shape in shapes.items()}
+    match(dict.fromkeys([*members, *(member for names in members.values() for member in names)]), patterns, "frozen")
+    exact, globs = ([pattern for pattern in patterns if (pattern in members) is is_name] for is_name in (True, False))
+    selected = {name for name in trained if any(matches(name, pattern) for pattern in exact)}
+    return [name for name in trained if name in selected or _covers(globs, name, members[name])]
 
 
 def _covers(globs: Sequence[str], name: str, members: Sequence[str]) -> bool:
@@ -116,7 +123,7 @@ def _covers(globs: Sequence[str], name: str, members: Sequence[str]) -> bool:
 def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str, Param]:
     """Join a trainable and a frozen tree into parameters.
 
-    It reverses `partition`. Nothing is copied.
+    It reverses `partition`, which gives both trees in the same order again. Nothing is copied.
 
     Args:
         trainable: The factors and trainable full-rank tensors by name.
@@ -158,7 +165,27 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
                 )
             check_param("frozen", name, frozen_leaf)
             params[name] = frozen_leaf
+    if len(params) > len(trainable):
+        return {name: params[name] for name in _in_order(trainable, frozen)}
     return params
+
+
+def _in_order(trainable: Iterable[str], frozen: Mapping[str, FrozenLeaf]) -> list[str]:
+    """Return all names so that `partition` gives both trees in their order again.
+
+    The order of a dict is part of the structure of a state, which a step must not change.
+    """
+    names: dict[str, None] = {}
+    remaining = iter(list(frozen))
+    for name in trainable:
+        if isinstance(frozen.get(name), Frozen):
+            for other in remaining:
+                if other == name:
+                    break
+                if not isinstance(frozen[other], Frozen):
+                    names[other] = None
+        names[name] = None
+    return [*names, *(other for other in remaining if not isinstance(frozen[other], Frozen))]
 
 
 def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[str]:

@@ -33,6 +33,20 @@ def test_combine_restores_what_partition_took_apart(weights, full, frozen):
         assert all(left is right for left, right in zip(tree_leaves(again[name]), tree_leaves(param), strict=True))
 
 
+@given(
+    st.permutations(range(6)),
+    st.lists(st.sampled_from(["low-rank", "trained", "frozen", "plan"]), min_size=6, max_size=6),
+)
+def test_a_state_keeps_the_order_of_its_trees(order, kinds):
+    """Kinds and places of parameters are drawn. The step of a compiled loop combines and partitions again."""
+    made = {"low-rank": low_rank(SHAPE), "frozen": FrozenTensor(normal(0, 2))}
+    params = {f"{at}": made.get(kinds[at], normal(1, 2)) for at in order}
+    patterns = [name for name in params if kinds[int(name)] == "plan"]
+    first = partition(params, frozen=patterns)
+    again = partition(combine(*first), frozen=patterns)
+    assert [list(tree) for tree in again] == [list(tree) for tree in first]
+
+
 def test_bases_and_seeds_are_frozen_and_all_else_is_trained():
     params = small_params()
     trainable, frozen = partition(params)
