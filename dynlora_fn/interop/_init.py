@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, find_stacks
 from dynlora_fn._core._torch import tree_leaves
@@ -83,7 +84,7 @@ def init(
     Raises:
         ValueError: If a pattern matches nothing; if a target is not a matrix, or is not finite in low precision; if a
             rank or a format does not fit; if a weight is missing from `weights` or has another shape; or if both `base`
-            and `base_dtype` are passed.
+            and `base_dtype` are passed. Also if a tensor is not a leaf of autograd, or has a tangent.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
 
@@ -147,7 +148,7 @@ def _read(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapp
     aliases = [other for other, tensor in parameters.items() if other != name and tensor is parameters[name]]
     for alias in [name, *aliases]:
         if alias in weights:
-            weight, shape = weights[alias].detach(), tuple(tensors[name].shape)
+            weight, shape = _detached("weights", alias, weights[alias]), tuple(tensors[name].shape)
             if tuple(weight.shape) != shape:
                 raise ValueError(
                     f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
@@ -180,7 +181,7 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         memory = inner_tensors(tensor)[0]  # a tensor of torchao has no memory itself
         identity = (memory.data_ptr(), memory.stride(), tensor.shape, tensor.device)
         if tensor.numel() == 0 or tensor.device.type == "meta" or identity not in identities:
-            tensors[name] = tensor.detach()
+            tensors[name] = _detached("model", name, tensor)
         identities.add(identity)
     return tensors
 
@@ -191,6 +192,17 @@ def _base_of(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind,
         return tensor
     quantized = from_torchao(tensor, residual=residual, residual_device=residual_device, name=name)
     return quantized if is_target else quantized.dequantize(tensor.dtype)
+
+
+def _detached(argument: str, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor without its gradient, which only a leaf such as a parameter may have."""
+    has_tangent = is_attached(tensor) and not tensor.requires_grad
+    if tensor.grad_fn is not None or has_tangent:
+        raise ValueError(
+            f"`{argument}` has {name!r} with a tangent or with the gradient of other tensors, which does not pass"
+            " through `init`; detach it"
+        )
+    return tensor.detach()
 
 
 def _kind(tensor: Tensor) -> list[object]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, SidePlan
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.switching._switch import take_rows
@@ -143,6 +144,9 @@ def put_back(
     Returns:
         The new pool, or all pools by name. Pools without a plan are returned unchanged.
 
+    Raises:
+        NotImplementedError: If vectors that are written into a donated pool require a gradient or have a tangent.
+
     Example:
         >>> import torch
         >>> from dynlora_fn import init, switch
@@ -166,6 +170,11 @@ def put_back(
 
 
 def _put_back(pool: SidePool, plan: SidePlan, outgoing: Tensor, donate: bool) -> SidePool:
+    if donate and is_attached(outgoing):
+        raise NotImplementedError(
+            "`outgoing` requires a gradient or has a tangent, which would not pass through the memory of a donated"
+            " pool; pass donate=False, or detach it"
+        )
     vectors, slot_rows = pool if donate else (pool.vectors.clone(), pool.held.clone())
     slots, indices, active = (leaf.to(slot_rows.device).expand(*slot_rows.shape[:-1], -1) for leaf in plan)
     if not slots.shape[-1]:

@@ -21,6 +21,7 @@ from dynlora_fn._core._types import (
     SidePlan,
 )
 from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._refusals import refuse_attached
 from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
 
@@ -73,9 +74,12 @@ def switch(
     Raises:
         ValueError: If the plan names a parameter that is missing or not low-rank, or incoming vectors have the wrong
             shape. If a quantized weight is not finite, also in a compiled step. The message names the weight.
+        NotImplementedError: If derivatives would be lost: by what is folded into a quantized base, or through a switch
+            of sharded factors.
 
     Numerics: Differences are formed in float32 or a wider dtype of factors and base. The base is then rounded once to
     its dtype. A quantized base is quantized again, from its codes and residual, where it changes (see `quantize`).
+    Derivatives pass through a plain base, in reverse and in forward mode.
 
     Example:
         >>> import torch
@@ -168,6 +172,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Swit
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
     if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
+        refuse_attached("gradient, sharded factors", right, name=name)
         right = gather(right.mT, sharding.as_columns).mT
     base = as_base(param.base).fold(left, right, rank=a.shape[-2], name=name)
     factors = param.factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)
