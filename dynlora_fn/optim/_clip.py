@@ -10,6 +10,7 @@ from torch import Tensor
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._types import ShardedFactors, Trainable
+from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import Tree
 
 
@@ -56,7 +57,7 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
         else:
             squares.append(_squares(node))
     squares += [all_reduce(torch.stack(shards).sum(), group) for group, shards in squares_by_group.items()]
-    norm = torch.stack(squares).sum().sqrt()
+    norm = square_root(torch.stack(squares).sum())
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return Clipped(tree_map(lambda grad: grad * scale.to(grad.dtype), dict(grads)), norm)
 

@@ -106,6 +106,6 @@ def test_levels_of_forward_mode_are_counted():
     f(X)
     jvp(f, (X,), (T,))
     jvp(lambda x: jvp(f, (x,), (T,))[1], (X,), (T,))
-    jvp(lambda x: grad(lambda y: jvp(f, (y,), (T,))[1].sum())(x), (X,), (T,))
+    jvp(grad(lambda y: jvp(f, (y,), (T,))[1].sum()), (X,), (T,))
     with_tangent(f)
     assert found == [0, 1, 2, 2, 1]
