@@ -41,8 +41,8 @@ LAZY = {
 }
 # Looked up at their first use, by their full names.
 USED = (
+    "torch.Tensor._make_wrapper_subclass",
     "torch._C._AutoDispatchBelowAutograd",
-    "torch._C._DisableFuncTorch",
     "torch._C._after_autograd_keyset",
     "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
@@ -51,15 +51,14 @@ USED = (
     "torch._C._functorch.get_unwrapped",
     "torch._C._functorch.is_batchedtensor",
     "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.maybe_get_level",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._is_fwd_grad_enabled",
-    "torch._C._functorch.maybe_get_level",
-    "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
     "torch._dynamo.config.trace_autograd_ops",
+    "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
-    "torch.Tensor._make_wrapper_subclass",
     "torch.autograd.forward_ad._current_level",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",

@@ -63,14 +63,15 @@ DETACHED: dict[str, Callable[..., Any]] = {
     "vmap below grad of another": lambda f: torch.vmap(grad(f))(X, T),
     "detached": lambda f: grad(lambda x: f(x, x.detach()))(X),
     "an integer": lambda f: grad(f)(X, torch.arange(3)),
+    "without gradients": lambda f: torch.no_grad()(f)(X.clone().requires_grad_()),
+    "grad without gradients": lambda f: grad(torch.no_grad()(f))(X),
 }
 
 
 @pytest.mark.parametrize("name", ATTACHED)
 def test_a_tensor_that_is_differentiated_is_attached(name):
-    found = answers(ATTACHED[name])
-    assert found
-    assert all(found)
+    # `linearize` calls the function once without tangents.
+    assert answers(ATTACHED[name])[-1]
 
 
 @pytest.mark.parametrize("name", DETACHED)
@@ -92,7 +93,7 @@ def test_the_answer_is_complete_in_a_compiled_function_that_is_not_traced():
         return grad(lambda x: grad(lambda y: product(x, y).sum())(y).sin().sum())(x)
 
     compiled = torch.compile(nested, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(X, T), (T * X).cos() * 0 + X.cos())
+    torch.testing.assert_close(compiled(X, T), X.cos())
     assert set(found) == {(True, True)}
 
 
