@@ -1,7 +1,7 @@
 """The value and the gradients of a pure loss function."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Never
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,10 +100,7 @@ def _via_autograd(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., V
             result = loss_fn(tree_unflatten(leaves, structure), *args, **kwargs)
             loss = _loss_in(result, has_aux)
             _check_versions(trainable, leaves, versions)
-            is_connected, has_others = _connections(loss, leaves)
-            if not is_connected:
-                _refuse_constant()
-            is_outer = is_recording and has_others
+            is_outer = _is_differentiated(loss, leaves) and is_recording
             grads = torch.autograd.grad(loss, leaves, create_graph=is_outer, allow_unused=True, materialize_grads=True)
         if not (is_outer or is_forward):
             result = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
@@ -124,13 +121,38 @@ def _is_forward() -> bool:
     return not torch.compiler.is_dynamo_compiling() and forward_levels() > 0
 
 
-def _connections(loss: Tensor, leaves: Sequence[Tensor]) -> Connections:
-    """Return what a loss depends on.
+def _is_differentiated(loss: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Return whether an outer level differentiates the gradients too: the loss depends on a tensor of that level.
 
-    Dynamo cannot trace the search. While it traces, only leaves that an outer level differentiates count as others.
+    Raises:
+        ValueError: If the loss depends on no leaf.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return Connections(loss.requires_grad, any(not leaf.is_leaf for leaf in leaves))
+    if torch.compiler.is_dynamo_compiling():  # it cannot trace the search
+        is_outer = any(not leaf.is_leaf for leaf in leaves)
+        connections = Connections((loss if is_outer else _only_leaves(loss, *leaves)).requires_grad, is_outer)
+    else:
+        connections = _connections(loss, leaves)
+    if not connections.on_leaves:
+        raise ValueError(
+            "`loss_fn` returned a loss that depends on no leaf of its first argument, so every gradient would be zero;"
+            " use the argument, and no `detach()`, `item()` or `torch.no_grad()`"
+        )
+    return connections.on_others
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _only_leaves(loss: Tensor, *leaves: Tensor) -> Tensor:
+    """Return the loss, and refuse one that depends on another tensor that requires a gradient."""
+    if loss.requires_grad and _connections(loss, leaves).on_others:
+        raise ValueError(
+            "`loss_fn` depends on a tensor outside its first argument that requires a gradient, which does not pass"
+            " through `via` = 'autograd' in a compiled function; detach that tensor, or use via='func'"
+        )
+    return loss
+
+
+def _connections(loss: Tensor, leaves: Sequence[Tensor]) -> Connections:
+    """Return what a loss depends on."""
     ends = {get_gradient_edge(leaf).node for leaf in leaves}
     visited: set[Any] = set()
     pending: list[Any] = [get_gradient_edge(loss).node] if loss.requires_grad else []
@@ -173,13 +195,6 @@ def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     return f"a {type(value).__name__}"
-
-
-def _refuse_constant() -> Never:
-    raise ValueError(
-        "`loss_fn` returned a loss that depends on no leaf of its first argument, so every gradient would be zero; use"
-        " the argument, and no `detach()`, `item()` or `torch.no_grad()`"
-    )
 
 
 def _versions(leaves: Sequence[Tensor]) -> list[int]:
