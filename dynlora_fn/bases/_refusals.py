@@ -59,6 +59,21 @@ REFUSALS = {
         "`vectors` = {room} of deferred {name!r} is less than the {count} vectors of one fold; pass at least {count} to"
         " `defer`",
     ),
+    "gradient, fold": Refusal(
+        "derivatives by what is folded into codes, or by the codes that are changed",
+        "`switch`, `merge`, `fold`, `compensate`, `decay`, `average`, `resize`, `fold_pending`, `to_torchao`",
+        "the base of {name!r} is in low precision, and what changes it, or the base itself, requires a gradient or has"
+        " a tangent, which does not pass through rounding; detach it, call the function under `torch.no_grad()`, or use"
+        " a plain tensor as the base",
+        NotImplementedError,
+    ),
+    "gradient, quantize": Refusal(
+        "derivatives by a base that is quantized",
+        "`quantize`, `init`",
+        "the base of {name!r} requires a gradient or has a tangent, which does not pass through quantization; detach"
+        " it, or call the function under `torch.no_grad()`",
+        NotImplementedError,
+    ),
     "shard, sharded": Refusal(
         "sharding a sharded base",
         "`shard`",
@@ -104,6 +119,13 @@ REFUSALS = {
         "sharded factors in forward mode, except on the factored path",
         "`linear`, `call`",
         _SHARDED_FACTORS.format(transform="forward-mode differentiation"),
+        NotImplementedError,
+    ),
+    "gradient, sharded factors": Refusal(
+        "derivatives through a switch of sharded factors",
+        "`switch`",
+        "the factors of {name!r} are sharded and require a gradient or have a tangent, which does not pass through the"
+        " all-gather of a switch; gather them with `unshard`, or detach them",
         NotImplementedError,
     ),
     "gradient, codes": Refusal(

@@ -56,6 +56,10 @@ def differentiated(params: dict[str, Any]) -> dl.LowRank:
     return params["w"]._replace(base=base)
 
 
+def factors_of(factors: Any) -> dl.LowRank:
+    return shard_factors(sharded())["w"]._replace(factors=factors)
+
+
 X = normal(0, 2, 3, 64, dtype=torch.float32)
 REFUSED: dict[str, Callable[[], Any]] = {
     "nf4, shape": lambda: quantize({"w": single(7, 16)}, "nf4"),
@@ -75,6 +79,11 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "vmap, sharded base": lambda: torch.vmap(dl.linear)(X, sharded("int8", (2,))["w"]),
     "vmap, sharded factors": lambda: torch.vmap(merged_product(shard_factors(sharded())))(X),
     "forward mode, sharded factors": lambda: torch.func.jvp(merged_product(shard_factors(sharded())), (X,), (X,)),
+    "gradient, fold": lambda: dl.merge({"w": differentiated(whole("int8"))}),
+    "gradient, quantize": lambda: quantize({"w": differentiated(whole())}, "int8"),
+    "gradient, sharded factors": lambda: torch.func.grad(
+        lambda factors: dl.switch({"w": factors_of(factors)}, {"w": plan_of(4, b=1, a=1)}).params["w"].base.base.sum()
+    )(shard_factors(sharded())["w"].factors),
     "gradient, codes": lambda: dl.linear(X[0], differentiated(whole("int8"))),
     "gradient, sharded base": lambda: dl.linear(X[0], differentiated(sharded())),
     "torchao, stack": lambda: to_torchao(whole("int8", (2,))["w"]),
