@@ -10,6 +10,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_flatten, tree_unflatten
 from dynlora_fn._core._types import LowRank, Param, Params
 
@@ -103,20 +104,39 @@ def unstack(params: Params) -> dict[str, Param]:
     Returns:
         The parameters by name, without leading axes.
 
+    Raises:
+        TypeError: If a value is neither a weight nor a tensor.
+        ValueError: If a parameter has fewer leading axes than its name has stars.
+
     Example:
         >>> import torch
         >>> list(unstack({"layers.*.bias": torch.zeros(2, 8), "head": torch.zeros(3)}))
         ['layers.0.bias', 'layers.1.bias', 'head']
     """
+    check_params("params", params)
+    for pattern, param in params.items():
+        _check_axes(pattern, param)
     return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
 
 
+def _check_axes(pattern: str, param: Param) -> None:
+    """Raise if a parameter has fewer leading axes than its name has stars."""
+    axes = param.seed.ndim if isinstance(param, LowRank) else param.ndim
+    if pattern.split(".").count("*") > axes:
+        raise ValueError(
+            f"`params` has {pattern!r} of shape {tuple(param.shape)}, which has no axis for each star in the name; "
+            "rename it, or stack its members"
+        )
+
+
 def _members(pattern: str, param: Param) -> Iterator[tuple[str, Param]]:
-    if "*" not in pattern:
+    parts = pattern.split(".")
+    if "*" not in parts:  # a star within a part is a letter
         yield pattern, param
         return
+    at = parts.index("*")
     for index, member in enumerate(unbind(param)):
-        yield from _members(pattern.replace("*", str(index), 1), member)
+        yield from _members(".".join([*parts[:at], str(index), *parts[at + 1 :]]), member)
 
 
 def unbind(param: Param) -> list[Param]:

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.distributed import _functional_collectives
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import MappingKey as MappingKey
 from torch.utils._pytree import keystr as keystr
@@ -194,6 +195,17 @@ def call_below_autograd(operation: Any, keys: Any, *args: Any) -> Any:
     """Call an operation from its autograd kernel, without recording it. `keys` are those that the kernel got."""
     with torch._C._AutoDispatchBelowAutograd():
         return operation.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def can_read(tensor: torch.Tensor) -> bool:
+    """Return whether the host can read the values of a tensor at once.
+
+    It cannot inside of a trace or a transform, and it would have to wait for another device.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return False
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not is_wrapped and _get_current_dispatch_mode() is None
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from dynlora_fn._core._check import check_by_name, check_patterns, first_names
+from dynlora_fn._core._check_trees import check_one_or_more, check_param, check_params, check_trainable
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import AnyFactors, Factors, Frozen, LowRank, Param, Params, Trainable, is_factors
 
@@ -57,6 +59,7 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
         >>> list(trainable), list(frozen)
         (['weight'], ['weight', 'bias'])
     """
+    check_params("params", params)
     is_frozen = set(match(params, frozen, "frozen"))
     parts = Partition({}, {})
     for name, param in params.items():
@@ -91,6 +94,8 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
         >>> dl.combine(trainable, frozen)["weight"].factors.b.shape
         torch.Size([8, 2])
     """
+    check_trainable("trainable", trainable)
+    check_by_name("frozen", frozen, of="`partition`'s frozen leaves")
     params: dict[str, Param] = {}
     for name, leaf in trainable.items():
         frozen_leaf = frozen.get(name)
@@ -100,6 +105,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
                 " pass both trees of one `partition`"
             )
         params[name] = LowRank(frozen_leaf.base, leaf, frozen_leaf.seed) if isinstance(frozen_leaf, Frozen) else leaf  # type: ignore
+        check_param("trainable", name, params[name])
     for name, frozen_leaf in frozen.items():
         if isinstance(frozen_leaf, Frozen) and name not in trainable:
             raise ValueError(f"`trainable` has no factors for the base {name!r}; pass both trees of one `partition`")
@@ -108,6 +114,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
                 raise ValueError(
                     f"`frozen` and `trainable` both contain the tensor {name!r}; remove it from one of them"
                 )
+            check_param("frozen", name, frozen_leaf)
             params[name] = frozen_leaf
     return params
 
@@ -123,11 +130,12 @@ def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[
     Raises:
         ValueError: If a pattern matches none of the names.
     """
+    check_patterns(argument, patterns)
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
-                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {_first(names)}"
+                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {first_names(names)}"
             )
     return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
@@ -167,13 +175,10 @@ def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: 
         return dict.fromkeys(names, value)
     for name in value:
         if name not in names:
-            raise ValueError(f"`{argument}` contains {name!r}, which is no name of these: {_first(names)}; remove it")
+            raise ValueError(
+                f"`{argument}` contains {name!r}, which is no name of these: {first_names(names)}; remove it"
+            )
     return dict(value)
-
-
-def _first(names: Sequence[str]) -> str:
-    """Return the first names as a text."""
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def whole_factors(param: LowRank) -> Factors:
@@ -192,6 +197,7 @@ def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) 
 
     Tensors are returned unchanged.
     """
+    check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):
         return {name: transform(param) if isinstance(param, LowRank) else param for name, param in params.items()}
     return transform(params) if isinstance(params, LowRank) else params

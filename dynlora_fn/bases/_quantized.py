@@ -131,6 +131,11 @@ class Transposed(NamedTuple):
     base: StoredBase  # Quantized or Sharded
 
     @property
+    def shape(self) -> torch.Size:
+        *stack, rows, columns = as_base(self.base).shape
+        return torch.Size((*stack, columns, rows))
+
+    @property
     def folded(self) -> StoredBase:
         return self
 

@@ -9,6 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import described
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Params
@@ -55,7 +57,9 @@ def from_torchao(
         >>> torch.equal(to_torchao(from_torchao(tensor)).dequantize(), tensor.dequantize())
         True
     """
-    check_residual(residual)
+    check_residual(residual, residual_device)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`tensor` is {described(tensor)} for {name!r}; pass a tensor of torchao")
     if tensor.grad_fn is not None:
         refuse("gradient, quantize", name=name)
     detached: Any = tensor.detach()
@@ -129,6 +133,8 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
         >>> type(dl.bases.to_torchao(params)["weight"]).__name__
         'Int8Tensor'
     """
+    if not hasattr(params, "to_torchao"):
+        check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):
         return {
             name: to_torchao(param) if isinstance(param, LowRank) else param for name, param in unstack(params).items()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._attached import is_attached
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, find_stacks
 from dynlora_fn._core._torch import tree_leaves
@@ -19,6 +20,14 @@ from dynlora_fn.bases._quantize import quantize_base
 from dynlora_fn.bases._residual import Device, ResidualKind, check_residual
 from dynlora_fn.bases._stacks import stack_bases
 from dynlora_fn.bases._torchao_tensors import from_torchao, is_torchao
+from dynlora_fn.interop._arguments import (
+    check_fused,
+    check_kind,
+    check_model,
+    check_settings,
+    check_targets,
+    check_weights,
+)
 from dynlora_fn.interop._targets import Target, Targets, as_matrices, select
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.parallel._shard import shard
@@ -82,9 +91,11 @@ def init(
         A `LowRank` for each target and a tensor for every other parameter, by name. None of them requires a gradient.
 
     Raises:
+        TypeError: If an argument has a wrong type or dtype, such as a rank or seed that is no integer.
         ValueError: If a pattern matches nothing; if a target is not a matrix, or is not finite in low precision; if a
-            rank or a format does not fit; if a weight is missing from `weights` or has another shape; or if both `base`
-            and `base_dtype` are passed. Also if a tensor is not a leaf of autograd, or has a tangent.
+            rank or a format does not fit; if a weight is missing from `weights`, has another shape, or is none of the
+            model; or if both `base` and `base_dtype` are passed. Also if a tensor is not a leaf of autograd, or has a
+            tangent.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
 
@@ -95,7 +106,13 @@ def init(
     """
     if base is not None and base_dtype is not None:
         raise ValueError(f"`base` is {base!r} and `base_dtype` is {base_dtype}; pass only one of them")
-    check_residual(residual)
+    check_settings(start, base_dtype, dtype, stack)
+    check_residual(residual, residual_device)
+    check_model(model)
+    check_weights(weights, model)
+    seed = check_integer("seed", seed)
+    check_targets(targets)
+    check_fused(fused)
     module = model if isinstance(model, nn.Module) else None
     tensors = _tensors_of(model)
     selected = select(module, tensors, targets, rank, fused or {})
@@ -148,13 +165,14 @@ def _read(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapp
     aliases = [other for other, tensor in parameters.items() if other != name and tensor is parameters[name]]
     for alias in [name, *aliases]:
         if alias in weights:
-            weight, shape = _detached("weights", alias, weights[alias]), tuple(tensors[name].shape)
+            weight, shape = weights[alias], tuple(tensors[name].shape)
+            check_kind(alias, weight, tensors[name])
             if tuple(weight.shape) != shape:
                 raise ValueError(
                     f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
                     "pass the weights of this model"
                 )
-            return weight
+            return _detached("weights", alias, weight)
     shape = tuple(tensors[name].shape)
     raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 

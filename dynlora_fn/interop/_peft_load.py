@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_module, check_path
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import Factors, LowRank, Param
 from dynlora_fn.interop._init import init
@@ -50,6 +51,8 @@ def load_adapter(
         >>> load_adapter(model, folder, seed=0)["0.weight"].factors.b.shape
         torch.Size([4, 2])
     """
+    check_module("model", model)
+    check_path("folder", folder)
     folder = Path(folder)
     config, weights = _read_config(folder), dict(open_weights(folder / WEIGHTS))
     pairs, dense = _pairs_and_dense(model, config, weights)

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._torch import ConvNd
 from dynlora_fn._core._tree import match, matches
 
@@ -86,11 +87,11 @@ def _names_by_type(model: nn.Module | None, tensors: Mapping[str, Tensor], kind:
 
 
 def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:
-    if isinstance(rank, int):
-        return rank
+    if not isinstance(rank, Mapping):
+        return check_integer("rank", rank)
     for pattern, matching_rank in rank.items():
         if matches(name, pattern):
-            return matching_rank
+            return check_integer("rank", matching_rank, of=pattern)
     raise ValueError(f"`rank` has no rank for target {name!r} in {dict(rank)}; add a pattern that matches it, or '*'")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
 
+from dynlora_fn._core._check import check_module
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._torch import make_wrapper_subclass
 from dynlora_fn._core._types import LowRank, Param, Params
@@ -49,6 +50,7 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
         >>> call(model, params, torch.ones(3, 6)).shape
         torch.Size([3, 4])
     """
+    check_module("model", model)
     _refuse_wrappers(model)
     return call_with(model, params, dict(model.named_buffers()), args, kwargs)
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Param, Params
 from dynlora_fn.bases._base import as_base
@@ -84,6 +86,10 @@ def explain(params: Params, *, tokens: int) -> Explanation:
     Returns:
         One `Cost` for each parameter, and a table when printed.
 
+    Raises:
+        TypeError: If `tokens` is no integer, or a parameter neither a `LowRank` nor a tensor.
+        ValueError: If `tokens` is negative.
+
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
@@ -92,6 +98,8 @@ def explain(params: Params, *, tokens: int) -> Explanation:
         >>> cost.path, cost.flops / cost.full_flops
         ('merged', 0.8541666666666666)
     """
+    check_params("params", params)
+    tokens = check_integer("tokens", tokens, least=0)
     return Explanation(tokens, [_cost(name, param, tokens) for name, param in params.items()])
 
 

@@ -2,11 +2,13 @@
 
 from dataclasses import astuple
 from math import prod
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn._core._check import check_choice, described
+from dynlora_fn._core._check_trees import check_param
 from dynlora_fn._core._dtypes import autocast_now
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._base import as_base
@@ -45,7 +47,8 @@ def linear(
         The output in the dtype of `x`, or in the dtype of autocast where it is enabled.
 
     Raises:
-        ValueError: If `path` is not one of the three.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If `path` is not one of the three, or shapes or devices do not fit.
         NotImplementedError: If the factors are sharded and the product is taken under `torch.vmap` or in forward mode,
             except on the factored path. Also if a base in low precision or a sharded one is differentiated.
 
@@ -59,8 +62,8 @@ def linear(
         >>> linear(torch.ones(3, 6), param).shape
         torch.Size([3, 4])
     """
-    if path is not None and path not in get_args(ContractionPath):
-        raise ValueError(f"`path` is {path!r}; use one of {', '.join(get_args(ContractionPath))}")
+    check_choice("path", path, get_args(ContractionPath), or_none=True)
+    _check(x, param, bias)
     path = _cheapest(x, param) if path is None else path
     # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
     sharding = param.factor_sharding if path != "factored" else None
@@ -74,6 +77,27 @@ def linear(
         return times_factored(x, factors.b, factors.a, bias, layout, *tensors)
     output: Tensor = times_merged(x, factors.b, factors.a, bias, path == "dense", layout, *tensors)
     return output
+
+
+def _check(x: Any, param: Any, bias: Any) -> None:
+    """Raise if the three do not fit each other."""
+    if not isinstance(param, LowRank):
+        raise TypeError(f"`param` is {described(param)}; pass one LowRank")
+    check_param("param", "param", param)
+    *stack, out_features, in_features = param.shape
+    if stack:
+        raise ValueError(f"`param` is a stack of shape {tuple(param.shape)}; pass one of its members, from `unstack`")
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"`x` is {described(x)}; use a tensor of a floating dtype")
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, but the weight has {in_features} columns; use (*batch, in)")
+    if bias is not None and not (isinstance(bias, Tensor) and bias.is_floating_point()):
+        raise TypeError(f"`bias` is {described(bias)}; use None or a tensor of a floating dtype")
+    if bias is not None and tuple(bias.shape) not in ((out_features,), (1,)):
+        raise ValueError(f"`bias` has shape {tuple(bias.shape)}, but the weight has {out_features} rows; use (out,)")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != param.factors.b.device:
+            raise ValueError(f"`{name}` is on {tensor.device}, but the weight on {param.factors.b.device}; move it")
 
 
 def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:

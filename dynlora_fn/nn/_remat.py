@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_module
 from dynlora_fn._core._dtypes import Autocast, autocast_now
 from dynlora_fn._core._torch import forward_levels, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from dynlora_fn._core._tree import match
@@ -48,6 +49,7 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
         The new model.
 
     Raises:
+        TypeError: If `model` is no module, or `blocks` no list of names or globs.
         ValueError: If a pattern matches nothing.
         NotImplementedError: If a block draws random numbers at its first call in training or in evaluation, since they
             would differ when it is computed again. Later calls are not checked. Also if an attribute of a block that is
@@ -60,6 +62,7 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
         >>> torch.equal(remat(model, ["?"])(x), model(x))
         True
     """
+    check_module("model", model)
     modules = {name: module for name, module in model.named_modules() if name}
     return _copy(model, "", set(match(modules, blocks, "blocks")))
 
@@ -102,6 +105,8 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
         >>> len(checkpoint_contexts(nn.Linear(4, 4))())
         2
     """
+
+    check_module("model", model)
 
     def contexts() -> tuple[AbstractContextManager[None], ...]:
         return nullcontext(), _with_parameters(model, dict(model.named_parameters(remove_duplicate=False)))

@@ -9,7 +9,7 @@ from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import AnyFactors, LowRank, Trainable, is_factors
 from dynlora_fn.optim._containers import Path, render
 from dynlora_fn.optim._eight_bit import decode_moments, empty_moments, encode_moments, is_eight_bit, moment_shape
-from dynlora_fn.optim._roles import Role, Roles, check_roles
+from dynlora_fn.optim._roles import Role, Roles
 from dynlora_fn.optim._search_state import project_state
 
 State = TypeVar("State")
@@ -32,7 +32,6 @@ def resize_state(
     Raises:
         ValueError: If the state has no factors of a resized weight, or factors whose role or shapes do not fit.
     """
-    check_roles(roles or {}, "`roles`")
     ranks = {name: (_rank(before[name]), _rank(param)) for name, param in after.items()}
     changes = {name: Ranks(*pair) for name, pair in ranks.items() if pair[0] != pair[1]}
     resizing = _Resizing(changes, roles or {}, set())

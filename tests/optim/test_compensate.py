@@ -203,7 +203,7 @@ def test_a_gradient_of_another_shape_is_refused():
 
 
 def test_an_unknown_way_to_normalize_is_refused():
-    with pytest.raises(ValueError, match="`normalize` must be one of spectrum, rows, got 'columns'"):
+    with pytest.raises(ValueError, match="`normalize` must be 'spectrum' or 'rows', got 'columns'"):
         compensate(low_rank(SHAPE), torch.ones(6, 8), lr=0.1, normalize="columns")
 
 
