@@ -126,6 +126,22 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     return False
 
 
+def is_of_transform(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor belongs to a transform of `torch.func`, and must not be used after it."""
+    is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_wrapped
+
+
+def can_read(tensor: torch.Tensor) -> bool:
+    """Return whether the host can read the values of a tensor at once.
+
+    It cannot inside of a trace or a transform, and it would have to wait for another device.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return False
+    return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
+
+
 def forward_levels() -> int:
     """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`.
 
@@ -195,17 +211,6 @@ def call_below_autograd(operation: Any, keys: Any, *args: Any) -> Any:
     """Call an operation from its autograd kernel, without recording it. `keys` are those that the kernel got."""
     with torch._C._AutoDispatchBelowAutograd():
         return operation.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-
-def can_read(tensor: torch.Tensor) -> bool:
-    """Return whether the host can read the values of a tensor at once.
-
-    It cannot inside of a trace or a transform, and it would have to wait for another device.
-    """
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
-        return False
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return not is_wrapped and _get_current_dispatch_mode() is None
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

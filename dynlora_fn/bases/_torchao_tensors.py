@@ -13,6 +13,7 @@ from dynlora_fn._core._check import described
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._format import Format
@@ -137,7 +138,8 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
         check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):
         return {
-            name: to_torchao(param) if isinstance(param, LowRank) else param for name, param in unstack(params).items()
+            name: to_torchao(param) if isinstance(param, LowRank) else tensor_of(param)
+            for name, param in unstack(params).items()
         }
     if isinstance(params, LowRank):
         folded, (b, a) = with_pending(params, widest(params.factors.b.dtype))

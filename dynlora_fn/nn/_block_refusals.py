@@ -41,7 +41,7 @@ def refuse_attached_attributes(block: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and is_attached(value):
                 raise NotImplementedError(
-                    f"`blocks` has a {type(block).__name__} whose attribute {f'{path}.{name}'.lstrip('.')!r} requires a "
-                    "gradient or has a tangent, which would be lost; pass it as an argument or register it as a "
+                    f"`blocks` has a {type(block).__name__} whose attribute {f'{path}.{name}'.lstrip('.')!r} requires "
+                    "a gradient or has a tangent, which would be lost; pass it as an argument or register it as a "
                     "parameter, and return what the block computes, or exclude the block"
                 )

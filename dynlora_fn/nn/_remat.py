@@ -1,7 +1,7 @@
 """Blocks that save only their inputs for the backward pass and are recomputed in it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import compress, count
 from typing import Any
@@ -17,7 +17,10 @@ from dynlora_fn._core._tree import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
 from dynlora_fn.nn._block_refusals import RefuseRandom, refuse_attached_attributes
-from dynlora_fn.nn._call import call_with, params_of
+from dynlora_fn.nn._call import call_with
+from dynlora_fn.nn._swap import slots_of, swapped
+from dynlora_fn.nn._turns import current_caller, taking_turns
+from dynlora_fn.nn._weight import params_of
 
 
 def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
@@ -64,12 +67,15 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     """
     check_module("model", model)
     modules = {name: module for name, module in model.named_modules() if name}
-    return _copy(model, "", set(match(modules, blocks, "blocks")))
+    return _copy(model, {modules[name] for name in match(modules, blocks, "blocks")}, {})
 
 
-def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
-    new = copy.copy(module)
-    if name in blocks:
+def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Return a copy. A module at two paths has one copy, also if only one of its names is a block's."""
+    if module in copies:
+        return copies[module]
+    new = copies[module] = copy.copy(module)
+    if module in blocks:
         # A subclass, so that the block still has its type and attributes.
         new.__class__ = type(type(module).__name__, (_Block, type(module)), {})
         # In `__dict__` and not as a submodule, whose parameters would be found twice.
@@ -77,8 +83,7 @@ def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
         new.__dict__.update(_block=module, _block_id=block_id)
         _BLOCKS[block_id] = module
         return new
-    prefix = f"{name}." if name else ""
-    children = {key: child and _copy(child, prefix + key, blocks) for key, child in module._modules.items()}
+    children = {key: child and _copy(child, blocks, copies) for key, child in module._modules.items()}
     new.__dict__["_modules"] = children
     return new
 
@@ -109,25 +114,22 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
     check_module("model", model)
 
     def contexts() -> tuple[AbstractContextManager[None], ...]:
-        return nullcontext(), _with_parameters(model, dict(model.named_parameters(remove_duplicate=False)))
+        return nullcontext(), _recomputation(model)
 
     return contexts
 
 
-@contextmanager
-def _with_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    before = dict(model.named_parameters(remove_duplicate=False))
-    try:
-        _set_parameters(model, parameters)
-        yield
-    finally:
-        _set_parameters(model, before)
+def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which the model has the parameters that it has now."""
+    parameters = {slot.name: slot.tensor for slot in slots_of(model) if not slot.is_buffer}
+    caller = current_caller()
 
+    @contextmanager
+    def context() -> Iterator[None]:
+        with taking_turns(model, caller), swapped(slots_of(model), parameters):
+            yield
 
-def _set_parameters(model: nn.Module, parameters: Mapping[str, Any]) -> None:
-    for name, parameter in parameters.items():
-        prefix, _, leaf_name = name.rpartition(".")
-        model.get_submodule(prefix)._parameters[leaf_name] = parameter
+    return context()
 
 
 # A compiled graph contains integers, not modules.
@@ -156,7 +158,7 @@ def _recompute(block_id: int, training: bool, inputs: tuple[Any, ...], autocast:
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     # `run` outlives this call, and must not keep the tensors that the Function saves.
     constants = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
-    block = _BLOCKS[block_id]
+    block, caller = _BLOCKS[block_id], current_caller()
     watch = nullcontext() if (block_id, training) in _WATCHED else RefuseRandom(block)
 
     def run(*tensors: Tensor) -> Any:
@@ -165,7 +167,7 @@ def _recompute(block_id: int, training: bool, inputs: tuple[Any, ...], autocast:
         params, *buffers_and_arguments = tree_unflatten(filled, structure)
         params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
-            return call_with(block, params, *buffers_and_arguments)
+            return call_with(block, params, *buffers_and_arguments, caller=caller)
 
     def run_again(*tensors: Tensor) -> Any:
         output = run(*tensors)

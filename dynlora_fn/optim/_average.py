@@ -9,7 +9,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_rate
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.optim._transform import Rate, check_is_floating
@@ -86,6 +86,8 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
 
 def _average(name: str, averaged: Param, param: Param, decay: Rate) -> Param:
     _check(name, averaged, param)
+    if isinstance(param, FrozenTensor):
+        return averaged
     if isinstance(averaged, LowRank) and isinstance(param, LowRank):
         return _average_factors(name, averaged, param, decay)
     new = _dense(param) if isinstance(param, LowRank) else param
@@ -134,6 +136,12 @@ def _check(name: str, averaged: Param, param: Param) -> None:
     for argument, value in (("averaged", averaged), ("params", param)):
         if isinstance(value, LowRank) and value.factor_sharding:
             raise ValueError(f"`{argument}` has sharded factors for {name!r}; call `unshard` first")
+    if isinstance(param, FrozenTensor):
+        return
+    if isinstance(averaged, FrozenTensor):
+        raise ValueError(
+            f"`averaged` is frozen for {name!r}, but `params` trains it; pass `materialize(averaged)`, or train both"
+        )
     if not isinstance(averaged, LowRank):
         check_is_floating("averaged", name, averaged)
         return

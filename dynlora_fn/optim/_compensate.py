@@ -13,7 +13,7 @@ from dynlora_fn._core._check import check_by_name, check_choice, check_rate, des
 from dynlora_fn._core._check_trees import check_names, check_one_or_more, check_params
 from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._tree import by_name
-from dynlora_fn._core._types import Factors, LowRank, Param, Params
+from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
@@ -52,8 +52,9 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
     """
     check_params("params", params)
     check_by_name("grads", grads, of="gradients")
-    check_names("grads", grads, "params", params)
-    return {name: _project_gradient(name, grads[name], param) for name, param in params.items()}
+    trained = {name: param for name, param in params.items() if not isinstance(param, FrozenTensor)}
+    check_names("grads", [name for name in grads if name in trained or name not in params], "params", trained)
+    return {name: _project_gradient(name, grads[name], param) for name, param in trained.items()}
 
 
 def _project_gradient(name: str, grad: Tensor, param: Param) -> Factors | Tensor:

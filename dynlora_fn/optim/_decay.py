@@ -10,7 +10,7 @@ from dynlora_fn._core._check import check_rate
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import by_name
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.optim._transform import Rate, check_is_floating
 
@@ -37,7 +37,8 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
     Args:
         params: One parameter, or a dict of parameters by name. Full-rank tensors decay too.
         rate: The rate, from 0 to 1: a number, a 0-d tensor, or a dict of either by name. Parameters that are not in the
-            dict are returned unchanged. With a tensor, a new rate does not recompile a compiled step.
+            dict, and each `FrozenTensor`, are returned unchanged. With a tensor, a new rate does not recompile a
+            compiled step.
 
     Returns:
         The parameter, or the parameters by name, with their structure, shapes and dtypes.
@@ -73,6 +74,8 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
 
 
 def _decay(name: str, param: Param, rate: Rate) -> Param:
+    if isinstance(param, FrozenTensor):
+        return param
     if isinstance(param, Tensor):
         check_is_floating("params", name, param)
         return _scaled(param, _remainder(name, rate, param.device, widest(param.dtype)))
