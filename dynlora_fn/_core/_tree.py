@@ -93,7 +93,7 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
 
 
 # Dynamo cannot trace globs.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _names_to_freeze(shapes: Mapping[str, Sequence[int]], trained: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """Return those of the `trained` names that patterns match. `shapes` are those of all parameters."""
     members = {name: member_names(name, shape) for name, shape in shapes.items()}

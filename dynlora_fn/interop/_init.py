@@ -27,7 +27,7 @@ from dynlora_fn.interop._arguments import (
     check_targets,
     check_weights,
 )
-from dynlora_fn.interop._parameters import Parameters, is_opaque, parameters_of
+from dynlora_fn.interop._parameters import Parameters, detached, is_opaque, parameters_of
 from dynlora_fn.interop._targets import Rank, Target, Targets, as_matrices, select
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.parallel._shard import shard
@@ -101,7 +101,8 @@ def init(
         ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing; if a module of a type
             in `targets` computes its weight by a parametrization; if a target is not a matrix, or is not finite in low
             precision; if a rank or a format does not fit; if a weight is missing from `weights`, has another shape, or
-            is none of the model; or if both `base` and `base_dtype` are passed.
+            is none of the model; or if both `base` and `base_dtype` are passed. Also if a tensor is not a leaf of
+            autograd, or has a tangent.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
         The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its
@@ -176,7 +177,7 @@ def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> T
     shape = tuple(parameters.tensors[name].shape)
     for alias in parameters.aliases[name]:
         if alias in weights:
-            weight = weights[alias]
+            weight = detached("weights", alias, weights[alias])
             check_kind(alias, weight, parameters.tensors[name])
             if tuple(weight.shape) != shape:
                 raise ValueError(

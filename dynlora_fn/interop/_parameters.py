@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn.bases._torchao_tensors import is_torchao
 
@@ -25,7 +26,7 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
     because it has no such setting.
 
     Raises:
-        ValueError: If a parameter has no shape yet.
+        ValueError: If a parameter has no shape yet, or has the gradient of other tensors.
     """
     named = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else dict(model)
     parameters, frozen = Parameters({}, {}, frozenset()), set[str]()
@@ -37,9 +38,20 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
         parameters.aliases.setdefault(first, []).append(name)
         if first == name:
             is_frozen = _is_frozen(tensor)
-            parameters.tensors[name] = tensor if is_frozen and is_opaque(tensor) else tensor.detach()
+            parameters.tensors[name] = tensor if is_frozen and is_opaque(tensor) else detached("model", name, tensor)
             frozen |= {name} if is_frozen else set()
     return parameters._replace(frozen=frozenset(frozen))
+
+
+def detached(argument: str, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor without its gradient, which only a leaf such as a parameter may have."""
+    has_tangent = is_attached(tensor) and not tensor.requires_grad
+    if tensor.grad_fn is not None or has_tangent:
+        raise ValueError(
+            f"`{argument}` has {name!r} with a tangent or with the gradient of other tensors, which does not pass"
+            " through `init`; detach it"
+        )
+    return tensor.detach()
 
 
 def _is_frozen(tensor: Tensor) -> bool:

@@ -12,6 +12,8 @@ from dynlora_fn._core._check import check_module
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._flatten import refuse_differentiated
 from dynlora_fn.nn._swap import Slot, refuse_assignment, slots_of, swapped
 from dynlora_fn.nn._turns import Caller, taking_turns
 from dynlora_fn.nn._weight import weight_of
@@ -36,8 +38,9 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
         NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both. Also
-            if the model assigns a parameter in its forward pass, or a buffer under `torch.func` or `torch.compile`, or
-            if it returns a generator, which would run later with its own parameters.
+            if a base in low precision or a sharded one is differentiated, if the model assigns a parameter in its
+            forward pass, or a buffer under `torch.func` or `torch.compile`, or if it returns a generator, which would
+            run later with its own parameters.
         ValueError: If a weight does not fit the shape of its parameter, if two names of a tied parameter have different
             weights, or if the model or a submodule is wrapped for data parallelism, which `torch.func` bypasses, or is
             a `ScriptModule`.
@@ -66,6 +69,10 @@ def call_with(
     caller: Caller | None = None,
 ) -> Any:
     """Run `call` with `buffers` in place of the model's buffers, for a `caller` as in `taking_turns`."""
+    for name, param in params.items():
+        if isinstance(param, LowRank):
+            layout, tensors = as_base(as_base(param.base).folded).flatten()
+            refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
     if torch.compiler.is_dynamo_compiling():
         return _call_traced(model, {**buffers, **unstack(params)}, args, kwargs)
     with taking_turns(model, caller):

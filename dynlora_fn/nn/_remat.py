@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_module
 from dynlora_fn._core._dtypes import Autocast, autocast_now
-from dynlora_fn._core._torch import TorchDispatchMode, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from dynlora_fn._core._torch import forward_levels, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from dynlora_fn._core._tree import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
+from dynlora_fn.nn._block_refusals import RefuseRandom, refuse_attached_attributes
 from dynlora_fn.nn._call import call_with
 from dynlora_fn.nn._swap import slots_of, swapped
 from dynlora_fn.nn._turns import current_caller, taking_turns
@@ -31,6 +32,8 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     takes one more forward pass in time, and the memory of the activations of one block at a time (arXiv:1604.06174). It
     works under `torch.func.grad`, which refuses `torch.utils.checkpoint`, with `torch.autograd.grad`, and inside one
     compiled graph.
+
+    In forward mode, blocks are computed once and save their activations.
 
     When compiled, the recomputation of a block waits for all gradients of the block after it. Inductor keeps some freed
     memory for later tensors of the same size. ``compile_step(..., options={"allow_buffer_reuse": False})`` returns it
@@ -52,7 +55,8 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
         TypeError: If `model` is no module, or `blocks` no list of names or globs.
         ValueError: If a pattern matches nothing.
         NotImplementedError: If a block draws random numbers at its first call in training or in evaluation, since they
-            would differ when it is computed again. Later calls are not checked.
+            would differ when it is computed again. Later calls are not checked. Also if an attribute of a block that is
+            not registered is differentiated, because the gradient would be lost.
 
     Example:
         >>> import torch
@@ -155,7 +159,7 @@ def _recompute(block_id: int, training: bool, inputs: tuple[Any, ...], autocast:
     # `run` outlives this call, and must not keep the tensors that the Function saves.
     constants = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
     block, caller = _BLOCKS[block_id], current_caller()
-    watch = nullcontext() if (block_id, training) in _WATCHED else _RefuseRandom(block)
+    watch = nullcontext() if (block_id, training) in _WATCHED else RefuseRandom(block)
 
     def run(*tensors: Tensor) -> Any:
         remaining = iter(tensors)
@@ -165,33 +169,19 @@ def _recompute(block_id: int, training: bool, inputs: tuple[Any, ...], autocast:
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
             return call_with(block, params, *buffers_and_arguments, caller=caller)
 
-    argument_count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
-    output = _Recomputed.apply(run, argument_count, *compress(leaves, is_tensor))  # type: ignore[no-untyped-call]
+    def run_again(*tensors: Tensor) -> Any:
+        output = run(*tensors)
+        refuse_attached_attributes(block)
+        return output
+
+    tensors = compress(leaves, is_tensor)
+    if forward_levels():  # a Function has tangents of one level at most
+        output = run(*tensors)
+    else:
+        argument_count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
+        output = _Recomputed.apply(run_again, argument_count, *tensors)  # type: ignore[no-untyped-call]
     _WATCHED.add((block_id, training))
     return output
-
-
-class _RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuse random operations in a block. It is slow, so only the first call is checked, like a trace."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.block = block
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and not _has_no_dropout(func, args, kwargs or {}):
-            raise NotImplementedError(
-                f"`blocks` has a {type(self.block).__name__} that draws random numbers in `{func}`, which would differ "
-                "when it is computed again; set its dropout to 0 or exclude it"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether an attention drops nothing: its operators are tagged as random in any case."""
-    names = [argument.name for argument in func._schema.arguments]
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-    return "dropout_p" in names and not arguments.get("dropout_p", 0)
 
 
 class _Recomputed(torch.autograd.Function):

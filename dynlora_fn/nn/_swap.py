@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Never
 
 from torch import Tensor, nn
 
-from dynlora_fn._core._torch import is_transformed
+from dynlora_fn._core._torch import is_of_transform
 
 
 class Slot(NamedTuple):
@@ -76,7 +76,7 @@ def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
     now = slot.now
     if placed is not None:
         return now is not placed
-    return now is not None and now is not slot.tensor and is_transformed(now)
+    return now is not None and now is not slot.tensor and is_of_transform(now)
 
 
 def refuse_assignment(slot: Slot) -> Never:

@@ -54,6 +54,7 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
         ValueError: If `decay` is out of range, names, shapes or ranks differ, a tensor of `params` has a low-rank
             weight in its place, or factors are sharded. Also if a tensor of `averaged` is not floating, such as a
             counter.
+        NotImplementedError: If `averaged` is quantized, and what it moves by requires a gradient or has a tangent.
 
     Numerics: Sums are computed in float32 or a wider dtype, and every tensor of the average is rounded once to its
     dtype. An average moves by ``1 - decay`` of a difference, which may be less than the precision of bfloat16 or of a

@@ -47,6 +47,7 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
         TypeError: If `rate` is no real number, or a parameter neither a `LowRank` nor a tensor.
         ValueError: If a number is not from 0 to 1, a tensor is not 0-d, or the dict has a name that is not in `params`.
             Also if a tensor is not floating, such as a counter, which would be rounded.
+        NotImplementedError: If a quantized base or its rate requires a gradient or has a tangent.
 
     Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9`` a tensor in
     bfloat16 keeps its values, and a bfloat16 residual until the next fold. A quantized base multiplies its scales, so

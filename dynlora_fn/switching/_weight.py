@@ -177,8 +177,10 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
     Raises:
         ValueError: If a quantized weight is not finite. The message names the weight.
+        NotImplementedError: If factors that are folded into a quantized base require a gradient or have a tangent.
 
-    Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`).
+    Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`). Derivatives pass through a
+    plain base, in reverse and in forward mode.
 
     Example:
         >>> import torch
