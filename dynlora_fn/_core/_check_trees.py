@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, described
-from dynlora_fn._core._types import AnyFactors, Factors, LowRank, is_factors
+from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, is_factors
 
 
 def check_param(argument: str, name: str, param: Any) -> None:
@@ -22,7 +22,7 @@ def check_param(argument: str, name: str, param: Any) -> None:
         ValueError: If the shapes or devices of the tensors of a weight do not fit.
     """
     if not isinstance(param, LowRank):
-        if not isinstance(param, Tensor):
+        if not isinstance(param.tensor if isinstance(param, FrozenTensor) else param, Tensor):
             raise TypeError(f"`{argument}` has {described(param)} for {name!r}; use a LowRank or a tensor")
         return
     check_factors(argument, name, param.factors)
@@ -58,7 +58,7 @@ def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) ->
     """Raise if a value is neither one weight nor a dict of parameters by name, as `check_param`."""
     if isinstance(params, Mapping):
         check_params(argument, params)
-    elif isinstance(params, LowRank) or (or_tensor and isinstance(params, Tensor)):
+    elif isinstance(params, LowRank) or (or_tensor and isinstance(params, Tensor | FrozenTensor)):
         check_param(argument, "param", params)
     else:
         raise TypeError(f"`{argument}` is {described(params)}; pass a LowRank or a dict of parameters by name")

@@ -82,6 +82,7 @@ def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
     Raises:
         ValueError: If a quantized weight is not finite.
+        NotImplementedError: If pending vectors of a quantized base require a gradient or have a tangent.
 
     Example:
         >>> from torch import nn

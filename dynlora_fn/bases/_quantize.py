@@ -16,7 +16,7 @@ from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._formats import format_of, stored
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.bases._quantized import Quantized
-from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._refusals import refuse, refuse_attached
 from dynlora_fn.bases._residual import Device, ResidualKind, check_residual, make_residual, residual_codes
 from dynlora_fn.bases._rewrite import check_finite
 from dynlora_fn.bases._stacks import stack_bases, stack_members
@@ -65,6 +65,7 @@ def quantize(
     Raises:
         ValueError: If the format is unknown, or does not fit the shape of a weight. Also if a weight is not finite, or
             a base is sharded or deferred.
+        NotImplementedError: If a base requires a gradient or has a tangent.
 
     Numerics: The codes are bitwise those of torchao for the base in float32, except that rows or blocks of zeros stay
         zeros. The error of an entry is at most half a step, as in the table. For nf4, add 1/128 of the largest
@@ -124,6 +125,7 @@ def quantize_base(
 
     The weight had the dtype `dtype`. The result is a plain tensor for "bfloat16" without a residual.
     """
+    refuse_attached("gradient, quantize", old, name=name)
     format_type, code_dtype = format_of(base)
     quantized = []
     for member in map(as_base, stack_members(old)):

@@ -67,6 +67,7 @@ def resize(
         ValueError: If a rank does not fit, a name is not of a low-rank weight, factors are sharded, or a quantized
             weight is not finite. Also if the state belongs to another library, or has entries of a resized weight whose
             role is not declared, or is "unchanged".
+        NotImplementedError: If factors of a quantized weight require a gradient or have a tangent.
 
     Numerics: The difference is formed in float32 or a wider dtype of factors and base. The base is then rounded once,
     or quantized once (see `quantize`). 8-bit moments are encoded again.

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_module
 from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.nn._view import dense, view_of
 
@@ -45,7 +46,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         if name not in parameters:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
         shape, dtype = tuple(parameters[name].shape), parameters[name].dtype
-        weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else param
+        weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else tensor_of(param)
         if weight.shape != shape:
             raise ValueError(
                 f"`params` has shape {tuple(weight.shape)} for {name!r}, but the model has {shape}; "

@@ -24,7 +24,7 @@ def embedding(
 ) -> Tensor:
     """Return ``base[input] + b[input] @ a / rank``.
 
-    The row `padding_idx` gets no gradient and contributes none to `a`.
+    The row `padding_idx` gets no gradient, no tangent, and contributes none to `a`.
     """
     view = expect_weight("embedding", weight, input=input)
     part = single(view, "embedding")
@@ -33,10 +33,11 @@ def embedding(
     if part.factors.b.ndim != 2:
         refuse(view, "embedding", f"a weight of shape {view.shape}")
     low_rank_rows, base_rows = rows_of(part, input)
+    rows = base_rows + low_rank_rows
     if padding_idx is not None:
         is_padding = input == padding_idx % view.shape[0]
-        low_rank_rows = torch.where(is_padding[..., None], low_rank_rows.detach(), low_rank_rows)
-    return base_rows + low_rank_rows
+        rows = torch.where(is_padding[..., None], rows.detach(), rows)
+    return rows
 
 
 def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:

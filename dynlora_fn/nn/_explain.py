@@ -8,7 +8,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import Param, Params
+from dynlora_fn._core._types import FrozenTensor, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
 
@@ -20,11 +20,11 @@ class Cost(NamedTuple):
 
     name: str
     shape: tuple[int, ...]  # shape of the weight, (*stack, out, in)
-    rank: int | None  # None for a parameter that is trained full-rank
-    path: ContractionPath | None  # how it is contracted; None for a parameter that is trained full-rank
+    rank: int | None  # None for a full-rank parameter
+    path: ContractionPath | None  # how it is contracted; None for a full-rank parameter
     flops: int | None  # None for embeddings, norms, biases and the like, whose FLOPs depend on the model
     full_flops: int | None
-    base: int  # bytes of the base and the seed
+    base: int  # bytes of the base and the seed, or of a frozen parameter
     trainable: int
     gradient: int
     optimizer: int  # bytes of two moments in float32, and of the counts
@@ -104,6 +104,9 @@ def explain(params: Params, *, tokens: int) -> Explanation:
 
 
 def _cost(name: str, param: Param, tokens: int) -> Cost:
+    if isinstance(param, FrozenTensor):
+        size = _bytes(param)
+        return Cost(name, tuple(param.shape), None, None, None, None, size, 0, 0, 0, size, 0)
     if isinstance(param, Tensor):
         size, optimizer = _bytes([param]), _MOMENT_BYTES * 2 * param.numel() + 4
         return Cost(name, tuple(param.shape), None, None, None, None, 0, size, size, optimizer, 2 * size + optimizer, 0)

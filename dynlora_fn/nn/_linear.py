@@ -26,12 +26,13 @@ def linear(
 ) -> Float[Tensor, "*batch out"]:
     """Return ``x @ weight.T + bias`` for one low-rank weight.
 
-    No gradient reaches the base. All paths give the same values and gradients except for rounding, under compositions
-    of the transforms of `torch.func` too::
+    All paths give the same values and gradients except for rounding, under compositions of the transforms of
+    `torch.func` too. A plain tensor as the base gets its gradient where it is differentiated::
 
         weight = base + b @ a / rank    (arXiv:2406.06564, eq. 1 with alpha = 1)
 
-    Under `torch.vmap` the factored path is taken, and in forward mode tangents are computed as on the factored path.
+    The factored path is taken under `torch.vmap`, under nested forward mode, and if the base is differentiated. In
+    forward mode tangents are computed as on the factored path.
     When compiled, forward mode needs inputs that are not views of one tensor. Dynamo fails there on plain matrix
     products as well.
 
@@ -49,7 +50,7 @@ def linear(
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If `path` is not one of the three, or shapes or devices do not fit.
         NotImplementedError: If the factors are sharded and the product is taken under `torch.vmap` or in forward mode,
-            except on the factored path.
+            except on the factored path. Also if a base in low precision or a sharded one is differentiated.
 
     Numerics: A merged weight is formed in the widest dtype of base and factors, float32 at least. It is rounded once,
     to the dtype of the product. It is formed again in the backward pass, for which only `x` and `param` are saved.
@@ -69,13 +70,12 @@ def linear(
     base, factors = (param.base, param.factors) if sharding else with_pending(param)
     layout, tensors = as_base(base).flatten()
     layout = layout._replace(factor_sharding=astuple(sharding) if sharding else None)
-    codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if path == "factored":
-        return times_factored(x, factors.b, factors.a, bias, layout, *codes)
-    output: Tensor = times_merged(x, factors.b, factors.a, bias, path == "dense", layout, *codes)
+        return times_factored(x, factors.b, factors.a, bias, layout, *tensors)
+    output: Tensor = times_merged(x, factors.b, factors.a, bias, path == "dense", layout, *tensors)
     return output
 
 

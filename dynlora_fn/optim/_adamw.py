@@ -16,6 +16,7 @@ from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._freeze import FreezeState, freeze_counterparts, zero_counts
 from dynlora_fn.optim._roles import register_state
+from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import (
     Rate,
     Transform,
@@ -86,9 +87,11 @@ def adamw(
         ValueError: If `betas`, `eps`, `weight_decay`, `factor_decay` or `moments` is out of range. In `init` and
             `update`, if `weight_decay` is not 0 and `trainable` has factors. In `update`, if `grads` or the state does
             not have the names and shapes of `trainable`, or `lr` is negative or not finite.
+        NotImplementedError: In `update`, if moments that are stored in 8 bits require a gradient or have a tangent.
 
     Numerics: Moments, bias corrections and updates are float32, or the parameter's dtype if that is wider. In bfloat16
     ``nu * 0.999`` would round to ``nu``. With 8-bit moments, an update reads the new moments before they are rounded.
+    An update can be differentiated by gradients and moments, but not if moments are stored in 8 bits.
 
     Example:
         >>> import torch
@@ -126,16 +129,17 @@ def adamw(
 
         def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
             c = c.clamp(min=1).to(m.dtype)  # under "reset_thawed" the count of a frozen vector is negative
-            denominator = v.sqrt() / _bias_correction(betas[1], c).sqrt() + eps
+            denominator = square_root(v) / _bias_correction(betas[1], c).sqrt() + eps
             direction = m / _bias_correction(betas[0], c) / denominator
-            return -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
+            update: Tensor = -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
+            return update
 
         updates = {
             name: map_leaf(partial(step, rate_of(lr, name)), mu[name], nu[name], count[name], leaf)
             for name, leaf in trainable.items()
         }
         if moments == "8bit":
-            mu, nu = encode_moments(mu, opt_state.mu), encode_moments(nu, opt_state.nu)
+            mu, nu = _encoded(mu, opt_state.mu), _encoded(nu, opt_state.nu)
         return Updates(updates, AdamWState(mu, nu, count))
 
     transform = freeze_counterparts(Transform(init, update))
@@ -163,6 +167,11 @@ def _decay_factors(inner: Transform, factor_decay: float) -> Transform:
         return Updates(updates, opt_state)
 
     return Transform(inner.init, update)
+
+
+def _encoded(tree: Tree, like: Tree) -> Tree:
+    """Return moments by name with codes wherever `like` has them."""
+    return {name: encode_moments(leaf, like[name], name) for name, leaf in tree.items()}
 
 
 def _bias_correction(beta: float, count: Tensor) -> Tensor:

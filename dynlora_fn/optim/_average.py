@@ -9,7 +9,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_rate
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.optim._transform import Rate, check_is_floating
@@ -54,6 +54,7 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
         ValueError: If `decay` is out of range, names, shapes or ranks differ, a tensor of `params` has a low-rank
             weight in its place, or factors are sharded. Also if a tensor of `averaged` is not floating, such as a
             counter.
+        NotImplementedError: If `averaged` is quantized, and what it moves by requires a gradient or has a tangent.
 
     Numerics: Sums are computed in float32 or a wider dtype, and every tensor of the average is rounded once to its
     dtype. An average moves by ``1 - decay`` of a difference, which may be less than the precision of bfloat16 or of a
@@ -85,6 +86,8 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
 
 def _average(name: str, averaged: Param, param: Param, decay: Rate) -> Param:
     _check(name, averaged, param)
+    if isinstance(param, FrozenTensor):
+        return averaged
     if isinstance(averaged, LowRank) and isinstance(param, LowRank):
         return _average_factors(name, averaged, param, decay)
     new = _dense(param) if isinstance(param, LowRank) else param
@@ -133,6 +136,12 @@ def _check(name: str, averaged: Param, param: Param) -> None:
     for argument, value in (("averaged", averaged), ("params", param)):
         if isinstance(value, LowRank) and value.factor_sharding:
             raise ValueError(f"`{argument}` has sharded factors for {name!r}; call `unshard` first")
+    if isinstance(param, FrozenTensor):
+        return
+    if isinstance(averaged, FrozenTensor):
+        raise ValueError(
+            f"`averaged` is frozen for {name!r}, but `params` trains it; pass `materialize(averaged)`, or train both"
+        )
     if not isinstance(averaged, LowRank):
         check_is_floating("averaged", name, averaged)
         return

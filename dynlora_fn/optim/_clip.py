@@ -11,6 +11,7 @@ from dynlora_fn._core._check import check_by_name, check_number, check_rate, des
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_leaves, tree_map
 from dynlora_fn._core._types import ShardedFactors, Trainable
+from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import Tree
 
 
@@ -62,7 +63,7 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
         else:
             squares.append(_squares(node))
     squares += [all_reduce(torch.stack(shards).sum(), group) for group, shards in squares_by_group.items()]
-    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    norm = square_root(torch.stack(squares).sum()) if squares else torch.zeros(())
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return Clipped(tree_map(lambda grad: grad * scale.to(grad.dtype), dict(grads)), norm)
 

@@ -15,6 +15,7 @@ from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, is_fa
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._newton_schulz import orthogonalize, orthogonalize_shards
+from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._sgd_lion import MomentumState, init_momentum
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, refuse_decay_of_factors
 
@@ -138,7 +139,7 @@ def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate) 
     scale = a.shape[-2] * sqrt(max(shape))
     step_b, step_a = scale * step_b @ whitening_a, scale * whitening_b.mT @ step_a
     squares = [side.square().sum((-2, -1), keepdim=True) for side in (b, a, step_b, step_a)]
-    norm_b, norm_a, norm_step_b, norm_step_a = sum_over_processes(torch.stack(squares)).sqrt()
+    norm_b, norm_a, norm_step_b, norm_step_a = square_root(sum_over_processes(torch.stack(squares)))
     max_norm = _MAX_RELATIVE_STEP * (norm_b + norm_a) / rate
     return directions._replace(
         b=_limit_norm(step_b, norm_step_b, max_norm), a=_limit_norm(step_a, norm_step_a, max_norm)

@@ -10,7 +10,7 @@ from dynlora_fn._core._check import check_by_name, check_integer, described
 from dynlora_fn._core._check_plan import check_plans
 from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import Factors, Frozen, Plans, ShardedFactors, Sharding, Trainable
+from dynlora_fn._core._types import Factors, Frozen, FrozenLeaf, Plans, ShardedFactors, Sharding, Trainable
 from dynlora_fn.bases._base import Base, as_base
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.parallel._shards import ShardMap, full_shape, map_shards
@@ -39,7 +39,7 @@ class WireBytes(NamedTuple):
 
 def wire_bytes(
     trainable: Trainable,
-    frozen: Mapping[str, Frozen | Tensor] | None = None,
+    frozen: Mapping[str, FrozenLeaf] | None = None,
     *,
     gathers: int = 2,
     plan: Plans | None = None,

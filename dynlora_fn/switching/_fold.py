@@ -31,6 +31,7 @@ def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, 
         TypeError: If `param` is no `LowRank`, or a factor no tensor of a floating dtype.
         ValueError: If the shapes do not fit the weight, a quantized weight is not finite, or a deferred base has no
             room for the vectors.
+        NotImplementedError: If what is folded into a quantized base requires a gradient or has a tangent.
 
     Numerics: The sum is computed in float32 or a wider dtype. The base is then rounded once to its dtype, or quantized
     once (see `quantize`).

@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._check import check_device, check_flag
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, SidePlan
@@ -141,6 +142,7 @@ def put_back(
     Raises:
         TypeError: If the pool, the plan or the vectors have a wrong type or dtype.
         ValueError: If names or shapes of the three do not fit.
+        NotImplementedError: If vectors that are written into a donated pool require a gradient or have a tangent.
 
     Example:
         >>> import torch
@@ -168,6 +170,11 @@ def _put_back_sides(pool: Pool, plan: Plan, outgoing: Factors, donate: bool) -> 
 
 
 def _put_back(pool: SidePool, plan: SidePlan, outgoing: Tensor, donate: bool) -> SidePool:
+    if donate and is_attached(outgoing):
+        raise NotImplementedError(
+            "`outgoing` requires a gradient or has a tangent, which would not pass through the memory of a donated"
+            " pool; pass donate=False, or detach it"
+        )
     vectors, slot_rows = pool if donate else (pool.vectors.clone(), pool.held.clone())
     slots, indices, active = (leaf.to(slot_rows.device).expand(*slot_rows.shape[:-1], -1) for leaf in plan)
     if not slots.shape[-1]:

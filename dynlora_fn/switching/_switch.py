@@ -22,6 +22,7 @@ from dynlora_fn._core._types import (
     SidePlan,
 )
 from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._refusals import refuse_attached
 from dynlora_fn.switching._planned import check_planned, low_rank
 from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
@@ -75,9 +76,12 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         ValueError: If the plan names a parameter that is missing or not low-rank, its shapes do not fit, or incoming
             vectors have the wrong shape. If a quantized weight is not finite, also in a compiled step. The message
             names the weight.
+        NotImplementedError: If derivatives would be lost: by what is folded into a quantized base, or through a switch
+            of sharded factors.
 
     Numerics: Differences are formed in float32 or a wider dtype of factors and base. The base is then rounded once to
     its dtype. A quantized base is quantized again, from its codes and residual, where it changes (see `quantize`).
+    Derivatives pass through a plain base, in reverse and in forward mode.
 
     Example:
         >>> import torch
@@ -157,6 +161,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Swit
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
     if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
+        refuse_attached("gradient, sharded factors", right, name=name)
         right = gather(right.mT, sharding.as_columns).mT
     base = as_base(param.base).fold(left, right, rank=a.shape[-2], name=name)
     factors = param.factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)

@@ -3,7 +3,7 @@
 A weight is ``base + b @ a / rank``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice, check_dtype, check_integer, described
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._tree import map_low_rank
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
@@ -120,7 +120,7 @@ def _scale(basis_slice: BasisSlice, b: Tensor, a: Tensor) -> Factors:
 
 
 @overload
-def materialize(params: LowRank | Tensor) -> Tensor: ...
+def materialize(params: Param) -> Tensor: ...
 @overload
 def materialize(params: Params) -> dict[str, Tensor]: ...
 def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
@@ -142,10 +142,15 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
         >>> torch.allclose(materialize(params["w"]), torch.ones(6, 4))
         True
     """
-    return map_low_rank(_dense, params)  # type: ignore[return-value]
+    check_one_or_more("params", params, or_tensor=True)
+    if isinstance(params, Mapping):
+        return {name: _dense(param) for name, param in params.items()}
+    return _dense(params)
 
 
-def _dense(param: LowRank) -> Tensor:
+def _dense(param: Param) -> Tensor:
+    if not isinstance(param, LowRank):
+        return tensor_of(param)
     folded, (b, a) = with_pending(param, _sum_dtype(param))
     base = as_base(folded)
     return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
@@ -172,8 +177,10 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
     Raises:
         ValueError: If a quantized weight is not finite. The message names the weight.
+        NotImplementedError: If factors that are folded into a quantized base require a gradient or have a tangent.
 
-    Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`).
+    Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`). Derivatives pass through a
+    plain base, in reverse and in forward mode.
 
     Example:
         >>> import torch
