@@ -1,26 +1,32 @@
 """Run an unmodified module with low-rank weights in place of its dense ones."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Params
+from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import weight_of
 
 
-def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+def call(
+    model: nn.Module, params: Params, *args: Any, fallback: Literal["dense", "raise"] = "dense", **kwargs: Any
+) -> Any:
     """Run ``model(*args, **kwargs)`` with `params` in place of its parameters.
 
-    The model is not changed.
+    The model is not changed. A low-rank weight is used by the rule of each operation (dynlora_fn/nn/README.md).
 
     Args:
-        model: Any module that uses its low-rank weights only in operations that have a rule (dynlora_fn/nn/README.md).
+        model: Any module.
         params: Every parameter of the model by name, as `init` returns them. For tied parameters one name is enough.
             Buffers are taken from the model.
         *args: The positional arguments of the model.
+        fallback: What to do for an operation without a rule. "dense" forms the dense weight for it, through which
+            gradients reach the factors, and warns once for each weight and operation. "raise" refuses it. A model that
+            has an argument `fallback` takes it by position.
         **kwargs: The keyword arguments of the model.
 
     Returns:
@@ -28,9 +34,10 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
-        NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both.
-        ValueError: If a weight does not fit the shape of its parameter, or if the model or a submodule is wrapped for
-            data parallelism, which `torch.func` bypasses.
+        NotImplementedError: If a low-rank weight is changed in place, or used in an operation without a rule under
+            ``fallback="raise"``. The message names both.
+        ValueError: If `fallback` is unknown, if a weight does not fit the shape of its parameter, or if the model or a
+            submodule is wrapped for data parallelism, which `torch.func` bypasses.
 
     Example:
         >>> import torch
@@ -40,22 +47,29 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
         >>> call(model, params, torch.ones(3, 6)).shape
         torch.Size([3, 4])
     """
+    if fallback not in ("dense", "raise"):
+        raise ValueError(f"`fallback` is {fallback!r}; use 'dense' or 'raise'")
     _refuse_wrappers(model)
-    return call_with(model, params, dict(model.named_buffers()), args, kwargs)
+    return call_with(model, params, dict(model.named_buffers()), args, kwargs, fallback)
 
 
 def call_with(
-    model: nn.Module, params: Params, buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    params: Params,
+    buffers: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    fallback: Fallback,
 ) -> Any:
     """Run `call` with `buffers` in place of the model's buffers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Any] = {
-        name: weight_of(name, param, parameters[name].shape)
+        name: weight_of(name, param, parameters[name].shape, fallback)
         if isinstance(param, LowRank) and name in parameters
         else param
         for name, param in unstack(params).items()
     }
-    return functional_call(model, {**buffers, **weights}, args, kwargs, strict=True)
+    return functional_call(model, {**buffers, **weights}, args, dict(kwargs), strict=True)
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
