@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._torch import forward_levels
+from dynlora_fn._core._torch import are_transforms_active, forward_levels
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 from dynlora_fn.bases._flatten import Layout, gather_codes, refuse_differentiated
 from dynlora_fn.bases._formats import codes_from_tensors
@@ -25,9 +25,12 @@ def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tenso
 
 def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.mT + bias``, or ``x @ weight + bias`` for a weight that is stored transposed."""
-    if not layout.is_transposed:
-        return functional.linear(x, weight, bias)
-    return x @ weight if bias is None else x @ weight + bias
+    if layout.is_transposed:
+        return x @ weight if bias is None else x @ weight + bias
+    output = functional.linear(x, weight, bias)
+    # Autograd refuses to change the result of a Function in place if it is a view.
+    is_view = not are_transforms_active() and output._is_view()
+    return torch.ops.aten._unsafe_view(output, output.shape) if is_view else output
 
 
 def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
