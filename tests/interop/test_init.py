@@ -114,6 +114,12 @@ def test_init_stacks_what_repeats():
     assert params["layers.*.w"].seed.unique().numel() == 3
 
 
+def test_layers_of_different_types_are_not_stacked_unless_they_start_at_zero():
+    layers = [nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6)]
+    params = init(nn.Sequential(*layers), rank=2, seed=0, targets=nn.Linear)
+    assert params.keys() == {"0.weight", "1.weight", "1.bias", "{2..3}.weight", "{2..3}.bias", "4.weight", "4.bias"}
+
+
 def test_tied_tensors_come_once():
     weight, other = normal(0, 4, 4), normal(0, 4, 4)
     tied = init({"in": weight, "out": weight, "twin": other, "view": weight.T}, rank=1, seed=0, targets=["in"])
