@@ -179,14 +179,14 @@ def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> T
     shape = tuple(parameters.tensors[name].shape)
     for alias in parameters.aliases[name]:
         if alias in weights:
-            weight = detached("weights", alias, weights[alias])
+            weight = weights[alias]
             check_kind(alias, weight, parameters.tensors[name])
             if tuple(weight.shape) != shape:
                 raise ValueError(
                     f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
                     "pass the weights of this model"
                 )
-            return weight.detach()
+            return detached("weights", alias, weight)
     raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 
 

@@ -177,6 +177,9 @@ def _check_gradient(name: str, grad: Any, param: Param) -> None:
             f"`grads` must have the weight's shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}; "
             "pass the gradient of the dense weight"
         )
+    device = param.device if isinstance(param, Tensor) else param.factors.b.device
+    if grad.device != device:
+        raise ValueError(f"`grads` has {name!r} on {grad.device}, but the weight is on {device}; move it")
 
 
 def _outside_span(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
