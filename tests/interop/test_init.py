@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import (
-    FrozenTensor,
     apply_updates,
     call,
     combine,
@@ -19,6 +18,7 @@ from dynlora_fn import (
     unstack,
     value_and_grad,
 )
+from dynlora_fn.interop import FrozenTensor
 from dynlora_fn.testing import Shape, any_shapes, assert_same, assert_within, dtypes, eps, normal, seeds, untouched
 from tests.support import reference
 from tests.support.network import EPS, TARGETS, network
