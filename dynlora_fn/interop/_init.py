@@ -129,7 +129,9 @@ def init(
     read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
     groups = {name: Stack([name], ()) for name in tensors}
     if stack:
-        groups = find_stacks({name: (selected.get(name), *_kind(name, parameters)) for name in tensors})
+        keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
+        owners = {name: type(module.get_submodule(name.rpartition(".")[0])) if module else None for name in tensors}
+        groups = find_stacks(keys, owners)
     params: dict[str, Param] = {}
 
     def make(pattern: str, layers: Stack) -> Param:
