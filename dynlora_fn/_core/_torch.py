@@ -56,7 +56,6 @@ USED = (
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
-    "torch.Tensor._is_view",
     "torch.ops._c10d_functional.all_gather_into_tensor",
     "torch.ops._c10d_functional.all_reduce",
     "torch.ops._c10d_functional.reduce_scatter_tensor",

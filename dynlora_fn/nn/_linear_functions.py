@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._torch import are_transforms_active
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 from dynlora_fn.bases._flatten import Layout, gather_codes
 from dynlora_fn.bases._formats import codes_from_tensors
@@ -26,10 +25,12 @@ def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None
     """Return ``x @ weight.mT + bias``, or ``x @ weight + bias`` for a weight that is stored transposed."""
     if layout.is_transposed:
         return x @ weight if bias is None else x @ weight + bias
-    output = functional.linear(x, weight, bias)
-    # Autograd refuses to change the result of a Function in place if it is a view.
-    is_view = not are_transforms_active() and output._is_view()
-    return torch.ops.aten._unsafe_view(output, output.shape) if is_view else output
+    if x.ndim != 3 or bias is None or not x.is_contiguous():
+        return functional.linear(x, weight, bias)
+    # As `linear` does it, except that the result is no view. Autograd refuses to change a Function's view in place.
+    rows = functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    output: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+    return output
 
 
 def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
