@@ -72,7 +72,6 @@ USED = (
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
-    "torch.Tensor._is_view",
     "torch.ops._c10d_functional.all_gather_into_tensor",
     "torch.ops._c10d_functional.all_reduce",
     "torch.ops._c10d_functional.reduce_scatter_tensor",
@@ -95,6 +94,7 @@ OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 grouped_mm: Callable[..., Any] = torch._grouped_mm
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
