@@ -8,6 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._torch import C10D
 from dynlora_fn._core._types import Sharding
 
@@ -57,7 +58,16 @@ def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """Sum a tensor over all processes of the group with this name."""
+    """Sum a tensor over all processes of the group with this name.
+
+    Raises:
+        NotImplementedError: If the tensor is differentiated.
+    """
+    if is_attached(tensor):
+        raise NotImplementedError(
+            "a sum over processes, for gradients of sharded factors, requires a gradient or has a tangent, which would "
+            "be lost; detach the gradients, or gather the factors with `unshard`"
+        )
     reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced
 
