@@ -60,8 +60,16 @@ def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """Sum a tensor over all processes of the group with this name."""
-    refuse_tangents(tensor)
+    """Sum a tensor over all processes of the group with this name.
+
+    Raises:
+        NotImplementedError: If the tensor is differentiated.
+    """
+    if is_attached(tensor):
+        raise NotImplementedError(
+            "a sum over processes, for gradients of sharded factors, requires a gradient or has a tangent, which would "
+            "be lost; detach the gradients, or gather the factors with `unshard`"
+        )
     reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced
 
@@ -80,10 +88,11 @@ def refuse_tangents(tensor: Tensor) -> None:
     """Refuse forward mode through a collective, which would lose the tangents. Gradients have torch's formulas.
 
     Raises:
-        NotImplementedError: If the tensor is differentiated while forward mode is active. Dynamo cannot trace the check.
+        NotImplementedError: If the tensor is differentiated while forward mode is active. Dynamo cannot trace the
+            check.
     """
     if not torch.compiler.is_dynamo_compiling() and forward_levels() and is_attached(tensor):
         raise NotImplementedError(
-            f"a tensor of shape {tuple(tensor.shape)} that is sent to other processes is differentiated in forward mode,"
-            " and a collective would lose its tangent; detach it, or use reverse mode"
+            f"a tensor of shape {tuple(tensor.shape)} that is sent to other processes is differentiated in forward"
+            " mode, and a collective would lose its tangent; detach it, or use reverse mode"
         )

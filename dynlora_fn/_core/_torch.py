@@ -155,11 +155,9 @@ def can_read(tensor: torch.Tensor) -> bool:
     return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forward_levels() -> int:
-    """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`.
-
-    Dynamo cannot trace the question.
-    """
+    """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`."""
     functorch = torch._C._functorch
     nested = sum(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or [])
     return max(nested, torch.autograd.forward_ad._current_level + 1)

@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._check import check_rate
-from dynlora_fn._core._collectives import refuse_tangents, weighted
-from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
+from dynlora_fn._core._collectives import weighted
+from dynlora_fn._core._torch import (
+    forward_levels,
+    functional_collectives,
+    is_transformed,
+    tree_flatten_with_path,
+    tree_unflatten,
+)
 from dynlora_fn._core._types import ShardedFactors, Sharding
 from dynlora_fn.parallel._group import Group, check_weight, has_processes_of, process_group
 from dynlora_fn.parallel._shards import name_of
@@ -35,6 +42,7 @@ def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = 
 
     Raises:
         TypeError: If a leaf is no tensor of a floating dtype.
+        NotImplementedError: If a transform of `torch.func` differentiates by a leaf, or in forward mode.
         ValueError: If the weight is a number outside [0, 1] or a tensor with axes. Also if gradients of sharded factors
             have been averaged with another weight or over another group.
 
@@ -63,7 +71,6 @@ def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = 
             buckets[leaf.dtype].append(at)
     for members in buckets.values():
         bucket = weighted(torch.cat([leaves[at].flatten() for at in members]), weight)
-        refuse_tangents(bucket)
         reduced: Tensor = functional_collectives.wait_tensor(functional_collectives.all_reduce(bucket, "sum", group))  # type: ignore[no-untyped-call]
         parts = torch.split(reduced, [leaves[at].numel() for at in members])
         for at, part in zip(members, parts, strict=True):
@@ -85,6 +92,11 @@ def _check_can_be_averaged(path: Any, leaf: Any) -> None:
         raise TypeError(
             f"`tree` has a tensor of dtype {leaf.dtype} at {name_of(path)}, in which a mean is rounded; convert it to a"
             " floating dtype"
+        )
+    if forward_levels() or (is_transformed() and is_attached(leaf)):
+        raise NotImplementedError(
+            f"`tree` has a tensor at {name_of(path)} inside of a transform that differentiates by it, and an all-reduce"
+            " has no derivative there; differentiate first, and average the result"
         )
 
 

@@ -110,3 +110,18 @@ def test_levels_of_forward_mode_are_counted():
     jvp(grad(lambda y: jvp(f, (y,), (T,))[1].sum()), (X,), (T,))
     with_tangent(f)
     assert found == [0, 1, 2, 2, 1]
+
+
+def test_a_tensor_of_a_transform_that_has_ended_is_not_attached():
+    """A pullback that outlives its transform has such tensors, also below levels of forward mode."""
+    ended = []
+    jvp(grad(lambda x: ended.append(x) or x.sum()), (X,), (T,))
+    found = []
+
+    def f(x: Tensor) -> Tensor:
+        found.append(is_attached(ended))
+        return x.sin()
+
+    f(X)
+    jvp(f, (X,), (T,))
+    assert found == [False, False]
