@@ -80,10 +80,11 @@ def refuse_tangents(tensor: Tensor) -> None:
     """Refuse forward mode through a collective, which would lose the tangents. Gradients have torch's formulas.
 
     Raises:
-        NotImplementedError: If the tensor is differentiated while forward mode is active. Dynamo cannot trace the check.
+        NotImplementedError: If the tensor is differentiated while forward mode is active. Dynamo cannot trace the
+            check.
     """
     if not torch.compiler.is_dynamo_compiling() and forward_levels() and is_attached(tensor):
         raise NotImplementedError(
-            f"a tensor of shape {tuple(tensor.shape)} that is sent to other processes is differentiated in forward mode,"
-            " and a collective would lose its tangent; detach it, or use reverse mode"
+            f"a tensor of shape {tuple(tensor.shape)} that is sent to other processes is differentiated in forward"
+            " mode, and a collective would lose its tangent; detach it, or use reverse mode"
         )
