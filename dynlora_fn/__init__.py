@@ -5,6 +5,7 @@
 
 from dynlora_fn import bases as bases
 from dynlora_fn import interop as interop
+from dynlora_fn import nn as nn
 from dynlora_fn import optim as optim
 from dynlora_fn import parallel as parallel
 from dynlora_fn import schedules as schedules

@@ -50,6 +50,7 @@ USED = (
     "torch._C._after_autograd_keyset",
     "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
+    "torch._C._are_functorch_transforms_active",
     "torch._C._functorch.TransformType",
     "torch._C._functorch.get_interpreter_stack",
     "torch._C._functorch.get_unwrapped",
@@ -64,6 +65,7 @@ USED = (
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
+    "torch._ops.OpOverloadPacket",
     "torch.Tensor._make_wrapper_subclass",
     "torch.UntypedStorage._cdata",
     "torch.autograd.forward_ad._current_level",
@@ -74,6 +76,7 @@ USED = (
     "torch.ops._c10d_functional.all_reduce",
     "torch.ops._c10d_functional.reduce_scatter_tensor",
     "torch.ops._c10d_functional.wait_tensor",
+    "torch.ops.aten._unsafe_view",
 )
 
 
@@ -88,8 +91,12 @@ functional_collectives = _functional_collectives
 # Functional collectives. The operations are called directly because torch's wrappers fail under `torch.func`.
 C10D: Any = torch.ops._c10d_functional
 OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
 grouped_mm: Callable[..., Any] = torch._grouped_mm
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
+are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":

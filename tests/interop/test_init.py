@@ -243,3 +243,24 @@ def test_the_row_of_the_padding_does_not_move(start, padding_idx):
     after = materialize(combine(trainable, frozen))["0.weight"]
     assert_same(after[padding_idx], before)
     assert not torch.equal(after[0], materialize(params)["0.weight"][0])
+
+
+def test_a_gradient_that_does_not_pass_through_init_is_refused():
+    leaf = nn.Parameter(normal(0, 8, 8))
+
+    def start(weight, **weights):
+        params = init({"w": weight}, rank=2, seed=0, targets=["w"], **weights)
+        return params["w"].base.sum()
+
+    assert not start(leaf).requires_grad
+    with torch.no_grad():
+        assert start(2 * leaf).isfinite()
+    refusal = r"`(model|weights)` has 'w' with a tangent or with the gradient of other tensors, .*; detach it"
+    for function in (
+        lambda: start(2 * leaf),
+        lambda: start(leaf, weights={"w": 2 * leaf}),
+        lambda: torch.func.grad(start)(leaf.detach()),
+        lambda: torch.func.jvp(start, (leaf.detach(),), (leaf.detach(),)),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            function()
