@@ -24,7 +24,7 @@ class Stack(NamedTuple):
     shape: tuple[int, ...]  # the leading axes; () for a parameter that is not stacked
 
 
-def find_stacks(keys: Mapping[str, Hashable], kinds: Mapping[str, Hashable] | None = None) -> dict[str, Stack]:
+def find_stacks(keys: Mapping[str, Hashable], kinds: Mapping[str, object] | None = None) -> dict[str, Stack]:
     """Group names that differ only in integers into stacks.
 
     Every name is in exactly one stack. Names form a stack if their keys are equal and their integers form a full grid

@@ -4,8 +4,8 @@
 parameters to and from the formats of PyTorch, Hugging Face and PEFT.
 """
 
-from dynlora_fn._core._types import FrozenTensor as FrozenTensor
 from dynlora_fn.interop._init import init as init
+from dynlora_fn.interop._parameters import FrozenTensor as FrozenTensor
 from dynlora_fn.interop._peft_load import load_adapter as load_adapter
 from dynlora_fn.interop._peft_save import save_adapter as save_adapter
 from dynlora_fn.interop._resize import Resized as Resized

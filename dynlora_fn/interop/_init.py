@@ -130,8 +130,7 @@ def init(
     groups = {name: Stack([name], ()) for name in tensors}
     if stack:
         keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
-        owners = {name: type(module.get_submodule(name.rpartition(".")[0])) if module else None for name in tensors}
-        groups = find_stacks(keys, owners)
+        groups = find_stacks(keys, {name: _owner(module, name) for name in tensors})
     params: dict[str, Param] = {}
 
     def make(pattern: str, layers: Stack) -> Param:
@@ -215,6 +214,11 @@ def _kind(name: str, parameters: Parameters) -> list[object]:
     alone = name if is_frozen and is_opaque(tensor) else ""
     inner = [(leaf.shape, leaf.dtype, leaf.device) for leaf in inner_tensors(tensor)]
     return [type(tensor).__name__ if is_torchao(tensor) else "", tensor.shape, tensor.dtype, is_frozen, alone, *inner]
+
+
+def _owner(module: nn.Module | None, name: str) -> object:
+    """Return the type of the module that has a parameter, or None."""
+    return type(module.get_submodule(name.rpartition(".")[0])) if module is not None else None
 
 
 def _weight_seed(seed: int, name: str) -> int:
