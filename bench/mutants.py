@@ -56,6 +56,12 @@ TESTS = {
         "bases/test_drift",
     ],
     "bases._pending": ["bases/test_deferred", "testing/test_promises"],
+    "compile._arguments": ["compile/test_arguments"],
+    "compile._donation": ["compile/test_donation", "compile/test_metrics"],
+    "compile._memory": ["compile/test_metrics"],
+    "testing._compare": ["testing/test_comparing", "testing/test_new_factors"],
+    "testing._projection": ["testing/test_shared_statistics", "testing/test_checkers"],
+    "testing._promises": ["testing/test_checkers", "testing/test_new_factors"],
 }  # fmt: skip
 SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals")
 SKIPPED = " and ".join(f"not {name}" for name in SLOW)
