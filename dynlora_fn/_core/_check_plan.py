@@ -27,6 +27,8 @@ def check_plan(argument: str, name: str, plan: Any, param: LowRank | None = None
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"`{argument}` has {described(plan)} for {name!r}; pass a Plan")
+    if torch.compiler.is_dynamo_compiling():
+        return  # tracing a check takes as long as tracing an operation
     for side_name, side in (("b", plan.b), ("a", plan.a)):
         where = f"`{argument}` has for side {side_name} of {name!r}"
         _check_side(where, side)
@@ -50,9 +52,11 @@ def check_plans(argument: str, plans: Any) -> None:
 def check_fits(argument: str, name: str, plan: Plan, stack: tuple[int, ...], rank: int) -> None:
     """Raise ValueError if a plan has stack axes or slots that the factors do not have.
 
-    Inactive entries must name valid slots too. Slots on other devices, or inside `torch.compile` and `torch.vmap`, are
-    not read.
+    Inactive entries must name valid slots too. Slots on other devices, or inside `torch.vmap`, are not read. Nothing is
+    checked while Dynamo traces.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return
     for side_name, side in (("b", plan.b), ("a", plan.a)):
         for field, tensor in zip(SidePlan._fields, side, strict=True):
             if not _broadcasts(tuple(tensor.shape[:-1]), stack):

@@ -25,6 +25,8 @@ def check_param(argument: str, name: str, param: Any) -> None:
         if not isinstance(param.tensor if isinstance(param, FrozenTensor) else param, Tensor):
             raise TypeError(f"`{argument}` has {described(param)} for {name!r}; use a LowRank or a tensor")
         return
+    if torch.compiler.is_dynamo_compiling() and _fits(param):
+        return  # in as few operations as possible, since each takes time to trace
     check_factors(argument, name, param.factors)
     b, seed, stack = param.factors.b, param.seed, tuple(param.shape[:-2])
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
@@ -47,11 +49,20 @@ def check_param(argument: str, name: str, param: Any) -> None:
         _check_device(argument, f"the {what} of {name!r}", tensor, b)
 
 
+def _fits(param: LowRank) -> bool:
+    b, a = param.factors.b, param.factors.a
+    return b.shape[-1] == a.shape[-2] and param.base.shape == param.shape and param.seed.shape == b.shape[:-2]
+
+
 def check_params(argument: str, params: Any) -> None:
-    """Raise if a value is no dict of parameters by name, as `check_param`."""
+    """Raise if a value is no dict of parameters by name, as `check_param`.
+
+    While Dynamo traces, only `combine` checks each weight: tracing a check takes as long as tracing an operation.
+    """
     check_by_name(argument, params, of="parameters")
-    for name, param in params.items():
-        check_param(argument, name, param)
+    if not torch.compiler.is_dynamo_compiling():
+        for name, param in params.items():
+            check_param(argument, name, param)
 
 
 def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) -> None:
@@ -87,8 +98,13 @@ def _sizes(factors: AnyFactors) -> tuple[int, ...]:
 
 
 def check_trainable(argument: str, trainable: Any) -> None:
-    """Raise if a value is no dict of factors and floating tensors by name."""
+    """Raise if a value is no dict of factors and floating tensors by name.
+
+    While Dynamo traces, only `combine` checks each leaf, as for `check_params`.
+    """
     check_by_name(argument, trainable, of="factors and tensors, such as `partition(params).trainable`")
+    if torch.compiler.is_dynamo_compiling():
+        return
     for name, leaf in trainable.items():
         if is_factors(leaf):
             check_factors(argument, name, leaf)
@@ -125,6 +141,8 @@ def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[st
 
 def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, like: Any) -> None:
     """Raise if one leaf does not have the type, shape and device of a parameter."""
+    if torch.compiler.is_dynamo_compiling() and _is_like(leaf, like):
+        return  # in as few operations as possible, since each takes time to trace
     is_alike = type(leaf) is type(like) if is_factors(like) else isinstance(leaf, Tensor)
     if not is_alike:
         found = f"a {type(leaf).__name__}" if hasattr(leaf, "shape") or is_factors(leaf) else described(leaf)
@@ -147,6 +165,12 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
                 f"`{argument}` has dtype {side.dtype} for {name!r} of dtype {other.dtype}; convert it first"
             )
         _check_device(argument, repr(name), side, other)
+
+
+def _is_like(leaf: Any, like: Any) -> bool:
+    if not is_factors(like):
+        return isinstance(leaf, Tensor) and leaf.shape == like.shape
+    return type(leaf) is type(like) and leaf.b.shape == like.b.shape and leaf.a.shape == like.a.shape
 
 
 def _check_is_floating(argument: str, what: str, tensor: Tensor) -> None:

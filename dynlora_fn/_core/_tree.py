@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_patterns, first_names
-from dynlora_fn._core._check_trees import check_one_or_more, check_param, check_params, check_trainable
+from dynlora_fn._core._check_trees import check_one_or_more, check_param, check_params
 from dynlora_fn._core._stacking import member_names
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import (
@@ -143,7 +143,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
         >>> dl.combine(trainable, frozen)["weight"].factors.b.shape
         torch.Size([8, 2])
     """
-    check_trainable("trainable", trainable)
+    check_by_name("trainable", trainable, of="factors and tensors, such as `partition(params).trainable`")
     check_by_name("frozen", frozen, of="`partition`'s frozen leaves")
     params: dict[str, Param] = {}
     for name, leaf in trainable.items():

@@ -4,6 +4,7 @@ from dataclasses import astuple
 from math import prod
 from typing import Any, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -81,6 +82,8 @@ def linear(
 
 def _check(x: Any, param: Any, bias: Any) -> None:
     """Raise if the three do not fit each other."""
+    if torch.compiler.is_dynamo_compiling():
+        return  # tracing the check of each product takes as long as tracing the product
     if not isinstance(param, LowRank):
         raise TypeError(f"`param` is {described(param)}; pass one LowRank")
     check_param("param", "param", param)

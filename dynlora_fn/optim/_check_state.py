@@ -31,6 +31,8 @@ def check_state(opt_state: Any, kind: type, trainable: Trainable, *, eight_bit: 
     """
     if not isinstance(opt_state, kind):
         raise TypeError(f"`opt_state` is {described(opt_state)}; pass the {kind.__name__} that `init` returned")
+    if torch.compiler.is_dynamo_compiling():
+        return  # tracing a check takes as long as tracing an operation, and `compile_step` compares the new state
     for field, role in declared_roles(opt_state).items():
         _check_field(f"opt_state.{field}", getattr(opt_state, field), role, trainable, eight_bit)
 

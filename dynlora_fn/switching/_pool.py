@@ -18,7 +18,7 @@ from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, SideP
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.switching._pool_types import Pool, SidePool, check_outgoing, check_pools
 from dynlora_fn.switching._switch import take_rows
-from dynlora_fn.switching._weight import BasisSlice, basis_vectors
+from dynlora_fn.switching._weight import BasisSlice, vectors_of
 
 
 def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str, Pool]:
@@ -54,7 +54,7 @@ def _init_pool(name: str, param: LowRank, device: torch.device | str) -> Pool:
     shape, rank = param.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype
-    (vectors,) = basis_vectors([BasisSlice(seed, rows, rows, shape, rank, "switchlora", dtype)])
+    (vectors,) = vectors_of([BasisSlice(seed, rows, rows, shape, rank, "switchlora", dtype)])
     slots = rows[:rank].expand(*seed.shape, rank)
     return Pool(
         b=SidePool(vectors.b.mT.contiguous(), (slots - rank // 2) % rank),

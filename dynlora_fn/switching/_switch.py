@@ -24,7 +24,7 @@ from dynlora_fn._core._types import (
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse_attached
 from dynlora_fn.switching._planned import check_planned, low_rank
-from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
+from dynlora_fn.switching._weight import BasisSlice, Start, vectors_of
 
 
 class Switched(NamedTuple):
@@ -96,8 +96,8 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     """
     check_planned(params, plan, incoming)
     if isinstance(params, LowRank):
-        return _switch("param", params, plan, candidates(params, plan) if incoming is None else incoming)
-    incoming = candidates(params, plan) if incoming is None else incoming
+        return _switch("param", params, plan, _candidates(params, plan, "switchlora") if incoming is None else incoming)
+    incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
     new, outgoing = dict(params), {}
     for name, param_plan in plan.items():
         new[name], outgoing[name] = _switch(name, low_rank(params, name), param_plan, incoming[name])
@@ -136,12 +136,17 @@ def candidates(params: LowRank | Params, plan: Any, *, start: Start = "switchlor
     """
     check_choice("start", start, get_args(Start))
     check_planned(params, plan)
+    vectors: Factors | dict[str, Factors] = _candidates(params, plan, start)
+    return vectors
+
+
+def _candidates(params: LowRank | Params, plan: Any, start: Start) -> Any:
     if isinstance(params, LowRank):
-        return basis_vectors([_basis_slice(params, plan, start)])[0]
+        return vectors_of([_basis_slice(params, plan, start)])[0]
     if not plan:
         return {}
     slices = [_basis_slice(low_rank(params, name), param_plan, start) for name, param_plan in plan.items()]
-    return dict(zip(plan, basis_vectors(slices), strict=True))
+    return dict(zip(plan, vectors_of(slices), strict=True))
 
 
 def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:

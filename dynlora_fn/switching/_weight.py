@@ -65,6 +65,11 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
     """
     for basis_slice in slices:
         _check_slice(basis_slice)
+    return vectors_of(slices)
+
+
+def vectors_of(slices: Sequence[BasisSlice]) -> list[Factors]:
+    """Return `basis_vectors` of slices that fit."""
     requests = [
         request
         for basis_slice in slices
@@ -106,7 +111,7 @@ def first_vectors(
     slots = torch.arange(from_slot, max(rank, from_slot), device=seed.device)
     # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
     b_indices = (slots - rank // 2) % rank
-    (factors,) = basis_vectors([BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)])
+    (factors,) = vectors_of([BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)])
     return factors
 
 

@@ -241,12 +241,12 @@ SWITCHING = {
     "draw": of(
         dl.switching.draw,
         pool=(table.POOLS, kinds.other()),
-        plan=(table.POOL_PLANS, kinds.tree(optional=True, axes=False)),
+        plan=(table.POOL_PLANS, kinds.tree(optional=True, axes=False, dtypes=[torch.int32, torch.int64])),
     ),
     "put_back": of(
         lambda pool, plan, outgoing, donate: dl.switching.put_back(pool, plan, outgoing, donate=donate),
         pool=(table.POOLS, kinds.other()),
-        plan=(table.POOL_PLANS, kinds.tree(axes=False)),
+        plan=(table.POOL_PLANS, table.PLANNED),
         outgoing=(table.POOL_OUT, kinds.tree(dtypes=[torch.float64])),
         donate=(False, kinds.flag()),
     ),
