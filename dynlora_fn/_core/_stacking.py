@@ -1,15 +1,18 @@
 """Stack repeated weights of one shape in one tensor, and unstack them.
 
-``layers.0.q.weight``, ``layers.1.q.weight``, ... become ``layers.*.q.weight`` with a leading axis for each star.
+``layers.0.q.weight``, ``layers.1.q.weight``, ... become ``layers.*.q.weight`` with a leading axis for each star. Where
+the numbers do not start at zero, the name has their range as a shell writes it: ``{1..8}.q.weight``.
 Graph size, compile time and the number of kernels of an update or a switch then do not depend on the model's depth.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping
-from itertools import product
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
+from torch import Tensor
+
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_flatten, tree_unflatten
 from dynlora_fn._core._types import LowRank, Param, Params
 
@@ -25,46 +28,81 @@ def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
     """Group names that differ only in integers into stacks.
 
     Every name is in exactly one stack. Names form a stack if their keys are equal and their integers form a full grid
-    that starts at zero.
+    without gaps. Integers with a gap form a stack for each run of them.
 
     Args:
         keys: The key of each name, such as a shape. Only names with equal keys are stacked.
 
     Returns:
-        The stacks by name, with a star for each integer that varies.
+        The stacks by name. The name has a star for each integer that varies from zero, and a range such as ``{1..8}``
+        for each that varies from another number.
 
     Raises:
-        ValueError: If a name contains a star.
+        ValueError: If a name contains a star or a range.
 
     Example:
         >>> stacks = find_stacks({"layers.0.w": "8x8", "layers.1.w": "8x8", "head": "8x8"})
         >>> stacks["layers.*.w"], stacks["head"]
         (Stack(members=['layers.0.w', 'layers.1.w'], shape=(2,)), Stack(members=['head'], shape=()))
+        >>> list(find_stacks({"0.w": "9x8", "1.w": "8x8", "2.w": "8x8"}))
+        ['0.w', '{1..2}.w']
     """
     for name in keys:
-        if "*" in name:
-            raise ValueError(f"parameter {name!r} contains a star, which stands for the axis of a stack; rename it")
-    return dict(_group(list(keys), keys, literal=0))
+        if "*" in name or _first_axis(name):
+            what = "a star" if "*" in name else "a range"
+            raise ValueError(f"parameter {name!r} contains {what}, which stands for the axis of a stack; rename it")
+    return dict(_group(list(keys), keys, frozenset()))
 
 
-def _group(names: list[str], keys: Mapping[str, Hashable], literal: int) -> Iterator[tuple[str, Stack]]:
-    """Replace all integers after the first `literal` by stars.
+def _group(names: list[str], keys: Mapping[str, Hashable], literal: frozenset[int]) -> Iterator[tuple[str, Stack]]:
+    """Make axes of all integers except those at the positions `literal`.
 
-    Where the replaced integers form no grid, one more is kept.
+    Where the integers form no grid, the first of them becomes literal. Where one has gaps, each run is grouped again.
 
-    A grid contains index zero, so at most one group of a pattern is a grid and no two stacks share a name.
+    Two stacks never share a name: both would contain the name with zero for each star and the start of each range.
     """
     groups: dict[tuple[str, Hashable], list[str]] = defaultdict(list)
     for name in names:
         groups[_starred(name, literal), keys[name]].append(name)
-    for (pattern, _), members in groups.items():
-        shape = _grid_shape([_integers(name)[literal:] for name in members])
-        if "*" not in pattern:
-            yield from ((name, Stack([name], ())) for name in members)
-        elif shape is not None and len(members) > 1:
-            yield pattern, Stack(sorted(members, key=_integers), shape)
+    for members in groups.values():
+        if len(members) == 1:
+            yield members[0], Stack(members, ())
+            continue
+        columns = list(zip(*map(_integers, members), strict=True))
+        values = {at: sorted(set(column)) for at, column in enumerate(columns) if at not in literal}
+        gap = next((at for at, axis in values.items() if len(_runs(axis)) > 1), None)
+        if len(members) < prod(map(len, values.values())):
+            yield from _group(members, keys, literal | {min(values)})
+        elif gap is not None:
+            for run in _runs(values[gap]):
+                of_run = [name for name, index in zip(members, columns[gap], strict=True) if index in run]
+                yield from _group(of_run, keys, literal | {gap} if len(run) == 1 else literal)
         else:
-            yield from _group(members, keys, literal + 1)
+            yield _named(members, values)
+
+
+def _named(members: list[str], values: Mapping[int, list[int]]) -> tuple[str, Stack]:
+    """Return a grid of names, with its name. `values` are the integers at each position that is not literal."""
+    axes = {at: _axis_name(axis) for at, axis in values.items()}
+    shape = tuple(len(axis) for at, axis in values.items() if not _is_integer(axes[at]))
+    return _replaced(members[0], axes), Stack(sorted(members, key=_integers), shape)
+
+
+def _axis_name(values: list[int]) -> str:
+    first, last = values[0], values[-1]
+    if first == 0:
+        return "*"
+    return str(first) if first == last else f"{{{first}..{last}}}"
+
+
+def _runs(values: list[int]) -> list[list[int]]:
+    """Split sorted integers at their gaps."""
+    runs: list[list[int]] = []
+    for value in values:
+        if not runs or value > runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(value)
+    return runs
 
 
 def _integers(name: str) -> tuple[int, ...]:
@@ -76,19 +114,18 @@ def _is_integer(part: str) -> bool:
     return part.isascii() and part.isdecimal() and str(int(part)) == part
 
 
-def _starred(name: str, literal: int) -> str:
-    parts, integers = name.split("."), 0
+def _starred(name: str, literal: frozenset[int]) -> str:
+    return _replaced(name, {at: "*" for at in range(len(_integers(name))) if at not in literal})
+
+
+def _replaced(name: str, texts: Mapping[int, str]) -> str:
+    """Replace the integers at some positions of a name, counted among its integers."""
+    parts, position = name.split("."), 0
     for at, part in enumerate(parts):
         if _is_integer(part):
-            integers += 1
-            parts[at] = "*" if integers > literal else part
+            parts[at] = texts.get(position, part)
+            position += 1
     return ".".join(parts)
-
-
-def _grid_shape(indices: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    shape = tuple(max(column) + 1 for column in zip(*indices, strict=True))
-    is_grid = len(indices) == prod(shape) and set(indices) == set(product(*map(range, shape)))
-    return shape if is_grid else None
 
 
 def unstack(params: Params) -> dict[str, Param]:
@@ -98,30 +135,84 @@ def unstack(params: Params) -> dict[str, Param]:
     Only the number of views in the graph grows with the depth of the model.
 
     Args:
-        params: The parameters by name, with a star in a name for each leading axis.
+        params: The parameters by name, with a star or a range in a name for each leading axis.
 
     Returns:
         The parameters by name, without leading axes.
+
+    Raises:
+        TypeError: If a value is neither a weight nor a tensor.
+        ValueError: If a parameter has fewer leading axes than its name has stars.
 
     Example:
         >>> import torch
         >>> list(unstack({"layers.*.bias": torch.zeros(2, 8), "head": torch.zeros(3)}))
         ['layers.0.bias', 'layers.1.bias', 'head']
+        >>> list(unstack({"{1..2}.bias": torch.zeros(2, 8)}))
+        ['1.bias', '2.bias']
     """
+    check_params("params", params)
+    for pattern, param in params.items():
+        _check_axes(pattern, param)
     return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
 
 
+def _check_axes(pattern: str, param: Param) -> None:
+    """Raise if a parameter has fewer leading axes than its name."""
+    axes = param.seed.ndim if isinstance(param, LowRank) else len(param.shape)
+    name, count = pattern, 0
+    while axis := _first_axis(name):
+        name, count = f"{axis[0]}{axis[1]}{axis[2]}", count + 1
+    if count > axes:
+        raise ValueError(
+            f"`params` has {pattern!r} of shape {tuple(param.shape)}, which has no axis for each star in the name; "
+            "rename it, or stack its members"
+        )
+
+
 def _members(pattern: str, param: Param) -> Iterator[tuple[str, Param]]:
-    if "*" not in pattern:
+    axis = _first_axis(pattern)
+    if axis is None:
         yield pattern, param
         return
-    for index, member in enumerate(unbind(param)):
-        yield from _members(pattern.replace("*", str(index), 1), member)
+    before, first, after = axis
+    for index, member in enumerate(unbind(param), first):
+        yield from _members(f"{before}{index}{after}", member)
+
+
+def member_names(pattern: str, shape: Sequence[int]) -> list[str]:
+    """Return the names of the members of a stack, in row-major order.
+
+    Args:
+        pattern: The name of the stack. A name without an axis is returned.
+        shape: The shape of the stack, of which the leading axes are read.
+    """
+    axis = _first_axis(pattern)
+    if axis is None:
+        return [pattern]
+    before, first, after = axis
+    indices = range(first, first + shape[0])
+    return [name for index in indices for name in member_names(f"{before}{index}{after}", shape[1:])]
+
+
+def _first_axis(name: str) -> tuple[str, int, str] | None:
+    """Return the text before the first axis in a name, the first index along it, and the text after it."""
+    if "*" not in name and "{" not in name:
+        return None
+    parted = f".{name}."  # so that position `at` in the name follows position `at` here
+    star, brace = parted.find(".*."), parted.find(".{")
+    while brace >= 0 and (star < 0 or brace < star):
+        end = name.find("}", brace) + 1
+        first, dots, last = name[brace + 1 : end - 1].partition("..")
+        if end and parted[end + 1] == "." and dots and _is_integer(first) and _is_integer(last):
+            return name[:brace], int(first), name[end:]
+        brace = parted.find(".{", brace + 1)
+    return None if star < 0 else (name[:star], 0, name[star + 1 :])
 
 
 def unbind(param: Param) -> list[Param]:
     """Split a stack along its first axis into views."""
-    if not isinstance(param, LowRank):
+    if isinstance(param, Tensor):
         return list(param.unbind())
     leaves, structure = tree_flatten(param)
     return [tree_unflatten(member, structure) for member in zip(*(leaf.unbind() for leaf in leaves), strict=True)]

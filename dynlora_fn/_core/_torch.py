@@ -5,7 +5,7 @@ No other module imports a private name of torch, so a new version needs changes 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from importlib import import_module
@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.distributed import _functional_collectives
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import MappingKey as MappingKey
 from torch.utils._pytree import keystr as keystr
@@ -41,18 +42,27 @@ LAZY = {
 }
 # Looked up at their first use, by their full names.
 USED = (
+    "torch.Tensor._make_wrapper_subclass",
+    "torch._C._AutoDispatchBelowAutograd",
+    "torch._C._after_autograd_keyset",
     "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._functorch.TransformType",
+    "torch._C._functorch.get_interpreter_stack",
     "torch._C._functorch.get_unwrapped",
     "torch._C._functorch.is_batchedtensor",
     "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.maybe_get_level",
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._is_fwd_grad_enabled",
     "torch._dynamo.config.trace_autograd_ops",
+    "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
     "torch._ops.OpOverloadPacket",
-    "torch.Tensor._make_wrapper_subclass",
+    "torch.autograd.forward_ad._current_level",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
@@ -120,6 +130,93 @@ def is_mapped(tensor: torch.Tensor) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def is_of_transform(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor belongs to a transform of `torch.func`, and must not be used after it."""
+    is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_wrapped
+
+
+def can_read(tensor: torch.Tensor) -> bool:
+    """Return whether the host can read the values of a tensor at once.
+
+    It cannot inside of a trace or a transform, and it would have to wait for another device.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return False
+    return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
+
+
+def forward_levels() -> int:
+    """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`.
+
+    Dynamo cannot trace the question.
+    """
+    functorch = torch._C._functorch
+    nested = sum(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or [])
+    return max(nested, torch.autograd.forward_ad._current_level + 1)
+
+
+def is_tracked(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor requires a gradient or has a tangent, below other transforms too.
+
+    While Dynamo traces, only gradients of the innermost level are seen.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return tensor.requires_grad and torch.is_grad_enabled()
+    if torch.is_grad_enabled() and _requires_grad(tensor):
+        return True
+    return forward_levels() > 0 and torch._C._is_fwd_grad_enabled() and _has_tangent(tensor)
+
+
+def _requires_grad(tensor: torch.Tensor) -> bool:
+    functorch = torch._C._functorch
+    while not tensor.requires_grad:
+        if not functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return True
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None  # type: ignore[no-untyped-call]
+    # A level sees only its tangents, so lower levels are asked in turn.
+    interpreter = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
+    is_forward = interpreter.key() == functorch.TransformType.Jvp
+    if is_forward and torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None:  # type: ignore[no-untyped-call]
+        return True
+    if functorch.maybe_get_level(tensor) == interpreter.level():
+        tensor = functorch.get_unwrapped(tensor)
+    with interpreter.lower():
+        return _has_tangent(tensor)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func` is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether the current level of differentiation records operations on one of the tensors.
+
+    It is for the autograd kernel of an operation, which every level of reverse or forward mode calls.
+    """
+    is_forward = torch._C._is_fwd_grad_enabled()
+    return any(
+        (torch.is_grad_enabled() and tensor.requires_grad)
+        or (is_forward and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None)  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
+
+
+def call_below_autograd(operation: Any, keys: Any, *args: Any) -> Any:
+    """Call an operation from its autograd kernel, without recording it. `keys` are those that the kernel got."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operation.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
 def trace_autograd_ops() -> AbstractContextManager[Any]:

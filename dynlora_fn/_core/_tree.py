@@ -4,10 +4,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_by_name, check_patterns, first_names
+from dynlora_fn._core._check_trees import check_one_or_more, check_param, check_params, check_trainable
+from dynlora_fn._core._stacking import member_names
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
-from dynlora_fn._core._types import AnyFactors, Factors, Frozen, LowRank, Param, Params, Trainable, is_factors
+from dynlora_fn._core._types import (
+    AnyFactors,
+    Factors,
+    Frozen,
+    FrozenLeaf,
+    FrozenTensor,
+    LowRank,
+    Param,
+    Params,
+    Trainable,
+    is_factors,
+)
 
 Value = TypeVar("Value")
 
@@ -30,24 +45,25 @@ class Partition(NamedTuple):
     """
 
     trainable: dict[str, AnyFactors | Tensor]
-    frozen: dict[str, Frozen | Tensor]
+    frozen: dict[str, FrozenLeaf]
 
 
 def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     """Split parameters into a trainable and a frozen tree.
 
-    `combine` reverses it. Factors are always trainable; bases and seeds are always frozen. Nothing is copied.
+    `combine` reverses it. Factors are always trainable; bases, seeds and each `FrozenTensor` are always frozen.
+    Nothing is copied.
 
     Args:
         params: The parameters by name.
-        frozen: Names or globs of the full-rank tensors to freeze. The default is none, so that all are trained.
-            ``frozen=["*"]`` trains only the factors.
+        frozen: Names or globs of the full-rank tensors to freeze, as in `params` or as in the model: all members of a
+            stack must match. The default is none. ``frozen=["*"]`` trains only the factors.
 
     Returns:
         The two trees, each a dict with the names of `params`.
 
     Raises:
-        ValueError: If a pattern matches no parameter.
+        ValueError: If a pattern matches no parameter, or if the patterns match only some members of a stack.
 
     Example:
         >>> from torch import nn
@@ -57,21 +73,57 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
         >>> list(trainable), list(frozen)
         (['weight'], ['weight', 'bias'])
     """
-    is_frozen = set(match(params, frozen, "frozen"))
+    check_params("params", params)
+    check_patterns("frozen", frozen)
+    frozen_names: list[str] = []
+    if frozen:
+        shapes = {name: tuple(param.shape) for name, param in params.items()}
+        full_rank = [name for name, param in params.items() if isinstance(param, Tensor)]
+        frozen_names = _names_to_freeze(shapes, full_rank, frozen)
     parts = Partition({}, {})
     for name, param in params.items():
         if isinstance(param, LowRank):
             parts.trainable[name] = param.factors
             parts.frozen[name] = Frozen(param.base, param.seed)
+        elif isinstance(param, FrozenTensor):
+            parts.frozen[name] = param
         else:
-            parts[name in is_frozen][name] = param
+            parts[name in frozen_names][name] = param
     return parts
 
 
-def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict[str, Param]:
+# Dynamo cannot trace globs.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _names_to_freeze(shapes: Mapping[str, Sequence[int]], trained: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Return those of the `trained` names that patterns match. `shapes` are those of all parameters."""
+    members = {name: member_names(name, shape) for name, shape in shapes.items()}
+    match(dict.fromkeys([*members, *(member for names in members.values() for member in names)]), patterns, "frozen")
+    exact, globs = ([pattern for pattern in patterns if (pattern in members) is is_name] for is_name in (True, False))
+    selected = {name for name in trained if any(matches(name, pattern) for pattern in exact)}
+    return [name for name in trained if name in selected or _covers(globs, name, members[name])]
+
+
+def _covers(globs: Sequence[str], name: str, members: Sequence[str]) -> bool:
+    """Return whether globs match a parameter, or all members of a stack.
+
+    The star in the name of a stack is no name of the model, so that `[!0]` must not match it.
+
+    Raises:
+        ValueError: If they match only some members.
+    """
+    others = [member for member in members if not any(matches(member, glob) for glob in globs)]
+    if others and len(others) < len(members):
+        raise ValueError(
+            f"`frozen` matches {len(members) - len(others)} of {len(members)} members of the stack {name!r}, but not "
+            f"{others[0]!r}; match all of them, or make the parameters with `init(..., stack=False)`"
+        )
+    return not others if len(others) < len(members) else any(matches(name, glob) for glob in globs)
+
+
+def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str, Param]:
     """Join a trainable and a frozen tree into parameters.
 
-    It reverses `partition`. Nothing is copied.
+    It reverses `partition`, which gives both trees in the same order again. Nothing is copied.
 
     Args:
         trainable: The factors and trainable full-rank tensors by name.
@@ -91,6 +143,8 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
         >>> dl.combine(trainable, frozen)["weight"].factors.b.shape
         torch.Size([8, 2])
     """
+    check_trainable("trainable", trainable)
+    check_by_name("frozen", frozen, of="`partition`'s frozen leaves")
     params: dict[str, Param] = {}
     for name, leaf in trainable.items():
         frozen_leaf = frozen.get(name)
@@ -100,6 +154,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
                 " pass both trees of one `partition`"
             )
         params[name] = LowRank(frozen_leaf.base, leaf, frozen_leaf.seed) if isinstance(frozen_leaf, Frozen) else leaf  # type: ignore
+        check_param("trainable", name, params[name])
     for name, frozen_leaf in frozen.items():
         if isinstance(frozen_leaf, Frozen) and name not in trainable:
             raise ValueError(f"`trainable` has no factors for the base {name!r}; pass both trees of one `partition`")
@@ -108,8 +163,29 @@ def combine(trainable: Trainable, frozen: Mapping[str, Frozen | Tensor]) -> dict
                 raise ValueError(
                     f"`frozen` and `trainable` both contain the tensor {name!r}; remove it from one of them"
                 )
+            check_param("frozen", name, frozen_leaf)
             params[name] = frozen_leaf
+    if len(params) > len(trainable):
+        return {name: params[name] for name in _in_order(trainable, frozen)}
     return params
+
+
+def _in_order(trainable: Iterable[str], frozen: Mapping[str, FrozenLeaf]) -> list[str]:
+    """Return all names so that `partition` gives both trees in their order again.
+
+    The order of a dict is part of the structure of a state, which a step must not change.
+    """
+    names: dict[str, None] = {}
+    remaining = iter(list(frozen))
+    for name in trainable:
+        if isinstance(frozen.get(name), Frozen):
+            for other in remaining:
+                if other == name:
+                    break
+                if not isinstance(frozen[other], Frozen):
+                    names[other] = None
+        names[name] = None
+    return [*names, *(other for other in remaining if not isinstance(frozen[other], Frozen))]
 
 
 def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[str]:
@@ -123,11 +199,12 @@ def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[
     Raises:
         ValueError: If a pattern matches none of the names.
     """
+    check_patterns(argument, patterns)
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
-                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {_first(names)}"
+                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {first_names(names)}"
             )
     return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
@@ -167,13 +244,10 @@ def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: 
         return dict.fromkeys(names, value)
     for name in value:
         if name not in names:
-            raise ValueError(f"`{argument}` contains {name!r}, which is no name of these: {_first(names)}; remove it")
+            raise ValueError(
+                f"`{argument}` contains {name!r}, which is no name of these: {first_names(names)}; remove it"
+            )
     return dict(value)
-
-
-def _first(names: Sequence[str]) -> str:
-    """Return the first names as a text."""
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def whole_factors(param: LowRank) -> Factors:
@@ -187,11 +261,17 @@ def whole_factors(param: LowRank) -> Factors:
     raise ValueError(f"the factors of a weight of shape {tuple(param.shape)} are sharded; gather them with `unshard`")
 
 
+def tensor_of(param: Tensor | FrozenTensor) -> Tensor:
+    """Return the tensor of a full-rank parameter, trained or not."""
+    return param.tensor if isinstance(param, FrozenTensor) else param
+
+
 def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) -> Param | dict[str, Param]:
     """Apply `transform` to one LowRank, or to each in a dict.
 
     Tensors are returned unchanged.
     """
+    check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):
         return {name: transform(param) if isinstance(param, LowRank) else param for name, param in params.items()}
     return transform(params) if isinstance(params, LowRank) else params

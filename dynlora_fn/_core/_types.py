@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dynlora_fn._core._torch import register_constant
@@ -115,6 +115,21 @@ class Frozen(NamedTuple):
     seed: Int[Tensor, "*stack"]
 
 
+class FrozenTensor(NamedTuple):
+    """A full-rank parameter that is not trained.
+
+    `init` returns it for a parameter of a module with ``requires_grad=False``, and for integers. `partition` moves it
+    into the frozen tree.
+    """
+
+    tensor: Shaped[Tensor, "..."]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor."""
+        return self.tensor.shape
+
+
 class SidePlan(NamedTuple):
     """The switches of one side in one step.
 
@@ -138,7 +153,8 @@ class Plan(NamedTuple):
     frozen_for: Int[Tensor, ""]
 
 
-Param: TypeAlias = LowRank | Tensor
+Param: TypeAlias = LowRank | Tensor | FrozenTensor
 Params: TypeAlias = Mapping[str, Param]
 Plans: TypeAlias = Mapping[str, Plan]
+FrozenLeaf: TypeAlias = Frozen | FrozenTensor | Tensor
 Trainable: TypeAlias = Mapping[str, AnyFactors | Tensor]

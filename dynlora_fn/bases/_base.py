@@ -220,7 +220,7 @@ class Dense(NamedTuple):
         return self.tensor
 
     def transposed(self) -> StoredBase:
-        return self.tensor.mT.detach()
+        return self.tensor.mT
 
     def flatten(self) -> Flattened:
         return Flattened(Layout("plain"), [self.tensor])

@@ -2,6 +2,8 @@
 
 from typing import overload
 
+from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._types import Factors, LowRank, Param, Params, ShardedFactors
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._deferred import Deferred, Divisor
@@ -31,6 +33,7 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
         The same weights, each with a `Deferred` base.
 
     Raises:
+        TypeError: If `vectors` is no integer.
         ValueError: If `vectors` is less than 1, a weight is deferred already, or its factors are sharded.
 
     Numerics: Pending vectors have the dtype of the factors. They are exact in float32 or wider, and rounded in
@@ -43,8 +46,8 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
         >>> dl.bases.defer(params, vectors=8)["weight"].base.pending.b.shape
         torch.Size([32, 8])
     """
-    if vectors < 1:
-        raise ValueError(f"`vectors` is {vectors}; it must be at least 1")
+    vectors = check_integer("vectors", vectors, least=1)
+    check_one_or_more("params", params)
     if isinstance(params, LowRank):
         return _defer("param", params, vectors)
     return {
@@ -79,6 +82,7 @@ def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
     Raises:
         ValueError: If a quantized weight is not finite.
+        NotImplementedError: If pending vectors of a quantized base require a gradient or have a tangent.
 
     Example:
         >>> from torch import nn
@@ -88,6 +92,7 @@ def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
         >>> folded["weight"].base.pending.b.any().item()
         False
     """
+    check_one_or_more("params", params)
     if isinstance(params, LowRank):
         return _fold("param", params)
     return {name: _fold(name, param) if isinstance(param, LowRank) else param for name, param in params.items()}

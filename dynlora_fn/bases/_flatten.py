@@ -9,7 +9,7 @@ from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._types import Sharding
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import codes_from_tensors
-from dynlora_fn.bases._refusals import refuse_mapped
+from dynlora_fn.bases._refusals import refuse_attached, refuse_mapped
 
 
 class Layout(NamedTuple):
@@ -40,7 +40,19 @@ def gather_codes(layout: Layout, tensors: Sequence[Tensor]) -> Format:
     return codes.map_rows(gather_rows, Sharding(*layout.sharding)) if layout.sharding else codes
 
 
+def refuse_differentiated(layout: Layout, tensors: Sequence[Tensor], what: str) -> None:
+    """Refuse shards and codes that require a gradient or have a tangent.
+
+    Products refuse them too. Before a product the error can name the weight in `what`.
+    """
+    if layout.sharding:
+        refuse_attached("gradient, sharded base", tensors, what=what)
+    if layout.kind != "plain":
+        refuse_attached("gradient, codes", tensors, what=what, kind=layout.kind)
+
+
 def gather_rows(shard: Tensor, sharding: Sharding) -> Tensor:
     """All-gather the rows of a base. Collective: call it on every process."""
     refuse_mapped("vmap, sharded base", shard)
+    refuse_attached("gradient, sharded base", shard, what="the base")
     return gather(shard, sharding)

@@ -1,8 +1,8 @@
 """Operations on codes that a compiler cannot look into, so that only one dense weight is alive at a time.
 
 A compiler computes a weight that is dequantized by plain operations once for forward and backward pass, and keeps it
-alive in between. The whole model would then be in memory in full precision. These operations have no gradients,
-because none of their inputs is trained.
+alive in between. The whole model would then be in memory in full precision. These operations have no gradients:
+inputs that are differentiated are refused, and plain tensors take plain operations.
 """
 
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.bases._plain import Plain
+from dynlora_fn.bases._refusals import refuse
 
 LIBRARY: Any = torch.library.Library("dynlora_fn", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("dequantize(Tensor[] codes, str kind, ScalarType dtype) -> Tensor")
@@ -25,12 +27,25 @@ LIBRARY.define(
 def dequantize(codes: Format, dtype: torch.dtype) -> Tensor:
     """Return the dense weight, as one operation that a compiler cannot look into.
 
-    A plain tensor of that dtype is returned unchanged.
+    A plain tensor of that dtype is returned unchanged. One that is differentiated is converted by a plain operation.
+
+    Raises:
+        NotImplementedError: If codes are differentiated.
     """
     if isinstance(codes, Plain) and codes.tensor.dtype == dtype:
         return codes.tensor
-    dense: Tensor = torch.ops.dynlora_fn.dequantize(list(codes), codes.kind, dtype)
+    dense: Tensor = _decoded(list(codes), codes.kind, dtype)
     return dense
+
+
+# Dynamo cannot trace the question whether codes are attached. `allow_in_graph` leaves it to AOTAutograd.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _decoded(codes: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+    if not is_attached(codes):
+        return torch.ops.dynlora_fn.dequantize(codes, kind, dtype)  # type: ignore[no-any-return]
+    if kind == "plain":
+        return codes[0].to(dtype)
+    return refuse("gradient, codes", what="the base", kind=kind)
 
 
 # --- dequantize

@@ -29,8 +29,6 @@ def rank_with_pending(param: LowRank) -> int:
 def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> BaseAndFactors:
     """Return the weight with its pending folds as additional slots.
 
-    Gradients do not reach the additional slots.
-
     Sharded factors are gathered. Collective in that case: call it on every process.
 
     Args:
@@ -44,11 +42,11 @@ def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> BaseAndFac
         return BaseAndFactors(param.base, factors)
     rank, (b, a) = factors.b.shape[-1], (side.to(dtype or side.dtype) for side in factors)
     b = torch.cat([b, *[_left(fold, rank, b.dtype) for fold in base.pending_folds]], -1)
-    a = torch.cat([a, *[fold.factors.a.detach().to(a.dtype) for fold in base.pending_folds]], -2)
+    a = torch.cat([a, *[fold.factors.a.to(a.dtype) for fold in base.pending_folds]], -2)
     return BaseAndFactors(base.folded, Factors(b * (b.shape[-1] / rank), a))
 
 
 def _left(fold: PendingFold, rank: int, dtype: torch.dtype) -> Tensor:
     """Return the left factor of a pending fold, as if its divisor were `rank`."""
-    left = fold.factors.b.detach().to(dtype)
+    left = fold.factors.b.to(dtype)
     return left if fold.divisor == rank else left * (rank / fold.divisor)

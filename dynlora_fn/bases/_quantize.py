@@ -1,12 +1,14 @@
 """Quantize bases, and measure how far the weights then are from the exact ones."""
 
 from collections.abc import Mapping
-from typing import overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn._core._check import check_by_name, described
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import StoredBase, as_base
@@ -14,7 +16,7 @@ from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._formats import format_of, stored
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.bases._quantized import Quantized
-from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._refusals import refuse, refuse_attached
 from dynlora_fn.bases._residual import Device, ResidualKind, check_residual, make_residual, residual_codes
 from dynlora_fn.bases._rewrite import check_finite
 from dynlora_fn.bases._stacks import stack_bases, stack_members
@@ -63,6 +65,7 @@ def quantize(
     Raises:
         ValueError: If the format is unknown, or does not fit the shape of a weight. Also if a weight is not finite, or
             a base is sharded or deferred.
+        NotImplementedError: If a base requires a gradient or has a tangent.
 
     Numerics: The codes are bitwise those of torchao for the base in float32, except that rows or blocks of zeros stay
         zeros. The error of an entry is at most half a step, as in the table. For nf4, add 1/128 of the largest
@@ -91,7 +94,8 @@ def quantize(
         >>> base.codes.codes.dtype, base.codes.scale.shape, base.residual.dtype
         (torch.int8, torch.Size([32, 1]), torch.bfloat16)
     """
-    check_residual(residual)
+    check_residual(residual, residual_device)
+    check_one_or_more("params", params)
     if isinstance(params, LowRank):
         return _quantize("param", params, base, residual, residual_device)
     return {
@@ -121,6 +125,7 @@ def quantize_base(
 
     The weight had the dtype `dtype`. The result is a plain tensor for "bfloat16" without a residual.
     """
+    refuse_attached("gradient, quantize", old, name=name)
     format_type, code_dtype = format_of(base)
     quantized = []
     for member in map(as_base, stack_members(old)):
@@ -144,9 +149,7 @@ def quantize_base(
 def drift(params: LowRank, exact: Tensor | None = ...) -> Float[Tensor, ""]: ...
 @overload
 def drift(params: Params, exact: Mapping[str, Tensor] | None = ...) -> dict[str, Float[Tensor, ""]]: ...
-def drift(
-    params: LowRank | Params, exact: Tensor | Mapping[str, Tensor] | None = None
-) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
+def drift(params: LowRank | Params, exact: Any = None) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
     """Return the relative error of the weight that products read.
 
     The error is ``|weight - exact| / |exact|`` in Frobenius norms. It takes about as long as a fold.
@@ -160,6 +163,7 @@ def drift(
         A 0-d tensor in float32, or one for each low-rank weight by name.
 
     Raises:
+        TypeError: If `exact` is no tensor of a floating dtype.
         ValueError: If `exact` misses a weight, or has another shape than the weight.
 
     Example:
@@ -169,10 +173,11 @@ def drift(
         >>> bool(dl.bases.drift(params)["weight"] < 0.01)
         True
     """
+    check_one_or_more("params", params)
     if isinstance(params, LowRank):
-        assert exact is None or isinstance(exact, Tensor)
         return _drift("param", params, exact)
-    assert exact is None or isinstance(exact, Mapping)
+    if exact is not None:
+        check_by_name("exact", exact, of="dense weights")
     low_rank = {name: param for name, param in params.items() if isinstance(param, LowRank)}
     missing = [] if exact is None else [name for name in low_rank if name not in exact]
     if missing:
@@ -181,6 +186,8 @@ def drift(
 
 
 def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
+    if exact is not None and not (isinstance(exact, Tensor) and exact.is_floating_point()):
+        raise TypeError(f"`exact` has {described(exact)} for {name!r}; pass the dense weight, of a floating dtype")
     if exact is not None and exact.shape != param.shape:
         raise ValueError(
             f"`exact` has shape {tuple(exact.shape)} for {name!r}, but the weight has {tuple(param.shape)};"

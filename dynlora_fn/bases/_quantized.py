@@ -14,7 +14,7 @@ from dynlora_fn.bases._flatten import Flattened, Layout
 from dynlora_fn.bases._format import RowMap
 from dynlora_fn.bases._formats import Codes, as_format, codes_from_tensors, stored
 from dynlora_fn.bases._ops import dequantize
-from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.bases._refusals import refuse, refuse_attached
 from dynlora_fn.bases._residual import Residual, residual_from_tensors, residual_tensors, scaled_residual
 from dynlora_fn.bases._rewrite import decode_exact
 
@@ -73,19 +73,21 @@ class Quantized(NamedTuple):
         return decode_exact(as_format(self.codes), self.residual, dtype)
 
     def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Quantized":
-        return self._rewritten(torch.ops.dynlora_fn.fold_codes, left.detach(), right.detach(), rank, name)
+        return self._rewritten(torch.ops.dynlora_fn.fold_codes, left, right, rank, name)
 
     def add(self, change: Tensor, *, name: str) -> "Quantized":
-        return self._rewritten(torch.ops.dynlora_fn.add_to_codes, change.detach(), name)
+        return self._rewritten(torch.ops.dynlora_fn.add_to_codes, change, name)
 
     def scaled(self, factor: float | Tensor, *, name: str) -> "Quantized":
+        # Formats that only scale their scales would be differentiated, but no product differentiates by scales.
+        refuse_attached("gradient, fold", (factor, self), name=name)
         scaled = as_format(self.codes).scaled(factor)
         if scaled is not None:
             return self._replace(
                 codes=stored(scaled), residual=scaled_residual(self.residual, factor, list(scaled)[-1])
             )
         factor_tensor = torch.as_tensor(factor, device=self.like.device)
-        return self._rewritten(torch.ops.dynlora_fn.scale_codes, factor_tensor.detach(), name)
+        return self._rewritten(torch.ops.dynlora_fn.scale_codes, factor_tensor, name)
 
     def _rewritten(self, operation: Any, *arguments: Any) -> "Quantized":
         codes = as_format(self.codes)
@@ -108,7 +110,7 @@ class Quantized(NamedTuple):
         return self._replace(codes=stored(as_format(self.codes).of_all_rows()))
 
     def transposed(self) -> StoredBase:
-        return self.codes.mT.detach() if isinstance(self.codes, Tensor) else Transposed(self)
+        return self.codes.mT if isinstance(self.codes, Tensor) else Transposed(self)
 
     def flatten(self) -> Flattened:
         codes = as_format(self.codes)
@@ -127,6 +129,11 @@ class Transposed(NamedTuple):
     """
 
     base: StoredBase  # Quantized or Sharded
+
+    @property
+    def shape(self) -> torch.Size:
+        *stack, rows, columns = as_base(self.base).shape
+        return torch.Size((*stack, columns, rows))
 
     @property
     def folded(self) -> StoredBase:

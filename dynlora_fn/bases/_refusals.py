@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Never
 
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._torch import is_mapped
 
 
@@ -58,6 +59,21 @@ REFUSALS = {
         "`vectors` = {room} of deferred {name!r} is less than the {count} vectors of one fold; pass at least {count} to"
         " `defer`",
     ),
+    "gradient, fold": Refusal(
+        "derivatives by what is folded into codes, or by the codes that are changed",
+        "`switch`, `merge`, `fold`, `compensate`, `decay`, `average`, `resize`, `fold_pending`, `to_torchao`",
+        "the base of {name!r} is in low precision, and what changes it, or the base itself, requires a gradient or has"
+        " a tangent, which does not pass through rounding; detach it, call the function under `torch.no_grad()`, or use"
+        " a plain tensor as the base",
+        NotImplementedError,
+    ),
+    "gradient, quantize": Refusal(
+        "derivatives by a base that is quantized",
+        "`quantize`, `init`",
+        "the base of {name!r} requires a gradient or has a tangent, which does not pass through quantization; detach"
+        " it, or call the function under `torch.no_grad()`",
+        NotImplementedError,
+    ),
     "shard, sharded": Refusal(
         "sharding a sharded base",
         "`shard`",
@@ -105,6 +121,27 @@ REFUSALS = {
         _SHARDED_FACTORS.format(transform="forward-mode differentiation"),
         NotImplementedError,
     ),
+    "gradient, sharded factors": Refusal(
+        "derivatives through a switch of sharded factors",
+        "`switch`",
+        "the factors of {name!r} are sharded and require a gradient or have a tangent, which does not pass through the"
+        " all-gather of a switch; gather them with `unshard`, or detach them",
+        NotImplementedError,
+    ),
+    "gradient, codes": Refusal(
+        "derivatives by codes, which are rounded",
+        "`linear`, `call`, `materialize`",
+        "derivatives by codes are not supported, but {what} in {kind} requires a gradient or has a tangent; detach it,"
+        " or use a plain tensor as the base",
+        NotImplementedError,
+    ),
+    "gradient, sharded base": Refusal(
+        "derivatives by a sharded base",
+        "`linear`, `call`, `materialize`",
+        "derivatives by a sharded base are not supported, but {what} requires a gradient or has a tangent; detach it,"
+        " or gather it with `unshard`",
+        NotImplementedError,
+    ),
     "torchao, stack": Refusal(
         "a stack as one tensor of torchao",
         "`to_torchao`",
@@ -132,3 +169,9 @@ def refuse_mapped(key: str, tensor: Tensor) -> None:
     """
     if is_mapped(tensor):
         refuse(key)
+
+
+def refuse_attached(key: str, tree: Any, **values: Any) -> None:
+    """Refuse tensors that require a gradient or have a tangent, before an operation that would drop it."""
+    if is_attached(tree):
+        refuse(key, **values)

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_device
 from dynlora_fn.bases._int8 import Int8Codes
 from dynlora_fn.bases._plain import Plain
 
@@ -18,8 +19,9 @@ _MIX, _GOLDEN = ((16, -2048144789), (13, -1028477387)), -1640531527
 _KINDS: dict[str, type[Int8Codes] | type[Plain]] = {"int8": Int8Codes, "bfloat16": Plain}
 
 
-def check_residual(residual: object) -> None:
-    """Raise ValueError if `residual` is not the name of a residual's format, or None."""
+def check_residual(residual: object, device: object = None) -> None:
+    """Raise if `residual` is not the name of a residual's format or None, or `residual_device` no device."""
+    check_device("residual_device", device, or_none=True)
     if residual is not None and not (isinstance(residual, str) and residual in _KINDS):
         raise ValueError(f"unknown `residual` {residual!r}; use 'int8', 'bfloat16' or None")
 

@@ -1,6 +1,7 @@
 """Change codes and residual together: add a difference, or scale a weight, and encode it again member by member.
 
-These operations are as opaque to a compiler as those of `_ops`. Of a stack, one dense weight is alive at a time.
+These operations are as opaque to a compiler as those of `_ops`. They refuse whatever has a gradient, by the name of the
+weight, because rounding has none. Of a stack, one dense weight is alive at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest, without_autocast
+from dynlora_fn._core._torch import call_below_autograd, is_recorded, tree_leaves
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.bases._ops import LIBRARY, all_leading, leading
+from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.bases._residual import Residual, residual_codes, residual_from_tensors, residual_tensors
 
 LIBRARY.define(
@@ -214,12 +217,28 @@ def _mapped_scale(
     return new, [0] * len(new)
 
 
+# --- autograd
+
+
+def _refuse_gradients(name: str) -> Callable[..., list[Tensor]]:
+    """Return the autograd kernel of an operation whose last argument is the name of the weight."""
+
+    def kernel(keys: Any, *args: Any) -> list[Tensor]:
+        if is_recorded([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]):
+            refuse("gradient, fold", name=args[-1])
+        new: list[Tensor] = call_below_autograd(getattr(torch.ops.dynlora_fn, name).default, keys, *args)
+        return new
+
+    return kernel
+
+
 for _name, _implementation, _mapped in (
     ("fold_codes", _fold_codes, _mapped_fold),
     ("add_to_codes", _add_to_codes, _mapped_add),
     ("scale_codes", _scale_codes, _mapped_scale),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _refuse_gradients(_name), "Autograd", with_keyset=True)
     # Fake kernels and not meta kernels, because a residual may be on another device than the codes.
     torch.library.register_fake(f"dynlora_fn::{_name}", _empty_like, lib=LIBRARY)
     torch.library.register_vmap(f"dynlora_fn::{_name}", _mapped, lib=LIBRARY)

@@ -1,14 +1,14 @@
 """Gather sharded factors and scatter their gradients. `b` is sharded by rows, and `a` by columns."""
 
 from dataclasses import astuple
-from typing import Any, TypeAlias
+from typing import Any, Never, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dynlora_fn._core._collectives import gather, scatter, weighted
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
-from dynlora_fn.bases._refusals import refuse_mapped
+from dynlora_fn.bases._refusals import refuse, refuse_mapped
 
 Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 
@@ -41,10 +41,22 @@ def _scatter(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor
     return _Scatter.apply(b, a, constants)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _Collective(torch.autograd.Function):
+    """Refuse what torch would ask a collective for in forward mode and under `torch.vmap`."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Never:
+        refuse("forward mode, sharded factors")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Never:
+        refuse("vmap, sharded factors")
+
+
 # Each is the gradient of the other, so second derivatives are right too. The collectives themselves have no gradients.
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(_Collective):
     @staticmethod
     def forward(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
         sharding = Sharding(*constants)
@@ -59,7 +71,7 @@ class _Gather(torch.autograd.Function):
         return *_Scatter.apply(b, a, ctx.constants), None  # type: ignore[no-untyped-call]
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(_Collective):
     @staticmethod
     def forward(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
         sharding = Sharding(*constants)

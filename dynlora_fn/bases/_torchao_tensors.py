@@ -9,14 +9,18 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import described
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import FORMATS, codes_from_tensors
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.bases._quantized import Quantized
+from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.bases._residual import Device, ResidualKind, check_residual, make_residual
 from dynlora_fn.bases._rewrite import check_finite
 
@@ -54,7 +58,11 @@ def from_torchao(
         >>> torch.equal(to_torchao(from_torchao(tensor)).dequantize(), tensor.dequantize())
         True
     """
-    check_residual(residual)
+    check_residual(residual, residual_device)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`tensor` is {described(tensor)} for {name!r}; pass a tensor of torchao")
+    if tensor.grad_fn is not None:
+        refuse("gradient, quantize", name=name)
     detached: Any = tensor.detach()
     codes = _codes(detached)
     like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -116,6 +124,7 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
 
     Raises:
         ValueError: If a base is a stack, or nvfp4 codes have one factor for each row.
+        NotImplementedError: If factors that are merged into codes require a gradient or have a tangent.
         ImportError: If torchao has moved the prototype of the format.
 
     Example:
@@ -125,9 +134,12 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
         >>> type(dl.bases.to_torchao(params)["weight"]).__name__
         'Int8Tensor'
     """
+    if not hasattr(params, "to_torchao"):
+        check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):
         return {
-            name: to_torchao(param) if isinstance(param, LowRank) else param for name, param in unstack(params).items()
+            name: to_torchao(param) if isinstance(param, LowRank) else tensor_of(param)
+            for name, param in unstack(params).items()
         }
     if isinstance(params, LowRank):
         folded, (b, a) = with_pending(params, widest(params.factors.b.dtype))

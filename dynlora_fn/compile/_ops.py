@@ -98,5 +98,9 @@ class _Late(torch.autograd.Function):
         return grad, None
 
     @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, other: Any) -> Tensor | None:
+        return tangent
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, other: Tensor) -> tuple[Tensor, int | None]:
         return _Late.apply(x, other), in_dims[0]  # type: ignore[no-untyped-call]

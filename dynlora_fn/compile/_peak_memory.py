@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dynlora_fn._core._check import check_callable
 from dynlora_fn._core._torch import FakeTensorMode, tree_leaves, tree_map
 from dynlora_fn.compile._graph import (
     bytes_of,
@@ -44,6 +45,7 @@ def peak_memory(step: Callable[..., Any], *args: Any) -> Peak:
         step: A pure function, as for `compile_step`.
         args: The arguments of the step. Only shapes and dtypes are read, so tensors on the meta device will do.
     """
+    check_callable("step", step)
     from dynlora_fn.compile._passes import GraphPasses  # noqa: PLC0415 (Inductor takes a second to import)
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_callable, check_flag
 from dynlora_fn._core._torch import (
     inductor_mode_options,
     keystr,
@@ -45,11 +46,16 @@ def compile_step(
         A function with the arguments of `step` that returns `Step`. A donated state comes back as the same tensors.
 
     Raises:
+        TypeError: If `step` is no function, or a flag neither True nor False.
         ValueError: At the first call, if the new state differs from the old one in structure, shape or dtype, or if
             two tensors of a donated state share memory or one requires a gradient. With `debug`, also if `aux` shares
             memory with the state.
         RuntimeError: With `debug`, if a consumed state is used.
     """
+
+    check_callable("step", step)
+    check_flag("donate", donate)
+    check_flag("debug", debug)
 
     def run(state: Any, *args: Any) -> tuple[str | None, Any]:
         new_state, aux = step(state, *args)

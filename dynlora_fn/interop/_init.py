@@ -7,18 +7,28 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, find_stacks
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._tree import inner_tensors
-from dynlora_fn._core._types import LowRank, Param
+from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param
 from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._quantize import quantize_base
 from dynlora_fn.bases._residual import Device, ResidualKind, check_residual
 from dynlora_fn.bases._stacks import stack_bases
 from dynlora_fn.bases._torchao_tensors import from_torchao, is_torchao
-from dynlora_fn.interop._targets import Target, Targets, as_matrices, select
+from dynlora_fn.interop._arguments import (
+    check_fused,
+    check_kind,
+    check_model,
+    check_settings,
+    check_targets,
+    check_weights,
+)
+from dynlora_fn.interop._parameters import Parameters, detached, is_opaque, parameters_of
+from dynlora_fn.interop._targets import Rank, Target, Targets, as_matrices, select
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.parallel._shard import shard
 from dynlora_fn.switching._weight import Start, first_vectors
@@ -27,7 +37,7 @@ from dynlora_fn.switching._weight import Start, first_vectors
 def init(
     model: nn.Module | Mapping[str, Tensor],
     *,
-    rank: int | Mapping[str, int],
+    rank: Rank,
     seed: int,
     targets: Targets,
     start: Start = "switchlora",
@@ -52,15 +62,20 @@ def init(
     A target is a matrix (out, in). A target with more axes is a stack of matrices (experts), or the weight of a
     convolution, which becomes a matrix (out, in * prod(kernel)).
 
+    A parameter with ``requires_grad=False`` that is no target stays frozen, as in `torch.optim`, and so do integers. To
+    train one, call its `requires_grad_` before. A frozen parameter that is a target becomes low-rank, as in PEFT.
+
     Args:
         model: The module, or its parameters by name. It is not changed, and everything is copied. Targets may be
             torchao's tensors, as its ``quantize_`` makes them. They stay in their format, and with ``start="lora"``
-            their codes stay the same. Torchao's tensors that are not targets become dense, to be trained.
+            their codes stay the same. Torchao's tensors that are not targets become dense.
         rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, of
-            which the first that matches a target counts.
+            which the first that matches a target counts. A function maps the name and the shape (out, in) of a target
+            to its rank: ``lambda name, shape: min(16, *shape)`` clips it.
         seed: The seed of the bases. Each weight derives its basis seed from this seed and its name.
-        targets: The parameters that become low-rank. All others are trained full-rank. Names, globs or types of
-            modules, which select the matrices that such a module has itself; or a predicate of name and tensor.
+        targets: The parameters that become low-rank. All others are full-rank. Names, globs or types of modules, which
+            select the matrices that such a module has itself; or a predicate of name and tensor. A tied parameter is a
+            target under any of its names. Each entry must select a parameter. An empty list selects none.
         start: "switchlora" draws both factors, with the bounds of `basis_bounds`. "lora" draws `a` as `nn.Linear` does
             and sets ``b = 0`` (arXiv:2106.09685).
         fused: The number of equal parts in a fused target, by name or glob. The parts become a stack with factors for
@@ -78,14 +93,20 @@ def init(
             so that a process stores only its rows and one more base.
 
     Returns:
-        A `LowRank` for each target and a tensor for every other parameter, by name. None of them requires a gradient.
+        A `LowRank` for each target, and for every other parameter a tensor, or a `FrozenTensor` if it is not trained,
+        by name. None of them requires a gradient.
 
     Raises:
-        ValueError: If a pattern matches nothing; if a target is not a matrix, or is not finite in low precision; if a
-            rank or a format does not fit; if a weight is missing from `weights` or has another shape; or if both `base`
-            and `base_dtype` are passed.
+        TypeError: If an argument has a wrong type or dtype, such as a rank or seed that is no integer.
+        ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing; if a module of a type
+            in `targets` computes its weight by a parametrization; if a target is not a matrix, or is not finite in low
+            precision; if a rank or a format does not fit; if a weight is missing from `weights`, has another shape, or
+            is none of the model; or if both `base` and `base_dtype` are passed. Also if a tensor is not a leaf of
+            autograd, or has a tangent.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
+        The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its
+        vectors of `b` are switched.
 
     Example:
         >>> params = init(nn.Linear(6, 4), rank=2, seed=0, targets=["weight"])
@@ -94,28 +115,38 @@ def init(
     """
     if base is not None and base_dtype is not None:
         raise ValueError(f"`base` is {base!r} and `base_dtype` is {base_dtype}; pass only one of them")
-    check_residual(residual)
+    check_settings(start, base_dtype, dtype, stack)
+    check_residual(residual, residual_device)
+    check_model(model)
+    check_weights(weights, model)
+    seed = check_integer("seed", seed)
+    check_targets(targets)
+    check_fused(fused)
     module = model if isinstance(model, nn.Module) else None
-    tensors = _tensors_of(model)
-    selected = select(module, tensors, targets, rank, fused or {})
-    read = tensors.__getitem__ if weights is None else partial(_read, weights, module, tensors)
+    parameters = parameters_of(model)
+    tensors = parameters.tensors
+    selected = select(module, parameters, targets, rank, fused or {})
+    read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
     groups = {name: Stack([name], ()) for name in tensors}
     if stack:
-        groups = find_stacks({name: (selected.get(name), *_kind(tensor)) for name, tensor in tensors.items()})
+        groups = find_stacks({name: (selected.get(name), *_kind(name, parameters)) for name in tensors})
     params: dict[str, Param] = {}
 
     def make(pattern: str, layers: Stack) -> Param:
-        target, weight_dtype = selected.get(layers.members[0]), tensors[layers.members[0]].dtype
+        target, first = selected.get(layers.members[0]), tensors[layers.members[0]]
+        if target is None and layers.members[0] in parameters.frozen and is_opaque(first):
+            return FrozenTensor(read(pattern))
+        weight_dtype = first.dtype
         bases = [_base_of(name, read(name), target is not None, residual, residual_device) for name in layers.members]
         stacked = stack_bases(bases, layers.shape)
         if target is None:
             assert isinstance(stacked, Tensor)
-            return stacked
+            return FrozenTensor(stacked) if layers.members[0] in parameters.frozen else stacked
         matrices = _as_matrices(pattern, stacked, target, len(layers.shape))
         seeds = _seeds(seed, layers.members, as_base(matrices).shape[:-2], bases[0])
         # A base that is quantized afterwards is not rounded here, so that it is rounded only once.
         plain_dtype = base_dtype or (weight_dtype if base is None else widest(weight_dtype))
-        param = _low_rank(pattern, matrices, seeds, rank=target.rank, start=start, base_dtype=plain_dtype, dtype=dtype)
+        param = _low_rank(pattern, matrices, seeds, target=target, start=start, base_dtype=plain_dtype, dtype=dtype)
         if base is not None:
             quantized = quantize_base(pattern, param.base, base, residual, residual_device, weight_dtype)
             param = param._replace(base=quantized)
@@ -141,20 +172,19 @@ def _as_matrices(name: str, weight: StoredBase, target: Target, stack_axes: int)
     return weight
 
 
-def _read(weights: Mapping[str, Tensor], module: nn.Module | None, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> Tensor:
     """Return one of `weights`, under whichever name of a tied parameter it has there."""
-    parameters = dict(module.named_parameters(remove_duplicate=False)) if module is not None else {}
-    aliases = [other for other, tensor in parameters.items() if other != name and tensor is parameters[name]]
-    for alias in [name, *aliases]:
+    shape = tuple(parameters.tensors[name].shape)
+    for alias in parameters.aliases[name]:
         if alias in weights:
-            weight, shape = weights[alias].detach(), tuple(tensors[name].shape)
+            weight = detached("weights", alias, weights[alias])
+            check_kind(alias, weight, parameters.tensors[name])
             if tuple(weight.shape) != shape:
                 raise ValueError(
                     f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
                     "pass the weights of this model"
                 )
-            return weight
-    shape = tuple(tensors[name].shape)
+            return weight.detach()
     raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 
 
@@ -169,34 +199,20 @@ def _seeds(seed: int, names: list[str], stack: torch.Size, like: StoredBase) -> 
     return torch.tensor(seeds, device=tree_leaves(like)[0].device).reshape(stack)
 
 
-def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters by name, detached. Tied ones keep only their first name, as in `named_parameters`."""
-    named = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
-    tensors: dict[str, Tensor] = {}
-    identities: set[tuple[object, ...]] = set()
-    for name, tensor in named.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"`model` has dtype {tensor.dtype} for {name!r}; pass only floating-point parameters")
-        memory = inner_tensors(tensor)[0]  # a tensor of torchao has no memory itself
-        identity = (memory.data_ptr(), memory.stride(), tensor.shape, tensor.device)
-        if tensor.numel() == 0 or tensor.device.type == "meta" or identity not in identities:
-            tensors[name] = tensor.detach()
-        identities.add(identity)
-    return tensors
-
-
 def _base_of(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> StoredBase:
-    """Return a plain tensor unchanged, and one of torchao as a base, or dense where it is trained full-rank."""
+    """Return a plain tensor unchanged, and one of torchao as a base, or dense where it stays full-rank."""
     if not is_torchao(tensor):
-        return tensor
+        return tensor.detach()
     quantized = from_torchao(tensor, residual=residual, residual_device=residual_device, name=name)
     return quantized if is_target else quantized.dequantize(tensor.dtype)
 
 
-def _kind(tensor: Tensor) -> list[object]:
+def _kind(name: str, parameters: Parameters) -> list[object]:
     """Return what all members of a stack must have in common."""
+    tensor, is_frozen = parameters.tensors[name], name in parameters.frozen
+    alone = name if is_frozen and is_opaque(tensor) else ""
     inner = [(leaf.shape, leaf.dtype, leaf.device) for leaf in inner_tensors(tensor)]
-    return [type(tensor).__name__ if is_torchao(tensor) else "", tensor.shape, tensor.dtype, *inner]
+    return [type(tensor).__name__ if is_torchao(tensor) else "", tensor.shape, tensor.dtype, is_frozen, alone, *inner]
 
 
 def _weight_seed(seed: int, name: str) -> int:
@@ -209,12 +225,15 @@ def _low_rank(
     weight: StoredBase,
     seed: Tensor,
     *,
-    rank: int,
+    target: Target,
     start: Start,
     base_dtype: torch.dtype | None,
     dtype: torch.dtype,
 ) -> LowRank:
-    factors = first_vectors(seed, as_base(weight).shape[-2:], rank, start, dtype)
+    rank, factors = target.rank, first_vectors(seed, as_base(weight).shape[-2:], target.rank, start, dtype)
+    if target.padding is not None and target.parts == 1:
+        is_padding = torch.arange(factors.b.shape[-2], device=factors.b.device) == target.padding
+        factors = Factors(factors.b.masked_fill(is_padding[:, None], 0), factors.a)
     if isinstance(weight, Tensor):
         return LowRank(fold(weight, -factors.b, factors.a, rank=rank, dtype=base_dtype), factors, seed)
     return LowRank(as_base(weight).fold(-factors.b, factors.a, rank=rank, name=name), factors, seed)

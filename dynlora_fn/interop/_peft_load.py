@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_module, check_path
 from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._types import Factors, LowRank, Param
+from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param
 from dynlora_fn.interop._init import init
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, factors_of
 from dynlora_fn.interop._safetensors import open_weights, read_json
@@ -50,6 +51,8 @@ def load_adapter(
         >>> load_adapter(model, folder, seed=0)["0.weight"].factors.b.shape
         torch.Size([4, 2])
     """
+    check_module("model", model)
+    check_path("folder", folder)
     folder = Path(folder)
     config, weights = _read_config(folder), dict(open_weights(folder / WEIGHTS))
     pairs, dense = _pairs_and_dense(model, config, weights)
@@ -65,8 +68,11 @@ def load_adapter(
             params[pattern] = param._replace(factors=Factors(b.reshape(shapes[0]), a.reshape(shapes[1])))
         else:
             names = list(unstack({pattern: param}))
+            if isinstance(param, FrozenTensor) and not dense.keys() & names:
+                continue
             members = [dense.get(name, originals[name]).to(originals[name].dtype) for name in names]
-            params[pattern] = torch.stack(members).reshape(param.shape)
+            tensor = torch.stack(members).reshape(param.shape)
+            params[pattern] = FrozenTensor(tensor) if isinstance(param, FrozenTensor) else tensor
     return params
 
 

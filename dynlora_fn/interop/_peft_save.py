@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_integer, check_module, check_path
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, as_layer, kind_of_layer
 from dynlora_fn.interop._safetensors import save_merged, save_weights
 from dynlora_fn.interop._state_dict import state_dict
@@ -61,6 +63,12 @@ def save_adapter(
         >>> save_adapter(model, params, tempfile.mkdtemp())
         {'0.weight': 0.0}
     """
+    check_module("model", model)
+    check_path("folder", folder)
+    if original is not None:
+        check_tensors("original", original)
+    if rank is not None:
+        check_integer("rank", rank, least=1)
     if rank is not None and original is None:
         raise ValueError(
             f"`rank` is {rank} without `original`, but then the factors are written unchanged; pass `original` too"
@@ -68,6 +76,8 @@ def save_adapter(
     folder, pairs, errors = Path(folder), {}, {}
     aliases = aliases_of(model)
     for name, param in unstack(params).items():
+        if name not in aliases:
+            raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
         if isinstance(param, LowRank):
             view = view_of(name, param, model.get_parameter(name).shape)
             pair, errors[name] = _pair(view) if original is None else _change(view, original, rank)

@@ -1,16 +1,18 @@
 """Change the rank of low-rank weights in the middle of a run."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
+from dynlora_fn._core._check import check_choice, check_integer
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import by_name
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.optim._resize_state import resize_state
-from dynlora_fn.optim._roles import Roles
+from dynlora_fn.optim._roles import Roles, check_roles
 from dynlora_fn.switching._basis import next_seed
 from dynlora_fn.switching._weight import Start, first_vectors
 
@@ -61,9 +63,11 @@ def resize(
         The new parameters by name, and the new state.
 
     Raises:
+        TypeError: If a rank is no integer.
         ValueError: If a rank does not fit, a name is not of a low-rank weight, factors are sharded, or a quantized
             weight is not finite. Also if the state belongs to another library, or has entries of a resized weight whose
             role is not declared, or is "unchanged".
+        NotImplementedError: If factors of a quantized weight require a gradient or have a tangent.
 
     Numerics: The difference is formed in float32 or a wider dtype of factors and base. The base is then rounded once,
     or quantized once (see `quantize`). 8-bit moments are encoded again.
@@ -76,11 +80,15 @@ def resize(
         >>> larger["w"].factors.b.shape, torch.allclose(materialize(larger)["w"], torch.ones(8, 8))
         (torch.Size([8, 4]), True)
     """
-    if isinstance(params, LowRank):
-        raise ValueError("`params` must be by parameter name, got a single LowRank; pass a dict of weights")
+    check_params("params", params)
+    check_choice("start", start, get_args(Start))
+    check_roles({} if roles is None else roles, "`roles`")
     low_rank = {name: param for name, param in params.items() if isinstance(param, LowRank)}
     ranks = by_name(rank, low_rank, "rank")
-    resized = {name: _resize(name, low_rank[name], new_rank, start) for name, new_rank in ranks.items()}
+    resized = {
+        name: _resize(name, low_rank[name], check_integer("rank", new_rank, of=name), start)
+        for name, new_rank in ranks.items()
+    }
     new = {name: resized.get(name, param) for name, param in params.items()}
     return Resized(new, None if opt_state is None else resize_state(opt_state, low_rank, resized, roles=roles))
 

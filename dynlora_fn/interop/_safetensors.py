@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_by_name, check_path, described
 from dynlora_fn._core._types import Params
+from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._state_dict import state_dict
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,6 +76,7 @@ def open_weights(path: Path | str) -> Weights:
         >>> open_weights(folder)["w"]
         tensor([1., 1.])
     """
+    check_path("path", path)
     path = Path(path)
     if path.is_dir() and (path / INDEX).is_file():
         return Weights(_indexed(path))
@@ -148,6 +151,7 @@ def save_weights(weights: Mapping[str, Tensor], file: Path | str, *, metadata: M
         metadata: The metadata of the file. Default None writes none.
 
     Raises:
+        TypeError: If a weight is no tensor, or another argument has a wrong type.
         ImportError: If the extra `files` is not installed.
 
     Example:
@@ -158,6 +162,9 @@ def save_weights(weights: Mapping[str, Tensor], file: Path | str, *, metadata: M
         >>> list(open_weights(file))
         ['w']
     """
+    check_tensors("weights", weights)
+    check_path("file", file)
+    _check_metadata(metadata)
     addresses: set[int] = set()
     copies = {}
     for name, weight in weights.items():
@@ -168,6 +175,15 @@ def save_weights(weights: Mapping[str, Tensor], file: Path | str, *, metadata: M
         addresses.add(address)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     safetensors().torch.save_file(copies, file, metadata=dict(metadata or {}))
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    check_by_name("metadata", metadata, of="texts")
+    for key, text in metadata.items():
+        if not isinstance(text, str):
+            raise TypeError(f"`metadata` has {described(text)} for {key!r}; use a text")
 
 
 @torch.no_grad()
@@ -194,6 +210,7 @@ def save_merged(model: nn.Module, params: Params, folder: Path | str) -> None:
         >>> model.load_state_dict(dict(open_weights(folder)))
         <All keys matched successfully>
     """
+    check_path("folder", folder)
     weights = state_dict(model, params)
     save = getattr(model, "save_pretrained", None)
     if save is None:

@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_module
 from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.nn._view import dense, view_of
 
@@ -22,6 +24,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         The tensors by name.
 
     Raises:
+        TypeError: If a parameter is integer, real or complex where that of the model is not.
         ValueError: If a parameter is missing, unknown to the model, or of another shape. The message gives the name and
             both shapes.
 
@@ -35,6 +38,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         >>> state_dict(model, params)["weight"].shape
         torch.Size([4, 6])
     """
+    check_module("model", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     singles = unstack(params)
     weights: dict[int, Tensor] = {}
@@ -42,11 +46,15 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         if name not in parameters:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
         shape, dtype = tuple(parameters[name].shape), parameters[name].dtype
-        weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else param
+        weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else tensor_of(param)
         if weight.shape != shape:
             raise ValueError(
                 f"`params` has shape {tuple(weight.shape)} for {name!r}, but the model has {shape}; "
                 "make `params` from this model"
+            )
+        if weight.is_complex() != dtype.is_complex or weight.is_floating_point() != dtype.is_floating_point:
+            raise TypeError(
+                f"`params` has dtype {weight.dtype} for {name!r}, but the model has {dtype}; convert it first"
             )
         weights[id(parameters[name])] = weight.to(dtype)
     for name, parameter in parameters.items():

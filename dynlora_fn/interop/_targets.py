@@ -1,15 +1,19 @@
 """Select the parameters that become low-rank, their ranks, and the matrices that they consist of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._torch import ConvNd
 from dynlora_fn._core._tree import match, matches
+from dynlora_fn.interop._parameters import Parameters
 
 Targets: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, Tensor], bool]
+Rank: TypeAlias = int | Mapping[str, int] | Callable[[str, tuple[int, int]], int]
 
 
 class Target(NamedTuple):
@@ -19,53 +23,76 @@ class Target(NamedTuple):
     parts: int = 1  # number of fused parts
     axis: int = -2  # along which the parts are adjacent
     is_spatial: bool = False  # the weight of a convolution
+    padding: int | None = None  # the row of an embedding that gets no gradient
 
 
 def select(
     model: nn.Module | None,
-    tensors: Mapping[str, Tensor],
+    parameters: Parameters,
     targets: Targets,
-    rank: int | Mapping[str, int],
+    rank: Rank,
     fused: Mapping[str, int | tuple[int, int]],
 ) -> dict[str, Target]:
     """Return the targets by name.
 
     Args:
         model: The module that has the parameters. None if only tensors are known.
-        tensors: The parameters by name. Only shapes are read.
+        parameters: The parameters by name. Only shapes are read. A pattern may match any name of a tied one.
         targets: As in `init`.
         rank: As in `init`.
         fused: As in `init`.
 
     Raises:
-        ValueError: If a pattern matches nothing, a target is not a matrix, or its rank is missing or does not fit.
+        ValueError: If an entry of `targets` selects nothing, a pattern matches nothing, a target is not a matrix, or
+            its rank is missing or does not fit.
     """
     selected = {}
-    names = _target_names(model, tensors, targets)
+    names = _target_names(model, parameters, targets)
+    all_names = [alias for name in names for alias in parameters.aliases[name]]
     for pattern in (*fused, *(rank if isinstance(rank, Mapping) else ())):
-        match(names, [pattern], "fused" if pattern in fused else "rank")
+        match(all_names, [pattern], "fused" if pattern in fused else "rank")
     for name in names:
-        parts = next((parts for pattern, parts in fused.items() if matches(name, pattern)), 1)
+        aliases, shape = parameters.aliases[name], tuple(parameters.tensors[name].shape)
+        parts = next((parts for pattern, parts in fused.items() if _matches_any(aliases, pattern)), 1)
         count, axis = (parts, -2) if isinstance(parts, int) else parts
-        selected[name] = Target(_rank_of(name, rank), count, axis, _is_spatial(model, name))
-        _check(name, tuple(tensors[name].shape), selected[name])
+        target = Target(0, count, axis, _is_spatial(model, name), _padding(model, aliases))
+        _check_dtype(name, parameters.tensors[name])
+        matrix = _matrix(name, shape, target)
+        selected[name] = target._replace(rank=_rank_of(aliases, rank, matrix))
+        _check_rank(name, shape, selected[name].rank, min(matrix))
     return selected
 
 
-def _target_names(model: nn.Module | None, tensors: Mapping[str, Tensor], targets: Targets) -> list[str]:
+def _target_names(model: nn.Module | None, parameters: Parameters, targets: Targets) -> list[str]:
     if isinstance(targets, str | type):
         targets = [targets]
     if not isinstance(targets, Sequence):
-        return [name for name, tensor in tensors.items() if targets(name, tensor)]
-    by_name = match(tensors, [pattern for pattern in targets if isinstance(pattern, str)], "targets")
-    names = set(by_name)
+        return _names_by_predicate(parameters, targets)
+    first_names = {alias: name for name, aliases in parameters.aliases.items() for alias in aliases}
+    patterns = [pattern for pattern in targets if isinstance(pattern, str)]
+    names = {first_names[alias] for alias in match(first_names, patterns, "targets")}
     for target in targets:
         if not isinstance(target, str):
-            names |= _names_by_type(model, tensors, target)
-    return [name for name in tensors if name in names]
+            names |= {first_names[alias] for alias in _names_by_type(model, first_names, target)}
+    return [name for name in parameters.tensors if name in names]
 
 
-def _names_by_type(model: nn.Module | None, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> set[str]:
+def _names_by_predicate(parameters: Parameters, predicate: Callable[[str, Tensor], bool]) -> list[str]:
+    names = [
+        name
+        for name, tensor in parameters.tensors.items()
+        if any(predicate(alias, tensor) for alias in parameters.aliases[name])
+    ]
+    if not names:
+        first = ", ".join([*parameters.tensors][:4])
+        raise ValueError(
+            f"`targets` is a predicate that is true for no parameter, such as {first}; "
+            "pass targets=[] to train all of them full-rank"
+        )
+    return names
+
+
+def _names_by_type(model: nn.Module | None, names: Iterable[str], kind: type[nn.Module]) -> set[str]:
     """Return the names of matrices, and of stacks of them, that modules of a type have themselves."""
     if model is None:
         raise ValueError(
@@ -74,31 +101,81 @@ def _names_by_type(model: nn.Module | None, tensors: Mapping[str, Tensor], kind:
     modules = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, kind)]
     if not modules:
         raise ValueError(
-            f"`targets` has the type {kind.__name__}, but `model` has no such module; use a type that occurs in it"
+            f"`targets` has the type {kind.__name__}, but `model` has no such module; use a type that occurs in it: "
+            f"{', '.join(sorted({type(module).__name__ for module in model.modules()}))}"
         )
-    names = {
+    for prefix, module in modules:
+        _refuse_parametrized(prefix, module, kind)
+    matrices = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in modules
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1
     }
-    return names & tensors.keys()
+    if not matrices & set(names):
+        raise ValueError(
+            f"`targets` has the type {kind.__name__}, but no such module of `model` has a matrix itself, "
+            f"{modules[0][0]!r} for one; use a type whose modules have weights (out, in)"
+        )
+    return matrices
 
 
-def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:
-    if isinstance(rank, int):
-        return rank
-    for pattern, matching_rank in rank.items():
-        if matches(name, pattern):
-            return matching_rank
-    raise ValueError(f"`rank` has no rank for target {name!r} in {dict(rank)}; add a pattern that matches it, or '*'")
+def _refuse_parametrized(prefix: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise if a matrix of a module is computed from other parameters, which are those of a submodule."""
+    if not is_parametrized(module):
+        return
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    for name, parametrization in parametrizations.items():
+        if getattr(module, name).ndim > 1:
+            path = f"{prefix}.{name}" if prefix else name
+            originals = ", ".join(original for original, _ in parametrization.named_parameters(recurse=False))
+            raise ValueError(
+                f"`targets` has the type {kind.__name__}, but {path!r} is computed from its parametrization "
+                f"({originals}), so that it is no parameter; call `torch.nn.utils.parametrize.remove_parametrizations`,"
+                " or select the other weights by name"
+            )
+
+
+def _matches_any(names: Iterable[str], pattern: str) -> bool:
+    return any(matches(name, pattern) for name in names)
+
+
+def _rank_of(aliases: Sequence[str], rank: Rank, matrix: tuple[int, int]) -> int:
+    if isinstance(rank, Mapping):
+        for pattern, matching_rank in rank.items():
+            if _matches_any(aliases, pattern):
+                return check_integer("rank", matching_rank, of=pattern)
+        raise ValueError(
+            f"`rank` has no rank for target {aliases[0]!r} in {dict(rank)}; add a pattern that matches it, or '*'"
+        )
+    if callable(rank):
+        return check_integer("rank", rank(aliases[0], matrix), of=aliases[0])
+    return check_integer("rank", rank)
 
 
 def _is_spatial(model: nn.Module | None, name: str) -> bool:
     return model is not None and isinstance(model.get_submodule(name.rpartition(".")[0]), ConvNd)
 
 
-def _check(name: str, shape: tuple[int, ...], target: Target) -> None:
+def _padding(model: nn.Module | None, aliases: Iterable[str]) -> int | None:
+    """Return the `padding_idx` of the embedding that a parameter is the weight of."""
+    for prefix, _, leaf_name in (alias.rpartition(".") for alias in aliases):
+        module = model.get_submodule(prefix) if model is not None and leaf_name == "weight" else None
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            return module.padding_idx % module.num_embeddings
+    return None
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"`targets` matches {name!r} of dtype {tensor.dtype}; match only floating-point matrices, and exclude it"
+        )
+
+
+def _matrix(name: str, shape: tuple[int, ...], target: Target) -> tuple[int, int]:
+    """Return the shape (out, in) of the matrices of a target."""
     if len(shape) < 2:
         raise ValueError(
             f"`targets` matches {name!r} of shape {shape}; match only matrices (out, in) or stacks of them"
@@ -108,14 +185,21 @@ def _check(name: str, shape: tuple[int, ...], target: Target) -> None:
             f"`fused` is {target.parts} along axis {target.axis} for {name!r} of shape {shape}; use a number of parts "
             "that divides axis -2, or (parts, axis) with axis -1 or -2, and no convolution"
         )
-    matrix = list(shape[-2:])
-    matrix[target.axis] //= target.parts
     if target.is_spatial:
-        matrix = [shape[0], prod(shape[1:])]
-    if not 1 <= target.rank <= min(matrix):
+        return shape[0], prod(shape[1:])
+    rows, columns = shape[-2:]
+    return (rows // target.parts, columns) if target.axis == -2 else (rows, columns // target.parts)
+
+
+def _check_rank(name: str, shape: tuple[int, ...], rank: int, limit: int) -> None:
+    if rank < 1:
         raise ValueError(
-            f"`rank` is {target.rank} for {name!r} of shape {shape}; "
-            f"use at least 1 and at most min(out, in) = {min(matrix)}"
+            f"`rank` is {rank} for {name!r} of shape {shape}; use at least 1 and at most min(out, in) = {limit}"
+        )
+    if rank > limit:
+        raise ValueError(
+            f"`rank` is {rank} for {name!r} of shape {shape}; use at least 1 and at most min(out, in) = {limit}, as in "
+            f"rank={{{name!r}: {limit}, '*': {rank}}} or rank=lambda name, shape: min({rank}, *shape)"
         )
 
 

@@ -1,13 +1,21 @@
 """Run an unmodified module with low-rank weights in place of its dense ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dynlora_fn._core._check import check_module
 from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._types import LowRank, Params
+from dynlora_fn._core._tree import tensor_of
+from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._flatten import refuse_differentiated
+from dynlora_fn.nn._swap import Slot, refuse_assignment, slots_of, swapped
+from dynlora_fn.nn._turns import Caller, taking_turns
 from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import weight_of
 
@@ -17,7 +25,9 @@ def call(
 ) -> Any:
     """Run ``model(*args, **kwargs)`` with `params` in place of its parameters.
 
-    The model is not changed. A low-rank weight is used by the rule of each operation (dynlora_fn/nn/README.md).
+    The parameters of the model are put back afterwards, whatever happens. Its buffers are those of the model, so that
+    what it writes to them stays, as when it is called directly. Threads that call the same model take turns. A low-rank
+    weight is used by the rule of each operation (dynlora_fn/nn/README.md).
 
     Args:
         model: Any module.
@@ -35,9 +45,12 @@ def call(
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
         NotImplementedError: If a low-rank weight is changed in place, or used in an operation without a rule under
-            ``fallback="raise"``. The message names both.
-        ValueError: If `fallback` is unknown, if a weight does not fit the shape of its parameter, or if the model or a
-            submodule is wrapped for data parallelism, which `torch.func` bypasses.
+            ``fallback="raise"``. The message names both. Also if a base in low precision or a sharded one is
+            differentiated, if the model assigns a parameter in its forward pass, or a buffer under `torch.func` or
+            `torch.compile`, or if it returns a generator, which would run later with its own parameters.
+        ValueError: If `fallback` is unknown, if a weight does not fit the shape of its parameter, if two names of a
+            tied parameter have different weights, or if the model or a submodule is wrapped for data parallelism, which
+            `torch.func` bypasses, or is a `ScriptModule`.
 
     Example:
         >>> import torch
@@ -47,10 +60,12 @@ def call(
         >>> call(model, params, torch.ones(3, 6)).shape
         torch.Size([3, 4])
     """
+    check_module("model", model)
     if fallback not in ("dense", "raise"):
         raise ValueError(f"`fallback` is {fallback!r}; use 'dense' or 'raise'")
-    _refuse_wrappers(model)
-    return call_with(model, params, dict(model.named_buffers()), args, kwargs, fallback)
+    if problem := _problem_of(model):
+        raise ValueError(problem)
+    return call_with(model, params, {}, args, kwargs, fallback=fallback)
 
 
 def call_with(
@@ -58,34 +73,105 @@ def call_with(
     params: Params,
     buffers: Mapping[str, Tensor],
     args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    fallback: Fallback,
+    kwargs: dict[str, Any],
+    *,
+    caller: Caller | None = None,
+    fallback: Fallback = "dense",
 ) -> Any:
-    """Run `call` with `buffers` in place of the model's buffers."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights: dict[str, Any] = {
-        name: weight_of(name, param, parameters[name].shape, fallback)
-        if isinstance(param, LowRank) and name in parameters
-        else param
-        for name, param in unstack(params).items()
-    }
-    return functional_call(model, {**buffers, **weights}, args, dict(kwargs), strict=True)
+    """Run `call` with `buffers` in place of the model's buffers, for a `caller` as in `taking_turns`."""
+    for name, param in params.items():
+        if isinstance(param, LowRank):
+            layout, tensors = as_base(as_base(param.base).folded).flatten()
+            refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
+    if torch.compiler.is_dynamo_compiling():
+        return _call_traced(model, {**buffers, **unstack(params)}, args, kwargs, fallback)
+    with taking_turns(model, caller):
+        slots = slots_of(model)
+        with swapped(slots, _tensors_for(model, slots, {**buffers, **unstack(params)}, fallback)):
+            result = model(*args, **kwargs)
+    if isinstance(result, GeneratorType | CoroutineType | AsyncGeneratorType):
+        raise NotImplementedError(
+            f"`model` returns a {type(result).__name__}, which would run with the parameters of the model; "
+            "return tensors from its forward pass"
+        )
+    return result
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
-    """Raise for DDP, FSDP and `DataParallel`.
+def _call_traced(
+    model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], fallback: Fallback
+) -> Any:
+    """Run `call_with` where Dynamo traces it. Dynamo knows that `functional_call` puts the parameters back."""
+    slots = slots_of(model)
+    tensors = _tensors_for(model, slots, params, fallback)
+    result = functional_call(model, tensors, args, kwargs, tie_weights=False)
+    for slot in slots:
+        if slot.now is not slot.tensor:
+            refuse_assignment(slot)
+    return result
 
-    Their gradients are reduced by autograd hooks on the module's parameters, and `call` uses neither.
+
+def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallback: Fallback) -> dict[str, Tensor]:
+    """Return the tensor for each slot of a parameter, and of a buffer that is in `params`.
+
+    Tied parameters have one tensor. `params` may have any of their names.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    given: dict[Tensor, tuple[str, Param]] = {}
+    tensors: dict[Tensor, Tensor] = {}
+    for name, param in params.items():
+        if name not in named:
+            continue
+        other, other_param = given.setdefault(named[name], (name, param))
+        if other_param is not param:
+            raise ValueError(
+                f"`params` has different weights for {other!r} and {name!r}, which are tied; pass only one"
+            )
+        tensors[named[name]] = _tensor_for(name, param, named[name].shape, fallback)
+    unexpected = [name for name in params if name not in named]
+    missing = [slot.name for slot in slots if not slot.is_buffer and slot.tensor not in tensors]
+    if unexpected or missing:
+        raise RuntimeError(
+            f"`params` does not fit {type(model).__name__}: "
+            + (f"Unexpected key(s): {', '.join(map(repr, unexpected))}. " if unexpected else "")
+            + (f"Missing key(s): {', '.join(map(repr, missing))}. " if missing else "")
+            + "Make `params` from this model"
+        )
+    return {slot.name: tensors[slot.tensor] for slot in slots if slot.tensor in tensors}
+
+
+def _tensor_for(name: str, param: Param, shape: torch.Size, fallback: Fallback) -> Tensor:
+    if isinstance(param, LowRank):
+        return weight_of(name, param, shape, fallback)
+    tensor = tensor_of(param)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"`params` has shape {tuple(tensor.shape)} for {name!r}, which does not fit the parameter's shape "
+            f"{tuple(shape)}; make `params` from this model"
+        )
+    return tensor
+
+
+# Dynamo cannot look at types of modules that it does not trace into (`allow_in_graph`).
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _problem_of(model: nn.Module) -> str | None:
+    """Return why parameters cannot be replaced in a model, or None.
+
+    The gradients of DDP, FSDP and `DataParallel` are reduced by autograd hooks on the module's parameters, and `call`
+    uses neither.
     """
     for name, module in model.named_modules():
+        where = f"submodule {name!r} of `model`" if name else "`model`"
+        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+            return f"{where} is a ScriptModule, whose parameters cannot be replaced; pass the module from before"
         for kind in type(module).__mro__:
             if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
-                where = f"submodule {name!r} of `model`" if name else "`model`"
-                raise ValueError(
+                return (
                     f"{where} is wrapped in {kind.__name__}, whose gradient hooks do not run here, so that replicas "
                     "would drift apart; pass the unwrapped module, reduce gradients with `all_reduce_mean` and shard "
                     "bases with `shard`"
                 )
+    return None
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")

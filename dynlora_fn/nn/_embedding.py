@@ -24,7 +24,8 @@ def embedding(
 ) -> Tensor:
     """Return ``base[input] + b[input] @ a / rank``.
 
-    The row `padding_idx` gets no gradient and contributes none to `a`. With `sparse` too, gradients are dense.
+    The row `padding_idx` gets no gradient, no tangent, and contributes none to `a`. With `sparse` too, gradients are
+    dense.
     """
     view = expect_weight("embedding", weight, input=input)
     part = single(view, "embedding")
@@ -33,10 +34,11 @@ def embedding(
     if part.factors.b.ndim != 2:
         refuse(view, "embedding", f"a weight of shape {view.shape}")
     low_rank_rows, base_rows = rows_of(part, input)
+    rows = base_rows + low_rank_rows
     if padding_idx is not None:
         is_padding = input == padding_idx % view.shape[0]
-        low_rank_rows = torch.where(is_padding[..., None], low_rank_rows.detach(), low_rank_rows)
-    return scaled(base_rows + low_rank_rows, view)
+        rows = torch.where(is_padding[..., None], rows.detach(), rows)
+    return scaled(rows, view)
 
 
 def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import Param, Params
+from dynlora_fn._core._types import FrozenTensor, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._call import call_with
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
@@ -21,11 +23,11 @@ class Cost(NamedTuple):
 
     name: str
     shape: tuple[int, ...]  # shape of the weight, (*stack, out, in)
-    rank: int | None  # None for a parameter that is trained full-rank
-    path: ContractionPath | None  # how it is contracted; None for a parameter that is trained full-rank
+    rank: int | None  # None for a full-rank parameter
+    path: ContractionPath | None  # how it is contracted; None for a full-rank parameter
     flops: int | None  # None for embeddings, norms, biases and the like, whose FLOPs depend on the model
     full_flops: int | None
-    base: int  # bytes of the base and the seed
+    base: int  # bytes of the base and the seed, or of a frozen parameter
     trainable: int
     gradient: int
     optimizer: int  # bytes of two moments in float32, and of the counts
@@ -108,6 +110,10 @@ def explain(
         One `Cost` for each parameter, one `DenseUse` for each weight and operation without a rule, and a table when
         printed.
 
+    Raises:
+        TypeError: If `tokens` is no integer, or a parameter neither a `LowRank` nor a tensor.
+        ValueError: If `tokens` is negative.
+
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
@@ -116,6 +122,8 @@ def explain(
         >>> cost.path, cost.flops / cost.full_flops
         ('merged', 0.8541666666666666)
     """
+    check_params("params", params)
+    tokens = check_integer("tokens", tokens, least=0)
     dense = [] if model is None else _dense_uses(model, params, args, kwargs or {})
     return Explanation(tokens, [_cost(name, param, tokens) for name, param in params.items()], dense)
 
@@ -128,11 +136,14 @@ def _dense_uses(model: nn.Module, params: Params, args: tuple[Any, ...], kwargs:
 
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        call_with(model, params, buffers, args, kwargs, record)
+        call_with(model, params, buffers, args, dict(kwargs), fallback=record)
     return list(uses)
 
 
 def _cost(name: str, param: Param, tokens: int) -> Cost:
+    if isinstance(param, FrozenTensor):
+        size = _bytes(param)
+        return Cost(name, tuple(param.shape), None, None, None, None, size, 0, 0, 0, size, 0)
     if isinstance(param, Tensor):
         size, optimizer = _bytes([param]), _MOMENT_BYTES * 2 * param.numel() + 4
         return Cost(name, tuple(param.shape), None, None, None, None, 0, size, size, optimizer, 2 * size + optimizer, 0)

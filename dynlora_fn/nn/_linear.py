@@ -2,11 +2,13 @@
 
 from dataclasses import astuple
 from math import prod
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn._core._check import check_choice, described
+from dynlora_fn._core._check_trees import check_param
 from dynlora_fn._core._dtypes import autocast_now
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._base import as_base
@@ -24,12 +26,13 @@ def linear(
 ) -> Float[Tensor, "*batch out"]:
     """Return ``x @ weight.T + bias`` for one low-rank weight.
 
-    No gradient reaches the base. All paths give the same values and gradients except for rounding, under compositions
-    of the transforms of `torch.func` too::
+    All paths give the same values and gradients except for rounding, under compositions of the transforms of
+    `torch.func` too. A plain tensor as the base gets its gradient where it is differentiated::
 
         weight = base + b @ a / rank    (arXiv:2406.06564, eq. 1 with alpha = 1)
 
-    Under `torch.vmap` the factored path is taken, and in forward mode tangents are computed as on the factored path.
+    The factored path is taken under `torch.vmap`, under nested forward mode, and if the base is differentiated. In
+    forward mode tangents are computed as on the factored path.
     When compiled, forward mode needs inputs that are not views of one tensor. Dynamo fails there on plain matrix
     products as well.
 
@@ -44,9 +47,10 @@ def linear(
         The output in the dtype of `x`, or in the dtype of autocast where it is enabled.
 
     Raises:
-        ValueError: If `path` is not one of the three.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If `path` is not one of the three, or shapes or devices do not fit.
         NotImplementedError: If the factors are sharded and the product is taken under `torch.vmap` or in forward mode,
-            except on the factored path.
+            except on the factored path. Also if a base in low precision or a sharded one is differentiated.
 
     Numerics: A merged weight is formed in the widest dtype of base and factors, float32 at least. It is rounded once,
     to the dtype of the product. It is formed again in the backward pass, for which only `x` and `param` are saved.
@@ -58,22 +62,42 @@ def linear(
         >>> linear(torch.ones(3, 6), param).shape
         torch.Size([3, 4])
     """
-    if path is not None and path not in get_args(ContractionPath):
-        raise ValueError(f"`path` is {path!r}; use one of {', '.join(get_args(ContractionPath))}")
+    check_choice("path", path, get_args(ContractionPath), or_none=True)
+    _check(x, param, bias)
     path = _cheapest(x, param) if path is None else path
     # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
     sharding = param.factor_sharding if path != "factored" else None
     base, factors = (param.base, param.factors) if sharding else with_pending(param)
     layout, tensors = as_base(base).flatten()
     layout = layout._replace(factor_sharding=astuple(sharding) if sharding else None)
-    codes = [tensor.detach() for tensor in tensors]
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if path == "factored":
-        return times_factored(x, factors.b, factors.a, bias, layout, *codes)
-    output: Tensor = times_merged(x, factors.b, factors.a, bias, path == "dense", layout, *codes)
+        return times_factored(x, factors.b, factors.a, bias, layout, *tensors)
+    output: Tensor = times_merged(x, factors.b, factors.a, bias, path == "dense", layout, *tensors)
     return output
+
+
+def _check(x: Any, param: Any, bias: Any) -> None:
+    """Raise if the three do not fit each other."""
+    if not isinstance(param, LowRank):
+        raise TypeError(f"`param` is {described(param)}; pass one LowRank")
+    check_param("param", "param", param)
+    *stack, out_features, in_features = param.shape
+    if stack:
+        raise ValueError(f"`param` is a stack of shape {tuple(param.shape)}; pass one of its members, from `unstack`")
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"`x` is {described(x)}; use a tensor of a floating dtype")
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, but the weight has {in_features} columns; use (*batch, in)")
+    if bias is not None and not (isinstance(bias, Tensor) and bias.is_floating_point()):
+        raise TypeError(f"`bias` is {described(bias)}; use None or a tensor of a floating dtype")
+    if bias is not None and tuple(bias.shape) not in ((out_features,), (1,)):
+        raise ValueError(f"`bias` has shape {tuple(bias.shape)}, but the weight has {out_features} rows; use (out,)")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != param.factors.b.device:
+            raise ValueError(f"`{name}` is on {tensor.device}, but the weight on {param.factors.b.device}; move it")
 
 
 def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._dtypes import widest, without_autocast
+from dynlora_fn._core._torch import forward_levels
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
-from dynlora_fn.bases._flatten import Layout, gather_codes
+from dynlora_fn.bases._flatten import Layout, gather_codes, refuse_differentiated
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.bases._ops import dequantize
 from dynlora_fn.bases._refusals import refuse
@@ -71,12 +73,25 @@ def _refuse_sharded(layout: Layout, transform: str) -> None:
         refuse(f"{transform}, sharded factors")
 
 
+def _needs_plain_operations(codes: Sequence[Tensor]) -> bool:
+    """Return whether the Functions below would lose a derivative without an error.
+
+    They have no gradients by the base. torch disables forward mode while it calls a `jvp`, so an outer level would see
+    constants in it.
+    """
+    return forward_levels() > 1 or is_attached(codes)
+
+
 # Dynamo rejects an autograd Function that defines `jvp`. `allow_in_graph` leaves it to AOTAutograd, which traces it
 # under any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def times_merged(
     x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
 ) -> Tensor:
+    if _needs_plain_operations(codes):
+        refuse_differentiated(layout, codes, "the base")
+        _refuse_sharded(layout, "forward mode")
+        return times_factored(x, b, a, bias, layout, *codes)
     return _Merged.apply(x, b, a, bias, is_dense, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -153,6 +168,8 @@ class _Merged(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
+    if _needs_plain_operations(codes):
+        return _TimesBase.forward(x, layout, *codes)
     return _TimesBase.apply(x, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -1,7 +1,7 @@
 """Blocks that save only their inputs for the backward pass and are recomputed in it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import compress, count
 from typing import Any
@@ -10,12 +10,16 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._check import check_module
 from dynlora_fn._core._dtypes import Autocast, autocast_now
-from dynlora_fn._core._torch import TorchDispatchMode, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from dynlora_fn._core._torch import forward_levels, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from dynlora_fn._core._tree import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
+from dynlora_fn.nn._block_refusals import RefuseRandom, refuse_attached_attributes
 from dynlora_fn.nn._call import call_with
+from dynlora_fn.nn._swap import slots_of, swapped
+from dynlora_fn.nn._turns import current_caller, taking_turns
 from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import fallback_of, params_of
 
@@ -29,6 +33,8 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     takes one more forward pass in time, and the memory of the activations of one block at a time (arXiv:1604.06174). It
     works under `torch.func.grad`, which refuses `torch.utils.checkpoint`, with `torch.autograd.grad`, and inside one
     compiled graph.
+
+    In forward mode, blocks are computed once and save their activations.
 
     When compiled, the recomputation of a block waits for all gradients of the block after it. Inductor keeps some freed
     memory for later tensors of the same size. ``compile_step(..., options={"allow_buffer_reuse": False})`` returns it
@@ -47,9 +53,11 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
         The new model.
 
     Raises:
+        TypeError: If `model` is no module, or `blocks` no list of names or globs.
         ValueError: If a pattern matches nothing.
         NotImplementedError: If a block draws random numbers at its first call in training or in evaluation, since they
-            would differ when it is computed again. Later calls are not checked.
+            would differ when it is computed again. Later calls are not checked. Also if an attribute of a block that is
+            not registered is differentiated, because the gradient would be lost.
 
     Example:
         >>> import torch
@@ -58,13 +66,17 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
         >>> torch.equal(remat(model, ["?"])(x), model(x))
         True
     """
+    check_module("model", model)
     modules = {name: module for name, module in model.named_modules() if name}
-    return _copy(model, "", set(match(modules, blocks, "blocks")))
+    return _copy(model, {modules[name] for name in match(modules, blocks, "blocks")}, {})
 
 
-def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
-    new = copy.copy(module)
-    if name in blocks:
+def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Return a copy. A module at two paths has one copy, also if only one of its names is a block's."""
+    if module in copies:
+        return copies[module]
+    new = copies[module] = copy.copy(module)
+    if module in blocks:
         # A subclass, so that the block still has its type and attributes.
         new.__class__ = type(type(module).__name__, (_Block, type(module)), {})
         # In `__dict__` and not as a submodule, whose parameters would be found twice.
@@ -72,8 +84,7 @@ def _copy(module: nn.Module, name: str, blocks: set[str]) -> nn.Module:
         new.__dict__.update(_block=module, _block_id=block_id)
         _BLOCKS[block_id] = module
         return new
-    prefix = f"{name}." if name else ""
-    children = {key: child and _copy(child, prefix + key, blocks) for key, child in module._modules.items()}
+    children = {key: child and _copy(child, blocks, copies) for key, child in module._modules.items()}
     new.__dict__["_modules"] = children
     return new
 
@@ -101,26 +112,25 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
         2
     """
 
+    check_module("model", model)
+
     def contexts() -> tuple[AbstractContextManager[None], ...]:
-        return nullcontext(), _with_parameters(model, dict(model.named_parameters(remove_duplicate=False)))
+        return nullcontext(), _recomputation(model)
 
     return contexts
 
 
-@contextmanager
-def _with_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    before = dict(model.named_parameters(remove_duplicate=False))
-    try:
-        _set_parameters(model, parameters)
-        yield
-    finally:
-        _set_parameters(model, before)
+def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which the model has the parameters that it has now."""
+    parameters = {slot.name: slot.tensor for slot in slots_of(model) if not slot.is_buffer}
+    caller = current_caller()
 
+    @contextmanager
+    def context() -> Iterator[None]:
+        with taking_turns(model, caller), swapped(slots_of(model), parameters):
+            yield
 
-def _set_parameters(model: nn.Module, parameters: Mapping[str, Any]) -> None:
-    for name, parameter in parameters.items():
-        prefix, _, leaf_name = name.rpartition(".")
-        model.get_submodule(prefix)._parameters[leaf_name] = parameter
+    return context()
 
 
 # A compiled graph contains integers, not modules.
@@ -152,8 +162,8 @@ def _recompute(
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     # `run` outlives this call, and must not keep the tensors that the Function saves.
     constants = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
-    block = _BLOCKS[block_id]
-    watch = nullcontext() if (block_id, training) in _WATCHED else _RefuseRandom(block)
+    block, caller = _BLOCKS[block_id], current_caller()
+    watch = nullcontext() if (block_id, training) in _WATCHED else RefuseRandom(block)
 
     def run(*tensors: Tensor) -> Any:
         remaining = iter(tensors)
@@ -161,35 +171,21 @@ def _recompute(
         params, *buffers_and_arguments = tree_unflatten(filled, structure)
         params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
-            return call_with(block, params, *buffers_and_arguments, fallback=fallback)
+            return call_with(block, params, *buffers_and_arguments, caller=caller, fallback=fallback)
 
-    argument_count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
-    output = _Recomputed.apply(run, argument_count, *compress(leaves, is_tensor))  # type: ignore[no-untyped-call]
+    def run_again(*tensors: Tensor) -> Any:
+        output = run(*tensors)
+        refuse_attached_attributes(block)
+        return output
+
+    tensors = compress(leaves, is_tensor)
+    if forward_levels():  # a Function has tangents of one level at most
+        output = run(*tensors)
+    else:
+        argument_count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
+        output = _Recomputed.apply(run_again, argument_count, *tensors)  # type: ignore[no-untyped-call]
     _WATCHED.add((block_id, training))
     return output
-
-
-class _RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuse random operations in a block. It is slow, so only the first call is checked, like a trace."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.block = block
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and not _has_no_dropout(func, args, kwargs or {}):
-            raise NotImplementedError(
-                f"`blocks` has a {type(self.block).__name__} that draws random numbers in `{func}`, which would differ "
-                "when it is computed again; set its dropout to 0 or exclude it"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether an attention drops nothing: its operators are tagged as random in any case."""
-    names = [argument.name for argument in func._schema.arguments]
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-    return "dropout_p" in names and not arguments.get("dropout_p", 0)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -109,8 +109,8 @@ def unbind_last(param: LowRank) -> tuple[LowRank, ...]:
 
 
 def dense_base(param: LowRank) -> Tensor:
-    """Return the base that products use as a detached tensor, dequantized if it is in low precision."""
-    return as_base(param.base).as_tensor(param.factors.b.dtype).detach()
+    """Return the base that products use as a dense tensor, dequantized if it is in low precision."""
+    return as_base(param.base).as_tensor(param.factors.b.dtype)
 
 
 def transposed(view: View) -> View:

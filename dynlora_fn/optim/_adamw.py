@@ -8,17 +8,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_choice, check_number
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Trainable, is_factors
+from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._freeze import FreezeState, freeze_counterparts, zero_counts
 from dynlora_fn.optim._roles import register_state
+from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import (
     Rate,
     Transform,
     Tree,
     Updates,
+    check_betas,
+    check_rates,
     rate_of,
     refuse_decay_of_factors,
     zero_moments,
@@ -78,12 +83,15 @@ def adamw(
         step.
 
     Raises:
+        TypeError: If a setting is no number, or a leaf no tensor of a floating dtype.
         ValueError: If `betas`, `eps`, `weight_decay`, `factor_decay` or `moments` is out of range. In `init` and
-            `update`, if `weight_decay` is not 0 and `trainable` has factors. In `update`, if `grads` does not have the
-            names and shapes of `trainable`.
+            `update`, if `weight_decay` is not 0 and `trainable` has factors. In `update`, if `grads` or the state does
+            not have the names and shapes of `trainable`, or `lr` is negative or not finite.
+        NotImplementedError: In `update`, if moments that are stored in 8 bits require a gradient or have a tangent.
 
     Numerics: Moments, bias corrections and updates are float32, or the parameter's dtype if that is wider. In bfloat16
     ``nu * 0.999`` would round to ``nu``. With 8-bit moments, an update reads the new moments before they are rounded.
+    An update can be differentiated by gradients and moments, but not if moments are stored in 8 bits.
 
     Example:
         >>> import torch
@@ -93,13 +101,11 @@ def adamw(
         >>> updates["w"]
         tensor([-0.5000,  0.5000])
     """
-    if moments not in ("float32", "8bit"):
-        raise ValueError(f"`moments` must be 'float32' or '8bit', got {moments!r}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"`betas` must be in [0, 1), got {betas}")
-    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("factor_decay", factor_decay)):
-        if not value >= 0:
-            raise ValueError(f"`{name}` must be at least 0, got {value}")
+    check_choice("moments", moments, ("float32", "8bit"))
+    betas = check_betas(betas)
+    eps = check_number("eps", eps, least=0)
+    weight_decay = check_number("weight_decay", weight_decay, least=0)
+    factor_decay = check_number("factor_decay", factor_decay, least=0)
 
     def init(trainable: Trainable) -> AdamWState:
         refuse_decay_of_factors(weight_decay, trainable)
@@ -115,6 +121,7 @@ def adamw(
         grads: Trainable, opt_state: AdamWState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         refuse_decay_of_factors(weight_decay, trainable)
+        check_state(opt_state, AdamWState, trainable, eight_bit=moments == "8bit")
         mu, nu = (decode_moments(tree) if moments == "8bit" else tree for tree in (opt_state.mu, opt_state.nu))
         mu = tree_map(lambda m, g: m * betas[0] + g.to(m.dtype) * (1 - betas[0]), mu, dict(grads))
         nu = tree_map(lambda v, g: v * betas[1] + g.to(v.dtype).square() * (1 - betas[1]), nu, dict(grads))
@@ -122,16 +129,17 @@ def adamw(
 
         def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
             c = c.clamp(min=1).to(m.dtype)  # under "reset_thawed" the count of a frozen vector is negative
-            denominator = v.sqrt() / _bias_correction(betas[1], c).sqrt() + eps
+            denominator = square_root(v) / _bias_correction(betas[1], c).sqrt() + eps
             direction = m / _bias_correction(betas[0], c) / denominator
-            return -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
+            update: Tensor = -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
+            return update
 
         updates = {
             name: map_leaf(partial(step, rate_of(lr, name)), mu[name], nu[name], count[name], leaf)
             for name, leaf in trainable.items()
         }
         if moments == "8bit":
-            mu, nu = encode_moments(mu, opt_state.mu), encode_moments(nu, opt_state.nu)
+            mu, nu = _encoded(mu, opt_state.mu), _encoded(nu, opt_state.nu)
         return Updates(updates, AdamWState(mu, nu, count))
 
     transform = freeze_counterparts(Transform(init, update))
@@ -139,25 +147,31 @@ def adamw(
 
 
 def _decay_factors(inner: Transform, factor_decay: float) -> Transform:
-    """Add the decay of each factor to the directions of `inner`, before both are multiplied by the learning rate."""
+    """Add the decay of each factor to the steps of `inner`, before both are multiplied by the learning rate."""
 
     def update(
         grads: Trainable, opt_state: FreezeState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
-        directions, opt_state = inner.update(grads, opt_state, trainable, lr=-1.0)  # -lr is 1, which changes no bit
+        check_rates("lr", lr, trainable)
+        steps, opt_state = inner.update(grads, opt_state, trainable, lr=1.0)  # which changes no bit but the sign
 
-        def step(rate: Rate, decay: float, direction: Tensor, param: Tensor) -> Tensor:
-            return -rate * (direction + decay * param.to(direction.dtype) if decay else direction)
+        def add_decay(rate: Rate, decay: float, step: Tensor, param: Tensor) -> Tensor:
+            return rate * (step - decay * param.to(step.dtype) if decay else step)
 
         updates = {
             name: map_leaf(
-                partial(step, rate_of(lr, name), factor_decay if is_factors(leaf) else 0.0), directions[name], leaf
+                partial(add_decay, rate_of(lr, name), factor_decay if is_factors(leaf) else 0.0), steps[name], leaf
             )
             for name, leaf in trainable.items()
         }
         return Updates(updates, opt_state)
 
     return Transform(inner.init, update)
+
+
+def _encoded(tree: Tree, like: Tree) -> Tree:
+    """Return moments by name with codes wherever `like` has them."""
+    return {name: encode_moments(leaf, like[name], name) for name, leaf in tree.items()}
 
 
 def _bias_correction(beta: float, count: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_rate
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.optim._transform import Rate, check_is_floating
@@ -48,9 +50,11 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
         The new average, with the structure, shapes and dtypes of `averaged`.
 
     Raises:
+        TypeError: If `decay` is no real number, or a parameter neither a `LowRank` nor a tensor.
         ValueError: If `decay` is out of range, names, shapes or ranks differ, a tensor of `params` has a low-rank
             weight in its place, or factors are sharded. Also if a tensor of `averaged` is not floating, such as a
             counter.
+        NotImplementedError: If `averaged` is quantized, and what it moves by requires a gradient or has a tangent.
 
     Numerics: Sums are computed in float32 or a wider dtype, and every tensor of the average is rounded once to its
     dtype. An average moves by ``1 - decay`` of a difference, which may be less than the precision of bfloat16 or of a
@@ -65,11 +69,9 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
         >>> torch.allclose(materialize(averaged)["w"], torch.full((6, 4), 0.25), atol=1e-6)
         True
     """
-    if isinstance(decay, Tensor):
-        if decay.ndim:
-            raise ValueError(f"`decay` has shape {tuple(decay.shape)}; use a number or a 0-d tensor")
-    elif not 0 <= decay <= 1:
-        raise ValueError(f"`decay` is {decay}; use a number from 0 to 1")
+    check_rate("decay", decay, most=1)
+    check_one_or_more("averaged", averaged, or_tensor=True)
+    check_one_or_more("params", params, or_tensor=True)
     if not isinstance(averaged, Mapping):
         if isinstance(params, Mapping):
             raise ValueError("`averaged` is one parameter, but `params` is a dict; pass two dicts or two parameters")
@@ -84,10 +86,15 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
 
 def _average(name: str, averaged: Param, param: Param, decay: Rate) -> Param:
     _check(name, averaged, param)
-    if isinstance(averaged, Tensor):
-        new = param if isinstance(param, Tensor) else _dense(param)
-        return _moved(averaged, new, decay)
-    assert isinstance(param, LowRank)
+    if isinstance(param, FrozenTensor):
+        return averaged
+    if isinstance(averaged, LowRank) and isinstance(param, LowRank):
+        return _average_factors(name, averaged, param, decay)
+    new = _dense(param) if isinstance(param, LowRank) else param
+    return _moved(averaged, new, decay)  # type: ignore[arg-type]
+
+
+def _average_factors(name: str, averaged: LowRank, param: LowRank, decay: Rate) -> LowRank:
     old, new_factors = averaged.factors, param.factors
     old_base, new_base = as_base(averaged.base), as_base(param.base)
     wide = widest(old.b.dtype, new_factors.b.dtype, old_base.sum_dtype, new_base.sum_dtype)
@@ -124,9 +131,17 @@ def _check(name: str, averaged: Param, param: Param) -> None:
             f"`averaged` has shape {tuple(averaged.shape)} for {name!r}, but `params` has {tuple(param.shape)};"
             " average what was copied from the parameters of the run"
         )
+    if isinstance(averaged, Tensor) and isinstance(param, Tensor) and averaged.device != param.device:
+        raise ValueError(f"`averaged` has {name!r} on {averaged.device}, but `params` on {param.device}; move one")
     for argument, value in (("averaged", averaged), ("params", param)):
         if isinstance(value, LowRank) and value.factor_sharding:
             raise ValueError(f"`{argument}` has sharded factors for {name!r}; call `unshard` first")
+    if isinstance(param, FrozenTensor):
+        return
+    if isinstance(averaged, FrozenTensor):
+        raise ValueError(
+            f"`averaged` is frozen for {name!r}, but `params` trains it; pass `materialize(averaged)`, or train both"
+        )
     if not isinstance(averaged, LowRank):
         check_is_floating("averaged", name, averaged)
         return

@@ -1,15 +1,17 @@
 """Clip gradients by their global norm."""
 
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn._core._check import check_by_name, check_number, check_rate, described
 from dynlora_fn._core._collectives import all_reduce
-from dynlora_fn._core._torch import tree_leaves, tree_map
+from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_leaves, tree_map
 from dynlora_fn._core._types import ShardedFactors, Trainable
+from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import Tree
 
 
@@ -34,10 +36,14 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
 
     Args:
         grads: The gradients of the trainable parameters by name.
-        max_norm: The largest norm that is left unchanged.
+        max_norm: The largest norm that is left unchanged, at least 0. Infinity only computes the norm.
 
     Returns:
         The clipped gradients, and their norm before clipping.
+
+    Raises:
+        TypeError: If a gradient is no tensor of a floating dtype, or `max_norm` is no number.
+        ValueError: If `max_norm` is negative or NaN.
 
     Numerics: The norm is computed in float32, or in a gradient's dtype if that is wider. Each gradient is multiplied
     in its dtype.
@@ -48,6 +54,7 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
         >>> clipped.norm, clipped.grads["w"]
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
+    _check_arguments(grads, max_norm)
     squares: list[Tensor] = []
     squares_by_group: dict[str, list[Tensor]] = defaultdict(list)
     for node in tree_leaves(dict(grads), is_leaf=lambda node: isinstance(node, ShardedFactors)):
@@ -56,9 +63,26 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
         else:
             squares.append(_squares(node))
     squares += [all_reduce(torch.stack(shards).sum(), group) for group, shards in squares_by_group.items()]
-    norm = torch.stack(squares).sum().sqrt()
+    norm = square_root(torch.stack(squares).sum()) if squares else torch.zeros(())
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return Clipped(tree_map(lambda grad: grad * scale.to(grad.dtype), dict(grads)), norm)
+
+
+def _check_arguments(grads: Any, max_norm: Any) -> None:
+    check_by_name("grads", grads, of="gradients")
+    if isinstance(max_norm, Tensor):
+        check_rate("max_norm", max_norm)
+    else:
+        check_number("max_norm", max_norm, least=0, finite=False)
+    if all(map(_is_gradient, tree_leaves(dict(grads)))):
+        return
+    for path, leaf in tree_flatten_with_path(dict(grads))[0]:
+        if not _is_gradient(leaf):
+            raise TypeError(f"`grads` has {described(leaf)} at {keystr(path)}; use tensors of a floating dtype")
+
+
+def _is_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _squares(grad: Tensor) -> Tensor:

@@ -2,18 +2,22 @@
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
+from dynlora_fn._core._check import check_by_name, check_choice, check_rate, described
+from dynlora_fn._core._check_trees import check_names, check_one_or_more, check_params
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._types import Factors, LowRank, Param, Params
+from dynlora_fn._core._tree import by_name
+from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
-from dynlora_fn.optim._transform import Rate, rate_of
+from dynlora_fn.optim._transform import Rate, check_rates, rate_of
 
 Normalize: TypeAlias = Literal["spectrum", "rows"]
 
@@ -34,7 +38,8 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
         parameters keep their gradient.
 
     Raises:
-        ValueError: If the factors of a weight are sharded.
+        TypeError: If a gradient is no tensor of a floating dtype.
+        ValueError: If names or shapes of `grads` and `params` differ, or the factors of a weight are sharded.
 
     Numerics: Products are computed in float32, or in a wider dtype of gradient or factors, and rounded once to the
     dtype of the factors.
@@ -45,10 +50,15 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
         >>> project_gradients({"w": torch.eye(2)}, {"w": param})["w"].a
         tensor([[1., 1.]])
     """
-    return {name: _project_gradient(name, grads[name], param) for name, param in params.items()}
+    check_params("params", params)
+    check_by_name("grads", grads, of="gradients")
+    trained = {name: param for name, param in params.items() if not isinstance(param, FrozenTensor)}
+    check_names("grads", [name for name in grads if name in trained or name not in params], "params", trained)
+    return {name: _project_gradient(name, grads[name], param) for name, param in trained.items()}
 
 
 def _project_gradient(name: str, grad: Tensor, param: Param) -> Factors | Tensor:
+    _check_gradient(name, grad, param)
     if not isinstance(param, LowRank):
         return grad
     b, a = _whole_factors(name, param)
@@ -72,7 +82,7 @@ def compensate(
 ) -> dict[str, Param]: ...
 def compensate(
     params: LowRank | Params,
-    grads: Tensor | Mapping[str, Tensor],
+    grads: Any,
     *,
     lr: Rate | Mapping[str, Rate],
     normalize: Normalize = "spectrum",
@@ -109,13 +119,18 @@ def compensate(
         The weight, or the parameters by name, with new bases.
 
     Raises:
-        ValueError: If `normalize` is unknown, a gradient does not have its weight's shape, or the factors of a weight
-            are sharded. If a quantized weight is not finite, also in a compiled step. The message names the weight.
+        TypeError: If a gradient is no tensor of a floating dtype, or `lr` is no number.
+        ValueError: If `normalize` is unknown, `lr` is negative or not finite, a gradient does not have its weight's
+            shape, or the factors of a weight are sharded. If a quantized weight is not finite, also in a compiled step.
+            The message names the weight.
+        NotImplementedError: If the change of a quantized weight requires a gradient or has a tangent.
 
     Numerics: Products are computed in float32 or a wider dtype of gradient or factors. The base is rounded once to its
     dtype. Much of a small change is lost in a plain bfloat16 base, while a quantized base keeps it in its residual (see
     `quantize`). Vectors that depend linearly on others, zeros included, add nothing to the span. Rows of `outside` that
     contain only rounding errors count as zeros. Singular values below a hundredth of the norm are raised less.
+    Where vectors depend linearly on others, derivatives are those at a constant rank. Those of rows that count as zeros
+    are zero.
 
     Example:
         >>> from torch import nn
@@ -128,25 +143,21 @@ def compensate(
         >>> bool(loss_fn(materialize(compensate(params, grads, lr=1e-3))) < loss)
         True
     """
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"`normalize` must be one of {', '.join(get_args(Normalize))}, got {normalize!r}")
-    if isinstance(params, LowRank):
-        assert isinstance(grads, Tensor)
+    check_choice("normalize", normalize, get_args(Normalize))
+    check_one_or_more("params", params)
+    if not isinstance(params, Mapping):
+        check_rate("lr", lr)
         return _compensate("param", params, grads, rate_of(lr, "param"), normalize)
-    assert isinstance(grads, Mapping)
-    new = dict(params)
-    for name, param in params.items():
-        if isinstance(param, LowRank) and name in grads:
-            new[name] = _compensate(name, param, grads[name], rate_of(lr, name), normalize)
-    return new
+    check_by_name("grads", grads, of="gradients")
+    by_name(grads, params, "grads")
+    weights = {name: param for name, param in params.items() if isinstance(param, LowRank) and name in grads}
+    check_rates("lr", lr, weights, known=params)
+    new = {name: _compensate(name, param, grads[name], rate_of(lr, name), normalize) for name, param in weights.items()}
+    return {**params, **new}
 
 
 def _compensate(name: str, param: LowRank, grad: Tensor, lr: Rate, normalize: Normalize) -> LowRank:
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"`grads` must have the weight's shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}; "
-            "pass the gradient of the dense weight"
-        )
+    _check_gradient(name, grad, param)
     factors = _whole_factors(name, param)
     with without_autocast(grad.device.type):
         outside = _outside_span(factors, grad)
@@ -158,19 +169,42 @@ def _compensate(name: str, param: LowRank, grad: Tensor, lr: Rate, normalize: No
     return param._replace(base=base)
 
 
+def _check_gradient(name: str, grad: Any, param: Param) -> None:
+    if not isinstance(grad, Tensor) or not grad.is_floating_point():
+        raise TypeError(f"`grads` has {described(grad)} for {name!r}; use a tensor of a floating dtype")
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"`grads` must have the weight's shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}; "
+            "pass the gradient of the dense weight"
+        )
+
+
 def _outside_span(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
     """Return ``(1 - P_b) grad (1 - P_a)``.
 
     Rows that contain only rounding errors become zero.
     """
     wide = widest(grad.dtype, factors.b.dtype, factors.a.dtype)
-    grad, columns, rows = grad.to(wide), _orthonormal(factors.b.to(wide)), _orthonormal(factors.a.to(wide).mT)
+    grad, columns, rows = grad.to(wide), _projection(factors.b.to(wide)), _projection(factors.a.to(wide).mT)
     outside = grad
     for _ in range(2):  # the second pass removes the rounding errors of the first, which may exceed what is left
-        outside = outside - columns @ (columns.mT @ outside)
-        outside = outside - (outside @ rows) @ rows.mT
+        outside = outside - columns.left @ (columns.right @ outside)
+        outside = outside - (outside @ rows.right.mT) @ rows.left.mT
     threshold = norm(grad, dim=(-2, -1)) * (max(grad.shape[-2:]) * torch.finfo(wide).eps)
     return torch.where(norm(outside, dim=-1) <= threshold, 0, outside)
+
+
+class _Projection(NamedTuple):
+    left: Float[Tensor, "*stack n rank"]
+    right: Float[Tensor, "*stack rank n"]
+
+
+def _projection(columns: Float[Tensor, "*stack n rank"]) -> _Projection:
+    """Return factors of the projection on the span of columns."""
+    if is_attached(columns):  # the derivative of a QR decomposition is infinite where columns depend on others
+        return _Projection(columns, torch.linalg.pinv(columns))
+    orthonormal = _orthonormal(columns)
+    return _Projection(orthonormal, orthonormal.mT)
 
 
 def _orthonormal(columns: Float[Tensor, "*stack n rank"]) -> Float[Tensor, "*stack n rank"]:
@@ -178,6 +212,9 @@ def _orthonormal(columns: Float[Tensor, "*stack n rank"]) -> Float[Tensor, "*sta
 
     Columns that depend linearly on earlier ones become zero.
     """
+    # Zeros go last. A decomposition would give them directions, and take these out of all later columns.
+    is_zero = (columns == 0).all(-2, keepdim=True)  # (*stack, 1, rank)
+    columns = columns.gather(-1, is_zero.to(torch.uint8).argsort(stable=True).expand(columns.shape))
     orthonormal, triangle = torch.linalg.qr(columns)
     sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()  # (*stack, rank)
     threshold = sizes.amax(-1, keepdim=True) * (max(columns.shape[-2:]) * torch.finfo(columns.dtype).eps)

@@ -6,9 +6,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_rate
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import by_name
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.optim._transform import Rate, check_is_floating
 
@@ -35,14 +37,17 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
     Args:
         params: One parameter, or a dict of parameters by name. Full-rank tensors decay too.
         rate: The rate, from 0 to 1: a number, a 0-d tensor, or a dict of either by name. Parameters that are not in the
-            dict are returned unchanged. With a tensor, a new rate does not recompile a compiled step.
+            dict, and each `FrozenTensor`, are returned unchanged. With a tensor, a new rate does not recompile a
+            compiled step.
 
     Returns:
         The parameter, or the parameters by name, with their structure, shapes and dtypes.
 
     Raises:
+        TypeError: If `rate` is no real number, or a parameter neither a `LowRank` nor a tensor.
         ValueError: If a number is not from 0 to 1, a tensor is not 0-d, or the dict has a name that is not in `params`.
             Also if a tensor is not floating, such as a counter, which would be rounded.
+        NotImplementedError: If a quantized base or its rate requires a gradient or has a tangent.
 
     Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9`` a tensor in
     bfloat16 keeps its values, and a bfloat16 residual until the next fold. A quantized base multiplies its scales, so
@@ -59,6 +64,7 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
         >>> torch.allclose(materialize(params)["w"], dense)
         True
     """
+    check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):
         rates: dict[str, Rate] = by_name(rate, params, "rate")
         return {name: _decay(name, param, rates[name]) if name in rates else param for name, param in params.items()}
@@ -68,6 +74,8 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
 
 
 def _decay(name: str, param: Param, rate: Rate) -> Param:
+    if isinstance(param, FrozenTensor):
+        return param
     if isinstance(param, Tensor):
         check_is_floating("params", name, param)
         return _scaled(param, _remainder(name, rate, param.device, widest(param.dtype)))
@@ -79,12 +87,9 @@ def _decay(name: str, param: Param, rate: Rate) -> Param:
 
 def _remainder(name: str, rate: Rate, device: torch.device, dtype: torch.dtype) -> Rate:
     """Return ``1 - rate``, on the device and in `dtype` if it is a tensor."""
+    check_rate("rate", rate, most=1, of=name)
     if not isinstance(rate, Tensor):
-        if not 0 <= rate <= 1:
-            raise ValueError(f"`rate` is {rate} for {name!r}; use a number from 0 to 1, such as `lr * weight_decay`")
         return 1 - rate
-    if rate.ndim:
-        raise ValueError(f"`rate` has shape {tuple(rate.shape)} for {name!r}; use a number or a 0-d tensor")
     return 1 - rate.to(device, dtype)
 
 

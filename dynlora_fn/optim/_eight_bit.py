@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import ShardedFactors
 from dynlora_fn.bases import _torchao
@@ -81,12 +82,21 @@ def decode_moments(tree: Any) -> Any:
     return tree_map(decode, tree, is_leaf=is_eight_bit)
 
 
-def encode_moments(tree: Any, like: Any) -> Any:
-    """Return the tree with codes wherever `like` has them."""
+def encode_moments(tree: Any, like: Any, name: str) -> Any:
+    """Return a moment of the parameter `name` with codes wherever `like` has them.
+
+    Raises:
+        NotImplementedError: If what becomes codes requires a gradient or has a tangent.
+    """
 
     def encode(old: Any, leaf: Tensor) -> Any:
         if not isinstance(old, _Moment):
             return leaf
+        if is_attached(leaf):
+            raise NotImplementedError(
+                f"a moment of {name!r} in 8 bits requires a gradient or has a tangent, which does not pass through"
+                " rounding; use adamw(moments='float32'), or detach the gradients of the update"
+            )
         return type(old)(*encode_8bit(leaf.contiguous(), _table(old), _BLOCK))
 
     return tree_map(encode, like, tree, is_leaf=is_eight_bit)

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Factors, Trainable, is_factors
+from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._roles import register_state
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_gradients
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_transform, check_update
 
 
 class FreezeState(NamedTuple):
@@ -39,7 +41,9 @@ def freeze_counterparts(inner: Transform) -> Transform:
         The optimizer, with a `FreezeState`.
 
     Raises:
-        ValueError: In `update`, if the names or shapes of `grads` are not those of `trainable`.
+        TypeError: If `inner` is no `Transform`. In `init` and `update`, if a leaf is no tensor of a floating dtype.
+        ValueError: In `update`, if the names or shapes of `grads` or of the state are not those of `trainable`, or `lr`
+            is negative or not finite.
 
     Example: Gradients without any other optimizer.
         >>> import torch
@@ -59,13 +63,17 @@ def freeze_counterparts(inner: Transform) -> Transform:
         tensor([[1., 1.]])
     """
 
+    check_transform("inner", inner)
+
     def init(trainable: Trainable) -> FreezeState:
+        check_trainable("trainable", trainable)
         return FreezeState(inner.init(trainable), _no_vectors_frozen(trainable))
 
     def update(
         grads: Trainable, opt_state: FreezeState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
-        check_gradients(grads, trainable)
+        check_update(grads, trainable, lr)
+        check_state(opt_state, FreezeState, trainable)
         frozen_for = opt_state.frozen_for
         updates, inner_state = inner.update(zero_frozen(grads, frozen_for), opt_state.inner, trainable, lr=lr)
         return Updates(zero_frozen(updates, frozen_for), FreezeState(inner_state, _count_down(frozen_for)))

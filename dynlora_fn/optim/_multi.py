@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dynlora_fn._core._check import check_by_name, check_callable, described
+from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._types import AnyFactors, Trainable
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_gradients
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_transform, check_update
 
 
 def multi_transform(
@@ -25,8 +27,9 @@ def multi_transform(
         The optimizer. Its state is a dict of the transforms' states by key.
 
     Raises:
+        TypeError: If one of `transforms` is no `Transform`, or `choose` is no function.
         ValueError: In `init` and `update`, if `choose` returns a key that `transforms` does not have. In `update`, if
-            `grads` does not have the names and shapes of `trainable`.
+            `grads` does not have the names and shapes of `trainable`, or `opt_state` not the keys of `transforms`.
 
     Example: Muon for the factors, AdamW for all other parameters.
         >>> import torch
@@ -42,6 +45,11 @@ def multi_transform(
         [['w'], ['bias']]
     """
 
+    check_by_name("transforms", transforms, of="optimizers by key")
+    for key, transform in transforms.items():
+        check_transform(f"transforms[{key!r}]", transform)
+    check_callable("choose", choose)
+
     def split(trainable: Trainable) -> dict[str, dict[str, AnyFactors | Tensor]]:
         groups: dict[str, dict[str, AnyFactors | Tensor]] = {key: {} for key in transforms}
         for name, leaf in trainable.items():
@@ -52,18 +60,29 @@ def multi_transform(
         return groups
 
     def init(trainable: Trainable) -> dict[str, Any]:
+        check_trainable("trainable", trainable)
         return {key: transforms[key].init(group) for key, group in split(trainable).items()}
 
     def update(
         grads: Trainable, opt_state: Mapping[str, Any], trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
-        check_gradients(grads, trainable)
+        check_update(grads, trainable, lr)
+        _check_groups(opt_state, transforms)
         updates: Tree = {}
         new: dict[str, Any] = {}
         for key, group in split(trainable).items():
             group_grads = {name: grads[name] for name in group}
-            group_updates, new[key] = transforms[key].update(group_grads, opt_state[key], group, lr=lr)
+            group_lr = {name: lr[name] for name in group} if isinstance(lr, Mapping) else lr
+            group_updates, new[key] = transforms[key].update(group_grads, opt_state[key], group, lr=group_lr)
             updates |= group_updates
         return Updates({name: updates[name] for name in trainable}, new)
 
     return Transform(init, update)
+
+
+def _check_groups(opt_state: Any, transforms: Mapping[str, Transform]) -> None:
+    if not isinstance(opt_state, Mapping) or set(opt_state) != set(transforms):
+        raise ValueError(
+            f"`opt_state` is {described(opt_state)}, but must have the keys {list(transforms)} of `transforms`; "
+            "pass the state that `init` returned"
+        )

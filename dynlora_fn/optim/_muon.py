@@ -8,12 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn._core._check import check_number
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, is_factors
+from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._newton_schulz import orthogonalize, orthogonalize_shards
-from dynlora_fn.optim._sgd_lion import MomentumState, check_decay, init_momentum
+from dynlora_fn.optim._roots import square_root
+from dynlora_fn.optim._sgd_lion import MomentumState, init_momentum
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, refuse_decay_of_factors
 
 _DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent vectors do not move further
@@ -76,12 +79,14 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
         >>> updates["w"].b.shape
         torch.Size([4, 2])
     """
-    check_decay("momentum", momentum)
+    momentum = check_number("momentum", momentum, least=0, below=1)
+    weight_decay = check_number("weight_decay", weight_decay, least=0)
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         refuse_decay_of_factors(weight_decay, trainable)
+        check_state(opt_state, MomentumState, trainable)
         mu: Tree = tree_map(lambda m, g: momentum * m + g.to(m.dtype), opt_state.mu, dict(grads))
         directions: Tree = tree_map(lambda m, g: g.to(m.dtype) + momentum * m, mu, dict(grads))
         updates: Tree = {}
@@ -134,7 +139,7 @@ def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate) 
     scale = a.shape[-2] * sqrt(max(shape))
     step_b, step_a = scale * step_b @ whitening_a, scale * whitening_b.mT @ step_a
     squares = [side.square().sum((-2, -1), keepdim=True) for side in (b, a, step_b, step_a)]
-    norm_b, norm_a, norm_step_b, norm_step_a = sum_over_processes(torch.stack(squares)).sqrt()
+    norm_b, norm_a, norm_step_b, norm_step_a = square_root(sum_over_processes(torch.stack(squares)))
     max_norm = _MAX_RELATIVE_STEP * (norm_b + norm_a) / rate
     return directions._replace(
         b=_limit_norm(step_b, norm_step_b, max_norm), a=_limit_norm(step_a, norm_step_a, max_norm)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn.optim._roots import divide, square_root
+
 # Five steps of x -> x (a + b x^2 + c x^4) bring every singular value from 1e-2 to 1 between 0.68 and 1.14: the
 # coefficients of Muon (Jordan et al., 2024), chosen for their slope at zero.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -47,9 +49,11 @@ def orthogonalize_shards(
 
 def divide_by_norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
     """Divide by the norm along `dim`. Zeros stay zeros."""
-    return matrix / norm(matrix, dim).clamp(min=torch.finfo(matrix.dtype).tiny)
+    quotient: Tensor = divide(matrix, norm(matrix, dim))
+    return quotient
 
 
 def norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
     """Return the norm along `dim`, which stays an axis of size 1."""
-    return matrix.square().sum(dim, keepdim=True).sqrt()
+    root: Tensor = square_root(matrix.square().sum(dim, keepdim=True))
+    return root

@@ -5,6 +5,9 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor
 
+from dynlora_fn._core._check import described
+from dynlora_fn._core._check_plan import check_fits
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import AnyFactors, LowRank, Params, Plans, ShardedFactors, Trainable, is_factors
 from dynlora_fn.optim._containers import Path, render
@@ -20,6 +23,16 @@ class Change(NamedTuple):
 
     before: Params
     after: Params
+
+
+def check_change(change: Any) -> None:
+    """Raise TypeError if a value is neither None nor a `Change` of two dicts of parameters."""
+    if change is None:
+        return
+    if not isinstance(change, tuple) or len(change) != 2:
+        raise TypeError(f"`change` is {described(change)}; pass a Change with the parameters before and after")
+    for field, params in zip(Change._fields, change, strict=True):
+        check_params(f"change.{field}", params)
 
 
 class Context(NamedTuple):
@@ -55,6 +68,9 @@ def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context
     if name not in context.plan:
         return leaf
     plan, rule = context.plan[name], context.rule
+    if name not in context.projected:
+        shape = moment_shape(leaf.b)
+        check_fits("plan", name, plan, shape[:-2], shape[-1])
     if rule in ("reset", "reset_thawed"):
         leaf = reset(leaf, role, plan, is_count_delayed=rule == "reset_thawed")
     elif rule == "prune" and _has_entries(leaf, role):
@@ -101,8 +117,7 @@ def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
         raise ValueError(
             f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use adamw(moments='float32')"
         )
-    assert context.change is not None
-    before, after = (params.get(name) for params in context.change)
+    before, after = (params.get(name) for params in context.change or ({}, {}))
     if not (isinstance(before, LowRank) and isinstance(after, LowRank)):
         raise ValueError(
             f"`change` must have the low-rank weight {name!r} before and after the switch, got "

@@ -2,8 +2,11 @@
 
 from typing import TypeVar, get_args
 
-from dynlora_fn._core._types import Plan, Plans, Trainable
-from dynlora_fn.optim._project_factors import Change, Context, Rule
+from dynlora_fn._core._check import check_choice, check_number
+from dynlora_fn._core._check_plan import check_plans
+from dynlora_fn._core._check_trees import check_trainable
+from dynlora_fn._core._types import Plans, Trainable
+from dynlora_fn.optim._project_factors import Change, Context, Rule, check_change
 from dynlora_fn.optim._roles import Roles, check_roles
 from dynlora_fn.optim._search_state import project_state
 
@@ -68,6 +71,7 @@ def project_optimizer_state(
         The new state, with the structure, shapes and dtypes of the old one.
 
     Raises:
+        TypeError: If a part of a plan or of `trainable` has a wrong type or dtype.
         ValueError: If `plan` is not by name, `rule` or a role is unknown, or `prune` is not in [0, 1]. If `change` is
             missing for "transport" or passed with another rule. If a place in the state has factors, a matrix or an
             unknown object without a role, or factors whose shapes do not fit their role. If the state has no factors
@@ -91,15 +95,15 @@ def project_optimizer_state(
                 [1., 0.],
                 [1., 0.]])
     """
-    if isinstance(plan, Plan):
-        raise ValueError("`plan` must be by parameter name, got a single Plan; pass a dict of plans")
-    if rule not in get_args(Rule):
-        raise ValueError(f"`rule` must be one of {', '.join(get_args(Rule))}, got {rule!r}")
-    if not 0 <= prune <= 1:
-        raise ValueError(f"`prune` must be in [0, 1], got {prune}")
+    check_plans("plan", plan)
+    check_choice("rule", rule, get_args(Rule))
+    prune = check_number("prune", prune, least=0, most=1)
     if (rule == "transport") != (change is not None):
         raise ValueError(f"`change` must be passed with rule 'transport' and with no other, got rule {rule!r}")
-    check_roles(roles or {}, "`roles`")
+    check_change(change)
+    if trainable is not None:
+        check_trainable("trainable", trainable)
+    check_roles({} if roles is None else roles, "`roles`")
     context = Context(plan, rule, prune, change, trainable, roles or {}, set(), {}, {})
     if rule == "prune":
         project_state(opt_state, context, ())  # collects the first moments, which decide what second moments lose

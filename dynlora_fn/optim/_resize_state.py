@@ -9,7 +9,7 @@ from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import AnyFactors, LowRank, Trainable, is_factors
 from dynlora_fn.optim._containers import Path, render
 from dynlora_fn.optim._eight_bit import decode_moments, empty_moments, encode_moments, is_eight_bit, moment_shape
-from dynlora_fn.optim._roles import Role, Roles, check_roles
+from dynlora_fn.optim._roles import Role, Roles
 from dynlora_fn.optim._search_state import project_state
 
 State = TypeVar("State")
@@ -32,7 +32,6 @@ def resize_state(
     Raises:
         ValueError: If the state has no factors of a resized weight, or factors whose role or shapes do not fit.
     """
-    check_roles(roles or {}, "`roles`")
     ranks = {name: (_rank(before[name]), _rank(param)) for name, param in after.items()}
     changes = {name: Ranks(*pair) for name, pair in ranks.items() if pair[0] != pair[1]}
     resizing = _Resizing(changes, roles or {}, set())
@@ -67,7 +66,7 @@ class _Resizing(NamedTuple):
             )
         self.visited.add(name)
         scale = (ranks.old / ranks.new) ** _EXPONENTS.get(role, 0)
-        return leaf._replace(b=_resized(leaf.b, -1, ranks, scale), a=_resized(leaf.a, -2, ranks, scale))
+        return leaf._replace(b=_resized(leaf.b, -1, ranks, scale, name), a=_resized(leaf.a, -2, ranks, scale, name))
 
     def keep(self, node: Any, path: Path) -> Any:
         if any(is_factors(leaf) for leaf in tree_leaves(node, is_leaf=is_factors)):
@@ -88,11 +87,11 @@ def _rank(param: LowRank) -> int:
     return param.factors.b.shape[-1]
 
 
-def _resized(side: Any, axis: int, ranks: Ranks, scale: float) -> Any:
+def _resized(side: Any, axis: int, ranks: Ranks, scale: float, name: str) -> Any:
     """Return one side with the entries of the vectors that stay, times `scale`, and zeros for new ones."""
     staying = decode_moments(side).narrow(axis, 0, min(ranks))
     staying = staying * scale if scale != 1 else staying
     shape = list(staying.shape)
     shape[axis] = max(ranks.new - ranks.old, 0)
     resized = torch.cat([staying, staying.new_zeros(shape)], axis)
-    return encode_moments(resized, empty_moments(resized, type(side))) if is_eight_bit(side) else resized
+    return encode_moments(resized, empty_moments(resized, type(side)), name) if is_eight_bit(side) else resized

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from dynlora_fn._core._check import described
+
 Role: TypeAlias = Literal["first_moment", "second_moment", "count", "frozen_for", "unchanged"]
 Roles: TypeAlias = Mapping[str, Role]
 
@@ -35,6 +37,7 @@ def register_state(kind: type, roles: Roles) -> None:
         roles: The role of each field that mirrors the parameters, by the name of the field.
 
     Raises:
+        TypeError: If `kind` is no type, or `roles` no dict.
         ValueError: If a role is unknown, `kind` has no such field, or it is registered with other roles.
 
     Example:
@@ -43,6 +46,8 @@ def register_state(kind: type, roles: Roles) -> None:
         ...     velocity: dict[str, Any]
         >>> register_state(Momentum, {"velocity": "first_moment"})
     """
+    if not isinstance(kind, type):
+        raise TypeError(f"`kind` is {described(kind)}; pass a type of states, a NamedTuple or a dataclass")
     check_roles(roles, f"`roles` of {kind.__name__}")
     known = set(_fields(kind))
     if unknown := sorted(set(roles) - known):
@@ -64,10 +69,12 @@ def declared_roles(node: Any) -> Roles:
     return roles
 
 
-def check_roles(roles: Mapping[str, Any], argument: str) -> None:
+def check_roles(roles: Any, argument: str) -> None:
     """Raise if a value of `roles` is no role."""
+    if not isinstance(roles, Mapping):
+        raise TypeError(f"{argument} is {described(roles)}; pass a dict of roles by field")
     for field, role in roles.items():
-        if role not in get_args(Role):
+        if not isinstance(role, str) or role not in get_args(Role):
             raise ValueError(f"{argument} must be some of {', '.join(get_args(Role))}, got {role!r} for {field!r}")
 
 

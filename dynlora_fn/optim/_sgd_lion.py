@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dynlora_fn._core._check import check_number
 from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Trainable
+from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._transform import (
@@ -16,6 +18,7 @@ from dynlora_fn.optim._transform import (
     Transform,
     Tree,
     Updates,
+    check_betas,
     rate_of,
     refuse_decay_of_factors,
     zero_moments,
@@ -67,7 +70,8 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
         >>> updates["w"]
         tensor([-1.0000,  0.5000])
     """
-    check_decay("momentum", momentum)
+    momentum = check_number("momentum", momentum, least=0, below=1)
+    weight_decay = check_number("weight_decay", weight_decay, least=0)
 
     def moment_step(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
         mu = momentum * mu + (grad + weight_decay * param)
@@ -109,20 +113,14 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
         >>> updates["w"]
         tensor([-0.5000,  0.5000])
     """
-    for beta in betas:
-        check_decay("betas", beta)
+    betas = check_betas(betas)
+    weight_decay = check_number("weight_decay", weight_decay, least=0)
 
     def moment_step(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
         sign = (betas[0] * mu + (1 - betas[0]) * grad).sign()
         return betas[1] * mu + (1 - betas[1]) * grad, sign + weight_decay * param
 
     return _one_moment_transform(moment_step, weight_decay)
-
-
-def check_decay(name: str, value: float) -> None:
-    """Raise if the argument called `name` is no decay rate."""
-    if not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value}")
 
 
 def init_momentum(trainable: Trainable, *, weight_decay: float) -> MomentumState:
@@ -143,6 +141,7 @@ def _one_moment_transform(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         refuse_decay_of_factors(weight_decay, trainable)
+        check_state(opt_state, MomentumState, trainable)
 
         def step(rate: Rate, mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
             mu, direction = moment_step(mu, grad.to(mu.dtype), param.to(mu.dtype))

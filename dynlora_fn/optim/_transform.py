@@ -1,12 +1,14 @@
 """The type of an optimizer, and the functions that all optimizers share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._torch import tree_leaves, tree_map
+from dynlora_fn._core._check import check_by_name, check_number, check_rate, described
+from dynlora_fn._core._check_trees import check_mirrors, check_trainable
+from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Trainable, is_factors
 
 Tree = dict[str, Any]
@@ -48,29 +50,52 @@ def rate_of(lr: Rate | Mapping[str, Rate], name: str) -> Rate:
     return lr[name] if isinstance(lr, Mapping) else lr
 
 
-def check_gradients(grads: Trainable, trainable: Trainable) -> None:
-    """Raise if gradients do not have the names, types and shapes of the parameters.
+def check_transform(argument: str, value: Any) -> None:
+    """Raise TypeError if a value is no pair of functions `init` and `update`."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise TypeError(f"`{argument}` is {described(value)}; pass a Transform, such as adamw()")
 
-    A gradient of another shape would be broadcast.
+
+def check_update(grads: Any, trainable: Any, lr: Any) -> None:
+    """Raise if the arguments of an update do not fit each other.
+
+    Raises:
+        TypeError: If a leaf is no tensor, or of integers, or `lr` is no real number.
+        ValueError: If gradients do not have the names, types and shapes of the parameters. If `lr` is negative or not
+            finite, or a dict with other names.
     """
-    if set(grads) != set(trainable):
-        differing = sorted(set(grads) ^ set(trainable))
-        raise ValueError(
-            f"`grads` must have the names of `trainable`, but only one of them has {differing}; "
-            "pass the gradients of the same parameters"
-        )
-    for name, leaf in trainable.items():
-        if is_factors(leaf) and type(grads[name]) is not type(leaf):
-            raise ValueError(
-                f"`grads` has a {type(grads[name]).__name__} for {name!r}, which is a {type(leaf).__name__} in"
-                " `trainable`; take the gradient by the same parameters"
-            )
-        got, wanted = ([tuple(tensor.shape) for tensor in tree_leaves(tree)] for tree in (grads[name], leaf))
-        if got != wanted:
-            raise ValueError(
-                f"`grads` has {name!r} of shape {', '.join(map(str, got))} for a parameter of shape "
-                f"{', '.join(map(str, wanted))}; pass the gradient of that parameter"
-            )
+    check_trainable("trainable", trainable)
+    check_mirrors("grads", grads, "trainable", trainable)
+    check_rates("lr", lr, trainable)
+
+
+def check_rates(argument: str, rate: Any, names: Collection[str], *, known: Collection[str] | None = None) -> None:
+    """Raise if a value is no rate, and no dict of rates by name.
+
+    Args:
+        argument: The name of the argument.
+        rate: The value.
+        names: The names that need a rate.
+        known: The names that may have one. Default None means `names`.
+    """
+    if not isinstance(rate, Mapping):
+        check_rate(argument, rate)
+        return
+    check_by_name(argument, rate, of="rates")
+    if missing := [name for name in names if name not in rate]:
+        raise ValueError(f"`{argument}` has no rate for {missing}; add one for each parameter")
+    if unknown := [name for name in rate if name not in (names if known is None else known)]:
+        raise ValueError(f"`{argument}` has a rate for {unknown}, which are no parameters here; remove them")
+    for name, value in rate.items():
+        check_rate(argument, value, of=name)
+
+
+def check_betas(betas: Any) -> tuple[float, float]:
+    """Return a pair of decay rates in [0, 1) as Python numbers."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"`betas` is {described(betas)}; use a pair of numbers in [0, 1)")
+    first, second = (check_number("betas", beta, least=0, below=1) for beta in betas)
+    return first, second
 
 
 def check_is_floating(argument: str, name: str, tensor: Tensor) -> None:
@@ -108,6 +133,7 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
         The new trainable parameters by name.
 
     Raises:
+        TypeError: If a leaf is no tensor of a floating dtype.
         ValueError: If an update has another shape or node type than its parameter, or names differ.
 
     Numerics: The sum is computed in the wider dtype and rounded once to the parameter's dtype.
@@ -117,14 +143,11 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
         {'w': tensor([1.5000, 0.5000])}
     """
+    check_trainable("trainable", trainable)
+    check_mirrors("updates", updates, "trainable", trainable)
     new: Tree = tree_map(_updated, dict(trainable), dict(updates))
     return new
 
 
 def _updated(param: Tensor, update: Tensor) -> Tensor:
-    if update.shape != param.shape:  # it would be broadcast
-        raise ValueError(
-            f"`updates` has a tensor of shape {tuple(update.shape)} for a parameter of shape {tuple(param.shape)}; pass"
-            " the updates of the same parameters"
-        )
     return (param + update).to(param.dtype)

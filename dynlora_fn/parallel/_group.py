@@ -5,6 +5,7 @@ from typing import TypeAlias
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from dynlora_fn._core._check import check_number, described
 from dynlora_fn._core._torch import resolve_process_group
 from dynlora_fn._core._types import Sharding
 
@@ -21,10 +22,13 @@ def process_group(group: Group) -> torch.distributed.ProcessGroup:
     """Return the process group of a mesh of one dimension, or the group itself.
 
     Raises:
+        TypeError: If it is neither.
         ValueError: If the mesh has more than one dimension.
     """
-    if not isinstance(group, DeviceMesh):
+    if isinstance(group, torch.distributed.ProcessGroup):
         return group
+    if not isinstance(group, DeviceMesh):
+        raise TypeError(f"`group` is {described(group)}; pass a process group, or a mesh of one dimension")
     if group.ndim != 1:
         raise ValueError(
             f"`group` is a mesh of {group.ndim} dimensions; pass a mesh of one dimension, such as mesh['data']"
@@ -42,8 +46,7 @@ def check_weight(weight: float) -> float:
     """Return the weight of a process in a mean.
 
     Raises:
+        TypeError: If it is no number.
         ValueError: If it is not in [0, 1].
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"`weight` {weight} is not in [0, 1]; the weights of all processes must sum to 1")
-    return weight
+    return check_number("weight", weight, least=0, most=1)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_rate
 from dynlora_fn._core._collectives import weighted
 from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
 from dynlora_fn._core._types import ShardedFactors, Sharding
@@ -72,8 +73,7 @@ def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = 
 def _checked(weight: float | Tensor) -> float | Tensor:
     if not isinstance(weight, Tensor):
         return check_weight(weight)
-    if weight.ndim:
-        raise ValueError(f"`weight` is a tensor of shape {tuple(weight.shape)}; pass a number or a 0-d tensor")
+    check_rate("weight", weight)
     return weight
 
 

@@ -5,13 +5,14 @@ from typing import overload
 
 from torch import Tensor
 
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._tree import map_low_rank
 from dynlora_fn._core._types import LowRank, Param, Params, ShardedFactors, Sharding
 from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.bases._sharded import Sharded
 from dynlora_fn.bases._sharded_factors import gather_factors
-from dynlora_fn.parallel._group import Group, check_weight, sharding_of
+from dynlora_fn.parallel._group import Group, check_weight, process_group, sharding_of
 
 
 @overload
@@ -55,6 +56,8 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
         torch.Size([6, 4])
         >>> dist.destroy_process_group()
     """
+    check_one_or_more("params", params)
+    process_group(group)
     if isinstance(params, LowRank):
         return _shard("param", params, group)
     return {name: _shard(name, param, group) if isinstance(param, LowRank) else param for name, param in params.items()}
@@ -135,6 +138,7 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
         4
         >>> dist.destroy_process_group()
     """
+    check_one_or_more("params", params)
     if isinstance(params, LowRank):
         return _shard_factors("param", params, weight)
     return {

@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dynlora_fn._core._check import check_by_name, check_integer, described
+from dynlora_fn._core._check_plan import check_plans
+from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import Factors, Frozen, Plans, ShardedFactors, Sharding, Trainable
+from dynlora_fn._core._types import Factors, Frozen, FrozenLeaf, Plans, ShardedFactors, Sharding, Trainable
 from dynlora_fn.bases._base import Base, as_base
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.parallel._shards import ShardMap, full_shape, map_shards
@@ -36,7 +39,7 @@ class WireBytes(NamedTuple):
 
 def wire_bytes(
     trainable: Trainable,
-    frozen: Mapping[str, Frozen | Tensor] | None = None,
+    frozen: Mapping[str, FrozenLeaf] | None = None,
     *,
     gathers: int = 2,
     plan: Plans | None = None,
@@ -55,6 +58,10 @@ def wire_bytes(
     Returns:
         The bytes by kind.
 
+    Raises:
+        TypeError: If a tree has a leaf of another type, or `gathers` is no integer.
+        ValueError: If `gathers` is negative, or a plan does not have the shapes of one.
+
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
@@ -62,6 +69,8 @@ def wire_bytes(
         >>> dl.parallel.wire_bytes(dl.partition(params).trainable)  # full-rank training: 16,640
         WireBytes(factors=4096, full_rank=256, bases=0, gathered=0, scattered=0, switched=0)
     """
+    _check_arguments(trainable, frozen, plan)
+    gathers = check_integer("gathers", gathers, least=0)
     factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors)]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
     bases = sum(_gathered_bytes(as_base(leaf.base)) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen))
@@ -73,6 +82,18 @@ def wire_bytes(
             plans = (plan[name].b, plan[name].a) if plan and name in plan else ()
             switched += a // leaf.a.shape[-2] * sum(side.slots.shape[-1] for side in plans)
     return WireBytes(_bytes(factors), _bytes(full_rank), gathers * bases, gathers * shards, shards, switched)
+
+
+def _check_arguments(trainable: Any, frozen: Any, plan: Any) -> None:
+    check_trainable("trainable", trainable)
+    if plan is not None:
+        check_plans("plan", plan)
+    if frozen is None:
+        return
+    check_by_name("frozen", frozen, of="bases and tensors, such as `partition(params).frozen`")
+    for name, leaf in frozen.items():
+        if not isinstance(leaf, Frozen | Tensor):
+            raise TypeError(f"`frozen` has {described(leaf)} for {name!r}; pass `partition(params).frozen`")
 
 
 def _gathered_bytes(base: Base) -> int:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._types import Side
 
 _MASK = 0xFFFFFFFF
@@ -154,11 +155,17 @@ def basis_bounds(out_features: int, in_features: int, rank: int) -> Bounds:
     Returns:
         The bounds of side b and side a.
 
+    Raises:
+        TypeError: If an argument is no integer.
+        ValueError: If one is less than 1.
+
     Example:
         >>> bounds = basis_bounds(16, 16, 4)
         >>> round(bounds.b, 4), round(bounds.a, 4)
         (0.9306, 0.9306)
     """
+    out_features = check_integer("out_features", out_features, least=1)
+    in_features, rank = check_integer("in_features", in_features, least=1), check_integer("rank", rank, least=1)
     gain = 1 / math.sqrt(3)  # the gain of leaky_relu with a negative slope of sqrt(5)
     std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * gain**0.5
     std_a = (math.sqrt(out_features) * rank / in_features**1.5) ** 0.25 * gain**0.5

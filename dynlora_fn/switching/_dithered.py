@@ -1,11 +1,14 @@
 """Dither a schedule at random, as SwitchLoRA's implementation does."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dynlora_fn._core._check import check_integer, check_step, described
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._types import LowRank, Params, Plan, SidePlan
 from dynlora_fn.switching._schedule import Schedule
 
@@ -25,11 +28,27 @@ class Dithered:
 
     def __call__(self, step: int | Tensor, params: Params) -> dict[str, Plan]:
         """Return the plans of one step by name, as `Schedule.__call__` does."""
+        step = self._checked(step, params)
         return {name: self._plan(name, step, params[name]) for name in self.switched}  # type: ignore[arg-type]
 
     def switches(self, step: int, params: Params) -> int:
         """Return how many vectors the step switches in all members of all stacks."""
+        step = int(self._checked(step, params))
         return sum(2 * int((table[step + 1] - table[step]).sum()) for table in self.switched.values())
+
+    def _checked(self, step: int | Tensor, params: Params) -> int | Tensor:
+        """Return the step, and raise for one after the run or for other parameters."""
+        step = check_step("step", step)
+        check_params("params", params)
+        total_steps = min((len(table) - 1 for table in self.switched.values()), default=math.inf)
+        if not isinstance(step, Tensor) and step >= total_steps:
+            raise ValueError(
+                f"`step` is {step}, but the schedule was dithered for {total_steps} steps; use one of them"
+            )
+        for name in self.switched:
+            if not isinstance(params.get(name), LowRank):
+                raise ValueError(f"`params` has no low-rank {name!r}, for which the schedule was dithered; pass it")
+        return step
 
     def _plan(self, name: str, step: int | Tensor, param: LowRank) -> Plan:
         device, rank = param.factors.a.device, param.factors.a.shape[-2]
@@ -69,7 +88,9 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
         The dithered schedule. It is called like `schedule`.
 
     Raises:
-        ValueError: If `schedule` has a `count`, or an `every` other than 1. When it is called, if a rank has changed.
+        TypeError: If an argument has a wrong type.
+        ValueError: If `schedule` has a `count`, or an `every` other than 1. When it is called, if a rank has changed,
+            or the step is not of the run.
 
     Example:
         >>> import torch
@@ -79,9 +100,13 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
         >>> sum(schedule.switches(step, params) for step in range(100))
         48
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"`schedule` is {described(schedule)}; pass a Schedule")
+    check_params("params", params)
+    total_steps = check_integer("total_steps", total_steps, least=1)
     if schedule.count is not None or schedule.every != 1:
         raise ValueError(f"`schedule` must have count=None and every=1 to be dithered, got {schedule}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_integer("seed", seed))
     tables, ranks = {}, {}
     for name, param in params.items():
         if isinstance(param, LowRank) and schedule.most(param):

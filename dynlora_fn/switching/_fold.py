@@ -1,8 +1,12 @@
 """Add a low-rank change to a weight through its base."""
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
+from dynlora_fn._core._check import described
+from dynlora_fn._core._check_trees import check_param
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._base import as_base
 
@@ -24,8 +28,10 @@ def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, 
         The weight with its new base.
 
     Raises:
+        TypeError: If `param` is no `LowRank`, or a factor no tensor of a floating dtype.
         ValueError: If the shapes do not fit the weight, a quantized weight is not finite, or a deferred base has no
             room for the vectors.
+        NotImplementedError: If what is folded into a quantized base requires a gradient or has a tangent.
 
     Numerics: The sum is computed in float32 or a wider dtype. The base is then rounded once to its dtype, or quantized
     once (see `quantize`).
@@ -38,13 +44,25 @@ def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, 
         >>> torch.allclose(materialize(new), torch.full((6, 4), 0.5), atol=1e-6)
         True
     """
+    _check_types(param, b, a)
     *stack, out_features, in_features = param.shape
     count = b.shape[-1:].numel()
     for name, factor, shape in (("b", b, (*stack, out_features, count)), ("a", a, (*stack, count, in_features))):
         if factor.shape != shape:
             raise ValueError(
-                f"`{name}` has shape {tuple(factor.shape)}; a product for a weight of shape {tuple(param.shape)} needs"
-                f" {shape}"
+                f"`{name}` has shape {tuple(factor.shape)}; a product for a weight of shape {tuple(param.shape)} with"
+                f" {count} vectors in `b` needs {shape}"
             )
     base = as_base(param.base).fold(b, a, rank=param.factors.b.shape[-1], name="param")
     return param._replace(base=base)
+
+
+def _check_types(param: Any, b: Any, a: Any) -> None:
+    if not isinstance(param, LowRank):
+        raise TypeError(f"`param` is {described(param)}; pass one LowRank")
+    check_param("param", "param", param)
+    for name, factor in (("b", b), ("a", a)):
+        if not isinstance(factor, Tensor) or not factor.is_floating_point():
+            raise TypeError(f"`{name}` is {described(factor)}; use a tensor of a floating dtype")
+        if factor.device != param.factors.b.device:
+            raise ValueError(f"`{name}` is on {factor.device}, but the weight on {param.factors.b.device}; move it")

@@ -6,30 +6,19 @@ default. A step reads and writes only a few vectors.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, overload
+from typing import Any, overload
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from dynlora_fn._core._attached import is_attached
+from dynlora_fn._core._check import check_device, check_flag
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, SidePlan
 from dynlora_fn.bases._refusals import refuse
+from dynlora_fn.switching._pool_types import Pool, SidePool, check_outgoing, check_pools
 from dynlora_fn.switching._switch import take_rows
 from dynlora_fn.switching._weight import BasisSlice, basis_vectors
-
-
-class SidePool(NamedTuple):
-    """Store the candidates of one side of a weight."""
-
-    vectors: Float[Tensor, "*stack size n"]  # one vector in each row; rows of vectors in use are stale
-    held: Int[Tensor, "*stack rank"]  # the row that the vector in each slot returns to
-
-
-class Pool(NamedTuple):
-    """Store the candidates of one weight: min(out, in) a side, in use or idle."""
-
-    b: SidePool  # vectors (*stack, size, out)
-    a: SidePool  # vectors (*stack, size, in)
 
 
 def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str, Pool]:
@@ -54,6 +43,8 @@ def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str
         >>> init_pool(params)["w"].b.vectors.shape  # 4 candidates of side b
         torch.Size([4, 6])
     """
+    check_params("params", params)
+    check_device("device", device)
     return {name: _init_pool(name, param, device) for name, param in params.items() if isinstance(param, LowRank)}
 
 
@@ -75,7 +66,7 @@ def _init_pool(name: str, param: LowRank, device: torch.device | str) -> Pool:
 def draw(pool: Pool, plan: Plan) -> Factors: ...
 @overload
 def draw(pool: Mapping[str, Pool], plan: Plans) -> dict[str, Factors]: ...
-def draw(pool: Pool | Mapping[str, Pool], plan: Plan | Plans) -> Factors | dict[str, Factors]:
+def draw(pool: Pool | Mapping[str, Pool], plan: Any) -> Factors | dict[str, Factors]:
     """Read from the pool the vectors that a plan names, as `incoming` of `switch`.
 
     The pool does not change until `put_back`.
@@ -89,7 +80,9 @@ def draw(pool: Pool | Mapping[str, Pool], plan: Plan | Plans) -> Factors | dict[
         The vectors, laid out as factors, on the plan's device.
 
     Raises:
-        ValueError: If the plan could take more vectors of a side than are idle.
+        TypeError: If the pool or the plan has a wrong type or dtype.
+        ValueError: If the pool of a planned weight is missing, or the plan could take more vectors of a side than are
+            idle.
 
     Example:
         >>> import torch
@@ -100,11 +93,14 @@ def draw(pool: Pool | Mapping[str, Pool], plan: Plan | Plans) -> Factors | dict[
         >>> params, outgoing = switch(params, plan, incoming=draw(pools, plan))
         >>> pools = put_back(pools, plan, outgoing)
     """
+    check_pools(pool, plan)
     if isinstance(pool, Pool):
-        assert isinstance(plan, Plan)
-        return Factors(b=_draw(pool.b, plan.b).mT, a=_draw(pool.a, plan.a))
-    assert isinstance(plan, Mapping)
-    return {name: draw(pool[name], param_plan) for name, param_plan in plan.items()}
+        return _draw_sides(pool, plan)
+    return {name: _draw_sides(pool[name], param_plan) for name, param_plan in plan.items()}
+
+
+def _draw_sides(pool: Pool, plan: Plan) -> Factors:
+    return Factors(b=_draw(pool.b, plan.b).mT, a=_draw(pool.a, plan.a))
 
 
 def _draw(pool: SidePool, plan: SidePlan) -> Tensor:
@@ -125,8 +121,8 @@ def put_back(
 ) -> dict[str, Pool]: ...
 def put_back(
     pool: Pool | Mapping[str, Pool],
-    plan: Plan | Plans,
-    outgoing: Factors | Mapping[str, Factors],
+    plan: Any,
+    outgoing: Any,
     *,
     donate: bool = False,
 ) -> Pool | dict[str, Pool]:
@@ -143,6 +139,11 @@ def put_back(
     Returns:
         The new pool, or all pools by name. Pools without a plan are returned unchanged.
 
+    Raises:
+        TypeError: If the pool, the plan or the vectors have a wrong type or dtype.
+        ValueError: If names or shapes of the three do not fit.
+        NotImplementedError: If vectors that are written into a donated pool require a gradient or have a tangent.
+
     Example:
         >>> import torch
         >>> from dynlora_fn import init, switch
@@ -155,17 +156,25 @@ def put_back(
         >>> put_back(pools, plan, outgoing)["w"].a.held
         tensor([2, 3])
     """
+    check_flag("donate", donate)
+    check_pools(pool, plan)
+    check_outgoing(outgoing, pool, plan)
     if isinstance(pool, Pool):
-        assert isinstance(plan, Plan)
-        assert isinstance(outgoing, Factors)
-        return Pool(b=_put_back(pool.b, plan.b, outgoing.b.mT, donate), a=_put_back(pool.a, plan.a, outgoing.a, donate))
-    assert isinstance(plan, Mapping)
-    assert isinstance(outgoing, Mapping)
-    new = {name: put_back(pool[name], param_plan, outgoing[name], donate=donate) for name, param_plan in plan.items()}
+        return _put_back_sides(pool, plan, outgoing, donate)
+    new = {name: _put_back_sides(pool[name], plan[name], outgoing[name], donate) for name in plan}
     return {**pool, **new}
 
 
+def _put_back_sides(pool: Pool, plan: Plan, outgoing: Factors, donate: bool) -> Pool:
+    return Pool(b=_put_back(pool.b, plan.b, outgoing.b.mT, donate), a=_put_back(pool.a, plan.a, outgoing.a, donate))
+
+
 def _put_back(pool: SidePool, plan: SidePlan, outgoing: Tensor, donate: bool) -> SidePool:
+    if donate and is_attached(outgoing):
+        raise NotImplementedError(
+            "`outgoing` requires a gradient or has a tangent, which would not pass through the memory of a donated"
+            " pool; pass donate=False, or detach it"
+        )
     vectors, slot_rows = pool if donate else (pool.vectors.clone(), pool.held.clone())
     slots, indices, active = (leaf.to(slot_rows.device).expand(*slot_rows.shape[:-1], -1) for leaf in plan)
     if not slots.shape[-1]:

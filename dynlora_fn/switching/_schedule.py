@@ -5,11 +5,13 @@ A plan is a pure function of the step. It is the same on every process and after
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_choice, check_flag, check_integer, check_number, check_step
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._types import LowRank, Params, Plan, SidePlan
 
 
@@ -48,10 +50,11 @@ class Schedule:
         from_pool: Whether vectors come from a pool, which limits `count` to the idle candidates.
 
     Raises:
-        ValueError: If an attribute is out of range. If a plan would switch a slot twice, or a slot while a switch of
-            its other side still freezes it. So `interval` must be at least `every`, and at least ``2 * freeze`` with
-            `freeze` rounded up to a multiple of `every`. With `count`, calling the schedule raises it: any `freeze`
-            steps may switch at most ``rank // 2`` vectors of a side.
+        TypeError: If an attribute, or the step of a call, has a wrong type.
+        ValueError: If an attribute is out of range, or the step of a call is negative. If a plan would switch a slot
+            twice, or a slot while a switch of its other side still freezes it. So `interval` must be at least `every`,
+            and at least ``2 * freeze`` with `freeze` rounded up to a multiple of `every`. With `count`, calling the
+            schedule raises it: any `freeze` steps may switch at most ``rank // 2`` vectors of a side.
 
     Example:
         >>> import torch
@@ -70,16 +73,19 @@ class Schedule:
     from_pool: bool = False
 
     def __post_init__(self) -> None:
-        if not self.interval > 0:
-            raise ValueError(f"`interval` must be positive, got {self.interval}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"`decay` must be in (0, 1], got {self.decay}")
-        if not self.every >= 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}")
-        if not (self.count in (None, "all") or int(self.count) >= 1):
-            raise ValueError(f"`count` must be at least 1 or 'all', got {self.count}")
-        if not self.freeze >= 0:
-            raise ValueError(f"`freeze` must not be negative, got {self.freeze}")
+        check_flag("from_pool", self.from_pool)
+        values: dict[str, Any] = {
+            "interval": check_number("interval", self.interval, above=0, finite=False),
+            "decay": check_number("decay", self.decay, above=0, most=1),
+            "every": check_integer("every", self.every, least=1),
+            "freeze": check_integer("freeze", self.freeze, least=0),
+        }
+        if isinstance(self.count, str):
+            check_choice("count", self.count, ("all",), or_none=True)
+        elif self.count is not None:
+            values["count"] = check_integer("count", self.count, least=1)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # Python numbers in place of NumPy's
         if self.count is None:
             self._check_interval()
 
@@ -116,6 +122,8 @@ class Schedule:
         Returns:
             A plan for every low-rank parameter that can switch. All steps have plans of the same shapes.
         """
+        step = check_step("step", step)
+        check_params("params", params)
         plans = {}
         for name, param in params.items():
             if isinstance(param, LowRank) and (most := self.most(param)):
@@ -127,6 +135,8 @@ class Schedule:
 
         0 means that its plan can be skipped.
         """
+        step = check_integer("step", step, least=0)
+        check_params("params", params)
         total = 0
         for param in params.values():
             if isinstance(param, LowRank) and self.most(param):
@@ -250,7 +260,7 @@ def every(steps: int, count: int | Literal["all"] = "all", *, freeze: int = 0, f
         >>> [every(3).switches(step, params) for step in range(6)]
         [0, 0, 8, 0, 0, 8]
     """
-    return Schedule(every=steps, count=count, freeze=freeze, from_pool=from_pool)
+    return Schedule(every=check_integer("steps", steps, least=1), count=count, freeze=freeze, from_pool=from_pool)
 
 
 def switchlora(
@@ -280,6 +290,7 @@ def switchlora(
         >>> round(schedule.decay**100, 3)
         0.3
     """
-    if total_steps < 1 or not ratio > 0:
-        raise ValueError(f"`total_steps` and `ratio` must be positive, got {total_steps} and {ratio}")
+    check_integer("total_steps", total_steps, least=1)
+    check_number("ratio", ratio, above=0)
+    check_number("decay", decay, above=0, most=1)
     return Schedule(interval=interval, decay=decay ** (1 / (ratio * total_steps)), freeze=freeze, every=every)

@@ -1,12 +1,13 @@
 """Switch factor vectors, and generate the vectors that enter."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, get_args, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dynlora_fn._core._check import check_choice
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._types import (
@@ -21,6 +22,8 @@ from dynlora_fn._core._types import (
     SidePlan,
 )
 from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._refusals import refuse_attached
+from dynlora_fn.switching._planned import check_planned, low_rank
 from dynlora_fn.switching._weight import BasisSlice, Start, basis_vectors
 
 
@@ -46,9 +49,7 @@ class SwitchedParams(NamedTuple):
 def switch(params: LowRank, plan: Plan, *, incoming: AnyFactors | None = None) -> Switched: ...
 @overload
 def switch(params: Params, plan: Plans, *, incoming: Mapping[str, AnyFactors] | None = None) -> SwitchedParams: ...
-def switch(
-    params: LowRank | Params, plan: Plan | Plans, *, incoming: AnyFactors | Mapping[str, AnyFactors] | None = None
-) -> Switched | SwitchedParams:
+def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Switched | SwitchedParams:
     """Replace factor vectors and fold the difference into the base.
 
     The weight does not change, except for one rounding of the base. For each planned slot k, side a first
@@ -71,11 +72,16 @@ def switch(
         The new weight or parameters, and the outgoing vectors.
 
     Raises:
-        ValueError: If the plan names a parameter that is missing or not low-rank, or incoming vectors have the wrong
-            shape. If a quantized weight is not finite, also in a compiled step. The message names the weight.
+        TypeError: If a part of the plan or of the vectors has a wrong type or dtype.
+        ValueError: If the plan names a parameter that is missing or not low-rank, its shapes do not fit, or incoming
+            vectors have the wrong shape. If a quantized weight is not finite, also in a compiled step. The message
+            names the weight.
+        NotImplementedError: If derivatives would be lost: by what is folded into a quantized base, or through a switch
+            of sharded factors.
 
     Numerics: Differences are formed in float32 or a wider dtype of factors and base. The base is then rounded once to
     its dtype. A quantized base is quantized again, from its codes and residual, where it changes (see `quantize`).
+    Derivatives pass through a plain base, in reverse and in forward mode.
 
     Example:
         >>> import torch
@@ -88,16 +94,13 @@ def switch(
         >>> torch.equal(outgoing["w"].a, params["w"].factors.a)
         True
     """
+    check_planned(params, plan, incoming)
     if isinstance(params, LowRank):
-        assert isinstance(plan, Plan)
-        assert not isinstance(incoming, Mapping)
         return _switch("param", params, plan, candidates(params, plan) if incoming is None else incoming)
-    assert isinstance(plan, Mapping)
-    assert not isinstance(incoming, Factors | ShardedFactors)
     incoming = candidates(params, plan) if incoming is None else incoming
     new, outgoing = dict(params), {}
     for name, param_plan in plan.items():
-        new[name], outgoing[name] = _switch(name, _low_rank(params, name), param_plan, incoming[name])
+        new[name], outgoing[name] = _switch(name, low_rank(params, name), param_plan, incoming[name])
     return SwitchedParams(new, outgoing)
 
 
@@ -105,9 +108,7 @@ def switch(
 def candidates(params: LowRank, plan: Plan, *, start: Start = "switchlora") -> Factors: ...
 @overload
 def candidates(params: Params, plan: Plans, *, start: Start = "switchlora") -> dict[str, Factors]: ...
-def candidates(
-    params: LowRank | Params, plan: Plan | Plans, *, start: Start = "switchlora"
-) -> Factors | dict[str, Factors]:
+def candidates(params: LowRank | Params, plan: Any, *, start: Start = "switchlora") -> Factors | dict[str, Factors]:
     """Generate the vectors that a plan names from the basis seed.
 
     Nothing is stored or sent. Every process generates the same bits.
@@ -121,7 +122,9 @@ def candidates(
         The vectors, laid out as factors with `count` in place of `rank`, or a dict of them by name.
 
     Raises:
-        ValueError: If the plan names a parameter that is missing or not low-rank, or `start` is unknown.
+        TypeError: If a part of the plan has a wrong type or dtype.
+        ValueError: If the plan names a parameter that is missing or not low-rank, its shapes do not fit, or
+            `start` is unknown.
 
     Example:
         >>> import torch
@@ -131,29 +134,19 @@ def candidates(
         >>> candidates(params, every(1)(0, params))["w"].b.shape
         torch.Size([6, 2])
     """
+    check_choice("start", start, get_args(Start))
+    check_planned(params, plan)
     if isinstance(params, LowRank):
-        assert isinstance(plan, Plan)
         return basis_vectors([_basis_slice(params, plan, start)])[0]
-    assert isinstance(plan, Mapping)
     if not plan:
         return {}
-    slices = [_basis_slice(_low_rank(params, name), param_plan, start) for name, param_plan in plan.items()]
+    slices = [_basis_slice(low_rank(params, name), param_plan, start) for name, param_plan in plan.items()]
     return dict(zip(plan, basis_vectors(slices), strict=True))
 
 
 def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:
     shape, rank, dtype = param.shape[-2:], param.factors.a.shape[-2], param.factors.a.dtype
     return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype)
-
-
-def _low_rank(params: Params, name: str) -> LowRank:
-    param = params.get(name)
-    if not isinstance(param, LowRank):
-        raise ValueError(
-            f"`plan` must be for low-rank parameters, got one for {name!r}, which is {type(param).__name__}; "
-            "remove it from `plan`"
-        )
-    return param
 
 
 def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Switched:
@@ -168,6 +161,7 @@ def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Swit
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
     right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
     if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
+        refuse_attached("gradient, sharded factors", right, name=name)
         right = gather(right.mT, sharding.as_columns).mT
     base = as_base(param.base).fold(left, right, rank=a.shape[-2], name=name)
     factors = param.factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)
@@ -253,3 +247,7 @@ def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: AnyFactors)
     ):
         if vectors.shape != wanted:
             raise ValueError(f"`incoming.{side}` must have shape {wanted} for {name!r}, got {tuple(vectors.shape)}")
+        if vectors.device != param.factors.a.device:
+            raise ValueError(
+                f"`incoming.{side}` is on {vectors.device} for {name!r}; move it to {param.factors.a.device}"
+            )

@@ -3,15 +3,17 @@
 A weight is ``base + b @ a / rank``.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dynlora_fn._core._check import check_choice, check_dtype, check_integer, described
+from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._tree import map_low_rank
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
@@ -61,6 +63,8 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
         >>> factors.b.shape, factors.a.shape
         (torch.Size([6, 3]), torch.Size([3, 4]))
     """
+    for basis_slice in slices:
+        _check_slice(basis_slice)
     requests = [
         request
         for basis_slice in slices
@@ -71,6 +75,22 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
     ]
     units = uniform(requests)
     return [_scale(basis_slice, b, a) for basis_slice, b, a in zip(slices, units[::2], units[1::2], strict=True)]
+
+
+def _check_slice(basis_slice: Any) -> None:
+    if not isinstance(basis_slice, BasisSlice):
+        raise TypeError(f"`slices` contains {described(basis_slice)}; pass a list of BasisSlice")
+    for field in ("seed", "b_indices", "a_indices"):
+        tensor = getattr(basis_slice, field)
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.ndim < (field != "seed"):
+            raise TypeError(f"`slices` has {described(tensor)} as `{field}`; use an int64 tensor")
+    if not isinstance(basis_slice.shape, Sequence) or len(basis_slice.shape) < 2:
+        raise TypeError(f"`slices` has {described(basis_slice.shape)} as `shape`; use (out, in)")
+    for size in basis_slice.shape:
+        check_integer("shape` of `slices", size, least=1)
+    check_integer("rank` of `slices", basis_slice.rank, least=1)
+    check_choice("start", basis_slice.start, get_args(Start))
+    check_dtype("dtype` of `slices", basis_slice.dtype)
 
 
 def first_vectors(
@@ -91,8 +111,6 @@ def first_vectors(
 
 
 def _scale(basis_slice: BasisSlice, b: Tensor, a: Tensor) -> Factors:
-    if basis_slice.start not in ("switchlora", "lora"):
-        raise ValueError(f"`start` must be 'switchlora' or 'lora', got {basis_slice.start!r}")
     out_features, in_features = basis_slice.shape[-2:]
     is_lora = basis_slice.start == "lora"
     bound = Bounds(b=0.0, a=in_features**-0.5) if is_lora else basis_bounds(out_features, in_features, basis_slice.rank)
@@ -102,7 +120,7 @@ def _scale(basis_slice: BasisSlice, b: Tensor, a: Tensor) -> Factors:
 
 
 @overload
-def materialize(params: LowRank | Tensor) -> Tensor: ...
+def materialize(params: Param) -> Tensor: ...
 @overload
 def materialize(params: Params) -> dict[str, Tensor]: ...
 def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
@@ -124,10 +142,15 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
         >>> torch.allclose(materialize(params["w"]), torch.ones(6, 4))
         True
     """
-    return map_low_rank(_dense, params)  # type: ignore[return-value]
+    check_one_or_more("params", params, or_tensor=True)
+    if isinstance(params, Mapping):
+        return {name: _dense(param) for name, param in params.items()}
+    return _dense(params)
 
 
-def _dense(param: LowRank) -> Tensor:
+def _dense(param: Param) -> Tensor:
+    if not isinstance(param, LowRank):
+        return tensor_of(param)
     folded, (b, a) = with_pending(param, _sum_dtype(param))
     base = as_base(folded)
     return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
@@ -154,8 +177,10 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
     Raises:
         ValueError: If a quantized weight is not finite. The message names the weight.
+        NotImplementedError: If factors that are folded into a quantized base require a gradient or have a tangent.
 
-    Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`).
+    Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`). Derivatives pass through a
+    plain base, in reverse and in forward mode.
 
     Example:
         >>> import torch
@@ -164,6 +189,7 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
         >>> bool(params["w"].factors.b.any()), torch.allclose(params["w"].base, torch.ones(6, 4))
         (False, True)
     """
+    check_one_or_more("params", params)
     if isinstance(params, LowRank):
         return _merge("param", params)
     return {name: _merge(name, param) if isinstance(param, LowRank) else param for name, param in params.items()}

@@ -103,7 +103,10 @@ def drop_values(model: nn.Module) -> None:
     The state has their values, and a second copy would cost memory.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    replacements = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in parameters.values()}
+    replacements = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for parameter in parameters.values()
+    }
     for name, parameter in parameters.items():
         prefix, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(prefix), attribute, replacements[id(parameter)])

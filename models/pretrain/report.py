@@ -64,7 +64,7 @@ def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
             "base": count_bytes([base.flatten().tensors for base in bases]),
             "residual": count_bytes([base.residual for base in bases]),
             "factors": count_bytes([param.factors for param in low_rank]),
-            "full_rank": count_bytes([param for param in params.values() if isinstance(param, Tensor)]),
+            "full_rank": count_bytes([param for param in params.values() if not isinstance(param, LowRank)]),
             "gradients": count_bytes(method.state.trainable),
             "optimizer": count_bytes(method.state.opt_state),
             "candidates": count_bytes(method.pool),

@@ -87,7 +87,7 @@ def test_factors_are_not_rounded_beside_pending_ones(dtype):
 def test_fewer_vectors_than_a_fold_brings_are_refused():
     with pytest.raises(ValueError, match="`vectors` = 2 of deferred 'w' is less than the 3 vectors of one fold"):
         switch({"w": defer(PARAM, vectors=2)}, {"w": plan_of(4, b=2, a=1)})
-    with pytest.raises(ValueError, match="`vectors` is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="`vectors` is 0; use an integer of at least 1"):
         defer(PARAM, vectors=0)
     with pytest.raises(ValueError, match="the base of 'w' in `params` is deferred already"):
         defer({"w": defer(PARAM, vectors=2)}, vectors=2)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
 from dynlora_fn._core._types import Sharding
@@ -49,6 +50,16 @@ def merged_product(params: dict[str, Any]) -> Callable[[torch.Tensor], torch.Ten
     return partial(dl.linear, param=params["w"], path="merged")
 
 
+def differentiated(params: dict[str, Any]) -> dl.LowRank:
+    """Return the weight with a base of which every tensor that can require a gradient does."""
+    base = tree_map(lambda leaf: leaf.clone().requires_grad_() if leaf.is_floating_point() else leaf, params["w"].base)
+    return params["w"]._replace(base=base)
+
+
+def factors_of(factors: Any) -> dl.LowRank:
+    return shard_factors(sharded())["w"]._replace(factors=factors)
+
+
 X = normal(0, 2, 3, 64, dtype=torch.float32)
 REFUSED: dict[str, Callable[[], Any]] = {
     "nf4, shape": lambda: quantize({"w": single(7, 16)}, "nf4"),
@@ -68,6 +79,13 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "vmap, sharded base": lambda: torch.vmap(dl.linear)(X, sharded("int8", (2,))["w"]),
     "vmap, sharded factors": lambda: torch.vmap(merged_product(shard_factors(sharded())))(X),
     "forward mode, sharded factors": lambda: torch.func.jvp(merged_product(shard_factors(sharded())), (X,), (X,)),
+    "gradient, fold": lambda: dl.merge({"w": differentiated(whole("int8"))}),
+    "gradient, quantize": lambda: quantize({"w": differentiated(whole())}, "int8"),
+    "gradient, sharded factors": lambda: torch.func.grad(
+        lambda factors: dl.switch({"w": factors_of(factors)}, {"w": plan_of(4, b=1, a=1)}).params["w"].base.base.sum()
+    )(shard_factors(sharded())["w"].factors),
+    "gradient, codes": lambda: dl.linear(X[0], differentiated(whole("int8"))),
+    "gradient, sharded base": lambda: dl.linear(X[0], differentiated(sharded())),
     "torchao, stack": lambda: to_torchao(whole("int8", (2,))["w"]),
     "torchao, nvfp4 by row": lambda: to_torchao(by_row()),
 }

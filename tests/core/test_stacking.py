@@ -41,9 +41,34 @@ def test_a_ragged_grid_is_stacked_layer_by_layer():
     assert {pattern: stack.shape for pattern, stack in stacks.items()} == {"l.0.e.*": (2,), "l.1.e.*": (3,)}
 
 
-@pytest.mark.parametrize("names", [["l.1.w", "l.2.w"], ["l.0.w", "l.2.w"], ["l.0.w"], ["0", "2"], ["l.00.w", "l.01.w"]])
+@pytest.mark.parametrize("names", [["l.0.w", "l.2.w"], ["l.0.w"], ["l.7.w"], ["0", "2"], ["l.00.w", "l.01.w"]])
 def test_numbers_with_gaps_or_zeros_in_front_stay_by_themselves(names):
     assert stack_of(*names) == {name: Stack([name], ()) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("names", "stacks"),
+    [
+        (["l.1.w", "l.2.w"], {"l.{1..2}.w": (2,)}),
+        (["3", "4", "5"], {"{3..5}": (3,)}),
+        ([f"{layer}.e.{expert}" for layer in (2, 3) for expert in range(3)], {"{2..3}.e.*": (2, 3)}),
+        ([f"l.{layer}.e.{expert}" for layer in range(2) for expert in (1, 2)], {"l.*.e.{1..2}": (2, 2)}),
+        # A number that does not vary is no axis, and one with gaps gives a stack for each run.
+        (["l.0.net.3.w", "l.1.net.3.w"], {"l.*.net.3.w": (2,)}),
+        (
+            [f"l.{layer}.net.{at}" for layer in (1, 2) for at in (0, 2)],
+            {"l.{1..2}.net.0": (2,), "l.{1..2}.net.2": (2,)},
+        ),
+        (["l.0", "l.1", "l.3", "l.4", "l.5", "l.9"], {"l.*": (2,), "l.{3..5}": (3,), "l.9": ()}),
+        ([f"l.{layer}.e.{expert}" for layer in (0, 2) for expert in range(2)], {"l.0.e.*": (2,), "l.2.e.*": (2,)}),
+    ],
+)
+def test_numbers_may_start_anywhere(names, stacks):
+    got = stack_of(*names)
+    assert {pattern: stack.shape for pattern, stack in got.items()} == stacks
+    members = unstack({pattern: torch.zeros(*stack.shape, 1) for pattern, stack in got.items()})
+    assert list(members) == [name for stack in got.values() for name in stack.members]
+    assert sorted(members) == sorted(names)
 
 
 def test_other_shapes_are_not_stacked_with_the_rest():
@@ -51,8 +76,7 @@ def test_other_shapes_are_not_stacked_with_the_rest():
     stacks = stack_of("l.0.w", "l.1.w", "l.2.w", "l.3.w", keys="aabb")
     assert stacks == {
         "l.*.w": Stack(["l.0.w", "l.1.w"], (2,)),
-        "l.2.w": Stack(["l.2.w"], ()),
-        "l.3.w": Stack(["l.3.w"], ()),
+        "l.{2..3}.w": Stack(["l.2.w", "l.3.w"], (2,)),
     }
 
 
@@ -78,7 +102,8 @@ def test_find_stacks_keeps_every_name_once_and_keys_apart(keys):
     assert sorted(name for stack in stacks.values() for name in stack.members) == sorted(keys)
     for pattern, stack in stacks.items():
         assert prod(stack.shape) == len(stack.members)
-        assert len(stack.shape) == pattern.split(".").count("*")
+        assert len(stack.shape) == pattern.count("*") + pattern.count("{")
+        assert list(unstack({pattern: torch.zeros(*stack.shape, 1)})) == stack.members
         assert len({keys[name] for name in stack.members}) == 1
 
 
@@ -90,6 +115,22 @@ def test_unstacked_members_are_views():
     for stacked, part in zip(tree_leaves(params["l.*.w"]), tree_leaves(members["l.1.w"]), strict=True):
         assert_same(part, stacked[1])
         assert part.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    "name", ["w*", "{a}.w", "a{1..2}.w", "{1..2}b", "{1..}", "{..2}", "{1..2", "{01..2}.w", "a.{.b"]
+)
+def test_other_braces_and_stars_are_no_axes(name):
+    assert list(unstack({name: torch.zeros(2, 3)})) == [name]
+
+
+def test_an_axis_after_other_braces_is_found():
+    assert list(unstack({"{a}.{1..2}.*.w": torch.zeros(2, 1, 3)})) == ["{a}.1.0.w", "{a}.2.0.w"]
+
+
+def test_a_name_with_a_range_is_refused():
+    with pytest.raises(ValueError, match=r"parameter '\{1\.\.2\}\.w' contains a range"):
+        find_stacks({"{1..2}.w": "8x8"})
 
 
 def test_a_name_with_a_star_is_refused():

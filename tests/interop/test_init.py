@@ -5,9 +5,20 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from dynlora_fn import call, init, unstack
+from dynlora_fn import (
+    FrozenTensor,
+    apply_updates,
+    call,
+    combine,
+    init,
+    materialize,
+    partition,
+    state_dict,
+    unstack,
+    value_and_grad,
+)
 from dynlora_fn.testing import Shape, any_shapes, assert_same, assert_within, dtypes, eps, normal, seeds, untouched
 from tests.support import reference
 from tests.support.network import EPS, TARGETS, network
@@ -135,7 +146,94 @@ def test_init_refuses(changed, message):
         init({"w": normal(0, 4, 6), "bias": normal(0, 4)}, **arguments)
 
 
-def test_init_refuses_integers():
-    model = {"w": normal(0, 4, 6), "steps": torch.tensor(3)}
-    with pytest.raises(ValueError, match=r"`model` has dtype torch\.int64 for 'steps'; pass only floating-point"):
-        init(model, rank=2, seed=0, targets=["w"])
+@pytest.mark.parametrize("tensor", [torch.arange(12).reshape(3, 4), torch.ones(3, 4, dtype=torch.bool)])
+def test_integers_are_frozen_and_no_targets(tensor):
+    model = {"w": normal(0, 4, 6), "table": tensor}
+    params = init(model, rank=2, seed=0, targets=["w"])
+    assert_same(params["table"], FrozenTensor(tensor))
+    assert partition(params).trainable.keys() == {"w"}
+    with pytest.raises(ValueError, match=rf"`targets` matches 'table' of dtype {tensor.dtype}; match only floating"):
+        init(model, rank=2, seed=0, targets=["w", "table"])
+
+
+class Filtered(nn.Module):
+    """A layer with a complex filter, as Fourier layers have, and a table of codes, as quantized layers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.complex(normal(0, 4), normal(1, 4)))
+        self.codes = nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+        self.map = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        return torch.fft.ifft(torch.fft.fft(self.map(x)) * self.filter * self.codes).real
+
+
+def test_integer_and_complex_parameters_pass_through():
+    model, x = Filtered(), normal(3, 2, 4)
+    params = init(model, rank=2, seed=0, targets=nn.Linear, dtype=torch.float64)
+    torch.testing.assert_close(call(model, params, x), model(x), rtol=0, atol=1e3 * EPS)  # sums of a dozen numbers
+    trainable, frozen = partition(params)
+    assert trainable.keys() == {"filter", "map.weight", "map.bias"}
+    grads = value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum())(trainable).grads
+    model(x).square().sum().backward()
+    torch.testing.assert_close(grads["filter"], model.filter.grad, rtol=1e4 * EPS, atol=0)
+    assert_same(state_dict(model, params)["codes"], model.codes.detach())
+
+
+def test_a_parameter_without_a_gradient_stays_frozen():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    for layer in (*model[1].parameters(), model[2].bias, model[3].bias):
+        layer.requires_grad_(requires_grad=False)
+    params = init(model, rank=2, seed=0, targets=["[13].weight"])
+    assert {name for name, param in params.items() if isinstance(param, FrozenTensor)} == {"{1..3}.bias"}
+    trainable, frozen = partition(params)
+    assert trainable.keys() == {"0.weight", "2.weight", "0.bias", "1.weight", "3.weight"}
+    assert all(not leaf.requires_grad for leaf in tree_leaves(params))
+    x = normal(0, 2, 4, dtype=torch.float32)
+    torch.testing.assert_close(
+        call(model, combine(trainable, frozen), x), model(x), rtol=0, atol=64 * eps(torch.float32)
+    )
+    assert_same(dict(state_dict(model, params))["2.bias"], model[2].bias.detach())
+
+
+def test_parameters_of_a_dict_are_frozen_too_and_plain_tensors_are_not():
+    weights = {"w": normal(0, 4, 6), "b": nn.Parameter(normal(1, 4), requires_grad=False), "c": normal(2, 4)}
+    params = init(weights, rank=2, seed=0, targets=["w"])
+    assert partition(params).trainable.keys() == {"w", "c"}
+
+
+class Codes(nn.Parameter):
+    """A parameter of another library, with an attribute that a copy loses."""
+
+
+def test_a_frozen_parameter_of_another_library_is_passed_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        layer.weight = Codes(layer.weight.detach().to(torch.uint8), requires_grad=False)
+    params = init(model, rank=2, seed=0, targets=[])
+    assert all(params[f"{at}.weight"].tensor is model[at].weight for at in range(2))
+
+
+def test_a_parameter_without_a_shape_is_refused():
+    with pytest.raises(ValueError, match=r"`model` has no shape for '0\.weight' yet; run its first forward pass"):
+        init(nn.Sequential(nn.LazyLinear(4)), rank=2, seed=0, targets=["0.weight"])
+
+
+@pytest.mark.parametrize("start", ["switchlora", "lora"])
+@pytest.mark.parametrize("padding_idx", [2, -1])
+def test_the_row_of_the_padding_does_not_move(start, padding_idx):
+    model = nn.Sequential(nn.Embedding(5, 4, padding_idx=padding_idx), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[0].weight.normal_()  # a row of the padding that is not zero
+    tokens = torch.tensor([[0, 2, 4, 1], [2, 4, 3, 0]])
+    params = init(model, rank=2, seed=0, targets=[nn.Embedding], start=start, dtype=torch.float64)
+    before = materialize(params)["0.weight"][padding_idx]
+    torch.testing.assert_close(before, model[0].weight[padding_idx].detach(), rtol=0, atol=8 * EPS)
+    trainable, frozen = partition(params)
+    for _ in range(3):
+        grads = value_and_grad(lambda tree: call(model, combine(tree, frozen), tokens).square().sum())(trainable).grads
+        trainable = apply_updates(trainable, tree_map(lambda grad: -0.1 * grad, grads))
+    after = materialize(combine(trainable, frozen))["0.weight"]
+    assert_same(after[padding_idx], before)
+    assert not torch.equal(after[0], materialize(params)["0.weight"][0])

@@ -55,7 +55,18 @@ def test_a_rank_for_each():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"targets": [nn.LSTM]}, "`targets` has the type LSTM, but `model` has no such module"),
+        ({"targets": [nn.LSTM]}, "`targets` has the type LSTM, but `model` has no such module.* Conv1d, Embedding"),
+        ({"targets": [nn.Linear, nn.LayerNorm]}, "`targets` has the type LayerNorm, but no .* 'layers.0.norm' for one"),
+        ({"targets": [nn.Linear, nn.ModuleList]}, "`targets` has the type ModuleList, but no such module"),
+        ({"targets": [nn.Linear, "head.*"]}, r"`targets` contains 'head.\*', which matches no name"),
+        (
+            {"targets": lambda name, tensor: tensor.ndim > 9},
+            r"true for no .* embedding.weight, .*\[\]",
+        ),
+        (
+            {"rank": lambda name, shape: 7},
+            r"rank` is 7 for .*rank=\{'embedding.weight': 6, '\*': 7\}",
+        ),
         ({"targets": ["nothing.*"]}, r"`targets` contains 'nothing.\*', which matches no name"),
         ({"rank": {"other": 2, "*": 1}}, "`rank` contains 'other', which matches no name"),
         ({"rank": {"embedding.*": 2}}, "`rank` has no rank for target 'layers.0.map.weight'"),
@@ -63,12 +74,72 @@ def test_a_rank_for_each():
         ({"fused": {"*": 4}}, r"`fused` is 4 along axis -2 for 'embedding.weight' .* divides"),
         ({"fused": {"none": 3}}, "`fused` contains 'none', which matches no name"),
         ({"targets": nn.Conv1d, "fused": {"*": 3}}, "`fused` is .*'conv.weight'"),
-        ({"targets": nn.Linear, "fused": {"*": 3}, "rank": 3}, r"`rank` is 3 for 'layers.0.map.weight' .* = 2$"),
+        (
+            {"targets": nn.Linear, "fused": {"*": 3}, "rank": 3},
+            r"`rank` is 3 for 'layers.0.map.weight' .* = 2, as",
+        ),
     ],
 )
 def test_bad_settings_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         chosen(**{"targets": [nn.Embedding, nn.Linear], **changed})
+
+
+def test_a_function_clips_ranks():
+    shapes = {}
+
+    def rank(name, shape):
+        shapes[name] = shape
+        return min(5, *shape)
+
+    fused = {"layers.*": (3, -1)}
+    got = chosen(targets=[nn.Embedding, nn.Linear, nn.Conv1d], rank=rank, fused=fused)
+    assert got == {"embedding.weight": 5, "layers.*.map.weight": 2, "conv.weight": 5}
+    assert shapes["embedding.weight"] == (9, 6)
+    assert shapes["layers.1.map.weight"] == (6, 2)
+    assert shapes["conv.weight"] == (6, 12)
+
+
+def parametrized(register) -> nn.Module:
+    """Return a model whose second linear layer computes its weight."""
+    layers = model()
+    register(layers["layers"][1]["map"])
+    return layers
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+    ],
+)
+@pytest.mark.parametrize("targets", [nn.Linear, [nn.Embedding, nn.Linear]])
+def test_a_parametrized_layer_is_named(register, targets):
+    layers = parametrized(register)
+    message = r"type Linear, but 'layers\.1\.map\.weight' is computed from its parametrization \(original.*remove_param"
+    with pytest.raises(ValueError, match=message):
+        init(layers, rank=2, seed=0, targets=targets)
+    by_name = init(layers, rank=2, seed=0, targets=["layers.0.map.weight"])
+    assert [name for name, param in by_name.items() if isinstance(param, LowRank)] == ["layers.0.map.weight"]
+
+
+def test_a_parametrized_bias_is_no_matrix():
+    layers = parametrized(lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh()))
+    params = init(layers, rank=2, seed=0, targets=nn.Linear)
+    assert isinstance(params["layers.*.map.weight"], LowRank)
+
+
+@pytest.mark.parametrize(
+    "targets", [[nn.Linear], ["head.weight"], ["h*"], lambda name, tensor: name == "head.weight", [nn.Embedding]]
+)
+def test_a_tied_weight_is_a_target_under_any_name(targets):
+    tied = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "head": nn.Linear(6, 9, bias=False)})
+    tied["head"].weight = tied["embedding"].weight
+    params = init(tied, rank={"head.*": 3}, seed=0, targets=targets)
+    assert params.keys() == {"embedding.weight"}
+    assert params["embedding.weight"].factors.a.shape[-2] == 3
 
 
 def test_types_need_a_module():

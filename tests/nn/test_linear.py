@@ -242,7 +242,7 @@ def test_batches_of_any_size_share_a_graph():
 
 
 def test_an_unknown_path_is_refused():
-    with pytest.raises(ValueError, match="`path` is 'fast'; use one of factored, merged, dense"):
+    with pytest.raises(ValueError, match="`path` must be 'factored', 'merged', 'dense' or None, got 'fast'"):
         linear(X[0], ONE, path="fast")
 
 

@@ -1,8 +1,10 @@
 """What every optimizer refuses: decay of factors, and gradients that are not those of the parameters."""
 
+import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from dynlora_fn.optim import adamw, freeze_counterparts, lion, multi_transform, muon, sgd
 from dynlora_fn.parallel import ShardedFactors, Sharding
-from dynlora_fn.testing import normal
+from dynlora_fn.testing import Shape, assert_same, low_rank, normal
 from tests.support.optimizer_table import OPTIMIZERS
 from tests.support.optimizers import some_trainable
 
@@ -88,3 +90,63 @@ def test_gradients_of_another_type_are_refused_by_name():
     grads = {**TRAINABLE, "w": sharded}
     with pytest.raises(ValueError, match=r"`grads` has a ShardedFactors for 'w', which is a Factors in `trainable`"):
         adamw().update(grads, adamw().init(TRAINABLE), TRAINABLE, lr=0.1)
+
+
+STATES = {
+    "a moment of one row": lambda state: replaced(state, "mu", "w", FACTORS._replace(b=FACTORS.b[:1])),
+    "a moment of another weight": lambda state: replaced(state, "mu", "bias", torch.ones(4)),
+    "a moment of no parameter": lambda state: replaced(state, "mu", "head", torch.ones(4)),
+    "a moment that is a number": lambda state: replaced(state, "mu", "bias", 0.0),
+    "a dense moment of factors": lambda state: replaced(state, "mu", "w", torch.ones(5, 6)),
+    "a moment of flags": lambda state: replaced(state, "mu", "bias", torch.ones(5, dtype=torch.bool)),
+    "a counter of each entry": lambda state: state._replace(frozen_for={"w": FACTORS}),
+    "no counters": lambda state: state._replace(frozen_for={}),
+    "the state inside": lambda state: state.inner,
+    "no state": lambda state: None,
+}
+
+
+def replaced(state: Any, field: str, name: str, leaf: Any) -> Any:
+    tree = {**getattr(state.inner, field), name: leaf}
+    return state._replace(inner=state.inner._replace(**{field: tree}))
+
+
+@pytest.mark.parametrize("change", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("make", [adamw, sgd, lion])
+def test_states_of_other_parameters_are_refused(make: Any, change: Any):
+    """Moments of another shape would be broadcast."""
+    optimizer = make()
+    state = change(optimizer.init(TRAINABLE))
+    with pytest.raises((TypeError, ValueError), match=r"`opt_state"):
+        optimizer.update(TRAINABLE, state, TRAINABLE, lr=0.1)
+
+
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -0.1, 1j, "0.1", None, True, torch.ones(5), torch.tensor(1j)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rates_that_cannot_be_right_are_refused(name: str, lr: Any):
+    optimizer = OPTIMIZERS[name].transform
+    for rate in (lr, {"w": 0.1, "bias": lr, "scale": 0.1}):
+        with pytest.raises((TypeError, ValueError), match="`lr` "):
+            optimizer.update(TRAINABLE, optimizer.init(TRAINABLE), TRAINABLE, lr=rate)
+
+
+@pytest.mark.parametrize("lr", [{"w": 0.1}, {"w": 0.1, "bias": 0.1, "scale": 0.1, "head": 0.1}])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rates_have_the_names_of_the_parameters(name: str, lr: Any):
+    optimizer = OPTIMIZERS[name].transform
+    with pytest.raises(ValueError, match=r"`lr` has (no rate for \['bias', 'scale'\]|a rate for \['head'\])"):
+        optimizer.update(TRAINABLE, optimizer.init(TRAINABLE), TRAINABLE, lr=lr)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_numbers_of_numpy_are_numbers(name: str):
+    optimizer = OPTIMIZERS[name].transform
+    state = optimizer.init(TRAINABLE)
+    got, wanted = (optimizer.update(TRAINABLE, state, TRAINABLE, lr=lr).updates for lr in (np.float64(0.125), 0.125))
+    assert_same(got, wanted)
+
+
+def test_parameters_in_place_of_the_trainable_tree_are_refused():
+    params = {"w": low_rank(Shape(5, 6, 4))}
+    with pytest.raises(TypeError, match=r"`trainable` has LowRank.* for 'w'; use factors or a tensor, such as of"):
+        adamw().init(params)

@@ -111,6 +111,8 @@ def test_vectors_that_are_zero_or_equal_span_nothing():
     zero = param._replace(factors=param.factors._replace(b=torch.zeros_like(param.factors.b)))
     grad = normal(1, 6, 8)
     assert_within(change(zero, grad, "spectrum"), -0.5 * normalized(rest_of(zero, grad), "spectrum"), 1e-9)
+    first = param._replace(factors=Factors(param.factors.b * torch.tensor([0.0, 1.0]), param.factors.a))
+    assert_within(change(first, grad, "spectrum"), -0.5 * normalized(rest_of(first, grad), "spectrum"), 1e-9)
     equal = param._replace(factors=Factors(*(leaf.clone() for leaf in param.factors)))
     equal.factors.a[1] = 2 * equal.factors.a[0]
     assert_within(change(equal, grad, "spectrum"), -0.5 * normalized(rest_of(equal, grad), "spectrum"), 1e-9)
@@ -201,7 +203,7 @@ def test_a_gradient_of_another_shape_is_refused():
 
 
 def test_an_unknown_way_to_normalize_is_refused():
-    with pytest.raises(ValueError, match="`normalize` must be one of spectrum, rows, got 'columns'"):
+    with pytest.raises(ValueError, match="`normalize` must be 'spectrum' or 'rows', got 'columns'"):
         compensate(low_rank(SHAPE), torch.ones(6, 8), lr=0.1, normalize="columns")
 
 

@@ -38,7 +38,7 @@ def test_codes_are_torchaos(seed, kind, scale):
     values[seed % 32] = 0
     wanted = torchao.OptimState8bit.zeros(values.shape, signed=kind is SignedMoment)
     wanted.copy_(values)
-    got = encode_moments(values, empty_moments(values, kind))
+    got = encode_moments(values, empty_moments(values, kind), "w")
     assert_same(got, kind(wanted.codes, wanted.scale))
     assert_same(decode_moments(got), wanted.dequantize())
 
@@ -64,8 +64,8 @@ def test_an_update_is_that_of_the_decoded_moments():
         got = optimizer.update(some_grads(9), state, trainable, lr=0.01)
     wanted = adamw().update(some_grads(9), dense, trainable, lr=0.01)
     assert_same(got.updates, wanted.updates)
-    assert_same(got.opt_state.inner.mu, encode_moments(wanted.opt_state.inner.mu, state.inner.mu))
-    assert_same(got.opt_state.inner.nu, encode_moments(wanted.opt_state.inner.nu, state.inner.nu))
+    assert_same(got.opt_state.inner.mu, encode_moments(wanted.opt_state.inner.mu, state.inner.mu, "w"))
+    assert_same(got.opt_state.inner.nu, encode_moments(wanted.opt_state.inner.nu, state.inner.nu, "w"))
     assert_same(got.opt_state.inner.count, wanted.opt_state.inner.count)
     assert_same(got.opt_state.frozen_for, wanted.opt_state.frozen_for)
 

@@ -182,8 +182,8 @@ def test_torch_optim_takes_its_state_back():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "rest"}, "`rule` must be one of reset, reset_thawed, keep, prune, transport, got 'rest'"),
-        ({"rule": "prune", "prune": 1.5}, r"`prune` must be in \[0, 1\], got 1.5"),
+        ({"rule": "rest"}, "`rule` must be 'reset', 'reset_thawed', 'keep', 'prune' or 'transport', got 'rest'"),
+        ({"rule": "prune", "prune": 1.5}, "`prune` is 1.5; use a number from 0 to 1"),
         (
             {"rule": "transport"},
             "`change` must be passed with rule 'transport' and with no other, got rule 'transport'",

@@ -1,13 +1,23 @@
 """States of optimizers, the library's and others, after some steps."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors
-from dynlora_fn.optim import AdamWState, FreezeState, adamw
+from dynlora_fn.optim import AdamWState, FreezeState, adamw, register_state
 from dynlora_fn.testing import Shape, low_rank, normal
+
+
+class Record(NamedTuple):
+    """A state whose `velocity` is declared a first moment, and whose other field is not declared."""
+
+    velocity: Any
+    other: Any = None
+
+
+register_state(Record, {"velocity": "first_moment"})
 
 
 def filled(trainable: Any, seed: int = 0) -> Any:

@@ -184,13 +184,13 @@ def test_plans_say_for_how_long_the_counterparts_are_frozen():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"interval": 0}, "`interval` must be positive, got 0"),
-        ({"interval": -1.0}, r"`interval` must be positive, got -1\.0"),
-        ({"decay": 0.0}, r"`decay` must be in \(0, 1\], got 0\.0"),
-        ({"decay": 1.1}, r"`decay` must be in \(0, 1\], got 1\.1"),
-        ({"every": 0}, "`every` must be at least 1, got 0"),
-        ({"count": 0}, "`count` must be at least 1 or 'all', got 0"),
-        ({"freeze": -1}, "`freeze` must not be negative, got -1"),
+        ({"interval": 0}, "`interval` is 0; use a number above 0"),
+        ({"interval": -1.0}, r"`interval` is -1\.0; use a number above 0"),
+        ({"decay": 0.0}, r"`decay` is 0\.0; use a number in \(0, 1\]"),
+        ({"decay": 1.1}, r"`decay` is 1\.1; use a number in \(0, 1\]"),
+        ({"every": 0}, "`every` is 0; use an integer of at least 1"),
+        ({"count": 0}, "`count` is 0; use an integer of at least 1"),
+        ({"freeze": -1}, "`freeze` is -1; use an integer of at least 0"),
         ({"interval": 9}, "`interval` must be at least 10, so that .* frozen for 5 steps, got 9"),
         ({"interval": 15, "every": 4}, "`interval` must be at least 16, .* got 15"),
     ],
@@ -202,7 +202,9 @@ def test_schedules_that_cannot_be_kept_are_refused(arguments, message):
 
 @pytest.mark.parametrize("arguments", [{"total_steps": 0}, {"total_steps": 10, "ratio": 0}])
 def test_a_run_without_steps_is_refused(arguments):
-    with pytest.raises(ValueError, match="`total_steps` and `ratio` must be positive"):
+    with pytest.raises(
+        ValueError, match=r"`(total_steps` is 0; use an integer of at least 1|ratio` is 0; use a number above 0)"
+    ):
         switchlora(**arguments)
 
 

@@ -1,0 +1,167 @@
+"""Check weights and trees that mirror the trainable parameters, such as gradients.
+
+Only types, shapes, dtypes and devices are read, so that a check adds nothing to a compiled step. A tensor of another
+shape would be broadcast without an error.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._check import check_by_name, described
+from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, is_factors
+
+
+def check_param(argument: str, name: str, param: Any) -> None:
+    """Raise if a value is neither a tensor nor a low-rank weight whose tensors fit each other.
+
+    Raises:
+        TypeError: If a tensor, factors or a base have another type or a dtype that cannot be trained.
+        ValueError: If the shapes or devices of the tensors of a weight do not fit.
+    """
+    if not isinstance(param, LowRank):
+        if not isinstance(param.tensor if isinstance(param, FrozenTensor) else param, Tensor):
+            raise TypeError(f"`{argument}` has {described(param)} for {name!r}; use a LowRank or a tensor")
+        return
+    check_factors(argument, name, param.factors)
+    b, seed, stack = param.factors.b, param.seed, tuple(param.shape[:-2])
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"`{argument}` has {described(seed)} as seed of {name!r}; use an int64 tensor")
+    if not (isinstance(param.base, Tensor) or hasattr(param.base, "dequantize")):
+        raise TypeError(f"`{argument}` has {described(param.base)} as base of {name!r}; use a tensor or a base")
+    if isinstance(param.base, Tensor):
+        _check_is_real(argument, f"the base of {name!r}", param.base)
+    if tuple(param.base.shape) != tuple(param.shape):
+        raise ValueError(
+            f"`{argument}` has a base of shape {tuple(param.base.shape)} for {name!r}, but its factors are of a weight "
+            f"of shape {tuple(param.shape)}; pass factors and base of one weight"
+        )
+    if tuple(seed.shape) != stack:
+        raise ValueError(
+            f"`{argument}` has a seed of shape {tuple(seed.shape)} for {name!r} of shape {tuple(param.shape)}; "
+            f"use one of shape {stack}"
+        )
+    for what, tensor in (("seed", seed), *([("base", param.base)] if isinstance(param.base, Tensor) else [])):
+        _check_device(argument, f"the {what} of {name!r}", tensor, b)
+
+
+def check_params(argument: str, params: Any) -> None:
+    """Raise if a value is no dict of parameters by name, as `check_param`."""
+    check_by_name(argument, params, of="parameters")
+    for name, param in params.items():
+        check_param(argument, name, param)
+
+
+def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) -> None:
+    """Raise if a value is neither one weight nor a dict of parameters by name, as `check_param`."""
+    if isinstance(params, Mapping):
+        check_params(argument, params)
+    elif isinstance(params, LowRank) or (or_tensor and isinstance(params, Tensor | FrozenTensor)):
+        check_param(argument, "param", params)
+    else:
+        raise TypeError(f"`{argument}` is {described(params)}; pass a LowRank or a dict of parameters by name")
+
+
+def check_factors(argument: str, name: str, factors: Any) -> None:
+    """Raise if a value is no pair of floating tensors (*stack, out, rank) and (*stack, rank, in)."""
+    if not is_factors(factors):
+        raise TypeError(f"`{argument}` has {described(factors)} in place of the factors of {name!r}; use Factors")
+    for side, tensor in (("b", factors.b), ("a", factors.a)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{argument}` has {described(tensor)} as `{side}` of {name!r}; use a tensor")
+        _check_is_real(argument, f"`{side}` of {name!r}", tensor)
+    b, a = tuple(factors.b.shape), tuple(factors.a.shape)
+    if min(len(b), len(a)) < 2 or b[:-2] != a[:-2] or b[-1] != a[-2] or 0 in (b[-1], *_sizes(factors)):
+        raise ValueError(
+            f"`{argument}` has factors of {name!r} of shapes {b} and {a}; use (*stack, out, rank) "
+            "and (*stack, rank, in)"
+        )
+    _check_device(argument, f"`a` of {name!r}", factors.a, factors.b)
+
+
+def _sizes(factors: AnyFactors) -> tuple[int, ...]:
+    """Return `out` and `in`. A shard may have no rows."""
+    return (factors.b.shape[-2], factors.a.shape[-1]) if isinstance(factors, Factors) else ()
+
+
+def check_trainable(argument: str, trainable: Any) -> None:
+    """Raise if a value is no dict of factors and floating tensors by name."""
+    check_by_name(argument, trainable, of="factors and tensors, such as `partition(params).trainable`")
+    for name, leaf in trainable.items():
+        if is_factors(leaf):
+            check_factors(argument, name, leaf)
+        elif not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"`{argument}` has {described(leaf)} for {name!r}; use factors or a tensor, such as of "
+                "`partition(params).trainable`"
+            )
+        else:
+            _check_is_floating(argument, repr(name), leaf)
+
+
+def check_names(argument: str, names: Iterable[str], like_argument: str, like: Iterable[str]) -> None:
+    """Raise ValueError with the names that only one of two trees has."""
+    if differing := sorted(set(names) ^ set(like)):
+        raise ValueError(
+            f"`{argument}` must have the names of `{like_argument}`, but only one of them has {differing}; "
+            f"pass `{argument}` of the same parameters"
+        )
+
+
+def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[str, Any]) -> None:
+    """Raise if a tree does not have the names, types, shapes and devices of the parameters.
+
+    Raises:
+        TypeError: If a leaf is no tensor, or not real where the parameter is.
+        ValueError: If names, types of nodes, shapes or devices differ.
+    """
+    check_by_name(argument, tree, of=f"the names of `{like_argument}`")
+    check_names(argument, tree, like_argument, like)
+    for name, leaf in like.items():
+        check_mirrors_one(argument, name, tree[name], like_argument, leaf)
+
+
+def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, like: Any) -> None:
+    """Raise if one leaf does not have the type, shape and device of a parameter."""
+    is_alike = type(leaf) is type(like) if is_factors(like) else isinstance(leaf, Tensor)
+    if not is_alike:
+        found = f"a {type(leaf).__name__}" if hasattr(leaf, "shape") or is_factors(leaf) else described(leaf)
+        raise ValueError(
+            f"`{argument}` has {found} for {name!r}, which is a {type(like).__name__} in `{like_argument}`; "
+            "pass that of the same parameters"
+        )
+    sides = (leaf.b, leaf.a) if is_factors(leaf) else (leaf,)
+    wanted = (like.b, like.a) if is_factors(like) else (like,)
+    for side in sides:
+        if not isinstance(side, Tensor):
+            raise TypeError(f"`{argument}` has {described(side)} in {name!r}; use a tensor")
+    if [side.shape for side in sides] != [side.shape for side in wanted]:
+        got, right = (", ".join(str(tuple(side.shape)) for side in group) for group in (sides, wanted))
+        raise ValueError(f"`{argument}` has {name!r} of shape {got} for a parameter of shape {right}; pass that of it")
+    for side, other in zip(sides, wanted, strict=True):
+        _check_is_floating(argument, repr(name), side)
+        if side.is_complex() != other.is_complex():
+            raise TypeError(
+                f"`{argument}` has dtype {side.dtype} for {name!r} of dtype {other.dtype}; convert it first"
+            )
+        _check_device(argument, repr(name), side, other)
+
+
+def _check_is_floating(argument: str, what: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor of integers or flags, in which sums would be rounded."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"`{argument}` has dtype {tensor.dtype} for {what}; use a floating dtype")
+
+
+def _check_is_real(argument: str, what: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"`{argument}` has dtype {tensor.dtype} for {what}; use a real floating dtype")
+
+
+def _check_device(argument: str, what: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"`{argument}` has {what} on {tensor.device}, but the weight is on {like.device}; move one of them"
+        )

@@ -1,0 +1,99 @@
+"""Check the arguments of `init` and `resize`, before anything is read or computed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from dynlora_fn._core._check import (
+    check_by_name,
+    check_choice,
+    check_dtype,
+    check_flag,
+    check_integer,
+    described,
+    first_names,
+)
+from dynlora_fn.switching._weight import Start
+
+
+def check_settings(start: Any, base_dtype: Any, dtype: Any, stack: Any) -> None:
+    """Raise if one of `init`'s settings has another type or value than its documentation gives."""
+    check_choice("start", start, get_args(Start))
+    check_dtype("base_dtype", base_dtype, or_none=True)
+    check_dtype("dtype", dtype)
+    check_flag("stack", stack)
+
+
+def check_model(model: Any) -> None:
+    """Raise if a model is neither a module nor a dict of tensors by name."""
+    if isinstance(model, nn.Module):
+        return
+    if not isinstance(model, Mapping):
+        raise TypeError(f"`model` is {described(model)}; pass an nn.Module, or its parameters by name")
+    check_tensors("model", model)
+
+
+def check_weights(weights: Any, model: nn.Module | Mapping[str, Tensor]) -> None:
+    """Raise if weights are no dict of tensors by name, or have a name that the model does not have.
+
+    Buffers of the model and further names of tied parameters may be among them.
+    """
+    if weights is None:
+        return
+    check_tensors("weights", weights)
+    known = set(model) if isinstance(model, Mapping) else _names_of(model)
+    if unknown := [name for name in weights if name not in known]:
+        raise ValueError(f"`weights` has {first_names(unknown)}, which the model does not have; remove them")
+
+
+def _names_of(model: nn.Module) -> set[str]:
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    return {name for name, _ in (*parameters, *buffers)}
+
+
+def check_kind(name: str, weight: Any, like: Tensor) -> None:
+    """Raise TypeError if a weight is no tensor, or of integers where the model has floating numbers."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"`weights` has {described(weight)} for {name!r}; use a tensor")
+    kinds = [(tensor.is_floating_point(), tensor.is_complex()) for tensor in (weight, like)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(
+            f"`weights` has dtype {weight.dtype} for {name!r}, but the model has {like.dtype}; convert it first"
+        )
+
+
+def check_targets(targets: Any) -> None:
+    """Raise TypeError if targets are no names, globs or types of modules, and no predicate."""
+    if isinstance(targets, str | type):
+        targets = [targets]
+    if not isinstance(targets, Sequence):
+        if not callable(targets):
+            raise TypeError(f"`targets` is {described(targets)}; pass a list of names, globs or types, or a predicate")
+        return
+    for target in targets:
+        if not (isinstance(target, str) or (isinstance(target, type) and issubclass(target, nn.Module))):
+            raise TypeError(f"`targets` contains {described(target)}; use names, globs or types of modules")
+
+
+def check_fused(fused: Any) -> None:
+    """Raise if the numbers of fused parts are no dict of integers, or of pairs of a number and an axis."""
+    if fused is None:
+        return
+    check_by_name("fused", fused, of="numbers of parts")
+    for pattern, parts in fused.items():
+        pair = parts if isinstance(parts, tuple | list) else (parts, -2)
+        if len(pair) != 2:
+            raise ValueError(f"`fused` is {described(parts)} for {pattern!r}; use a number of parts, or (parts, axis)")
+        check_integer("fused", pair[0], least=1, of=pattern)
+        check_integer("fused", pair[1], of=pattern)
+
+
+def check_tensors(argument: str, tensors: Any) -> None:
+    """Raise if a value is no dict of tensors by name. Values of a mapping that reads files are not read."""
+    check_by_name(argument, tensors, of="tensors")
+    if not isinstance(tensors, dict):
+        return
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{argument}` has {described(tensor)} for {name!r}; use a tensor")

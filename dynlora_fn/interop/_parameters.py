@@ -1,0 +1,72 @@
+"""The parameters of a model: each tied one once, and which of them are frozen."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from dynlora_fn._core._attached import is_attached
+from dynlora_fn._core._tree import inner_tensors
+from dynlora_fn.bases._torchao_tensors import is_torchao
+
+
+class Parameters(NamedTuple):
+    """The parameters of a model, tied ones under their first name."""
+
+    tensors: dict[str, Tensor]  # detached, except a frozen tensor of another library
+    aliases: dict[str, list[str]]  # all names of each, the first one included
+    frozen: frozenset[str]  # those that are not trained
+
+
+def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
+    """Return the parameters of a module, or of a dict of tensors.
+
+    An `nn.Parameter` with ``requires_grad=False`` is frozen, and so is an integer. A plain tensor in a dict is not,
+    because it has no such setting.
+
+    Raises:
+        ValueError: If a parameter has no shape yet, or has the gradient of other tensors.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else dict(model)
+    parameters, frozen = Parameters({}, {}, frozenset()), set[str]()
+    first_names: dict[object, str] = {}
+    for name, tensor in named.items():
+        if is_lazy(tensor):
+            raise ValueError(f"`model` has no shape for {name!r} yet; run its first forward pass, which sets the shape")
+        first = first_names.setdefault(_identity(tensor), name)
+        parameters.aliases.setdefault(first, []).append(name)
+        if first == name:
+            is_frozen = _is_frozen(tensor)
+            parameters.tensors[name] = tensor if is_frozen and is_opaque(tensor) else detached("model", name, tensor)
+            frozen |= {name} if is_frozen else set()
+    return parameters._replace(frozen=frozenset(frozen))
+
+
+def detached(argument: str, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor without its gradient, which only a leaf such as a parameter may have."""
+    has_tangent = is_attached(tensor) and not tensor.requires_grad
+    if tensor.grad_fn is not None or has_tangent:
+        raise ValueError(
+            f"`{argument}` has {name!r} with a tangent or with the gradient of other tensors, which does not pass"
+            " through `init`; detach it"
+        )
+    return tensor.detach()
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return not is_number or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad)
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Return whether a tensor is of a type of another library, whose attributes a copy may lose."""
+    return type(tensor) not in (Tensor, nn.Parameter) and not is_torchao(tensor)
+
+
+def _identity(tensor: Tensor) -> object:
+    """Return a key that is equal for tied parameters."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return id(tensor)
+    memory = inner_tensors(tensor)[0]  # a tensor of torchao has no memory itself
+    return memory.data_ptr(), memory.stride(), tensor.shape, tensor.device

@@ -1,0 +1,93 @@
+"""Put other tensors in the place of a module's parameters and buffers, and put the module's back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Never
+
+from torch import Tensor, nn
+
+from dynlora_fn._core._torch import is_of_transform
+
+
+class Slot(NamedTuple):
+    """A place of a tensor in a module. A module at two paths of a model has each place once, under its first path."""
+
+    name: str  # in the model
+    module: nn.Module
+    key: str
+    tensor: Tensor
+    is_buffer: bool
+
+    @property
+    def now(self) -> Tensor | None:
+        """The tensor that is in this place now."""
+        return self._places.get(self.key)
+
+    @property
+    def _places(self) -> dict[str, Any]:
+        return self.module._buffers if self.is_buffer else self.module._parameters
+
+    def put(self, tensor: Tensor) -> None:
+        """Put a tensor in this place."""
+        self._places[self.key] = tensor
+        if isinstance(tensor, nn.Parameter) and isinstance(self.module, nn.RNNBase):
+            setattr(self.module, self.key, tensor)  # also into its list of weights
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """Return each place of a parameter or a buffer in a model."""
+    slots = []
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for key, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            slots.append(Slot(prefix + key, module, key, tensor, is_buffer=False))
+        for key, tensor in module.named_buffers(recurse=False, remove_duplicate=False):
+            slots.append(Slot(prefix + key, module, key, tensor, is_buffer=True))
+    return slots
+
+
+@contextmanager
+def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put `tensors` by name into a model, and put the model's back at the end, whatever happens.
+
+    A buffer that the model assigns itself stays, as it does when the model is called directly.
+
+    Raises:
+        NotImplementedError: If the model assigns a tensor in the place of one of `tensors`, or a buffer that belongs
+            to a transform of `torch.func`. The tensor from before is put back.
+    """
+    refused: list[Slot] = []
+    try:
+        for slot in slots:
+            if slot.name in tensors:
+                slot.put(tensors[slot.name])
+        yield
+    finally:
+        refused = [slot for slot in slots if _is_refused(slot, tensors.get(slot.name))]
+        for slot in slots:
+            if slot.name in tensors or slot in refused:
+                slot.put(slot.tensor)
+    if refused:
+        refuse_assignment(refused[0])
+
+
+def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
+    """Return whether the model has assigned a tensor in this place that cannot stay there."""
+    now = slot.now
+    if placed is not None:
+        return now is not placed
+    return now is not None and now is not slot.tensor and is_of_transform(now)
+
+
+def refuse_assignment(slot: Slot) -> Never:
+    """Raise for a tensor that a model assigns to itself, and that would be lost."""
+    if slot.is_buffer:
+        raise NotImplementedError(
+            f"`model` assigns the buffer {slot.name!r} in its forward pass, which `torch.func`, `torch.compile` and "
+            "`remat` do not keep; write its values in place (`copy_`) with `value_and_grad(..., via='autograd')`, "
+            "or call `model.eval()` if only training assigns it"
+        )
+    raise NotImplementedError(
+        f"`model` assigns the parameter {slot.name!r} in its forward pass, which would be lost; "
+        "make it a buffer, or compute it under another name"
+    )

@@ -1,0 +1,60 @@
+"""Threads that call one model take turns, because `call` puts tensors into its modules."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+class Caller:
+    """A call that is not inside another one. Calls inside it, and its recomputations, go by the same caller."""
+
+
+_CHANGED = threading.Condition()
+_CALLERS: dict[int, Caller] = {}  # who calls a module, by the id of its dict of parameters, which copies may share
+_THREAD = threading.local()
+
+
+def current_caller() -> Caller | None:
+    """Return the caller that this thread runs a model for, or None outside of `call`."""
+    return getattr(_THREAD, "caller", None)
+
+
+@contextmanager
+def taking_turns(model: nn.Module, caller: Caller | None = None) -> Iterator[None]:
+    """Wait until no other caller runs a module of a model.
+
+    Args:
+        model: The model.
+        caller: The caller whose forward pass is computed again, maybe in a thread of autograd while that caller waits.
+            Default None means that of this thread, or another one.
+
+    Raises:
+        RuntimeError: If this thread already runs another model, because two such threads could wait for each other.
+    """
+    outer = current_caller()
+    caller = outer or caller or Caller()
+    keys, entered = {id(module._parameters) for module in model.modules()}, set[int]()
+
+    def is_free() -> bool:
+        return all(_CALLERS.get(key, caller) is caller for key in keys)
+
+    try:
+        with _CHANGED:
+            if outer and not is_free():
+                raise RuntimeError(
+                    f"another thread calls the same {type(model).__name__}, which is called inside of another model "
+                    "here, so that both could wait forever; give each thread a copy of the model (`copy.deepcopy`)"
+                )
+            _CHANGED.wait_for(is_free)
+            entered = keys - _CALLERS.keys()
+            _CALLERS.update(dict.fromkeys(entered, caller))
+        _THREAD.caller = caller
+        yield
+    finally:
+        _THREAD.caller = outer
+        with _CHANGED:
+            for key in entered:
+                del _CALLERS[key]
+            _CHANGED.notify_all()

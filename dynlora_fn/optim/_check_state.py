@@ -1,0 +1,84 @@
+"""Check that the state of an optimizer is one of these parameters, from the roles of its fields."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._check import check_by_name, described
+from dynlora_fn._core._check_trees import check_names
+from dynlora_fn._core._types import Trainable, is_factors
+from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape
+from dynlora_fn.optim._roles import Role, declared_roles
+
+_PER_VECTOR = ("count", "frozen_for")
+
+
+def check_state(opt_state: Any, kind: type, trainable: Trainable, *, eight_bit: bool = False) -> None:
+    """Raise if a state has another type, or fields that do not mirror the parameters.
+
+    A moment of another shape would be broadcast. Only types, names, shapes and dtypes are read.
+
+    Args:
+        opt_state: The state.
+        kind: Its type, with roles for its fields.
+        trainable: The parameters.
+        eight_bit: Whether moments may be in 8 bit.
+
+    Raises:
+        TypeError: If a type or dtype is wrong.
+        ValueError: If names or shapes differ.
+    """
+    if not isinstance(opt_state, kind):
+        raise TypeError(f"`opt_state` is {described(opt_state)}; pass the {kind.__name__} that `init` returned")
+    for field, role in declared_roles(opt_state).items():
+        _check_field(f"opt_state.{field}", getattr(opt_state, field), role, trainable, eight_bit)
+
+
+def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eight_bit: bool) -> None:
+    like = {name: leaf for name, leaf in trainable.items() if role != "frozen_for" or is_factors(leaf)}
+    check_by_name(argument, tree, of="the names of `trainable`")
+    check_names(argument, tree, "trainable", like)
+    for name, leaf in like.items():
+        sides = _sides(argument, name, tree[name], leaf)
+        for side, shape in zip(sides, _shapes(leaf, role), strict=True):
+            _check_side(argument, name, side, leaf.b if is_factors(leaf) else leaf, role, eight_bit)
+            if moment_shape(side) != shape:
+                raise ValueError(
+                    f"`{argument}` has {name!r} of shape {moment_shape(side)}, where these parameters need {shape}; "
+                    "pass the state of the same parameters"
+                )
+
+
+def _sides(argument: str, name: str, state: Any, leaf: Any) -> tuple[Any, ...]:
+    if is_factors(state) != is_factors(leaf):
+        raise ValueError(
+            f"`{argument}` has {described(state)} for {name!r}, which is a {type(leaf).__name__} in `trainable`; "
+            "pass the state of the same parameters"
+        )
+    return (state.b, state.a) if is_factors(state) else (state,)
+
+
+def _shapes(leaf: Any, role: Role) -> list[tuple[int, ...]]:
+    """Return the shapes of the state of a parameter, one for each side."""
+    if not is_factors(leaf):
+        return [() if role in _PER_VECTOR else tuple(leaf.shape)]
+    b, a = tuple(leaf.b.shape), tuple(leaf.a.shape)
+    return [(*b[:-2], 1, b[-1]), (*a[:-1], 1)] if role in _PER_VECTOR else [b, a]
+
+
+def _check_side(argument: str, name: str, side: Any, like: Any, role: Role, eight_bit: bool) -> None:
+    """Raise if the state of one side has a type, dtype or device that does not fit the parameter `like`."""
+    if is_eight_bit(side) and not eight_bit:
+        raise ValueError(f"`{argument}` has {name!r} in 8 bit; update it with the optimizer that made the state")
+    tensor = side.codes if is_eight_bit(side) else side
+    if not isinstance(tensor, Tensor) or not (is_eight_bit(side) or _is_right_dtype(tensor, like, role)):
+        raise TypeError(f"`{argument}` has {described(side)} for {name!r}; pass the state that `init` returned")
+    if tensor.device != like.device:
+        raise ValueError(f"`{argument}` has {name!r} on {tensor.device}, but the weight is on {like.device}; move it")
+
+
+def _is_right_dtype(tensor: Tensor, like: Tensor, role: Role) -> bool:
+    if role in _PER_VECTOR:
+        return tensor.dtype in (torch.int32, torch.int64)
+    return tensor.is_complex() == like.is_complex() and (tensor.is_floating_point() or tensor.is_complex())

@@ -1,0 +1,66 @@
+"""Check that plans and incoming vectors are those of the parameters."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dynlora_fn._core._check import check_by_name, described
+from dynlora_fn._core._check_plan import check_plan
+from dynlora_fn._core._check_trees import check_names, check_one_or_more
+from dynlora_fn._core._types import LowRank, Params, is_factors
+
+
+def check_planned(params: Any, plan: Any, incoming: Any = None) -> None:
+    """Raise if a plan is not one of the weights, or incoming vectors are not those of the plan.
+
+    Args:
+        params: One weight, or a dict of parameters by name.
+        plan: The plan of that weight, or a dict of plans by name.
+        incoming: The vectors that enter, or a dict of them by name. None for no check.
+
+    Raises:
+        TypeError: If a type or dtype is wrong.
+        ValueError: If a name, shape, device or slot does not fit.
+    """
+    check_one_or_more("params", params)
+    if not isinstance(params, Mapping):
+        check_plan("plan", "param", plan, params)
+        if incoming is not None:
+            check_vectors("incoming", "param", incoming)
+        return
+    check_by_name("plan", plan, of="plans")
+    for name, param_plan in plan.items():
+        check_plan("plan", name, param_plan, low_rank(params, name))
+    if incoming is not None:
+        check_vectors_by_name("incoming", incoming, plan)
+
+
+def check_vectors_by_name(argument: str, vectors: Any, plan: Iterable[str]) -> None:
+    """Raise if a value does not have vectors for each plan, as `check_vectors`."""
+    check_by_name(argument, vectors, of="vectors")
+    check_names(argument, vectors, "plan", plan)
+    for name, factors in vectors.items():
+        check_vectors(argument, name, factors)
+
+
+def check_vectors(argument: str, name: str, factors: Any) -> None:
+    """Raise TypeError if a value is no pair of floating tensors. Their shapes are compared with the plan elsewhere."""
+    sides = (factors.b, factors.a) if is_factors(factors) else (None, None)
+    if not all(isinstance(side, Tensor) and side.is_floating_point() for side in sides):
+        raise TypeError(f"`{argument}` has {described(factors)} for {name!r}; use Factors of floating tensors")
+
+
+def low_rank(params: Params, name: str) -> LowRank:
+    """Return the weight that a plan is for.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    param = params.get(name)
+    if not isinstance(param, LowRank):
+        raise ValueError(
+            f"`plan` must be for low-rank parameters, got one for {name!r}, which is {type(param).__name__}; "
+            "remove it from `plan`"
+        )
+    return param

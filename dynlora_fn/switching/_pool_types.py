@@ -1,0 +1,89 @@
+"""The pools of candidates, and checks that plans and outgoing vectors are theirs."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dynlora_fn._core._check import check_by_name, described
+from dynlora_fn._core._check_plan import check_fits, check_plan
+from dynlora_fn.switching._planned import check_vectors, check_vectors_by_name
+
+
+class SidePool(NamedTuple):
+    """Store the candidates of one side of a weight."""
+
+    vectors: Float[Tensor, "*stack size n"]  # one vector in each row; rows of vectors in use are stale
+    held: Int[Tensor, "*stack rank"]  # the row that the vector in each slot returns to
+
+
+class Pool(NamedTuple):
+    """Store the candidates of one weight: min(out, in) a side, in use or idle."""
+
+    b: SidePool  # vectors (*stack, size, out)
+    a: SidePool  # vectors (*stack, size, in)
+
+
+def check_pools(pool: Any, plan: Any) -> None:
+    """Raise if a plan is not one of a pool, or a dict of plans not one of a dict of pools.
+
+    Raises:
+        TypeError: If a type or dtype is wrong.
+        ValueError: If a name, shape or slot does not fit.
+    """
+    if not isinstance(pool, Mapping):
+        _check_pool("param", pool, plan)
+        return
+    check_by_name("pool", pool, of="pools")
+    check_by_name("plan", plan, of="plans")
+    if missing := sorted(set(plan) - set(pool)):
+        raise ValueError(f"`pool` has no pool for the planned {missing}; pass the pools of the same parameters")
+    for name, param_plan in plan.items():
+        _check_pool(name, pool[name], param_plan)
+
+
+def check_outgoing(outgoing: Any, pool: Any, plan: Any) -> None:
+    """Raise if outgoing vectors are not those of a plan and a pool, which fit each other."""
+    if not isinstance(pool, Mapping):
+        _check_outgoing("param", outgoing, pool, plan)
+        return
+    check_vectors_by_name("outgoing", outgoing, plan)
+    for name, param_plan in plan.items():
+        _check_outgoing(name, outgoing[name], pool[name], param_plan)
+
+
+def _check_pool(name: str, pool: Any, plan: Any) -> None:
+    if not isinstance(pool, Pool):
+        raise TypeError(f"`pool` is {described(pool)} for {name!r}; pass a Pool, or a dict of them by name")
+    check_plan("plan", name, plan)
+    for side_name, side in (("b", pool.b), ("a", pool.a)):
+        if not _is_side_pool(side):
+            raise TypeError(f"`pool` has {described(side)} as side {side_name} of {name!r}; pass that of `init_pool`")
+    held = pool.a.held
+    check_fits("plan", name, plan, tuple(held.shape[:-1]), held.shape[-1])
+
+
+def _is_side_pool(side: Any) -> bool:
+    return (
+        isinstance(side, SidePool)
+        and isinstance(side.vectors, Tensor)
+        and isinstance(side.held, Tensor)
+        and side.vectors.is_floating_point()
+        and side.held.dtype == torch.int64
+        and side.vectors.ndim == side.held.ndim + 1 >= 2
+    )
+
+
+def _check_outgoing(name: str, outgoing: Any, pool: Pool, plan: Any) -> None:
+    check_vectors("outgoing", name, outgoing)
+    sides = (("b", outgoing.b.mT, pool.b, plan.b), ("a", outgoing.a, pool.a, plan.a))
+    for side, vectors, side_pool, side_plan in sides:
+        *stack, _, length = side_pool.vectors.shape
+        wanted = (*stack, side_plan.slots.shape[-1], length)
+        if vectors.shape != wanted:
+            raise ValueError(
+                f"`outgoing.{side}` has vectors of shape {tuple(vectors.shape)} for {name!r}, one in each row, where "
+                f"the plan needs {wanted}; pass what `switch` returned"
+            )

@@ -1,0 +1,384 @@
+"""`call` leaves a model as it found it, whatever the model does, and threads do not mix their parameters."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynlora_fn import call, checkpoint_contexts, combine, compile_step, init, partition, remat, value_and_grad
+from dynlora_fn.nn._turns import taking_turns
+from dynlora_fn.testing import assert_same, normal
+
+
+def low_rank_of(model, **settings):
+    return init(model, **{"rank": 2, "seed": 0, "targets": [nn.Linear], "dtype": torch.float64, **settings})
+
+
+def other_params(model, scale=2.0):
+    """Return parameters of another model: all values times `scale`."""
+    params = {name: parameter.detach() * scale for name, parameter in model.named_parameters()}
+    return init(params, rank=2, seed=0, targets=["*weight"], dtype=torch.float64, stack=False)
+
+
+def state_of(model):
+    return {name: (tensor, tensor.detach().clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def assert_restored(model, before):
+    after = model.state_dict(keep_vars=True)
+    assert after.keys() == before.keys()
+    for name, (tensor, values) in before.items():
+        assert after[name] is tensor
+        assert_same(after[name].detach(), values)
+
+
+def at_two_paths():
+    layer = nn.Linear(4, 4).double()
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+class TwoNames(nn.Module):
+    """One parameter under two names of one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Parameter(normal(0, 4, 4))
+
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.linear(x, self.first).tanh(), self.second)
+
+
+def nested_at_two_paths():
+    block = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
+    return nn.ModuleDict({"stem": block, "layers": nn.ModuleList([nn.Sequential(block, nn.Linear(4, 4).double())])})
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nested_at_two_paths()
+
+    def forward(self, x):
+        return self.parts["layers"][0](self.parts["stem"](x))
+
+
+@pytest.mark.parametrize("make", [at_two_paths, Nested])
+def test_a_module_at_two_paths_is_put_back_once(make):
+    model, x = make(), normal(1, 3, 4)
+    before, output = state_of(model), model(x).detach()
+    params = other_params(model)
+    got = call(model, params, x)
+    assert_restored(model, before)
+    assert_same(model(x).detach(), output)
+    twice = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twice.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(got, twice(x).detach(), rtol=0, atol=1e-14)  # a dozen roundings of numbers near 1
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_tied_parameter_has_one_weight_under_any_name(name):
+    model, x = TwoNames(), normal(1, 3, 4)
+    params = init(model, rank=2, seed=0, targets=["*"], dtype=torch.float64)
+    before = state_of(model)
+    torch.testing.assert_close(call(model, {name: params["first"]}, x), model(x).detach(), rtol=0, atol=1e-14)
+    assert_restored(model, before)
+    with pytest.raises(ValueError, match=r"different weights for 'first' and 'second', which are tied; pass only one"):
+        call(model, {"first": params["first"], "second": torch.zeros(4, 4)}, x)
+    assert_restored(model, before)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_module_at_two_paths_is_called_twice_in_one_step(backend):
+    model, x = at_two_paths(), normal(1, 3, 4)
+    trainable, frozen = partition(low_rank_of(model))
+
+    def step(state):
+        first = value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum())(state)
+        second = value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum())(state)
+        return state, (first.value, second.value)
+
+    before = state_of(model)
+    first, second = (compile_step(step, donate=False, backend=backend) if backend else step)(trainable)[1]
+    assert_same(first, second)
+    torch.testing.assert_close(first, model(x).square().sum().detach(), rtol=1e-13, atol=0)
+    assert_restored(model, before)
+
+
+def test_a_recomputed_module_at_two_paths_is_put_back():
+    model, x = at_two_paths(), normal(1, 3, 4)
+    before, (trainable, frozen) = state_of(model), partition(low_rank_of(model))
+    again = remat(model, ["0"])
+    assert again[0] is again[2]
+
+    def grads(net):
+        return value_and_grad(lambda tree: call(net, combine(tree, frozen), x).square().sum())(trainable)
+
+    assert_same(tuple(grads(again)), tuple(grads(model)))
+    assert_restored(model, before)
+
+
+class Fails(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.map = error, nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        self.map(x)
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, SystemExit, StopIteration, ZeroDivisionError])
+def test_parameters_are_put_back_after_any_exception(error):
+    model = nn.Sequential(nn.Linear(4, 4).double(), Fails(error))
+    before = state_of(model)
+    with pytest.raises((error, RuntimeError)):
+        call(model, other_params(model), normal(1, 3, 4))
+    assert_restored(model, before)
+
+
+def test_an_lstm_keeps_its_list_of_weights():
+    model, x = nn.LSTM(4, 3).double(), normal(1, 5, 4)
+    output = model(x)[0].detach()
+    call(model, {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}, x)
+    assert all(
+        weight is model._parameters[name]
+        for name, weight in zip(model._flat_weights_names, model._flat_weights, strict=True)
+    )
+    assert_same(copy.deepcopy(model)(x)[0].detach(), output)
+
+
+class Lazily(nn.Linear):
+    def forward(self, x):
+        yield super().forward(x)
+
+
+def test_a_generator_is_refused():
+    model = Lazily(4, 4).double()
+    with pytest.raises(NotImplementedError, match="`model` returns a generator, which would run with the para"):
+        call(model, low_rank_of(model), normal(1, 3, 4))
+
+
+class Averages(nn.Module):
+    """A layer that keeps an average, and writes it in place or assigns it."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        self.map, self.in_place = nn.Linear(4, 4).double(), in_place
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.map(x)
+        mean = (self.mean + y.mean()) / 2
+        if self.in_place:
+            self.mean.copy_(mean.detach())
+        else:
+            self.mean = mean.detach()
+        return y
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_keeps_what_the_model_writes(in_place):
+    model, x = Averages(in_place=in_place), normal(1, 3, 4)
+    direct = copy.deepcopy(model)
+    trainable, frozen = partition(low_rank_of(model))
+    for _ in range(2):
+        value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum(), via="autograd")(trainable)
+        direct(x)
+    torch.testing.assert_close(model.mean, direct.mean, rtol=1e-13, atol=0)
+    assert model.mean.any()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_buffer_that_would_be_lost_is_refused_by_name(backend):
+    model, x = nn.Sequential(Averages(in_place=False)), normal(1, 3, 4)
+    before, (trainable, frozen) = state_of(model), partition(low_rank_of(model))
+
+    def step(state):
+        return state, value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum())(state).value
+
+    error = NotImplementedError if backend is None else torch._dynamo.exc.TorchDynamoException
+    with pytest.raises(error, match=r"`model` assigns the buffer '0\.mean' in its forward pass"):
+        (compile_step(step, donate=False, backend=backend) if backend else step)(trainable)
+    assert_restored(model, before)
+
+
+def test_a_buffer_of_one_sample_is_refused():
+    model, x = Averages(in_place=False), normal(1, 3, 4)
+    before, params = state_of(model), low_rank_of(model)
+    with pytest.raises(NotImplementedError, match="assigns the buffer 'mean'"):
+        torch.vmap(lambda row: call(model, params, row))(x)
+    assert_restored(model, before)
+
+
+def test_a_recomputed_block_does_not_assign_its_buffer():
+    model, x = nn.Sequential(Averages(in_place=False)), normal(1, 3, 4)
+    before = state_of(model)
+    with pytest.raises(NotImplementedError, match="assigns the buffer 'mean'"):
+        call(remat(model, ["0"]), low_rank_of(model), x)
+    assert_restored(model, before)
+
+
+class Assigns(nn.Linear):
+    def forward(self, x):
+        self.weight = nn.Parameter(torch.zeros_like(self.bias[:, None] * self.bias))
+        return super().forward(x)
+
+
+def test_a_parameter_that_the_model_assigns_is_refused_by_name():
+    model = nn.Sequential(Assigns(4, 4).double())
+    before = state_of(model)
+    with pytest.raises(NotImplementedError, match=r"`model` assigns the parameter '0\.weight' in its forward pass"):
+        call(model, other_params(model), normal(1, 3, 4))
+    assert_restored(model, before)
+
+
+def test_batch_norm_trains_by_autograd():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double(), normal(1, 5, 4)
+    direct = copy.deepcopy(model)
+    trainable, frozen = partition(low_rank_of(model))
+    value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum(), via="autograd")(trainable)
+    direct(x)
+    for name, buffer in direct.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-13, atol=0)
+
+
+class CallsItself(nn.Module):
+    """A model whose forward pass calls a submodule with other parameters, once deep."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.other = nn.Linear(4, 4).double(), None
+
+    def forward(self, x):
+        inner = call(self.map, self.other, x) if self.other else 0
+        return self.map(x) + inner
+
+
+def test_a_call_inside_a_call_puts_back_the_outer_parameters():
+    model, x = CallsItself(), normal(1, 3, 4)
+    before = state_of(model)
+    model.other = {name: tensor.detach() * 3 for name, tensor in model.map.named_parameters()}
+    got = call(model, {name: tensor.detach() * 2 for name, tensor in model.named_parameters()}, x)
+    torch.testing.assert_close(got, 5 * model.map(x).detach(), rtol=0, atol=1e-13)
+    assert_restored(model, before)
+
+
+class Waits(nn.Module):
+    """A model that waits in the middle of its forward pass, so that another thread could come between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+        self.barrier = threading.Barrier(2)
+
+    def forward(self, x):
+        x = self.first(x)
+        try:
+            self.barrier.wait(timeout=0.05)
+        except threading.BrokenBarrierError:
+            self.barrier.reset()
+        return self.second(x)
+
+
+def test_threads_do_not_mix_their_parameters():
+    model, x = Waits(), normal(1, 3, 4)
+    before = state_of(model)
+    scales = [1.0, 2.0, 3.0, 4.0]
+    params = [{name: tensor.detach() * scale for name, tensor in model.named_parameters()} for scale in scales]
+    wanted = [call(model, each, x) for each in params]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda each: call(model, each, x), params))
+    for left, right in zip(got, wanted, strict=True):
+        assert_same(left, right)
+    assert_restored(model, before)
+
+
+def test_threads_do_not_mix_in_recomputation():
+    model, x = nn.Sequential(Waits()), normal(1, 3, 4)
+    params = [{name: tensor.detach() * scale for name, tensor in model.named_parameters()} for scale in (1.0, 2.0)]
+
+    def grads(net, each):
+        return value_and_grad(lambda tree: call(net, tree, x).square().sum(), via="autograd")(each).grads
+
+    wanted = [grads(model, each) for each in params]
+    net = remat(model, ["0"])
+    grads(net, params[0])  # the first call of a block is checked, which is not to be done by two threads at once
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda each: grads(net, each), params))
+    assert_same(got, wanted)
+
+
+def test_a_nested_call_of_a_model_in_another_thread_is_refused():
+    inner, outer = nn.Linear(4, 4), nn.Linear(4, 4)
+    entered, leave = threading.Event(), threading.Event()
+
+    def occupy():
+        with taking_turns(inner):
+            entered.set()
+            leave.wait(5)
+
+    thread = threading.Thread(target=occupy)
+    thread.start()
+    entered.wait(5)
+    try:
+        with (
+            pytest.raises(RuntimeError, match=r"another thread calls the same Linear, which is called inside"),
+            taking_turns(outer),
+            taking_turns(inner),
+        ):
+            pass
+    finally:
+        leave.set()
+        thread.join()
+    with taking_turns(outer), taking_turns(inner):  # both are free again
+        pass
+
+
+class Forces(nn.Module):
+    """A model that differentiates inside its forward pass, with a checkpoint that is computed again there."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(4, 4).double()
+        self.contexts = checkpoint_contexts(self)
+
+    def energy(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: self.map(x).tanh().sum(), x, use_reentrant=False, context_fn=self.contexts)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (force,) = torch.autograd.grad(self.energy(x), x)
+        return force
+
+
+def test_a_block_may_be_computed_again_inside_the_forward_pass():
+    model, x = Forces(), normal(1, 3, 4)
+    params = {name: tensor.detach() * 2 for name, tensor in model.named_parameters()}
+    twice = copy.deepcopy(model)
+    twice.contexts = checkpoint_contexts(twice)
+    with torch.no_grad():
+        for parameter in twice.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(call(model, params, x), twice(x), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 1), ()])
+def test_a_full_rank_tensor_of_another_shape_is_refused(shape):
+    model = nn.Linear(4, 4).double()
+    params = {**low_rank_of(model), "bias": torch.zeros(shape, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"`params` has shape .* for 'bias', which does not fit .* shape \(4,\)"):
+        call(model, params, normal(1, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_submodule_is_refused():
+    model = nn.Sequential(torch.jit.trace(nn.Linear(4, 4).double(), normal(1, 3, 4)))
+    with pytest.raises(ValueError, match="submodule '0' of `model` is a ScriptModule"):
+        call(model, {name: tensor.detach() for name, tensor in model.named_parameters()}, normal(1, 3, 4))
