@@ -29,20 +29,23 @@ from torch.utils._pytree import tree_map_with_path as tree_map_with_path
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 if TYPE_CHECKING:
+    from torch._dynamo.comptime import comptime as comptime
+    from torch._dynamo.exc import FailOnRecompileLimitHit as FailOnRecompileLimitHit
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
     from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
     from torch._inductor.decomposition import select_decomp_table as select_decomp_table
 
 CHECKED = "2.13.0"
-# Imported at their first use: Inductor takes a second to import.
+# Imported at their first use: Dynamo and Inductor take a second each to import.
 LAZY = {
+    "comptime": "torch._dynamo.comptime",
+    "FailOnRecompileLimitHit": "torch._dynamo.exc",
     "CustomGraphPass": "torch._inductor.custom_graph_pass",
     "get_hash_for_files": "torch._inductor.custom_graph_pass",
     "select_decomp_table": "torch._inductor.decomposition",
 }
 # Looked up at their first use, by their full names.
 USED = (
-    "torch.Tensor._make_wrapper_subclass",
     "torch._C._AutoDispatchBelowAutograd",
     "torch._C._after_autograd_keyset",
     "torch._C._distributed_c10d.ProcessGroup._device_types",
@@ -52,6 +55,7 @@ USED = (
     "torch._C._functorch.get_interpreter_stack",
     "torch._C._functorch.get_unwrapped",
     "torch._C._functorch.is_batchedtensor",
+    "torch._C._functorch.is_dead_tensor_wrapper",
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.maybe_get_level",
     "torch._C._functorch.peek_interpreter_stack",
@@ -62,6 +66,8 @@ USED = (
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
     "torch._ops.OpOverloadPacket",
+    "torch.Tensor._make_wrapper_subclass",
+    "torch.UntypedStorage._cdata",
     "torch.autograd.forward_ad._current_level",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
@@ -88,6 +94,7 @@ OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 grouped_mm: Callable[..., Any] = torch._grouped_mm
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -172,26 +179,38 @@ def is_tracked(tensor: torch.Tensor) -> bool:
 
 def _requires_grad(tensor: torch.Tensor) -> bool:
     functorch = torch._C._functorch
-    while not tensor.requires_grad:
-        if not functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)
-    return True
+    tensor = _without_dead_levels(tensor)
+    if tensor.requires_grad or not functorch.is_functorch_wrapped_tensor(tensor):
+        return tensor.requires_grad
+    return _requires_grad(functorch.get_unwrapped(tensor))
 
 
 def _has_tangent(tensor: torch.Tensor) -> bool:
     functorch = torch._C._functorch
+    tensor = _without_dead_levels(tensor)
     if functorch.peek_interpreter_stack() is None:
-        return torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None  # type: ignore[no-untyped-call]
+        return _is_dual(tensor)
     # A level sees only its tangents, so lower levels are asked in turn.
     interpreter = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
-    is_forward = interpreter.key() == functorch.TransformType.Jvp
-    if is_forward and torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None:  # type: ignore[no-untyped-call]
+    if interpreter.key() == functorch.TransformType.Jvp and _is_dual(tensor):
         return True
     if functorch.maybe_get_level(tensor) == interpreter.level():
         tensor = functorch.get_unwrapped(tensor)
     with interpreter.lower():
         return _has_tangent(tensor)
+
+
+def _is_dual(tensor: torch.Tensor) -> bool:
+    dual: Any = torch.autograd.forward_ad.unpack_dual(tensor, level=0)  # type: ignore[no-untyped-call]
+    return dual.tangent is not None
+
+
+def _without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without the wrappers of transforms that have ended, which a pullback saves."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_dead_tensor_wrapper(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -223,6 +242,12 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
     """Let Dynamo trace `torch.autograd.grad` inside a compiled function."""
     patch: AbstractContextManager[Any] = torch._dynamo.config.patch(trace_autograd_ops=True)
     return patch
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return an integer that is the same for all tensors in one storage, fake tensors too, which have no addresses."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:

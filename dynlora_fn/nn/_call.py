@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynlora_fn._core._check import check_module
+from dynlora_fn._core._check import check_choice, check_module
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
@@ -25,9 +25,10 @@ def call(
 ) -> Any:
     """Run ``model(*args, **kwargs)`` with `params` in place of its parameters.
 
+    A low-rank weight is used by the rule of each operation (dynlora_fn/nn/README.md).
+
     The parameters of the model are put back afterwards, whatever happens. Its buffers are those of the model, so that
-    what it writes to them stays, as when it is called directly. Threads that call the same model take turns. A low-rank
-    weight is used by the rule of each operation (dynlora_fn/nn/README.md).
+    what it writes to them stays, as when it is called directly. Threads that call the same model take turns.
 
     Args:
         model: Any module.
@@ -61,8 +62,7 @@ def call(
         torch.Size([3, 4])
     """
     check_module("model", model)
-    if fallback not in ("dense", "raise"):
-        raise ValueError(f"`fallback` is {fallback!r}; use 'dense' or 'raise'")
+    check_choice("fallback", fallback, ("dense", "raise"))
     if problem := _problem_of(model):
         raise ValueError(problem)
     return call_with(model, params, {}, args, kwargs, fallback=fallback)
@@ -73,10 +73,10 @@ def call_with(
     params: Params,
     buffers: Mapping[str, Tensor],
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     *,
+    fallback: Fallback,
     caller: Caller | None = None,
-    fallback: Fallback = "dense",
 ) -> Any:
     """Run `call` with `buffers` in place of the model's buffers, for a `caller` as in `taking_turns`."""
     for name, param in params.items():
@@ -98,12 +98,12 @@ def call_with(
 
 
 def _call_traced(
-    model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], fallback: Fallback
+    model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any], fallback: Fallback
 ) -> Any:
     """Run `call_with` where Dynamo traces it. Dynamo knows that `functional_call` puts the parameters back."""
     slots = slots_of(model)
     tensors = _tensors_for(model, slots, params, fallback)
-    result = functional_call(model, tensors, args, kwargs, tie_weights=False)
+    result = functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
     for slot in slots:
         if slot.now is not slot.tensor:
             refuse_assignment(slot)

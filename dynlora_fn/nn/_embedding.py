@@ -34,11 +34,11 @@ def embedding(
     if part.factors.b.ndim != 2:
         refuse(view, "embedding", f"a weight of shape {view.shape}")
     low_rank_rows, base_rows = rows_of(part, input)
-    rows = base_rows + low_rank_rows
+    rows = scaled(base_rows + low_rank_rows, view)
     if padding_idx is not None:
         is_padding = input == padding_idx % view.shape[0]
         rows = torch.where(is_padding[..., None], rows.detach(), rows)
-    return scaled(rows, view)
+    return rows
 
 
 def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ def _dense_uses(model: nn.Module, params: Params, args: tuple[Any, ...], kwargs:
 
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        call_with(model, params, buffers, args, dict(kwargs), fallback=record)
+        call_with(model, params, buffers, args, kwargs, fallback=record)
     return list(uses)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._torch import forward_levels
+from dynlora_fn._core._torch import forward_levels, unsafe_view
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 from dynlora_fn.bases._flatten import Layout, gather_codes, refuse_differentiated
 from dynlora_fn.bases._formats import codes_from_tensors
@@ -31,7 +31,7 @@ def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None
         return functional.linear(x, weight, bias)
     # As `linear` does it, except that the result is no view. Autograd refuses to change a Function's view in place.
     rows = functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    output: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+    output: Tensor = unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
     return output
 
 

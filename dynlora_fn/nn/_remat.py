@@ -171,7 +171,7 @@ def _recompute(
         params, *buffers_and_arguments = tree_unflatten(filled, structure)
         params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
-            return call_with(block, params, *buffers_and_arguments, caller=caller, fallback=fallback)
+            return call_with(block, params, *buffers_and_arguments, fallback=fallback, caller=caller)
 
     def run_again(*tensors: Tensor) -> Any:
         output = run(*tensors)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_rate
-from dynlora_fn._core._collectives import weighted
+from dynlora_fn._core._collectives import refuse_tangents, weighted
 from dynlora_fn._core._torch import functional_collectives, tree_flatten_with_path, tree_unflatten
 from dynlora_fn._core._types import ShardedFactors, Sharding
 from dynlora_fn.parallel._group import Group, check_weight, has_processes_of, process_group
@@ -63,6 +63,7 @@ def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = 
             buckets[leaf.dtype].append(at)
     for members in buckets.values():
         bucket = weighted(torch.cat([leaves[at].flatten() for at in members]), weight)
+        refuse_tangents(bucket)
         reduced: Tensor = functional_collectives.wait_tensor(functional_collectives.all_reduce(bucket, "sum", group))  # type: ignore[no-untyped-call]
         parts = torch.split(reduced, [leaves[at].numel() for at in members])
         for at, part in zip(members, parts, strict=True):

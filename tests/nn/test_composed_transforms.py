@@ -1,10 +1,8 @@
 """Every product has the derivatives of the dense weight under every composition of transforms, three deep.
 
-The full product of compositions, products, storages and variables takes hours. The suite runs a part of it, spread so
-that each pair occurs.
+The full product of compositions, products, storages and variables takes hours. The suite runs a part that is spread
+over it. Slow tests run all pairs, and all triples of some storages.
 """
-
-from itertools import islice
 
 import pytest
 import torch
@@ -21,8 +19,6 @@ from tests.support.compositions import (
     POINT,
     RULES,
     SHAPE,
-    TRANSFORMS,
-    Uses,
     composed,
     compositions,
     error_of,
@@ -32,7 +28,7 @@ from tests.support.compositions import (
 # Relative to the largest entry. Up to seven derivatives of sums of 64 products follow each other, in float64.
 TOLERANCE = 1e-9
 # A gradient by a base in bfloat16 is rounded to bfloat16, in both.
-ROUNDED = 2.0**-6
+ROUNDED = 2.0**-5
 PLAIN, INT8 = Storage("float64"), Storage("int8", "int8")
 
 
@@ -41,43 +37,52 @@ def check(names: tuple[str, ...], pair: tuple, tolerance: float = TOLERANCE) -> 
     assert error is None or error <= tolerance, f"{' of '.join(names)} is wrong by {error}"
 
 
+def tolerance_of(storage: Storage) -> float:
+    return ROUNDED if storage.kind in ("bfloat16", "float32") else TOLERANCE
+
+
 def describe(storage: Storage) -> str:
     return f"{storage.kind}, {storage.residual}"
 
 
-@pytest.mark.parametrize("storage", [PLAIN, INT8], ids=describe)
-@pytest.mark.parametrize("path", ["factored", "merged", "recomputed"])
-def test_two_transforms_of_every_path(path, storage):
+def fast(depth: int) -> list[tuple[str, ...]]:
+    """Return compositions without `linearize`, which takes a second."""
+    return [names for names in compositions(depth) if "linearize" not in names]
+
+
+@pytest.mark.parametrize(
+    ("path", "storage", "step"), [("merged", INT8, 2), ("factored", INT8, 5), ("recomputed", PLAIN, 5)]
+)
+def test_two_transforms(path, storage, step):
     pair = functions(path, storage, "all of them")
-    for names in (*compositions(1), *compositions(2)):
+    for names in [*fast(1), *fast(2)[::step], ("linearize",)]:
         check(names, pair)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_some_of_three_transforms(path):
-    """Over all paths, each composition of three transforms takes part."""
-    start, storage = list(PATHS).index(path), [PLAIN, INT8][list(PATHS).index(path) % 2]
-    pair = functions(path, storage, "all of them")
-    for names in islice(compositions(3), start, None, 4 * len(PATHS)):
+    """Over all paths, every sixteenth composition of three transforms takes part."""
+    index = list(PATHS).index(path)
+    pair = functions(path, [PLAIN, INT8][index % 2], "all of them")
+    for names in fast(3)[index :: 16 * len(PATHS)]:
         check(names, pair)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=describe)
-@pytest.mark.parametrize("waiting", [0, 3])
-def test_every_storage(storage, waiting):
-    tolerance = ROUNDED if storage.kind in ("bfloat16", "float32") and not waiting else TOLERANCE
-    for path in ("merged", "transposed, factored", "stack, factored"):
-        pair = functions(path, storage, "all of them", waiting)
-        for names in (("jvp", "grad"), ("grad", "jvp"), ("jvp", "jvp"), ("vmap", "grad")):
-            check(names, pair, tolerance)
+def test_every_storage(storage):
+    index = STORAGES.index(storage)
+    path = ("merged", "transposed, factored", "stack, factored")[index % 3]
+    waiting = 3 * (index % 2)
+    pair = functions(path, storage, "all of them", waiting)
+    for names in (("jvp", "grad"), ("grad", "jvp"), ("jvp", "jvp")):
+        check(names, pair, tolerance_of(storage))
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(name):
-    for storage in (PLAIN, INT8):
-        pair = functions(name, storage, "all of them")
-        for names in (("autograd",), ("jvp", "grad"), ("jvp", "jvp"), ("vmap", "hessian")):
-            check(names, pair)
+    pair = functions(name, [PLAIN, INT8][list(RULES).index(name) % 2], "all of them")
+    for names in (("jvp", "grad"), ("jvp", "jvp"), ("vmap", "grad")):
+        check(names, pair)
 
 
 @pytest.mark.slow
@@ -87,7 +92,7 @@ def test_two_transforms_of_every_path_and_storage(path, storage):
     for by in ("input", "factors", "all of them"):
         pair = functions(path, storage, by)
         for names in (*compositions(1), *compositions(2)):
-            check(names, pair, ROUNDED if storage.kind in ("bfloat16", "float32") else TOLERANCE)
+            check(names, pair, tolerance_of(storage))
 
 
 @pytest.mark.slow
@@ -108,11 +113,17 @@ def test_two_transforms_of_every_rule(name):
             check(names, pair)
 
 
-@pytest.mark.parametrize("storage", [PLAIN, INT8], ids=describe)
-@pytest.mark.parametrize("path", ["factored", "merged"])
-@pytest.mark.parametrize("names", [("jvp", "jvp"), ("jvp", "grad", "jvp")], ids=" of ".join)
-def test_nested_forward_mode_in_one_graph(names, path, storage):
-    low_rank_function, dense_function = functions(path, storage, "all of them")
+@pytest.mark.parametrize(
+    ("names", "path"),
+    [
+        (("jvp", "jvp"), "merged"),
+        pytest.param(("jvp", "jvp"), "factored", marks=pytest.mark.slow),
+        pytest.param(("jvp", "grad", "jvp"), "merged", marks=pytest.mark.slow),
+        pytest.param(("jvp", "grad", "jvp"), "factored", marks=pytest.mark.slow),
+    ],
+)
+def test_nested_forward_mode_in_one_graph(names, path):
+    low_rank_function, dense_function = functions(path, INT8, "input and factors")
     compiled = torch.compile(composed(names, low_rank_function), fullgraph=True, backend="aot_eager")
     wanted = composed(names, dense_function)(POINT)
     torch.testing.assert_close(compiled(POINT), wanted, rtol=0, atol=TOLERANCE * wanted.abs().max().item())
@@ -141,8 +152,9 @@ def test_torch_gradcheck_accepts_every_path():
     """With batched gradients and forward mode, which it takes by its own means."""
     for path in ("factored", "merged", "dense", "recomputed"):
         g, _ = functions(path, INT8, "input and factors")
-        options = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
-        assert torch.autograd.gradcheck(g, POINT.clone().requires_grad_(), **options)
+        assert torch.autograd.gradcheck(
+            g, POINT.clone().requires_grad_(), check_forward_ad=True, check_batched_grad=True
+        )
         assert torch.autograd.gradgradcheck(g, POINT.clone().requires_grad_(), check_fwd_over_rev=True)
 
 
@@ -177,13 +189,6 @@ def test_an_attribute_through_which_a_gradient_passes_is_refused(by_input):
     assert isinstance(model[0], _Block)
 
 
-def test_transforms_of_a_model_keep_its_names():
-    """The error for an operation without a rule is the same in forward mode."""
-    model = Uses(lambda w, x: w.cumsum(0), (4, 32))
-    with pytest.raises(NotImplementedError, match=r"'weight' is used in `cumsum`"):
-        jvp(lambda x: call(model, {"weight": low_rank(SHAPE)}, x), (normal(0, 2),), (normal(1, 2),))
-
-
 def test_levels_without_a_tangent_do_not_matter():
     """The outer level differentiates what the product does not see."""
     param: LowRank = low_rank(SHAPE, storage=INT8)
@@ -195,4 +200,3 @@ def test_levels_without_a_tangent_do_not_matter():
     one = torch.ones((), dtype=torch.float64)
     got = jvp(tangent, (one,), (one,))[1]
     torch.testing.assert_close(got, linear(t, param, path="factored"), rtol=0, atol=1e-12)
-    assert set(TRANSFORMS) >= {"grad", "jvp", "vmap"}
