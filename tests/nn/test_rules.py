@@ -165,7 +165,12 @@ def test_mixed_dtypes(name, autocast):
 def test_the_readme_names_every_operation_with_a_rule():
     readme = Path(dynlora_fn.nn.__file__).with_name("README.md").read_text()
     section = readme.split("## Operations with a rule")[1].split("\n## ")[0]
-    spelled = {"__matmul__": "@", "__rmatmul__": "@", "__getitem__": "w[...]", "_grouped_mm": "grouped_mm"}
+    spelled = {
+        **{"__matmul__": "@", "__rmatmul__": "@", "__getitem__": "w[...]", "_grouped_mm": "grouped_mm"},
+        **dict.fromkeys(("__mul__", "__rmul__", "__truediv__", "__neg__", "__pos__"), "w * 2"),
+        **{"__len__": "len", "__repr__": "repr", "__format__": "format"},
+        **{"linalg_matmul": "matmul", "linalg_multi_dot": "multi_dot"},
+    }
     # The getter of a property has no name; the property that it is bound to does.
     names = {(key.__self__ if key.__name__ == "__get__" else key).__name__ for key in RULES}
     assert set(re.findall(r"`(?:F\.)?([^`]+)`", section)) == {spelled.get(name, name) for name in names}

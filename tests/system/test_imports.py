@@ -28,7 +28,7 @@ ALLOWED = {
 }
 MODULES = sorted(path for path in PACKAGE.glob("*/*.py") if path.name != "__init__.py")
 FACES = sorted(PACKAGE.glob("*/__init__.py"))
-NAMESPACES = ["bases", "interop", "optim", "parallel", "schedules", "switching"]
+NAMESPACES = ["bases", "interop", "nn", "optim", "parallel", "schedules", "switching"]
 
 
 def imported(source: str) -> set[str]:
