@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._torch import is_of_transform
 from dynlora_fn._core._tree import inner_tensors
-from dynlora_fn._core._types import FrozenTensor as FrozenTensor  # what frozen parameters become
+from dynlora_fn._core._types import FrozenTensor as FrozenTensor  # noqa: PLC0414, the face of interop exports it
 from dynlora_fn.bases._torchao_tensors import is_torchao
 
 
