@@ -5,6 +5,7 @@
 
 from dynlora_fn import bases as bases
 from dynlora_fn import interop as interop
+from dynlora_fn import nn as nn
 from dynlora_fn import optim as optim
 from dynlora_fn import parallel as parallel
 from dynlora_fn import schedules as schedules
@@ -14,7 +15,6 @@ from dynlora_fn._core._tree import combine as combine
 from dynlora_fn._core._tree import partition as partition
 from dynlora_fn._core._types import Factors as Factors
 from dynlora_fn._core._types import Frozen as Frozen
-from dynlora_fn._core._types import FrozenTensor as FrozenTensor
 from dynlora_fn._core._types import LowRank as LowRank
 from dynlora_fn._core._types import Plan as Plan
 from dynlora_fn._core._types import SidePlan as SidePlan

@@ -134,7 +134,7 @@ def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
         if isinstance(leaf, dl.LowRank):
             base = _base_to_dtensors(name, leaf.base, axes["base"], mesh)
             return leaf._replace(base=base, factors=convert(name, leaf.factors))
-        if isinstance(leaf, dl.FrozenTensor):
+        if isinstance(leaf, dl.interop.FrozenTensor):
             return leaf._replace(tensor=_to_dtensor(leaf.tensor, None, mesh))
         return _to_dtensor(leaf, None, mesh)
 

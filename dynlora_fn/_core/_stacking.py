@@ -24,7 +24,7 @@ class Stack(NamedTuple):
     shape: tuple[int, ...]  # the leading axes; () for a parameter that is not stacked
 
 
-def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
+def find_stacks(keys: Mapping[str, Hashable], kinds: Mapping[str, Hashable] | None = None) -> dict[str, Stack]:
     """Group names that differ only in integers into stacks.
 
     Every name is in exactly one stack. Names form a stack if their keys are equal and their integers form a full grid
@@ -32,6 +32,8 @@ def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
 
     Args:
         keys: The key of each name, such as a shape. Only names with equal keys are stacked.
+        kinds: The kind of each name, such as the type of its module. Names that do not form a grid from zero are only
+            stacked if their kinds are equal too. Default None means that all are of one kind.
 
     Returns:
         The stacks by name. The name has a star for each integer that varies from zero, and a range such as ``{1..8}``
@@ -51,13 +53,17 @@ def find_stacks(keys: Mapping[str, Hashable]) -> dict[str, Stack]:
         if "*" in name or _first_axis(name):
             what = "a star" if "*" in name else "a range"
             raise ValueError(f"parameter {name!r} contains {what}, which stands for the axis of a stack; rename it")
-    return dict(_group(list(keys), keys, frozenset()))
+    finer = {name: (key, kinds[name] if kinds else None) for name, key in keys.items()}
+    return dict(_group(list(keys), keys, finer, frozenset()))
 
 
-def _group(names: list[str], keys: Mapping[str, Hashable], literal: frozenset[int]) -> Iterator[tuple[str, Stack]]:
+def _group(
+    names: list[str], keys: Mapping[str, Hashable], finer: Mapping[str, Hashable], literal: frozenset[int]
+) -> Iterator[tuple[str, Stack]]:
     """Make axes of all integers except those at the positions `literal`.
 
-    Where the integers form no grid, the first of them becomes literal. Where one has gaps, each run is grouped again.
+    Where the integers form no grid, the first of them becomes literal. Where they form one that does not start at zero,
+    names are grouped by the finer keys. Where one has gaps, each run is grouped again.
 
     Two stacks never share a name: both would contain the name with zero for each star and the start of each range.
     """
@@ -72,11 +78,13 @@ def _group(names: list[str], keys: Mapping[str, Hashable], literal: frozenset[in
         values = {at: sorted(set(column)) for at, column in enumerate(columns) if at not in literal}
         gap = next((at for at, axis in values.items() if len(_runs(axis)) > 1), None)
         if len(members) < prod(map(len, values.values())):
-            yield from _group(members, keys, literal | {min(values)})
+            yield from _group(members, keys, finer, literal | {min(values)})
+        elif keys is not finer and any(axis != list(range(len(axis))) for axis in values.values()):
+            yield from _group(members, finer, finer, literal)
         elif gap is not None:
             for run in _runs(values[gap]):
                 of_run = [name for name, index in zip(members, columns[gap], strict=True) if index in run]
-                yield from _group(of_run, keys, literal | {gap} if len(run) == 1 else literal)
+                yield from _group(of_run, keys, finer, literal | {gap} if len(run) == 1 else literal)
         else:
             yield _named(members, values)
 

@@ -29,24 +29,28 @@ from torch.utils._pytree import tree_map_with_path as tree_map_with_path
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 if TYPE_CHECKING:
+    from torch._dynamo.comptime import comptime as comptime
+    from torch._dynamo.exc import FailOnRecompileLimitHit as FailOnRecompileLimitHit
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
     from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
     from torch._inductor.decomposition import select_decomp_table as select_decomp_table
 
 CHECKED = "2.13.0"
-# Imported at their first use: Inductor takes a second to import.
+# Imported at their first use: Dynamo and Inductor take a second each to import.
 LAZY = {
+    "comptime": "torch._dynamo.comptime",
+    "FailOnRecompileLimitHit": "torch._dynamo.exc",
     "CustomGraphPass": "torch._inductor.custom_graph_pass",
     "get_hash_for_files": "torch._inductor.custom_graph_pass",
     "select_decomp_table": "torch._inductor.decomposition",
 }
 # Looked up at their first use, by their full names.
 USED = (
-    "torch.Tensor._make_wrapper_subclass",
     "torch._C._AutoDispatchBelowAutograd",
     "torch._C._after_autograd_keyset",
     "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
+    "torch._C._are_functorch_transforms_active",
     "torch._C._functorch.TransformType",
     "torch._C._functorch.get_interpreter_stack",
     "torch._C._functorch.get_unwrapped",
@@ -61,6 +65,9 @@ USED = (
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
+    "torch._ops.OpOverloadPacket",
+    "torch.Tensor._make_wrapper_subclass",
+    "torch.UntypedStorage._cdata",
     "torch.autograd.forward_ad._current_level",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
@@ -69,6 +76,7 @@ USED = (
     "torch.ops._c10d_functional.all_reduce",
     "torch.ops._c10d_functional.reduce_scatter_tensor",
     "torch.ops._c10d_functional.wait_tensor",
+    "torch.ops.aten._unsafe_view",
 )
 
 
@@ -83,8 +91,12 @@ functional_collectives = _functional_collectives
 # Functional collectives. The operations are called directly because torch's wrappers fail under `torch.func`.
 C10D: Any = torch.ops._c10d_functional
 OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
 grouped_mm: Callable[..., Any] = torch._grouped_mm
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
+are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":
@@ -228,6 +240,12 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
     """Let Dynamo trace `torch.autograd.grad` inside a compiled function."""
     patch: AbstractContextManager[Any] = torch._dynamo.config.patch(trace_autograd_ops=True)
     return patch
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return an integer that is the same for all tensors in one storage, fake tensors too, which have no addresses."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:

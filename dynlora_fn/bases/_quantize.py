@@ -175,24 +175,34 @@ def drift(params: LowRank | Params, exact: Any = None) -> Float[Tensor, ""] | di
     """
     check_one_or_more("params", params)
     if isinstance(params, LowRank):
+        if exact is not None:
+            _check_exact("param", params, exact)
         return _drift("param", params, exact)
+    low_rank = {name: param for name, param in params.items() if isinstance(param, LowRank)}
     if exact is not None:
         check_by_name("exact", exact, of="dense weights")
-    low_rank = {name: param for name, param in params.items() if isinstance(param, LowRank)}
-    missing = [] if exact is None else [name for name in low_rank if name not in exact]
-    if missing:
-        raise ValueError(f"`exact` has no weight for {missing}; pass one for each low-rank weight")
+        if missing := [name for name in low_rank if name not in exact]:
+            raise ValueError(f"`exact` has no weight for {missing}; pass one for each low-rank weight")
+        for name, param in low_rank.items():
+            _check_exact(name, param, exact[name])
     return {name: _drift(name, param, None if exact is None else exact[name]) for name, param in low_rank.items()}
 
 
-def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
-    if exact is not None and not (isinstance(exact, Tensor) and exact.is_floating_point()):
+def _check_exact(name: str, param: LowRank, exact: Any) -> None:
+    if not isinstance(exact, Tensor) or not exact.is_floating_point():
         raise TypeError(f"`exact` has {described(exact)} for {name!r}; pass the dense weight, of a floating dtype")
-    if exact is not None and exact.shape != param.shape:
+    if exact.shape != param.shape:
         raise ValueError(
             f"`exact` has shape {tuple(exact.shape)} for {name!r}, but the weight has {tuple(param.shape)};"
             " pass the dense weight"
         )
+    if exact.device != param.factors.b.device:
+        raise ValueError(
+            f"`exact` has {name!r} on {exact.device}, but the weight is on {param.factors.b.device}; move it"
+        )
+
+
+def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
     folded, (b, a) = with_pending(param)
     base = as_base(folded).gather()
     if exact is None and residual_codes(as_base(base).residual) is None:

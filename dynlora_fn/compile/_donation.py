@@ -1,17 +1,14 @@
-"""Donated states: after the step has written over one, any use of it raises."""
+"""Donated states: which tensors may be written over, and what uses one that was."""
 
+from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
+from torch.nn import Parameter
 
-from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_unflatten
+from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 from dynlora_fn._core._tree import inner_tensors
-
-
-def memory_of(leaf: Any) -> list[int]:
-    """Return the address of each storage of the leaf: one for each of its `inner_tensors` that is not empty."""
-    inner = inner_tensors(leaf) if isinstance(leaf, Tensor) else []
-    return [tensor.untyped_storage().data_ptr() for tensor in inner if tensor.numel()]
 
 
 class Consumed(Tensor):
@@ -27,21 +24,124 @@ class Consumed(Tensor):
         raise RuntimeError(f"{problem}; use the state that the step returned")
 
 
-def consume(state: Any, aux: Any) -> Any:
-    """Return new tensors in the memory of the state, and turn the old tensors into `Consumed` ones.
+class Donated:
+    """The state that the next step writes over.
 
-    Raises:
-        ValueError: If `aux` shares memory with the state.
+    A step usually gets the tensors that the last one returned. They are recognized and not checked again.
     """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[ref[Tensor], Any]] = []
+        self._owners: dict[int, str] = {}  # names of tensors by the address of their storage
+
+    def check(self, state: Any, arguments: Any) -> Tensor | None:
+        """Return a tensor among the other arguments that is a view of the state, or None.
+
+        Raises:
+            ValueError: If the state cannot be written over: two of its tensors share memory, an element of one is
+                stored once for several places, one requires a gradient, one was written over by an earlier step, or
+                something is no tensor.
+        """
+        leaves = fast_leaves(state)
+        if not self._is_known(leaves):
+            self._known = []
+            self._owners = _check_leaves(state)
+            self._known = [(ref(leaf), _fingerprint(leaf)) for leaf in leaves]
+        return next((leaf for leaf in fast_leaves(arguments) if isinstance(leaf, Tensor) and self.owner(leaf)), None)
+
+    def owner(self, tensor: Tensor) -> str | None:
+        """Return the name of the state's tensor that another one is a view of, or None."""
+        owner = next((self._owners[start] for start in _starts(tensor) if start in self._owners), None)
+        return None if owner is None or any(leaf() is tensor for leaf, _ in self._known) else owner
+
+    def _is_known(self, leaves: list[Any]) -> bool:
+        if len(leaves) != len(self._known):
+            return False
+        pairs: Any = zip(leaves, self._known, strict=True)
+        return all(known() is leaf and _fingerprint(leaf) == fingerprint for leaf, (known, fingerprint) in pairs)
+
+
+def fast_leaves(tree: Any) -> list[Any]:
+    """Return what `tree_leaves` returns, in a fraction of the time where dicts, lists and tuples contain tensors."""
+    found: list[Any] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(node: Any, found: list[Any]) -> None:
+    kind = type(node)
+    if kind is dict:
+        node = node.values()
+    elif kind is not tuple and kind is not list and not (isinstance(node, tuple) and hasattr(kind, "_fields")):
+        found += tree_leaves(node)
+        return
+    for child in node:
+        if type(child) is Tensor:
+            found.append(child)
+        else:
+            _collect(child, found)
+
+
+def consume(state: Any) -> Any:
+    """Return new tensors in the memory of the state, and turn the old tensors into `Consumed` ones."""
     leaves, structure = tree_flatten_with_path(state)
-    owners = {memory: keystr(path) for path, leaf in leaves for memory in memory_of(leaf)}
-    for path, leaf in tree_flatten_with_path(aux)[0]:
-        owner = next((owners[memory] for memory in memory_of(leaf) if memory in owners), None)
-        if owner:
-            problem = f"`aux{keystr(path)}` shares memory with the donated state at {owner}"
-            raise ValueError(f"{problem}, which the next step writes over; return a clone of it")
     new_leaves = [leaf.detach() for _, leaf in leaves]
     for path, leaf in leaves:
         leaf.__dict__["_name"] = keystr(path)
         leaf.__class__ = Consumed
     return tree_unflatten(new_leaves, structure)
+
+
+def _fingerprint(leaf: Tensor) -> Any:
+    """Return what may change in a tensor that was checked: `leaf.data = other`, `leaf.requires_grad_()`, `consume`."""
+    kind = type(leaf)
+    return (leaf.data_ptr(), leaf.requires_grad) if kind is Tensor or kind is Parameter else kind
+
+
+def _check_leaves(state: Any) -> dict[int, str]:
+    """Return the names of the tensors by the address of their storage."""
+    spans: list[tuple[int, int, str]] = []
+    for path, leaf in tree_flatten_with_path(state)[0]:
+        name = keystr(path)
+        if isinstance(leaf, Consumed):
+            problem = f"`state` tensor at {name} was written over by an earlier step"
+            raise ValueError(f"{problem}; pass the state that the last step returned")
+        if not isinstance(leaf, Tensor):
+            problem = f"`state` at {name} is of type {type(leaf).__name__}"
+            raise ValueError(f"{problem}, which cannot be donated; make it a tensor, or pass it as another argument")
+        if leaf.requires_grad:
+            raise ValueError(f"`state` tensor at {name} has requires_grad=True; detach it, or pass donate=False")
+        if any(_is_expanded(tensor) for tensor in inner_tensors(leaf)):
+            problem = f"`state` tensor at {name} is expanded: several of its elements are stored in one place"
+            raise ValueError(f"{problem}; clone it, or pass donate=False")
+        spans += [(start, stop, name) for start, stop in _spans(leaf)]
+    _check_disjoint(spans)
+    return {start: name for start, _, name in spans}
+
+
+def _check_disjoint(spans: Iterable[tuple[int, int, str]]) -> None:
+    end, owner = 0, ""
+    for start, stop, name in sorted(spans):
+        if start < end and name != owner:
+            raise ValueError(f"`state` tensors at {owner} and {name} share memory; clone one, or pass donate=False")
+        if stop > end:
+            end, owner = stop, name
+
+
+def _starts(tensor: Tensor) -> list[int]:
+    if type(tensor) is Tensor:  # without a question to `inner_tensors`, which takes longer
+        return [tensor.untyped_storage().data_ptr()] if tensor.numel() else []
+    return [start for start, _ in _spans(tensor)]
+
+
+def _spans(leaf: Tensor) -> list[tuple[int, int]]:
+    """Return where each storage of a tensor begins and ends, without those of empty tensors and on "meta"."""
+    storages = [tensor.untyped_storage() for tensor in inner_tensors(leaf) if tensor.numel()]
+    spans = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+    return [(start, start + size) for start, size in spans if start and size]
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

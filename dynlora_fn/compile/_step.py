@@ -1,6 +1,8 @@
 """A whole pure step in one compiled graph."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +16,15 @@ from dynlora_fn._core._torch import (
     tree_flatten,
     tree_flatten_with_path,
     tree_leaves,
-    tree_map,
+    tree_unflatten,
 )
 from dynlora_fn._core._tree import inner_tensors
-from dynlora_fn.compile._donation import Consumed, consume, memory_of
+from dynlora_fn.compile._arguments import Calls, named_leaves
+from dynlora_fn.compile._donation import Donated, consume
+from dynlora_fn.compile._memory import sharing
+
+# What `aux` may contain beside tensors. Anything else may contain tensors of the state, which would be written over.
+_WITHOUT_TENSORS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
 
 
 class Step(NamedTuple):
@@ -28,76 +35,127 @@ class Step(NamedTuple):
 
 
 def compile_step(
-    step: Callable[..., tuple[Any, Any]], *, donate: bool = True, debug: bool = False, **options: Any
+    step: Callable[..., tuple[Any, Any]],
+    *,
+    donate: bool = True,
+    dynamic: bool | None = False,
+    debug: bool = False,
+    **options: Any,
 ) -> Callable[..., Step]:
-    """Compile a step into one graph: `torch.compile` with ``fullgraph=True`` and ``dynamic=False``.
+    """Compile a step into one graph with `torch.compile`.
 
     Whatever changes between calls must be a tensor, the learning rate and the step count too. A Python number becomes a
     constant of the graph, and another number compiles the step again.
 
     Args:
-        step: A pure function ``(state, *args) -> (state, aux)``, where `state` is a tree of tensors.
+        step: A pure function ``(state, *args, **kwargs) -> (state, aux)``, where `state` is a tree of tensors.
         donate: Write the new state into the memory of the old one, inside the graph. The old state is then consumed:
-            its tensors contain the new values. The functions inside the step stay pure.
+            its tensors contain the new values. The functions inside the step stay pure. What is reported in `aux` keeps
+            its values: a tensor that shares memory with the state is copied.
+        dynamic: Whether sizes and Python numbers that have changed between two calls become variables of the graph.
+            With False, every new shape compiles the step again, which torch allows eight times.
         debug: With a donated state, return new tensors in the same memory, and make any use of the old ones raise.
-        options: Passed to `torch.compile`, such as ``backend`` or ``mode``.
+        options: Further options of `torch.compile`, such as ``backend`` or ``mode``. None means torch's default.
+            ``options`` has precedence over ``mode``.
 
     Returns:
         A function with the arguments of `step` that returns `Step`. A donated state comes back as the same tensors.
 
     Raises:
-        TypeError: If `step` is no function, or a flag neither True nor False.
-        ValueError: At the first call, if the new state differs from the old one in structure, shape or dtype, or if
-            two tensors of a donated state share memory or one requires a gradient. With `debug`, also if `aux` shares
-            memory with the state.
+        TypeError: If `step` is no function, a flag neither True nor False, or `torch.compile` has no such option.
+        ValueError: If ``fullgraph=False`` is passed. At a call, if the new state differs from the old one in structure,
+            shape or dtype, if two tensors of a donated state share memory, one is expanded or requires a gradient, if
+            another argument is a view of such a tensor, or if `aux` contains an object that may contain tensors. If
+            arguments change so often that torch stops to compile; the message names them.
         RuntimeError: With `debug`, if a consumed state is used.
     """
+    from dynlora_fn._core._torch import FailOnRecompileLimitHit, comptime  # noqa: PLC0415 (Dynamo takes a second)
 
     check_callable("step", step)
     check_flag("donate", donate)
     check_flag("debug", debug)
+    share_memory, calls, donated = sharing(), Calls(step), Donated()
+    current: list[Any] = []  # the arguments of the call that Dynamo may be about to trace
 
-    def run(state: Any, *args: Any) -> tuple[str | None, Any]:
-        new_state, aux = step(state, *args)
+    def run(state: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
+        comptime(note_call)
+        new_state, aux = step(state, *args, **kwargs)
         if not donate:
             return None, Step(new_state, aux)
-        if problem := _mismatch(state, new_state):
-            return problem, None  # an exception raised here would reach the caller as an error of the compiler
-        aux = _clone_leaves_of(state, aux)
+        # An exception raised here would reach the caller as an error of the compiler.
+        if problem := _mismatch(state, new_state) or _unknown_object(aux):
+            return problem, None
+        aux = _keep_values(aux, state, share_memory)
         _write(state, new_state)
         return None, aux
 
+    def note_call(_: Any) -> None:
+        calls.note(*current[-1])
+
     # Dynamo caches graphs by code object, a limited number for each: every step gets a new code object.
     run.__code__ = run.__code__.replace()
-    compiled = torch.compile(run, fullgraph=True, dynamic=False, **_with_graph_passes(options))
-    is_checked = False
+    compiled = torch.compile(run, fullgraph=True, dynamic=None if dynamic else dynamic, **_torch_options(options))
+    traces_autograd = trace_autograd_ops()  # for `torch.autograd.grad` inside the step
 
-    def compiled_step(state: Any, *args: Any) -> Step:
-        nonlocal is_checked
-        if donate and (debug or not is_checked):
-            _check_donated(state)
-            is_checked = True
-        with trace_autograd_ops():  # for `torch.autograd.grad` inside the step
-            problem, result = compiled(state, *args)
+    def compiled_step(state: Any, *args: Any, **kwargs: Any) -> Step:
+        if donate:
+            view = donated.check(state, (args, kwargs))
+            if view is not None:
+                raise ValueError(_problem_of_view(view, donated, step, (state, *args), kwargs))
+        current.append(((state, *args), kwargs))
+        try:
+            with traces_autograd:
+                problem, result = compiled(state, *args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            raise ValueError(calls.problem(*current[-1])) from error
+        finally:
+            current.pop()
         if problem:
             raise ValueError(problem)
         if donate and debug:
-            state = consume(state, result)
+            state = consume(state)
         return Step(state, result) if donate else result
 
     return compiled_step
 
 
-def _with_graph_passes(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with the graph passes added, if the backend is Inductor."""
-    if options.get("backend", "inductor") != "inductor":
-        return options
+def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for `torch.compile`, with the graph passes added if the backend is Inductor.
+
+    Raises:
+        TypeError: If `torch.compile` has no such option.
+        ValueError: If ``fullgraph=False`` is passed.
+    """
+    known = set(inspect.signature(torch.compile).parameters) - {"model", "dynamic"}
+    if unknown := sorted(set(options) - known):
+        raise TypeError(f"`compile_step` got the options {unknown}; `torch.compile` takes {', '.join(sorted(known))}")
+    if not options.get("fullgraph", True):
+        raise ValueError("`fullgraph` must be True, since a step is compiled into one graph, got False; remove it")
+    others = {
+        name: value
+        for name, value in options.items()
+        if value is not None and name not in ("fullgraph", "mode", "options")
+    }
+    if others.get("backend", "inductor") != "inductor":
+        settings = {name: options[name] for name in ("mode", "options") if options.get(name) is not None}
+        return {**others, **settings}
     from dynlora_fn.compile._passes import inductor_options  # noqa: PLC0415 (Inductor takes a second to import)
 
     # A mode is a name for a set of options, and `torch.compile` does not accept both.
-    callers = {**options.get("options", {}), **inductor_mode_options(options.get("mode", "default"))}
-    others = {name: value for name, value in options.items() if name not in ("mode", "options")}
+    callers = {**inductor_mode_options(options.get("mode") or "default"), **(options.get("options") or {})}
     return {**others, "options": {**inductor_options(), **callers}}
+
+
+def _problem_of_view(
+    view: Tensor, donated: Donated, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
+    """Describe an argument that is a view of the state: a graph may write the one before it reads the other.
+
+    Dynamo recognizes the state's tensors themselves.
+    """
+    name = next(name for name, leaf in named_leaves(step, args, kwargs).items() if leaf is view)
+    owner = donated.owner(view)
+    return f"`{name}` shares memory with the donated `state` tensor at {owner}; pass a clone, or donate=False"
 
 
 def _mismatch(state: Any, new_state: Any) -> str | None:
@@ -106,17 +164,30 @@ def _mismatch(state: Any, new_state: Any) -> str | None:
     new_leaves, new_structure = tree_flatten(new_state)
     if structure != new_structure:
         return "`step` changes the structure of its state; return the same structure, or pass donate=False"
-    for old, new in zip(old_leaves, new_leaves, strict=True):
+    for index, (old, new) in enumerate(zip(old_leaves, new_leaves, strict=True)):
         if old.shape != new.shape or old.dtype != new.dtype:
-            change = f"from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype}"
+            name = keystr(tree_flatten_with_path(state)[0][index][0])
+            change = f"from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype}, at {name}"
             return f"`step` changes a state tensor {change}; keep shapes and dtypes, or pass donate=False"
     return None
 
 
-def _clone_leaves_of(state: Any, aux: Any) -> Any:
-    """Clone those leaves of `aux` that are tensors of the state, since the state is about to be written over."""
-    state_leaves = tree_leaves(state)
-    return tree_map(lambda leaf: leaf.clone() if any(leaf is other for other in state_leaves) else leaf, aux)
+def _unknown_object(aux: Any) -> str | None:
+    """Describe an object in `aux` that may contain tensors of the state, if there is one."""
+    for index, leaf in enumerate(tree_leaves(aux)):
+        if not isinstance(leaf, (Tensor, *_WITHOUT_TENSORS)):
+            name = keystr(tree_flatten_with_path(aux)[0][index][0])
+            return f"`aux{name}` is of type {type(leaf).__name__}; return tensors and numbers in dicts, lists or tuples"
+    return None
+
+
+def _keep_values(aux: Any, state: Any, share_memory: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
+    """Clone those tensors of `aux` that share memory with the state, since the state is about to be written over."""
+    leaves, structure = tree_flatten(aux)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    is_shared = iter(share_memory(tensors, tree_leaves(state)))
+    leaves = [leaf.clone() if isinstance(leaf, Tensor) and next(is_shared) else leaf for leaf in leaves]
+    return tree_unflatten(leaves, structure)
 
 
 def _write(state: Any, new_state: Any) -> None:
@@ -125,21 +196,3 @@ def _write(state: Any, new_state: Any) -> None:
     # Clone first: a new leaf may be an old one, or a view of it, that another write would overwrite.
     for old, new in [(old, new.clone()) for old, new in inner]:
         old.copy_(new)
-
-
-def _check_donated(state: Any) -> None:
-    owners: dict[int, str] = {}
-    for path, leaf in tree_flatten_with_path(state)[0]:
-        name = keystr(path)
-        if isinstance(leaf, Consumed):
-            problem = f"`state` tensor at {name} was written over by an earlier step"
-            raise ValueError(f"{problem}; pass the state that the last step returned")
-        if not isinstance(leaf, Tensor):
-            problem = f"`state` at {name} is of type {type(leaf).__name__}"
-            raise ValueError(f"{problem}, which cannot be donated; make it a tensor, or pass it as another argument")
-        if leaf.requires_grad:
-            raise ValueError(f"`state` tensor at {name} has requires_grad=True; detach it, or pass donate=False")
-        for memory in memory_of(leaf):
-            owner = owners.setdefault(memory, name)
-            if owner != name:
-                raise ValueError(f"`state` tensors at {owner} and {name} share memory; clone one, or pass donate=False")

@@ -4,6 +4,7 @@
 parameters to and from the formats of PyTorch, Hugging Face and PEFT.
 """
 
+from dynlora_fn._core._types import FrozenTensor as FrozenTensor
 from dynlora_fn.interop._init import init as init
 from dynlora_fn.interop._peft_load import load_adapter as load_adapter
 from dynlora_fn.interop._peft_save import save_adapter as save_adapter
@@ -14,4 +15,5 @@ from dynlora_fn.interop._safetensors import open_weights as open_weights
 from dynlora_fn.interop._safetensors import save_merged as save_merged
 from dynlora_fn.interop._safetensors import save_weights as save_weights
 from dynlora_fn.interop._state_dict import state_dict as state_dict
+from dynlora_fn.interop._targets import Rank as Rank
 from dynlora_fn.interop._targets import Targets as Targets

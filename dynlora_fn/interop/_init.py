@@ -129,7 +129,9 @@ def init(
     read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
     groups = {name: Stack([name], ()) for name in tensors}
     if stack:
-        groups = find_stacks({name: (selected.get(name), *_kind(name, parameters)) for name in tensors})
+        keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
+        owners = {name: type(module.get_submodule(name.rpartition(".")[0])) if module else None for name in tensors}
+        groups = find_stacks(keys, owners)
     params: dict[str, Param] = {}
 
     def make(pattern: str, layers: Stack) -> Param:
@@ -177,14 +179,14 @@ def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> T
     shape = tuple(parameters.tensors[name].shape)
     for alias in parameters.aliases[name]:
         if alias in weights:
-            weight = detached("weights", alias, weights[alias])
+            weight = weights[alias]
             check_kind(alias, weight, parameters.tensors[name])
             if tuple(weight.shape) != shape:
                 raise ValueError(
                     f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
                     "pass the weights of this model"
                 )
-            return weight.detach()
+            return detached("weights", alias, weight)
     raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dynlora_fn._core._attached import is_attached
+from dynlora_fn._core._torch import is_of_transform
 from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn.bases._torchao_tensors import is_torchao
 
@@ -34,19 +35,24 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
     for name, tensor in named.items():
         if is_lazy(tensor):
             raise ValueError(f"`model` has no shape for {name!r} yet; run its first forward pass, which sets the shape")
+        is_frozen = _is_frozen(tensor)
+        leaf = tensor if is_frozen and is_opaque(tensor) else detached("model", name, tensor)
         first = first_names.setdefault(_identity(tensor), name)
         parameters.aliases.setdefault(first, []).append(name)
         if first == name:
-            is_frozen = _is_frozen(tensor)
-            parameters.tensors[name] = tensor if is_frozen and is_opaque(tensor) else detached("model", name, tensor)
+            parameters.tensors[name] = leaf
             frozen |= {name} if is_frozen else set()
     return parameters._replace(frozen=frozenset(frozen))
 
 
 def detached(argument: str, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor without its gradient, which only a leaf such as a parameter may have."""
-    has_tangent = is_attached(tensor) and not tensor.requires_grad
-    if tensor.grad_fn is not None or has_tangent:
+    """Return a tensor without its gradient, which only a leaf such as a parameter may have.
+
+    Raises:
+        ValueError: If a transform or a tensor that it was computed from would lose a derivative.
+    """
+    is_leaf = tensor.grad_fn is None and tensor.requires_grad and not is_of_transform(tensor)
+    if is_attached(tensor) and not is_leaf:
         raise ValueError(
             f"`{argument}` has {name!r} with a tangent or with the gradient of other tensors, which does not pass"
             " through `init`; detach it"

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynlora_fn._core._check import check_module
+from dynlora_fn._core._check import check_choice, check_module
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
@@ -16,20 +16,28 @@ from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._flatten import refuse_differentiated
 from dynlora_fn.nn._swap import Slot, refuse_assignment, slots_of, swapped
 from dynlora_fn.nn._turns import Caller, taking_turns
+from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import weight_of
 
 
-def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+def call(
+    model: nn.Module, params: Params, *args: Any, fallback: Literal["dense", "raise"] = "dense", **kwargs: Any
+) -> Any:
     """Run ``model(*args, **kwargs)`` with `params` in place of its parameters.
+
+    A low-rank weight is used by the rule of each operation (dynlora_fn/nn/README.md).
 
     The parameters of the model are put back afterwards, whatever happens. Its buffers are those of the model, so that
     what it writes to them stays, as when it is called directly. Threads that call the same model take turns.
 
     Args:
-        model: Any module that uses its low-rank weights only in operations that have a rule (dynlora_fn/nn/README.md).
+        model: Any module.
         params: Every parameter of the model by name, as `init` returns them. For tied parameters one name is enough.
             Buffers are taken from the model.
         *args: The positional arguments of the model.
+        fallback: What to do for an operation without a rule. "dense" forms the dense weight for it, through which
+            gradients reach the factors, and warns once for each weight and operation. "raise" refuses it. A model that
+            has an argument `fallback` takes it by position.
         **kwargs: The keyword arguments of the model.
 
     Returns:
@@ -37,13 +45,13 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
-        NotImplementedError: If a low-rank weight is used in an operation without a rule. The message names both. Also
-            if a base in low precision or a sharded one is differentiated, if the model assigns a parameter in its
-            forward pass, or a buffer under `torch.func` or `torch.compile`, or if it returns a generator, which would
-            run later with its own parameters.
-        ValueError: If a weight does not fit the shape of its parameter, if two names of a tied parameter have different
-            weights, or if the model or a submodule is wrapped for data parallelism, which `torch.func` bypasses, or is
-            a `ScriptModule`.
+        NotImplementedError: If a low-rank weight is changed in place, or used in an operation without a rule under
+            ``fallback="raise"``. The message names both. Also if a base in low precision or a sharded one is
+            differentiated, if the model assigns a parameter in its forward pass, or a buffer under `torch.func` or
+            `torch.compile`, or if it returns a generator, which would run later with its own parameters.
+        ValueError: If `fallback` is unknown, if a weight does not fit the shape of its parameter, if two names of a
+            tied parameter have different weights, or if the model or a submodule is wrapped for data parallelism, which
+            `torch.func` bypasses, or is a `ScriptModule`.
 
     Example:
         >>> import torch
@@ -54,9 +62,10 @@ def call(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
         torch.Size([3, 4])
     """
     check_module("model", model)
+    check_choice("fallback", fallback, ("dense", "raise"))
     if problem := _problem_of(model):
         raise ValueError(problem)
-    return call_with(model, params, {}, args, kwargs)
+    return call_with(model, params, {}, args, kwargs, fallback=fallback)
 
 
 def call_with(
@@ -64,8 +73,9 @@ def call_with(
     params: Params,
     buffers: Mapping[str, Tensor],
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     *,
+    fallback: Fallback,
     caller: Caller | None = None,
 ) -> Any:
     """Run `call` with `buffers` in place of the model's buffers, for a `caller` as in `taking_turns`."""
@@ -74,10 +84,10 @@ def call_with(
             layout, tensors = as_base(as_base(param.base).folded).flatten()
             refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
     if torch.compiler.is_dynamo_compiling():
-        return _call_traced(model, {**buffers, **unstack(params)}, args, kwargs)
+        return _call_traced(model, {**buffers, **unstack(params)}, args, kwargs, fallback)
     with taking_turns(model, caller):
         slots = slots_of(model)
-        with swapped(slots, _tensors_for(model, slots, {**buffers, **unstack(params)})):
+        with swapped(slots, _tensors_for(model, slots, {**buffers, **unstack(params)}, fallback)):
             result = model(*args, **kwargs)
     if isinstance(result, GeneratorType | CoroutineType | AsyncGeneratorType):
         raise NotImplementedError(
@@ -87,18 +97,20 @@ def call_with(
     return result
 
 
-def _call_traced(model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_traced(
+    model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any], fallback: Fallback
+) -> Any:
     """Run `call_with` where Dynamo traces it. Dynamo knows that `functional_call` puts the parameters back."""
     slots = slots_of(model)
-    tensors = _tensors_for(model, slots, params)
-    result = functional_call(model, tensors, args, kwargs, tie_weights=False)
+    tensors = _tensors_for(model, slots, params, fallback)
+    result = functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
     for slot in slots:
         if slot.now is not slot.tensor:
             refuse_assignment(slot)
     return result
 
 
-def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params) -> dict[str, Tensor]:
+def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallback: Fallback) -> dict[str, Tensor]:
     """Return the tensor for each slot of a parameter, and of a buffer that is in `params`.
 
     Tied parameters have one tensor. `params` may have any of their names.
@@ -115,7 +127,7 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params) -> dic
             raise ValueError(
                 f"`params` has different weights for {other!r} and {name!r}, which are tied; pass only one"
             )
-        tensors[named[name]] = _tensor_for(name, param, named[name].shape)
+        tensors[named[name]] = _tensor_for(name, param, named[name].shape, fallback)
     unexpected = [name for name in params if name not in named]
     missing = [slot.name for slot in slots if not slot.is_buffer and slot.tensor not in tensors]
     if unexpected or missing:
@@ -128,9 +140,9 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params) -> dic
     return {slot.name: tensors[slot.tensor] for slot in slots if slot.tensor in tensors}
 
 
-def _tensor_for(name: str, param: Param, shape: torch.Size) -> Tensor:
+def _tensor_for(name: str, param: Param, shape: torch.Size, fallback: Fallback) -> Tensor:
     if isinstance(param, LowRank):
-        return weight_of(name, param, shape)
+        return weight_of(name, param, shape, fallback)
     tensor = tensor_of(param)
     if tensor.shape != shape:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch.nn import functional
 from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
-from dynlora_fn.nn._view import dense_base, expect_weight, refuse, single
+from dynlora_fn.nn._view import dense_base, expect_weight, refuse, scaled, single
 
 
 def embedding(
@@ -24,16 +24,17 @@ def embedding(
 ) -> Tensor:
     """Return ``base[input] + b[input] @ a / rank``.
 
-    The row `padding_idx` gets no gradient, no tangent, and contributes none to `a`.
+    The row `padding_idx` gets no gradient, no tangent, and contributes none to `a`. With `sparse` too, gradients are
+    dense.
     """
     view = expect_weight("embedding", weight, input=input)
     part = single(view, "embedding")
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        refuse(view, "embedding", "`max_norm`, `scale_grad_by_freq` or `sparse`")
+    if max_norm is not None or scale_grad_by_freq:
+        refuse(view, "embedding", "`max_norm` or `scale_grad_by_freq`")
     if part.factors.b.ndim != 2:
         refuse(view, "embedding", f"a weight of shape {view.shape}")
     low_rank_rows, base_rows = rows_of(part, input)
-    rows = base_rows + low_rank_rows
+    rows = scaled(base_rows + low_rank_rows, view)
     if padding_idx is not None:
         is_padding = input == padding_idx % view.shape[0]
         rows = torch.where(is_padding[..., None], rows.detach(), rows)
@@ -49,4 +50,41 @@ def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:
     return low_rank_rows.to(b.dtype), dense_base(part)[index].to(b.dtype)
 
 
-EMBEDDING_RULES: dict[Any, Callable[..., Any]] = {functional.embedding: embedding}
+def embedding_bag(
+    input: Any,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Return ``bags of base + (bags of b) @ a / rank``, where bags are sums or means of rows."""
+    view = expect_weight("embedding_bag", weight, input=input, per_sample_weights=per_sample_weights)
+    part = single(view, "embedding_bag")
+    if max_norm is not None or scale_grad_by_freq or mode not in ("sum", "mean"):
+        refuse(view, "embedding_bag", f"`max_norm`, `scale_grad_by_freq` or mode {mode!r}")
+    b, a = whole_factors(part)
+
+    def bags(rows: Tensor) -> Tensor:
+        return functional.embedding_bag(
+            input,
+            rows,
+            offsets,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+
+    return scaled(bags(dense_base(part).to(b.dtype)) + bags(b) @ a.to(b.dtype) / a.shape[-2], view)
+
+
+EMBEDDING_RULES: dict[Any, Callable[..., Any]] = {
+    functional.embedding: embedding,
+    functional.embedding_bag: embedding_bag,
+}

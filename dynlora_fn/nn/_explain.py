@@ -1,15 +1,18 @@
 """The cost of a training step, weight by weight, with full-rank training for comparison."""
 
+from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import FrozenTensor, Param, Params
 from dynlora_fn.bases._base import as_base
+from dynlora_fn.nn._call import call_with
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
 
 _MOMENT_BYTES = 4  # for each entry of each of the two moments
@@ -32,11 +35,19 @@ class Cost(NamedTuple):
     merged: int  # bytes of one merged weight, which the contraction forms and frees again
 
 
+class DenseUse(NamedTuple):
+    """An operation without a rule, for which a low-rank weight is made dense."""
+
+    name: str
+    operation: str
+
+
 class Explanation(NamedTuple):
     """The result of `explain`. Print it for a table."""
 
     tokens: int
     costs: list[Cost]
+    dense: list[DenseUse]  # without repetitions; empty if no model is passed
 
     def __str__(self) -> str:
         header = [
@@ -69,10 +80,18 @@ class Explanation(NamedTuple):
         ]
         return "\n".join(
             [f"one step of {self.tokens:,} tokens", *lines, f"largest merged weight: {total.merged / 1e6:.3f} MB"]
+            + [f"{use.name} is made dense for `{use.operation}`" for use in self.dense]
         )
 
 
-def explain(params: Params, *, tokens: int) -> Explanation:
+def explain(
+    params: Params,
+    *,
+    tokens: int,
+    model: nn.Module | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Explanation:
     """Return the FLOPs and bytes of a training step, weight by weight.
 
     Full-rank training is counted for comparison. The path is the one that `linear` takes if all tokens pass through a
@@ -82,9 +101,14 @@ def explain(params: Params, *, tokens: int) -> Explanation:
     Args:
         params: The parameters by name, stacks or single weights. Only shapes and dtypes are read.
         tokens: The number of tokens that are multiplied by a weight in one call: batch size times length.
+        model: The model, which is run once to find the weights that it makes dense. Its buffers and the random state of
+            the CPU stay the same. Default None does not run it.
+        args: The positional arguments of the model, as for `torch.func.functional_call`.
+        kwargs: The keyword arguments of the model.
 
     Returns:
-        One `Cost` for each parameter, and a table when printed.
+        One `Cost` for each parameter, one `DenseUse` for each weight and operation without a rule, and a table when
+        printed.
 
     Raises:
         TypeError: If `tokens` is no integer, or a parameter neither a `LowRank` nor a tensor.
@@ -100,7 +124,20 @@ def explain(params: Params, *, tokens: int) -> Explanation:
     """
     check_params("params", params)
     tokens = check_integer("tokens", tokens, least=0)
-    return Explanation(tokens, [_cost(name, param, tokens) for name, param in params.items()])
+    dense = [] if model is None else _dense_uses(model, params, args, kwargs or {})
+    return Explanation(tokens, [_cost(name, param, tokens) for name, param in params.items()], dense)
+
+
+def _dense_uses(model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[DenseUse]:
+    uses: dict[DenseUse, None] = {}
+
+    def record(name: str, operation: str) -> None:
+        uses[DenseUse(name, operation)] = None
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        call_with(model, params, buffers, args, kwargs, fallback=record)
+    return list(uses)
 
 
 def _cost(name: str, param: Param, tokens: int) -> Cost:

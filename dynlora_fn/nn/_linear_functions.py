@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._torch import forward_levels
+from dynlora_fn._core._torch import forward_levels, unsafe_view
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 from dynlora_fn.bases._flatten import Layout, gather_codes, refuse_differentiated
 from dynlora_fn.bases._formats import codes_from_tensors
@@ -25,9 +25,14 @@ def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tenso
 
 def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.mT + bias``, or ``x @ weight + bias`` for a weight that is stored transposed."""
-    if not layout.is_transposed:
+    if layout.is_transposed:
+        return x @ weight if bias is None else x @ weight + bias
+    if x.ndim != 3 or bias is None or not x.is_contiguous():
         return functional.linear(x, weight, bias)
-    return x @ weight if bias is None else x @ weight + bias
+    # As `linear` does it, except that the result is no view. Autograd refuses to change a Function's view in place.
+    rows = functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    output: Tensor = unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+    return output
 
 
 def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:

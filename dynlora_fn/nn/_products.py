@@ -17,10 +17,10 @@ from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.nn._linear import linear as contract
-from dynlora_fn.nn._view import ROWS, View, dense_base, expect_weight, matrix_shape, refuse, single, transposed
+from dynlora_fn.nn._view import ROWS, View, dense_base, expect_weight, matrix_shape, refuse, scaled, single, transposed
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     autocast = autocast_now(x.device.type)
     return autocast.dtype if autocast and autocast.enabled else x.dtype
 
@@ -35,6 +35,7 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
     """
     if view.kernel:
         refuse(view, operation, f"the weight of a convolution of shape {view.shape}")
+    x = scaled(x, view)
     if len(view.parts) == 1:
         return _times_part(x, view.parts[0], bias)
     sizes = [matrix_shape(part)[view.axis] for part in view.parts]
@@ -52,7 +53,7 @@ def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
         return contract(x, part, bias)
     part = LowRank(*with_pending(part), part.seed)  # `linear` gets sharded factors as they are
     b, a = whole_factors(part)
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     x, base, b, a = (leaf.to(dtype) for leaf in (x, dense_base(part), b, a))
     output: Tensor = x @ base.mT + (x @ a.mT / a.shape[-2]) @ b.mT
     return output if bias is None else output + bias
@@ -105,7 +106,7 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     stack_letters = "".join(stack)
     b, a = whole_factors(part)
     others = [*operands[:at], *operands[at + 1 :]]
-    dtype = _compute_dtype(others[0]) if others else b.dtype
+    dtype = compute_dtype(others[0]) if others else b.dtype
     base, b, a, *others = (leaf.to(dtype) for leaf in (dense_base(part), b, a, *others))
     low_rank_terms = [
         *terms[:at],
@@ -117,7 +118,7 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     low_rank_output = torch.einsum(
         f"{','.join(low_rank_terms)}->{result}", *others[:at], b / a.shape[-2], a, *others[at:]
     )
-    return output + low_rank_output
+    return scaled(output + low_rank_output, view)
 
 
 def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Tensor:
@@ -134,6 +135,7 @@ def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_d
     def times(x: Tensor, matrices: Tensor) -> Tensor:
         return functional.grouped_mm(x, matrices.to(x.dtype), offs=offs)
 
+    input = scaled(input, view)
     return times(input, dense_base(part)) + times(times(input, b) / rank, a)
 
 
@@ -162,8 +164,8 @@ def convolve(dimensions: int) -> Callable[..., Tensor]:
         if len(view.kernel) != dimensions:
             refuse(view, operation, f"a weight of shape {view.shape} that is not low-rank as (out, in * prod(kernel))")
         (part,) = view.parts
-        dtype = _compute_dtype(input)
-        input, b, a = (leaf.to(dtype) for leaf in (input, *whole_factors(part)))
+        dtype = compute_dtype(input)
+        input, b, a = (leaf.to(dtype) for leaf in (scaled(input, view), *whole_factors(part)))
         bias = None if bias is None else bias.to(dtype)
         out_features, *inner_shape = view.shape
         base = dense_base(part).to(dtype).reshape(view.shape)
@@ -183,8 +185,9 @@ PRODUCT_RULES: dict[Any, Callable[..., Any]] = {
     functional.conv3d: convolve(3),
     **dict.fromkeys((functional.grouped_mm, torch_grouped_mm), grouped_mm),
     torch.einsum: einsum,
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
+    **dict.fromkeys((torch.matmul, torch.linalg.matmul, torch.mm, torch.bmm, torch.mv), matmul),
     **dict.fromkeys((Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.__matmul__), matmul),
     Tensor.__rmatmul__: lambda right, left: matmul(left, right),
-    **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), add_product),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv), add_product),
+    **dict.fromkeys((Tensor.addmm, Tensor.baddbmm, Tensor.addmv), add_product),
 }

@@ -20,7 +20,8 @@ from dynlora_fn.nn._block_refusals import RefuseRandom, refuse_attached_attribut
 from dynlora_fn.nn._call import call_with
 from dynlora_fn.nn._swap import slots_of, swapped
 from dynlora_fn.nn._turns import current_caller, taking_turns
-from dynlora_fn.nn._weight import params_of
+from dynlora_fn.nn._view import Fallback
+from dynlora_fn.nn._weight import fallback_of, params_of
 
 
 def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
@@ -146,13 +147,16 @@ class _Block(nn.Module):
         params = {name: tuple(leaf) if isinstance(leaf, LowRank) else leaf for name, leaf in params_of(self).items()}
         device_type = next(leaf.device.type for leaf in tree_leaves((params, args)) if isinstance(leaf, Tensor))
         buffers = dict(self.named_buffers())
-        return _recompute(self._block_id, self.training, (params, buffers, args, kwargs), autocast_now(device_type))
+        inputs = (params, buffers, args, kwargs)
+        return _recompute(self._block_id, self.training, inputs, autocast_now(device_type), fallback_of(self))
 
 
 # Dynamo fails on an autograd Function that calls `torch.func.vjp` under `torch.func`. `allow_in_graph` leaves it to
 # AOTAutograd.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _recompute(block_id: int, training: bool, inputs: tuple[Any, ...], autocast: Autocast | None) -> Any:
+def _recompute(
+    block_id: int, training: bool, inputs: tuple[Any, ...], autocast: Autocast | None, fallback: Fallback
+) -> Any:
     """Run a block. `inputs` are its parameters and buffers, its arguments and its keyword arguments."""
     leaves, structure = tree_flatten(inputs)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
@@ -167,7 +171,7 @@ def _recompute(block_id: int, training: bool, inputs: tuple[Any, ...], autocast:
         params, *buffers_and_arguments = tree_unflatten(filled, structure)
         params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
         with torch.autocast(*autocast) if autocast else nullcontext(), watch:
-            return call_with(block, params, *buffers_and_arguments, caller=caller)
+            return call_with(block, params, *buffers_and_arguments, fallback=fallback, caller=caller)
 
     def run_again(*tensors: Tensor) -> Any:
         output = run(*tensors)

@@ -1,6 +1,7 @@
-"""Rules for views of a low-rank weight that stay low-rank: transposed, cut, or cut into heads.
+"""Rules for views of a low-rank weight that stay low-rank: transposed, in another shape, or with further axes.
 
-Single rows become plain tensors.
+A matrix in another shape keeps its rows and columns apart: `(heads, size, in)` is a stack, and `(out, in, *kernel)` the
+weight of a convolution. `_indexing.py` has the rules for cutting a weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,117 +11,174 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_fn.nn._embedding import rows_of
-from dynlora_fn.nn._view import View, matrix_shape, refuse, single, split_rows, take, transposed
+from dynlora_fn._core._tree import whole_factors
+from dynlora_fn._core._types import Factors, LowRank
+from dynlora_fn.nn._view import (
+    ROWS,
+    View,
+    dense_base,
+    matrix_shape,
+    refuse,
+    single,
+    split_rows,
+    transposed,
+    unbind_last,
+)
+
+# --- axes in another order
 
 
-def transpose(view: View, *dims: Any, **named_dims: int) -> View:
-    """Swap the rows and columns. Other axes cannot be swapped."""
-    axes = {dim % len(view.shape) for dim in (*dims, *named_dims.values())}
-    if view.kernel or (axes or {0, 1}) != {len(view.shape) - 2, len(view.shape) - 1}:
-        refuse(view, "transpose", f"dims {sorted(axes)} of shape {view.shape}")
-    return transposed(view)
+def permute(view: View, *dims: Any) -> View:
+    """Swap rows and columns, or reorder the axes of a stack."""
+    order = [dim % len(view.shape) for dim in _sizes(dims)]
+    same = list(range(len(view.shape)))
+    if order == same:
+        return view
+    stack, matrix = order[:-2], order[-2:]
+    if view.kernel or sorted(matrix) != same[-2:] or sorted(stack) != same[:-2]:
+        refuse(view, "permute", f"dims {order} of shape {view.shape}")
+    if stack != same[:-2]:
+        view = view._replace(parts=(_permute_stack(single(view, "permute"), stack),))
+    return view if matrix == same[-2:] else transposed(view)
+
+
+def _permute_stack(part: LowRank, order: list[int]) -> LowRank:
+    b, a = (leaf.permute(*order, -2, -1) for leaf in whole_factors(part))
+    return LowRank(dense_base(part).permute(*order, -2, -1), Factors(b, a), part.seed.permute(order))
+
+
+def transpose(view: View, dim0: int, dim1: int) -> View:
+    """Swap two axes, the rows and the columns or two of a stack."""
+    order = list(range(len(view.shape)))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permute(view, order)
+
+
+def swapaxes(view: View, axis0: int, axis1: int) -> View:
+    """Swap two axes, as `transpose` does."""
+    return transpose(view, axis0, axis1)
 
 
 def transpose_matrix(view: View) -> View:
-    return transpose(view, 0, 1)
+    return transpose(view, 0, 1) if len(view.shape) == 2 else permute(view, list(range(len(view.shape)))[::-1])
 
 
 def transpose_last(view: View) -> View:
     return transpose(view, -2, -1)
 
 
-def split(view: View, split_size: int | Sequence[int], dim: int = 0) -> tuple[View, ...]:
-    """Cut the weight along any axis. A fused weight is cut only between its parts."""
-    size = view.shape[dim]
-    if isinstance(split_size, int):
-        split_size = [min(split_size, size - start) for start in range(0, size, split_size)]
-    axis = dim if dim < 0 else dim - len(view.shape)
-    if len(view.parts) > 1:
-        sizes = [matrix_shape(part)[view.axis] for part in view.parts]
-        if axis != view.axis or sum(split_size) != size:
-            refuse(view, "split", f"axis {dim} of shape {view.shape}")
-        return tuple(_span(view, sizes, start, start + length) for start, length in _spans(split_size))
-    slices = [slice(start, start + length) for start, length in _spans(split_size)]
-    index = (slice(None),) * (len(view.shape) + axis)
-    pieces = [get_item(view, (*index, rows_or_columns)) for rows_or_columns in slices]
-    return tuple(piece for piece in pieces if isinstance(piece, View))
+def movedim(view: View, source: int | Sequence[int], destination: int | Sequence[int]) -> View:
+    """Move axes to other positions."""
+    sources, destinations = ([dims] if isinstance(dims, int) else list(dims) for dims in (source, destination))
+    axes = len(view.shape)
+    moved = {to % axes: axis % axes for axis, to in zip(sources, destinations, strict=True)}
+    staying = [axis for axis in range(axes) if axis not in moved.values()]
+    return permute(view, [moved[axis] if axis in moved else staying.pop(0) for axis in range(axes)])
 
 
-def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the start and the length of adjacent pieces of these sizes."""
-    return [(sum(sizes[:position]), length) for position, length in enumerate(sizes)]
+# --- axes of other sizes
 
 
-def _span(view: View, sizes: list[int], start: int, end: int) -> View:
-    """Return the parts from row or column `start` to `end`, which must not cut through a part."""
-    edges = [first for first, _ in _spans(sizes)] + [sum(sizes)]
-    if start not in edges or end not in edges:
-        refuse(view, "split", f"{start} to {end}, within one of its parts of {sizes}")
-    return view._replace(parts=view.parts[edges.index(start) : edges.index(end)])
-
-
-def chunk(view: View, chunks: int, dim: int = 0) -> tuple[View, ...]:
-    """Cut the weight into `chunks` pieces, as `split` does."""
-    return split(view, -(-view.shape[dim] // chunks), dim)
-
-
-def unbind(view: View, dim: int = 0) -> tuple[Any, ...]:
-    """Return the members of a stack, or the rows of a matrix."""
-    if dim % len(view.shape):
-        refuse(view, "unbind", f"axis {dim}")
-    return tuple(get_item(view, member) for member in range(view.shape[0]))
-
-
-def get_item(view: View, index: Any) -> View | Tensor:
-    """Return members of a stack or slices of a matrix as low-rank weights, and single rows as plain tensors."""
-    index = index if isinstance(index, tuple) else (index,)
-    stack_axes = len(view.shape) - 2
-    if len(index) > len(view.shape) or any(entry is None or entry is Ellipsis for entry in index):
-        refuse(view, "__getitem__", f"the index {index}")
-    index = (*index, *[slice(None)] * (stack_axes + 2 - len(index)))
-    stack, rows, columns = index[:stack_axes], index[-2], index[-1]
-    takes_all_rows = rows == slice(None) if isinstance(rows, slice) else False
-    if view.kernel or (len(view.parts) > 1 and not (takes_all_rows and columns == slice(None))):
-        refuse(view, "__getitem__", f"the index {index}")
-    if isinstance(rows, slice) and isinstance(columns, slice):
-        return view._replace(parts=tuple(take(part, stack, rows, columns) for part in view.parts))
-    if stack_axes or not isinstance(columns, slice):
-        refuse(view, "__getitem__", f"the index {index}")
-    low_rank_rows, base_rows = rows_of(take(view.parts[0], (), slice(None), columns), rows)
-    return base_rows + low_rank_rows
+def _sizes(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """Return sizes or dims that are passed one by one or as one sequence."""
+    return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int | torch.dtype) else tuple(shape)
 
 
 def reshape(view: View, *shape: Any) -> View:
-    """Group the rows, for example into attention heads: ``weight.view(heads, size, in)``."""
-    shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    part = single(view, "view")
-    rows, columns = view.shape[-2:]
+    """Group rows into heads, columns into a kernel, or the axes of a stack."""
+    shape = _sizes(shape)
+    if not all(isinstance(size, int) for size in shape):
+        refuse(view, "view", f"{shape}")
     if -1 in shape:
         known_size = -prod(shape)
-        shape = tuple(rows * columns // known_size if size == -1 else size for size in shape)
-    if len(view.shape) != 2 or shape[-1] != columns or prod(shape[:-1]) != rows:
+        shape = tuple(prod(view.shape) // known_size if size == -1 else size for size in shape)
+    if shape == view.shape:
+        return view
+    if len(view.parts) > 1 or prod(shape) != prod(view.shape) or len(shape) < 2:
         refuse(view, "view", f"shape {shape} of {view.shape}")
-    return view._replace(parts=(split_rows(part, shape[:-1]),))
+    (part,) = view.parts
+    *stack, rows, columns = matrix_shape(part)
+    if stack and shape[-2:] == (rows, columns):
+        return view._replace(parts=(_in_stack(part, shape[:-2], reshape=True),))
+    if stack and shape == (prod(stack) * rows, columns):
+        return view._replace(parts=unbind_last(_in_stack(part, (prod(stack),), reshape=True)), axis=ROWS)
+    if not stack and shape[-1] == columns:
+        return view._replace(parts=(split_rows(part, shape[:-1]),), kernel=())
+    if not stack and shape[0] == rows:
+        return view._replace(kernel=shape[2:])
+    refuse(view, "view", f"shape {shape} of {view.shape}")
+
+
+def _in_stack(part: LowRank, stack: Sequence[int], *, reshape: bool) -> LowRank:
+    """Return the matrices of a weight in a stack of another shape, or the same ones repeated."""
+    b, a = whole_factors(part)
+    change = Tensor.reshape if reshape else Tensor.expand
+    base, b, a = (change(leaf, (*stack, *leaf.shape[-2:])) for leaf in (dense_base(part), b, a))
+    return LowRank(base, Factors(b, a), change(part.seed, tuple(stack)))
 
 
 def unflatten(view: View, dim: int, sizes: Sequence[int]) -> View:
-    """Group the rows, as `reshape` does."""
-    if dim % len(view.shape) or len(view.shape) != 2:
-        refuse(view, "unflatten", f"axis {dim} of shape {view.shape}")
-    return reshape(view, *sizes, view.shape[-1])
+    """Split an axis, as `reshape` does."""
+    dim = dim % len(view.shape)
+    return reshape(view, *view.shape[:dim], *sizes, *view.shape[dim + 1 :])
+
+
+def flatten(view: View, start_dim: int = 0, end_dim: int = -1) -> View:
+    """Join axes, as `reshape` does."""
+    start, end = start_dim % len(view.shape), end_dim % len(view.shape) + 1
+    return reshape(view, *view.shape[:start], prod(view.shape[start:end]), *view.shape[end:])
+
+
+def squeeze(view: View, dim: Any = None) -> View:
+    """Remove axes of size 1, as `reshape` does."""
+    dims = range(len(view.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
+    removed = {axis % len(view.shape) for axis in dims}
+    return reshape(view, *(size for axis, size in enumerate(view.shape) if size != 1 or axis not in removed))
+
+
+def unsqueeze(view: View, dim: int) -> View:
+    """Add an axis of size 1, as `reshape` does."""
+    shape = list(view.shape)
+    shape.insert(dim % (len(shape) + 1), 1)
+    return reshape(view, *shape)
+
+
+def expand(view: View, *shape: Any) -> View:
+    """Repeat the weight in a stack."""
+    shape = _sizes(shape)
+    padded = (*(1 for _ in range(len(shape) - len(view.shape))), *view.shape)
+    shape = tuple(old if size == -1 else size for old, size in zip(padded, shape, strict=True))
+    part = single(view, "expand")
+    if shape[-2:] != view.shape[-2:]:
+        refuse(view, "expand", f"shape {shape} of {view.shape}")
+    return view if shape == view.shape else view._replace(parts=(_in_stack(part, shape[:-2], reshape=False),))
+
+
+def _as_shape_of(rule: Callable[..., View]) -> Callable[..., Any]:
+    """Return the rule of a method that takes the shape of another tensor."""
+
+    def shaped(input: Any, other: Any) -> Any:
+        if isinstance(input, View):
+            return rule(input, *other.shape)
+        return getattr(input, rule.__name__)(other.shape)
+
+    return shaped
 
 
 RESHAPING_RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((torch.transpose, torch.swapaxes, Tensor.transpose, Tensor.swapaxes), transpose),
+    **dict.fromkeys((torch.transpose, torch.swapdims, Tensor.transpose, Tensor.swapdims), transpose),
+    **dict.fromkeys((torch.swapaxes, Tensor.swapaxes), swapaxes),
     **dict.fromkeys((torch.t, Tensor.t, Tensor.T.__get__), transpose_matrix),  # type: ignore[attr-defined]
-    Tensor.mT.__get__: transpose_last,  # type: ignore[attr-defined]
-    **dict.fromkeys((torch.split, Tensor.split), split),
-    **dict.fromkeys((torch.chunk, Tensor.chunk), chunk),
-    **dict.fromkeys((torch.unbind, Tensor.unbind), unbind),
-    Tensor.__getitem__: get_item,
+    **dict.fromkeys((torch.adjoint, Tensor.adjoint), transpose_last),
+    **dict.fromkeys([getattr(Tensor, name).__get__ for name in ("mT", "H", "mH")], transpose_last),
+    **dict.fromkeys((torch.permute, Tensor.permute), permute),
+    **dict.fromkeys((torch.movedim, torch.moveaxis, Tensor.movedim, Tensor.moveaxis), movedim),
     **dict.fromkeys((torch.reshape, Tensor.reshape, Tensor.view), reshape),
+    **dict.fromkeys((Tensor.view_as, Tensor.reshape_as), _as_shape_of(reshape)),
     **dict.fromkeys((torch.unflatten, Tensor.unflatten), unflatten),
+    **dict.fromkeys((torch.flatten, Tensor.flatten), flatten),
+    **dict.fromkeys((torch.squeeze, Tensor.squeeze), squeeze),
+    **dict.fromkeys((torch.unsqueeze, Tensor.unsqueeze), unsqueeze),
+    **dict.fromkeys((Tensor.expand, torch.broadcast_to, Tensor.broadcast_to), expand),
+    Tensor.expand_as: _as_shape_of(expand),
 }
-# Methods of `Tensor` that are written in Python, by name: Dynamo looks them up with `__get__`, as it does properties.
-METHODS: dict[str, Callable[..., Any]] = {"split": split, "unflatten": unflatten}

@@ -1,22 +1,28 @@
 """The table of operation rules: what each operation does with a low-rank weight.
 
-An operation that would need the dense weight has no rule. The entries stand beside the rules, in a table at
-the end of each module of rules. Only the rule of attention is here, since it calls other rules.
+An operation that needs the dense weight has no rule, and gets the dense weight from `_fallback.py`. The entries stand
+beside the rules, in a table at the end of each module of rules. Only the rule of attention is here, since it calls
+other rules.
 
 A rule takes `View`, never the tensor that replaces a weight in a module. Inside `__torch_function__` Dynamo dispatches
 no further overrides, and would treat that tensor as a plain one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from inspect import Parameter, signature
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
+from dynlora_fn.nn._attributes import ATTRIBUTE_RULES
+from dynlora_fn.nn._contractions import CONTRACTION_RULES
 from dynlora_fn.nn._embedding import EMBEDDING_RULES
+from dynlora_fn.nn._indexing import INDEXING_RULES, chunk
 from dynlora_fn.nn._products import PRODUCT_RULES, linear
-from dynlora_fn.nn._reshaping import RESHAPING_RULES, chunk
+from dynlora_fn.nn._register import REGISTERED
+from dynlora_fn.nn._reshaping import RESHAPING_RULES
 from dynlora_fn.nn._view import View
 
 # `F.multi_head_attention_forward` uses its weights only in `linear`, provided that the fused weight of queries, keys
@@ -59,8 +65,31 @@ def _attention() -> Callable[..., Any]:
 
 
 RULES: dict[Any, Callable[..., Any]] = {
+    **ATTRIBUTE_RULES,
     **PRODUCT_RULES,
+    **CONTRACTION_RULES,
     **EMBEDDING_RULES,
     **RESHAPING_RULES,
+    **INDEXING_RULES,
     functional.multi_head_attention_forward: _attention(),
 }
+
+
+def _keywords_of(rule: Callable[..., Any]) -> frozenset[str] | None:
+    parameters = signature(rule).parameters
+    takes_all = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if takes_all else frozenset(parameters)
+
+
+# The keywords that a rule takes, or None for all. An operation with another one, such as `out`, has no rule.
+_KEYWORDS = {operation: _keywords_of(rule) for operation, rule in RULES.items()}
+
+
+def find_rule(operation: Any, keywords: Iterable[str]) -> Callable[..., Any] | None:
+    """Return the rule of an operation that is called with these keywords, or None."""
+    if operation in REGISTERED:
+        return REGISTERED[operation]
+    if operation not in RULES:
+        return None
+    accepted = _KEYWORDS[operation]
+    return RULES[operation] if accepted is None or all(name in accepted for name in keywords) else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from dynlora_fn._core._check import check_callable, check_choice, check_flag
+from dynlora_fn._core._check import check_callable, check_choice, check_flag, described
 from dynlora_fn._core._torch import (
     forward_levels,
     is_transformed,
@@ -54,11 +54,11 @@ def value_and_grad(
         The function.
 
     Raises:
-        TypeError: If `loss_fn` is no function, or `has_aux` no flag.
-        ValueError: If `via` is neither "func" nor "autograd". In the function, if a leaf of the first argument is not a
-            tensor of a floating dtype, or `loss_fn` does not return a 0-d tensor of one. With "autograd" also inside a
-            transform of `torch.func`, if the loss depends on no leaf, or if `loss_fn` changes a leaf in place. With
-            "func" the gradients of a loss that depends on no leaf are zero.
+        TypeError: If `loss_fn` is no function, or `has_aux` no flag. In the function, if a leaf of the first argument
+            is not a tensor of a floating dtype, or `loss_fn` does not return a 0-d tensor of one.
+        ValueError: If `via` is neither "func" nor "autograd". In the function with "autograd", if it is called inside a
+            transform of `torch.func`, the loss depends on no leaf, or `loss_fn` changes a leaf in place. With "func"
+            the gradients of a loss that depends on no leaf are zero.
 
     Example:
         >>> import torch
@@ -175,8 +175,8 @@ def _check_leaves(trainable: Any) -> None:
     for leaf in tree_flatten(trainable)[0]:
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             path = next(path for path, other in tree_flatten_with_path(trainable)[0] if other is leaf)
-            raise ValueError(
-                f"the first argument has {_described(leaf)} at {keystr(path) or 'its root'}, which has no gradient;"
+            raise TypeError(
+                f"the first argument has {described(leaf)} at {keystr(path) or 'its root'}, which has no gradient;"
                 " pass only tensors of floating dtypes in it"
             )
 
@@ -184,20 +184,14 @@ def _check_leaves(trainable: Any) -> None:
 def _loss_in(result: Any, has_aux: bool) -> Tensor:
     """Return the loss in what `loss_fn` returned."""
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-        raise ValueError(f"`loss_fn` returned {_described(result)} for has_aux=True; return `(loss, aux)`")
+        raise TypeError(f"`loss_fn` returned {described(result)} for has_aux=True; return `(loss, aux)`")
     loss = result[0] if has_aux else result
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-        raise ValueError(
-            f"`loss_fn` returned {_described(loss)} as the loss; return a 0-d tensor of a floating dtype, such as a"
+        raise TypeError(
+            f"`loss_fn` returned {described(loss)} as the loss; return a 0-d tensor of a floating dtype, such as a"
             " `mean()`, and pass has_aux=True for `(loss, aux)`"
         )
     return loss
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return f"a {type(value).__name__}"
 
 
 def _versions(leaves: Sequence[Tensor]) -> list[int]:

@@ -15,9 +15,9 @@ the module's parameter         the `LowRank`               example
 =============================  ==========================  ==============================================
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple, Never
+from typing import Any, Literal, NamedTuple, Never, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ from dynlora_fn.switching._weight import materialize
 
 ROWS, COLUMNS = -2, -1
 
+# What to do for an operation without a rule: form the dense weight, or raise. `explain` passes a function instead,
+# which gets the names of the weight and the operation.
+Fallback: TypeAlias = Literal["dense", "raise"] | Callable[[str, str], None]
+
+
+class NoRuleError(NotImplementedError):
+    """An operation without a rule, or a use of it that the rule does not cover."""
+
 
 class View(NamedTuple):
     """One parameter of a module: a low-rank weight, or several that are adjacent along an axis."""
@@ -39,6 +47,8 @@ class View(NamedTuple):
     parts: tuple[LowRank, ...]
     axis: int = ROWS  # along which several parts are adjacent
     kernel: tuple[int, ...] = ()  # sizes behind (out, in) of a convolution; the part has in * prod(kernel) columns
+    scale: float | Tensor | None = None  # multiplies the whole weight; None for 1
+    fallback: Fallback = "dense"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,6 +58,14 @@ class View(NamedTuple):
         if self.axis == ROWS:
             return (*stack, sum(matrix_shape(part)[ROWS] for part in self.parts), columns)
         return (*stack, rows, sum(matrix_shape(part)[COLUMNS] for part in self.parts))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].factors.b.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].factors.b.device
 
 
 def matrix_shape(param: LowRank) -> tuple[int, ...]:
@@ -75,14 +93,14 @@ def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
         if stack and len(shape) == len(fused):
             fused[axis] = stack[-1] * size
             if tuple(fused) == shape:
-                return View(name, _unbind_last(param), axis)
+                return View(name, unbind_last(param), axis)
     raise ValueError(
         f"`params` has shape {matrices} for {name!r}, which does not fit the parameter's shape {shape}; "
         "make `params` from this model"
     )
 
 
-def _unbind_last(param: LowRank) -> tuple[LowRank, ...]:
+def unbind_last(param: LowRank) -> tuple[LowRank, ...]:
     if param.seed.ndim == 1:
         return tuple(part for part in unbind(param) if isinstance(part, LowRank))
     base = dense_base(param).movedim(-3, 0)
@@ -122,6 +140,11 @@ def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
     return LowRank(dense_base(part).reshape(*shape, a.shape[-1]), factors, part.seed.expand(stack))
 
 
+def scaled(tensor: Tensor, view: View) -> Tensor:
+    """Return an input or a result of a product, multiplied by the scale of the weight."""
+    return tensor if view.scale is None else tensor * view.scale
+
+
 def gathered(view: View) -> View:
     """Return the view with unsharded factors and without pending folds."""
     if not any(part.factor_sharding for part in view.parts):
@@ -134,17 +157,20 @@ def dense(view: View) -> Tensor:
     return torch.cat([materialize(part) for part in view.parts], dim=view.axis).reshape(view.shape)
 
 
-def refuse(view: View, operation: str, use: str | None = None) -> Never:
-    """Raise for an operation without a rule, or for a use that its rule does not cover."""
+def no_rule(view: View, operation: str) -> NoRuleError:
+    """Return the error for an operation without a rule."""
+    return NoRuleError(
+        f"low-rank weight {view.name!r} is used in `{operation}`, which has no rule; pass fallback='dense' to `call`, "
+        "exclude the weight from `targets`, or add a rule with `dl.nn.register_rule`"
+    )
+
+
+def refuse(view: View, operation: str, use: str) -> Never:
+    """Raise for a use of an operation that its rule does not cover."""
     # Not a TypeError: the operators of `Tensor` take that for an unsupported operand and replace the message.
-    if use is None:
-        raise NotImplementedError(
-            f"low-rank weight {view.name!r} is used in `{operation}`, which has no rule; "
-            "exclude it from `targets` or add a rule (dynlora_fn/nn/README.md)"
-        )
-    raise NotImplementedError(
-        f"low-rank weight {view.name!r} is used in `{operation}` with {use}, which the rule does not cover; "
-        "exclude it from `targets` or extend the rule (dynlora_fn/nn/README.md)"
+    raise NoRuleError(
+        f"low-rank weight {view.name!r} is used in `{operation}` with {use}, which the rule does not cover; pass "
+        "fallback='dense' to `call`, or exclude the weight from `targets`"
     )
 
 

@@ -1,5 +1,6 @@
 """The tensor that replaces a low-rank weight in a module, and answers operations by their rules."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -7,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dynlora_fn._core._torch import make_wrapper_subclass
+from dynlora_fn._core._torch import are_transforms_active, is_functorch_wrapped, make_wrapper_subclass, tree_leaves
 from dynlora_fn._core._types import LowRank, Param
-from dynlora_fn.nn._reshaping import METHODS
-from dynlora_fn.nn._rules import RULES
-from dynlora_fn.nn._view import View, gathered, refuse, view_of
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.nn._attributes import METADATA
+from dynlora_fn.nn._fallback import dense_weight, permit, refuse_lost, why_lost
+from dynlora_fn.nn._rules import find_rule
+from dynlora_fn.nn._view import Fallback, NoRuleError, View, gathered, no_rule, view_of
 
 
-def weight_of(name: str, param: LowRank, shape: torch.Size) -> Tensor:
+def weight_of(name: str, param: LowRank, shape: torch.Size, fallback: Fallback) -> Tensor:
     """Return the tensor that replaces a parameter of a module, which has this name and shape."""
-    weight = _as_weight(view_of(name, param, shape))
+    weight = _as_weight(view_of(name, param, shape)._replace(fallback=fallback))
     weight._param = param
     return weight
 
@@ -24,12 +27,20 @@ def weight_of(name: str, param: LowRank, shape: torch.Size) -> Tensor:
 def params_of(module: nn.Module) -> dict[str, Param]:
     """Return the parameters of a module, inside `call` as they were passed to it."""
     return {
-        name: parameter._param if isinstance(parameter, _Weight) else parameter
+        name: parameter._param if isinstance(parameter, Weight) else parameter
         for name, parameter in module.named_parameters()
     }
 
 
-class _Weight(Tensor):
+def fallback_of(module: nn.Module) -> Fallback:
+    """Return what a module, inside `call`, does for operations without a rule."""
+    for parameter in module.parameters():
+        if isinstance(parameter, Weight):
+            return parameter._view.fallback
+    return "dense"
+
+
+class Weight(Tensor):
     """Replace the dense weight in a module, and answer operations by their rules.
 
     The tensor has the right shape, dtype and device, which a module may read, but no memory.
@@ -41,60 +52,153 @@ class _Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in RULES:
-            return _apply_rule(RULES[func], *args, **kwargs)
-        if func in _METADATA:
+        if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        # The getter of a property has no name; the property that it is bound to does.
-        is_getter = getattr(func, "__name__", "") == "__get__"
-        operation = getattr(func, "__self__", func) if is_getter else func
-        operation = getattr(operation, "__name__", repr(operation))
-        if is_getter and operation in METHODS:
-            return partial(_apply_rule, METHODS[operation], args[0])
-        refuse(next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Weight))._view, operation)
+        # The getter of a property has no name; the property that it is bound to does. Dynamo gets methods of `Tensor`
+        # that are written in Python in the same way.
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and find_rule(func.__self__, ()) is not None:
+            return partial(_apply_rule, func.__self__, args[0])
+        return _apply_rule(func, *args, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
 
 
-class _Wrapper(_Weight):
+class _Wrapper(Weight):
     """A weight without a tensor behind it, for everything but Dynamo.
 
     When `remat` is compiled, the weights are fake tensors, and `as_subclass` does not turn one into another subclass.
-    Dynamo traces no wrapper subclass, so it gets a `_Weight`.
+    Dynamo traces no wrapper subclass, so it gets a `Weight`.
     """
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return cls.__torch_function__(func, types, args, kwargs)
+        """Compute with the dense weight what C++ code does to it, below `__torch_function__`.
+
+        Autograd has recorded the operation, and passes the gradient of the weight to `_Attached`.
+        """
+        for weight in _weights_in((args, kwargs)):
+            if any(is_functorch_wrapped(leaf) for leaf in tree_leaves(weight._view) if isinstance(leaf, Tensor)):
+                refuse_lost(weight._view, func.__name__, "does not pass `torch.func`, so that its gradient is lost")
+        return _fall_back(func, args, kwargs or {}, None)
 
 
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_sparse", "is_nested", "is_cuda", "requires_grad")
-_METADATA = {
-    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__hash__),
-}
-
-
-def _as_weight(view: View) -> "_Weight":
-    b, shape = view.parts[0].factors.b, view.shape
+def _as_weight(view: View) -> Weight:
     if torch.compiler.is_dynamo_compiling():
-        # NaN, so that an operation that Dynamo does not dispatch to `__torch_function__` shows in the result.
-        weight = b.new_full((), torch.nan).expand(shape).as_subclass(_Weight)
+        # The dense weight, for what Dynamo does not dispatch to `__torch_function__`, such as an `autograd.Function`.
+        # If it is not used, it is removed from the graph. NaN in place of a gathered weight shows in the result.
+        is_sharded = any(part.factor_sharding or as_base(part.base).sharding for part in view.parts)
+        weight = (_missing(view) if is_sharded else dense_weight(view)).as_subclass(Weight)
     else:
-        weight = make_wrapper_subclass(_Wrapper, shape, dtype=b.dtype, device=b.device)
+        weight = _attached(view)
     weight._view = view
     return weight
 
 
-def _apply_rule(rule: Any, *args: Any, **kwargs: Any) -> Any:
-    views = [_view_of_argument(arg, rule) for arg in args]
-    return _as_weights(rule(*views, **{name: _view_of_argument(arg, rule) for name, arg in kwargs.items()}))
+def _missing(view: View) -> Tensor:
+    return view.parts[0].factors.b.new_full((), torch.nan).expand(view.shape)
 
 
-def _view_of_argument(arg: Any, rule: Any) -> Any:
-    if not isinstance(arg, _Weight):
-        return arg
+def _attached(view: View) -> Weight:
+    """Return a weight through which gradients reach the factors, if autograd tracks them."""
+    tensors = tree_leaves(view) if torch.is_grad_enabled() and not are_transforms_active() else []
+    leaves = [leaf for leaf in tensors if isinstance(leaf, Tensor) and leaf.requires_grad]
+    weight: Weight = _Attached.apply(view, *leaves) if leaves else _wrapper(view)  # type: ignore[no-untyped-call]
+    return weight
+
+
+def _wrapper(view: View) -> Weight:
+    weight: Weight = make_wrapper_subclass(_Wrapper, view.shape, dtype=view.dtype, device=view.device)
+    return weight
+
+
+class _Attached(torch.autograd.Function):
+    """Return a weight whose gradient, as an `autograd.Function` or a C++ kernel returns it, reaches the factors.
+
+    Rules do not need it: their results depend on the factors themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, view: View, *leaves: Tensor) -> Weight:
+        ctx.view = view
+        ctx.save_for_backward(*leaves)
+        return _wrapper(view)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keeps_graph = torch.is_grad_enabled()  # for a second derivative
+        permit(ctx.view, "autograd.Function", no_rule(ctx.view, "autograd.Function"))
+        with torch.enable_grad():
+            weight = dense_weight(ctx.view)
+        leaves = ctx.saved_tensors
+        return None, *torch.autograd.grad(weight, leaves, grad, create_graph=keeps_graph, allow_unused=True)
+
+
+def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
+    rule = find_rule(func, kwargs)
+    if rule is None:
+        return _fall_back(func, args, kwargs, None)
     # `linear` gathers sharded factors itself, and frees them before its result is freed.
-    gathers = rule is RULES[linear]
-    return arg._view if gathers else gathered(arg._view)
+    change = _view_of if func is linear else _gathered_view_of
+    try:
+        result = rule(*_map_weights(change, args), **_map_weights(change, kwargs))
+    except NoRuleError as refusal:
+        return _fall_back(func, args, kwargs, refusal)
+    return _as_weights(result)
+
+
+def _view_of(weight: Weight) -> View:
+    return weight._view
+
+
+def _gathered_view_of(weight: Weight) -> View:
+    return gathered(weight._view)
+
+
+def _fall_back(func: Any, args: Any, kwargs: Any, refusal: NoRuleError | None) -> Any:
+    """Apply an operation to the dense weights in its arguments."""
+    operation = _name_of(func)
+    weights = _weights_in((args, kwargs))
+    reason = why_lost(func, operation, args, kwargs, lambda value: len(_weights_in(value)) > 0)
+    if reason is not None:
+        refuse_lost(weights[0]._view, operation, reason)
+    for weight in weights:
+        permit(weight._view, operation, refusal or no_rule(weight._view, operation))
+    args, kwargs = _map_weights(_dense, args), _map_weights(_dense, kwargs)
+    if getattr(func, "__name__", "") == "__get__":
+        return getattr(args[0], operation)
+    return func(*args, **kwargs)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return dense_weight(weight._view)
+
+
+# Dynamo cannot trace names of operations. It calls a function that is marked so while it traces.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name_of(func: Any) -> str:
+    name: str = getattr(func, "__name__", repr(func))
+    return str(func.__self__.__name__) if name in ("__get__", "__set__", "__delete__") else name
+
+
+def _map_weights(change: Callable[[Weight], Any], value: Any) -> Any:
+    """Apply `change` to the weights in an argument, which may be nested."""
+    if isinstance(value, Weight):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)([_map_weights(change, element) for element in value])
+    if type(value) is dict:
+        return {key: _map_weights(change, element) for key, element in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[_map_weights(change, element) for element in value])
+    return value
+
+
+def _weights_in(value: Any) -> list[Weight]:
+    weights: list[Weight] = []
+    _map_weights(weights.append, value)
+    return weights
 
 
 def _as_weights(result: Any) -> Any:

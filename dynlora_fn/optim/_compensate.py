@@ -12,7 +12,7 @@ from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._check import check_by_name, check_choice, check_rate, described
 from dynlora_fn._core._check_trees import check_names, check_one_or_more, check_params
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._tree import by_name
+from dynlora_fn._core._tree import by_name, tensor_of
 from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse
@@ -177,6 +177,9 @@ def _check_gradient(name: str, grad: Any, param: Param) -> None:
             f"`grads` must have the weight's shape {tuple(param.shape)} for {name!r}, got {tuple(grad.shape)}; "
             "pass the gradient of the dense weight"
         )
+    device = param.factors.b.device if isinstance(param, LowRank) else tensor_of(param).device
+    if grad.device != device:
+        raise ValueError(f"`grads` has {name!r} on {grad.device}, but the weight is on {device}; move it")
 
 
 def _outside_span(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:

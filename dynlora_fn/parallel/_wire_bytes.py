@@ -10,7 +10,16 @@ from dynlora_fn._core._check import check_by_name, check_integer, described
 from dynlora_fn._core._check_plan import check_plans
 from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import Factors, Frozen, FrozenLeaf, Plans, ShardedFactors, Sharding, Trainable
+from dynlora_fn._core._types import (
+    Factors,
+    Frozen,
+    FrozenLeaf,
+    FrozenTensor,
+    Plans,
+    ShardedFactors,
+    Sharding,
+    Trainable,
+)
 from dynlora_fn.bases._base import Base, as_base
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.parallel._shards import ShardMap, full_shape, map_shards
@@ -92,7 +101,7 @@ def _check_arguments(trainable: Any, frozen: Any, plan: Any) -> None:
         return
     check_by_name("frozen", frozen, of="bases and tensors, such as `partition(params).frozen`")
     for name, leaf in frozen.items():
-        if not isinstance(leaf, Frozen | Tensor):
+        if not isinstance(leaf, Frozen | FrozenTensor | Tensor):
             raise TypeError(f"`frozen` has {described(leaf)} for {name!r}; pass `partition(params).frozen`")
 
 

@@ -1,6 +1,5 @@
 """Dither a schedule at random, as SwitchLoRA's implementation does."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +39,9 @@ class Dithered:
         """Return the step, and raise for one after the run or for other parameters."""
         step = check_step("step", step)
         check_params("params", params)
-        total_steps = min((len(table) - 1 for table in self.switched.values()), default=math.inf)
-        if not isinstance(step, Tensor) and step >= total_steps:
-            raise ValueError(
-                f"`step` is {step}, but the schedule was dithered for {total_steps} steps; use one of them"
-            )
-        for name in self.switched:
+        for name, table in self.switched.items():
+            if not isinstance(step, Tensor) and step >= len(table) - 1:
+                raise ValueError(f"`step` is {step}, but the schedule was dithered for {len(table) - 1} steps; use one")
             if not isinstance(params.get(name), LowRank):
                 raise ValueError(f"`params` has no low-rank {name!r}, for which the schedule was dithered; pass it")
         return step

@@ -50,8 +50,8 @@ def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, 
     for name, factor, shape in (("b", b, (*stack, out_features, count)), ("a", a, (*stack, count, in_features))):
         if factor.shape != shape:
             raise ValueError(
-                f"`{name}` has shape {tuple(factor.shape)}; a product for a weight of shape {tuple(param.shape)} with"
-                f" {count} vectors in `b` needs {shape}"
+                f"`{name}` has shape {tuple(factor.shape)}; a product for a weight of shape {tuple(param.shape)} needs"
+                f" {shape} for the {count} vectors of `b`"
             )
     base = as_base(param.base).fold(b, a, rank=param.factors.b.shape[-1], name="param")
     return param._replace(base=base)

@@ -24,12 +24,12 @@ from dynlora_fn.testing._compare import untouched as untouched
 from dynlora_fn.testing._compiled import check_compiles as check_compiles
 from dynlora_fn.testing._compiled import check_vmap as check_vmap
 from dynlora_fn.testing._machine import TransformMachine as TransformMachine
+from dynlora_fn.testing._projection import check_state_projection as check_state_projection
 from dynlora_fn.testing._promises import BrokenPromiseError as BrokenPromiseError
+from dynlora_fn.testing._resumes import check_resumes as check_resumes
 from dynlora_fn.testing._shadow import exact_weight as exact_weight
 from dynlora_fn.testing._shadow import rounding as rounding
 from dynlora_fn.testing._shadow import seen_weight as seen_weight
-from dynlora_fn.testing._states import check_resumes as check_resumes
-from dynlora_fn.testing._states import check_state_projection as check_state_projection
 from dynlora_fn.testing._strategies import any_shapes as any_shapes
 from dynlora_fn.testing._strategies import batches as batches
 from dynlora_fn.testing._strategies import dtypes as dtypes

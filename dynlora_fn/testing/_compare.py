@@ -18,7 +18,7 @@ def assert_same(got: Any, wanted: Any) -> None:
         wanted: The expected tree.
 
     Raises:
-        AssertionError: If they differ. The message names the path.
+        AssertionError: If they differ. The message gives the path, how many entries differ, and the largest difference.
 
     Example:
         >>> import torch
@@ -28,9 +28,17 @@ def assert_same(got: Any, wanted: Any) -> None:
         if isinstance(right, Tensor):
             assert isinstance(left, Tensor), f"{path} is {type(left).__name__}, not a tensor"
             assert kind(left) == kind(right), f"{path}: {kind(left)} is not {kind(right)}"
-            assert torch.equal(bits(left), bits(right)), f"{path}: {left} is not {right}"
+            assert torch.equal(bits(left), bits(right)), f"{path}: {differences(left, right)}"
         else:
             assert left == right, f"{path}: {left} is not {right}"
+
+
+class ExceededBoundError(AssertionError):
+    """An error beyond its bound. `breach` is how many times the bound it is."""
+
+    def __init__(self, message: str, breach: float):
+        super().__init__(message)
+        self.breach = breach
 
 
 def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
@@ -42,15 +50,29 @@ def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
         bound: The largest error of each entry, usually a sum of rounding errors (see `eps`).
 
     Raises:
-        AssertionError: If an entry is further away. The message gives the largest error.
+        AssertionError: If an entry is further away. The message gives the largest error and the largest breach: error
+            over bound.
 
     Example:
         >>> import torch
         >>> assert_within(torch.tensor([1.0]), torch.tensor([1.5]), 0.5)
     """
     error = (got.double() - wanted.double()).abs()
-    assert error.shape == wanted.shape
-    assert (error <= bound).all(), f"off by up to {error.max():.2e}, {(error / bound).max():.3g} times the bound"
+    assert error.shape == wanted.shape, f"shape {tuple(got.shape)} is not {tuple(wanted.shape)}"
+    is_beyond = ~(error <= bound)  # also where the error is NaN
+    if is_beyond.any():
+        breaches = torch.where(is_beyond, error / bound, 0).nan_to_num(torch.inf)
+        place, breach = _index(int(breaches.argmax()), breaches.shape), float(breaches.max())
+        raise ExceededBoundError(f"off by up to {error.max():.2e}, {breach:.3g} times the bound at {place}", breach)
+
+
+def difference(got: Any, wanted: Any) -> str | None:
+    """Describe how two trees differ, as `assert_same` does, or return None if they are the same."""
+    try:
+        assert_same(got, wanted)
+    except AssertionError as error:
+        return str(error).removeprefix(": ")
+    return None
 
 
 def eps(dtype: torch.dtype) -> float:
@@ -83,6 +105,25 @@ def bits(leaf: Tensor) -> Tensor:
     return leaf.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
+def differences(got: Tensor, wanted: Tensor) -> str:
+    """Describe where two tensors of one shape and dtype differ: how many entries, and the largest difference."""
+    differs = (bits(got) != bits(wanted)).reshape(wanted.numel(), -1).any(-1)
+    wide = torch.complex128 if wanted.is_complex() else torch.float64
+    flat = [leaf.detach().reshape(-1) for leaf in (got, wanted)]
+    gaps = (flat[0].to(wide) - flat[1].to(wide)).abs().nan_to_num(torch.inf)
+    largest = int(torch.where(differs, gaps, -1).argmax())
+    values = " instead of ".join(str(leaf[largest].item()) for leaf in flat)
+    place = _index(largest, wanted.shape)
+    return (
+        f"{int(differs.sum())} of {differs.numel()} entries differ, by up to {gaps[largest]:.3g}: {values} at {place}"
+    )
+
+
+def _index(position: int, shape: torch.Size) -> tuple[int, ...]:
+    """Return the index of an entry from its position in the flattened tensor."""
+    return tuple(int(index) for index in torch.unravel_index(torch.tensor(position), shape))
+
+
 @contextmanager
 def untouched(*trees: Any) -> Iterator[None]:
     """Assert that a block neither changes the tensors of some trees nor writes into them.
@@ -106,4 +147,5 @@ def untouched(*trees: Any) -> Iterator[None]:
     for (path, leaf), (version, requires_grad, value) in zip(leaves, before, strict=True):
         assert leaf._version == version, f"{path} has been written into"
         assert leaf.requires_grad == requires_grad, f"{path} now has requires_grad={leaf.requires_grad}"
-        assert_same(leaf, value)
+        change = difference(leaf, value)
+        assert not change, f"{path} has changed: {change}"

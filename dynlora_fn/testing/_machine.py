@@ -95,7 +95,7 @@ class TransformMachine(ShadowedModel):
         self.schedule_step += 1
 
     def _switch(self, plan: Mapping[str, Plan]) -> None:
-        self.keeps(switch(self.params, plan).params)
+        self.keeps(switch(self.params, plan).params, exact_factors=True)
         self.opt_state = project_optimizer_state(self.opt_state, plan)
 
     @rule(data=st.data())
@@ -103,8 +103,8 @@ class TransformMachine(ShadowedModel):
         plan = data.draw(plans(self.params))
         factors = partition(self.params).trainable
         there = switch(self.params, plan)
-        self.keeps(there.params)
-        self.keeps(switch(self.params, plan, incoming=there.outgoing).params)
+        self.keeps(there.params, exact_factors=True)
+        self.keeps(switch(self.params, plan, incoming=there.outgoing).params, exact_factors=True)
         assert_same(partition(self.params).trainable, factors)
 
     @rule()

@@ -2,7 +2,7 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
@@ -11,26 +11,31 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import LowRank, Params
+from dynlora_fn.testing._compare import ExceededBoundError
 from dynlora_fn.testing._strategies import low_rank_params, plans
 
 Arguments = st.SearchStrategy[Any] | tuple[Any, ...] | Mapping[str, Any] | None
 
 
 class BrokenPromiseError(AssertionError):
-    """A broken promise of a transform. The message gives the promise, what happened, and the smallest example."""
+    """A broken promise of a transform.
+
+    The message gives the promise, and each way in which it was broken with the smallest example. If a bound was
+    exceeded, it also gives the largest breach, which may be in another example.
+    """
 
 
 def hold(
     promise: str, check: Callable[..., None], arguments: Arguments, examples: int | None, *, is_slow: bool = False
 ) -> None:
-    """Run a check on examples, and raise for the first that fails.
+    """Run a check on examples, and raise if one fails. Different failures are all reported.
 
     Args:
         promise: The promise in words.
         check: A function of the arguments that raises where the promise is broken.
         arguments: A strategy for the arguments, a tuple of them, or a single argument.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
-        is_slow: Whether examples take too long to shrink them. The first example drawn is the smallest one.
+        is_slow: Whether examples take too long to shrink them. The first that fails is reported.
 
     Raises:
         BrokenPromiseError: If the check raises.
@@ -42,26 +47,34 @@ def hold(
         try:
             check(*values)
         except Exception as error:
-            raise BrokenPromiseError(_message(promise, error, repr(tree_map(_summary, values)))) from error
+            raise BrokenPromiseError(_message(promise, [(error, _summary(values))])) from error
         return
+
+    largest: list[tuple[ExceededBoundError, str]] = []  # the largest breach, with its example
 
     @settings(
         max_examples=examples or settings().max_examples,
         deadline=None,
         database=None,
         phases=phases,
-        report_multiple_bugs=False,
+        report_multiple_bugs=not is_slow,  # so that one bug does not hide another behind a smaller example
         suppress_health_check=list(HealthCheck),
     )
     @given(arguments)
     def example(arguments: Any) -> None:
-        check(*as_tuple(arguments))
+        try:
+            check(*as_tuple(arguments))
+        except ExceededBoundError as error:
+            if not largest or error.breach > largest[0][0].breach:
+                largest[:] = [(error, _summary(as_tuple(arguments)))]
+            raise
 
     try:
         example()
     except Exception as error:
-        notes = "\n".join(getattr(error, "__notes__", ()))
-        raise BrokenPromiseError(_message(promise, error, notes)) from error
+        failures = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+        smallest = [(failure, "\n".join(getattr(failure, "__notes__", ()))) for failure in failures]
+        raise BrokenPromiseError(_message(promise, smallest, largest)) from error
 
 
 def as_tuple(arguments: Any) -> tuple[Any, ...]:
@@ -115,13 +128,28 @@ def weights_of(params: LowRank | Params) -> dict[str, LowRank]:
     return {name: param for name, param in named.items() if isinstance(param, LowRank)}
 
 
-def _message(promise: str, error: Exception, example: str) -> str:
-    example = example.removeprefix("Failing test case: ").removeprefix("Falsifying example: ")
-    description = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-    parts = {"promised": promise, "happened": description or type(error).__name__, "smallest example": example}
-    return "\n" + "\n".join(f"{name}: {textwrap.indent(text.strip(), '  ').strip()}" for name, text in parts.items())
+def _message(
+    promise: str, failures: Sequence[tuple[Exception, str]], largest: Sequence[tuple[Exception, str]] = ()
+) -> str:
+    parts = [("promised", promise)]
+    for error, example in failures:
+        arguments = example.removeprefix("Failing test case: ").removeprefix("Falsifying example: ")
+        parts += [("happened", _description(error)), ("smallest example", arguments)]
+    told = {_description(error) for error, _ in failures}
+    parts += [("largest breach", f"{error}\nwith {example}") for error, example in largest if str(error) not in told]
+    return "\n" + "\n".join(f"{name}: {textwrap.indent(text.strip(), '  ').strip()}" for name, text in parts)
 
 
-def _summary(leaf: Any) -> Any:
+def _description(error: Exception) -> str:
+    text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+    return text or type(error).__name__
+
+
+def _summary(values: tuple[Any, ...]) -> str:
+    """Return arguments as a text, with shapes in place of long tensors."""
+    return repr(tree_map(_short, values))
+
+
+def _short(leaf: Any) -> Any:
     is_long = isinstance(leaf, Tensor) and leaf.numel() > 8
     return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" if is_long else leaf

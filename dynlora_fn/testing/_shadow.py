@@ -85,6 +85,37 @@ def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
     )
 
 
+def factor_rounding(before: LowRank, after: LowRank) -> Tensor:
+    """Return by how much the product of new factors may miss the product that they were computed for.
+
+    Each entry of a factor that has changed may be rounded twice to its dtype, in computing and in storing. Whatever
+    computes it (QR, an SVD, a rotation) rounds in float32 at least, relative to the largest entries of its vector.
+
+    Args:
+        before: The weight before the transform.
+        after: The weight after it.
+
+    Returns:
+        The bound in float64, in the shape of the weight.
+    """
+    old, new = whole_factors(before), whole_factors(after)
+    size = Factors(new.b.double().abs(), new.a.double().abs())
+    is_kept = old.b.shape == new.b.shape and old.a.shape == new.a.shape
+    changed = Factors(*(torch.where(x == y, 0, z) if is_kept else z for x, y, z in zip(old, new, size, strict=True)))
+    rank, dtype = new.b.shape[-1], new.b.dtype
+    rounded = product(Factors(changed.b, size.a), rank) + product(Factors(size.b, changed.a), rank)
+    if not rounded.any():
+        return rounded
+    sums = (8 + 2 * rank) * eps(widest(dtype))
+    return eps(dtype) * rounded + sums * (_largest_products(old) + _largest_products(new))
+
+
+def _largest_products(factors: Factors) -> Tensor:
+    """Return the sum over the vectors of their largest entries' products, over the rank."""
+    b, a = (leaf.double().abs() for leaf in factors)
+    return (b.amax(-2, keepdim=True) @ a.amax(-1, keepdim=True)) / b.shape[-1]
+
+
 def half_step(base: StoredBase) -> Tensor:
     """Return the largest half step of a base's codes, (*stack, 1, 1).
 

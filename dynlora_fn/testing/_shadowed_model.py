@@ -19,7 +19,7 @@ from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.switching._schedule import Schedule
 from dynlora_fn.switching._weight import Start
 from dynlora_fn.testing._compare import assert_within, eps
-from dynlora_fn.testing._shadow import exact_weight, half_step, rounding, seen_weight
+from dynlora_fn.testing._shadow import exact_weight, factor_rounding, half_step, rounding, seen_weight
 from dynlora_fn.testing._small_model import Net, all_factors, dense, magnitude
 from dynlora_fn.testing._values import STORAGES, Storage, normal
 
@@ -78,12 +78,14 @@ class ShadowedModel(RuleBasedStateMachine):
         """Return the low-rank weights by the names of the model."""
         return {name: param for name, param in unstack(self.params).items() if isinstance(param, LowRank)}
 
-    def keeps(self, params: Mapping[str, Param], *, folds: int = 1) -> None:
-        """Take new parameters whose weights are the same, except for the roundings of so many folds."""
+    def keeps(self, params: Mapping[str, Param], *, folds: int = 1, exact_factors: bool = False) -> None:
+        """Take new parameters whose weights are the same, except for roundings as in `check_preserves_weight`."""
         before = self.weights()
         self.params = dict(params)
         for name, param in self.weights().items():
             self.allowed[name] = self.allowed[name] + rounding(before[name], param, folds=folds)
+            if not exact_factors:
+                self.allowed[name] = self.allowed[name] + factor_rounding(before[name], param)
 
     @property
     def bias(self) -> Tensor:

@@ -36,6 +36,21 @@ def test_two_numbers_become_two_axes_in_row_major_order():
     assert stack.members == sorted(names)
 
 
+def test_other_numbers_than_from_zero_are_stacked_by_kind():
+    keys = dict.fromkeys(["0.b", "1.b", "3.b", "4.b", "5.b", "7.w", "8.w"], "x")
+    kinds = dict(zip(keys, "mnmmnmm", strict=True))
+    stacks = find_stacks(keys, kinds)
+    assert {pattern: len(stack.members) for pattern, stack in stacks.items()} == {
+        "0.b": 1,
+        "1.b": 1,
+        "{3..4}.b": 2,
+        "5.b": 1,
+        "{7..8}.w": 2,
+    }
+    grid = dict.fromkeys(["0.b", "1.b"], "x")  # as ever
+    assert list(find_stacks(grid, {"0.b": "m", "1.b": "n"})) == ["*.b"]
+
+
 def test_a_ragged_grid_is_stacked_layer_by_layer():
     stacks = stack_of("l.0.e.0", "l.0.e.1", "l.1.e.0", "l.1.e.1", "l.1.e.2")
     assert {pattern: stack.shape for pattern, stack in stacks.items()} == {"l.0.e.*": (2,), "l.1.e.*": (3,)}

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
-from dynlora_fn import Factors, FrozenTensor, LowRank, combine, partition
+from dynlora_fn import Factors, LowRank, combine, partition
 from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn._core._types import Frozen
+from dynlora_fn.interop import FrozenTensor
 from dynlora_fn.testing import Shape, assert_same, low_rank, low_rank_params, normal, untouched
 
 SHAPE = Shape(4, 6, 2)

@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import (
-    FrozenTensor,
     apply_updates,
     call,
     combine,
@@ -19,6 +18,7 @@ from dynlora_fn import (
     unstack,
     value_and_grad,
 )
+from dynlora_fn.interop import FrozenTensor
 from dynlora_fn.testing import Shape, any_shapes, assert_same, assert_within, dtypes, eps, normal, seeds, untouched
 from tests.support import reference
 from tests.support.network import EPS, TARGETS, network
@@ -112,6 +112,12 @@ def test_init_stacks_what_repeats():
     assert (params["layers.*.w"].base.shape, b.shape, a.shape) == ((3, 4, 6), (3, 4, 2), (3, 2, 6))
     assert params["layers.*.w"].seed.shape == (3,)
     assert params["layers.*.w"].seed.unique().numel() == 3
+
+
+def test_layers_of_different_types_are_not_stacked_unless_they_start_at_zero():
+    layers = [nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6)]
+    params = init(nn.Sequential(*layers), rank=2, seed=0, targets=nn.Linear)
+    assert params.keys() == {"0.weight", "1.weight", "1.bias", "{2..3}.weight", "{2..3}.bias", "4.weight", "4.bias"}
 
 
 def test_tied_tensors_come_once():
@@ -237,3 +243,24 @@ def test_the_row_of_the_padding_does_not_move(start, padding_idx):
     after = materialize(combine(trainable, frozen))["0.weight"]
     assert_same(after[padding_idx], before)
     assert not torch.equal(after[0], materialize(params)["0.weight"][0])
+
+
+def test_a_gradient_that_does_not_pass_through_init_is_refused():
+    leaf = nn.Parameter(normal(0, 8, 8))
+
+    def start(weight, **weights):
+        params = init({"w": weight}, rank=2, seed=0, targets=["w"], **weights)
+        return params["w"].base.sum()
+
+    assert not start(leaf).requires_grad
+    with torch.no_grad():
+        assert start(2 * leaf).isfinite()
+    refusal = r"`(model|weights)` has 'w' with a tangent or with the gradient of other tensors, .*; detach it"
+    for function in (
+        lambda: start(2 * leaf),
+        lambda: start(leaf, weights={"w": 2 * leaf}),
+        lambda: torch.func.grad(start)(leaf.detach()),
+        lambda: torch.func.jvp(start, (leaf.detach(),), (leaf.detach(),)),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            function()

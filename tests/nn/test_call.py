@@ -1,4 +1,4 @@
-"""`call` with low-rank weights equals the dense model, and an operation without a rule raises an error."""
+"""`call` with low-rank weights equals the dense model, and refuses operations without a rule on request."""
 
 import pytest
 import torch
@@ -99,18 +99,24 @@ class Uses(nn.Module):
     ("operation", "use"),
     [
         ("add", lambda x, w: x[:, :, None] + w),
-        ("mul", lambda x, w: w * 2),
-        ("detach", lambda x, w: w.detach()),
+        ("mul", lambda x, w: w * x[0]),
+        ("div", lambda x, w: w / 0),
+        ("clone", lambda x, w: w.clone()),
+        ("to", lambda x, w: w.to(torch.int64)),
         ("cumsum", lambda x, w: w.cumsum(0)),
-        ("getitem", lambda x, w: w[None]),
-        ("getitem", lambda x, w: w[:, 1]),
+        ("getitem", lambda x, w: w[:, None, 1]),
+        ("getitem", lambda x, w: w[w[0] > 0, 1]),
         ("view", lambda x, w: w.view(9)),
-        ("transpose", lambda x, w: w.transpose(0, 0)),
+        ("permute", lambda x, w: w.view(3, 1, 3).transpose(0, 2)),
         ("conv1d", nn.functional.conv1d),
+        ("mm", lambda x, w: torch.mm(x, w, out=torch.empty(5, 3))),
+        ("cat", lambda x, w: torch.cat([x, w])),
+        ("stack", lambda x, w: torch.stack(tensors=(x[:3], w))),
+        ("sum", lambda x, w: x + w.sum()),
         ("einsum", lambda x, w: torch.einsum("bi,...i->b", x, w)),
         ("einsum", lambda x, w: torch.einsum("oi,io->o", w, w)),
         ("matmul", lambda x, w: w @ w),
-        ("sparse", lambda x, w: nn.functional.embedding(x.long() % 3, w, sparse=True)),
+        ("scale_grad_by_freq", lambda x, w: nn.functional.embedding(x.long() % 3, w, scale_grad_by_freq=True)),
         ("input", lambda x, w: nn.functional.linear(w, x)),
         ("bias", lambda x, w: nn.functional.linear(x, x[:3], bias=w)),
     ],
@@ -119,7 +125,7 @@ def test_an_operation_without_a_rule_is_refused_by_name(operation, use):
     model = Uses(use)
     params = init(model, rank=1, seed=0, targets=["weight"], dtype=torch.float64)
     with pytest.raises(NotImplementedError, match=f"'weight'.*{operation}"):
-        call(model, params, normal(1, 5, 3))
+        call(model, params, normal(1, 5, 3), fallback="raise")
 
 
 def test_a_module_may_look_at_its_weight():

@@ -1,14 +1,11 @@
 """Each operation on a low-rank weight equals that on the dense weight, and its gradients are projected."""
 
 import re
-from collections.abc import Callable
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
@@ -17,28 +14,9 @@ from dynlora_fn import LowRank, Plan, SidePlan, call, combine, materialize, part
 from dynlora_fn.bases import defer, quantize
 from dynlora_fn.nn._rules import RULES
 from dynlora_fn.testing import Shape, low_rank, normal
+from tests.support.uses import TOLERANCE, Uses, dense, x
 
-# Sums of up to 40 products of numbers of about 1 follow each other three at a time, in float64.
-TOLERANCE = {"rtol": 0, "atol": 3 * 40 * 64 * torch.finfo(torch.float64).eps}
 IDS = torch.tensor([[0, 3, 3], [5, 1, 0]])
-
-
-class Uses(nn.Module):
-    """Passes its weight to a function."""
-
-    def __init__(self, use: Callable[[Tensor], Tensor], shape: tuple[int, ...]):
-        super().__init__()
-        self.use, self.weight = use, nn.Parameter(torch.empty(shape, device="meta"))
-
-    def forward(self) -> Tensor:
-        return self.use(self.weight)
-
-
-NUMBERS = normal(7, 600)
-
-
-def x(*shape: int) -> Tensor:
-    return NUMBERS[: prod(shape)].reshape(shape)
 
 
 MATRIX, STACK = (6, 4), (3, 6, 4)
@@ -114,12 +92,6 @@ USES = {
 def setting(name: str) -> tuple[Uses, dict[str, LowRank]]:
     shape, (*stack, rows, columns), use = USES[name]
     return Uses(use, shape), {"weight": low_rank(Shape(rows, columns, 2), tuple(stack), seed=3)}
-
-
-def dense(param: LowRank, shape: tuple[int, ...]) -> Tensor:
-    weight = materialize(param)
-    is_side_by_side = weight.ndim == len(shape) + 1 and weight.shape[-1] != shape[-1]
-    return (weight.transpose(-2, -3) if is_side_by_side else weight).reshape(shape)
 
 
 @pytest.mark.parametrize("name", USES)
@@ -203,15 +175,15 @@ def test_what_a_rule_does_not_cover_is_refused():
     model, params = setting("fused rows")
     model.use = lambda w: w.split([1, 5])
     with pytest.raises(NotImplementedError, match=r"'weight'.*`split`.*0 to 1, within one of its parts of \[2, 2, 2\]"):
-        call(model, params)
+        call(model, params, fallback="raise")
     model, params = setting("bmm")
     model.use = lambda w: functional.embedding(IDS, w)
     with pytest.raises(NotImplementedError, match=r"'weight'.*`embedding`.*\(3, 6, 4\)"):
-        call(model, params)
+        call(model, params, fallback="raise")
     model, params = setting("conv2d")
     model.use = lambda w: functional.linear(x(5, 4), w)
     with pytest.raises(NotImplementedError, match=r"'weight'.*`linear`.*\(6, 2, 3, 2\)"):
-        call(model, params)
+        call(model, params, fallback="raise")
 
 
 def test_a_shape_that_does_not_fit_is_refused_with_both():

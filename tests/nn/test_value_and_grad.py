@@ -224,29 +224,27 @@ def test_what_a_model_computes_without_the_argument_is_refused():
     [
         (lambda w: w, r"a tensor of shape \(3,\) and dtype torch\.float64"),
         (lambda w: w[:1], r"a tensor of shape \(1,\)"),
-        (lambda w: (w.sum(), 1), "a tuple"),
+        (lambda w: (w.sum(), 1), r"\(.*tensor\("),
         (lambda w: w.sum() > 0, r"a tensor of shape \(\) and dtype torch\.bool"),
-        (lambda w: 1.0, "a float"),
-        (lambda w: None, "a NoneType"),
+        (lambda w: 1.0, "1.0"),
+        (lambda w: None, "None"),
     ],
 )
 def test_a_loss_that_is_no_number_is_refused(via, result, described):
-    with pytest.raises(ValueError, match=f"`loss_fn` returned {described}.* as the loss; return a 0-d tensor"):
+    with pytest.raises(TypeError, match=f"`loss_fn` returned {described}.* as the loss; return a 0-d tensor"):
         value_and_grad(result, via=via)(normal(0, 3))
 
 
 @pytest.mark.parametrize("via", ["func", "autograd"])
 def test_a_missing_aux_is_refused(via):
-    with pytest.raises(ValueError, match=r"`loss_fn` returned a tensor .* for has_aux=True; return `\(loss, aux\)`"):
+    with pytest.raises(TypeError, match=r"`loss_fn` returned a tensor .* for has_aux=True; return `\(loss, aux\)`"):
         value_and_grad(torch.sum, via=via, has_aux=True)(normal(0, 3))
 
 
 @pytest.mark.parametrize("via", ["func", "autograd"])
 @pytest.mark.parametrize("leaf", [torch.ones(2, dtype=torch.int64), torch.tensor(True), 1.0, None])
 def test_a_leaf_without_a_gradient_is_refused_by_its_path(via, leaf):
-    with pytest.raises(
-        ValueError, match=r"the first argument has .* at \['w'\]\[1\], which has no gradient; pass only"
-    ):
+    with pytest.raises(TypeError, match=r"the first argument has .* at \['w'\]\[1\], which has no gradient; pass only"):
         value_and_grad(lambda tree: tree["w"][0].sum(), via=via)({"w": [torch.ones(2), leaf]})
 
 

@@ -95,7 +95,7 @@ BASES = {
     "drift": of(
         dl.bases.drift,
         params=(PARAMS, SOME_WEIGHTS),
-        exact=({name: table.DENSE[name] for name in table.PLANS}, kinds.tree(optional=True)),
+        exact=({name: table.DENSE[name] for name in table.PLANS}, kinds.tree(optional=True, none=True)),
     ),
     "from_torchao": of(
         lambda tensor, residual, residual_device: dl.bases.from_torchao(
@@ -138,7 +138,7 @@ def parallel(group: Any) -> dict[str, Entry]:
             lambda trainable, frozen, gathers, plan: dl.parallel.wire_bytes(
                 trainable, frozen, gathers=gathers, plan=plan
             ),
-            trainable=(table.TRAINABLE, kinds.tree(free=table.FREE, optional=True)),
+            trainable=(table.TRAINABLE, kinds.other(except_for=[{}])),
             frozen=(table.FROZEN, kinds.other(except_for=[None, {}])),
             gathers=(2, table.COUNT),
             plan=(table.PLANS, kinds.other(except_for=[None, {}])),
@@ -160,7 +160,7 @@ INTEROP = {
             {"w": 2},
             kinds.among([{"w": 2.0}, {"w": "2"}, {"w": True}, {"w": (2,)}, {"w": 0}, {"no": 2}, 2, ["w"]]),
         ),
-        weights=({"w": torch.ones(6, 4)}, kinds.tree()),
+        weights=({"w": torch.ones(6, 4)}, kinds.tree(none=True)),
         base=("int8", table.BASE),
         residual=("int8", table.RESIDUAL),
         residual_device=("cpu", kinds.device(none=True)),
@@ -239,12 +239,14 @@ SWITCHING = {
         device=("cpu", kinds.device()),
     ),
     "draw": of(
-        dl.switching.draw, pool=(table.POOLS, kinds.other()), plan=(table.POOL_PLANS, kinds.tree(optional=True))
+        dl.switching.draw,
+        pool=(table.POOLS, kinds.other()),
+        plan=(table.POOL_PLANS, kinds.tree(optional=True, axes=False)),
     ),
     "put_back": of(
         lambda pool, plan, outgoing, donate: dl.switching.put_back(pool, plan, outgoing, donate=donate),
         pool=(table.POOLS, kinds.other()),
-        plan=(table.POOL_PLANS, kinds.tree()),
+        plan=(table.POOL_PLANS, kinds.tree(axes=False)),
         outgoing=(table.POOL_OUT, kinds.tree(dtypes=[torch.float64])),
         donate=(False, kinds.flag()),
     ),

@@ -59,7 +59,7 @@ dl.interop.save_weights({"w": torch.ones(2)}, FOLDER / "w.safetensors")
 WEIGHTS = kinds.tree(free=FREE)
 SOME_WEIGHTS = kinds.tree(free=FREE, optional=True)
 MIRROR, STATE = kinds.tree(), kinds.tree(dtypes=[torch.int32, torch.int64])
-PLANNED = kinds.tree(dtypes=[torch.int32])
+PLANNED = kinds.tree(dtypes=[torch.int32], axes=False)
 MODULE = kinds.other()
 
 
@@ -133,7 +133,10 @@ CORE = {
     ),
     "switch one": of(dl.switch, params=(ONE, kinds.tree()), plan=(PLAN, PLANNED)),
     "candidates": of(
-        dl.candidates, params=(PARAMS, SOME_WEIGHTS), plan=(PLANS, kinds.tree(optional=True)), start=("lora", START)
+        dl.candidates,
+        params=(PARAMS, SOME_WEIGHTS),
+        plan=(PLANS, kinds.tree(optional=True, axes=False)),
+        start=("lora", START),
     ),
     "call": of(lambda model, params: dl.call(model, params, X), model=(MODEL, MODULE), params=(PARAMS, WEIGHTS)),
     "explain": of(dl.explain, params=(PARAMS, SOME_WEIGHTS), tokens=(8, COUNT)),
@@ -215,7 +218,7 @@ OPTIM = {
             opt_state, plan, rule=rule, prune=prune, trainable=trainable
         ),
         opt_state=(dl.optim.adamw().init(TRAINABLE), kinds.other(except_for=[None])),
-        plan=(PLANS, kinds.tree(optional=True)),
+        plan=(PLANS, kinds.tree(optional=True, axes=False)),
         rule=("prune", kinds.choice(["reset", "reset_thawed", "keep", "prune", "transport"])),
         prune=(0.5, kinds.number(0, 1)),
         trainable=(TRAINABLE, kinds.tree(free=FREE, optional=True)),

@@ -134,13 +134,22 @@ def columns() -> Kind:
 # --- trees
 
 
-def tree(*, free: Sequence[str] = (), optional: bool = False, dtypes: Sequence[torch.dtype] = ()) -> Kind:
+def tree(
+    *,
+    free: Sequence[str] = (),
+    optional: bool = False,
+    dtypes: Sequence[torch.dtype] = (),
+    axes: bool = True,
+    none: bool = False,
+) -> Kind:
     """Return the kind of a tree of tensors in dicts and tuples, of which one node or leaf is changed.
 
     Args:
         free: Top keys of tensors of any shape and dtype.
         optional: Whether missing and further keys are not wrong.
         dtypes: The dtypes that are not wrong, beside that of each leaf.
+        axes: Whether a further leading axis is wrong.
+        none: Whether None may be in place of the tree.
     """
 
     def draw(random: Random, valid: Any) -> Mutation:
@@ -148,9 +157,11 @@ def tree(*, free: Sequence[str] = (), optional: bool = False, dtypes: Sequence[t
         node = _at(valid, path)
         names = tuple(repr(key) for key in path if isinstance(key, str))
         if isinstance(node, Tensor):
-            story, value = random.choice(_tensors(node, is_free=bool(path) and path[0] in free, dtypes=dtypes))
+            story, value = random.choice(
+                _tensors(node, is_free=bool(path) and path[0] in free, dtypes=dtypes, axes=axes)
+            )
         else:
-            story, value = random.choice(_nodes(random, node, optional, with_tensor=not free))
+            story, value = random.choice(_nodes(random, node, optional, with_tensor=not free, none=none and not path))
             names += (
                 ("'other'", *(repr(key) for key in (node if isinstance(node, Mapping) else ())))
                 if story in _KEYS
@@ -161,12 +172,12 @@ def tree(*, free: Sequence[str] = (), optional: bool = False, dtypes: Sequence[t
     return draw
 
 
-def _tensors(leaf: Tensor, *, is_free: bool, dtypes: Sequence[torch.dtype]) -> list[tuple[str, Any]]:
+def _tensors(leaf: Tensor, *, is_free: bool, dtypes: Sequence[torch.dtype], axes: bool) -> list[tuple[str, Any]]:
     others = [None, 1.0, "t", leaf.tolist(), leaf.detach().numpy(), [leaf], (leaf,), {"t": leaf}]
     changed = [(_text(value), value) for value in others]
     if is_free:
         return changed
-    shapes = [leaf[None], leaf.sum(dtype=leaf.dtype), leaf[..., None]]
+    shapes = [leaf.sum(dtype=leaf.dtype), leaf[..., None], *([leaf[None]] if axes else [])]
     shapes += [leaf[..., :1], leaf[..., :0]] if leaf.ndim else []
     shapes += [leaf.flatten(), leaf[..., :1, :]] if leaf.ndim > 1 else []
     changed += [(f"shape {tuple(value.shape)}", value) for value in shapes if value.shape != leaf.shape]
@@ -175,11 +186,13 @@ def _tensors(leaf: Tensor, *, is_free: bool, dtypes: Sequence[torch.dtype]) -> l
     return changed + [(str(kind), leaf.to(kind)) for kind in wrong] + [("meta", leaf.to("meta"))]
 
 
-def _nodes(random: Random, node: Any, optional: bool, *, with_tensor: bool) -> list[tuple[str, Any]]:
-    changed = [(_text(value), value) for value in (None, 3, "node", [node], 1.5)]
+def _nodes(random: Random, node: Any, optional: bool, *, with_tensor: bool, none: bool) -> list[tuple[str, Any]]:
+    changed = [(_text(value), value) for value in (3, "node", [node], 1.5, *([] if none else [None]))]
     changed += [("a tensor", torch.ones(()))] if with_tensor else []
     if hasattr(node, "_fields"):
         return [*changed, ("a plain tuple", tuple(node)), ("a list", list(node)), ("a dict", node._asdict())]
+    if not node:
+        return changed
     changed += [("a key that is no text", {**node, 0: next(iter(node.values()))}), ("values", list(node.values()))]
     if optional:
         return changed

@@ -1,0 +1,194 @@
+"""Rules for what a module reads of its weight, for casts, and for multiples of a weight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._torch import tree_map
+from dynlora_fn.nn._view import View, refuse
+
+# --- what a module reads; `Weight` has these attributes, but no memory
+
+
+def _strides(view: View, dim: int | None = None) -> Any:
+    """Return the strides of a contiguous tensor, which is what operations that need memory get."""
+    strides = [1]
+    for size in view.shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    return tuple(strides) if dim is None else strides[dim]
+
+
+def _is_contiguous(view: View, memory_format: Any = torch.contiguous_format) -> bool:
+    return memory_format is torch.contiguous_format
+
+
+def _describe(view: View, **_: Any) -> str:
+    return f"LowRankWeight({view.name!r}, shape={tuple(view.shape)}, dtype={view.dtype}, device={view.device})"
+
+
+def _placeholder(value: Any) -> Any:
+    """Return a tensor of one number that has the shape, dtype and device of a weight."""
+    if isinstance(value, View):
+        return value.parts[0].factors.b.detach().new_empty(()).expand(value.shape)
+    return value
+
+
+def _reads_attributes(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rule of an operation that reads only shape, dtype and device of the weight."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        named = {name: _placeholder(value) for name, value in kwargs.items()}
+        return operation(*[_placeholder(value) for value in args], **named)
+
+    return rule
+
+
+# --- casts
+
+
+def cast(view: View, dtype: torch.dtype) -> View:
+    """Cast the factors. The base stays as it is stored, and products read it in the dtype of their input."""
+    if dtype == view.dtype:
+        return view
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        refuse(view, "to", f"dtype {dtype}")
+    parts = [part._replace(factors=_cast_factors(part.factors, dtype)) for part in view.parts]
+    return view._replace(parts=tuple(parts))
+
+
+def _cast_factors(factors: Any, dtype: torch.dtype) -> Any:
+    return factors._replace(b=factors.b.to(dtype), a=factors.a.to(dtype))
+
+
+def _move(view: View, device: Any) -> View:
+    if torch.device(device) == view.device:
+        return view
+    return view._replace(parts=tree_map(lambda leaf: leaf.to(device), view.parts))
+
+
+def to(input: Any, *args: Any, **kwargs: Any) -> Any:
+    """Cast the weight or move it. A weight may also be the tensor whose dtype and device `input` takes."""
+    if not isinstance(input, View):
+        return _reads_attributes(Tensor.to)(input, *args, **kwargs)
+    device, dtype, other = kwargs.get("device"), kwargs.get("dtype"), kwargs.get("other")
+    for value in args:
+        if isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, str | torch.device) or type(value) is int:
+            device = value
+        elif isinstance(value, Tensor | View):
+            other = value
+    if other is not None:
+        device, dtype = other.device, other.dtype
+    view = input if dtype is None else cast(input, dtype)
+    return view if device is None else _move(view, device)
+
+
+def type_as(input: Any, other: Any) -> Any:
+    """Cast `input`, or a weight, to the dtype of the other."""
+    return to(input, other)
+
+
+def _type(view: View, dtype: Any = None, *_: Any, **__: Any) -> Any:
+    if dtype is None:
+        return Tensor.type(_placeholder(view))
+    if not isinstance(dtype, torch.dtype):
+        refuse(view, "type", f"dtype {dtype!r}")
+    return cast(view, dtype)
+
+
+def _casts_to(dtype: torch.dtype) -> Callable[..., View]:
+    return lambda view, memory_format=None: cast(view, dtype)
+
+
+def _detach(view: View) -> View:
+    scale = view.scale.detach() if isinstance(view.scale, Tensor) else view.scale
+    return view._replace(parts=tree_map(Tensor.detach, view.parts), scale=scale)
+
+
+def _unchanged(view: View, **_: Any) -> View:
+    return view
+
+
+def _contiguous(view: View, memory_format: Any = torch.contiguous_format) -> View:
+    return view
+
+
+# --- multiples
+
+
+def multiply(input: Any, other: Any) -> View:
+    """Return a multiple of the weight by a Python number or a 0-d tensor, which gets its gradient."""
+    view, factor = (input, other) if isinstance(input, View) else (other, input)
+    if not _is_scalar(factor):
+        refuse(view, "mul", "a tensor")
+    return view._replace(scale=factor if view.scale is None else view.scale * factor)
+
+
+def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> View:
+    """Return the weight divided by a Python number or a 0-d tensor."""
+    view = input if isinstance(input, View) else other
+    if view is other or rounding_mode or not _is_scalar(other):
+        refuse(view, "div", "a tensor or a rounding mode")
+    if not isinstance(other, Tensor) and other == 0:
+        refuse(view, "div", "zero")
+    return multiply(view, 1 / other)
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_complex()
+    return isinstance(value, int | float)
+
+
+def _negative(view: View) -> View:
+    return multiply(view, -1)
+
+
+_LIKE = ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "result_type"]
+_NEW = ["new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "get_device"]
+_MULTIPLY = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+_DIVIDE = (torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide)
+_NEGATIVE = (torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__)
+
+ATTRIBUTE_RULES: dict[Any, Callable[..., Any]] = {
+    Tensor.stride: _strides,
+    Tensor.is_contiguous: _is_contiguous,
+    Tensor.storage_offset: lambda view: 0,
+    Tensor.__len__: lambda view: view.shape[0],
+    Tensor.__repr__: _describe,
+    Tensor.__format__: lambda view, form: format(_describe(view), form),
+    **{getattr(torch, name): _reads_attributes(getattr(torch, name)) for name in _LIKE},
+    **{getattr(Tensor, name): _reads_attributes(getattr(Tensor, name)) for name in _NEW},
+    Tensor.to: to,
+    Tensor.type_as: type_as,
+    Tensor.type: _type,
+    Tensor.float: _casts_to(torch.float32),
+    Tensor.double: _casts_to(torch.float64),
+    Tensor.half: _casts_to(torch.float16),
+    Tensor.bfloat16: _casts_to(torch.bfloat16),
+    Tensor.cpu: lambda view, memory_format=None: _move(view, "cpu"),
+    **dict.fromkeys((torch.detach, Tensor.detach, Tensor.data.__get__), _detach),  # type: ignore[attr-defined]
+    Tensor.contiguous: _contiguous,
+    **dict.fromkeys((torch.positive, Tensor.positive, Tensor.__pos__), _unchanged),
+    **dict.fromkeys(_MULTIPLY, multiply),
+    **dict.fromkeys((*_DIVIDE, Tensor.__truediv__), divide),
+    **dict.fromkeys(_NEGATIVE, _negative),
+}
+
+_PROPERTIES = (
+    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "is_leaf"),
+    *("grad", "grad_fn", "output_nr", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized"),
+)
+_METHODS = (
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "__hash__"),
+    *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference"),
+)
+# Answered by `Weight` as by any tensor.
+METADATA: set[Any] = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    *(getattr(Tensor, name) for name in _METHODS),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed, torch.is_conj, torch.is_neg),
+}

@@ -1,0 +1,64 @@
+"""Rules that users add for operations on low-rank weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dynlora_fn._core._tree import whole_factors
+from dynlora_fn._core._types import Factors, LowRank
+from dynlora_fn.nn._view import View, dense_base, refuse, single
+
+REGISTERED: dict[Any, Callable[..., Any]] = {}
+
+
+def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> None:
+    """Let `call` answer an operation on a low-rank weight by `rule`.
+
+    The rule applies to all later calls of every model, and replaces the library's rule or an earlier one.
+
+    Args:
+        operation: The function as the model calls it, for example `torch.kron`. A method such as `torch.Tensor.kron` is
+            another operation. That of a property is its getter, for example ``torch.Tensor.mH.__get__``.
+        rule: A function that takes the arguments of the operation, with a `LowRank` in place of each low-rank weight.
+            It returns a tensor, a `LowRank` if the result is a low-rank weight again, or `NotImplemented` for arguments
+            that it does not cover. If it is made of plain operations, every transform differentiates it.
+
+    Raises:
+        TypeError: If the operation or the rule cannot be called.
+
+    Example:
+        >>> import torch
+        >>> import dynlora_fn as dl
+        >>> def row_sums(weight, dim=None):
+        ...     if dim != 1:
+        ...         return NotImplemented
+        ...     b, a = weight.factors
+        ...     return weight.base.sum(1) + b @ a.sum(1) / b.shape[1]
+        >>> dl.nn.register_rule(torch.Tensor.sum, row_sums)
+    """
+    for argument, value in (("operation", operation), ("rule", rule)):
+        if not callable(value):
+            raise TypeError(f"`{argument}` is {value!r}, which cannot be called; pass a function")
+    name = getattr(operation, "__name__", repr(operation))
+
+    def on_views(*args: Any, **kwargs: Any) -> Any:
+        views = [value for value in (*args, *kwargs.values()) if isinstance(value, View)]
+        if not views:
+            return NotImplemented
+        named = {keyword: _as_param(value, name) for keyword, value in kwargs.items()}
+        result = rule(*[_as_param(value, name) for value in args], **named)
+        if result is NotImplemented:
+            refuse(views[0], name, "these arguments")
+        return views[0]._replace(parts=(result,), scale=None) if isinstance(result, LowRank) else result
+
+    REGISTERED[operation] = on_views
+
+
+def _as_param(value: Any, operation: str) -> Any:
+    """Return the low-rank weight of a view, which must be a single one."""
+    if not isinstance(value, View):
+        return value
+    part = single(value, operation)
+    if value.scale is None:
+        return part
+    b, a = whole_factors(part)
+    return LowRank(dense_base(part) * value.scale, Factors(b * value.scale, a), part.seed)

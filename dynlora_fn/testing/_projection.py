@@ -1,0 +1,182 @@
+"""Check projections of optimizer state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_map
+from dynlora_fn._core._types import AnyFactors, Param, Plan, Trainable, is_factors
+from dynlora_fn.optim._containers import Path, render
+from dynlora_fn.optim._roles import Roles, declared_roles
+from dynlora_fn.optim._search_state import project_state
+from dynlora_fn.optim._torch_optim import is_torch_optim
+from dynlora_fn.optim._torchopt import is_torchopt
+from dynlora_fn.optim._transform import Transform
+from dynlora_fn.testing._compare import difference, kind, untouched
+from dynlora_fn.testing._promises import Arguments, hold
+from dynlora_fn.testing._strategies import low_rank_params, optimizer_states, plans, seeds
+from dynlora_fn.testing._values import normal
+
+
+def check_state_projection(
+    project: Callable[[Any, Mapping[str, Plan]], Any],
+    *,
+    is_reset: bool = True,
+    optimizer: Transform | None = None,
+    trainable: Trainable | None = None,
+    roles: Roles | None = None,
+    arguments: Arguments = None,
+    examples: int | None = None,
+) -> None:
+    """Check that a projection resets the state of switched vectors' counterparts and nothing else.
+
+    For a slot k that is switched on side a, the state of ``b[:, k]`` becomes zero, moments and counts; for one on side
+    b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field ``frozen_for``, directly above the dict by parameter
+    name, the counterparts get the plan's number of updates. Statistics that all vectors of a side share must stay, as
+    Adafactor has them: fields with the role "unchanged", and sides with one entry for a weight of several vectors.
+
+    Args:
+        project: A function ``(opt_state, plan) -> opt_state``, where the plan is a dict by name.
+        is_reset: Whether the counterparts' state must become zero. If False, it may change in any way.
+        optimizer: The optimizer whose states are drawn. Default None means `adamw()`.
+        trainable: The trainable parameters, required for states of torch.optim and torchopt that number their tensors
+            (see `project_optimizer_state`).
+        roles: The roles of fields whose types declare none. Only "unchanged" matters.
+        arguments: A strategy for pairs of state and plan, or one pair. Default None draws pairs of all kinds.
+        examples: The number of examples to draw. Default None takes it from the hypothesis profile.
+
+    Raises:
+        BrokenPromiseError: If the promise is broken. The message gives the smallest example.
+
+    Example:
+        >>> import dynlora_fn as dl
+        >>> check_state_projection(dl.project_optimizer_state)
+    """
+
+    def check(state: Any, plan: Mapping[str, Plan]) -> None:
+        with untouched(state, plan):
+            new = project(state, plan)
+        state, new = (_by_name(tree, trainable) for tree in (state, new))
+        before, structure = tree_flatten_with_path(state, is_leaf=is_factors)
+        after, new_structure = tree_flatten_with_path(new, is_leaf=is_factors)
+        assert structure == new_structure, f"the structure is {new_structure} instead of {structure}"
+        ranks = _ranks(before)
+        for (path, old), (_, leaf) in zip(before, after, strict=True):
+            field, name = (_key(step) for step in (None, *path)[-2:])
+            if is_factors(old) and name in plan and not _is_unchanged(state, path, roles or {}):
+                value = int(plan[name].frozen_for) if field == "frozen_for" else 0
+                _check_factors(keystr(path), old, leaf, plan[name], value if is_reset else None, ranks[name])
+            else:
+                change = difference(leaf, old)
+                assert not change, f"{keystr(path)} has changed and belongs to no counterpart: {change}"
+
+    promise = "the counterparts of switched vectors start afresh, and nothing else changes"
+    hold(promise, check, _states_and_plans(optimizer) if arguments is None else arguments, examples)
+
+
+def _key(step: Any) -> Any:
+    """Return the field or key of a step of a path."""
+    return getattr(step, "name", getattr(step, "key", None))
+
+
+@st.composite
+def _states_and_plans(draw: st.DrawFn, optimizer: Transform | None) -> tuple[Any, dict[str, Plan]]:
+    param, bias = draw(low_rank_params()), draw(st.builds(normal, seeds, st.integers(1, 3)))
+    params: dict[str, Param] = {"w": param, "bias": bias}
+    state = draw(optimizer_states(params, optimizer=optimizer))
+    return state, {"w": draw(plans(param))}
+
+
+class _Collector(NamedTuple):
+    """Takes the factors out of a state that numbers its tensors, and leaves zeros."""
+
+    trainable: Trainable | None
+    fields: dict[str, dict[str, AnyFactors]]  # by path and name
+    plan: Mapping[str, Any] = {}
+    roles: Roles = {}  # noqa: RUF012
+
+    def visit(self, leaf: AnyFactors, role: Any, name: str, path: Path) -> AnyFactors:
+        self.fields.setdefault(render(path), {})[name] = leaf
+        return leaf._replace(b=torch.zeros_like(leaf.b), a=torch.zeros_like(leaf.a))
+
+    def keep(self, node: Any, path: Path) -> Any:
+        return node
+
+    def check_foreign(self, library: str, path: Path) -> None:
+        """All libraries with a table are supported."""
+
+
+def _by_name(state: Any, trainable: Trainable | None) -> Any:
+    """Return a state in which factors by name take the place of tensors that torch.optim and torchopt number."""
+
+    def is_foreign(node: Any) -> bool:
+        return is_torch_optim(node) or is_torchopt(node)
+
+    def converted(node: Any) -> Any:
+        if not is_foreign(node):
+            return node
+        collector = _Collector(trainable, {})
+        rest = project_state(node, collector, ())
+        return {**collector.fields, "other": rest}
+
+    return tree_map(converted, state, is_leaf=is_foreign)
+
+
+def _ranks(leaves: Sequence[tuple[Any, Any]]) -> dict[Any, int]:
+    """Return the number of vectors of each weight by name, which is the largest among its fields."""
+    ranks: dict[Any, int] = {}
+    for path, leaf in leaves:
+        if is_factors(leaf) and path:
+            name = _key(path[-1])
+            ranks[name] = max(ranks.get(name, 1), leaf.b.shape[-1], leaf.a.shape[-2])
+    return ranks
+
+
+def _is_unchanged(state: Any, path: Sequence[Any], roles: Roles) -> bool:
+    """Return whether a field on the path has the role "unchanged"."""
+    node = state
+    for step in path:
+        if {**roles, **declared_roles(node)}.get(_key(step)) == "unchanged":
+            return True
+        node = step.get(node)
+    return False
+
+
+def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, value: int | None, rank: int) -> None:
+    """Compare vector by vector. The vectors of side b lie along the last axis, those of side a along the one before."""
+    for side, before, after, switched in (
+        ("b", old.b.mT, new.b.mT, plan.a),
+        ("a", old.a, new.a, plan.b),
+    ):
+        assert kind(after) == kind(before), f"{path}.{side} is {kind(after)} instead of {kind(before)}"
+        if before.shape[-2] != rank:
+            change = difference(after, before)
+            assert not change, f"{path}.{side} has changed and is shared by all vectors: {change}"
+            continue
+        stack = before.shape[:-2]
+        slots, active = (
+            leaf.broadcast_to(*stack, -1).reshape(stack.numel(), -1) for leaf in (switched.slots, switched.active)
+        )
+        rows = zip(before.reshape(-1, rank, before.shape[-1]), after.reshape(-1, rank, after.shape[-1]), strict=True)
+        for member, (member_before, member_after) in enumerate(rows):
+            counterparts = set(slots[member][active[member]].tolist())
+            for slot in range(rank):
+                where = f"{path}.{side}, slot {slot}" + (f" of member {member}" if stack.numel() > 1 else "")
+                _check_vector(
+                    where, member_before[slot], member_after[slot], value, is_counterpart=slot in counterparts
+                )
+
+
+def _check_vector(where: str, old: Tensor, new: Tensor, value: int | None, *, is_counterpart: bool) -> None:
+    if not is_counterpart:
+        change = difference(new, old)
+        assert not change, f"{where} has changed and is no counterpart: {change}"
+    elif value is not None:
+        wrong = new[new != value].tolist()
+        assert not wrong, (
+            f"{where} is the counterpart of a switched vector and holds {wrong[0]} instead of {value} in "
+            f"{len(wrong)} of {new.numel()} entries"
+        )
