@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._attached import is_attached
-from dynlora_fn._core._torch import C10D, forward_levels
+from dynlora_fn._core._torch import C10D, forward_levels, is_transformed
 from dynlora_fn._core._types import Sharding
 
 
@@ -39,7 +39,7 @@ def scatter(tensor: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[
     missing = sharding.world_size * sharding.rows_per_process - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
-    refuse_tangents(rows)
+    refuse_derivatives(rows)
     summed = C10D.reduce_scatter_tensor(rows.contiguous(), "sum", sharding.world_size, sharding.group)
     local_rows = sharding.local_rows
     summed = C10D.wait_tensor(summed)[: local_rows.stop - local_rows.start]
@@ -54,22 +54,14 @@ def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
         size: The number of processes.
         group: The name of the process group.
     """
-    refuse_tangents(tensor)
+    refuse_derivatives(tensor)
     gathered: Tensor = C10D.wait_tensor(C10D.all_gather_into_tensor(tensor.contiguous(), size, group))
     return gathered
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """Sum a tensor over all processes of the group with this name.
-
-    Raises:
-        NotImplementedError: If the tensor is differentiated.
-    """
-    if is_attached(tensor):
-        raise NotImplementedError(
-            "a sum over processes, for gradients of sharded factors, requires a gradient or has a tangent, which would "
-            "be lost; detach the gradients, or gather the factors with `unshard`"
-        )
+    """Sum a tensor over all processes of the group with this name."""
+    refuse_derivatives(tensor)
     reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced
 
@@ -84,15 +76,14 @@ def weighted(tensor: Tensor, weight: float | Tensor) -> Tensor:
     return tensor * weight if weight else torch.zeros_like(tensor)
 
 
-def refuse_tangents(tensor: Tensor) -> None:
-    """Refuse forward mode through a collective, which would lose the tangents. Gradients have torch's formulas.
+def refuse_derivatives(tensor: Tensor) -> None:
+    """Refuse forward mode and `torch.func` through a collective. `torch.autograd` has formulas for its gradients.
 
     Raises:
-        NotImplementedError: If the tensor is differentiated while forward mode is active. Dynamo cannot trace the
-            check.
+        NotImplementedError: If the tensor is differentiated.
     """
-    if not torch.compiler.is_dynamo_compiling() and forward_levels() and is_attached(tensor):
+    if is_attached(tensor) and (is_transformed() or forward_levels()):
         raise NotImplementedError(
-            f"a tensor of shape {tuple(tensor.shape)} that is sent to other processes is differentiated in forward"
-            " mode, and a collective would lose its tangent; detach it, or use reverse mode"
+            f"a tensor of shape {tuple(tensor.shape)} that is sent to other processes is differentiated in forward mode"
+            " or by `torch.func`, where a collective has no derivative; detach it, or use `torch.autograd`"
         )

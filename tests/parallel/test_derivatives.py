@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.func import grad, jacrev, jvp
 
 import dynlora_fn as dl
+from dynlora_fn.optim import clip_by_global_norm, muon
 from dynlora_fn.parallel import all_reduce_mean, shard, shard_factors
 from dynlora_fn.testing import Shape, low_rank, normal
 
@@ -73,20 +74,25 @@ def test_derivatives_by_sharded_factors_are_refused_where_they_would_be_lost():
     torch.testing.assert_close(twice, dl.linear(-X.sin() * X * X, param))
 
 
-def test_the_norm_of_sharded_gradients_is_not_differentiated():
-    sharded = shard_factors(shard({"w": low_rank(Shape(8, 8, 2))}, dist.group.WORLD))
-    grads = {"w": sharded["w"].factors}
-
-    def norm(scale: torch.Tensor) -> torch.Tensor:
-        scaled = grads["w"]._replace(b=grads["w"].b * scale)
-        return dl.optim.clip_by_global_norm({"w": scaled}, 1.0).norm
-
-    assert norm(torch.ones(())) > 0
-    with pytest.raises(NotImplementedError, match="a sum over processes, for gradients of sharded factors"):
-        grad(norm)(torch.ones((), dtype=torch.float64))
+def test_forward_mode_through_sums_of_sharded_factors_is_refused():
+    factors = shard_factors(shard({"w": low_rank(Shape(6, 8, 2))}, dist.group.WORLD))["w"].factors
+    tree, optimizer = {"w": factors}, muon()
+    opt_state = optimizer.init(tree)
+    for function in (
+        lambda tree: clip_by_global_norm(tree, 1.0).norm,
+        lambda tree: optimizer.update(tree, opt_state, {"w": factors}, lr=0.1).updates["w"].b,
+    ):
+        with pytest.raises(NotImplementedError, match=r"sent to other processes is differentiated in forward mode"):
+            jvp(function, (tree,), (tree,))
 
 
 def test_gradients_of_reduced_tensors_have_torchs_formula():
     x = normal(0, 3).requires_grad_()
     gradient = torch.autograd.grad(all_reduce_mean({"x": x.sin()}, dist.group.WORLD)["x"].sum(), x)[0]
     torch.testing.assert_close(gradient, x.detach().cos())
+
+
+def test_a_gradient_of_a_sum_of_sharded_factors_is_refused_under_torch_func():
+    sharded = shard_factors(shard({"w": low_rank(Shape(8, 8, 2))}, dist.group.WORLD))["w"].factors
+    with pytest.raises(NotImplementedError, match="sent to other processes is differentiated in forward mode or by"):
+        grad(lambda b: clip_by_global_norm({"w": sharded._replace(b=b)}, 1.0).norm)(sharded.b)
