@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dynlora_fn._core._check import check_choice, check_module
+from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
@@ -62,6 +63,7 @@ def call(
         torch.Size([3, 4])
     """
     check_module("model", model)
+    check_params("params", params)
     check_choice("fallback", fallback, ("dense", "raise"))
     if problem := _problem_of(model):
         raise ValueError(problem)
