@@ -116,7 +116,7 @@ def test_explain_changes_no_buffer_and_no_random_state():
 
 def test_an_unknown_fallback_is_refused():
     model, params = setting(torch.tanh)
-    with pytest.raises(ValueError, match="`fallback` .* 'silent'"):
+    with pytest.raises(ValueError, match=r"`fallback` .* 'silent'"):
         call(model, params, normal(0, 3, 4), fallback="silent")
 
 
