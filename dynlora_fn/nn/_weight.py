@@ -6,9 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import linear
 
-from dynlora_fn._core._torch import are_transforms_active, is_functorch_wrapped, make_wrapper_subclass, tree_leaves
+from dynlora_fn._core._torch import (
+    are_transforms_active,
+    forward_levels,
+    is_forward_enabled,
+    is_functorch_wrapped,
+    make_wrapper_subclass,
+    tree_leaves,
+)
 from dynlora_fn._core._types import LowRank, Param
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._attributes import METADATA
@@ -48,6 +56,7 @@ class Weight(Tensor):
 
     _view: View
     _param: LowRank  # what was passed to `call`; set only if the weight is a full parameter
+    _has_tangent: bool = False  # in a dual level of `torch.autograd`; an `autograd.Function` would lose it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,8 +101,14 @@ def _as_weight(view: View) -> Weight:
         weight = (_missing(view) if is_sharded else dense_weight(view)).as_subclass(Weight)
     else:
         weight = _attached(view)
+        weight._has_tangent = forward_levels() > 0 and not are_transforms_active() and _has_tangent(view)
     weight._view = view
     return weight
+
+
+def _has_tangent(view: View) -> bool:
+    leaves = [leaf for leaf in tree_leaves(view) if isinstance(leaf, Tensor)]
+    return any(unpack_dual(leaf).tangent is not None for leaf in leaves)  # type: ignore[no-untyped-call]
 
 
 def _missing(view: View) -> Tensor:
@@ -149,11 +164,13 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _view_of(weight: Weight) -> View:
+    if weight._has_tangent and not is_forward_enabled():
+        refuse_lost(weight._view, "autograd.Function", "loses its tangent outside of `torch.func.jvp`")
     return weight._view
 
 
 def _gathered_view_of(weight: Weight) -> View:
-    return gathered(weight._view)
+    return gathered(_view_of(weight))
 
 
 def _fall_back(func: Any, args: Any, kwargs: Any, refusal: NoRuleError | None) -> Any:
@@ -172,7 +189,7 @@ def _fall_back(func: Any, args: Any, kwargs: Any, refusal: NoRuleError | None) -
 
 
 def _dense(weight: Weight) -> Tensor:
-    return dense_weight(weight._view)
+    return dense_weight(_view_of(weight))
 
 
 # Dynamo cannot trace names of operations. It calls a function that is marked so while it traces.

@@ -13,6 +13,7 @@ from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Trainable, is_factors
 from dynlora_fn.optim._check_state import check_state
+from dynlora_fn.optim._complex import in_real_numbers
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._freeze import FreezeState, freeze_counterparts, zero_counts
 from dynlora_fn.optim._roles import register_state
@@ -143,7 +144,7 @@ def adamw(
         return Updates(updates, AdamWState(mu, nu, count))
 
     transform = freeze_counterparts(Transform(init, update))
-    return _decay_factors(transform, factor_decay) if factor_decay else transform
+    return in_real_numbers(_decay_factors(transform, factor_decay) if factor_decay else transform)
 
 
 def _decay_factors(inner: Transform, factor_decay: float) -> Transform:

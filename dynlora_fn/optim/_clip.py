@@ -61,7 +61,7 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
         if isinstance(node, ShardedFactors):
             squares_by_group[node.sharding.group] += [_squares(node.b), _squares(node.a)]
         else:
-            squares.append(_squares(node))
+            squares.append(_squares(torch.view_as_real(node) if node.is_complex() else node))
     squares += [all_reduce(torch.stack(shards).sum(), group) for group, shards in squares_by_group.items()]
     norm = square_root(torch.stack(squares).sum()) if squares else torch.zeros(())
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -62,8 +62,8 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
 
     Raises:
         ValueError: If `momentum` is not in [0, 1). In `init` and `update`, if `weight_decay` is not 0 and `trainable`
-            has factors. In `update`, if a full-rank tensor has fewer than two axes, or `grads` does not have the names
-            and shapes of `trainable`.
+            has factors. In `update`, if a full-rank tensor has fewer than two axes or is complex, or `grads` does not
+            have the names and shapes of `trainable`.
 
     Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider. `orthogonalize` is a
     polynomial: singular values of at least a hundredth of the matrix's norm end between 0.68 and 1.14, smaller ones
@@ -108,10 +108,10 @@ def _scale(rate: Rate, direction: Tensor) -> Tensor:
 
 
 def _matrix_direction(name: str, direction: Tensor) -> Tensor:
-    if direction.ndim < 2:
+    if direction.ndim < 2 or direction.is_complex():
         raise ValueError(
-            f"`trainable` has {name!r} of shape {tuple(direction.shape)}, which muon cannot orthogonalize; "
-            "train it with another optimizer through `multi_transform`"
+            f"`trainable` has {name!r} of shape {tuple(direction.shape)} and {direction.dtype}, which muon cannot "
+            "orthogonalize; train it with another optimizer through `multi_transform`"
         )
     return orthogonalize(direction) * sqrt(max(direction.shape[-2:]))
 

@@ -11,6 +11,7 @@ from dynlora_fn._core._check import check_number
 from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Trainable
 from dynlora_fn.optim._check_state import check_state
+from dynlora_fn.optim._complex import in_real_numbers
 from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._transform import (
@@ -153,4 +154,4 @@ def _one_moment_transform(
             mu[name], updates[name] = (map_leaf(itemgetter(index), pairs) for index in range(2))
         return Updates(updates, MomentumState(mu))
 
-    return freeze_counterparts(Transform(partial(init_momentum, weight_decay=weight_decay), update))
+    return in_real_numbers(freeze_counterparts(Transform(partial(init_momentum, weight_decay=weight_decay), update)))

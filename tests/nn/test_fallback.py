@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional
 
@@ -389,3 +390,13 @@ def test_the_gradient_of_a_custom_function_is_refused_on_request():
     model, params = setting(Total.apply)
     with pytest.raises(NotImplementedError, match=r"'weight'.*`autograd.Function`"):
         gradients(model, params, normal(0, 3, 4), via="autograd", fallback="raise")
+
+
+def test_a_tangent_that_a_custom_function_would_lose_is_refused():
+    model, params = setting(Total.apply)
+    param = params["weight"]
+    with forward_ad.dual_level():
+        b = forward_ad.make_dual(param.factors.b, torch.ones_like(param.factors.b))
+        dual = {**params, "weight": param._replace(factors=param.factors._replace(b=b))}
+        with pytest.raises(NotImplementedError, match=r"'weight'.*`autograd.Function`, which loses its tangent"):
+            call(model, dual, normal(0, 3, 4))
