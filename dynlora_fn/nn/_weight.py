@@ -164,7 +164,7 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _view_of(weight: Weight) -> View:
-    if weight._has_tangent and not is_forward_enabled():
+    if not torch.compiler.is_dynamo_compiling() and weight._has_tangent and not is_forward_enabled():
         refuse_lost(weight._view, "autograd.Function", "loses its tangent outside of `torch.func.jvp`")
     return weight._view
 
