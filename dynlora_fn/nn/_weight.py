@@ -1,6 +1,6 @@
 """The tensor that replaces a low-rank weight in a module, and answers operations by their rules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from dynlora_fn._core._torch import (
     is_functorch_wrapped,
     make_wrapper_subclass,
     tree_leaves,
+    tree_map,
 )
 from dynlora_fn._core._types import LowRank, Param
 from dynlora_fn.bases._base import as_base
@@ -156,11 +157,12 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
         return _fall_back(func, args, kwargs, None)
     # `linear` gathers sharded factors itself, and frees them before its result is freed.
     change = _view_of if func is linear else _gathered_view_of
+    views, named = _map_weights(change, args), _map_weights(change, kwargs)
     try:
-        result = rule(*_map_weights(change, args), **_map_weights(change, kwargs))
+        result = rule(*views, **named)
     except NoRuleError as refusal:
         return _fall_back(func, args, kwargs, refusal)
-    return _as_weights(result)
+    return _as_weights(result if torch.is_grad_enabled() else _without_grad(result, views))
 
 
 def _view_of(weight: Weight) -> View:
@@ -216,6 +218,19 @@ def _weights_in(value: Any) -> list[Weight]:
     weights: list[Weight] = []
     _map_weights(weights.append, value)
     return weights
+
+
+def _without_grad(result: Any, arguments: Sequence[Any]) -> Any:
+    """Return weights that a rule made under `torch.no_grad`, which have tangents and no gradients, as any tensor.
+
+    A rule may pass on the factors that it got, which require a gradient. What is an argument itself stays.
+    """
+    if type(result) is tuple:
+        return tuple(_without_grad(element, arguments) for element in result)
+    if not isinstance(result, View) or any(result is argument for argument in arguments):
+        return result
+    scale = result.scale.view_as(result.scale) if isinstance(result.scale, Tensor) else result.scale
+    return result._replace(parts=tree_map(lambda leaf: leaf.view_as(leaf), result.parts), scale=scale)
 
 
 def _as_weights(result: Any) -> Any:

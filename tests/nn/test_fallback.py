@@ -174,6 +174,9 @@ BOUND = {
     "register_hook": lambda w: w.register_hook(print),
     "retain_grad": lambda w: w.retain_grad(),
     "backward": lambda w: w.backward(),
+    "as_strided": lambda w: w.T.as_strided((4, 6), (1, 4)),
+    "autograd.grad": lambda w: torch.autograd.grad(functional.linear(normal(1, 5, 4), w).sum(), w, allow_unused=True),
+    "autograd.grad by keyword": lambda w: torch.autograd.grad(outputs=w.sum(), inputs=[w], allow_unused=True),
 }
 
 
