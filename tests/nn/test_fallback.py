@@ -403,3 +403,24 @@ def test_a_tangent_that_a_custom_function_would_lose_is_refused():
         dual = {**params, "weight": param._replace(factors=param.factors._replace(b=b))}
         with pytest.raises(NotImplementedError, match=r"'weight'.*`autograd.Function`, which loses its tangent"):
             call(model, dual, normal(0, 3, 4))
+
+
+class Branches(nn.Linear):
+    """A linear layer that asks whether its weight is trained."""
+
+    def forward(self, x):
+        return functional.linear(x, self.weight if self.weight.requires_grad else self.weight.detach() * 0)
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_a_weight_that_is_differentiated_requires_a_gradient(via):
+    model = Branches(4, 6, bias=False, dtype=torch.float64)
+    trainable, frozen = partition(init(model, rank=2, seed=0, targets=["weight"], dtype=torch.float64))
+    x = normal(0, 3, 4)
+    function = value_and_grad(lambda tree: call(model, combine(tree, frozen), x).sum(), via=via)
+    value, grads = function(trainable)
+    assert value != 0
+    assert grads["weight"].b.any()
+    if via == "func":
+        assert_same(torch.compile(function, backend="aot_eager", fullgraph=True)(trainable), function(trainable))
+    assert call(model, combine(trainable, frozen), x).eq(0).all()
