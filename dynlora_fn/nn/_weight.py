@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.nn.functional import linear
 
 from dynlora_fn._core._torch import (
@@ -89,6 +89,8 @@ class _Wrapper(Weight):
         Autograd has recorded the operation, and passes the gradient of the weight to `_Attached`.
         """
         for weight in _weights_in((args, kwargs)):
+            if weight._has_tangent:
+                refuse_lost(weight._view, func.__name__, "loses its tangent outside of `torch.func.jvp`")
             if any(is_functorch_wrapped(leaf) for leaf in tree_leaves(weight._view) if isinstance(leaf, Tensor)):
                 refuse_lost(weight._view, func.__name__, "does not pass `torch.func`, so that its gradient is lost")
         return _fall_back(func, args, kwargs or {}, None)
@@ -120,7 +122,10 @@ def _attached(view: View) -> Weight:
     """Return a weight through which gradients reach the factors, if autograd tracks them."""
     tensors = tree_leaves(view) if torch.is_grad_enabled() and not are_transforms_active() else []
     leaves = [leaf for leaf in tensors if isinstance(leaf, Tensor) and leaf.requires_grad]
-    weight: Weight = _Attached.apply(view, *leaves) if leaves else _wrapper(view)  # type: ignore[no-untyped-call]
+    if not leaves:
+        return _wrapper(view)
+    with _set_fwd_grad_enabled(False):  # rules have the tangents, and other uses are refused
+        weight: Weight = _Attached.apply(view, *leaves)  # type: ignore[no-untyped-call]
     return weight
 
 

@@ -395,13 +395,33 @@ def test_the_gradient_of_a_custom_function_is_refused_on_request():
         gradients(model, params, normal(0, 3, 4), via="autograd", fallback="raise")
 
 
-def test_a_tangent_that_a_custom_function_would_lose_is_refused():
-    model, params = setting(Total.apply)
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_dual_weight_has_its_tangent_where_it_requires_a_gradient_too(is_trained):
+    model, params = setting(torch.exp)
+    param, x = params["weight"], normal(0, 3, 4)
+    with forward_ad.dual_level():
+        b = forward_ad.make_dual(param.factors.b.clone().requires_grad_(is_trained), torch.ones_like(param.factors.b))
+        dual = {**params, "weight": param._replace(factors=param.factors._replace(b=b))}
+        got, wanted = call(model, dual, x), functional_call(model, materialize(dual), (x,))
+        tangents = [forward_ad.unpack_dual(output).tangent for output in (got, wanted)]
+    torch.testing.assert_close(*tangents, rtol=1e-12, atol=1e-12)
+
+
+def below_torch_function(w):
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.mul(w, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("use", "operation"), [(Total.apply, "autograd.Function"), (below_torch_function, "mul.Tensor")]
+)
+def test_a_tangent_that_would_be_lost_is_refused(use, operation):
+    model, params = setting(use)
     param = params["weight"]
     with forward_ad.dual_level():
         b = forward_ad.make_dual(param.factors.b, torch.ones_like(param.factors.b))
         dual = {**params, "weight": param._replace(factors=param.factors._replace(b=b))}
-        with pytest.raises(NotImplementedError, match=r"'weight'.*`autograd.Function`, which loses its tangent"):
+        with pytest.raises(NotImplementedError, match=rf"'weight'.*`{operation}`, which loses its tangent"):
             call(model, dual, normal(0, 3, 4))
 
 
