@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._torch import tree_map
+from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn.nn._view import View, refuse
 
 # --- what a module reads; `Weight` has these attributes, but no memory
@@ -22,6 +22,14 @@ def _strides(view: View, dim: int | None = None) -> Any:
 
 def _is_contiguous(view: View, memory_format: Any = torch.contiguous_format) -> bool:
     return memory_format is torch.contiguous_format
+
+
+def _requires_grad(view: View) -> bool:
+    """Return whether a gradient is taken through the weight, also in `torch.func.grad`, where its tensor has none."""
+    leaves = [leaf for leaf in tree_leaves(view) if isinstance(leaf, Tensor)]
+    if torch.compiler.is_dynamo_compiling():  # it says no of what is passed to `torch.func.grad`, and yes of a view
+        leaves = [leaf.view_as(leaf) for leaf in leaves]
+    return any(leaf.requires_grad for leaf in leaves)
 
 
 def _describe(view: View, **_: Any) -> str:
@@ -157,6 +165,7 @@ ATTRIBUTE_RULES: dict[Any, Callable[..., Any]] = {
     Tensor.stride: _strides,
     Tensor.is_contiguous: _is_contiguous,
     Tensor.storage_offset: lambda view: 0,
+    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
     Tensor.__len__: lambda view: view.shape[0],
     Tensor.__repr__: _describe,
     Tensor.__format__: lambda view, form: format(_describe(view), form),
@@ -179,7 +188,7 @@ ATTRIBUTE_RULES: dict[Any, Callable[..., Any]] = {
 }
 
 _PROPERTIES = (
-    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "is_leaf"),
+    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "is_leaf"),
     *("grad", "grad_fn", "output_nr", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized"),
 )
 _METHODS = (

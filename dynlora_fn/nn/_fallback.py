@@ -88,7 +88,8 @@ def why_lost(
 ) -> str | None:
     """Return why the effect of an operation on a temporary dense weight would be lost, or None."""
     is_first = has_weight(args[0] if len(args) > 0 else list(kwargs.values())[:1])
-    if is_first and operation in _BOUND:
+    is_differentiated_by = func is torch.autograd.grad and has_weight(args[1] if len(args) > 1 else kwargs["inputs"])
+    if (is_first and operation in _BOUND) or is_differentiated_by:
         return "needs its memory or its place in the autograd graph"
     if getattr(func, "__name__", "") in ("__set__", "__delete__"):
         return "changes it in place"
@@ -124,7 +125,7 @@ _IN_PLACE = {
     *("__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
 }
 _BOUND = {
-    *("data_ptr", "storage", "untyped_storage", "__cuda_array_interface__"),
+    *("data_ptr", "storage", "untyped_storage", "as_strided", "__cuda_array_interface__"),
     *("backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
 }
 # Functions that change their weight if an argument says so: the name and the position of that argument.

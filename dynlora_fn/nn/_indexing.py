@@ -68,7 +68,10 @@ def get_item(view: View, index: Any) -> View | Tensor:
         return _of_parts(view, index)
     (part,) = view.parts
     if isinstance(rows, slice) and isinstance(columns, slice):
-        return view._replace(parts=(take(part, stack, rows, columns),))
+        cut = view._replace(parts=(take(part, stack, rows, columns),))
+        if 0 in cut.shape:
+            refuse(view, "__getitem__", f"the index {index}, which leaves nothing")
+        return cut
     if not stack and isinstance(columns, slice):
         return _rows(view, take(part, (), slice(None), columns), rows)
     if not stack and isinstance(rows, slice) and type(columns) is int:

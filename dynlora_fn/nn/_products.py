@@ -55,7 +55,9 @@ def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
     b, a = whole_factors(part)
     dtype = compute_dtype(x)
     x, base, b, a = (leaf.to(dtype) for leaf in (x, dense_base(part), b, a))
-    output: Tensor = x @ base.mT + (x @ a.mT / a.shape[-2]) @ b.mT
+    rows = x[None] if x.ndim == 1 else x  # a vector would make the product with `a` a matrix for all of the stack
+    output: Tensor = rows @ base.mT + (rows @ a.mT / a.shape[-2]) @ b.mT
+    output = output[..., 0, :] if x.ndim == 1 else output
     return output if bias is None else output + bias
 
 

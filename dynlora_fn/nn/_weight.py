@@ -1,12 +1,12 @@
 """The tensor that replaces a low-rank weight in a module, and answers operations by their rules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.nn.functional import linear
 
 from dynlora_fn._core._torch import (
@@ -16,6 +16,7 @@ from dynlora_fn._core._torch import (
     is_functorch_wrapped,
     make_wrapper_subclass,
     tree_leaves,
+    tree_map,
 )
 from dynlora_fn._core._types import LowRank, Param
 from dynlora_fn.bases._base import as_base
@@ -88,6 +89,8 @@ class _Wrapper(Weight):
         Autograd has recorded the operation, and passes the gradient of the weight to `_Attached`.
         """
         for weight in _weights_in((args, kwargs)):
+            if weight._has_tangent:
+                refuse_lost(weight._view, func.__name__, "loses its tangent outside of `torch.func.jvp`")
             if any(is_functorch_wrapped(leaf) for leaf in tree_leaves(weight._view) if isinstance(leaf, Tensor)):
                 refuse_lost(weight._view, func.__name__, "does not pass `torch.func`, so that its gradient is lost")
         return _fall_back(func, args, kwargs or {}, None)
@@ -119,7 +122,10 @@ def _attached(view: View) -> Weight:
     """Return a weight through which gradients reach the factors, if autograd tracks them."""
     tensors = tree_leaves(view) if torch.is_grad_enabled() and not are_transforms_active() else []
     leaves = [leaf for leaf in tensors if isinstance(leaf, Tensor) and leaf.requires_grad]
-    weight: Weight = _Attached.apply(view, *leaves) if leaves else _wrapper(view)  # type: ignore[no-untyped-call]
+    if not leaves:
+        return _wrapper(view)
+    with _set_fwd_grad_enabled(False):  # rules have the tangents, and other uses are refused
+        weight: Weight = _Attached.apply(view, *leaves)  # type: ignore[no-untyped-call]
     return weight
 
 
@@ -156,15 +162,16 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
         return _fall_back(func, args, kwargs, None)
     # `linear` gathers sharded factors itself, and frees them before its result is freed.
     change = _view_of if func is linear else _gathered_view_of
+    views, named = _map_weights(change, args), _map_weights(change, kwargs)
     try:
-        result = rule(*_map_weights(change, args), **_map_weights(change, kwargs))
+        result = rule(*views, **named)
     except NoRuleError as refusal:
         return _fall_back(func, args, kwargs, refusal)
-    return _as_weights(result)
+    return _as_weights(result if torch.is_grad_enabled() else _without_grad(result, views))
 
 
 def _view_of(weight: Weight) -> View:
-    if weight._has_tangent and not is_forward_enabled():
+    if not torch.compiler.is_dynamo_compiling() and weight._has_tangent and not is_forward_enabled():
         refuse_lost(weight._view, "autograd.Function", "loses its tangent outside of `torch.func.jvp`")
     return weight._view
 
@@ -216,6 +223,19 @@ def _weights_in(value: Any) -> list[Weight]:
     weights: list[Weight] = []
     _map_weights(weights.append, value)
     return weights
+
+
+def _without_grad(result: Any, arguments: Sequence[Any]) -> Any:
+    """Return weights that a rule made under `torch.no_grad`, which have tangents and no gradients, as any tensor.
+
+    A rule may pass on the factors that it got, which require a gradient. What is an argument itself stays.
+    """
+    if type(result) is tuple:
+        return tuple(_without_grad(element, arguments) for element in result)
+    if not isinstance(result, View) or any(result is argument for argument in arguments):
+        return result
+    scale = result.scale.view_as(result.scale) if isinstance(result.scale, Tensor) else result.scale
+    return result._replace(parts=tree_map(lambda leaf: leaf.view_as(leaf), result.parts), scale=scale)
 
 
 def _as_weights(result: Any) -> Any:

@@ -174,6 +174,9 @@ BOUND = {
     "register_hook": lambda w: w.register_hook(print),
     "retain_grad": lambda w: w.retain_grad(),
     "backward": lambda w: w.backward(),
+    "as_strided": lambda w: w.T.as_strided((4, 6), (1, 4)),
+    "autograd.grad": lambda w: torch.autograd.grad(functional.linear(normal(1, 5, 4), w).sum(), w, allow_unused=True),
+    "autograd.grad by keyword": lambda w: torch.autograd.grad(outputs=w.sum(), inputs=[w], allow_unused=True),
 }
 
 
@@ -392,11 +395,52 @@ def test_the_gradient_of_a_custom_function_is_refused_on_request():
         gradients(model, params, normal(0, 3, 4), via="autograd", fallback="raise")
 
 
-def test_a_tangent_that_a_custom_function_would_lose_is_refused():
-    model, params = setting(Total.apply)
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_dual_weight_has_its_tangent_where_it_requires_a_gradient_too(is_trained):
+    model, params = setting(torch.exp)
+    param, x = params["weight"], normal(0, 3, 4)
+    with forward_ad.dual_level():
+        b = forward_ad.make_dual(param.factors.b.clone().requires_grad_(is_trained), torch.ones_like(param.factors.b))
+        dual = {**params, "weight": param._replace(factors=param.factors._replace(b=b))}
+        got, wanted = call(model, dual, x), functional_call(model, materialize(dual), (x,))
+        tangents = [forward_ad.unpack_dual(output).tangent for output in (got, wanted)]
+    torch.testing.assert_close(*tangents, rtol=1e-12, atol=1e-12)
+
+
+def below_torch_function(w):
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.mul(w, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("use", "operation"), [(Total.apply, "autograd.Function"), (below_torch_function, "mul.Tensor")]
+)
+def test_a_tangent_that_would_be_lost_is_refused(use, operation):
+    model, params = setting(use)
     param = params["weight"]
     with forward_ad.dual_level():
         b = forward_ad.make_dual(param.factors.b, torch.ones_like(param.factors.b))
         dual = {**params, "weight": param._replace(factors=param.factors._replace(b=b))}
-        with pytest.raises(NotImplementedError, match=r"'weight'.*`autograd.Function`, which loses its tangent"):
+        with pytest.raises(NotImplementedError, match=rf"'weight'.*`{operation}`, which loses its tangent"):
             call(model, dual, normal(0, 3, 4))
+
+
+class Branches(nn.Linear):
+    """A linear layer that asks whether its weight is trained."""
+
+    def forward(self, x):
+        return functional.linear(x, self.weight if self.weight.requires_grad else self.weight.detach() * 0)
+
+
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_a_weight_that_is_differentiated_requires_a_gradient(via):
+    model = Branches(4, 6, bias=False, dtype=torch.float64)
+    trainable, frozen = partition(init(model, rank=2, seed=0, targets=["weight"], dtype=torch.float64))
+    x = normal(0, 3, 4)
+    function = value_and_grad(lambda tree: call(model, combine(tree, frozen), x).sum(), via=via)
+    value, grads = function(trainable)
+    assert value != 0
+    assert grads["weight"].b.any()
+    if via == "func":
+        assert_same(torch.compile(function, backend="aot_eager", fullgraph=True)(trainable), function(trainable))
+    assert call(model, combine(trainable, frozen), x).eq(0).all()

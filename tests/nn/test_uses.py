@@ -57,6 +57,11 @@ def setitem(w):
     return changed
 
 
+def without_grad(use):
+    with torch.no_grad():
+        return use()
+
+
 # Uses that stay low-rank.
 COVERED = {
     "cast and product": (MATRIX, MATRIX, lambda w: lin(x(5, 4).float(), w.to(torch.float32)).double()),
@@ -161,6 +166,14 @@ COVERED = {
     "dot": (MATRIX, MATRIX, lambda w: torch.dot(w[1], x(4))),
     "unbind rows": (MATRIX, MATRIX, lambda w: torch.stack(w.unbind())),
     "prelu": ((1, 6), (1, 6), lambda w: functional.prelu(x(5, 6), w[0])),
+    "multiple under no_grad": (MATRIX, MATRIX, lambda w: lin(x(5, 4), w) + lin(x(5, 4), without_grad(lambda: w * 2))),
+    "parts under no_grad": (
+        MATRIX,
+        MATRIX,
+        lambda w: w[0].sum() * lin(x(5, 4), without_grad(lambda: torch.cat([w, w]))),
+    ),
+    "stack and vector": (STACK, STACK, lambda w: w @ x(4)),
+    "vector and stack": (STACK, STACK, lambda w: x(6) @ w),
     "dict argument": (MATRIX, MATRIX, lambda w: functional_call(LINEAR, {"weight": w}, x(5, 4))),
 }
 # Uses that get the dense weight.
@@ -253,6 +266,7 @@ DENSE = {
     "conv dense": ((6, 2, 3), (6, 6), lambda w: functional.conv1d(x(2, 2, 7), w / w.norm())),
     "torch.func.vmap over rows": (STACK, STACK, lambda w: torch.vmap(lambda m: m.sum())(w.exp())),
     "entry": (MATRIX, MATRIX, lambda w: w[1, 2]),
+    "no rows": (MATRIX, MATRIX, lambda w: lin(x(5, 4), w[:0]).sum() + w.exp()),
 }
 
 
