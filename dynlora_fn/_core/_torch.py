@@ -178,7 +178,7 @@ def is_tracked(tensor: torch.Tensor) -> bool:
 
 def _requires_grad(tensor: torch.Tensor) -> bool:
     functorch = torch._C._functorch
-    tensor = _without_dead_levels(tensor)
+    tensor = without_dead_levels(tensor)
     if tensor.requires_grad or not functorch.is_functorch_wrapped_tensor(tensor):
         return tensor.requires_grad
     return _requires_grad(functorch.get_unwrapped(tensor))
@@ -186,7 +186,7 @@ def _requires_grad(tensor: torch.Tensor) -> bool:
 
 def _has_tangent(tensor: torch.Tensor) -> bool:
     functorch = torch._C._functorch
-    tensor = _without_dead_levels(tensor)
+    tensor = without_dead_levels(tensor)
     if functorch.peek_interpreter_stack() is None:
         return _is_dual(tensor)
     # A level sees only its tangents, so lower levels are asked in turn.
@@ -204,7 +204,7 @@ def _is_dual(tensor: torch.Tensor) -> bool:
     return dual.tangent is not None
 
 
-def _without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
+def without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without the wrappers of transforms that have ended, which a pullback saves."""
     functorch: Any = torch._C._functorch
     while functorch.is_dead_tensor_wrapper(tensor):

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_module
 from dynlora_fn._core._dtypes import Autocast, autocast_now
-from dynlora_fn._core._torch import forward_levels, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from dynlora_fn._core._torch import (
+    forward_levels,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    without_dead_levels,
+)
 from dynlora_fn._core._tree import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
@@ -202,7 +209,8 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, is_needed = list(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        # `torch.func.vjp` inside a pullback does not take what a transform that has ended saved.
+        tensors, is_needed = [without_dead_levels(tensor) for tensor in ctx.saved_tensors], ctx.needs_input_grad[2:]
         # `late` makes the arguments depend on a gradient. In one graph of both passes, a compiler could otherwise
         # compute the block again at once.
         for position in range(len(tensors) - ctx.argument_count, len(tensors)):
