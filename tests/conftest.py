@@ -28,6 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--damaged", type=int, default=40, help="inputs of each kind in tests/system/test_damage.py")
+    parser.addoption("--compositions", action="store_true", help="also run tests of all compositions of transforms")
     parser.addoption("--fuzz", type=int, default=2000, help="changed arguments in tests/system/test_fuzz.py")
     parser.addoption("--shapes", action="store_true", help="enforce the shapes in the annotations of dynlora_fn")
 
@@ -37,6 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.support import shapes  # noqa: PLC0415, for this option only
 
         shapes.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that take hours together, unless the command asks for them."""
+    if not config.getoption("--compositions"):
+        items[:] = [item for item in items if "compositions" not in item.keywords]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Every product has the derivatives of the dense weight under every composition of transforms, three deep.
 
 The full product of compositions, products, storages and variables takes hours. The suite runs a part that is spread
-over it. Slow tests run all pairs, and all triples of some storages.
+over it. With `--compositions` all pairs run, and all triples of some storages.
 """
 
 import pytest
@@ -85,7 +85,7 @@ def test_every_rule(name):
         check(names, pair)
 
 
-@pytest.mark.slow
+@pytest.mark.compositions
 @pytest.mark.parametrize("storage", STORAGES, ids=describe)
 @pytest.mark.parametrize("path", PATHS)
 def test_two_transforms_of_every_path_and_storage(path, storage):
@@ -95,7 +95,7 @@ def test_two_transforms_of_every_path_and_storage(path, storage):
             check(names, pair, tolerance_of(storage))
 
 
-@pytest.mark.slow
+@pytest.mark.compositions
 @pytest.mark.parametrize("storage", [PLAIN, INT8, Storage("bfloat16"), Storage("nf4", "bfloat16")], ids=describe)
 @pytest.mark.parametrize("path", PATHS)
 def test_three_transforms_of_every_path(path, storage):
@@ -104,7 +104,7 @@ def test_three_transforms_of_every_path(path, storage):
         check(names, pair)
 
 
-@pytest.mark.slow
+@pytest.mark.compositions
 @pytest.mark.parametrize("name", RULES)
 def test_two_transforms_of_every_rule(name):
     for storage in (PLAIN, INT8, Storage("nf4", "bfloat16")):
