@@ -176,7 +176,7 @@ BOUND = {
     "backward": lambda w: w.backward(),
     "as_strided": lambda w: w.T.as_strided((4, 6), (1, 4)),
     "autograd.grad": lambda w: torch.autograd.grad(functional.linear(normal(1, 5, 4), w).sum(), w, allow_unused=True),
-    "autograd.grad by keyword": lambda w: torch.autograd.grad(outputs=w.sum(), inputs=[w], allow_unused=True),
+    "autograd.grad by keyword": lambda w: torch.autograd.grad(outputs=(w @ normal(1, 4)).sum(), inputs=[w]),
 }
 
 
