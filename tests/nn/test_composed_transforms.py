@@ -24,6 +24,7 @@ from tests.support.compositions import (
     error_of,
     functions,
 )
+from tests.support.processes import in_processes
 
 # Relative to the largest entry. Up to seven derivatives of sums of 64 products follow each other, in float64.
 TOLERANCE = 1e-9
@@ -123,6 +124,11 @@ def test_two_transforms_of_every_rule(name):
     ],
 )
 def test_nested_forward_mode_in_one_graph(names, path):
+    """In a process of its own: after many other graphs, tracing a second tangent may fail inside of torch."""
+    in_processes(1, _compare_in_one_graph, names, path)
+
+
+def _compare_in_one_graph(names: tuple[str, ...], path: str) -> None:
     low_rank_function, dense_function = functions(path, INT8, "input and factors")
     compiled = torch.compile(composed(names, low_rank_function), fullgraph=True, backend="aot_eager")
     wanted = composed(names, dense_function)(POINT)

@@ -130,6 +130,6 @@ def test_from_a_factor_that_is_zero_no_step_is_too_long(zero: str):
 def test_muon_wants_matrices():
     optimizer, trainable = muon(), {"bias": normal(0, 5)}
     with pytest.raises(
-        ValueError, match=r"`trainable` has 'bias' of shape \(5,\), which muon cannot orthogonalize; train"
+        ValueError, match=r"'bias' of shape \(5,\) and torch.float64, which muon cannot orthogonalize; train"
     ):
         optimizer.update(trainable, optimizer.init(trainable), trainable, lr=LR)
