@@ -69,6 +69,7 @@ USED = (
     "torch.Tensor._make_wrapper_subclass",
     "torch.UntypedStorage._cdata",
     "torch.autograd.forward_ad._current_level",
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
@@ -96,6 +97,7 @@ grouped_mm: Callable[..., Any] = torch._grouped_mm
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+set_forward_enabled: Callable[[bool], AbstractContextManager[None]] = torch.autograd.forward_ad._set_fwd_grad_enabled
 is_forward_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import linear
 
 from dynlora_fn._core._torch import (
@@ -15,6 +15,7 @@ from dynlora_fn._core._torch import (
     is_forward_enabled,
     is_functorch_wrapped,
     make_wrapper_subclass,
+    set_forward_enabled,
     tree_leaves,
     tree_map,
 )
@@ -124,7 +125,7 @@ def _attached(view: View) -> Weight:
     leaves = [leaf for leaf in tensors if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not leaves:
         return _wrapper(view)
-    with _set_fwd_grad_enabled(False):  # rules have the tangents, and other uses are refused
+    with set_forward_enabled(False):  # rules have the tangents, and other uses are refused
         weight: Weight = _Attached.apply(view, *leaves)  # type: ignore[no-untyped-call]
     return weight
 
