@@ -193,7 +193,7 @@ def member_names(pattern: str, shape: Sequence[int]) -> list[str]:
 
     Args:
         pattern: The name of the stack. A name without an axis is returned.
-        shape: The shape of the stack, of which the leading axes are read.
+        shape: The shape of the stack. Only its leading axes are read.
     """
     axis = _first_axis(pattern)
     if axis is None:

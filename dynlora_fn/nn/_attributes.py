@@ -27,7 +27,7 @@ def _is_contiguous(view: View, memory_format: Any = torch.contiguous_format) -> 
 def _requires_grad(view: View) -> bool:
     """Return whether a gradient is taken through the weight, also in `torch.func.grad`, where its tensor has none."""
     leaves = [leaf for leaf in tree_leaves(view) if isinstance(leaf, Tensor)]
-    if torch.compiler.is_dynamo_compiling():  # it says no of what is passed to `torch.func.grad`, and yes of a view
+    if torch.compiler.is_dynamo_compiling():  # it answers right only for a view
         leaves = [leaf.view_as(leaf) for leaf in leaves]
     return any(leaf.requires_grad for leaf in leaves)
 

@@ -51,7 +51,7 @@ def merged_product(params: dict[str, Any]) -> Callable[[torch.Tensor], torch.Ten
 
 
 def differentiated(params: dict[str, Any]) -> dl.LowRank:
-    """Return the weight with a base of which every tensor that can require a gradient does."""
+    """Return the weight with a base whose floating tensors all require a gradient."""
     base = tree_map(lambda leaf: leaf.clone().requires_grad_() if leaf.is_floating_point() else leaf, params["w"].base)
     return params["w"]._replace(base=base)
 

@@ -114,7 +114,7 @@ def patterns() -> Kind:
 
 
 def columns() -> Kind:
-    """Return the kind of an input, of which the batch axes are free."""
+    """Return the kind of an input with any batch axes."""
 
     def draw(random: Random, valid: Any) -> Mutation:
         wrong = [
@@ -142,7 +142,7 @@ def tree(
     axes: bool = True,
     none: bool = False,
 ) -> Kind:
-    """Return the kind of a tree of tensors in dicts and tuples, of which one node or leaf is changed.
+    """Return the kind of a tree of tensors in which one node or leaf is changed.
 
     Args:
         free: Top keys of tensors of any shape and dtype.
