@@ -197,7 +197,7 @@ def check_patterns(name: str, value: Any) -> None:
 
 def first_names(names: Iterable[str]) -> str:
     """Return the first names as a text, for error messages."""
-    names = list(names)
+    names = [repr(name) for name in names]
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 

@@ -68,8 +68,10 @@ class Weight(Tensor):
         # The getter of a property has no name; the property that it is bound to does. Dynamo gets methods of `Tensor`
         # that are written in Python in the same way.
         name = getattr(func, "__name__", "")
-        if name == "__get__" and find_rule(func.__self__, ()) is not None:
-            return partial(_apply_rule, func.__self__, args[0])
+        if name == "__get__":
+            method = getattr(Tensor, getattr(func.__self__, "__name__", ""), None)
+            if find_rule(method, ()) is not None:
+                return partial(_apply_rule, method, args[0])
         return _apply_rule(func, *args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:

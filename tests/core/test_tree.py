@@ -137,7 +137,7 @@ def test_frozen_tensors_are_never_trained():
 
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(
-        ValueError, match=r"`frozen` contains 'k\.\*', which matches no name; use .* of: .*norm\.weight, q\.weight"
+        ValueError, match=r"`frozen` contains 'k\.\*', which matches no name; use .* of: .*'norm\.weight', 'q\.weight'"
     ):
         partition(small_params(), frozen=["*", "k.*"])
 

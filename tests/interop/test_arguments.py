@@ -57,7 +57,7 @@ def test_weights_are_of_the_kind_and_the_names_of_the_model():
             TypeError, match=rf"`weights` has dtype {kind} for 'bias', but the model has torch\.float32"
         ):
             made(weights={**good, "bias": torch.ones(6).to(kind)})
-    with pytest.raises(ValueError, match="`weights` has scale, which the model does not have; remove them"):
+    with pytest.raises(ValueError, match="`weights` has 'scale', which the model does not have; remove them"):
         made(weights={**good, "scale": torch.ones(6)})
 
 

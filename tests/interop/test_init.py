@@ -138,7 +138,7 @@ def test_tied_tensors_come_once():
     [
         ({"rank": 5}, r"`rank` is 5 for 'w' of shape \(4, 6\); use at least 1 and at most min\(out, in\) = 4"),
         ({"rank": 0}, r"`rank` is 0 .* use at least 1"),
-        ({"targets": ["v*"]}, r"`targets` contains 'v\*', which matches no name; use names or globs of: w, bias"),
+        ({"targets": ["v*"]}, r"`targets` contains 'v\*', which matches no name; use names or globs of: 'w', 'bias'"),
         (
             {"targets": ["w", "bias"]},
             r"`targets` matches 'bias' of shape \(4,\); match only matrices \(out, in\) or stacks of them",

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 import dynlora_fn as dl
 from dynlora_fn import call, combine, init, materialize, partition, remat, value_and_grad
 from dynlora_fn.nn import DenseUse, dense, register_rule
+from dynlora_fn.nn._register import REGISTERED
 from dynlora_fn.testing import assert_same, normal
 
 EPS = torch.finfo(torch.float64).eps
@@ -281,6 +283,14 @@ def test_a_custom_function_has_second_derivatives_by_autograd():
 # --- rules of users, and dense weights
 
 
+@pytest.fixture
+def registry():
+    """Remove the rules that a test registers."""
+    yield
+    REGISTERED.clear()
+
+
+@pytest.mark.usefixtures("registry")
 def test_a_registered_rule_replaces_the_dense_weight():
     def low_rank_logsumexp(input, dim):
         return NotImplemented if dim else input.base.logsumexp(0) + input.factors.b.sum()
@@ -298,6 +308,7 @@ def test_a_registered_rule_replaces_the_dense_weight():
         call(model, params, x, fallback="raise")
 
 
+@pytest.mark.usefixtures("registry")
 def test_a_registered_rule_may_return_a_weight():
     def doubled(input):
         return input._replace(base=2 * input.base, factors=input.factors._replace(b=2 * input.factors.b))
@@ -306,6 +317,22 @@ def test_a_registered_rule_may_return_a_weight():
     model, params = setting(lambda w: w.exp2())
     wanted = call(setting(lambda w: w * 2)[0], params, normal(0, 3, 4))
     torch.testing.assert_close(call(model, params, normal(0, 3, 4), fallback="raise"), wanted, rtol=0, atol=64 * EPS)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_rule_for_a_method_written_in_python_applies_in_compiled_code():
+    def columns(input, p="fro", dim=None, keepdim=False, dtype=None):
+        return input.base.norm(dim=dim) + input.factors.b.sum()
+
+    register_rule(torch.Tensor.norm, columns)
+    model, params = setting(lambda w: w.norm(dim=0).expand(6, 4))
+    x = normal(0, 3, 4)
+    eager = call(model, params, x, fallback="raise")
+    compiled = torch.compile(partial(call, model), backend="eager", fullgraph=True)(params, x, fallback="raise")
+    (base, (b, _), _) = params["weight"]
+    wanted = functional.linear(x, (base.norm(dim=0) + b.sum()).expand(6, 4), params["bias"])
+    torch.testing.assert_close(eager, wanted, rtol=0, atol=64 * EPS)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=64 * EPS)
 
 
 @pytest.mark.parametrize(("argument", "values"), [("operation", ("exp", abs)), ("rule", (torch.exp, None))])

@@ -215,7 +215,7 @@ def _refused_means() -> None:
     for weight in (-0.1, 1.5, float("nan"), float("inf"), -1, 2):
         with pytest.raises(ValueError, match=rf"`weight` is {weight}; use a number from 0 to 1"):
             dl.parallel.all_reduce_mean(grads, group, weight=weight)
-    with pytest.raises(ValueError, match=r"`weight` is a tensor of shape \(1,\); pass a number or a 0-d tensor"):
+    with pytest.raises(ValueError, match=r"`weight` has shape \(1,\); use a number or a 0-d tensor"):
         dl.parallel.all_reduce_mean(grads, group, weight=torch.ones(1))
     for leaf, error in (
         (
