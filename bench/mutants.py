@@ -80,7 +80,8 @@ TESTS = {
     "testing._projection": ["testing/test_shared_statistics", "testing/test_checkers"],
     "testing._promises": ["testing/test_checkers", "testing/test_new_factors"],
 }  # fmt: skip
-SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals")
+# Also a test that reads a smallest example, since mutants have no phase that shrinks examples.
+SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals", "largest_breach")
 SKIPPED = " and ".join(f"not {name}" for name in SLOW)
 PRELOADED = (
     "hypothesis", "hypothesis.stateful", "jaxtyping", "numpy", "opt_einsum", "pytest", "torch", "torch._dynamo",
