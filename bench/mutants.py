@@ -80,8 +80,8 @@ TESTS = {
     "testing._projection": ["testing/test_shared_statistics", "testing/test_checkers"],
     "testing._promises": ["testing/test_checkers", "testing/test_new_factors"],
 }  # fmt: skip
-# Also a test that reads a smallest example, since mutants have no phase that shrinks examples.
-SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals", "largest_breach")
+SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals")
+READ_EXAMPLES = {"testing/test_checkers", "testing/test_new_factors"}  # smallest ones, which take time to find
 SKIPPED = " and ".join(f"not {name}" for name in SLOW)
 PRELOADED = (
     "hypothesis", "hypothesis.stateful", "jaxtyping", "numpy", "opt_einsum", "pytest", "torch", "torch._dynamo",
@@ -122,7 +122,7 @@ def _run_tests(mutant: Mutant | None, files: list[str], skipped: str) -> int:
 
     if mutant is not None:
         sys.meta_path.insert(0, _Loader(mutant))
-    phases = [Phase.explicit, Phase.generate]
+    phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if READ_EXAMPLES.intersection(files) else [])]
     settings.register_profile("mutants", deadline=None, max_examples=15, derandomize=True, database=None, phases=phases)
     paths = [str(ROOT / "tests" / f"{name}.py") for name in files]
     options = ["-x", "-q", "-n0", "-k", skipped, "-p", "no:cacheprovider", "--hypothesis-profile", "mutants", "--tb=no"]
