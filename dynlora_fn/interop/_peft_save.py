@@ -14,7 +14,7 @@ from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, as_layer, kind_of_layer
-from dynlora_fn.interop._safetensors import save_merged, save_weights
+from dynlora_fn.interop._save import save_merged, save_weights
 from dynlora_fn.interop._state_dict import state_dict
 from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
 
