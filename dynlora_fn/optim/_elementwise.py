@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._torch import run_at_once
+from dynlora_fn._core._torch import are_immediate
 from dynlora_fn._core._types import Factors, is_factors
 from dynlora_fn.optim._leaves import FlatLeaves, Leaves
 
@@ -53,7 +53,7 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
             settings: Callable[[str], tuple[Any, ...]] | None = None,
         ) -> Any:
             rows = _rows(tree, others, small, settings)
-            if can_join and run_at_once([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
+            if can_join and are_immediate([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
                 operands = 1 + len(others)
                 new = _in_batches(formula, rows, operands, has_small=small is not None)
             else:

@@ -44,7 +44,7 @@ def test_updates_in_batches_and_blocks_have_the_bits_of_updates_in_turn(entry, d
         monkeypatch.setattr(_elementwise, "_MOST_ON_CPU", most)
         got = two_updates(entry, trainable, lr)
         with monkeypatch.context() as context:
-            context.setattr(_elementwise, "run_at_once", lambda _: False)
+            context.setattr(_elementwise, "are_immediate", lambda _: False)
             assert_same(got, two_updates(entry, trainable, lr))
 
 
