@@ -58,7 +58,8 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
     _check_arguments(grads, max_norm)
     nodes = tree_leaves(dict(grads), is_leaf=lambda node: isinstance(node, ShardedFactors))
     sharded = [node for node in nodes if isinstance(node, ShardedFactors)]
-    squares = [*_squares([node for node in nodes if not isinstance(node, ShardedFactors)])]
+    tensors = [node for node in nodes if not isinstance(node, ShardedFactors)]
+    squares = [*_squares(tensors)] if tensors else []
     squares_by_group: dict[str, list[Tensor]] = defaultdict(list)
     for node in sharded:
         squares_by_group[node.sharding.group] += [*_squares([node.b, node.a])]

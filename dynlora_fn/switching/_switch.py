@@ -103,14 +103,15 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
         weight = "param", params, plan, incoming
         _check_incoming(*weight)
-        ((base, factors, outgoing),) = _switch_all([weight], is_shared=False)
-        return Switched(LowRank(base, factors, params.seed), outgoing)
+        ((base, factors, out),) = _switch_all([weight], is_shared=False)
+        return Switched(LowRank(base, factors, params.seed), out)
     incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
-    new, outgoing = dict(params), {}
+    new: dict[str, Param] = dict(params)
+    outgoing: dict[str, AnyFactors] = {}
     weights = [(name, low_rank(params, name), param_plan, incoming[name]) for name, param_plan in plan.items()]
     for weight in weights:
         _check_incoming(*weight)
-    if torch.compiler.is_dynamo_compiling() and all(_is_plain(weight[1]) for weight in weights):
+    if weights and torch.compiler.is_dynamo_compiling() and all(_is_plain(weight[1]) for weight in weights):
         switched = _switch_in_graph(weights, share_plans(len(weights)))
     else:
         switched = _switch_all(weights, share_plans(len(weights)))
