@@ -21,7 +21,7 @@ from dynlora_fn._core._check import check_by_name, check_path, described
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._types import Params
 from dynlora_fn.interop._arguments import check_tensors
-from dynlora_fn.interop._lazy import LazyTensor, lazy
+from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
 from dynlora_fn.interop._safetensors import SINGLE, safetensors
 from dynlora_fn.interop._state_dict import lazy_state_dict, state_dict
 
@@ -85,12 +85,17 @@ def write(
 ) -> None:
     """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them."""
     header, names = _header(weights, metadata)
-    report = reporter(progress, sum(weight.nbytes for weight in weights.values()))
+    report = reporter(progress, bytes_of(weights))
     with _replacing(Path(file)) as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for name in names:
             stream.write(_content(name, weights[name].read()))
             report(weights[name].nbytes)
+
+
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return a function that reports the progress of one of several files, after `before` bytes of `total`."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
@@ -168,7 +173,10 @@ def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progres
     check_path("folder", folder)
     check_progress(progress)
     save = getattr(model, "save_pretrained", None)
+    weights = lazy_state_dict(model, params)
     if save is not None and "state_dict" in inspect.signature(save).parameters:
+        report = reporter(progress, bytes_of(weights))
         save(folder, state_dict=state_dict(model, params))
+        report(bytes_of(weights))
     else:
-        write(lazy_state_dict(model, params), Path(folder) / SINGLE, progress=progress)
+        write(weights, Path(folder) / SINGLE, progress=progress)
