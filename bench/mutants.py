@@ -42,7 +42,7 @@ TESTS = {
     "optim._freeze": ["optim/test_freeze", "optim/test_every_optimizer", "optim/test_project_rules"],
     "optim._transform": ["optim/test_arguments", "optim/test_every_optimizer"],
     "optim._roles": ["optim/test_declared_roles", "optim/test_undeclared_state"],
-    "optim._containers": ["optim/test_state_containers"],
+    "optim._containers": ["optim/test_state_containers", "optim/test_undeclared_state"],
     "optim._search_state": ["optim/test_undeclared_state", "optim/test_declared_roles", "optim/test_state_containers"],
     "optim._project_factors": [
         "optim/test_declared_roles", "optim/test_undeclared_state", "optim/test_project_state",
