@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_by_name, check_path, described
 from dynlora_fn._core._progress import Progress, check_progress, reporter
+from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import Params
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
@@ -48,7 +49,8 @@ def save_weights(
 
     Raises:
         TypeError: If a weight is no tensor, or another argument has a wrong type.
-        ValueError: If a weight is sparse or on the meta device, or `file` exists and is no file.
+        ValueError: If a weight is sparse, on the meta device, or a subclass of tensors such as torchao's; or if `file`
+            exists and is no regular file.
         ImportError: If the extra `files` is not installed.
 
     Example:
@@ -115,13 +117,17 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     return content + b" " * (-len(content) % 8), names
 
 
-def _content(name: str, tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
-        kind = "on the meta device" if tensor.device.type == "meta" else f"of layout {tensor.layout}"
+def _content(name: str, tensor: Tensor) -> Any:
+    """Return a buffer with a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
+    kinds = {
+        f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
+        f"of layout {tensor.layout}": tensor.layout != torch.strided,
+        "on the meta device": tensor.device.type == "meta",
+    }
+    if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
         raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return plain.reshape(-1).view(torch.uint8).numpy()
 
 
 @contextmanager
