@@ -75,7 +75,7 @@ def save_adapter(
     if original is not None:
         check_tensors("original", original)
     if rank is not None:
-        check_integer("rank", rank, least=1)
+        rank = check_integer("rank", rank, least=1)
     if rank is not None and original is None:
         raise ValueError(
             f"`rank` is {rank} without `original`, but then the factors are written unchanged; pass `original` too"
