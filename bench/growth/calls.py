@@ -180,7 +180,7 @@ ROWS = {
         "first call of a step, aot_eager",
         "weights",
         (16, 64, 128),
-        (2, 4),
+        (1, 2),
         {"compile_step": first_call, "PEFT, torch.compile": peft_first_call},
         goals=(at_most_times(2, "compile_step", "PEFT, torch.compile"),),
         rounds=1,

@@ -22,7 +22,7 @@ def processor_seconds(contender: Contender) -> float:
     return elapsed
 
 
-def seconds_of(row: Row, size: int, limit: float) -> dict[str, list[float]]:
+def seconds_of(row: Row, size: int, rounds: int, limit: float) -> dict[str, list[float]]:
     """Return the seconds of each run of each contender, which take turns.
 
     After `limit` seconds no further round is started.
@@ -30,7 +30,7 @@ def seconds_of(row: Row, size: int, limit: float) -> dict[str, list[float]]:
     contenders = {name: make(size) for name, make in row.contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
-    for round_ in range(row.rounds):
+    for round_ in range(rounds):
         if round_ and time.perf_counter() - start > limit:
             break
         for name, contender in contenders.items():
@@ -40,9 +40,7 @@ def seconds_of(row: Row, size: int, limit: float) -> dict[str, list[float]]:
 
 def peak_of(row: Row, name: str, size: int) -> dict[str, float]:
     """Return the peak of one run in this process and what stays in use after it, both beyond what was in use before."""
-    make = row.contenders[name]
-    warm_up(row, [name])  # the first run imports libraries and fills caches
-    contender = make(size)
+    contender = row.contenders[name](size)
     arguments = contender.before()
     gc.collect()
     before = resident_bytes(_CPU)

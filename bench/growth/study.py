@@ -1,5 +1,6 @@
 """Measure all rows, or one, and say which goals are met."""
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def main(config: Growth) -> None:
     if config.contender:
         assert config.row is not None
         assert config.size is not None
+        warm_up(ROWS[config.row], [config.contender])  # the first run imports libraries and fills caches
         print(json.dumps(peak_of(ROWS[config.row], config.contender, config.size)))
         return
     console = start(config)
@@ -75,14 +77,17 @@ def main(config: Growth) -> None:
 
 def measure(name: str, row: Row, config: Growth) -> Curves:
     """Return the curves of a row."""
+    gc.freeze()  # the objects of libraries, over which each collection before a run would otherwise take half a second
     sizes = row.quick if config.quick else row.sizes
     if row.kind == "peak":
         of_size = {size: peaks(name, row, size, config) for size in sizes}
         return {line: {size: of_size[size][line] for size in sizes} for line in of_size[sizes[0]]}
     if row.kind == "value":
         return {line: {size: float(make(size).run()) for size in sizes} for line, make in row.contenders.items()}
-    warm_up(row, row.contenders)
-    return medians({size: seconds_of(row, size, config.limit) for size in sizes})
+    if not config.quick:
+        warm_up(row, row.contenders)
+    rounds = 1 if config.quick else row.rounds
+    return medians({size: seconds_of(row, size, rounds, config.limit) for size in sizes})
 
 
 def peaks(name: str, row: Row, size: int, config: Growth) -> dict[str, float]:
