@@ -161,6 +161,16 @@ def can_read(tensor: torch.Tensor) -> bool:
     return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
 
 
+def runs_at_once(*tensors: torch.Tensor) -> bool:
+    """Return whether operations on tensors of the CPU run at once, and nothing traces, maps or records them.
+
+    A function may then compute its result block by block in newly allocated memory.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return all(can_read(tensor) and not is_tracked(tensor) for tensor in tensors)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forward_levels() -> int:
     """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`."""

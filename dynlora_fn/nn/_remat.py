@@ -20,7 +20,7 @@ from dynlora_fn._core._torch import (
     tree_unflatten,
     without_dead_levels,
 )
-from dynlora_fn._core._tree import match
+from dynlora_fn._core._patterns import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
 from dynlora_fn.nn._block_refusals import RefuseRandom, refuse_attached_attributes
