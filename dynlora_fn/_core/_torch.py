@@ -16,6 +16,7 @@ from torch._subclasses import DynamicOutputShapeException as DynamicOutputShapeE
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch.distributed import _functional_collectives
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -270,6 +271,11 @@ def without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
 def is_transformed() -> bool:
     """Return whether a transform of `torch.func` is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_traced() -> bool:
+    """Return whether Dynamo, `torch.export` or `make_fx` is tracing."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
