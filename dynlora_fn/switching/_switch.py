@@ -103,8 +103,8 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
         weight = "param", params, plan, incoming
         _check_incoming(*weight)
-        ((base, factors, outgoing),) = _switch_all([weight], is_shared=False)
-        return Switched(LowRank(base, factors, params.seed), outgoing)
+        ((base, factors, removed),) = _switch_all([weight], is_shared=False)
+        return Switched(LowRank(base, factors, params.seed), removed)
     incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
     new, outgoing = dict(params), {}
     weights = [(name, low_rank(params, name), param_plan, incoming[name]) for name, param_plan in plan.items()]
