@@ -159,13 +159,13 @@ def can_read(tensor: torch.Tensor) -> bool:
 
 
 def runs_at_once(*tensors: torch.Tensor) -> bool:
-    """Return whether operations on tensors of the CPU run at once, and nothing traces, maps or records them.
+    """Return whether operations on tensors run at once, and nothing traces, maps or records them.
 
     A function may then compute its result block by block in newly allocated memory.
     """
-    if torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or is_transformed() or _get_current_dispatch_mode() is not None:
         return False
-    return all(can_read(tensor) and not is_tracked(tensor) for tensor in tensors)
+    return all(type(tensor) is torch.Tensor and not is_tracked(tensor) for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
