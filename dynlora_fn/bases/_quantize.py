@@ -114,11 +114,13 @@ def quantize(
     by_name = params if isinstance(params, Mapping) else {"param": params}
     low_rank = {name: param for name, param in by_name.items() if isinstance(param, LowRank)}
     report = reporter(progress, sum(map(_bytes_of, low_rank.values())))
-    new: dict[str, Param] = {}
+    new = {}
     for name, param in low_rank.items():
         new[name] = _quantize(name, param, base, residual, residual_device)
         report(_bytes_of(param))
-    return {name: new.get(name, param) for name, param in params.items()} if by_name is params else new["param"]
+    return (
+        new["param"] if isinstance(params, LowRank) else {name: new.get(name, param) for name, param in by_name.items()}
+    )
 
 
 def _bytes_of(param: LowRank) -> int:

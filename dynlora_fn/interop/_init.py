@@ -21,7 +21,7 @@ from dynlora_fn.interop._arguments import (
     check_targets,
     check_weights,
 )
-from dynlora_fn.interop._make import Settings, Task, make
+from dynlora_fn.interop._make import Settings, Task, make, together
 from dynlora_fn.interop._parameters import Parameters, detached, is_opaque, parameters_of
 from dynlora_fn.interop._targets import Rank, Targets, select
 from dynlora_fn.parallel._group import Group
@@ -130,18 +130,18 @@ def init(
     tensors = parameters.tensors
     selected = select(module, parameters, targets, rank, fused or {})
     read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
+    settings = Settings(seed, start, base_dtype, base, residual, residual_device, dtype, copy, group)
+    keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
     stacks = {name: Stack([name], ()) for name in tensors}
     if stack:
-        keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
         stacks = find_stacks(keys, {name: _owner(module, name) for name in tensors})
     tasks = [
         Task(name, layers, tensors[first], selected.get(first), first in parameters.frozen)
-        for name, layers in stacks.items()
+        for name, layers in together(stacks, keys, tensors, selected, settings).items()
         for first in layers.members[:1]
     ]
-    report = reporter(progress, sum(task.entries * task.like.dtype.itemsize for task in tasks))
-    settings = Settings(seed, start, base_dtype, base, residual, residual_device, dtype, copy, group)
-    return dict(make(tasks, read, settings, report))
+    params = dict(make(tasks, read, settings, reporter(progress, sum(task.bytes for task in tasks))))
+    return {name: params[name] for name in stacks}
 
 
 def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> Tensor:

@@ -140,7 +140,7 @@ def _scale(basis_slice: BasisSlice, b: Tensor | None, a: Tensor) -> Factors:
     out_features, in_features = basis_slice.shape[-2:]
     dtype = torch.promote_types(basis_slice.dtype, torch.float32)
     if b is None:
-        shape = torch.broadcast_shapes(basis_slice.seed.shape, basis_slice.b_indices.shape[:-1])
+        shape = torch.broadcast_shapes(basis_slice.seed.shape, basis_slice.b_indices.shape[:-1])  # type: ignore[no-untyped-call]
         zeros = a.new_zeros((*shape, out_features, basis_slice.b_indices.shape[-1]), dtype=basis_slice.dtype)
         return Factors(b=zeros, a=(a.to(dtype) * in_features**-0.5).to(basis_slice.dtype))
     bound = basis_bounds(out_features, in_features, basis_slice.rank)
