@@ -5,14 +5,16 @@ No other module imports a private name of torch, so a new version needs changes 
 """
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch.distributed import _functional_collectives
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -70,6 +72,7 @@ USED = (
     "torch.UntypedStorage._cdata",
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch.compiler._is_compiling_flag",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
@@ -253,6 +256,17 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
     """Let Dynamo trace `torch.autograd.grad` inside a compiled function."""
     patch: AbstractContextManager[Any] = torch._dynamo.config.patch(trace_autograd_ops=True)
     return patch
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let `torch.compiler.is_compiling` return True, as it does while Dynamo and `torch.export` trace."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -14,11 +14,13 @@ from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, as_layer, kind_of_layer
-from dynlora_fn.interop._safetensors import save_merged, save_weights
+from dynlora_fn.interop._save import save_merged, save_weights
 from dynlora_fn.interop._state_dict import state_dict
+from dynlora_fn.interop._truncated_svd import truncated_svd
 from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
 
 
+@torch.no_grad()
 def save_adapter(
     model: nn.Module,
     params: Params,
@@ -53,7 +55,8 @@ def save_adapter(
             cannot save, or if `original` does not fit the model.
         ImportError: If the extra `files` is not installed.
 
-    Numerics: The change is formed and decomposed in float64, and written in float32.
+    Numerics: The change is formed and decomposed in float64, and written in float32. Only the vectors of `rank` are
+        computed. The error is the norm of what is cut, and exceeds that of a full decomposition by at most 1e-7 of it.
 
     Example:
         >>> import tempfile
@@ -137,12 +140,20 @@ def _change(view: View, original: Mapping[str, Tensor], rank: int | None) -> tup
         raise ValueError(
             f"`original` has {found} for {view.name!r} of shape {view.shape}; pass the state dict of this model"
         )
-    change = (dense(view).double() - before.to(view.parts[0].factors.b.device).double()).flatten(1)
+    change = dense(view).double()
+    change -= before.to(change.device)
+    change = change.flatten(1)
+    norm = change.norm()
+    if not norm.isfinite():
+        raise ValueError(
+            f"`params` or `original` has {view.name!r} with entries that are not finite; use weights of a step before"
+        )
     rank = min(rank or sum(part.factors.b.shape[-1] for part in view.parts), *change.shape)
-    u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    root = s[:rank].sqrt()
-    error = (s[rank:].norm() / s.norm().clamp(min=torch.finfo(s.dtype).tiny)).item()
-    return Pair((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), error
+    u, s, vh = truncated_svd(change, rank)
+    change.addmm_(u * s, vh, alpha=-1)
+    error = (change.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)).item()
+    root = s.sqrt()
+    return Pair((u * root).float(), (root[:, None] * vh).float()), error
 
 
 def _changed_dense(

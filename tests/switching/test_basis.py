@@ -185,6 +185,13 @@ def test_plain_lora_starts_from_zero_and_from_the_range_of_linear_layers(shape: 
     torch.testing.assert_close(a, wanted, rtol=4 * EPS, atol=0)  # a root, a quotient and a product
 
 
+@pytest.mark.parametrize("shape", [6, (6,), torch.tensor([6, 4])])
+def test_a_slice_of_another_shape_than_two_sizes_is_refused(shape):
+    indices = torch.arange(3)
+    with pytest.raises(TypeError, match="`slices` has .* as `shape`; use \\(out, in\\)"):
+        basis_vectors([BasisSlice(torch.tensor(0), indices, indices, shape, 2, "lora", torch.float32)])
+
+
 def test_an_unknown_start_is_refused():
     with pytest.raises(ValueError, match="`start` must be 'switchlora' or 'lora', got 'zeros'"):
         factors(0, Shape(2, 2, 1), start="zeros")
