@@ -204,11 +204,11 @@ def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def runs_at_once(*tensors: torch.Tensor) -> bool:
-    """Return whether operations on tensors of the CPU run at once, as in `are_immediate`.
+    """Return whether operations on tensors run at once, as in `are_immediate`.
 
     A function may then compute its result block by block in newly allocated memory.
     """
-    return are_immediate(tensors) and all(tensor.is_cpu for tensor in tensors)
+    return are_immediate(tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
