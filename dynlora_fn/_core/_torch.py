@@ -58,6 +58,7 @@ USED = (
     "torch._C._functorch.is_batchedtensor",
     "torch._C._functorch.is_dead_tensor_wrapper",
     "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._functorch.maybe_get_level",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._is_fwd_grad_enabled",
@@ -101,6 +102,7 @@ unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 set_forward_enabled: Callable[[bool], AbstractContextManager[None]] = torch.autograd.forward_ad._set_fwd_grad_enabled
 is_forward_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 

@@ -16,7 +16,7 @@ from dynlora_fn.bases import quantize
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn import _linear
 from dynlora_fn.nn._view import View, transposed
-from dynlora_fn.testing import Shape, assert_within, eps, low_rank, normal, seeds, untouched
+from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, seeds, untouched
 from tests.support import reference
 from tests.support.strategies import plain_params
 
