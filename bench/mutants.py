@@ -42,7 +42,7 @@ TESTS = {
     "optim._freeze": ["optim/test_freeze", "optim/test_every_optimizer", "optim/test_project_rules"],
     "optim._transform": ["optim/test_arguments", "optim/test_every_optimizer"],
     "optim._roles": ["optim/test_declared_roles", "optim/test_undeclared_state"],
-    "optim._containers": ["optim/test_state_containers"],
+    "optim._containers": ["optim/test_state_containers", "optim/test_undeclared_state"],
     "optim._search_state": ["optim/test_undeclared_state", "optim/test_declared_roles", "optim/test_state_containers"],
     "optim._project_factors": [
         "optim/test_declared_roles", "optim/test_undeclared_state", "optim/test_project_state",
@@ -56,6 +56,23 @@ TESTS = {
         "bases/test_drift",
     ],
     "bases._pending": ["bases/test_deferred", "testing/test_promises"],
+    "_core._check": ["core/test_check"],
+    "_core._check_trees": ["core/test_check_trees", "optim/test_arguments"],
+    "_core._check_plan": ["switching/test_plan_mistakes"],
+    "_core._stacking": ["core/test_stacking"],
+    "_core._tree": ["core/test_tree"],
+    "optim._check_state": ["optim/test_arguments", "optim/test_every_optimizer"],
+    "optim._complex": ["optim/test_complex"],
+    "optim._roots": ["optim/test_derivatives"],
+    "nn._swap": ["nn/test_swap", "nn/test_threads"],
+    "nn._turns": ["nn/test_threads"],
+    "nn._fallback": ["nn/test_fallback", "nn/test_weight", "nn/test_uses"],
+    "nn._indexing": ["nn/test_uses", "nn/test_rules"],
+    "nn._contractions": ["nn/test_uses", "nn/test_rules"],
+    "nn._value_and_grad": ["nn/test_value_and_grad"],
+    "interop._targets": ["interop/test_targets", "interop/test_init"],
+    "interop._arguments": ["interop/test_arguments"],
+    "interop._parameters": ["interop/test_init", "interop/test_arguments"],
     "compile._arguments": ["compile/test_arguments"],
     "compile._donation": ["compile/test_donation", "compile/test_metrics"],
     "compile._memory": ["compile/test_metrics"],
@@ -64,6 +81,7 @@ TESTS = {
     "testing._promises": ["testing/test_checkers", "testing/test_new_factors"],
 }  # fmt: skip
 SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals")
+READ_EXAMPLES = {"testing/test_checkers", "testing/test_new_factors"}  # smallest ones, which take time to find
 SKIPPED = " and ".join(f"not {name}" for name in SLOW)
 PRELOADED = (
     "hypothesis", "hypothesis.stateful", "jaxtyping", "numpy", "opt_einsum", "pytest", "torch", "torch._dynamo",
@@ -104,7 +122,7 @@ def _run_tests(mutant: Mutant | None, files: list[str], skipped: str) -> int:
 
     if mutant is not None:
         sys.meta_path.insert(0, _Loader(mutant))
-    phases = [Phase.explicit, Phase.generate]
+    phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if READ_EXAMPLES.intersection(files) else [])]
     settings.register_profile("mutants", deadline=None, max_examples=15, derandomize=True, database=None, phases=phases)
     paths = [str(ROOT / "tests" / f"{name}.py") for name in files]
     options = ["-x", "-q", "-n0", "-k", skipped, "-p", "no:cacheprovider", "--hypothesis-profile", "mutants", "--tb=no"]

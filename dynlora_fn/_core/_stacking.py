@@ -82,9 +82,12 @@ def _group(
         elif keys is not finer and any(axis != list(range(len(axis))) for axis in values.values()):
             yield from _group(members, finer, finer, literal)
         elif gap is not None:
-            for run in _runs(values[gap]):
-                of_run = [name for name, index in zip(members, columns[gap], strict=True) if index in run]
-                yield from _group(of_run, keys, finer, literal | {gap} if len(run) == 1 else literal)
+            runs = {index: tuple(run) for run in _runs(values[gap]) for index in run}
+            of_run: dict[tuple[int, ...], list[str]] = {run: [] for run in runs.values()}
+            for name, index in zip(members, columns[gap], strict=True):
+                of_run[runs[index]].append(name)
+            for run, names_of_run in of_run.items():
+                yield from _group(names_of_run, keys, finer, literal | {gap} if len(run) == 1 else literal)
         else:
             yield _named(members, values)
 

@@ -5,14 +5,16 @@ No other module imports a private name of torch, so a new version needs changes 
 """
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch.distributed import _functional_collectives
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.conv import _ConvNd
@@ -62,9 +64,19 @@ USED = (
     "torch._C._functorch.maybe_get_level",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._is_fwd_grad_enabled",
+    "torch._C._nn.flatten_dense_tensors",
+    "torch._C._nn.unflatten_dense_tensors",
     "torch._dynamo.config.trace_autograd_ops",
-    "torch._functorch.utils.unwrap_dead_wrappers",
+    "torch._foreach_add",
+    "torch._foreach_clamp_min",
+    "torch._foreach_div",
+    "torch._foreach_mul",
+    "torch._foreach_neg",
+    "torch._foreach_sign",
+    "torch._foreach_sqrt",
+    "torch._foreach_sub",
     "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
+    "torch._functorch.utils.unwrap_dead_wrappers",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
@@ -73,6 +85,7 @@ USED = (
     "torch.UntypedStorage._cdata",
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch.compiler._is_compiling_flag",
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
@@ -96,6 +109,17 @@ functional_collectives = _functional_collectives
 C10D: Any = torch.ops._c10d_functional
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
+# One operation on each tensor of a list. The bits are those of the operation on one tensor.
+foreach_add: Callable[..., Sequence[torch.Tensor]] = torch._foreach_add
+foreach_clamp_min: Callable[..., Sequence[torch.Tensor]] = torch._foreach_clamp_min
+foreach_div: Callable[..., Sequence[torch.Tensor]] = torch._foreach_div
+foreach_mul: Callable[..., Sequence[torch.Tensor]] = torch._foreach_mul
+foreach_neg: Callable[..., Sequence[torch.Tensor]] = torch._foreach_neg
+foreach_sign: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sign
+foreach_sqrt: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sqrt
+foreach_sub: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sub
+flatten_tensors: Callable[[list[torch.Tensor]], torch.Tensor] = torch._C._nn.flatten_dense_tensors
+unflatten_tensors: Callable[..., Sequence[torch.Tensor]] = torch._C._nn.unflatten_dense_tensors
 grouped_mm: Callable[..., Any] = torch._grouped_mm
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
@@ -160,6 +184,34 @@ def can_read(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
         return False
     return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
+
+
+def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether operations on tensors run at once, and nothing traces, maps or records them.
+
+    It is for plain tensors on a CPU or on CUDA. For other tensors the answer is False.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if is_transformed() or forward_levels() > 0:
+        return False
+    is_recording = torch.is_grad_enabled()
+    return all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and (tensor.is_cpu or tensor.is_cuda)
+        and tensor.layout == torch.strided
+        and not (is_recording and tensor.requires_grad)
+        and not is_functorch_wrapped(tensor)
+        for tensor in tensors
+    )
+
+
+def runs_at_once(*tensors: torch.Tensor) -> bool:
+    """Return whether operations on tensors of the CPU run at once, as in `are_immediate`.
+
+    A function may then compute its result block by block in newly allocated memory.
+    """
+    return are_immediate(tensors) and all(tensor.is_cpu for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -271,6 +323,17 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
     """Let Dynamo trace `torch.autograd.grad` inside a compiled function."""
     patch: AbstractContextManager[Any] = torch._dynamo.config.patch(trace_autograd_ops=True)
     return patch
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let `torch.compiler.is_compiling` return True, as it does while Dynamo and `torch.export` trace."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -1,7 +1,6 @@
-"""Dicts of parameters: split into trainable and frozen trees, and select by names and globs."""
+"""Dicts of parameters: split into trainable and frozen trees, and map over their leaves."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_patterns, first_names
 from dynlora_fn._core._check_trees import check_one_or_more, check_param, check_params
+from dynlora_fn._core._patterns import Patterns, match
 from dynlora_fn._core._stacking import member_names
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import (
@@ -32,7 +32,7 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
     They are the tensor itself, or the inner tensors of a subclass such as torchao's.
     """
-    if not is_traceable_wrapper_subclass(tensor):
+    if type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
@@ -75,11 +75,11 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     """
     check_params("params", params)
     check_patterns("frozen", frozen)
-    frozen_names: list[str] = []
+    frozen_names: dict[str, None] = {}
     if frozen:
         shapes = {name: tuple(param.shape) for name, param in params.items()}
         full_rank = [name for name, param in params.items() if isinstance(param, Tensor)]
-        frozen_names = _names_to_freeze(shapes, full_rank, frozen)
+        frozen_names = dict.fromkeys(_names_to_freeze(shapes, full_rank, frozen))
     parts = Partition({}, {})
     for name, param in params.items():
         if isinstance(param, LowRank):
@@ -99,11 +99,11 @@ def _names_to_freeze(shapes: Mapping[str, Sequence[int]], trained: Sequence[str]
     members = {name: member_names(name, shape) for name, shape in shapes.items()}
     match(dict.fromkeys([*members, *(member for names in members.values() for member in names)]), patterns, "frozen")
     exact, globs = ([pattern for pattern in patterns if (pattern in members) is is_name] for is_name in (True, False))
-    selected = {name for name in trained if any(matches(name, pattern) for pattern in exact)}
-    return [name for name in trained if name in selected or _covers(globs, name, members[name])]
+    selected, prepared = Patterns(exact), Patterns(globs)
+    return [name for name in trained if selected.matching([name]) or _covers(prepared, name, members[name])]
 
 
-def _covers(globs: Sequence[str], name: str, members: Sequence[str]) -> bool:
+def _covers(globs: Patterns, name: str, members: Sequence[str]) -> bool:
     """Return whether globs match a parameter, or all members of a stack.
 
     The star in the name of a stack is no name of the model, so that `[!0]` must not match it.
@@ -111,13 +111,13 @@ def _covers(globs: Sequence[str], name: str, members: Sequence[str]) -> bool:
     Raises:
         ValueError: If they match only some members.
     """
-    others = [member for member in members if not any(matches(member, glob) for glob in globs)]
+    others = [member for member in members if not globs.matching([member])]
     if others and len(others) < len(members):
         raise ValueError(
             f"`frozen` matches {len(members) - len(others)} of {len(members)} members of the stack {name!r}, but not "
             f"{others[0]!r}; match all of them, or make the parameters with `init(..., stack=False)`"
         )
-    return not others if len(others) < len(members) else any(matches(name, glob) for glob in globs)
+    return not others if len(others) < len(members) else bool(globs.matching([name]))
 
 
 def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str, Param]:
@@ -188,32 +188,6 @@ def _in_order(trainable: Iterable[str], frozen: Mapping[str, FrozenLeaf]) -> lis
     return [*names, *(other for other in remaining if not isinstance(frozen[other], Frozen))]
 
 
-def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[str]:
-    """Return the names that match any of the patterns, in the order of the names.
-
-    Args:
-        names: The names to select from.
-        patterns: Names or globs.
-        argument: The name of the caller's argument, for the error message.
-
-    Raises:
-        ValueError: If a pattern matches none of the names.
-    """
-    check_patterns(argument, patterns)
-    names = list(names)
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(
-                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {first_names(names)}"
-            )
-    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Return whether a pattern is this name or a glob that matches it."""
-    return name == pattern or fnmatchcase(name, pattern)
-
-
 def map_leaf(function: Callable[..., Any], leaf: Any, *others: Any) -> Any:
     """Apply a function to a full-rank tensor, or to each side of factors.
 
@@ -239,7 +213,7 @@ def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: 
     Raises:
         ValueError: If the dict has another name.
     """
-    names = list(names)
+    names = dict.fromkeys(names)
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)
     for name in value:

@@ -1,14 +1,19 @@
 """Fold a low-rank difference into a dense base."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest, without_autocast
+from dynlora_fn._core._torch import runs_at_once
 
 # A compiler fuses outer products into one pass over the base, in place if the base is donated. It does neither for a
 # matrix product, but that is faster for many vectors.
 _MOST_OUTER_PRODUCTS = 32
+# How many entries of the base the outer products are added to at a time, so that these stay in a cache.
+_BLOCK = 2**18
 
 
 def fold(
@@ -18,6 +23,7 @@ def fold(
     *,
     rank: int,
     dtype: torch.dtype | None = None,
+    out: Float[Tensor, "*stack out in"] | None = None,
 ) -> Float[Tensor, "*stack out in"]:
     """Return ``base + left @ right / rank``, rounded once.
 
@@ -26,19 +32,60 @@ def fold(
         left: The left factor of the difference.
         right: The right factor of the difference.
         rank: The rank of the weight, which is the divisor.
-        dtype: The dtype of the result. Default None means the dtype of `base`.
+        dtype: The dtype of the result. Default None means the dtype of `out`, or of `base` without `out`.
+        out: A contiguous tensor that the result is written into. Default None means newly allocated memory.
 
     Numerics: The sum is computed in the widest of all these dtypes, and at least in float32. Autocast does not apply,
         because a fold changes a weight and not an activation. Up to 32 vectors are added as outer products, exact to
         that dtype. More vectors are one matrix product, with the precision on CUDA that
         `torch.set_float32_matmul_precision` allows. A fold rounds every entry of a bfloat16 base, by up to 2**-9 of it.
     """
-    dtype = base.dtype if dtype is None else dtype
+    if dtype is None:
+        dtype = base.dtype if out is None else out.dtype
     wide = widest(base.dtype, left.dtype, dtype)
-    left, right, total = left.to(wide) / rank, right.to(wide), base.to(wide)
+    left, right = left.to(wide) / rank, right.to(wide)
+    if left.shape[-1] and base.shape == (*left.shape[:-1], right.shape[-1]) and runs_at_once(base, left, right):
+        result = base.new_empty(base.shape, dtype=dtype) if out is None else out
+        _fold_in_blocks(result, base, left, right)
+        return result
+    result = _fold(base.to(wide), left, right).to(dtype)
+    return result if out is None else out.copy_(result)
+
+
+def _fold(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if left.shape[-1] > _MOST_OUTER_PRODUCTS:
-        with without_autocast(base.device.type):
-            return (total + left @ right).to(dtype)
+        with without_autocast(total.device.type):
+            return total + left @ right
     for k in range(left.shape[-1]):
         total = total + left[..., :, k, None] * right[..., k, None, :]
-    return total.to(dtype)
+    return total
+
+
+def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write the result of `_fold` into a tensor, which may be the base, with one block more in memory."""
+    stack = base.shape[:-2].numel()
+    result = result.view(stack, *base.shape[-2:])
+    base, left, right = (tensor.reshape(stack, *tensor.shape[-2:]) for tensor in (base, left, right))
+    for members, rows in _blocks(base.shape, by_rows=left.shape[-1] <= _MOST_OUTER_PRODUCTS):
+        block, before, b, a = result[members, rows], base[members, rows], left[members, rows], right[members]
+        if left.shape[-1] > _MOST_OUTER_PRODUCTS:
+            with without_autocast(base.device.type):
+                torch.add(before, b @ a, out=block)
+            continue
+        total = block.copy_(before) if block.dtype == left.dtype else before.to(left.dtype, copy=True)
+        product = torch.empty_like(total)
+        # Not `addcmul_`, which rounds only once for a product and its sum.
+        for column, row in zip(b[..., None].unbind(-2), a[..., None, :, :].unbind(-2), strict=True):
+            total.add_(torch.mul(column, row, out=product))
+        if total is not block:
+            block.copy_(total)
+
+
+def _blocks(shape: torch.Size, *, by_rows: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield the members and the rows of each block of a stack: some members, or some rows of one."""
+    stack, out_features, in_features = shape
+    members = max(_BLOCK // max(out_features * in_features, 1), 1)
+    rows = max(_BLOCK // max(in_features, 1), 1) if by_rows else max(out_features, 1)
+    for member in range(0, stack, members):
+        for row in range(0, out_features, rows):
+            yield slice(member, member + members), slice(row, row + rows)

@@ -5,11 +5,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dynlora_fn._core._check import check_callable
-from dynlora_fn._core._torch import FakeTensorMode, tree_leaves, tree_map
+from dynlora_fn._core._torch import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    compiling,
+    tree_leaves,
+    tree_map,
+)
 from dynlora_fn.compile._graph import (
     bytes_of,
     depths,
@@ -33,29 +40,61 @@ class Peak(NamedTuple):
         return self.state + self.step
 
 
-def peak_memory(step: Callable[..., Any], *args: Any) -> Peak:
-    """Compute the peak memory of ``compile_step(step)(*args)`` with a donated state.
+def peak_memory(step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Peak:
+    """Compute the peak memory of ``compile_step(step)(*args, **kwargs)`` with a donated state.
 
     The step is traced and changed by the same graph passes, but not compiled or run. Results are computed in the order
     of the graph or each as early as possible, whichever takes less memory, and are alive until their last use. A fused
     result takes no memory where a compiler computes it inside its readers, or writes it over the old state. What it is
     computed from stays alive instead.
 
+    While the step is traced, `torch.compiler.is_compiling` returns True, so that models take the same branches as in
+    the compiled step.
+
     Args:
         step: A pure function, as for `compile_step`.
         args: The arguments of the step. Only shapes and dtypes are read, so tensors on the meta device will do.
+        kwargs: The keyword arguments of the step.
+
+    Returns:
+        The bytes of the arguments and of the step.
+
+    Raises:
+        TypeError: If `step` is no function.
+        ValueError: If `step` reads the value of a tensor, as `item()` and `if` do, or has a result whose shape depends
+            on values. `compile_step` refuses such a step too.
+
+    Example:
+        >>> peak_memory(lambda x: torch.cumsum(x, 0), torch.ones(1000))
+        Peak(state=4000, step=4000)
     """
     check_callable("step", step)
     from dynlora_fn.compile._passes import GraphPasses  # noqa: PLC0415 (Inductor takes a second to import)
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, args)
-        graph = make_fx(step, decomposition_table=_decompositions(), _allow_non_fake_inputs=True)(*fake).graph
+    graph = _trace(step, args, kwargs)
     GraphPasses()(graph)
     nodes = list(graph.nodes)
     # A compiler, too, chooses between orders by their peaks.
     peak = min(_peak_in_order(nodes), _peak_in_order(_earliest_order(nodes)))
-    return Peak(sum(bytes_of(leaf) for leaf in tree_leaves(args)), peak)
+    return Peak(sum(bytes_of(leaf) for leaf in tree_leaves((args, kwargs))), peak)
+
+
+def _trace(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+    """Return the graph of a step on fake tensors with the shapes and dtypes of its arguments."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, compiling():
+        fake = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        trace = make_fx(
+            lambda args, kwargs: step(*args, **kwargs),
+            decomposition_table=_decompositions(),
+            _allow_non_fake_inputs=True,
+        )
+        try:
+            return trace(*fake).graph
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"`step` calls {error.func}, whose result depends on values of tensors, which one graph cannot have;"
+                " use `torch.where` in place of `if`, and no `item()`, `nonzero()` or boolean masks as indices"
+            ) from error
 
 
 def _decompositions() -> dict[Any, Any]:

@@ -1,20 +1,18 @@
-"""State dicts in one or more safetensors files, read one tensor at a time."""
+"""Read safetensors files, one or more, a tensor at a time."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynlora_fn._core._check import check_by_name, check_path, described
-from dynlora_fn._core._types import Params
-from dynlora_fn.interop._arguments import check_tensors
-from dynlora_fn.interop._state_dict import state_dict
+from dynlora_fn._core._check import check_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_OPEN_FILES = 128  # of one model; an operating system allows a process about a thousand
 
 
 def safetensors() -> ModuleType:
@@ -26,23 +24,35 @@ def safetensors() -> ModuleType:
     return safetensors
 
 
+class _OpenFile(NamedTuple):
+    handle: Any  # of `safetensors.safe_open`
+    stamp: tuple[int, ...]  # changes when the file is replaced or written
+
+
 class Weights(Mapping[str, Tensor]):
-    """A mapping of names to tensors in safetensors files. Each access reads the tensor from its file again."""
+    """A mapping of names to tensors in safetensors files. Each access reads the tensor from its file again.
+
+    Each file is opened once, at the first access, and stays open until `close`, the end of a ``with`` block, or the
+    deletion of this object. An access after `close` opens the file again, and so does one after the file was replaced.
+    A copy, also one in another process, opens the files again.
+    """
 
     def __init__(self, where: Mapping[str, Path]):
         """Map names to files. Call `open_weights` instead."""
         self._paths = dict(where)
+        self._open: dict[Path, _OpenFile] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._paths[name]
-        with _open(path) as file:
-            try:
-                tensor: Tensor = file.get_tensor(name)
-            except (safetensors().SafetensorError, RuntimeError, TypeError) as error:  # depends on the version
-                raise ValueError(
-                    f"`path` has a damaged tensor {name!r} in {str(path)!r} ({error}); write the file again"
-                ) from error
+        tensor: Tensor = self._read(name, lambda handle: handle.get_tensor(name))
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        shape: tuple[int, ...] = self._read(name, lambda handle: tuple(handle.get_slice(name).get_shape()))
+        return shape
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
@@ -50,12 +60,48 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._paths)
 
+    def close(self) -> None:
+        """Close the files. Tensors that were read stay valid."""
+        for file in self._open.values():
+            file.handle.__exit__(None, None, None)
+        self._open.clear()
+
+    def __enter__(self) -> "Weights":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type["Weights"], tuple[dict[str, Path]]]:
+        return Weights, (self._paths,)
+
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        path = self._paths[name]
+        handle = self._handle(path)
+        try:
+            return read(handle)
+        except (safetensors().SafetensorError, RuntimeError, TypeError) as error:  # depends on the version
+            raise ValueError(
+                f"`path` has a damaged tensor {name!r} in {str(path)!r} ({error}); write the file again"
+            ) from error
+
+    def _handle(self, path: Path) -> Any:
+        status = path.stat()
+        stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        file = self._open.get(path)
+        if file is None or file.stamp != stamp:
+            while len(self._open) >= MOST_OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
+            file = self._open[path] = _OpenFile(_open(path), stamp)
+        return file.handle
+
 
 def open_weights(path: Path | str) -> Weights:
     """Return the weights in a file or folder, each read when it is accessed.
 
     A folder contains model.safetensors, or shards with an index. Only names are read here. With a model on the meta
-    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters.
+    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters. Files
+    are not mapped. Each is opened once and stays open, see `Weights.close`.
 
     Args:
         path: The file or folder.
@@ -71,8 +117,9 @@ def open_weights(path: Path | str) -> Weights:
     Example:
         >>> import torch
         >>> import tempfile
+        >>> import dynlora_fn as dl
         >>> folder = tempfile.mkdtemp()
-        >>> save_weights({"w": torch.ones(2)}, f"{folder}/model.safetensors")
+        >>> dl.interop.save_weights({"w": torch.ones(2)}, f"{folder}/model.safetensors")
         >>> open_weights(folder)["w"]
         tensor([1., 1.])
     """
@@ -94,15 +141,17 @@ def _indexed(folder: Path) -> dict[str, Path]:
         raise ValueError(
             f"{INDEX} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
         )
-    where = {name: folder / file for name, file in files.items()}
-    for file in sorted(set(where.values())):
-        if not file.is_file():
-            raise ValueError(f"{INDEX} names the file {file.name!r}, which is not in its folder; add the file")
-        if missing := {name for name, path in where.items() if path == file} - set(_names(file)):
+    names: dict[str, set[str]] = defaultdict(set)
+    for name, file in files.items():
+        names[file].add(name)
+    for file in sorted(names):
+        if not (folder / file).is_file():
+            raise ValueError(f"{INDEX} names the file {file!r}, which is not in its folder; add the file")
+        if missing := names[file].difference(_names(folder / file)):
             raise ValueError(
-                f"{INDEX} names the tensor {sorted(missing)[0]!r}, which is not in {file.name!r}; write both again"
+                f"{INDEX} names the tensor {sorted(missing)[0]!r}, which is not in {file!r}; write both again"
             )
-    return where
+    return {name: folder / file for name, file in files.items()}
 
 
 def _is_file_name(value: object) -> bool:
@@ -133,87 +182,8 @@ def _names(file: Path) -> list[str]:
 def _open(file: Path) -> Any:
     package = safetensors()
     try:
-        return package.safe_open(file, framework="pt")
+        return package.safe_open(file, framework="pt", backend="pread")
     except package.SafetensorError as error:
         raise ValueError(
             f"`path` is not a complete safetensors file: {str(file)!r} ({error}); write it again"
         ) from error
-
-
-def save_weights(weights: Mapping[str, Tensor], file: Path | str, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file that `open_weights` reads.
-
-    Tied tensors are written under each of their names.
-
-    Args:
-        weights: The tensors by name.
-        file: The file to write. Its folder is created.
-        metadata: The metadata of the file. Default None writes none.
-
-    Raises:
-        TypeError: If a weight is no tensor, or another argument has a wrong type.
-        ImportError: If the extra `files` is not installed.
-
-    Example:
-        >>> import torch
-        >>> import tempfile
-        >>> file = f"{tempfile.mkdtemp()}/weights.safetensors"
-        >>> save_weights({"w": torch.ones(2)}, file)
-        >>> list(open_weights(file))
-        ['w']
-    """
-    check_tensors("weights", weights)
-    check_path("file", file)
-    _check_metadata(metadata)
-    addresses: set[int] = set()
-    copies = {}
-    for name, weight in weights.items():
-        address = weight.untyped_storage().data_ptr()
-        copies[name] = (
-            weight.detach().cpu().contiguous().clone() if address in addresses else weight.detach().contiguous().cpu()
-        )
-        addresses.add(address)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    safetensors().torch.save_file(copies, file, metadata=dict(metadata or {}))
-
-
-def _check_metadata(metadata: Any) -> None:
-    if metadata is None:
-        return
-    check_by_name("metadata", metadata, of="texts")
-    for key, text in metadata.items():
-        if not isinstance(text, str):
-            raise TypeError(f"`metadata` has {described(text)} for {key!r}; use a text")
-
-
-@torch.no_grad()
-def save_merged(model: nn.Module, params: Params, folder: Path | str) -> None:
-    """Write the model with dense weights, for ``from_pretrained`` or ``load_state_dict``.
-
-    A model of `transformers` is written with ``save_pretrained``. For any other module only model.safetensors is
-    written: load it with ``model.load_state_dict(dict(open_weights(folder)))``.
-
-    Args:
-        model: The model, read as in `state_dict`.
-        params: The parameters, as for `call`.
-        folder: The folder, which is created if it does not exist.
-
-    Raises:
-        ValueError: As `state_dict`.
-        ImportError: If the extra `files` is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> import dynlora_fn as dl
-        >>> model, folder = nn.Linear(6, 4), tempfile.mkdtemp()
-        >>> save_merged(model, dl.init(model, rank=2, seed=0, targets=["weight"]), folder)
-        >>> model.load_state_dict(dict(open_weights(folder)))
-        <All keys matched successfully>
-    """
-    check_path("folder", folder)
-    weights = state_dict(model, params)
-    save = getattr(model, "save_pretrained", None)
-    if save is None:
-        save_weights(weights, Path(folder) / SINGLE)
-    else:
-        save(folder, state_dict=weights)

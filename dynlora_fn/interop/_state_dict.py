@@ -1,12 +1,18 @@
 """Convert parameters to the state dict of their model."""
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_module
+from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of
-from dynlora_fn._core._types import LowRank, Params
-from dynlora_fn.nn._view import dense, view_of
+from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn.bases._base import as_base
+from dynlora_fn.interop._lazy import LazyTensor, lazy
+from dynlora_fn.nn._view import View, dense, view_of
 
 
 def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
@@ -38,29 +44,51 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         >>> state_dict(model, params)["weight"].shape
         torch.Size([4, 6])
     """
+    weights = lazy_state_dict(model, params)
+    tensors = {key: weight.read() for key, weight in {id(weight): weight for weight in weights.values()}.items()}
+    return {name: tensors[id(weight)] for name, weight in weights.items()}
+
+
+def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
+    """Return the state dict of `state_dict`, each weight of which is formed when it is read.
+
+    Tied weights are one lazy tensor. Everything is checked here, so that reading does not raise.
+    """
     check_module("model", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    singles = unstack(params)
-    weights: dict[int, Tensor] = {}
-    for name, param in singles.items():
+    weights: dict[int, LazyTensor] = {}
+    for name, param in unstack(params).items():
         if name not in parameters:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
-        shape, dtype = tuple(parameters[name].shape), parameters[name].dtype
-        weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else tensor_of(param)
-        if weight.shape != shape:
-            raise ValueError(
-                f"`params` has shape {tuple(weight.shape)} for {name!r}, but the model has {shape}; "
-                "make `params` from this model"
-            )
-        if weight.is_complex() != dtype.is_complex or weight.is_floating_point() != dtype.is_floating_point:
-            raise TypeError(
-                f"`params` has dtype {weight.dtype} for {name!r}, but the model has {dtype}; convert it first"
-            )
-        weights[id(parameters[name])] = weight.to(dtype)
+        weights[id(parameters[name])] = _lazy_weight(name, param, parameters[name])
     for name, parameter in parameters.items():
         if id(parameter) not in weights:
             raise ValueError(
                 f"`params` has no {name!r} of shape {tuple(parameter.shape)}; pass every parameter of the model"
             )
     leaves = model.state_dict(keep_vars=True)
-    return {name: weights.get(id(leaf), leaf.detach()) for name, leaf in leaves.items()}
+    return {name: weights[id(leaf)] if id(leaf) in weights else lazy(leaf) for name, leaf in leaves.items()}
+
+
+def _lazy_weight(name: str, param: Param, parameter: Tensor) -> LazyTensor:
+    shape, dtype = tuple(parameter.shape), parameter.dtype
+    weight = view_of(name, param, shape) if isinstance(param, LowRank) else tensor_of(param)
+    found = _dense_dtype(weight.parts[0]) if isinstance(weight, View) else weight.dtype
+    if tuple(weight.shape) != shape:
+        raise ValueError(
+            f"`params` has shape {tuple(weight.shape)} for {name!r}, but the model has {shape}; "
+            "make `params` from this model"
+        )
+    if found.is_complex != dtype.is_complex or found.is_floating_point != dtype.is_floating_point:
+        raise TypeError(f"`params` has dtype {found} for {name!r}, but the model has {dtype}; convert it first")
+    return LazyTensor(shape, dtype, partial(_formed, name, param, shape, dtype))
+
+
+def _dense_dtype(param: LowRank) -> torch.dtype:
+    """Return the dtype of the weight that `materialize` returns."""
+    return widest(param.factors.b.dtype, as_base(param.base).sum_dtype)
+
+
+def _formed(name: str, param: Param, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else tensor_of(param)
+    return weight.to(dtype)

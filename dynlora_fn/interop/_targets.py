@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._patterns import Patterns, match
 from dynlora_fn._core._torch import ConvNd
-from dynlora_fn._core._tree import match, matches
 from dynlora_fn.interop._parameters import Parameters
 
 Targets: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, Tensor], bool]
@@ -49,16 +49,18 @@ def select(
     selected = {}
     names = _target_names(model, parameters, targets)
     all_names = [alias for name in names for alias in parameters.aliases[name]]
-    for pattern in (*fused, *(rank if isinstance(rank, Mapping) else ())):
-        match(all_names, [pattern], "fused" if pattern in fused else "rank")
+    match(all_names, list(fused), "fused")
+    if isinstance(rank, Mapping):
+        match(all_names, list(rank), "rank")
+    fused_patterns, rank_patterns = Patterns(fused), Patterns(rank if isinstance(rank, Mapping) else ())
     for name in names:
         aliases, shape = parameters.aliases[name], tuple(parameters.tensors[name].shape)
-        parts = next((parts for pattern, parts in fused.items() if _matches_any(aliases, pattern)), 1)
+        parts = next((fused[pattern] for pattern in fused_patterns.matching(aliases)), 1)
         count, axis = (parts, -2) if isinstance(parts, int) else parts
         target = Target(0, count, axis, _is_spatial(model, name), _padding(model, aliases))
         _check_dtype(name, parameters.tensors[name])
         matrix = _matrix(name, shape, target)
-        selected[name] = target._replace(rank=_rank_of(aliases, rank, matrix))
+        selected[name] = target._replace(rank=_rank_of(aliases, rank, rank_patterns, matrix))
         _check_rank(name, shape, selected[name].rank, min(matrix))
     return selected
 
@@ -137,15 +139,10 @@ def _refuse_parametrized(prefix: str, module: nn.Module, kind: type[nn.Module]) 
             )
 
 
-def _matches_any(names: Iterable[str], pattern: str) -> bool:
-    return any(matches(name, pattern) for name in names)
-
-
-def _rank_of(aliases: Sequence[str], rank: Rank, matrix: tuple[int, int]) -> int:
+def _rank_of(aliases: Sequence[str], rank: Rank, patterns: Patterns, matrix: tuple[int, int]) -> int:
     if isinstance(rank, Mapping):
-        for pattern, matching_rank in rank.items():
-            if _matches_any(aliases, pattern):
-                return check_integer("rank", matching_rank, of=pattern)
+        for pattern in patterns.matching(aliases):
+            return check_integer("rank", rank[pattern], of=pattern)
         raise ValueError(
             f"`rank` has no rank for target {aliases[0]!r} in {dict(rank)}; add a pattern that matches it, or '*'"
         )

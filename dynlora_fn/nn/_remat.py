@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_module
 from dynlora_fn._core._dtypes import Autocast, autocast_now
+from dynlora_fn._core._patterns import match
 from dynlora_fn._core._torch import (
     are_transforms_active,
     forward_levels,
@@ -23,7 +24,6 @@ from dynlora_fn._core._torch import (
     tree_unflatten,
     without_dead_levels,
 )
-from dynlora_fn._core._tree import match
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
 from dynlora_fn.nn._block_refusals import RefuseRandom, refuse_attached_attributes

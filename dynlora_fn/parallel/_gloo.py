@@ -4,7 +4,7 @@ from torch import distributed
 
 from dynlora_fn._core._torch import gloo_with_one_thread
 
-_NAME = "gloo_one_thread"
+ONE_THREAD = "gloo_one_thread"
 
 
 def register_gloo() -> str:
@@ -36,5 +36,5 @@ def register_gloo() -> str:
     """
     if not distributed.is_gloo_available():
         raise RuntimeError("torch was built without gloo; install a build with it, or use another backend")
-    distributed.Backend.register_backend(_NAME, gloo_with_one_thread, devices=["cpu"])
-    return _NAME
+    distributed.Backend.register_backend(ONE_THREAD, gloo_with_one_thread, devices=["cpu"])
+    return ONE_THREAD

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dynlora_fn._core._check import check_by_name, check_integer, described
+from dynlora_fn._core._check import check_by_name, check_choice, check_integer, described
 from dynlora_fn._core._check_plan import check_plans
 from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import tree_leaves
@@ -22,15 +22,17 @@ from dynlora_fn._core._types import (
 )
 from dynlora_fn.bases._base import Base, as_base
 from dynlora_fn.bases._formats import codes_from_tensors
+from dynlora_fn.parallel._gloo import ONE_THREAD
 from dynlora_fn.parallel._shards import ShardMap, full_shape, map_shards
+
+_BACKENDS = ("nccl", "gloo", ONE_THREAD)
 
 
 class WireBytes(NamedTuple):
     """The bytes of the collectives of one step, by kind.
 
-    With ring algorithms, each of n processes sends ``2 (n - 1) / n`` of the bytes of an all-reduce. It sends
-    ``(n - 1) / n`` of the bytes of an all-gather or a reduce-scatter. Switching sends nothing unless factors are
-    sharded.
+    These are sizes of tensors: what is reduced, and the results of gathers. `sent` says how many bytes each process
+    sends for them. Switching sends nothing unless factors are sharded.
     """
 
     factors: int  # all-reduce of the gradients of factors that are not sharded
@@ -44,6 +46,36 @@ class WireBytes(NamedTuple):
     def reduced(self) -> int:
         """The bytes of all all-reduces."""
         return self.factors + self.full_rank
+
+    def sent(self, world_size: int, *, backend: str) -> int:
+        """Return the bytes that each process sends in the step.
+
+        With ring algorithms, each of n processes sends ``2 (n - 1) / n`` of the bytes of an all-reduce. It sends
+        ``(n - 1) / n`` of the bytes of an all-gather or a reduce-scatter. gloo sends an all-reduce for a
+        reduce-scatter: a third more in all, if everything that is trained is sharded. Headers of messages do not count.
+
+        Args:
+            world_size: The number of processes, n.
+            backend: "nccl", "gloo", or the name that `register_gloo` returns, as of `torch.distributed.get_backend`.
+
+        Returns:
+            The bytes, rounded to an integer.
+
+        Raises:
+            TypeError: If `world_size` is no integer.
+            ValueError: If `world_size` is less than 1, or the backend is another one.
+
+        Example:
+            >>> wire = WireBytes(factors=0, full_rank=1024, bases=0, gathered=8192, scattered=4096)
+            >>> wire.sent(4, backend="nccl"), wire.sent(4, backend="gloo")
+            (10752, 13824)
+        """
+        world_size = check_integer("world_size", world_size, least=1)
+        check_choice("backend", backend, _BACKENDS)
+        scatters = 1 if backend == "nccl" else 2
+        all_gathered = self.bases + self.gathered + self.switched
+        in_rings = 2 * self.reduced + all_gathered + scatters * self.scattered
+        return round(in_rings * (world_size - 1) / world_size)
 
 
 def wire_bytes(

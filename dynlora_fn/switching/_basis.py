@@ -15,12 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._torch import runs_at_once
 from dynlora_fn._core._types import Side
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _SIDE_WORD = {"b": 0, "a": 1}
+
+# How many blocks of four numbers are drawn at a time, so that their words stay in a cache.
+_TILE = 2**16
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -63,6 +67,30 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
+def _philox_of_grid(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Return the words of `philox` for counters and keys that broadcast to a grid, computed in few allocations.
+
+    Products wrap around in int64, which keeps their 64 bits: the low 32 and, above them, the high ones. A word that is
+    not multiplied next keeps bits above its 32 until a mask removes them.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(2):  # most of these words are still one for each row or column
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = (product1 >> 32 ^ (c1 ^ k0)) & _MASK, (product0 >> 32 ^ (c3 ^ k1)) & _MASK
+        c1, c3 = product1, product0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    high, c3 = torch.empty_like(c0), c3.expand_as(c0).clone(memory_format=torch.contiguous_format)
+    for _ in range(8):
+        c0.mul_(_MULTIPLIERS[0])
+        c2.mul_(_MULTIPLIERS[1])
+        c1.bitwise_xor_(torch.bitwise_right_shift(c2, 32, out=high)).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c3.bitwise_xor_(torch.bitwise_right_shift(c0, 32, out=high)).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c0, c1, c2, c3 = c1, c2, c3, c0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
 def next_seed(seed: Int[Tensor, "*stack"], rank: int) -> Int[Tensor, "*stack"]:
     """Return the seed of another basis, for the same weight at another rank.
 
@@ -90,23 +118,61 @@ def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count len
     """Return the vectors of each request, uniform in [-1, 1).
 
     Every value is a multiple of 2**-23, hence exact in float32. All requests go through Philox together: compiled, that
-    is one kernel, and its ten rounds are slow to compile. The seed, side and index of a vector are looked up for each
-    block of four numbers. Storing these words for every block would take three times the memory of the numbers.
+    is one kernel, and its ten rounds are slow to compile. On a CPU that is not compiled for, they are drawn in tiles,
+    because each of some hundred operations would otherwise write words for all numbers to memory.
     """
     by_length = sorted(range(len(requests)), key=lambda position: requests[position].length)
     ordered = [requests[position] for position in by_length]
     tables = [_vectors(request) for request in ordered]
     index, side, seed = (torch.cat([column.flatten() for column in columns]) for columns in zip(*tables, strict=True))
     sizes = [(table[0].numel(), -(-request.length // 4)) for table, request in zip(tables, ordered, strict=True)]
-    vector, block = _positions(sizes, index.device)
-    index, side, seed = index[vector], side[vector], seed[vector]
-    words = philox((block.long(), index & _MASK, (index >> 32) & _MASK, side), (seed & _MASK, (seed >> 32) & _MASK))
-    units = torch.stack([(word >> 8).to(torch.float32) * 2.0**-23 - 1 for word in words], dim=-1)
+    draw = _draw_in_tiles if runs_at_once(index, seed) else _draw
+    units = draw(sizes, index, side, seed)
     vectors = {}
     chunks = torch.split(units, [count * blocks for count, blocks in sizes])
     for position, chunk, table, (_, blocks) in zip(by_length, chunks, tables, sizes, strict=True):
         vectors[position] = chunk.reshape(*table[0].shape, 4 * blocks)[..., : requests[position].length]
     return [vectors[position] for position in range(len(requests))]
+
+
+def _draw(sizes: Sequence[tuple[int, int]], index: Tensor, side: Tensor, seed: Tensor) -> Tensor:
+    """Return four numbers for each block, from the index, side and seed of each vector.
+
+    `sizes` gives the number of vectors of each request and the number of blocks of each of its vectors. The index, side
+    and seed are looked up for each block. Storing their words for every block would take three times the memory of the
+    numbers.
+    """
+    vector, block = _positions(sizes, index.device)
+    index, side, seed = index[vector], side[vector], seed[vector]
+    words = philox((block.long(), index & _MASK, (index >> 32) & _MASK, side), (seed & _MASK, (seed >> 32) & _MASK))
+    return torch.stack([(word >> 8).to(torch.float32) * 2.0**-23 - 1 for word in words], dim=-1)
+
+
+def _draw_in_tiles(sizes: Sequence[tuple[int, int]], index: Tensor, side: Tensor, seed: Tensor) -> Tensor:
+    """Return the numbers of `_draw`, drawn a few vectors at a time into one tensor."""
+    units = torch.empty(sum(count * blocks for count, blocks in sizes), 4, dtype=torch.float32, device=index.device)
+    columns = index & _MASK, (index >> 32) & _MASK, side, seed & _MASK, (seed >> 32) & _MASK
+    table, vector, block = torch.stack(columns, dim=-1), 0, 0
+    for length, group in itertools.groupby(sizes, key=lambda size: size[1]):
+        count = sum(size[0] for size in group)
+        grid = units[block : block + count * length].view(count, length, 4)
+        rows = max(_TILE // length, 1)
+        for tile, vectors in zip(
+            torch.split(grid, rows), torch.split(table[vector : vector + count], rows), strict=True
+        ):
+            for start in range(0, length, _TILE):
+                _fill(tile[:, start : start + _TILE], vectors, start)
+        vector, block = vector + count, block + count * length
+    return units
+
+
+def _fill(tile: Tensor, vectors: Tensor, start: int) -> None:
+    """Draw the numbers (count, blocks, 4) of vectors, from the block `start` of each vector on."""
+    low, high, side, key0, key1 = (column[:, None] for column in vectors.unbind(-1))
+    block = torch.arange(start, start + tile.shape[1], device=tile.device)
+    for position, word in enumerate(_philox_of_grid((block, low, high, side), (key0, key1))):
+        tile[..., position] = word.bitwise_right_shift_(8).bitwise_and_(_MASK >> 8)
+    tile.mul_(2.0**-23).sub_(1)
 
 
 def _vectors(request: Request) -> tuple[Tensor, Tensor, Tensor]:

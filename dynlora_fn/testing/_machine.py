@@ -19,7 +19,8 @@ from dynlora_fn.bases._defer import defer, fold_pending
 from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.bases._quantize import quantize
 from dynlora_fn.bases._residual import ResidualKind
-from dynlora_fn.interop._safetensors import open_weights, save_weights
+from dynlora_fn.interop._safetensors import open_weights
+from dynlora_fn.interop._save import save_weights
 from dynlora_fn.nn._call import call
 from dynlora_fn.nn._value_and_grad import value_and_grad
 from dynlora_fn.optim._adamw import AdamWState

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 from torch.distributed import ProcessGroup, checkpoint
 from torch.distributed.checkpoint import CheckpointException
@@ -25,7 +25,8 @@ from torch.futures import Future as TorchFuture
 from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
-from models.pretrain.checksums import find_damage, join_sums, sync_folder, write_with_sum
+from models.pretrain.checkpoint_reader import Reader
+from models.pretrain.checksums import find_damage, join_sums, record_sum, sync_folder
 from models.pretrain.processes import Processes
 
 _BEFORE_FREEZE_STATE = re.compile(r"(\.opt_state\['\w+'\])\.inner\.")
@@ -66,6 +67,9 @@ class Saver:
     def start(self, step: int, state: Any) -> None:
         """Copy the state, start to write it to ``folder/step-NNNNNNNN`` and return.
 
+        The copy is one state in memory until it is written, because training changes the state meanwhile. Writing needs
+        no further memory, and does not hold the interpreter's lock.
+
         The folder has a temporary name until every process has written its file to the disk. Then all but the newest
         `keep` checkpoints are deleted.
 
@@ -95,13 +99,17 @@ class Saver:
             raise SaveError(f"the checkpoint of step {step} could not be written: {_reason(error)}") from error
 
 
-def load_checkpoint(folder: Path, template: Any, processes: Processes) -> Loaded | None:
+def load_checkpoint(folder: Path, template: Any, processes: Processes, *, donate: bool = False) -> Loaded | None:
     """Return the newest undamaged checkpoint, or None if there is none. Collective.
+
+    One tensor is in memory beside the state.
 
     Args:
         folder: The folder of all checkpoints.
         template: A state of the same structure, shapes and dtypes. Its values are not used.
         processes: The processes that read it. There may be more or fewer than have saved it.
+        donate: Whether the checkpoint is read into the memory of `template`, which it then replaces. Tensors that share
+            memory are copied before. Without a checkpoint, `template` does not change.
 
     Raises:
         ValueError: If all checkpoints are damaged. It names them.
@@ -112,8 +120,8 @@ def load_checkpoint(folder: Path, template: Any, processes: Processes) -> Loaded
         if problem := damage or processes.first_not_none(_find_mismatch(path, template)):
             refused.append(f"{path}: {problem}")
             continue
-        state = tree_map(lambda leaf: leaf.clone(), template)
-        reader = checkpoint.HuggingFaceStorageReader(str(path))
+        state = _distinct(template) if donate else tree_map(torch.empty_like, template)
+        reader = Reader(str(path))
         checkpoint.load(
             _named_as(dl.parallel.as_dtensors(state), reader.read_metadata().state_dict_metadata), storage_reader=reader
         )
@@ -121,6 +129,19 @@ def load_checkpoint(folder: Path, template: Any, processes: Processes) -> Loaded
     if refused:
         raise ValueError(f"`resume` must find an undamaged checkpoint, got only damaged ones: {'; '.join(refused)}")
     return None
+
+
+def _distinct(tree: Any) -> Any:
+    """Return the tensors of a tree, with a copy of those that share memory with another or with themselves."""
+    addresses: set[int] = set()
+
+    def distinct(leaf: Tensor) -> Tensor:
+        address = leaf.untyped_storage().data_ptr()
+        is_shared = address in addresses or not leaf.is_contiguous()
+        addresses.add(address)
+        return leaf.clone() if is_shared else leaf.detach()
+
+    return tree_map(distinct, tree)
 
 
 def _find_mismatch(path: Path, template: Any) -> str | None:
@@ -151,11 +172,13 @@ class _Writer(checkpoint.HuggingFaceStorageWriter):
     def write_data(self, plan: Any, planner: Any) -> TorchFuture[list[Any]]:
         index, count = plan.storage_data["shard_index"], self._world_size
         name = "state.safetensors" if count == 1 else f"state-{index:05d}-of-{count:05d}.safetensors"
-        tensors = {item.index.fqn: planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
+        tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
         offsets = {item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets} for item in plan.items}
         # The reader expects this entry. There is no other, because safetensors does not fix the order of several, and
         # equal states must make equal files.
-        write_with_sum(Path(self.path) / name, save(tensors, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)}))
+        path = Path(self.path) / name
+        dl.interop.save_weights(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+        record_sum(path)
         future: TorchFuture[list[Any]] = TorchFuture()
         future.set_result([])
         return future

@@ -9,10 +9,11 @@ from models.pretrain.processes import Processes
 SUMS = "SHA256SUMS"  # in the format of `sha256sum --check`
 
 
-def write_with_sum(path: Path, content: bytes) -> None:
-    """Write a file, and its line of `SUMS` to a file beside it, for `join_sums`."""
-    write_durably(path, content)
-    write_durably(Path(f"{path}.sum"), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+def record_sum(path: Path) -> None:
+    """Wait until the disk has a file, and write its line of `SUMS` to a file beside it, for `join_sums`."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+    write_durably(Path(f"{path}.sum"), f"{_digest(path)}  {path.name}\n".encode())
 
 
 def join_sums(folder: Path) -> None:

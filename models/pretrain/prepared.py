@@ -108,7 +108,7 @@ def start_or_resume(
         raise error
     saved, first_step = Saved(method.state, method.pool), 0
     resume = config.output.resume
-    if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes)):
+    if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, donate=True)):
         saved, first_step = loaded.state, loaded.step
         for reason in loaded.refused:
             console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)

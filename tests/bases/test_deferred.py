@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import Factors, LowRank, linear, materialize, merge, switch
 from dynlora_fn.bases import defer, fold_pending, quantize
+from dynlora_fn.bases._pending import rank_with_pending, with_pending
 from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, plan_of, plans, untouched
 from tests.support.strategies import quantized_params
 
@@ -35,6 +36,12 @@ def test_what_waits_changes_no_bit_of_the_base(case):
     if param.factors.a.dtype == wide:  # otherwise pending folds are rounded to the factors' dtype
         assert_same(fold_pending(got).base.base, now.base)
         assert not any(leaf.any() for leaf in fold_pending(got).base.pending)
+
+
+def test_the_rank_with_pending_vectors_is_that_of_the_joined_factors():
+    waiting = switch(defer(PARAM, vectors=4), plan_of(4, b=1, a=1)).param
+    assert rank_with_pending(waiting) == with_pending(waiting).factors.b.shape[-1] == 4 + 4
+    assert rank_with_pending(PARAM) == 4
 
 
 def test_the_oldest_are_folded_where_there_is_no_room():

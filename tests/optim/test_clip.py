@@ -26,6 +26,13 @@ def test_clipping_equals_torch(max_norm, dtype):
         assert_same(got.grads, grads)
 
 
+def test_a_tensor_clips_as_a_number_does():
+    grads = some_grads(some_trainable(torch.float64), 0)
+    assert_same(clip_by_global_norm(grads, torch.tensor(0.1, dtype=torch.float64)), clip_by_global_norm(grads, 0.1))
+    with pytest.raises(ValueError, match=r"`max_norm` has shape \(1,\); use a number or a 0-d tensor"):
+        clip_by_global_norm(grads, torch.tensor([0.1]))
+
+
 def test_the_norm_of_gradients_in_bfloat16_is_summed_in_float32():
     grads = {"w": torch.full((1000,), 0.1, dtype=torch.bfloat16)}
     got = clip_by_global_norm(grads, 1.0)

@@ -196,6 +196,12 @@ def test_bad_settings_are_refused(settings, message):
         project_optimizer_state(adamw_state(some_trainable()), one_switch(**SWITCH), **settings)
 
 
+@pytest.mark.parametrize("change", [weights(), (weights(),), 3])
+def test_what_is_no_change_is_refused(change):
+    with pytest.raises(TypeError, match=r"`change` is .*; pass a Change"):
+        project_optimizer_state(adamw_state(some_trainable()), one_switch(**SWITCH), rule="transport", change=change)
+
+
 def test_a_state_without_a_first_moment_is_not_transported():
     params = weights()
     state, change = {"square_avg": filled(partition(params).trainable)}, Change(params, params)

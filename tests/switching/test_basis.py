@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from dynlora_fn.switching._basis import Request, philox
 from dynlora_fn.switching._basis import uniform as uniforms
 from dynlora_fn.testing import Shape, any_shapes, assert_same, seeds, shapes
 from tests.support import reference
+from tests.support.modes import PlainMode
 from tests.support.traces import FILES
 
 SIDES = ("b", "a")
@@ -182,22 +185,49 @@ def test_plain_lora_starts_from_zero_and_from_the_range_of_linear_layers(shape: 
     torch.testing.assert_close(a, wanted, rtol=4 * EPS, atol=0)  # a root, a quotient and a product
 
 
+@pytest.mark.parametrize("shape", [6, (6,), torch.tensor([6, 4])])
+def test_a_slice_of_another_shape_than_two_sizes_is_refused(shape):
+    indices = torch.arange(3)
+    with pytest.raises(TypeError, match=r"`slices` has .* as `shape`; use \(out, in\)"):
+        basis_vectors([BasisSlice(torch.tensor(0), indices, indices, shape, 2, "lora", torch.float32)])
+
+
 def test_an_unknown_start_is_refused():
     with pytest.raises(ValueError, match="`start` must be 'switchlora' or 'lora', got 'zeros'"):
         factors(0, Shape(2, 2, 1), start="zeros")
 
 
-def test_no_more_words_are_drawn_than_are_needed(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("function", "mode"), [("philox", PlainMode()), ("_philox_of_grid", nullcontext())])
+def test_no_more_words_are_drawn_than_are_needed(function, mode, monkeypatch: pytest.MonkeyPatch):
     """A block has four numbers: ten need three blocks, five need two."""
     drawn = []
+    generator = getattr(_basis, function)
 
     def counted(counter, key):
         drawn.append(torch.broadcast_tensors(*counter, *key)[0].numel())
-        return philox(counter, key)
+        return generator(counter, key)
 
-    monkeypatch.setattr(_basis, "philox", counted)
+    monkeypatch.setattr(_basis, function, counted)
     indices = torch.arange(6).reshape(2, 3)
     seed = torch.tensor([1, 2])
-    a, b = uniforms([Request(seed, "a", indices, 10), Request(seed, "b", indices[0], 5)])
+    with mode:
+        a, b = uniforms([Request(seed, "a", indices, 10), Request(seed, "b", indices[0], 5)])
     assert (tuple(a.shape), tuple(b.shape)) == ((2, 3, 10), (2, 3, 5))
-    assert drawn == [6 * 3 + 6 * 2]
+    assert sum(drawn) == 6 * 3 + 6 * 2
+    assert len(drawn) == (1 if function == "philox" else 2)  # a tile has vectors of one length
+
+
+@given(
+    st.lists(st.tuples(basis_seeds, sides, indices, st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+def test_tiles_have_the_bits_of_one_draw(requests, tile):
+    """A mode that sees every operation, as a tracer does, takes the numbers in one draw."""
+    requests = [
+        Request(torch.tensor([seed, seed ^ 1]), side, index + torch.arange(count), length)
+        for seed, side, index, count, length in requests
+    ]
+    with PlainMode():
+        together = uniforms(requests)
+    with mock.patch.object(_basis, "_TILE", tile):
+        assert_same(uniforms(requests), together)

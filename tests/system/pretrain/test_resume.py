@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save
 
-from models.pretrain.checksums import join_sums, write_with_sum
+from models.pretrain.checksums import join_sums, record_sum
 from tests.support.damage import damage_by_a_bit, damage_by_truncation
 from tests.support.paths import ROOT
 from tests.support.pretrain import SMALL, Job, contents, metrics
@@ -154,7 +154,8 @@ def test_a_checkpoint_whose_optimizer_states_have_their_older_names_resumes(job:
     tensors = {name.replace("'].inner.", "']."): leaf for name, leaf in load_file(path).items()}
     assert any(".opt_state['rest'].mu['" in name for name in tensors)
     offsets = {name: {"saved_offsets": [0] * leaf.ndim} for name, leaf in tensors.items()}
-    write_with_sum(path, save(tensors, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)}))
+    path.write_bytes(save(tensors, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)}))
+    record_sum(path)
     join_sums(folders[0])
     outcome = job(*arguments, "--resume")
     assert outcome.code == 0, outcome.err

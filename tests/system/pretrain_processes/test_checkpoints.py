@@ -109,3 +109,19 @@ def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
         load_checkpoint(tmp_path, {"x": state["x"]}, SINGLE_PROCESS)
     with pytest.raises(ValueError, match=r"\['x'\] is \(100000,\) torch.float32 instead of \(4,\) torch.float32"):
         load_checkpoint(tmp_path, {**state, "x": torch.zeros(4)}, SINGLE_PROCESS)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_donated_template_is_the_memory_of_the_state(tmp_path: Path):
+    """Tensors that share memory get their own, because each is read."""
+    values = {"x": torch.arange(24.0).reshape(4, 6), "y": torch.ones(4, 6), "t": torch.tensor(3), "z": torch.ones(2, 3)}
+    assert load_checkpoint(tmp_path, values, SINGLE_PROCESS, donate=True) is None
+    with Saver(tmp_path, SINGLE_PROCESS, keep=1) as saver:
+        saver.start(1, values)
+    zeros = torch.zeros(4, 6)
+    template = {"x": zeros, "y": zeros, "t": torch.tensor(0), "z": torch.zeros(3).expand(2, 3)}
+    loaded = load_checkpoint(tmp_path, template, SINGLE_PROCESS, donate=True)
+    assert loaded is not None
+    torch.testing.assert_close(loaded.state, values, rtol=0, atol=0)
+    assert loaded.state["x"].data_ptr() == zeros.data_ptr()
+    assert loaded.state["t"].data_ptr() == template["t"].data_ptr()

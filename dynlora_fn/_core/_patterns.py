@@ -1,0 +1,62 @@
+"""Select names by names and globs."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from fnmatch import translate
+
+from dynlora_fn._core._check import check_patterns, first_names
+
+_FIRST_GLOB = re.compile(r"[*?[]")
+
+
+class Patterns:
+    """Names and globs that are prepared once.
+
+    A name is looked up among the names, and is compared only with those globs that start as it does. So with a pattern
+    for each weight, or a glob for each layer, the time does not grow with the square of their number.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._positions: dict[str, int] = {}
+        for pattern in patterns:
+            self._positions.setdefault(pattern, len(self._positions))
+        self._globs: dict[str, list[tuple[str, re.Pattern[str]]]] = defaultdict(list)
+        for pattern in self._positions:
+            if glob := _FIRST_GLOB.search(pattern):
+                self._globs[pattern[: glob.start()]].append((pattern, re.compile(translate(pattern))))
+        self._lengths = sorted({len(start) for start in self._globs})
+
+    def matching(self, names: Iterable[str]) -> list[str]:
+        """Return the patterns that are one of the names, or a glob that matches one, in their order."""
+        found = set()
+        for name in names:
+            if name in self._positions:
+                found.add(name)
+            for length in self._lengths:
+                globs = self._globs.get(name[:length], ()) if length <= len(name) else ()
+                found |= {pattern for pattern, glob in globs if glob.match(name)}
+        return sorted(found, key=self._positions.__getitem__)
+
+
+def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[str]:
+    """Return the names that match any of the patterns, in the order of the names.
+
+    Args:
+        names: The names to select from.
+        patterns: Names or globs.
+        argument: The name of the caller's argument, for the error message.
+
+    Raises:
+        ValueError: If a pattern matches none of the names.
+    """
+    check_patterns(argument, patterns)
+    names, prepared = list(names), Patterns(patterns)
+    matching = {name: prepared.matching([name]) for name in names}
+    used = {pattern for found in matching.values() for pattern in found}
+    for pattern in patterns:
+        if pattern not in used:
+            raise ValueError(
+                f"`{argument}` contains {pattern!r}, which matches no name; use names or globs of: {first_names(names)}"
+            )
+    return [name for name in names if matching[name]]

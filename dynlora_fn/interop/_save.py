@@ -1,0 +1,188 @@
+"""Write safetensors files, one tensor in memory at a time.
+
+The package `safetensors` writes tensors that are all in memory. Here it only writes the header, and the data follows
+tensor by tensor. The file equals that of ``safetensors.torch.save_file`` byte for byte.
+"""
+
+import inspect
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from dynlora_fn._core._check import check_by_name, check_path, described
+from dynlora_fn._core._progress import Progress, check_progress, reporter
+from dynlora_fn._core._torch import is_traceable_wrapper_subclass
+from dynlora_fn._core._types import Params
+from dynlora_fn.interop._arguments import check_tensors
+from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
+from dynlora_fn.interop._safetensors import SINGLE, safetensors
+from dynlora_fn.interop._state_dict import lazy_state_dict, state_dict
+
+
+def save_weights(
+    weights: Mapping[str, Tensor],
+    file: Path | str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write one safetensors file that `open_weights` reads.
+
+    The file appears complete, by renaming. After an error, nothing is left behind, and a file that was there is
+    unchanged. Tensors that are not contiguous, or on another device, are copied one at a time. Tied tensors are written
+    under each of their names.
+
+    Args:
+        weights: The tensors by name.
+        file: The file to write. Its folder is created.
+        metadata: The metadata of the file. Default None writes none.
+        progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
+            Default None means no reports.
+
+    Raises:
+        TypeError: If a weight is no tensor, or another argument has a wrong type.
+        ValueError: If a weight is sparse, on the meta device, or a subclass of tensors such as torchao's; or if `file`
+            exists and is no regular file.
+        ImportError: If the extra `files` is not installed.
+
+    Example:
+        >>> import torch
+        >>> import tempfile
+        >>> import dynlora_fn as dl
+        >>> file = f"{tempfile.mkdtemp()}/weights.safetensors"
+        >>> save_weights({"w": torch.ones(2)}, file)
+        >>> list(dl.interop.open_weights(file))
+        ['w']
+    """
+    check_tensors("weights", weights)
+    check_path("file", file)
+    _check_metadata(metadata)
+    check_progress(progress)
+    write({name: lazy(weight) for name, weight in weights.items()}, file, metadata=metadata, progress=progress)
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    check_by_name("metadata", metadata, of="texts")
+    for key, text in metadata.items():
+        if not isinstance(text, str):
+            raise TypeError(f"`metadata` has {described(text)} for {key!r}; use a text")
+
+
+def write(
+    weights: Mapping[str, LazyTensor],
+    file: Path | str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them."""
+    header, names = _header(weights, metadata)
+    report = reporter(progress, bytes_of(weights))
+    with _replacing(Path(file)) as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            stream.write(_content(name, weights[name].read()))
+            report(weights[name].nbytes)
+
+
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return a function that reports the progress of one of several files, after `before` bytes of `total`."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
+def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
+    """Return the header, and the names in the order of the data.
+
+    `safetensors` writes the header of tensors without entries, from which order, dtypes and escaped names are taken.
+    """
+    empty = {
+        name: torch.empty((0, *weight.shape), dtype=weight.dtype, device="cpu") for name, weight in weights.items()
+    }
+    header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+    names, end = [name for name in header if name != "__metadata__"], 0
+    for name in names:
+        start, end = end, end + weights[name].nbytes
+        header[name] |= {"shape": header[name]["shape"][1:], "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content + b" " * (-len(content) % 8), names
+
+
+def _content(name: str, tensor: Tensor) -> Any:
+    """Return a buffer with a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
+    kinds = {
+        f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
+        f"of layout {tensor.layout}": tensor.layout != torch.strided,
+        "on the meta device": tensor.device.type == "meta",
+    }
+    if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
+        raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy()
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `file` once it is complete. After an error it is removed."""
+    if sys.byteorder != "little":
+        raise NotImplementedError("safetensors files have little-endian numbers; write them on such a machine")
+    target = Path(os.path.realpath(file))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"`file` is {str(file)!r}, which exists and is no regular file; pass the name of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".writing-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@torch.no_grad()
+def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progress: Progress | None = None) -> None:
+    """Write the model with dense weights, for ``from_pretrained`` or ``load_state_dict``.
+
+    A model of `transformers` is written with ``save_pretrained``, for which all dense weights are in memory. For any
+    other module only model.safetensors is written, one dense weight at a time: load it with
+    ``model.load_state_dict(dict(open_weights(folder)))``.
+
+    Args:
+        model: The model, read as in `state_dict`.
+        params: The parameters, as for `call`.
+        folder: The folder, which is created if it does not exist.
+        progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
+            Default None means no reports.
+
+    Raises:
+        ValueError: As `state_dict`.
+        ImportError: If the extra `files` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> import dynlora_fn as dl
+        >>> model, folder = nn.Linear(6, 4), tempfile.mkdtemp()
+        >>> save_merged(model, dl.init(model, rank=2, seed=0, targets=["weight"]), folder)
+        >>> model.load_state_dict(dict(dl.interop.open_weights(folder)))
+        <All keys matched successfully>
+    """
+    check_path("folder", folder)
+    check_progress(progress)
+    save = getattr(model, "save_pretrained", None)
+    weights = lazy_state_dict(model, params)
+    if save is not None and "state_dict" in inspect.signature(save).parameters:
+        report = reporter(progress, bytes_of(weights))
+        save(folder, state_dict=state_dict(model, params))
+        report(bytes_of(weights))
+    else:
+        write(weights, Path(folder) / SINGLE, progress=progress)
