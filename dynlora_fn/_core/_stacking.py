@@ -164,6 +164,11 @@ def unstack(params: Params) -> dict[str, Param]:
         ['1.bias', '2.bias']
     """
     check_params("params", params)
+    return unstacked(params)
+
+
+def unstacked(params: Params) -> dict[str, Param]:
+    """Return `unstack(params)` of parameters that are checked."""
     for pattern, param in params.items():
         _check_axes(pattern, param)
     return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
@@ -171,6 +176,8 @@ def unstack(params: Params) -> dict[str, Param]:
 
 def _check_axes(pattern: str, param: Param) -> None:
     """Raise if a parameter has fewer leading axes than its name."""
+    if _first_axis(pattern) is None:
+        return
     axes = param.seed.ndim if isinstance(param, LowRank) else len(param.shape)
     name, count = pattern, 0
     while axis := _first_axis(name):
