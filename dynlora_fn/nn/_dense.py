@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._patterns import match
+from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._view import dense as dense_view

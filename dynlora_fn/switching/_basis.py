@@ -157,7 +157,9 @@ def _draw_in_tiles(sizes: Sequence[tuple[int, int]], index: Tensor, side: Tensor
         count = sum(size[0] for size in group)
         grid = units[block : block + count * length].view(count, length, 4)
         rows = max(_TILE // length, 1)
-        for tile, vectors in zip(grid.split(rows), table[vector : vector + count].split(rows), strict=True):
+        for tile, vectors in zip(
+            torch.split(grid, rows), torch.split(table[vector : vector + count], rows), strict=True
+        ):
             for start in range(0, length, _TILE):
                 _fill(tile[:, start : start + _TILE], vectors, start)
         vector, block = vector + count, block + count * length
