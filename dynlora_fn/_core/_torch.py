@@ -189,7 +189,8 @@ def can_read(tensor: torch.Tensor) -> bool:
 def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether operations on tensors run at once, and nothing traces, maps or records them.
 
-    It is for plain tensors on a CPU or on CUDA. For other tensors the answer is False.
+    A function may then compute its result block by block in newly allocated memory. For other tensors than plain ones
+    on a CPU or on CUDA, the answer is False.
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
@@ -204,14 +205,6 @@ def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
         and not is_functorch_wrapped(tensor)
         for tensor in tensors
     )
-
-
-def runs_at_once(*tensors: torch.Tensor) -> bool:
-    """Return whether operations on tensors run at once, as in `are_immediate`.
-
-    A function may then compute its result block by block in newly allocated memory.
-    """
-    return are_immediate(tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
