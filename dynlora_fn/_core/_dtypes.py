@@ -1,6 +1,7 @@
 """The dtype that sums are computed in, and autocast."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import NamedTuple
 
@@ -10,6 +11,11 @@ import torch
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype to compute sums in: the widest of these, and at least float32."""
     return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in a dtype. A conversion to the same dtype takes as long as a small product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class Autocast(NamedTuple):
@@ -25,7 +31,7 @@ def autocast_now(device_type: str) -> Autocast | None:
 
     The meta device is one.
     """
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type != "cpu" and not torch.amp.is_autocast_available(device_type):
         return None
     return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
@@ -34,4 +40,20 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Disable autocast on a device, if the device has it."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device
         return nullcontext()
+    if not torch.compiler.is_dynamo_compiling() and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+@contextmanager
+def without_cached_casts() -> Iterator[None]:
+    """Let autocast cast a tensor at each use.
+
+    Its cache keeps the cast of each leaf until the outermost autocast ends, so that new leaves in a loop fill it.
+    """
+    is_cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(is_cached)

@@ -82,7 +82,7 @@ class FlatLeaves:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "FlatLeaves":
-        return cls(flatten_tensors(tensors), tensors)
+        return cls(flatten_tensors(list(tensors)), tensors)
 
     @property
     def tensors(self) -> Sequence[Tensor]:

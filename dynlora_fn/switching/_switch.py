@@ -103,8 +103,8 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
         weight = "param", params, plan, incoming
         _check_incoming(*weight)
-        ((base, factors, out),) = _switch_all([weight], is_shared=False)
-        return Switched(LowRank(base, factors, params.seed), out)
+        ((base, factors, removed),) = _switch_all([weight], is_shared=False)
+        return Switched(LowRank(base, factors, params.seed), removed)
     incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
     new: dict[str, Param] = dict(params)
     outgoing: dict[str, AnyFactors] = {}

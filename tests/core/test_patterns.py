@@ -27,5 +27,5 @@ def test_match_selects_names_in_their_order(names, patterns):
     if all(Patterns([pattern]).matching(names) for pattern in patterns):
         assert match(names, patterns, "targets") == matching
     else:
-        with pytest.raises(ValueError, match="`targets` contains .*, which matches no name; use names or globs of"):
+        with pytest.raises(ValueError, match=r"`targets` contains .*, which matches no name; use names or globs of"):
             match(names, patterns, "targets")
