@@ -47,9 +47,15 @@ def environment(options: Options) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
-        "command": " ".join(["python -m", "bench." + Path(sys.argv[0]).stem, *_arguments()]),
+        "command": " ".join(["python -m", _program(), *_arguments()]),
         "load": os.getloadavg()[0],
     }
+
+
+def _program() -> str:
+    """Return the name of the benchmark, which is that of its folder if it is a package."""
+    path = Path(sys.argv[0])
+    return f"bench.{path.parent.name if path.stem == '__main__' else path.stem}"
 
 
 def _arguments() -> list[str]:

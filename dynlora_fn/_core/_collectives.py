@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._attached import is_attached
-from dynlora_fn._core._torch import C10D, forward_levels, is_transformed
+from dynlora_fn._core._func_scope import is_in_func
+from dynlora_fn._core._torch import C10D, forward_levels
 from dynlora_fn._core._types import Sharding
 
 
@@ -82,7 +83,7 @@ def refuse_derivatives(tensor: Tensor) -> None:
     Raises:
         NotImplementedError: If the tensor is differentiated.
     """
-    if is_attached(tensor) and (is_transformed() or forward_levels()):
+    if is_attached(tensor) and (is_in_func() or forward_levels()):
         raise NotImplementedError(
             f"a tensor of shape {tuple(tensor.shape)} that is sent to other processes is differentiated in forward mode"
             " or by `torch.func`, where a collective has no derivative; detach it, or use `torch.autograd`"

@@ -1,6 +1,7 @@
 """The dtype that sums are computed in, and autocast."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import NamedTuple
 
@@ -35,3 +36,17 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     if not torch.amp.is_autocast_available(device_type):  # the meta device
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+@contextmanager
+def without_cached_casts() -> Iterator[None]:
+    """Let autocast cast a tensor at each use.
+
+    Its cache keeps the cast of each leaf until the outermost autocast ends, so that new leaves in a loop fill it.
+    """
+    is_cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(is_cached)

@@ -16,6 +16,7 @@ from torch._subclasses import DynamicOutputShapeException as DynamicOutputShapeE
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch.distributed import _functional_collectives
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -62,7 +63,17 @@ USED = (
     "torch._C._functorch.maybe_get_level",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._is_fwd_grad_enabled",
+    "torch._C._nn.flatten_dense_tensors",
+    "torch._C._nn.unflatten_dense_tensors",
     "torch._dynamo.config.trace_autograd_ops",
+    "torch._foreach_add",
+    "torch._foreach_clamp_min",
+    "torch._foreach_div",
+    "torch._foreach_mul",
+    "torch._foreach_neg",
+    "torch._foreach_sign",
+    "torch._foreach_sqrt",
+    "torch._foreach_sub",
     "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
@@ -96,6 +107,17 @@ functional_collectives = _functional_collectives
 C10D: Any = torch.ops._c10d_functional
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
+# One operation on each tensor of a list. The bits are those of the operation on one tensor.
+foreach_add: Callable[..., Sequence[torch.Tensor]] = torch._foreach_add
+foreach_clamp_min: Callable[..., Sequence[torch.Tensor]] = torch._foreach_clamp_min
+foreach_div: Callable[..., Sequence[torch.Tensor]] = torch._foreach_div
+foreach_mul: Callable[..., Sequence[torch.Tensor]] = torch._foreach_mul
+foreach_neg: Callable[..., Sequence[torch.Tensor]] = torch._foreach_neg
+foreach_sign: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sign
+foreach_sqrt: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sqrt
+foreach_sub: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sub
+flatten_tensors: Callable[[list[torch.Tensor]], torch.Tensor] = torch._C._nn.flatten_dense_tensors
+unflatten_tensors: Callable[..., Sequence[torch.Tensor]] = torch._C._nn.unflatten_dense_tensors
 grouped_mm: Callable[..., Any] = torch._grouped_mm
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
@@ -161,14 +183,25 @@ def can_read(tensor: torch.Tensor) -> bool:
     return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
 
 
-def runs_at_once(*tensors: torch.Tensor) -> bool:
+def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether operations on tensors run at once, and nothing traces, maps or records them.
 
-    A function may then compute its result block by block in newly allocated memory.
+    A function may then compute its result block by block in newly allocated memory. It is for plain tensors on a CPU or
+    on CUDA. For other tensors the answer is False.
     """
-    if torch.compiler.is_compiling() or is_transformed() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
-    return all(type(tensor) is torch.Tensor and not is_tracked(tensor) for tensor in tensors)
+    if is_transformed() or forward_levels() > 0:
+        return False
+    is_recording = torch.is_grad_enabled()
+    return all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and (tensor.is_cpu or tensor.is_cuda)
+        and tensor.layout == torch.strided
+        and not (is_recording and tensor.requires_grad)
+        and not is_functorch_wrapped(tensor)
+        for tensor in tensors
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -231,6 +264,11 @@ def without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
 def is_transformed() -> bool:
     """Return whether a transform of `torch.func` is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_traced() -> bool:
+    """Return whether Dynamo, `torch.export` or `make_fx` is tracing."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:

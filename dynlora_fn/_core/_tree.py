@@ -32,7 +32,7 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
     They are the tensor itself, or the inner tensors of a subclass such as torchao's.
     """
-    if not is_traceable_wrapper_subclass(tensor):
+    if type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from dynlora_fn._core._torch import runs_at_once, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from dynlora_fn._core._torch import are_immediate, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from dynlora_fn.bases._base import StoredBase, as_base
 
 
@@ -28,7 +28,7 @@ def stack_bases(members: Iterable[StoredBase], stack: Sequence[int]) -> StoredBa
     members = iter(members)
     first = next(members)
     leaves, structure = tree_flatten(first)
-    if not runs_at_once(*leaves):
+    if not are_immediate(leaves):
         return _stack_at_once([first, *members], stack)
     stacks = [leaf.new_empty((prod(stack), *leaf.shape)) for leaf in leaves]
     for index, member in enumerate(chain([first], members)):

@@ -22,6 +22,7 @@ from dynlora_fn._core._tree import inner_tensors
 from dynlora_fn.compile._arguments import Calls, named_leaves
 from dynlora_fn.compile._donation import Donated, consume
 from dynlora_fn.compile._memory import sharing
+from dynlora_fn.compile._structure import Pair, mismatch, pair_leaves
 
 # What `aux` may contain beside tensors. Anything else may contain tensors of the state, which would be written over.
 _WITHOUT_TENSORS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
@@ -83,10 +84,13 @@ def compile_step(
         if not donate:
             return None, Step(new_state, aux)
         # An exception raised here would reach the caller as an error of the compiler.
-        if problem := _mismatch(state, new_state) or _unknown_object(aux):
+        pairs: list[Pair] = []
+        if not pair_leaves(state, new_state, pairs):
+            return "`step` changes the structure of its state; return the same structure, or pass donate=False", None
+        if problem := mismatch(state, pairs) or _unknown_object(aux):
             return problem, None
-        aux = _keep_values(aux, state, share_memory)
-        _write(state, new_state)
+        aux = _keep_values(aux, [old for old, _ in pairs], share_memory)
+        _write(pairs)
         return None, aux
 
     def note_call(_: Any) -> None:
@@ -158,20 +162,6 @@ def _problem_of_view(
     return f"`{name}` shares memory with the donated `state` tensor at {owner}; pass a clone, or donate=False"
 
 
-def _mismatch(state: Any, new_state: Any) -> str | None:
-    """Describe how the new state differs in structure, shape or dtype, if it does."""
-    old_leaves, structure = tree_flatten(state)
-    new_leaves, new_structure = tree_flatten(new_state)
-    if structure != new_structure:
-        return "`step` changes the structure of its state; return the same structure, or pass donate=False"
-    for index, (old, new) in enumerate(zip(old_leaves, new_leaves, strict=True)):
-        if old.shape != new.shape or old.dtype != new.dtype:
-            name = keystr(tree_flatten_with_path(state)[0][index][0])
-            change = f"from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype}, at {name}"
-            return f"`step` changes a state tensor {change}; keep shapes and dtypes, or pass donate=False"
-    return None
-
-
 def _unknown_object(aux: Any) -> str | None:
     """Describe an object in `aux` that may contain tensors of the state, if there is one."""
     for index, leaf in enumerate(tree_leaves(aux)):
@@ -181,18 +171,18 @@ def _unknown_object(aux: Any) -> str | None:
     return None
 
 
-def _keep_values(aux: Any, state: Any, share_memory: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
+def _keep_values(aux: Any, old: list[Tensor], share_memory: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
     """Clone those tensors of `aux` that share memory with the state, since the state is about to be written over."""
     leaves, structure = tree_flatten(aux)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    is_shared = iter(share_memory(tensors, tree_leaves(state)))
+    is_shared = iter(share_memory(tensors, old))
     leaves = [leaf.clone() if isinstance(leaf, Tensor) and next(is_shared) else leaf for leaf in leaves]
     return tree_unflatten(leaves, structure)
 
 
-def _write(state: Any, new_state: Any) -> None:
-    pairs = [(old, new) for old, new in zip(tree_leaves(state), tree_leaves(new_state), strict=True) if new is not old]
-    inner = [pair for old, new in pairs for pair in zip(inner_tensors(old), inner_tensors(new), strict=True)]
+def _write(pairs: list[Pair]) -> None:
+    changed = [(old, new) for old, new in pairs if new is not old]
+    inner = [pair for old, new in changed for pair in zip(inner_tensors(old), inner_tensors(new), strict=True)]
     # Clone first: a new leaf may be an old one, or a view of it, that another write would overwrite.
     for old, new in [(old, new.clone()) for old, new in inner]:
         old.copy_(new)

@@ -1,6 +1,6 @@
 """Tensors that are formed when a file is written, one at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -24,3 +24,8 @@ class LazyTensor(NamedTuple):
 def lazy(tensor: Tensor) -> LazyTensor:
     """Return a tensor that exists already as a lazy one."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
+
+
+def bytes_of(tensors: Mapping[str, LazyTensor]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())

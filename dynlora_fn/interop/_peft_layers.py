@@ -25,7 +25,10 @@ class Pair(NamedTuple):
 def aliases_of(model: nn.Module) -> dict[str, list[str]]:
     """Return all names of each parameter, itself included."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    return {name: [other for other in named if named[other] is named[name]] for name in named}
+    names: dict[int, list[str]] = {}
+    for name, parameter in named.items():
+        names.setdefault(id(parameter), []).append(name)
+    return {name: names[id(parameter)] for name, parameter in named.items()}
 
 
 def kind_of_layer(model: nn.Module, name: str) -> str:

@@ -4,23 +4,50 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynlora_fn._core._check import check_module, check_path
+from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param
+from dynlora_fn._core._tree import tensor_of
+from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, Param
 from dynlora_fn.interop._init import init
+from dynlora_fn.interop._peft_alphas import alphas
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, factors_of
-from dynlora_fn.interop._safetensors import open_weights, read_json
+from dynlora_fn.interop._safetensors import Weights, open_weights, read_json
+
+
+class PairInFile(NamedTuple):
+    """The keys of the factors of one layer, which are read when they are needed."""
+
+    up: str
+    down: str
+    scale: float  # multiplies `up`
+
+    def read(self, weights: Weights) -> Pair:
+        """Read the factors, in float32."""
+        return Pair(weights[self.up].flatten(1).float() * self.scale, weights[self.down].float())
+
+    def on_meta(self, weights: Weights) -> Pair:
+        """Return the factors without data."""
+        up, down = (torch.empty(weights.shape(key), device="meta") for key in (self.up, self.down))
+        return Pair(up.flatten(1), down)
+
 
 _REFUSED = ("use_dora", "lora_bias", "use_qalora", "layer_replication", "trainable_token_indices", "target_parameters")
 
 
 def load_adapter(
-    model: nn.Module, folder: Path | str, *, seed: int, dtype: torch.dtype = torch.float32, stack: bool = True
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    stack: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Param]:
     """Return the parameters of a model with a PEFT LoRA adapter as their factors.
 
@@ -34,6 +61,8 @@ def load_adapter(
         seed: The seed of the bases from which later switches draw, as in `init`.
         dtype: The dtype of the factors, as in `init`.
         stack: Whether repeated weights are stacked, as in `init`.
+        progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
+            Default None means no reports.
 
     Returns:
         The parameters, as `init` returns them.
@@ -53,27 +82,40 @@ def load_adapter(
     """
     check_module("model", model)
     check_path("folder", folder)
+    check_progress(progress)
     folder = Path(folder)
-    config, weights = _read_config(folder), dict(open_weights(folder / WEIGHTS))
-    pairs, dense = _pairs_and_dense(model, config, weights)
-    ranks = {name: pair.down.shape[0] for name, pair in pairs.items()}
-    originals = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    params = init(model, rank=ranks, seed=seed, targets=list(ranks), start="lora", dtype=dtype, stack=stack)
-    for pattern, param in params.items():
-        if isinstance(param, LowRank):
+    config = _read_config(folder)
+    with open_weights(folder / WEIGHTS) as weights:
+        pairs, dense = _pairs_and_dense(model, config, weights)
+        ranks = {name: weights.shape(pair.down)[0] for name, pair in pairs.items()}
+        params = init(model, rank=ranks, seed=seed, targets=list(ranks), start="lora", dtype=dtype, stack=stack)
+        report = reporter(progress, sum(_bytes_to_load(param) for param in params.values()))
+        originals = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for pattern, param in params.items():
             names = list(unstack({pattern: param}))
-            factors = [factors_of(model, name, pairs[name], tuple(originals[name].shape)) for name in names]
-            b, a = (torch.stack(side).to(dtype) for side in zip(*factors, strict=True))
-            shapes = param.factors.b.shape, param.factors.a.shape
-            params[pattern] = param._replace(factors=Factors(b.reshape(shapes[0]), a.reshape(shapes[1])))
-        else:
-            names = list(unstack({pattern: param}))
-            if isinstance(param, FrozenTensor) and not dense.keys() & names:
-                continue
-            members = [dense.get(name, originals[name]).to(originals[name].dtype) for name in names]
-            tensor = torch.stack(members).reshape(param.shape)
-            params[pattern] = FrozenTensor(tensor) if isinstance(param, FrozenTensor) else tensor
+            if isinstance(param, LowRank):
+                params[pattern] = param._replace(factors=_read_factors(model, weights, pairs, names, param.factors))
+            elif not dense.keys().isdisjoint(names):
+                members = [weights[dense[name]] if name in dense else originals[name] for name in names]
+                tensor = torch.stack([member.to(originals[names[0]].dtype) for member in members]).reshape(param.shape)
+                params[pattern] = FrozenTensor(tensor) if isinstance(param, FrozenTensor) else tensor
+            report(_bytes_to_load(param))
     return params
+
+
+def _bytes_to_load(param: Param) -> int:
+    return sum(side.nbytes for side in param.factors[:2]) if isinstance(param, LowRank) else tensor_of(param).nbytes
+
+
+def _read_factors(
+    model: nn.Module, weights: Weights, pairs: Mapping[str, PairInFile], names: list[str], like: AnyFactors
+) -> Factors:
+    """Return the factors of a stack of weights, or of one."""
+    read = [
+        factors_of(model, name, pairs[name].read(weights), tuple(model.get_parameter(name).shape)) for name in names
+    ]
+    b, a = (torch.stack(side).to(like.b.dtype) for side in zip(*read, strict=True))
+    return Factors(b.reshape(like.b.shape), a.reshape(like.a.shape))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -107,59 +149,57 @@ def _is_number(value: object) -> bool:
 
 
 def _pairs_and_dense(
-    model: nn.Module, config: dict[str, Any], weights: Mapping[str, Tensor]
-) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-    """Return the scaled factors and the dense tensors of a file, by the names of the model."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    pairs: dict[str, Pair] = {}
-    dense: dict[str, Tensor] = {}
-    for key, tensor in weights.items():
+    model: nn.Module, config: dict[str, Any], weights: Weights
+) -> tuple[dict[str, PairInFile], dict[str, str]]:
+    """Return where the factors and the dense tensors of a file are, by the names of the model."""
+    parameters, alpha_of = dict(model.named_parameters(remove_duplicate=False)), alphas(config)
+    pairs: dict[str, PairInFile] = {}
+    dense: dict[str, str] = {}
+    for key in weights:
         layer, _, kind = key.removeprefix(PREFIX).partition(".lora_")
         name = f"{layer}.weight" if kind else layer.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if name not in parameters:
             raise ValueError(
-                f"the adapter has {key!r} of shape {tuple(tensor.shape)}, but the model has no {name!r}; "
+                f"the adapter has {key!r} of shape {weights.shape(key)}, but the model has no {name!r}; "
                 "load it into the model that it was made for"
             )
         if not kind:
-            if tensor.shape != parameters[name].shape:
+            if weights.shape(key) != parameters[name].shape:
                 raise ValueError(
-                    f"the adapter has shape {tuple(tensor.shape)} for {key!r}, but the model has "
+                    f"the adapter has shape {weights.shape(key)} for {key!r}, but the model has "
                     f"{tuple(parameters[name].shape)}; load it into the model that it was made for"
                 )
-            dense[name] = tensor
+            dense[name] = key
         elif kind.removesuffix(".weight") in ("A", "embedding_A"):
             other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
             if other not in weights:
                 raise ValueError(f"the adapter has {key!r} but no {other!r}; write both factors of every layer")
-            pairs[name] = Pair(
-                weights[other].flatten(1).float() * _scale(config, layer, tensor.shape[0]), tensor.float()
-            )
-    return _merge_tied(model, pairs), dense
+            rank = weights.shape(key)[0]
+            scale = alpha_of(layer) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            pairs[name] = PairInFile(up=other, down=key, scale=scale)
+            # Shapes are checked before anything is computed.
+            factors_of(model, name, pairs[name].on_meta(weights), tuple(parameters[name].shape))
+    return _merge_tied(model, weights, pairs), dense
 
 
-def _merge_tied(model: nn.Module, pairs: dict[str, Pair]) -> dict[str, Pair]:
+def _merge_tied(model: nn.Module, weights: Weights, pairs: dict[str, PairInFile]) -> dict[str, PairInFile]:
     """Keep the first name of tied weights, whose layers must all have the same factors.
 
     PEFT adapts each layer; in `params` a tied weight is one parameter.
     """
     merged, aliases = {}, aliases_of(model)
     for name, pair in pairs.items():
-        first, shape = aliases[name][0], tuple(model.get_parameter(name).shape)
-        factors = factors_of(model, name, pair, shape)
+        first = aliases[name][0]
+        merged[first] = pairs.get(first, pair)
+        if len(aliases[name]) == 1:
+            continue
+        shape = tuple(model.get_parameter(name).shape)
+        factors = factors_of(model, name, pair.read(weights), shape)
         for other in aliases[name]:
-            other_factors = factors_of(model, other, pairs[other], shape) if other in pairs else None
-            if other_factors is None or not all(map(torch.equal, other_factors, factors)):
+            others = factors_of(model, other, pairs[other].read(weights), shape) if other in pairs else None
+            if others is None or not all(map(torch.equal, others, factors)):
                 raise ValueError(
                     f"the adapter has different factors for the tied weights {other!r} and {name!r}; "
                     "adapt both alike, or untie them in the model"
                 )
-        merged[first] = pairs[first]
     return merged
-
-
-def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
-    alphas = config.get("alpha_pattern") or {}
-    matching = next((alpha for pattern, alpha in alphas.items() if re.match(rf"(.*\.)?({pattern})$", layer)), None)
-    alpha: float = config["lora_alpha"] if matching is None else matching
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

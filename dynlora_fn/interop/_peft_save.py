@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_integer, check_module, check_path
+from dynlora_fn._core._progress import Progress, check_progress
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.interop._arguments import check_tensors
-from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, as_layer, kind_of_layer
-from dynlora_fn.interop._save import save_merged, save_weights
-from dynlora_fn.interop._state_dict import state_dict
-from dynlora_fn.interop._truncated_svd import truncated_svd
-from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
+from dynlora_fn.interop._lazy import LazyTensor, bytes_of
+from dynlora_fn.interop._peft_factors import AdapterFactors
+from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, aliases_of, kind_of_layer
+from dynlora_fn.interop._save import part_of, save_merged, write
+from dynlora_fn.interop._state_dict import lazy_state_dict
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def save_adapter(
     *,
     original: Mapping[str, Tensor] | None = None,
     rank: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Write a PEFT LoRA adapter, and return the error of each weight.
 
@@ -46,6 +48,8 @@ def save_adapter(
         original: The state dict of the model that the adapter is for. Default None writes the factors.
         rank: The rank of the decompositions. Default None means the rank of each parameter. Nothing is lost at twice
             the number of vectors that were ever in a slot.
+        progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
+            Default None means no reports.
 
     Returns:
         The relative error of the change of each low-rank weight in the Frobenius norm; zeros without `original`.
@@ -71,30 +75,31 @@ def save_adapter(
     if original is not None:
         check_tensors("original", original)
     if rank is not None:
-        check_integer("rank", rank, least=1)
+        rank = check_integer("rank", rank, least=1)
     if rank is not None and original is None:
         raise ValueError(
             f"`rank` is {rank} without `original`, but then the factors are written unchanged; pass `original` too"
         )
-    folder, pairs, errors = Path(folder), {}, {}
-    aliases = aliases_of(model)
+    check_progress(progress)
+    folder, aliases, factors = Path(folder), aliases_of(model), AdapterFactors(model, original, rank)
     for name, param in unstack(params).items():
         if name not in aliases:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
         if isinstance(param, LowRank):
-            view = view_of(name, param, model.get_parameter(name).shape)
-            pair, errors[name] = _pair(view) if original is None else _change(view, original, rank)
-            pairs.update({other: as_layer(model, other, pair, view.shape) for other in aliases[name]})
-    entries = {key: tensor for name, pair in pairs.items() for key, tensor in _entries(model, name, pair).items()}
-    config = _config(model, pairs)
+            factors.add(name, param, aliases[name])
+    config = _config(model, factors.ranks)
     if original is None:
-        save_merged(model, {name: _without_product(param) for name, param in params.items()}, folder / "base")
-        config["base_model_name_or_path"] = str(folder / "base")
+        base = {name: _without_product(param) for name, param in params.items()}
+        base_bytes, entries = bytes_of(lazy_state_dict(model, base)), factors.entries
     else:
-        entries |= _changed_dense(model, state_dict(model, params), original, pairs, config)
-    save_weights(entries, folder / WEIGHTS, metadata={"format": "pt"})
+        base_bytes, entries = 0, factors.entries | _changed_dense(model, params, original, factors.ranks, config)
+    total = base_bytes + bytes_of(entries)
+    if original is None:
+        save_merged(model, base, folder / "base", progress=part_of(progress, 0, total))
+        config["base_model_name_or_path"] = str(folder / "base")
+    write(entries, folder / WEIGHTS, metadata={"format": "pt"}, progress=part_of(progress, base_bytes, total))
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    return errors
+    return factors.errors
 
 
 def _without_product(param: Param) -> Param:
@@ -103,89 +108,39 @@ def _without_product(param: Param) -> Param:
     return param._replace(factors=param.factors._replace(b=torch.zeros_like(param.factors.b)))
 
 
-def _entries(model: nn.Module, name: str, pair: Pair) -> dict[str, Tensor]:
-    kind, layer = kind_of_layer(model, name), PREFIX + name.rpartition(".")[0]
-    if kind == "embedding":
-        return {f"{layer}.lora_embedding_A": pair.down, f"{layer}.lora_embedding_B": pair.up}
-    up = pair.up
-    if kind == "convolution":
-        up = up.reshape(*up.shape, *(1 for _ in pair.down.shape[2:]))
-    return {f"{layer}.lora_A.weight": pair.down, f"{layer}.lora_B.weight": up}
-
-
-def _pair(view: View) -> tuple[Pair, float]:
-    """Return ``up @ down = b @ a / rank``. The rank of a fused weight is the sum of the ranks of its parts."""
-    view = gathered(view)
-    ups = [part.factors.b.float() / part.factors.b.shape[-1] for part in view.parts]
-    downs = [part.factors.a.float() for part in view.parts]
-    if view.parts[0].seed.ndim:
-        raise ValueError(
-            f"`params` has the stack {view.name!r}, for which PEFT has no LoRA; write the model with `save_merged`"
-        )
-    if view.axis == ROWS:
-        return Pair(_block_diagonal(ups), torch.cat(downs)), 0.0
-    return Pair(torch.cat(ups, dim=1), _block_diagonal(downs)), 0.0
-
-
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return matrix
-
-
-def _change(view: View, original: Mapping[str, Tensor], rank: int | None) -> tuple[Pair, float]:
-    """Return the change of a weight as two factors of a rank, and the relative error of cutting it to that rank."""
-    before = original.get(view.name)
-    if before is None or tuple(before.shape) != view.shape:
-        found = "nothing" if before is None else f"shape {tuple(before.shape)}"
-        raise ValueError(
-            f"`original` has {found} for {view.name!r} of shape {view.shape}; pass the state dict of this model"
-        )
-    change = dense(view).double()
-    change -= before.to(change.device)
-    change = change.flatten(1)
-    norm = change.norm()
-    if not norm.isfinite():
-        raise ValueError(
-            f"`params` or `original` has {view.name!r} with entries that are not finite; use weights of a step before"
-        )
-    rank = min(rank or sum(part.factors.b.shape[-1] for part in view.parts), *change.shape)
-    u, s, vh = truncated_svd(change, rank)
-    change.addmm_(u * s, vh, alpha=-1)
-    error = (change.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)).item()
-    root = s.sqrt()
-    return Pair((u * root).float(), (root[:, None] * vh).float()), error
-
-
 def _changed_dense(
     model: nn.Module,
-    weights: Mapping[str, Tensor],
+    params: Params,
     original: Mapping[str, Tensor],
-    pairs: Mapping[str, Pair],
+    adapted: Collection[str],
     config: dict[str, Any],
-) -> dict[str, Tensor]:
+) -> dict[str, LazyTensor]:
     """Return the parameters that are not low-rank and differ from the original, and enter them into `config`.
 
     Those are biases of adapted layers, and all parameters of other layers.
     """
-    adapted = {name.rpartition(".")[0] for name in pairs}
-    parents = {layer[: match.start()] for layer in adapted for match in re.finditer(r"\.", layer)} | {""}
+    weights = lazy_state_dict(model, params)
+    adapted_layers = {name.rpartition(".")[0] for name in adapted}
+    parents = {layer[: match.start()] for layer in adapted_layers for match in re.finditer(r"\.", layer)} | {""}
     changed, layers = {}, set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in pairs:
+        if name in adapted:
             continue
-        if name not in original or original[name].shape != parameter.shape:
-            found = f"shape {tuple(original[name].shape)}" if name in original else "nothing"
+        before = original.get(name)
+        if before is None or before.shape != parameter.shape:
+            found = "nothing" if before is None else f"shape {tuple(before.shape)}"
             raise ValueError(
                 f"`original` has {found} for {name!r} of shape {tuple(parameter.shape)}; "
                 "pass the state dict of this model"
             )
-        if torch.equal(weights[name], original[name].to(weights[name])):
+        weight = weights[name].read()
+        if torch.equal(weight, before.to(weight)):
             continue
         layer, _, leaf_name = name.rpartition(".")
-        if layer in adapted and leaf_name == "bias":
+        if layer in adapted_layers and leaf_name == "bias":
             changed[f"{PREFIX}{layer}.base_layer.bias"] = weights[name]
             config["bias"] = "all"
-        elif layer in adapted | parents:
+        elif layer in adapted_layers | parents:
             raise ValueError(
                 f"`params` has a changed {name!r}, which PEFT cannot save beside an adapter; "
                 "freeze it, or write the model with `save_merged`"
@@ -197,12 +152,12 @@ def _changed_dense(
     return changed
 
 
-def _config(model: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Any]:
+def _config(model: nn.Module, rank_by_name: Mapping[str, int]) -> dict[str, Any]:
     """Return PEFT's configuration, with alpha equal to the rank, since the scale is in `b`.
 
     `target_modules` is a regular expression, which PEFT matches against full names.
     """
-    ranks = {name.rpartition(".")[0]: pair.up.shape[1] for name, pair in pairs.items()}
+    ranks = {name.rpartition(".")[0]: rank for name, rank in rank_by_name.items()}
     if not ranks:
         raise ValueError("`params` has no low-rank weight to write as an adapter; make them with `init` and `targets`")
     largest = max(ranks.values())
@@ -214,7 +169,7 @@ def _config(model: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Any]:
         "rank_pattern": smaller,
         "alpha_pattern": smaller,
         "target_modules": "|".join(re.escape(layer) for layer in ranks),
-        "fan_in_fan_out": any(kind_of_layer(model, name) == "transposed" for name in pairs),
+        "fan_in_fan_out": any(kind_of_layer(model, name) == "transposed" for name in rank_by_name),
         "bias": "none",
         "inference_mode": True,
         "task_type": None,

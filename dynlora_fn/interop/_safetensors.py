@@ -48,7 +48,8 @@ class Weights(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        return self._read(name, lambda handle: tuple(handle.get_slice(name).get_shape()))
+        shape: tuple[int, ...] = self._read(name, lambda handle: tuple(handle.get_slice(name).get_shape()))
+        return shape
 
     def __contains__(self, name: object) -> bool:
         return name in self._paths
@@ -99,7 +100,8 @@ def open_weights(path: Path | str) -> Weights:
     """Return the weights in a file or folder, each read when it is accessed.
 
     A folder contains model.safetensors, or shards with an index. Only names are read here. With a model on the meta
-    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters.
+    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters. Files
+    are not mapped. Each is opened once and stays open, see `Weights.close`.
 
     Args:
         path: The file or folder.

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_by_name, check_path, described
 from dynlora_fn._core._progress import Progress, check_progress, reporter
+from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import Params
 from dynlora_fn.interop._arguments import check_tensors
-from dynlora_fn.interop._lazy import LazyTensor, lazy
+from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
 from dynlora_fn.interop._safetensors import SINGLE, safetensors
 from dynlora_fn.interop._state_dict import lazy_state_dict, state_dict
 
@@ -48,7 +49,8 @@ def save_weights(
 
     Raises:
         TypeError: If a weight is no tensor, or another argument has a wrong type.
-        ValueError: If a weight is sparse or on the meta device, or `file` exists and is no file.
+        ValueError: If a weight is sparse, on the meta device, or a subclass of tensors such as torchao's; or if `file`
+            exists and is no regular file.
         ImportError: If the extra `files` is not installed.
 
     Example:
@@ -85,12 +87,17 @@ def write(
 ) -> None:
     """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them."""
     header, names = _header(weights, metadata)
-    report = reporter(progress, sum(weight.nbytes for weight in weights.values()))
+    report = reporter(progress, bytes_of(weights))
     with _replacing(Path(file)) as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for name in names:
             stream.write(_content(name, weights[name].read()))
             report(weights[name].nbytes)
+
+
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return a function that reports the progress of one of several files, after `before` bytes of `total`."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
@@ -110,13 +117,17 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     return content + b" " * (-len(content) % 8), names
 
 
-def _content(name: str, tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
-        kind = "on the meta device" if tensor.device.type == "meta" else f"of layout {tensor.layout}"
+def _content(name: str, tensor: Tensor) -> Any:
+    """Return a buffer with a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
+    kinds = {
+        f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
+        f"of layout {tensor.layout}": tensor.layout != torch.strided,
+        "on the meta device": tensor.device.type == "meta",
+    }
+    if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
         raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return plain.reshape(-1).view(torch.uint8).numpy()
 
 
 @contextmanager
@@ -168,7 +179,10 @@ def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progres
     check_path("folder", folder)
     check_progress(progress)
     save = getattr(model, "save_pretrained", None)
+    weights = lazy_state_dict(model, params)
     if save is not None and "state_dict" in inspect.signature(save).parameters:
+        report = reporter(progress, bytes_of(weights))
         save(folder, state_dict=state_dict(model, params))
+        report(bytes_of(weights))
     else:
-        write(lazy_state_dict(model, params), Path(folder) / SINGLE, progress=progress)
+        write(weights, Path(folder) / SINGLE, progress=progress)

@@ -79,7 +79,8 @@ def _tolerance(total: float, captured: float) -> float:
 
 
 def _orthonormal_rows(block: Tensor) -> Tensor:
-    return torch.linalg.qr(block.mT).Q.mT.contiguous()
+    columns: Tensor = torch.linalg.qr(block.mT).Q
+    return columns.mT.contiguous()
 
 
 def _random(*shape: int, like: Tensor) -> Tensor:

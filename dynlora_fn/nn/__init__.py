@@ -7,6 +7,7 @@
 from dynlora_fn.nn._call import call as call
 from dynlora_fn.nn._contraction_paths import ContractionPath as ContractionPath
 from dynlora_fn.nn._dense import dense as dense
+from dynlora_fn.nn._differentiate import ValueAndGrad as ValueAndGrad
 from dynlora_fn.nn._explain import Cost as Cost
 from dynlora_fn.nn._explain import DenseUse as DenseUse
 from dynlora_fn.nn._explain import Explanation as Explanation
@@ -15,5 +16,4 @@ from dynlora_fn.nn._linear import linear as linear
 from dynlora_fn.nn._register import register_rule as register_rule
 from dynlora_fn.nn._remat import checkpoint_contexts as checkpoint_contexts
 from dynlora_fn.nn._remat import remat as remat
-from dynlora_fn.nn._value_and_grad import ValueAndGrad as ValueAndGrad
 from dynlora_fn.nn._value_and_grad import value_and_grad as value_and_grad

@@ -40,22 +40,39 @@ def _unit_flops(product: str) -> tuple[int, str]:
     return flop_count(dimensions, True, 2, dict.fromkeys(dimensions, 1)), dimensions
 
 
+_DIMENSIONS = tuple(sorted({_unit_flops(product)[1] for products in PRODUCTS.values() for product in products}))
+
+
+def _coefficients(products: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the FLOPs of some products for sizes of 1, by the dimensions in `_DIMENSIONS`."""
+    units = [_unit_flops(product) for product in products]
+    return tuple(sum(count for count, dimensions in units if dimensions == wanted) for wanted in _DIMENSIONS)
+
+
 # Counted at import: Dynamo would trace the counting for each weight.
-_UNIT_FLOPS = {path: [_unit_flops(product) for product in products] for path, products in PRODUCTS.items()}
+_COEFFICIENTS = {path: _coefficients(products) for path, products in PRODUCTS.items()}
 
 
 def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int) -> int:
     """Return the FLOPs of a forward and backward pass along a path, or of ``"full"`` rank."""
-    sizes = {"n": tokens, "o": out_features, "i": in_features, "r": rank}
-    return sum(count * prod([sizes[dimension] for dimension in dimensions]) for count, dimensions in _UNIT_FLOPS[path])
+    return _total(path, _terms(tokens, out_features, in_features, rank))
 
 
 def cheapest_path(*, tokens: int, out_features: int, in_features: int, rank: int) -> ContractionPath:
     """Return the path with the fewest `flops`. Of equals, the first in `ContractionPath` is taken."""
-    sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
-    costs = {path: flops(path, **sizes) for path in get_args(ContractionPath)}
+    terms = _terms(tokens, out_features, in_features, rank)
+    costs = {path: _total(path, terms) for path in get_args(ContractionPath)}
     best: ContractionPath = "factored"
     for path, cost in costs.items():  # comparisons instead of `min`, since Dynamo traces them for dynamic shapes
         if cost < costs[best]:
             best = path
     return best
+
+
+def _terms(tokens: int, out_features: int, in_features: int, rank: int) -> list[int]:
+    sizes = {"n": tokens, "o": out_features, "i": in_features, "r": rank}
+    return [prod([sizes[dimension] for dimension in dimensions]) for dimensions in _DIMENSIONS]
+
+
+def _total(path: str, terms: list[int]) -> int:
+    return sum([count * term for count, term in zip(_COEFFICIENTS[path], terms, strict=True)])

@@ -14,7 +14,9 @@ from dynlora_fn._core._check import check_module
 from dynlora_fn._core._dtypes import Autocast, autocast_now
 from dynlora_fn._core._patterns import match
 from dynlora_fn._core._torch import (
+    are_transforms_active,
     forward_levels,
+    is_traced,
     tree_flatten,
     tree_leaves,
     tree_map,
@@ -221,8 +223,8 @@ class _Recomputed(torch.autograd.Function):
             filled = (next(remaining) if needed else t for t, needed in zip(tensors, is_needed, strict=True))
             return ctx.run(*filled)
 
-        _, pull_back = torch.func.vjp(run, *compress(tensors, is_needed))  # type: ignore[misc]
-        gradients = iter(pull_back(grads if len(grads) > 1 else grads[0]))
+        pull_back = _pull_back_in_func if _needs_func() else _pull_back
+        gradients = iter(pull_back(run, list(compress(tensors, is_needed)), grads))
         return None, None, *(next(gradients) if needed else None for needed in is_needed)
 
     @staticmethod
@@ -232,3 +234,29 @@ class _Recomputed(torch.autograd.Function):
         batched = torch.vmap(run, in_dims=in_dims[2:], randomness=info.randomness)
         output = _Recomputed.apply(batched, argument_count, *tensors)  # type: ignore[no-untyped-call]
         return output, tree_map(lambda leaf: 0, output)
+
+
+def _needs_func() -> bool:
+    """Return whether something differentiates, maps or traces the backward pass."""
+    return torch.is_grad_enabled() or are_transforms_active() or forward_levels() > 0 or is_traced()
+
+
+def _pull_back_in_func(
+    run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]
+) -> Sequence[Tensor | None]:
+    _, pull_back = torch.func.vjp(run, *inputs)  # type: ignore[misc]
+    gradients: tuple[Tensor, ...] = pull_back(grads if len(grads) > 1 else grads[0])
+    return gradients
+
+
+def _pull_back(run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
+    """Return the gradients by the inputs of `run`. Unlike `torch.func.vjp`, autograd frees activations on its way."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        outputs = run(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    attached = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+    if not attached:
+        return [None] * len(inputs)
+    outputs, grads = zip(*attached, strict=True)
+    return torch.autograd.grad(outputs, inputs, grads, allow_unused=True)

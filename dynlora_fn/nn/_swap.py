@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Never
 
 from torch import Tensor, nn
 
+from dynlora_fn._core._func_scope import is_in_place_of_func
 from dynlora_fn._core._torch import is_of_transform
 
 
@@ -53,10 +54,13 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
     A buffer that the model assigns itself stays, as it does when the model is called directly.
 
     Raises:
-        NotImplementedError: If the model assigns a tensor in the place of one of `tensors`, or a buffer that belongs
-            to a transform of `torch.func`. The tensor from before is put back.
+        NotImplementedError: If the model writes a value with a gradient into a buffer, in place of `torch.func`. If the
+            model assigns a tensor in the place of one of `tensors`, or a buffer that belongs
+            to a transform of `torch.func`, or is assigned where autograd runs in place of one. The tensor from before
+            is put back.
     """
     refused: list[Slot] = []
+    attached = {id(slot.tensor) for slot in slots if slot.is_buffer and slot.tensor.requires_grad}
     try:
         for slot in slots:
             if slot.name in tensors:
@@ -69,6 +73,12 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
                 slot.put(slot.tensor)
     if refused:
         refuse_assignment(refused[0])
+    for slot in slots if is_in_place_of_func() else []:
+        if slot.is_buffer and slot.tensor.requires_grad and id(slot.tensor) not in attached:
+            slot.tensor.detach_()
+            raise NotImplementedError(
+                f"`model` writes a value that requires a gradient into the buffer {slot.name!r}; `detach()` the value"
+            )
 
 
 def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
@@ -76,7 +86,7 @@ def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
     now = slot.now
     if placed is not None:
         return now is not placed
-    return now is not None and now is not slot.tensor and is_of_transform(now)
+    return now is not None and now is not slot.tensor and (is_in_place_of_func() or is_of_transform(now))
 
 
 def refuse_assignment(slot: Slot) -> Never:

@@ -1,36 +1,24 @@
 """The value and the gradients of a pure loss function."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from dynlora_fn._core._check import check_callable, check_choice, check_flag, described
+from dynlora_fn._core._func_scope import in_place_of_func, is_in_func
 from dynlora_fn._core._torch import (
     forward_levels,
+    is_traced,
     is_transformed,
     keystr,
     tree_flatten,
     tree_flatten_with_path,
+    tree_leaves,
     tree_map,
-    tree_unflatten,
 )
-
-
-class ValueAndGrad(NamedTuple):
-    """The result of a function that `value_and_grad` returns."""
-
-    value: Any  # the loss, or `(loss, aux)`
-    grads: Any  # a tree with the structure of the first argument
-
-
-class Connections(NamedTuple):
-    """What a loss depends on."""
-
-    on_leaves: bool  # on a leaf that it is differentiated by
-    on_others: bool  # on another tensor that requires a gradient, so that an outer level differentiates gradients too
+from dynlora_fn.nn._differentiate import ValueAndGrad, differentiate, loss_in
 
 
 def value_and_grad(
@@ -42,12 +30,16 @@ def value_and_grad(
     to the first argument. Both ways give the same gradients, and both can be differentiated again. The results require
     a gradient if something does that the loss depends on, as a leaf of the first argument in an outer `value_and_grad`.
 
+    Neither way needs more memory than `torch.autograd.grad`. An outer level that differentiates the gradients needs
+    more, because the backward pass is then recorded, and no activation is freed before its end.
+
     Args:
         loss_fn: The loss. Its first argument is a tree of tensors, which are all differentiated; the other arguments
             may be anything. It returns a 0-d tensor.
-        via: "func" uses `torch.func.grad` and composes with the transforms of `torch.func`. "autograd" uses
-            `torch.autograd.grad`. That permits saved-tensor hooks, and so `torch.utils.checkpoint` inside the loss. It
-            may be inside another "autograd", and around or inside a dual level of `torch.autograd.forward_ad`.
+        via: "func" composes with the transforms of `torch.func`. It uses `torch.func.grad` inside of them, in forward
+            mode, and compiled. Elsewhere it uses `torch.autograd.grad`, which frees activations. "autograd" always uses
+            the latter. It permits saved-tensor hooks, and so `torch.utils.checkpoint` inside the loss. It may be inside
+            another "autograd", and around or inside a dual level of `torch.autograd.forward_ad`.
         has_aux: Whether `loss_fn` returns ``(loss, aux)``. With "func", `aux` contains only tensors.
 
     Returns:
@@ -55,10 +47,16 @@ def value_and_grad(
 
     Raises:
         TypeError: If `loss_fn` is no function, or `has_aux` no flag. In the function, if a leaf of the first argument
-            is not a tensor of a floating dtype, or `loss_fn` does not return a 0-d tensor of one.
+            is not a tensor of a floating dtype, or `loss_fn` does not return a 0-d tensor of one. With "func" also if
+            `aux` contains something other than tensors.
+        RuntimeError: With "func" in the function, if saved-tensor hooks are used around it or inside the loss.
         ValueError: If `via` is neither "func" nor "autograd". In the function with "autograd", if it is called inside a
-            transform of `torch.func`, the loss depends on no leaf, or `loss_fn` changes a leaf in place. With "func"
-            the gradients of a loss that depends on no leaf are zero.
+            transform of `torch.func` or a loss of "func", or if the loss depends on no leaf. With "func" the gradients
+            of such a loss are zero. Also if `loss_fn` changes a leaf in place.
+
+    Numerics: Where torch has two formulas for a derivative, `torch.func.grad` takes the one that can be differentiated
+        again. Those of `silu`, `mish`, `prod`, `group_norm` and `binary_cross_entropy_with_logits` differ by rounding.
+        All other gradients have the same bits in eager mode.
 
     Example:
         >>> import torch
@@ -74,98 +72,60 @@ def value_and_grad(
 def _via_func(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., ValueAndGrad]:
     def checked_loss_fn(*args: Any, **kwargs: Any) -> Any:
         result = loss_fn(*args, **kwargs)
-        _loss_in(result, has_aux)
+        loss_in(result, has_aux)
+        if has_aux and not torch.compiler.is_dynamo_compiling():
+            _check_aux(result[1])
         return result
 
     grad_and_value = torch.func.grad_and_value(checked_loss_fn, has_aux=has_aux)
 
     def function(trainable: Any, *args: Any, **kwargs: Any) -> ValueAndGrad:
         _check_leaves(trainable)
-        grads, value = grad_and_value(trainable, *args, **kwargs)
+        if is_traced() or _needs_func(trainable, args, kwargs):
+            grads, value = grad_and_value(trainable, *args, **kwargs)
+            return ValueAndGrad(value, grads)
+        # `torch.func` records the backward pass too, so that no activation would be freed before its end.
+        aliases, named = tree_map(_alias, (args, kwargs))
+        try:
+            with in_place_of_func():
+                return differentiate(lambda tree: checked_loss_fn(tree, *aliases, **named), trainable, has_aux=has_aux)
+        except RuntimeError as error:
+            if "Inference tensors cannot be saved" not in str(error):
+                raise
+        grads, value = grad_and_value(trainable, *args, **kwargs)  # for a loss that closes over inference tensors
         return ValueAndGrad(value, grads)
 
     return function
 
 
+def _needs_func(trainable: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether autograd would not compute what `torch.func` does.
+
+    Autograd is not seen by transforms, saves no inference tensors, and takes no gradient by an empty tree.
+    """
+    if is_transformed() or forward_levels() or torch.is_inference_mode_enabled() or not tree_leaves(trainable):
+        return True
+    return any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves((trainable, args, kwargs)))
+
+
+def _alias(leaf: Any) -> Any:
+    """Return an alias of a tensor, through which an in-place change leaves the graph of the tensor as it is."""
+    if type(leaf) is not Tensor or (leaf.requires_grad and torch.is_grad_enabled()):
+        return leaf
+    return leaf.detach()
+
+
 def _via_autograd(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., ValueAndGrad]:
     def function(trainable: Any, *args: Any, **kwargs: Any) -> ValueAndGrad:
-        if is_transformed():
+        if is_in_func():
             raise ValueError(
                 "`via` is 'autograd' inside a transform of `torch.func`, which does not see what `torch.autograd.grad`"
                 " computes; use via='func'"
             )
         _check_leaves(trainable)
-        leaves, structure = tree_flatten(trainable)
-        is_recording, is_forward = torch.is_grad_enabled(), _is_forward()
-        with torch.enable_grad():
-            leaves = [_differentiable(leaf, is_recording, is_forward) for leaf in leaves]
-            versions = _versions(leaves)
-            result = loss_fn(tree_unflatten(leaves, structure), *args, **kwargs)
-            loss = _loss_in(result, has_aux)
-            _check_versions(trainable, leaves, versions)
-            is_outer = _is_differentiated(loss, leaves) and is_recording
-            grads = torch.autograd.grad(loss, leaves, create_graph=is_outer, allow_unused=True, materialize_grads=True)
-        if not (is_outer or is_forward):
-            result = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
-        return ValueAndGrad(result, tree_unflatten(list(grads), structure))
+        return differentiate(lambda tree: loss_fn(tree, *args, **kwargs), trainable, has_aux=has_aux, needs_leaf=True)
 
     return function
-
-
-def _differentiable(leaf: Tensor, is_recording: bool, is_forward: bool) -> Tensor:
-    """Return a tensor to differentiate by. Gradients and tangents of an outer level pass through it to `leaf`."""
-    if is_forward or (is_recording and leaf.requires_grad):
-        view = leaf.view_as(leaf)  # not `leaf` itself, on which the loss may depend in other ways too
-        return view if view.requires_grad else view.requires_grad_()
-    return leaf.detach().requires_grad_()
-
-
-def _is_forward() -> bool:
-    return not torch.compiler.is_dynamo_compiling() and forward_levels() > 0
-
-
-def _is_differentiated(loss: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Return whether an outer level differentiates the gradients too: the loss depends on a tensor of that level.
-
-    Raises:
-        ValueError: If the loss depends on no leaf.
-    """
-    if torch.compiler.is_dynamo_compiling():  # it cannot trace the search
-        is_outer = any(not leaf.is_leaf for leaf in leaves)
-        connections = Connections((loss if is_outer else _only_leaves(loss, *leaves)).requires_grad, is_outer)
-    else:
-        connections = _connections(loss, leaves)
-    if not connections.on_leaves:
-        raise ValueError(
-            "`loss_fn` returned a loss that depends on no leaf of its first argument, so every gradient would be zero;"
-            " use the argument, and no `detach()`, `item()` or `torch.no_grad()`"
-        )
-    return connections.on_others
-
-
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _only_leaves(loss: Tensor, *leaves: Tensor) -> Tensor:
-    """Return the loss, and refuse one that depends on another tensor that requires a gradient."""
-    if loss.requires_grad and _connections(loss, leaves).on_others:
-        raise ValueError(
-            "`loss_fn` depends on a tensor outside its first argument that requires a gradient, which does not pass"
-            " through `via` = 'autograd' in a compiled function; detach that tensor, or use via='func'"
-        )
-    return loss
-
-
-def _connections(loss: Tensor, leaves: Sequence[Tensor]) -> Connections:
-    """Return what a loss depends on."""
-    ends = {get_gradient_edge(leaf).node for leaf in leaves}
-    visited: set[Any] = set()
-    pending: list[Any] = [get_gradient_edge(loss).node] if loss.requires_grad else []
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in visited:
-            visited.add(node)
-            pending += [following for following, _ in node.next_functions]
-    other_leaves = [node for node in visited - ends if type(node).__name__ == "AccumulateGrad"]
-    return Connections(not ends.isdisjoint(visited), bool(other_leaves))
 
 
 # --- checks
@@ -181,26 +141,11 @@ def _check_leaves(trainable: Any) -> None:
             )
 
 
-def _loss_in(result: Any, has_aux: bool) -> Tensor:
-    """Return the loss in what `loss_fn` returned."""
-    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-        raise TypeError(f"`loss_fn` returned {described(result)} for has_aux=True; return `(loss, aux)`")
-    loss = result[0] if has_aux else result
-    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-        raise TypeError(
-            f"`loss_fn` returned {described(loss)} as the loss; return a 0-d tensor of a floating dtype, such as a"
-            " `mean()`, and pass has_aux=True for `(loss, aux)`"
-        )
-    return loss
-
-
-def _versions(leaves: Sequence[Tensor]) -> list[int]:
-    return [] if torch.compiler.is_dynamo_compiling() else [leaf._version for leaf in leaves]
-
-
-def _check_versions(trainable: Any, leaves: Sequence[Tensor], versions: Sequence[int]) -> None:
-    """Raise if a leaf was changed in place: the gradient would be that of the changed tensor."""
-    for at, (leaf, version) in enumerate(zip(leaves, versions, strict=False)):
-        if leaf._version != version:
-            path = keystr(tree_flatten_with_path(trainable)[0][at][0]) or "its root"
-            raise ValueError(f"`loss_fn` changes its first argument in place, at {path}; change a copy")
+def _check_aux(aux: Any) -> None:
+    """Raise for what `torch.func` does not return, so that a loss works everywhere or nowhere."""
+    for path, leaf in tree_flatten_with_path(aux)[0]:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"`loss_fn` returned an `aux` with {described(leaf)} at {keystr(path) or 'its root'}; return only"
+                " tensors in it, or use via='autograd'"
+            )

@@ -1,14 +1,18 @@
 """The tensor that replaces a low-rank weight in a module, and answers operations by their rules."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import linear
+from torch.utils.checkpoint import CheckpointFunction
 
+from dynlora_fn._core._func_scope import is_in_place_of_func
 from dynlora_fn._core._torch import (
     are_transforms_active,
     forward_levels,
@@ -94,9 +98,16 @@ class _Wrapper(Weight):
         for weight in _weights_in((args, kwargs)):
             if weight._has_tangent:
                 refuse_lost(weight._view, func.__name__, "loses its tangent outside of `torch.func.jvp`")
-            if any(is_functorch_wrapped(leaf) for leaf in tree_leaves(weight._view) if isinstance(leaf, Tensor)):
+            if _is_of_func(weight):
                 refuse_lost(weight._view, func.__name__, "does not pass `torch.func`, so that its gradient is lost")
         return _fall_back(func, args, kwargs or {}, None)
+
+
+def _is_of_func(weight: Weight) -> bool:
+    """Return whether `torch.func` differentiates by a weight, or autograd in its place."""
+    if is_in_place_of_func():
+        return weight.requires_grad
+    return any(is_functorch_wrapped(leaf) for leaf in tree_leaves(weight._view) if isinstance(leaf, Tensor))
 
 
 def _as_weight(view: View) -> Weight:
@@ -176,7 +187,21 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
 def _view_of(weight: Weight) -> View:
     if not torch.compiler.is_dynamo_compiling() and weight._has_tangent and not is_forward_enabled():
         refuse_lost(weight._view, "autograd.Function", "loses its tangent outside of `torch.func.jvp`")
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _is_in_reentrant_checkpoint():
+        raise NotImplementedError(
+            f"low-rank weight {weight._view.name!r} is used in `torch.utils.checkpoint` with use_reentrant=True, which"
+            " recomputes with the parameters of the model, so that its gradient would be lost; use `remat`, or"
+            " use_reentrant=False with `checkpoint_contexts`"
+        )
     return weight._view
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    """Return whether `torch.utils.checkpoint` runs a block that it will recompute with the model's parameters."""
+    frame: FrameType | None = sys._getframe()
+    while frame and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _gathered_view_of(weight: Weight) -> View:

@@ -2,19 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any, Literal, NamedTuple
 
 from dynlora_fn._core._check import check_choice, check_number
-from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Trainable, is_factors
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._complex import in_real_numbers
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moments, encode_moments
+from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._freeze import FreezeState, freeze_counterparts, zero_counts
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._roots import square_root
@@ -118,27 +113,23 @@ def adamw(
             mu, nu = (zero_moments(trainable) for _ in range(2))
         return AdamWState(mu, nu, counts)
 
+    @elementwise(results=3)
+    def step(rate: Rate, mu: Any, nu: Any, grad: Any, param: Any, count: Any) -> tuple[Any, Any, Any]:
+        mu = mu * betas[0] + grad.to(mu.dtype) * (1 - betas[0])
+        nu = nu * betas[1] + grad.to(nu.dtype).square() * (1 - betas[1])
+        count = count.clamp(min=1).to(mu.dtype)  # under "reset_thawed" the count of a frozen vector is negative
+        denominator = square_root(nu) / _bias_correction(betas[1], count).sqrt() + eps
+        direction = mu / _bias_correction(betas[0], count) / denominator
+        return mu, nu, -rate * (direction + weight_decay * param.to(mu.dtype) if weight_decay else direction)
+
     def update(
         grads: Trainable, opt_state: AdamWState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         refuse_decay_of_factors(weight_decay, trainable)
         check_state(opt_state, AdamWState, trainable, eight_bit=moments == "8bit")
         mu, nu = (decode_moments(tree) if moments == "8bit" else tree for tree in (opt_state.mu, opt_state.nu))
-        mu = tree_map(lambda m, g: m * betas[0] + g.to(m.dtype) * (1 - betas[0]), mu, dict(grads))
-        nu = tree_map(lambda v, g: v * betas[1] + g.to(v.dtype).square() * (1 - betas[1]), nu, dict(grads))
-        count = tree_map(lambda c: c + 1, opt_state.count)
-
-        def step(rate: Rate, m: Tensor, v: Tensor, c: Tensor, param: Tensor) -> Tensor:
-            c = c.clamp(min=1).to(m.dtype)  # under "reset_thawed" the count of a frozen vector is negative
-            denominator = square_root(v) / _bias_correction(betas[1], c).sqrt() + eps
-            direction = m / _bias_correction(betas[0], c) / denominator
-            update: Tensor = -rate * (direction + weight_decay * param.to(m.dtype) if weight_decay else direction)
-            return update
-
-        updates = {
-            name: map_leaf(partial(step, rate_of(lr, name)), mu[name], nu[name], count[name], leaf)
-            for name, leaf in trainable.items()
-        }
+        count = _next_count(opt_state.count)
+        mu, nu, updates = step(mu, nu, grads, trainable, small=count, settings=lambda name: (rate_of(lr, name),))
         if moments == "8bit":
             mu, nu = _encoded(mu, opt_state.mu), _encoded(nu, opt_state.nu)
         return Updates(updates, AdamWState(mu, nu, count))
@@ -156,15 +147,11 @@ def _decay_factors(inner: Transform, factor_decay: float) -> Transform:
         check_rates("lr", lr, trainable)
         steps, opt_state = inner.update(grads, opt_state, trainable, lr=1.0)  # which changes no bit but the sign
 
-        def add_decay(rate: Rate, decay: float, step: Tensor, param: Tensor) -> Tensor:
-            return rate * (step - decay * param.to(step.dtype) if decay else step)
-
-        updates = {
-            name: map_leaf(
-                partial(add_decay, rate_of(lr, name), factor_decay if is_factors(leaf) else 0.0), steps[name], leaf
-            )
-            for name, leaf in trainable.items()
-        }
+        updates = _add_decay(
+            steps,
+            trainable,
+            settings=lambda name: (rate_of(lr, name), factor_decay if is_factors(trainable[name]) else 0.0),
+        )
         return Updates(updates, opt_state)
 
     return Transform(inner.init, update)
@@ -175,9 +162,19 @@ def _encoded(tree: Tree, like: Tree) -> Tree:
     return {name: encode_moments(leaf, like[name], name) for name, leaf in tree.items()}
 
 
-def _bias_correction(beta: float, count: Tensor) -> Tensor:
-    """Return ``1 - beta ** count``.
+@elementwise()
+def _next_count(count: Any) -> Any:
+    return count + 1
+
+
+@elementwise()
+def _add_decay(rate: Rate, decay: float, step: Any, param: Any) -> Any:
+    return rate * (step - decay * param.to(step.dtype) if decay else step)
+
+
+def _bias_correction(beta: float, count: Any) -> Any:
+    """Return ``1 - beta ** count``, for a count of at least 1.
 
     `expm1` avoids the cancellation that float32 suffers where beta is near 1.
     """
-    return -torch.expm1(count * math.log(beta)) if beta else torch.ones_like(count)
+    return -(count * (math.log(beta) if beta else -math.inf)).expm1()

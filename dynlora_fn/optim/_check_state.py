@@ -42,6 +42,8 @@ def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eig
     check_by_name(argument, tree, of="the names of `trainable`")
     check_names(argument, tree, "trainable", like)
     for name, leaf in like.items():
+        if role not in _PER_VECTOR and _is_moment(tree[name], leaf):
+            continue
         sides = _sides(argument, name, tree[name], leaf)
         for side, shape in zip(sides, _shapes(leaf, role), strict=True):
             _check_side(argument, name, side, leaf.b if is_factors(leaf) else leaf, role, eight_bit)
@@ -50,6 +52,19 @@ def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eig
                     f"`{argument}` has {name!r} of shape {moment_shape(side)}, where these parameters need {shape}; "
                     "pass the state of the same parameters"
                 )
+
+
+def _is_moment(state: Any, leaf: Any) -> bool:
+    """Return whether a state is the moment of a parameter, without a description of what is wrong."""
+    if is_factors(leaf):
+        return is_factors(state) and _is_moment(state.b, leaf.b) and _is_moment(state.a, leaf.a)
+    return (
+        isinstance(state, Tensor)
+        and state.shape == leaf.shape
+        and state.is_floating_point()
+        and leaf.is_floating_point()
+        and state.device == leaf.device
+    )
 
 
 def _sides(argument: str, name: str, state: Any, leaf: Any) -> tuple[Any, ...]:

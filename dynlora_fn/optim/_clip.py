@@ -10,7 +10,8 @@ from torch import Tensor
 from dynlora_fn._core._check import check_by_name, check_number, check_rate, described
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_leaves, tree_map
-from dynlora_fn._core._types import ShardedFactors, Trainable
+from dynlora_fn._core._types import ShardedFactors, Trainable, is_factors
+from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import Tree
 
@@ -55,16 +56,17 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
     _check_arguments(grads, max_norm)
-    squares: list[Tensor] = []
+    nodes = tree_leaves(dict(grads), is_leaf=lambda node: isinstance(node, ShardedFactors))
+    sharded = [node for node in nodes if isinstance(node, ShardedFactors)]
+    squares = [*_squares([node for node in nodes if not isinstance(node, ShardedFactors)])]
     squares_by_group: dict[str, list[Tensor]] = defaultdict(list)
-    for node in tree_leaves(dict(grads), is_leaf=lambda node: isinstance(node, ShardedFactors)):
-        if isinstance(node, ShardedFactors):
-            squares_by_group[node.sharding.group] += [_squares(node.b), _squares(node.a)]
-        else:
-            squares.append(_squares(torch.view_as_real(node) if node.is_complex() else node))
+    for node in sharded:
+        squares_by_group[node.sharding.group] += [*_squares([node.b, node.a])]
     squares += [all_reduce(torch.stack(shards).sum(), group) for group, shards in squares_by_group.items()]
     norm = square_root(torch.stack(squares).sum()) if squares else torch.zeros(())
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if all(isinstance(leaf, Tensor) or is_factors(leaf) for leaf in grads.values()):
+        return Clipped(_scaled(grads, settings=lambda _: (scale,)), norm)
     return Clipped(tree_map(lambda grad: grad * scale.to(grad.dtype), dict(grads)), norm)
 
 
@@ -85,5 +87,14 @@ def _is_gradient(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _squares(grad: Tensor) -> Tensor:
-    return grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum()
+# Dynamo leaves both to AOTAutograd, since it takes longer to trace an operation than to run it.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _squares(grads: list[Tensor]) -> list[Tensor]:
+    """Return the squared norms of gradients."""
+    real = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    return [grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() for grad in real]
+
+
+@elementwise()
+def _scaled(scale: Tensor, grad: Any) -> Any:
+    return grad * scale.to(grad.dtype)

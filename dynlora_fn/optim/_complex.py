@@ -22,6 +22,9 @@ def in_real_numbers(inner: Transform) -> Transform:
         return inner.init(_as_real(trainable))
 
     def update(grads: Trainable, opt_state: Any, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]) -> Updates:
+        if not (isinstance(trainable, Mapping) and any(map(_is_complex, trainable.values()))):
+            result: Updates = inner.update(grads, opt_state, trainable, lr=lr)
+            return result
         check_update(grads, trainable, lr)
         updates, opt_state = inner.update(_as_real(grads), opt_state, _as_real(trainable), lr=lr)
         new = {

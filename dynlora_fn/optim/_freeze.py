@@ -1,16 +1,16 @@
 """Freeze factor vectors for some updates, around any optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynlora_fn._core._check_trees import check_trainable
-from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._tree import map_leaf
+from dynlora_fn._core._torch import can_read, flatten_tensors
 from dynlora_fn._core._types import Factors, Trainable, is_factors
 from dynlora_fn.optim._check_state import check_state
+from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_transform, check_update
 
@@ -75,18 +75,17 @@ def freeze_counterparts(inner: Transform) -> Transform:
         check_update(grads, trainable, lr)
         check_state(opt_state, FreezeState, trainable)
         frozen_for = opt_state.frozen_for
-        updates, inner_state = inner.update(zero_frozen(grads, frozen_for), opt_state.inner, trainable, lr=lr)
-        return Updates(zero_frozen(updates, frozen_for), FreezeState(inner_state, _count_down(frozen_for)))
+        moving = _names_that_move(frozen_for)
+        updates, inner_state = inner.update(zero_frozen(grads, frozen_for, moving), opt_state.inner, trainable, lr=lr)
+        return Updates(zero_frozen(updates, frozen_for, moving), FreezeState(inner_state, _count_down(frozen_for)))
 
     return Transform(init, update)
 
 
-def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, Factors]) -> Tree:
-    """Return gradients or updates with zeros for frozen vectors."""
-    return {
-        name: map_leaf(_zero_where_frozen, leaf, frozen_for[name]) if is_factors(leaf) else leaf
-        for name, leaf in tree.items()
-    }
+def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, Factors], moving: Collection[str] = ()) -> Tree:
+    """Return gradients or updates with zeros for frozen vectors. No vector of the weights `moving` is frozen."""
+    factors = {name: leaf for name, leaf in tree.items() if is_factors(leaf) and name not in moving}
+    return {**tree, **_zero_where_frozen(factors, small=frozen_for)}
 
 
 def zero_counts(leaf: Any) -> Factors | Tensor:
@@ -108,11 +107,24 @@ def _no_vectors_frozen(trainable: Trainable) -> dict[str, Factors]:
     return {name: leaf for name, leaf in counts.items() if isinstance(leaf, Factors)}
 
 
-def _count_down(frozen_for: Mapping[str, Factors]) -> dict[str, Factors]:
+def _names_that_move(frozen_for: Mapping[str, Factors]) -> set[str]:
+    """Return the names of weights without a frozen vector, as far as the host can read that at once."""
+    sides = [(name, side) for name, counts in frozen_for.items() for side in counts]
+    counts = [side for _, side in sides]
+    if not counts or not all(can_read(side) for side in counts):
+        return set()
+    is_frozen = flatten_tensors(counts) > 0
+    if not is_frozen.any():
+        return set(frozen_for)
+    return {name for name, (b, a) in frozen_for.items() if not ((b > 0).any() or (a > 0).any())}
+
+
+@elementwise()
+def _count_down(frozen_for: Any) -> Any:
     """Return the counters after one update. They stop at zero."""
-    remaining: dict[str, Factors] = tree_map(lambda leaf: (leaf - 1).clamp(min=0), dict(frozen_for))
-    return remaining
+    return (frozen_for - 1).clamp(min=0)
 
 
+@elementwise(can_join=False)
 def _zero_where_frozen(side: Tensor, frozen_for: Tensor) -> Tensor:
     return torch.where(frozen_for > 0, 0, side)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from math import sqrt
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, is_factors
 from dynlora_fn.optim._check_state import check_state
+from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._newton_schulz import orthogonalize, orthogonalize_shards
 from dynlora_fn.optim._roots import square_root
@@ -82,13 +84,21 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     momentum = check_number("momentum", momentum, least=0, below=1)
     weight_decay = check_number("weight_decay", weight_decay, least=0)
 
+    @elementwise()
+    def next_mu(mu: Any, grad: Any) -> Any:
+        return momentum * mu + grad.to(mu.dtype)
+
+    @elementwise()
+    def direction_of(mu: Any, grad: Any) -> Any:
+        return grad.to(mu.dtype) + momentum * mu
+
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         refuse_decay_of_factors(weight_decay, trainable)
         check_state(opt_state, MomentumState, trainable)
-        mu: Tree = tree_map(lambda m, g: momentum * m + g.to(m.dtype), opt_state.mu, dict(grads))
-        directions: Tree = tree_map(lambda m, g: g.to(m.dtype) + momentum * m, mu, dict(grads))
+        mu: Tree = next_mu(opt_state.mu, grads)
+        directions: Tree = direction_of(mu, grads)
         updates: Tree = {}
         for name, leaf in trainable.items():
             rate, direction = rate_of(lr, name), directions[name]

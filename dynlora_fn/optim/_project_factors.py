@@ -1,6 +1,6 @@
 """Apply a rule to the factors at one place of an optimizer's state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor
@@ -9,11 +9,21 @@ from dynlora_fn._core._check import described
 from dynlora_fn._core._check_plan import check_fits
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._tree import whole_factors
-from dynlora_fn._core._types import AnyFactors, LowRank, Params, Plans, ShardedFactors, Trainable, is_factors
+from dynlora_fn._core._types import (
+    AnyFactors,
+    Factors,
+    LowRank,
+    Params,
+    Plans,
+    ShardedFactors,
+    SidePlan,
+    Trainable,
+    is_factors,
+)
 from dynlora_fn.optim._containers import Path, render
 from dynlora_fn.optim._eight_bit import decode_moments, moment_shape
 from dynlora_fn.optim._roles import Role
-from dynlora_fn.optim._state_rules import counterparts, is_pruned, replace_where, reset, transport
+from dynlora_fn.optim._state_rules import is_pruned, replace_where, reset, transport
 
 Rule: TypeAlias = Literal["reset", "reset_thawed", "keep", "prune", "transport"]
 
@@ -47,6 +57,7 @@ class Context(NamedTuple):
     projected: set[str]  # names of planned parameters that the rule was applied to
     ranks: dict[str, int]  # by name, from the first factors that were found
     first_moments: dict[str, dict[Path, AnyFactors]]  # by name, collected for "prune"
+    counterparts: Callable[[SidePlan, SidePlan, int], Factors]  # of both sides of a plan, and a rank
 
     def visit(self, leaf: AnyFactors, role: Role, name: str, path: Path) -> AnyFactors:
         return project_factors(leaf, role, name, path, self)
@@ -67,12 +78,11 @@ def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context
     _check_shapes(leaf, role, name, path, context)
     if name not in context.plan:
         return leaf
-    plan, rule = context.plan[name], context.rule
+    plan, rule, shape = context.plan[name], context.rule, moment_shape(leaf.b)
     if name not in context.projected:
-        shape = moment_shape(leaf.b)
         check_fits("plan", name, plan, shape[:-2], shape[-1])
     if rule in ("reset", "reset_thawed"):
-        leaf = reset(leaf, role, plan, is_count_delayed=rule == "reset_thawed")
+        leaf = reset(leaf, role, plan, context.counterparts, is_count_delayed=rule == "reset_thawed")
     elif rule == "prune" and _has_entries(leaf, role):
         leaf = _prune(leaf, role, name, path, context)
     elif rule == "transport" and role == "first_moment":
@@ -105,7 +115,8 @@ def _prune(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context
     if role == "first_moment":
         context.first_moments.setdefault(name, {})[path] = moments
     first = [moments] if role == "first_moment" else [*context.first_moments.get(name, {}).values()]
-    is_counterpart = counterparts(leaf, context.plan[name])
+    plan = context.plan[name]
+    is_counterpart = context.counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
     return leaf._replace(
         b=replace_where(leaf.b, is_pruned(moments.b, is_counterpart.b, [each.b for each in first], context.prune)),
         a=replace_where(leaf.a, is_pruned(moments.a, is_counterpart.a, [each.a for each in first], context.prune)),
@@ -124,7 +135,9 @@ def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
             f"{type(before).__name__} and {type(after).__name__}; pass both dicts of parameters"
         )
     _refuse_shards(isinstance(leaf, ShardedFactors) or before.factor_sharding is not None, name, "transport")
-    return transport(leaf, whole_factors(before), whole_factors(after), context.plan[name])
+    plan = context.plan[name]
+    mask = context.counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
+    return transport(leaf, whole_factors(before), whole_factors(after), mask)
 
 
 def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:

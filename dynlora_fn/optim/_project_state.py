@@ -5,10 +5,12 @@ from typing import TypeVar, get_args
 from dynlora_fn._core._check import check_choice, check_number
 from dynlora_fn._core._check_plan import check_plans
 from dynlora_fn._core._check_trees import check_trainable
+from dynlora_fn._core._plans import remembered, share_plans
 from dynlora_fn._core._types import Plans, Trainable
 from dynlora_fn.optim._project_factors import Change, Context, Rule, check_change
 from dynlora_fn.optim._roles import Roles, check_roles
 from dynlora_fn.optim._search_state import project_state
+from dynlora_fn.optim._state_rules import counterparts
 
 State = TypeVar("State")
 
@@ -104,7 +106,8 @@ def project_optimizer_state(
     if trainable is not None:
         check_trainable("trainable", trainable)
     check_roles({} if roles is None else roles, "`roles`")
-    context = Context(plan, rule, prune, change, trainable, roles or {}, set(), {}, {})
+    find = remembered(counterparts) if share_plans(len(plan)) else counterparts
+    context = Context(plan, rule, prune, change, trainable, roles or {}, set(), {}, {}, find)
     if rule == "prune":
         project_state(opt_state, context, ())  # collects the first moments, which decide what second moments lose
     projected: State = project_state(opt_state, context, ())

@@ -4,6 +4,8 @@ torch's derivatives are infinite there, and NaN after a product with zero. Tenso
 torch's operations, so a compiled step has the same graph as with these.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,11 @@ from dynlora_fn._core._attached import is_attached
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def square_root(square: Tensor) -> Tensor:
-    """Return the square root. Its derivative at zero is zero, as that of a norm or a magnitude."""
+def square_root(square: Any) -> Any:
+    """Return the square root. Its derivative at zero is zero, as that of a norm or a magnitude.
+
+    It is also for `Leaves`, which are never differentiated.
+    """
     if not is_attached(square):
         return square.sqrt()
     is_zero = square == 0

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from dynlora_fn._core._check import check_number
-from dynlora_fn._core._tree import map_leaf
 from dynlora_fn._core._types import Trainable
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._complex import in_real_numbers
+from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._transform import (
@@ -74,7 +71,7 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
     momentum = check_number("momentum", momentum, least=0, below=1)
     weight_decay = check_number("weight_decay", weight_decay, least=0)
 
-    def moment_step(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    def moment_step(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
         mu = momentum * mu + (grad + weight_decay * param)
         return mu, mu
 
@@ -117,7 +114,7 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
     betas = check_betas(betas)
     weight_decay = check_number("weight_decay", weight_decay, least=0)
 
-    def moment_step(mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    def moment_step(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
         sign = (betas[0] * mu + (1 - betas[0]) * grad).sign()
         return betas[1] * mu + (1 - betas[1]) * grad, sign + weight_decay * param
 
@@ -130,13 +127,17 @@ def init_momentum(trainable: Trainable, *, weight_decay: float) -> MomentumState
     return MomentumState(zero_moments(trainable))
 
 
-def _one_moment_transform(
-    moment_step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], weight_decay: float
-) -> Transform:
+def _one_moment_transform(moment_step: Callable[[Any, Any, Any], tuple[Any, Any]], weight_decay: float) -> Transform:
     """Return the optimizer that applies `moment_step` to every leaf.
 
-    ``moment_step(mu, grad, param)`` returns the new moment and the direction, to be multiplied by ``-lr``.
+    ``moment_step(mu, grad, param)`` returns the new moment and the direction, to be multiplied by ``-lr``. It is an
+    elementwise formula (see `elementwise`).
     """
+
+    @elementwise(results=2)
+    def step(rate: Rate, mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
+        mu, direction = moment_step(mu, grad.to(mu.dtype), param.to(mu.dtype))
+        return mu, -rate * direction
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
@@ -144,14 +145,7 @@ def _one_moment_transform(
         refuse_decay_of_factors(weight_decay, trainable)
         check_state(opt_state, MomentumState, trainable)
 
-        def step(rate: Rate, mu: Tensor, grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
-            mu, direction = moment_step(mu, grad.to(mu.dtype), param.to(mu.dtype))
-            return mu, -rate * direction
-
-        mu, updates = {}, {}
-        for name, leaf in trainable.items():
-            pairs: Any = map_leaf(partial(step, rate_of(lr, name)), opt_state.mu[name], grads[name], leaf)
-            mu[name], updates[name] = (map_leaf(itemgetter(index), pairs) for index in range(2))
+        mu, updates = step(opt_state.mu, grads, trainable, settings=lambda name: (rate_of(lr, name),))
         return Updates(updates, MomentumState(mu))
 
     return in_real_numbers(freeze_counterparts(Transform(partial(init_momentum, weight_decay=weight_decay), update)))

@@ -1,6 +1,6 @@
 """Rules for the optimizer state of counterparts: reset, prune or transport it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,24 +11,31 @@ from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape, reset_moment
 from dynlora_fn.optim._roles import Role
 
 
-def counterparts(leaf: AnyFactors, plan: Plan) -> Factors:
-    """Return which vectors of each side are counterparts of switched ones.
+def counterparts(plan_b: SidePlan, plan_a: SidePlan, rank: int) -> Factors:
+    """Return which vectors of each side are counterparts of those that a plan switches.
 
     The masks broadcast against the factors.
     """
     return Factors(
-        b=_switched_slots(plan.a, moment_shape(leaf.b)[-1])[..., None, :],
-        a=_switched_slots(plan.b, moment_shape(leaf.a)[-2])[..., :, None],
+        b=_switched_slots(plan_a, rank)[..., None, :],
+        a=_switched_slots(plan_b, rank)[..., :, None],
     )
 
 
-def reset(leaf: AnyFactors, role: Role, plan: Plan, *, is_count_delayed: bool) -> AnyFactors:
+def reset(
+    leaf: AnyFactors,
+    role: Role,
+    plan: Plan,
+    find_counterparts: Callable[[SidePlan, SidePlan, int], Factors],
+    *,
+    is_count_delayed: bool,
+) -> AnyFactors:
     new = torch.zeros((), device=plan.frozen_for.device)
     if role == "frozen_for":
         new = plan.frozen_for
     elif role == "count" and is_count_delayed:
         new = -plan.frozen_for
-    is_counterpart = counterparts(leaf, plan)
+    is_counterpart = find_counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
     return leaf._replace(
         b=replace_where(leaf.b, is_counterpart.b, new),
         a=replace_where(leaf.a, is_counterpart.a, new),
@@ -66,8 +73,7 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
     return moment.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
 
 
-def transport(leaf: AnyFactors, before: Factors, after: Factors, plan: Plan) -> AnyFactors:
-    is_counterpart = counterparts(leaf, plan)
+def transport(leaf: AnyFactors, before: Factors, after: Factors, is_counterpart: Factors) -> AnyFactors:
     b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
     a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
     return leaf._replace(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))

@@ -10,6 +10,7 @@ from dynlora_fn._core._check import check_by_name, check_number, check_rate, des
 from dynlora_fn._core._check_trees import check_mirrors, check_trainable
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Trainable, is_factors
+from dynlora_fn.optim._elementwise import elementwise
 
 Tree = dict[str, Any]
 Rate: TypeAlias = Tensor | float
@@ -145,9 +146,10 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
     """
     check_trainable("trainable", trainable)
     check_mirrors("updates", updates, "trainable", trainable)
-    new: Tree = tree_map(_updated, dict(trainable), dict(updates))
+    new: Tree = _updated(trainable, updates)
     return new
 
 
-def _updated(param: Tensor, update: Tensor) -> Tensor:
+@elementwise()
+def _updated(param: Any, update: Any) -> Any:
     return (param + update).to(param.dtype)

@@ -9,10 +9,10 @@ from torch import Tensor
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._check import check_rate
 from dynlora_fn._core._collectives import weighted
+from dynlora_fn._core._func_scope import is_in_func
 from dynlora_fn._core._torch import (
     forward_levels,
     functional_collectives,
-    is_transformed,
     tree_flatten_with_path,
     tree_unflatten,
 )
@@ -93,7 +93,7 @@ def _check_can_be_averaged(path: Any, leaf: Any) -> None:
             f"`tree` has a tensor of dtype {leaf.dtype} at {name_of(path)}, in which a mean is rounded; convert it to a"
             " floating dtype"
         )
-    if forward_levels() or (is_transformed() and is_attached(leaf)):
+    if forward_levels() or (is_in_func() and is_attached(leaf)):
         raise NotImplementedError(
             f"`tree` has a tensor at {name_of(path)} inside of a transform that differentiates by it, and an all-reduce"
             " has no derivative there; differentiate first, and average the result"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_choice, check_flag, check_integer, check_number, check_step
 from dynlora_fn._core._check_trees import check_params
+from dynlora_fn._core._plans import share_plans
 from dynlora_fn._core._types import LowRank, Params, Plan, SidePlan
 
 
@@ -120,15 +121,31 @@ class Schedule:
             params: The parameters by name. Only names, shapes and devices are read.
 
         Returns:
-            A plan for every low-rank parameter that can switch. All steps have plans of the same shapes.
+            A plan for every low-rank parameter that can switch. All steps have plans of the same shapes. Parameters
+            that switch alike may have the same plan object.
         """
         step = check_step("step", step)
         check_params("params", params)
-        plans = {}
-        for name, param in params.items():
-            if isinstance(param, LowRank) and (most := self.most(param)):
-                plans[name] = self._plan(step, param, most)
+        most = {name: self.most(param) for name, param in params.items() if isinstance(param, LowRank)}
+        is_shared = share_plans(len(most))
+        plans: dict[str, Plan] = {}
+        by_pace: dict[Any, Plan] = {}
+        for name, count in most.items():
+            param: Any = params[name]
+            pace = (param.factors.a.device, *self._pace(param, count)) if is_shared else name
+            if count and pace not in by_pace:
+                by_pace[pace] = self._plan(step, param, count)
+            if count:
+                plans[name] = by_pace[pace]
         return plans
+
+    def _pace(self, param: LowRank, most: int) -> tuple[int | None, ...]:
+        """Return what a plan depends on beside the step and the device."""
+        return param.factors.a.shape[-2], most, _idle(param) if self._is_limited(param) else None
+
+    def _is_limited(self, param: LowRank) -> bool:
+        """Return whether there are fewer idle candidates than vectors that come due in `every` steps."""
+        return param.factors.a.shape[-2] * self._decayed_steps(self.every) > _idle(param) * self.interval
 
     def switches(self, step: int, params: Params) -> int:
         """Return how many vectors the step switches in all members of all stacks.
@@ -172,11 +189,10 @@ class Schedule:
         It is rounded only once. Without a decay it reaches whole numbers, and a plan must not depend on the rounding
         of a product.
         """
-        rank, batch = param.factors.a.shape[-2], self._decayed_steps(self.every)
         decayed: float | Tensor = self._decayed_steps(steps)
-        if rank * batch > _idle(param) * self.interval:
-            return _idle(param) * decayed / batch
-        return rank * decayed / self.interval
+        if self._is_limited(param):
+            return _idle(param) * decayed / self._decayed_steps(self.every)
+        return param.factors.a.shape[-2] * decayed / self.interval
 
     @overload
     def _decayed_steps(self, steps: int) -> float: ...

@@ -1,7 +1,7 @@
 """Switch factor vectors, and generate the vectors that enter."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._plans import remembered, share_plans
 from dynlora_fn._core._types import (
     AnyFactors,
     Factors,
@@ -36,6 +37,9 @@ class Switched(NamedTuple):
 
     param: LowRank
     outgoing: AnyFactors
+
+
+_Weight: TypeAlias = tuple[str, LowRank, Plan, AnyFactors]  # with its name, and the vectors that enter
 
 
 class SwitchedParams(NamedTuple):
@@ -96,11 +100,22 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     """
     check_planned(params, plan, incoming)
     if isinstance(params, LowRank):
-        return _switch("param", params, plan, _candidates(params, plan, "switchlora") if incoming is None else incoming)
+        incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
+        weight = "param", params, plan, incoming
+        _check_incoming(*weight)
+        ((base, factors, removed),) = _switch_all([weight], is_shared=False)
+        return Switched(LowRank(base, factors, params.seed), removed)
     incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
     new, outgoing = dict(params), {}
-    for name, param_plan in plan.items():
-        new[name], outgoing[name] = _switch(name, low_rank(params, name), param_plan, incoming[name])
+    weights = [(name, low_rank(params, name), param_plan, incoming[name]) for name, param_plan in plan.items()]
+    for weight in weights:
+        _check_incoming(*weight)
+    if torch.compiler.is_dynamo_compiling() and all(_is_plain(weight[1]) for weight in weights):
+        switched = _switch_in_graph(weights, share_plans(len(weights)))
+    else:
+        switched = _switch_all(weights, share_plans(len(weights)))
+    for (name, param, _, _), (base, factors, out) in zip(weights, switched, strict=True):
+        new[name], outgoing[name] = LowRank(base, factors, param.seed), out
     return SwitchedParams(new, outgoing)
 
 
@@ -154,24 +169,44 @@ def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:
     return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype)
 
 
-def _switch(name: str, param: LowRank, plan: Plan, incoming: AnyFactors) -> Switched:
-    b, a, sharding = param.factors.b, param.factors.a, param.factor_sharding
-    _check_incoming(name, param, plan, incoming)
+def _is_plain(param: LowRank) -> bool:
+    return isinstance(param.base, Tensor) and isinstance(param.factors, Factors)
+
+
+def _switch_all(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, AnyFactors, AnyFactors]]:
+    """Return new base, new factors and outgoing vectors of weights. They share what is computed from one plan."""
+    sources = remembered(_sources) if is_shared else _sources
+    return [
+        _switch_tensors(name, param.base, param.factors, plan, incoming, sources)
+        for name, param, plan, incoming in weights
+    ]
+
+
+# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _switch_in_graph(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, AnyFactors, AnyFactors]]:
+    return _switch_all(weights, is_shared)
+
+
+def _switch_tensors(
+    name: str, base: Any, factors: AnyFactors, plan: Plan, incoming: AnyFactors, sources: "_FindSources"
+) -> tuple[Any, AnyFactors, AnyFactors]:
+    """Return the new base, the new factors and the outgoing vectors."""
+    b, a, sharding = factors.b, factors.a, factors.sharding if isinstance(factors, ShardedFactors) else None
     if sharding and isinstance(incoming, Factors):
         incoming = Factors(incoming.b[..., sharding.local_rows, :], incoming.a[..., sharding.as_columns.local_rows])
-    wide = widest(a.dtype, as_base(param.base).sum_dtype)
-    new_a = _replace(a, plan.a, incoming.a, wide)
-    new_b = _replace(b.mT, plan.b, incoming.b.mT, wide)
+    wide = widest(a.dtype, as_base(base).sum_dtype)
+    new_a = _replace(a, plan.a, incoming.a, wide, sources)
+    new_b = _replace(b.mT, plan.b, incoming.b.mT, wide, sources)
     # One fold for both sides: b's columns times a's differences, and b's differences times a's new rows.
     left = torch.cat([take_rows(b.mT, plan.a.slots).mT.to(wide), new_b.difference.mT], dim=-1)
-    right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots).to(wide)], dim=-2)
+    right = torch.cat([new_a.difference, _rows_after(a, plan.a, incoming.a, plan.b.slots, sources).to(wide)], dim=-2)
     if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
         refuse_attached("gradient, sharded factors", right, name=name)
         right = gather(right.mT, sharding.as_columns).mT
-    base = as_base(param.base).fold(left, right, rank=a.shape[-2], name=name)
-    factors = param.factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)
-    outgoing = param.factors._replace(b=new_b.outgoing.mT, a=new_a.outgoing)
-    return Switched(LowRank(base, factors, param.seed), outgoing)
+    base = as_base(base).fold(left, right, rank=a.shape[-2], name=name)
+    new = factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)
+    return base, new, factors._replace(b=new_b.outgoing.mT, a=new_a.outgoing)
 
 
 class _Replaced(NamedTuple):
@@ -181,10 +216,14 @@ class _Replaced(NamedTuple):
 
 
 def _replace(
-    rows: Float[Tensor, "*stack rank n"], plan: SidePlan, incoming: Float[Tensor, "*stack count n"], wide: torch.dtype
+    rows: Float[Tensor, "*stack rank n"],
+    plan: SidePlan,
+    incoming: Float[Tensor, "*stack count n"],
+    wide: torch.dtype,
+    sources: "_FindSources",
 ) -> _Replaced:
     incoming = incoming.to(rows.dtype)
-    source, is_hit, is_effective = _sources(plan, rows.shape[-2])
+    source, is_hit, is_effective = sources(plan, rows.shape[-2])
     new = torch.where(is_hit[..., None], take_rows(incoming, source), rows) if plan.slots.shape[-1] else rows
     outgoing = take_rows(rows, plan.slots)
     difference = torch.where(is_effective[..., None], outgoing.to(wide) - incoming.to(wide), 0)
@@ -196,6 +235,7 @@ def _rows_after(
     plan: SidePlan,
     incoming: Float[Tensor, "*stack count n"],
     index: Int[Tensor, "*#stack wanted"],
+    sources: "_FindSources",
 ) -> Float[Tensor, "*stack wanted n"]:
     """Return the rows at `index` after the switch, without computing the other rows.
 
@@ -205,16 +245,23 @@ def _rows_after(
     current = take_rows(rows, index)
     if not plan.slots.shape[-1]:
         return current
-    source, is_hit, _ = _sources(plan, rows.shape[-2])
+    source, is_hit, _ = sources(plan, rows.shape[-2])
     stack = rows.shape[:-2]
     index = index.expand(*stack, index.shape[-1])
     source, is_hit = (leaf.expand(*stack, leaf.shape[-1]).gather(-1, index) for leaf in (source, is_hit))
     return torch.where(is_hit[..., None], take_rows(incoming.to(rows.dtype), source), current)
 
 
-def _sources(
-    plan: SidePlan, rank: int
-) -> tuple[Int[Tensor, "*stack rank"], Bool[Tensor, "*stack rank"], Bool[Tensor, "*stack count"]]:
+class _Sources(NamedTuple):
+    source: Int[Tensor, "*stack rank"]  # the entry that each slot is replaced from
+    is_hit: Bool[Tensor, "*stack rank"]  # whether an active entry names the slot
+    is_effective: Bool[Tensor, "*stack count"]  # whether the entry is active, and the first one of its slot
+
+
+_FindSources: TypeAlias = Callable[[SidePlan, int], _Sources]
+
+
+def _sources(plan: SidePlan, rank: int) -> _Sources:
     """Return the source entry of each slot, and which slots and entries count.
 
     A slot is replaced from the first active entry that names it. Every slot is compared with every entry. Unlike a
@@ -226,7 +273,7 @@ def _sources(
     is_hit = names_slot.any(-1)
     first = torch.where(names_slot, entries, len(entries)).amin(-1) if len(entries) else is_hit.long()
     is_effective = plan.active & (first.gather(-1, plan.slots) == entries)
-    return first.clamp(max=max(len(entries) - 1, 0)), is_hit, is_effective
+    return _Sources(first.clamp(max=max(len(entries) - 1, 0)), is_hit, is_effective)
 
 
 def take_rows(

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ from torch import nn
 
 from dynlora_fn._core._check import (
     check_by_name,
+    check_callable,
     check_choice,
     check_device,
     check_dtype,
     check_flag,
     check_integer,
+    check_module,
     check_number,
+    check_path,
     check_patterns,
     check_rate,
     check_step,
@@ -125,6 +129,26 @@ def test_steps_count_from_zero(value):
 def test_a_single_text_is_no_list_of_patterns():
     with pytest.raises(TypeError, match=r"`frozen` is 'bias'; pass a list of names or globs"):
         check_patterns("frozen", "bias")
+
+
+@pytest.mark.parametrize("value", [None, 3, {"a": 1}, nn.Linear(2, 2)])
+def test_what_is_no_list_of_texts_is_refused(value):
+    with pytest.raises(TypeError, match=r"`frozen` is .*; pass a list of names or globs"):
+        check_patterns("frozen", value)
+    with pytest.raises(TypeError, match=r"`frozen` contains .*; use names or globs"):
+        check_patterns("frozen", ["bias", value])
+    check_patterns("frozen", {"bias"})
+
+
+@pytest.mark.parametrize("value", [None, 3, b"folder", ["folder"]])
+def test_paths_modules_and_functions_are_told_from_other_values(value):
+    for check, wanted in ((check_path, "a path"), (check_module, "an nn.Module"), (check_callable, "a function")):
+        with pytest.raises(TypeError, match=f"`x` is .*; pass {wanted}"):
+            check("x", value)
+    check_path("x", "folder")
+    check_path("x", Path("folder"))
+    check_module("x", nn.Linear(2, 2))
+    check_callable("x", nn.Linear(2, 2))
 
 
 def test_what_is_not_by_name_is_described():

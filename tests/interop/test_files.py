@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dynlora_fn import init, state_dict
 from dynlora_fn.interop import _safetensors as reading
@@ -65,6 +66,7 @@ def test_tensors_in_any_layout_are_written_by_value(tmp_path: Path):
     [
         (torch.eye(3).to_sparse(), "`weights` has 'w' of layout torch.sparse_coo"),
         (torch.empty(3, device="meta"), "`weights` has 'w' on the meta device"),
+        (TwoTensor(torch.ones(2), torch.ones(2)), "`weights` has 'w' of type TwoTensor"),
     ],
 )
 def test_what_has_no_bytes_is_refused_and_the_file_stays(weight: Tensor, message: str, tmp_path: Path):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from dynlora_fn import call, combine, compile_step, linear, remat, value_and_grad
+from dynlora_fn import call, combine, compile_step, init, linear, partition, remat, value_and_grad
 from dynlora_fn.nn import _products
 from dynlora_fn.testing import assert_same, normal
 from tests.support.blocks import Block, make
@@ -79,3 +80,19 @@ def test_random_blocks_are_refused(backend):
 def test_a_block_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"`blocks` contains 'blocks\.\*', which matches no name"):
         remat(make()[0], ["blocks.*"])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_a_reentrant_checkpoint_is_refused_by_name(via):
+    """It would be recomputed with the parameters of the model, and its gradient would be zero without an error."""
+
+    class Checkpointed(torch.nn.Linear):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    model = Checkpointed(4, 4)
+    trainable, frozen = partition(init(model, rank=2, seed=0, targets=["weight"]))
+    function = value_and_grad(lambda tree: call(model, combine(tree, frozen), torch.ones(2, 4)).sum(), via=via)
+    with pytest.raises(NotImplementedError, match=r"'weight' is used in .* with use_reentrant=True, .* use `remat`"):
+        function(trainable)

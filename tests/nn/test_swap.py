@@ -194,6 +194,23 @@ def test_a_buffer_that_would_be_lost_is_refused_by_name(backend):
     assert_restored(model, before)
 
 
+def test_a_buffer_that_gets_a_gradient_is_refused_by_name():
+    """Each call would extend the graph of the one before."""
+
+    class Accumulates(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            self.total.add_(y.sum())
+            return y
+
+    model, x = Accumulates(4, 4).double(), normal(1, 3, 4)
+    model.register_buffer("total", torch.zeros((), dtype=torch.float64))
+    trainable, frozen = partition(low_rank_of(model))
+    with pytest.raises(NotImplementedError, match=r"`model` writes a value that requires a gradient into .* 'total'"):
+        value_and_grad(lambda tree: call(model, combine(tree, frozen), x).sum())(trainable)
+    assert not model.total.requires_grad
+
+
 def test_a_buffer_of_one_sample_is_refused():
     model, x = Averages(in_place=False), normal(1, 3, 4)
     before, params = state_of(model), low_rank_of(model)
@@ -224,11 +241,12 @@ def test_a_parameter_that_the_model_assigns_is_refused_by_name():
     assert_restored(model, before)
 
 
-def test_batch_norm_trains_by_autograd():
+@pytest.mark.parametrize("via", ["func", "autograd"])
+def test_batch_norm_trains_outside_of_transforms(via):
     model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double(), normal(1, 5, 4)
     direct = copy.deepcopy(model)
     trainable, frozen = partition(low_rank_of(model))
-    value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum(), via="autograd")(trainable)
+    value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum(), via=via)(trainable)
     direct(x)
     for name, buffer in direct.named_buffers():
         torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-13, atol=0)

@@ -188,7 +188,7 @@ def test_plain_lora_starts_from_zero_and_from_the_range_of_linear_layers(shape: 
 @pytest.mark.parametrize("shape", [6, (6,), torch.tensor([6, 4])])
 def test_a_slice_of_another_shape_than_two_sizes_is_refused(shape):
     indices = torch.arange(3)
-    with pytest.raises(TypeError, match="`slices` has .* as `shape`; use \\(out, in\\)"):
+    with pytest.raises(TypeError, match=r"`slices` has .* as `shape`; use \(out, in\)"):
         basis_vectors([BasisSlice(torch.tensor(0), indices, indices, shape, 2, "lora", torch.float32)])
 
 

@@ -25,29 +25,32 @@ KEYS = {
     "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS}
     | {"int8+bfloat16 deferred", "nf4+none deferred"},
     "scale": {"reduced_over_full_rank", "trainable_at_512"},
+    "growth": {"init", "gradients_memory", "names", "checkpoint", "first_call", "goals", "met"},
     "quality_by_base": {"float32+none", "int8+bfloat16"},
 }
+BILLION = {"peak_of_all", "float32: init", "bfloat16: resume"}
+READ_PEAKS = ("memory", "memory_by_base", "ensemble", "growth")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KEYS)
-def test_a_benchmark_runs(name, tmp_path):
-    if name in ("memory", "memory_by_base", "ensemble") and not Path("/proc/self/clear_refs").exists():
+@pytest.mark.parametrize(("name", "flags"), [*((name, ()) for name in KEYS), ("growth", ("--billion",))])
+def test_a_benchmark_runs(name, flags, tmp_path):
+    if name in READ_PEAKS and not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is read from Linux's /proc")
     out = tmp_path / "results.json"
-    (printed,) = in_processes(1, _run, name, out)
+    (printed,) = in_processes(1, _run, name, out, *flags)
     results = json.loads(printed.splitlines()[-1])
-    assert KEYS[name] <= results.keys()
+    assert (BILLION if flags else KEYS[name]) <= results.keys()
     written = json.loads(out.read_text())
     assert written["raw"]
     assert {key: written[key] for key in results} == results
     assert {"device", "torch", "commit", "command"} <= written["environment"].keys()
 
 
-def _run(name: str, out: Path) -> str:
+def _run(name: str, out: Path, *flags: str) -> str:
     """Run ``python -m bench.NAME`` in a process that has imported torch."""
     os.chdir(ROOT)
-    sys.argv = [f"bench.{name}", "--quick", "--json", "--device", "cpu", "--out", str(out)]
+    sys.argv = [f"bench.{name}", "--quick", "--json", "--device", "cpu", "--out", str(out), *flags]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
     return printed.getvalue()

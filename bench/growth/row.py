@@ -1,0 +1,85 @@
+"""A row of the benchmark: contenders that do the same work at several sizes, and the goals that it is for."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import linear_regression
+from typing import Any, Literal, NamedTuple
+
+Curve = Mapping[int, float]  # a value at each size
+Curves = Mapping[str, Curve]  # of each contender
+_SMALLEST = 1e-9  # a peak of zero bytes has no logarithm
+
+
+class Contender(NamedTuple):
+    """A function to measure, at one size."""
+
+    run: Callable[..., Any]
+    before: Callable[[], tuple[Any, ...]] = tuple  # makes the arguments of each run, which is not measured
+
+
+class Goal(NamedTuple):
+    """The most that a value may be. Values are computed from the curves of a row."""
+
+    text: str
+    most: float
+    value: Callable[[Curves], float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured at which sizes.
+
+    "seconds" are those of the processor. "peak" is the memory beyond what was in use before, in bytes, and the curve
+    ``result of NAME`` has the bytes that stay in use. "value" is what a contender returns.
+    """
+
+    title: str
+    size: str
+    """What the sizes count."""
+    sizes: tuple[int, ...]
+    quick: tuple[int, ...]
+    contenders: Mapping[str, Callable[[int], Contender]]
+    kind: Literal["seconds", "peak", "value"] = "seconds"
+    goals: tuple[Goal, ...] = ()
+    rounds: int = 5
+
+
+def exponent(curve: Curve) -> float:
+    """Return the exponent of growth: the slope of a least-squares line through the logarithms."""
+    points = [(math.log(size), math.log(max(value, _SMALLEST))) for size, value in curve.items()]
+    return linear_regression(*zip(*points, strict=True)).slope
+
+
+def result_of(contender: str) -> str:
+    """Return the name of the curve of the bytes that stay in use after a contender of a "peak" row."""
+    return f"result of {contender}"
+
+
+def at_most_times(most: float, ours: str, peer: str) -> Goal:
+    """Return the goal that `ours` is at most `most` times the peer at every size."""
+
+    def value(curves: Curves) -> float:
+        return max(curves[ours][n] / max(curves[peer][n], _SMALLEST) for n in curves[ours])
+
+    return Goal(f"{ours} over {peer}", most, value)
+
+
+def grows_at_most(most: float, name: str) -> Goal:
+    """Return the goal that a curve grows with at most this exponent."""
+    return Goal(f"exponent of {name}", most, lambda curves: exponent(curves[name]))
+
+
+def at_most(most: float, name: str) -> Goal:
+    """Return the goal that the value at the largest size is at most `most`."""
+    return Goal(f"{name} at the largest size", most, lambda curves: curves[name][max(curves[name])])
+
+
+def needs_at_most(most: float, name: str, unit: Callable[[int], float], allowed: Callable[[int], float]) -> Goal:
+    """Return the goal that a peak exceeds its result and what is allowed by at most `most` units, at every size."""
+
+    def value(curves: Curves) -> float:
+        peak, result = curves[name], curves[result_of(name)]
+        return max((peak[n] - result[n] - allowed(n)) / unit(n) for n in peak)
+
+    return Goal(f"{name}, beyond result and largest tensor, in models", most, value)

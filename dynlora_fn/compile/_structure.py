@@ -1,0 +1,51 @@
+"""Compare the state that a step returns with the state that it got.
+
+Dynamo traces this code for every tensor. It takes far longer to trace how pytree describes a structure than to compare
+two structures directly.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from dynlora_fn._core._torch import keystr, tree_flatten, tree_flatten_with_path
+
+Pair: TypeAlias = tuple[Any, Any]
+
+
+def pair_leaves(old: Any, new: Any, pairs: list[Pair]) -> bool:
+    """Append the leaves of two trees to `pairs`, and return whether the trees have the same structure.
+
+    The structure is that of pytree: types, keys and their order, and constants.
+    """
+    if isinstance(old, Tensor) or type(old) is not type(new):
+        pairs.append((old, new))
+        return isinstance(old, Tensor) and isinstance(new, Tensor)
+    if isinstance(old, tuple | list):
+        children, new_children = old, new
+    elif type(old) is dict:
+        if list(old) != list(new):
+            return False
+        children, new_children = list(old.values()), list(new.values())
+    else:
+        leaves, structure = tree_flatten(old)
+        new_leaves, new_structure = tree_flatten(new)
+        pairs.extend(zip(leaves, new_leaves, strict=False))
+        return bool(structure == new_structure)
+    if len(children) != len(new_children):
+        return False
+    for child, new_child in zip(children, new_children, strict=True):  # noqa: SIM110 (faster for Dynamo to trace)
+        if not pair_leaves(child, new_child, pairs):
+            return False
+    return True
+
+
+def mismatch(state: Any, pairs: Sequence[Pair]) -> str | None:
+    """Describe how the new state differs in shape or dtype, if it does."""
+    for index, (old, new) in enumerate(pairs):
+        if old.shape != new.shape or old.dtype != new.dtype:
+            name = keystr(tree_flatten_with_path(state)[0][index][0])
+            change = f"from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype}, at {name}"
+            return f"`step` changes a state tensor {change}; keep shapes and dtypes, or pass donate=False"
+    return None

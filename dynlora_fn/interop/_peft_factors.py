@@ -1,0 +1,114 @@
+"""The factors of an adapter, formed one weight at a time when they are written."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from dynlora_fn._core._types import LowRank
+from dynlora_fn.bases._pending import rank_with_pending
+from dynlora_fn.interop._lazy import LazyTensor
+from dynlora_fn.interop._peft_layers import PREFIX, Pair, as_layer, kind_of_layer
+from dynlora_fn.interop._truncated_svd import truncated_svd
+from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
+
+
+class AdapterFactors:
+    """The factors of all weights of an adapter. Those of one weight are in memory at a time."""
+
+    def __init__(self, model: nn.Module, original: Mapping[str, Tensor] | None, rank: int | None):
+        """Take the arguments of `save_adapter`."""
+        self.entries: dict[str, LazyTensor] = {}  # of the file
+        self.ranks: dict[str, int] = {}  # by each name of a weight
+        self.errors: dict[str, float] = {}  # complete once all entries were read
+        self._model, self._original, self._rank = model, original, rank
+        self._last: dict[str, Pair] = {}  # both entries of a weight follow each other in the file
+
+    def add(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
+        """Add a weight under all its names.
+
+        Raises:
+            ValueError: If PEFT has no adapter for its layer, or `original` does not fit.
+        """
+        view = view_of(name, param, self._model.get_parameter(name).shape)
+        rows, columns, rank = view.shape[0], prod(view.shape[1:]), sum(map(rank_with_pending, view.parts))
+        if self._original is None:
+            _check_no_stack(view)
+        else:
+            _check_original(view, self._original.get(name))
+            rank = min(self._rank or sum(part.factors.b.shape[-1] for part in view.parts), rows, columns)
+        self.errors[name] = 0.0
+        like = Pair(torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta"))
+        for alias in aliases:
+            self.ranks[alias] = rank
+            for key, tensor in self._of_layer(alias, like, view.shape).items():
+                read = partial(self._read, name, param, alias, key)
+                self.entries[key] = LazyTensor(tuple(tensor.shape), torch.float32, read)
+
+    def _read(self, name: str, param: LowRank, alias: str, key: str) -> Tensor:
+        view = view_of(name, param, self._model.get_parameter(name).shape)
+        if name not in self._last:
+            self._last.clear()
+            if self._original is None:
+                self._last[name] = _unchanged(gathered(view))
+            else:
+                self._last[name], self.errors[name] = _change(view, self._original[name], self.ranks[name])
+        return self._of_layer(alias, self._last[name], view.shape)[key]
+
+    def _of_layer(self, name: str, pair: Pair, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return the tensors of PEFT's layer by their keys in the file."""
+        down, up = reversed(as_layer(self._model, name, pair, shape))
+        kind, layer = kind_of_layer(self._model, name), PREFIX + name.rpartition(".")[0]
+        if kind == "embedding":
+            return {f"{layer}.lora_embedding_A": down, f"{layer}.lora_embedding_B": up}
+        if kind == "convolution":
+            up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
+        return {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+
+
+def _check_no_stack(view: View) -> None:
+    if view.parts[0].seed.ndim:
+        raise ValueError(
+            f"`params` has the stack {view.name!r}, for which PEFT has no LoRA; write the model with `save_merged`"
+        )
+
+
+def _check_original(view: View, before: Tensor | None) -> None:
+    if before is None or tuple(before.shape) != view.shape:
+        found = "nothing" if before is None else f"shape {tuple(before.shape)}"
+        raise ValueError(
+            f"`original` has {found} for {view.name!r} of shape {view.shape}; pass the state dict of this model"
+        )
+
+
+def _unchanged(view: View) -> Pair:
+    """Return ``up @ down = b @ a / rank``. The rank of a fused weight is the sum of the ranks of its parts."""
+    ups = [part.factors.b.float() / part.factors.b.shape[-1] for part in view.parts]
+    downs = [part.factors.a.float() for part in view.parts]
+    if view.axis == ROWS:
+        return Pair(_block_diagonal(ups), torch.cat(downs))
+    return Pair(torch.cat(ups, dim=1), _block_diagonal(downs))
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
+
+
+def _change(view: View, before: Tensor, rank: int) -> tuple[Pair, float]:
+    """Return the change of a weight as two factors of a rank, and the relative error of cutting it to that rank."""
+    change = dense(view).double()
+    change -= before.to(change.device)
+    change = change.flatten(1)
+    norm = change.norm()
+    if not norm.isfinite():
+        raise ValueError(
+            f"`params` or `original` has {view.name!r} with entries that are not finite; use weights of a step before"
+        )
+    u, s, vh = truncated_svd(change, rank)
+    change.addmm_(u * s, vh, alpha=-1)
+    error = (change.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)).item()
+    root = s.sqrt()
+    return Pair((u * root).float(), (root[:, None] * vh).float()), error

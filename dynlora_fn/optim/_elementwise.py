@@ -1,0 +1,189 @@
+"""Apply an elementwise formula to all tensors of trees by parameter name, in few operations.
+
+Where operations run at once, tensors are joined in `Leaves`, in batches of limited size, so that temporaries stay
+small. A larger tensor is split into blocks. Everywhere else the formula is applied to each tensor in turn.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._torch import are_immediate
+from dynlora_fn._core._types import Factors, is_factors
+from dynlora_fn.optim._leaves import FlatLeaves, Leaves
+
+Tree = dict[str, Any]
+# Numbers of a tensor in a batch. On a CPU they should fit into its caches, on CUDA they should occupy it.
+_MOST_ON_CPU = 2**18
+_MOST_ON_CUDA = 2**24
+
+
+_Row: TypeAlias = tuple[Any, ...]  # the arguments of a formula for one tensor of the result
+
+
+def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that makes a function of trees by parameter name from an elementwise formula.
+
+    The formula is called as ``formula(*settings, *operands, *small)``. It may use the operations that `Leaves` has, and
+    for `small` those of `FlatLeaves`. What it returns has the shape of the first operand.
+
+    The function is called as ``function(tree, *others, small=None, settings=None)``. `tree` and `others` are full-rank
+    tensors or factors by name. So is `small`, whose tensors have few numbers, such as counts. `settings` is a function
+    from a name to a tuple of numbers or 0-d tensors. The function returns a tree with the structure of `tree`.
+
+    Args:
+        results: How many results the formula returns. With more than one, the function returns as many trees.
+        can_join: Whether the formula is limited to the operations of `Leaves`.
+    """
+
+    def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
+        # Dynamo leaves the formula to AOTAutograd, since it takes longer to trace an operation than to run it.
+        @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+        def in_turn(rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+            return [formula(*row) for row in rows]
+
+        def function(
+            tree: Mapping[str, Any],
+            *others: Mapping[str, Any],
+            small: Mapping[str, Any] | None = None,
+            settings: Callable[[str], tuple[Any, ...]] | None = None,
+        ) -> Any:
+            rows = _rows(tree, others, small, settings)
+            if can_join and are_immediate([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
+                operands = 1 + len(others)
+                new = _in_batches(formula, rows, operands, has_small=small is not None)
+            else:
+                new = in_turn(rows) if rows else []
+            if results == 1:
+                return _rebuilt(tree, new)
+            return tuple(_rebuilt(tree, [row[index] for row in new]) for index in range(results))
+
+        return function
+
+    return decorate
+
+
+def _rows(
+    tree: Mapping[str, Any],
+    others: Sequence[Mapping[str, Any]],
+    small: Mapping[str, Any] | None,
+    settings: Callable[[str], tuple[Any, ...]] | None,
+) -> list[_Row]:
+    rows = []
+    for name, leaf in tree.items():
+        options = settings(name) if settings else ()
+        operands = [leaf, *[other[name] for other in others], *([] if small is None else [small[name]])]
+        if is_factors(leaf):
+            rows.append((*options, *[each.b for each in operands]))
+            rows.append((*options, *[each.a for each in operands]))
+        else:
+            rows.append((*options, *operands))
+    return rows
+
+
+def _rebuilt(tree: Mapping[str, Any], results: Sequence[Tensor]) -> Tree:
+    """Return a tree with the structure of `tree` and other tensors."""
+    new: Tree = {}
+    following = iter(results)
+    for name, leaf in tree.items():
+        if isinstance(leaf, Factors):
+            new[name] = Factors(next(following), next(following))
+        elif is_factors(leaf):
+            new[name] = leaf._replace(b=next(following), a=next(following))
+        else:
+            new[name] = next(following)
+    return new
+
+
+def _in_batches(formula: Callable[..., Any], rows: Sequence[_Row], operands: int, *, has_small: bool) -> list[Any]:
+    """Return the results of a formula for rows of tensors whose operations run at once.
+
+    A row has settings, as many operands, of which the first one has the shape of the result, and one small tensor.
+    """
+    results: dict[int, Any] = {}
+    first = len(rows[0]) - operands - has_small if rows else 0
+    for positions in _batches(rows, first):
+        batch = [rows[position] for position in positions]
+        if len(batch) == 1:
+            results[positions[0]] = _in_blocks(formula, batch[0], first)
+            continue
+        columns = [*zip(*batch, strict=True)]
+        leaves = [Leaves(column) for column in columns[first : first + operands]]
+        small = [FlatLeaves.of(column) for column in columns[first + operands :]]
+        joined = formula(*batch[0][:first], *leaves, *small)
+        if isinstance(joined, tuple):
+            each: Any = zip(*(result.tensors for result in joined), strict=True)
+        else:
+            each = joined.tensors
+        results.update(zip(positions, each, strict=True))
+    return [results[position] for position in range(len(rows))]
+
+
+def _batches(rows: Sequence[_Row], first: int) -> Iterator[list[int]]:
+    """Yield positions of rows with equal settings, dtypes and devices, of limited size together."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for position, row in enumerate(rows):
+        kinds = [(tensor.dtype, tensor.device) for tensor in row[first:]]
+        groups[(*map(_key, row[:first]), *kinds)].append(position)
+    for positions in groups.values():
+        batch: list[int] = []
+        size = 0
+        for position in positions:
+            tensor = rows[position][first]
+            if batch and size + tensor.numel() > _most(tensor):
+                yield batch
+                batch, size = [], 0
+            batch.append(position)
+            size += tensor.numel()
+        yield batch
+
+
+def _key(setting: Any) -> Hashable:
+    return id(setting) if isinstance(setting, Tensor) else setting
+
+
+def _most(tensor: Tensor) -> int:
+    return _MOST_ON_CPU if tensor.is_cpu else _MOST_ON_CUDA
+
+
+def _in_blocks(formula: Callable[..., Any], row: _Row, first: int) -> Any:
+    """Return the result of a formula for one tensor, computed in blocks if it is large."""
+    like = row[first]
+    if like.numel() <= _most(like):
+        return formula(*row)
+    new: list[Tensor] = []
+    is_tuple = False
+    for index in _blocks(tuple(like.shape), _most(like)):
+        block = formula(*row[:first], *(_part(operand, like, index) for operand in row[first:]))
+        is_tuple = isinstance(block, tuple)
+        parts = block if is_tuple else (block,)
+        new = new or [torch.empty_like(like, dtype=part.dtype) for part in parts]
+        for whole, part in zip(new, parts, strict=True):
+            whole[index] = part
+    return tuple(new) if is_tuple else new[0]
+
+
+def _blocks(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
+    """Yield the indices of blocks of at most `most` numbers, which cover a tensor."""
+    if prod(shape) <= most or not shape:
+        yield tuple(slice(None) for _ in shape)
+        return
+    step = max(1, most // prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        for index in _blocks(shape[1:], most):
+            yield (slice(start, start + step), *index)
+
+
+def _part(operand: Tensor, like: Tensor, index: tuple[slice, ...]) -> Tensor:
+    """Return the part of an operand that a block needs. Axes that are broadcast stay."""
+    axes = range(like.ndim - operand.ndim, like.ndim)
+    return operand[
+        tuple(
+            index[axis] if size == like.shape[axis] else slice(None)
+            for axis, size in zip(axes, operand.shape, strict=True)
+        )
+    ]

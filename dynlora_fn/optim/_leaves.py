@@ -1,0 +1,114 @@
+"""Lists of tensors in elementwise formulas, as if each list were one tensor.
+
+Every operation of a formula is then one call for the whole list. Its bits are those of the operation on each tensor,
+because the same operations run in the same order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynlora_fn._core._torch import (
+    flatten_tensors,
+    foreach_add,
+    foreach_clamp_min,
+    foreach_div,
+    foreach_mul,
+    foreach_neg,
+    foreach_sign,
+    foreach_sqrt,
+    foreach_sub,
+    unflatten_tensors,
+)
+
+
+class Leaves:
+    """A list of tensors of one dtype. An operand is a number, a 0-d tensor, or as many tensors."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    def to(self, dtype: torch.dtype) -> "Leaves":
+        return self if self.dtype == dtype else Leaves([tensor.to(dtype) for tensor in self.tensors])
+
+    def __add__(self, other: Any) -> "Leaves":
+        return Leaves(foreach_add(self.tensors, _operand(other)))
+
+    def __sub__(self, other: Any) -> "Leaves":
+        return Leaves(foreach_sub(self.tensors, _operand(other)))
+
+    def __mul__(self, other: Any) -> "Leaves":
+        return Leaves(foreach_mul(self.tensors, _operand(other)))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "Leaves":
+        return Leaves(foreach_div(self.tensors, _operand(other)))
+
+    def __neg__(self) -> "Leaves":
+        return Leaves(foreach_neg(self.tensors))
+
+    def square(self) -> "Leaves":
+        return Leaves(foreach_mul(self.tensors, self.tensors))
+
+    def sqrt(self) -> "Leaves":
+        return Leaves(foreach_sqrt(self.tensors))
+
+    def sign(self) -> "Leaves":
+        return Leaves(foreach_sign(self.tensors))
+
+    def clamp(self, min: float) -> "Leaves":
+        return Leaves(foreach_clamp_min(self.tensors, min))
+
+
+class FlatLeaves:
+    """A list of tensors of few numbers each, which are copied into one tensor for operations on them.
+
+    It may be the divisor of `Leaves`.
+    """
+
+    __slots__ = ("flat", "like")
+
+    def __init__(self, flat: Tensor, like: Sequence[Tensor]) -> None:
+        self.flat, self.like = flat, like
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "FlatLeaves":
+        return cls(flatten_tensors(list(tensors)), tensors)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return unflatten_tensors(self.flat, self.like)
+
+    def _apply(self, operation: Callable[..., Tensor], *args: Any) -> "FlatLeaves":
+        return FlatLeaves(operation(self.flat, *args), self.like)
+
+    def to(self, dtype: torch.dtype) -> "FlatLeaves":
+        return self._apply(Tensor.to, dtype)
+
+    def clamp(self, min: float) -> "FlatLeaves":
+        return self._apply(Tensor.clamp_min, min)
+
+    def __mul__(self, other: float) -> "FlatLeaves":
+        return self._apply(torch.mul, other)
+
+    def __neg__(self) -> "FlatLeaves":
+        return self._apply(torch.neg)
+
+    def expm1(self) -> "FlatLeaves":
+        return self._apply(torch.expm1)
+
+    def sqrt(self) -> "FlatLeaves":
+        return self._apply(torch.sqrt)
+
+
+def _operand(other: Any) -> Any:
+    return other.tensors if isinstance(other, Leaves | FlatLeaves) else other
