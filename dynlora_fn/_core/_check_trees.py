@@ -25,8 +25,9 @@ def check_param(argument: str, name: str, param: Any) -> None:
         if not isinstance(param.tensor if isinstance(param, FrozenTensor) else param, Tensor):
             raise TypeError(f"`{argument}` has {described(param)} for {name!r}; use a LowRank or a tensor")
         return
-    if torch.compiler.is_dynamo_compiling() and _fits(param):
-        return  # in as few operations as possible, since each takes time to trace
+    # In as few operations as possible, since each takes time to trace, and in eager mode every step checks each weight.
+    if _fits(param) if torch.compiler.is_dynamo_compiling() else _is_plain(param) and _fits(param):
+        return
     check_factors(argument, name, param.factors)
     b, seed, stack = param.factors.b, param.seed, tuple(param.shape[:-2])
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
@@ -47,6 +48,24 @@ def check_param(argument: str, name: str, param: Any) -> None:
         )
     for what, tensor in (("seed", seed), *([("base", param.base)] if isinstance(param.base, Tensor) else [])):
         _check_device(argument, f"the {what} of {name!r}", tensor, b)
+
+
+def _is_plain(param: LowRank) -> bool:
+    """Return whether a weight consists of floating tensors on one device, none of them empty or of another class."""
+    factors, base, seed = param.factors, param.base, param.seed
+    if type(factors) is not Factors or not type(factors.b) is type(factors.a) is type(base) is type(seed) is Tensor:
+        return False
+    (b, a), device = factors, seed.device
+    return (
+        b.is_floating_point()
+        and a.is_floating_point()
+        and base.is_floating_point()
+        and seed.dtype == torch.int64
+        and b.device == a.device == base.device == device
+        and b.ndim == a.ndim == seed.ndim + 2
+        and b.numel() > 0
+        and a.numel() > 0
+    )
 
 
 def _fits(param: LowRank) -> bool:

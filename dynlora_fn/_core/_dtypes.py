@@ -13,6 +13,11 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in a dtype. A conversion to the same dtype takes as long as a small product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class Autocast(NamedTuple):
     """The first arguments of `torch.autocast`."""
 
@@ -26,7 +31,7 @@ def autocast_now(device_type: str) -> Autocast | None:
 
     The meta device is one.
     """
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type != "cpu" and not torch.amp.is_autocast_available(device_type):
         return None
     return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
@@ -34,6 +39,8 @@ def autocast_now(device_type: str) -> Autocast | None:
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Disable autocast on a device, if the device has it."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device
+        return nullcontext()
+    if not torch.compiler.is_dynamo_compiling() and not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -21,10 +21,11 @@ class Patterns:
         self._positions: dict[str, int] = {}
         for pattern in patterns:
             self._positions.setdefault(pattern, len(self._positions))
-        self._globs: dict[str, list[tuple[str, re.Pattern[str]]]] = defaultdict(list)
+        self._globs: dict[str, list[tuple[str, re.Pattern[str] | None]]] = defaultdict(list)
         for pattern in self._positions:
             if glob := _FIRST_GLOB.search(pattern):
-                self._globs[pattern[: glob.start()]].append((pattern, re.compile(translate(pattern))))
+                start, rest = pattern[: glob.start()], pattern[glob.start() :]
+                self._globs[start].append((pattern, None if rest == "*" else re.compile(translate(rest))))
         self._lengths = sorted({len(start) for start in self._globs})
 
     def matching(self, names: Iterable[str]) -> list[str]:
@@ -35,7 +36,7 @@ class Patterns:
                 found.add(name)
             for length in self._lengths:
                 globs = self._globs.get(name[:length], ()) if length <= len(name) else ()
-                found |= {pattern for pattern, glob in globs if glob.match(name)}
+                found |= {pattern for pattern, glob in globs if glob is None or glob.match(name[length:])}
         return sorted(found, key=self._positions.__getitem__)
 
 

@@ -82,12 +82,13 @@ def _group(
         elif keys is not finer and any(axis != list(range(len(axis))) for axis in values.values()):
             yield from _group(members, finer, finer, literal)
         elif gap is not None:
-            runs = {index: tuple(run) for run in _runs(values[gap]) for index in run}
-            of_run: dict[tuple[int, ...], list[str]] = {run: [] for run in runs.values()}
+            runs = _runs(values[gap])
+            run_of = {index: at for at, run in enumerate(runs) for index in run}
+            by_run: list[list[str]] = [[] for _ in runs]
             for name, index in zip(members, columns[gap], strict=True):
-                of_run[runs[index]].append(name)
-            for run, names_of_run in of_run.items():
-                yield from _group(names_of_run, keys, finer, literal | {gap} if len(run) == 1 else literal)
+                by_run[run_of[index]].append(name)
+            for run, of_run in zip(runs, by_run, strict=True):
+                yield from _group(of_run, keys, finer, literal | {gap} if len(run) == 1 else literal)
         else:
             yield _named(members, values)
 
@@ -163,6 +164,11 @@ def unstack(params: Params) -> dict[str, Param]:
         ['1.bias', '2.bias']
     """
     check_params("params", params)
+    return unstacked(params)
+
+
+def unstacked(params: Params) -> dict[str, Param]:
+    """Return `unstack(params)` of parameters that are checked."""
     for pattern, param in params.items():
         _check_axes(pattern, param)
     return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
@@ -170,6 +176,8 @@ def unstack(params: Params) -> dict[str, Param]:
 
 def _check_axes(pattern: str, param: Param) -> None:
     """Raise if a parameter has fewer leading axes than its name."""
+    if _first_axis(pattern) is None:
+        return
     axes = param.seed.ndim if isinstance(param, LowRank) else len(param.shape)
     name, count = pattern, 0
     while axis := _first_axis(name):

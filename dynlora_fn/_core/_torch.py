@@ -60,6 +60,7 @@ USED = (
     "torch._C._functorch.is_batchedtensor",
     "torch._C._functorch.is_dead_tensor_wrapper",
     "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._functorch.maybe_get_level",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._is_fwd_grad_enabled",
@@ -75,6 +76,7 @@ USED = (
     "torch._foreach_sqrt",
     "torch._foreach_sub",
     "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
+    "torch._functorch.utils.unwrap_dead_wrappers",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
@@ -124,6 +126,7 @@ unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 set_forward_enabled: Callable[[bool], AbstractContextManager[None]] = torch.autograd.forward_ad._set_fwd_grad_enabled
 is_forward_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -186,7 +189,8 @@ def can_read(tensor: torch.Tensor) -> bool:
 def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether operations on tensors run at once, and nothing traces, maps or records them.
 
-    It is for plain tensors on a CPU or on CUDA. For other tensors the answer is False.
+    A function may then compute its result block by block in newly allocated memory. For other tensors than plain ones
+    on a CPU or on CUDA, the answer is False.
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
@@ -203,19 +207,12 @@ def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def runs_at_once(*tensors: torch.Tensor) -> bool:
-    """Return whether operations on tensors of the CPU run at once, as in `are_immediate`.
-
-    A function may then compute its result block by block in newly allocated memory.
-    """
-    return are_immediate(tensors) and all(tensor.is_cpu for tensor in tensors)
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forward_levels() -> int:
     """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`."""
     functorch = torch._C._functorch
-    nested = sum(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or [])
+    levels = functorch.get_interpreter_stack()
+    nested = sum(level.key() == functorch.TransformType.Jvp for level in levels) if levels else 0
     return max(nested, torch.autograd.forward_ad._current_level + 1)
 
 
@@ -276,6 +273,24 @@ def is_transformed() -> bool:
 def is_traced() -> bool:
     """Return whether Dynamo, `torch.export` or `make_fx` is tracing."""
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call ``function.apply(*args)`` with all arguments of its forward pass.
+
+    To fill in defaults, `apply` reads the signature at each call, which takes as long as a small product.
+    """
+    if are_transforms_active():
+        return function.apply(*args)  # type: ignore[no-untyped-call]
+    args = torch._functorch.utils.unwrap_dead_wrappers(args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def is_differentiated(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Return whether anything may differentiate, map or record an operation on some tensors."""
+    if are_transforms_active() or forward_levels() > 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:

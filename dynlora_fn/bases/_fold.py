@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._torch import runs_at_once
+from dynlora_fn._core._torch import are_immediate
 
 # A compiler fuses outer products into one pass over the base, in place if the base is donated. It does neither for a
 # matrix product, but that is faster for many vectors.
@@ -44,12 +44,16 @@ def fold(
         dtype = base.dtype if out is None else out.dtype
     wide = widest(base.dtype, left.dtype, dtype)
     left, right = left.to(wide) / rank, right.to(wide)
-    if left.shape[-1] and base.shape == (*left.shape[:-1], right.shape[-1]) and runs_at_once(base, left, right):
+    if base.is_cpu and left.shape[-1] and _is_of_shape(base, left, right) and are_immediate([base, left, right]):
         result = base.new_empty(base.shape, dtype=dtype) if out is None else out
         _fold_in_blocks(result, base, left, right)
         return result
     result = _fold(base.to(wide), left, right).to(dtype)
     return result if out is None else out.copy_(result)
+
+
+def _is_of_shape(base: Tensor, left: Tensor, right: Tensor) -> bool:
+    return base.shape == (*left.shape[:-1], right.shape[-1]) == (*right.shape[:-2], *base.shape[-2:])
 
 
 def _fold(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from dynlora_fn._core._check import check_by_name, described
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._types import LowRank, Param, Params
-from dynlora_fn.bases._base import StoredBase, as_base
+from dynlora_fn.bases._base import Base, StoredBase, as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._formats import format_of, stored
 from dynlora_fn.bases._pending import with_pending
@@ -24,11 +25,21 @@ from dynlora_fn.bases._stacks import stack_bases, stack_members
 
 @overload
 def quantize(
-    params: LowRank, base: object, *, residual: ResidualKind = ..., residual_device: Device = ...
+    params: LowRank,
+    base: object,
+    *,
+    residual: ResidualKind = ...,
+    residual_device: Device = ...,
+    progress: Progress | None = ...,
 ) -> LowRank: ...
 @overload
 def quantize(
-    params: Params, base: object, *, residual: ResidualKind = ..., residual_device: Device = ...
+    params: Params,
+    base: object,
+    *,
+    residual: ResidualKind = ...,
+    residual_device: Device = ...,
+    progress: Progress | None = ...,
 ) -> dict[str, Param]: ...
 def quantize(
     params: LowRank | Params,
@@ -36,6 +47,7 @@ def quantize(
     *,
     residual: ResidualKind = "bfloat16",
     residual_device: Device = None,
+    progress: Progress | None = None,
 ) -> LowRank | dict[str, Param]:
     """Quantize the bases.
 
@@ -58,6 +70,8 @@ def quantize(
             (1 byte), or None for no residual.
         residual_device: The device of the residuals, such as "cpu" for host memory. Default None means the device of
             the codes. Only folds read and write residuals.
+        progress: A function that is called as ``progress(done, total)`` with the bytes of weights that are done and in
+            total. Default None means no reports.
 
     Returns:
         The same weights with `Quantized` bases. With "bfloat16" and no residual, the bases are plain tensors.
@@ -95,13 +109,22 @@ def quantize(
         (torch.int8, torch.Size([32, 1]), torch.bfloat16)
     """
     check_residual(residual, residual_device)
+    check_progress(progress)
     check_one_or_more("params", params)
-    if isinstance(params, LowRank):
-        return _quantize("param", params, base, residual, residual_device)
-    return {
-        name: _quantize(name, param, base, residual, residual_device) if isinstance(param, LowRank) else param
-        for name, param in params.items()
-    }
+    by_name = params if isinstance(params, Mapping) else {"param": params}
+    low_rank = {name: param for name, param in by_name.items() if isinstance(param, LowRank)}
+    report = reporter(progress, sum(map(_bytes_of, low_rank.values())))
+    new = {}
+    for name, param in low_rank.items():
+        new[name] = _quantize(name, param, base, residual, residual_device)
+        report(_bytes_of(param))
+    return (
+        new["param"] if isinstance(params, LowRank) else {name: new.get(name, param) for name, param in by_name.items()}
+    )
+
+
+def _bytes_of(param: LowRank) -> int:
+    return param.shape.numel() * as_base(param.base).weight_dtype.itemsize
 
 
 def _quantize(name: str, param: LowRank, base: object, residual: ResidualKind, residual_device: Device) -> LowRank:
@@ -127,8 +150,8 @@ def quantize_base(
     """
     refuse_attached("gradient, quantize", old, name=name)
     format_type, code_dtype = format_of(base)
-    quantized = []
-    for member in map(as_base, stack_members(old)):
+
+    def quantized(member: Base) -> Quantized:
         weight = member.exact(widest(member.sum_dtype))
         check_finite(weight, name)
         codes = format_type.empty(name, weight, code_dtype).encode(weight)
@@ -137,9 +160,11 @@ def quantize_base(
         # torchao does not support int8 for float64.
         is_half = codes.keeps_half_precision and dtype in (torch.bfloat16, torch.float16)
         like = error.new_empty(0, dtype=dtype if is_half else torch.float32)
-        quantized.append(Quantized(stored(codes), make_residual(error, residual, residual_device), like))
-    stack = stack_bases(quantized, as_base(old).shape[:-2])
-    return stack.codes if isinstance(stack.codes, Tensor) and residual is None else stack
+        return Quantized(stored(codes), make_residual(error, residual, residual_device), like)
+
+    members, stack = map(quantized, map(as_base, stack_members(old))), as_base(old).shape[:-2]
+    new = stack_bases(members, stack) if stack else next(members)
+    return new.codes if isinstance(new.codes, Tensor) and residual is None else new
 
 
 # --- drift

@@ -17,12 +17,13 @@ from dynlora_fn._core._check import (
 from dynlora_fn.switching._weight import Start
 
 
-def check_settings(start: Any, base_dtype: Any, dtype: Any, stack: Any) -> None:
+def check_settings(start: Any, base_dtype: Any, dtype: Any, **flags: Any) -> None:
     """Raise if one of `init`'s settings has another type or value than its documentation gives."""
     check_choice("start", start, get_args(Start))
     check_dtype("base_dtype", base_dtype, or_none=True)
     check_dtype("dtype", dtype)
-    check_flag("stack", stack)
+    for name, flag in flags.items():
+        check_flag(name, flag)
 
 
 def check_model(model: Any) -> None:

@@ -1,6 +1,5 @@
 """Make low-rank parameters from a model."""
 
-import hashlib
 from collections.abc import Mapping
 from functools import partial
 
@@ -8,17 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._check import check_integer
-from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._stacking import Stack, find_stacks
-from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._tree import inner_tensors
-from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param
-from dynlora_fn.bases._base import StoredBase, as_base
-from dynlora_fn.bases._fold import fold
-from dynlora_fn.bases._quantize import quantize_base
+from dynlora_fn._core._types import Param
 from dynlora_fn.bases._residual import Device, ResidualKind, check_residual
-from dynlora_fn.bases._stacks import stack_bases
-from dynlora_fn.bases._torchao_tensors import from_torchao, is_torchao
+from dynlora_fn.bases._torchao_tensors import is_torchao
 from dynlora_fn.interop._arguments import (
     check_fused,
     check_kind,
@@ -27,11 +21,11 @@ from dynlora_fn.interop._arguments import (
     check_targets,
     check_weights,
 )
+from dynlora_fn.interop._make import Settings, Task, make, together
 from dynlora_fn.interop._parameters import Parameters, detached, is_opaque, parameters_of
-from dynlora_fn.interop._targets import Rank, Target, Targets, as_matrices, select
+from dynlora_fn.interop._targets import Rank, Targets, select
 from dynlora_fn.parallel._group import Group
-from dynlora_fn.parallel._shard import shard
-from dynlora_fn.switching._weight import Start, first_vectors
+from dynlora_fn.switching._weight import Start
 
 
 def init(
@@ -50,6 +44,8 @@ def init(
     dtype: torch.dtype = torch.float32,
     stack: bool = True,
     group: "Group | None" = None,
+    copy: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Param]:
     """Return parameters whose weights equal the model's.
 
@@ -66,9 +62,9 @@ def init(
     train one, call its `requires_grad_` before. A frozen parameter that is a target becomes low-rank, as in PEFT.
 
     Args:
-        model: The module, or its parameters by name. It is not changed, and everything is copied. Targets may be
-            torchao's tensors, as its ``quantize_`` makes them. They stay in their format, and with ``start="lora"``
-            their codes stay the same. Torchao's tensors that are not targets become dense.
+        model: The module, or its parameters by name. It is not changed. Targets may be torchao's tensors, as its
+            ``quantize_`` makes them. They stay in their format, and with ``start="lora"`` their codes stay the same.
+            Torchao's tensors that are not targets become dense.
         rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, of
             which the first that matches a target counts. A function maps the name and the shape (out, in) of a target
             to its rank: ``lambda name, shape: min(16, *shape)`` clips it.
@@ -91,6 +87,12 @@ def init(
         stack: Whether weights that repeat over layers become one parameter, such as ``layers.*.q.weight``.
         group: The process group that shards the bases, as in `shard`. Each weight is sharded before the next is read,
             so that a process stores only its rows and one more base.
+        copy: Whether all values are copied. False shares memory with the model, or with `weights`, where a tensor there
+            has the values and the dtype that are needed: for full-rank parameters, and with ``start="lora"`` for dense
+            bases. Stacks are always copied. Writing into shared memory, as `compile_step` does with ``donate=True``,
+            changes the model.
+        progress: A function that is called as ``progress(done, total)`` with the bytes of the model that are done and
+            in total. Default None means no reports.
 
     Returns:
         A `LowRank` for each target, and for every other parameter a tensor, or a `FrozenTensor` if it is not trained,
@@ -115,7 +117,8 @@ def init(
     """
     if base is not None and base_dtype is not None:
         raise ValueError(f"`base` is {base!r} and `base_dtype` is {base_dtype}; pass only one of them")
-    check_settings(start, base_dtype, dtype, stack)
+    check_settings(start, base_dtype, dtype, stack=stack, copy=copy)
+    check_progress(progress)
     check_residual(residual, residual_device)
     check_model(model)
     check_weights(weights, model)
@@ -127,50 +130,18 @@ def init(
     tensors = parameters.tensors
     selected = select(module, parameters, targets, rank, fused or {})
     read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
-    groups = {name: Stack([name], ()) for name in tensors}
+    settings = Settings(seed, start, base_dtype, base, residual, residual_device, dtype, copy, group)
+    keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
+    stacks = {name: Stack([name], ()) for name in tensors}
     if stack:
-        keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
-        groups = find_stacks(keys, {name: _owner(module, name) for name in tensors})
-    params: dict[str, Param] = {}
-
-    def make(pattern: str, layers: Stack) -> Param:
-        target, first = selected.get(layers.members[0]), tensors[layers.members[0]]
-        if target is None and layers.members[0] in parameters.frozen and is_opaque(first):
-            return FrozenTensor(read(pattern))
-        weight_dtype = first.dtype
-        bases = [_base_of(name, read(name), target is not None, residual, residual_device) for name in layers.members]
-        stacked = stack_bases(bases, layers.shape)
-        if target is None:
-            assert isinstance(stacked, Tensor)
-            return FrozenTensor(stacked) if layers.members[0] in parameters.frozen else stacked
-        matrices = _as_matrices(pattern, stacked, target, len(layers.shape))
-        seeds = _seeds(seed, layers.members, as_base(matrices).shape[:-2], bases[0])
-        # A base that is quantized afterwards is not rounded here, so that it is rounded only once.
-        plain_dtype = base_dtype or (weight_dtype if base is None else widest(weight_dtype))
-        param = _low_rank(pattern, matrices, seeds, target=target, start=start, base_dtype=plain_dtype, dtype=dtype)
-        if base is not None:
-            quantized = quantize_base(pattern, param.base, base, residual, residual_device, weight_dtype)
-            param = param._replace(base=quantized)
-        return param
-
-    for pattern, layers in groups.items():
-        if group is None or layers.members[0] not in selected:
-            params[pattern] = make(pattern, layers)
-        else:  # each member is sharded before the next is read
-            shards = [shard({pattern: make(pattern, Stack([name], ()))}, group)[pattern] for name in layers.members]
-            params[pattern] = stack_bases(shards, layers.shape)
-    return params
-
-
-def _as_matrices(name: str, weight: StoredBase, target: Target, stack_axes: int) -> StoredBase:
-    if isinstance(weight, Tensor):
-        return as_matrices(weight, target, stack_axes)
-    if target.parts > 1 or target.is_spatial:
-        raise ValueError(
-            f"`targets` matches {name!r}, a tensor of torchao that is fused or the weight of a convolution; "
-            "use only matrices of torchao, or dequantize it first"
-        )
-    return weight
+        stacks = find_stacks(keys, {name: _owner(module, name) for name in tensors})
+    tasks = [
+        Task(name, layers, tensors[first], selected.get(first), first in parameters.frozen)
+        for name, layers in together(stacks, keys, tensors, selected, settings).items()
+        for first in layers.members[:1]
+    ]
+    params = dict(make(tasks, read, settings, reporter(progress, sum(task.bytes for task in tasks))))
+    return {name: params[name] for name in stacks}
 
 
 def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> Tensor:
@@ -189,25 +160,6 @@ def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> T
     raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
 
 
-def _seeds(seed: int, names: list[str], stack: torch.Size, like: StoredBase) -> Tensor:
-    """Return a seed for each matrix of the stack, from the name of its weight and its position in that weight."""
-    matrices = stack.numel() // len(names)
-    seeds = [
-        _weight_seed(seed, name if matrices == 1 else f"{name}[{position}]")
-        for name in names
-        for position in range(matrices)
-    ]
-    return torch.tensor(seeds, device=tree_leaves(like)[0].device).reshape(stack)
-
-
-def _base_of(name: str, tensor: Tensor, is_target: bool, residual: ResidualKind, residual_device: Device) -> StoredBase:
-    """Return a plain tensor unchanged, and one of torchao as a base, or dense where it stays full-rank."""
-    if not is_torchao(tensor):
-        return tensor.detach()
-    quantized = from_torchao(tensor, residual=residual, residual_device=residual_device, name=name)
-    return quantized if is_target else quantized.dequantize(tensor.dtype)
-
-
 def _kind(name: str, parameters: Parameters) -> list[object]:
     """Return what all members of a stack must have in common."""
     tensor, is_frozen = parameters.tensors[name], name in parameters.frozen
@@ -219,27 +171,3 @@ def _kind(name: str, parameters: Parameters) -> list[object]:
 def _owner(module: nn.Module | None, name: str) -> object:
     """Return the type of the module that has a parameter, or None."""
     return type(module.get_submodule(name.rpartition(".")[0])) if module is not None else None
-
-
-def _weight_seed(seed: int, name: str) -> int:
-    """Return 63 bits that depend on the name, and not on other targets or on the stacking."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
-
-
-def _low_rank(
-    name: str,
-    weight: StoredBase,
-    seed: Tensor,
-    *,
-    target: Target,
-    start: Start,
-    base_dtype: torch.dtype | None,
-    dtype: torch.dtype,
-) -> LowRank:
-    rank, factors = target.rank, first_vectors(seed, as_base(weight).shape[-2:], target.rank, start, dtype)
-    if target.padding is not None and target.parts == 1:
-        is_padding = torch.arange(factors.b.shape[-2], device=factors.b.device) == target.padding
-        factors = Factors(factors.b.masked_fill(is_padding[:, None], 0), factors.a)
-    if isinstance(weight, Tensor):
-        return LowRank(fold(weight, -factors.b, factors.a, rank=rank, dtype=base_dtype), factors, seed)
-    return LowRank(as_base(weight).fold(-factors.b, factors.a, rank=rank, name=name), factors, seed)

@@ -12,7 +12,6 @@ from torch import nn
 from dynlora_fn._core._check import check_module, check_path
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, Param
 from dynlora_fn.interop._init import init
 from dynlora_fn.interop._peft_alphas import alphas
@@ -30,6 +29,10 @@ class PairInFile(NamedTuple):
     def read(self, weights: Weights) -> Pair:
         """Read the factors, in float32."""
         return Pair(weights[self.up].flatten(1).float() * self.scale, weights[self.down].float())
+
+    def entries(self, weights: Weights) -> int:
+        """Return the number of entries of both factors."""
+        return sum(math.prod(weights.shape(key)) for key in (self.up, self.down))
 
     def on_meta(self, weights: Weights) -> Pair:
         """Return the factors without data."""
@@ -88,23 +91,22 @@ def load_adapter(
     with open_weights(folder / WEIGHTS) as weights:
         pairs, dense = _pairs_and_dense(model, config, weights)
         ranks = {name: weights.shape(pair.down)[0] for name, pair in pairs.items()}
+        model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        factor_bytes = sum(pair.entries(weights) * dtype.itemsize for pair in pairs.values())
+        report = reporter(progress, model_bytes + factor_bytes)
         params = init(model, rank=ranks, seed=seed, targets=list(ranks), start="lora", dtype=dtype, stack=stack)
-        report = reporter(progress, sum(_bytes_to_load(param) for param in params.values()))
+        report(model_bytes)
         originals = {name: parameter.detach() for name, parameter in model.named_parameters()}
         for pattern, param in params.items():
             names = list(unstack({pattern: param}))
             if isinstance(param, LowRank):
                 params[pattern] = param._replace(factors=_read_factors(model, weights, pairs, names, param.factors))
+                report(sum(pairs[name].entries(weights) * dtype.itemsize for name in names))
             elif not dense.keys().isdisjoint(names):
                 members = [weights[dense[name]] if name in dense else originals[name] for name in names]
                 tensor = torch.stack([member.to(originals[names[0]].dtype) for member in members]).reshape(param.shape)
                 params[pattern] = FrozenTensor(tensor) if isinstance(param, FrozenTensor) else tensor
-            report(_bytes_to_load(param))
     return params
-
-
-def _bytes_to_load(param: Param) -> int:
-    return sum(side.nbytes for side in param.factors[:2]) if isinstance(param, LowRank) else tensor_of(param).nbytes
 
 
 def _read_factors(

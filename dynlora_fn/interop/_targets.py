@@ -200,12 +200,12 @@ def _check_rank(name: str, shape: tuple[int, ...], rank: int, limit: int) -> Non
         )
 
 
-def as_matrices(weight: Tensor, target: Target, stack_axes: int) -> Tensor:
-    """Return a weight with `stack_axes` leading axes as (*stack, out, in), with a stack axis for fused parts."""
+def as_matrices(weight: Tensor, target: Target) -> Tensor:
+    """Return a weight as (out, in), with a leading axis for fused parts. The result is a view if possible."""
     if target.is_spatial:
-        return weight.flatten(stack_axes + 1)
+        return weight.flatten(1)
     if target.parts == 1:
         return weight
     axis, shape = target.axis % weight.ndim, weight.shape
     parts = weight.reshape(*shape[:axis], target.parts, -1, *shape[axis + 1 :])
-    return parts.movedim(axis, -3).contiguous()
+    return parts.movedim(axis, -3)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,12 @@ from torch.func import functional_call
 
 from dynlora_fn._core._check import check_choice, check_module
 from dynlora_fn._core._check_trees import check_params
-from dynlora_fn._core._stacking import unstack
+from dynlora_fn._core._stacking import unstacked
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._flatten import refuse_differentiated
-from dynlora_fn.nn._swap import Slot, refuse_assignment, slots_of, swapped
+from dynlora_fn.nn._swap import Slot, names_of, refuse_assignment, slots_of, swapped
 from dynlora_fn.nn._turns import Caller, taking_turns
 from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import weight_of
@@ -82,14 +83,14 @@ def call_with(
 ) -> Any:
     """Run `call` with `buffers` in place of the model's buffers, for a `caller` as in `taking_turns`."""
     for name, param in params.items():
-        if isinstance(param, LowRank):
+        if isinstance(param, LowRank) and not isinstance(param.base, Tensor):
             layout, tensors = as_base(as_base(param.base).folded).flatten()
             refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
     if torch.compiler.is_dynamo_compiling():
-        return _call_traced(model, {**buffers, **unstack(params)}, args, kwargs, fallback)
+        return _call_traced(model, {**buffers, **unstacked(params)}, args, kwargs, fallback)
     with taking_turns(model, caller):
         slots = slots_of(model)
-        with swapped(slots, _tensors_for(model, slots, {**buffers, **unstack(params)}, fallback)):
+        with swapped(slots, _tensors_for(model, slots, {**buffers, **unstacked(params)}, fallback)):
             result = model(*args, **kwargs)
     if isinstance(result, GeneratorType | CoroutineType | AsyncGeneratorType):
         raise NotImplementedError(
@@ -117,8 +118,7 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallba
 
     Tied parameters have one tensor. `params` may have any of their names.
     """
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
+    named = names_of(model)
     given: dict[Tensor, tuple[str, Param]] = {}
     tensors: dict[Tensor, Tensor] = {}
     for name, param in params.items():
@@ -163,17 +163,31 @@ def _problem_of(model: nn.Module) -> str | None:
     uses neither.
     """
     for name, module in model.named_modules():
+        kind = _wrapper_of(type(module))
+        if kind is None:
+            continue
         where = f"submodule {name!r} of `model`" if name else "`model`"
-        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+        if kind != "ScriptModule":
+            return (
+                f"{where} is wrapped in {kind}, whose gradient hooks do not run here, so that replicas would drift "
+                "apart; pass the unwrapped module, reduce gradients with `all_reduce_mean` and shard bases with `shard`"
+            )
+        if any(True for _ in module.parameters()):
             return f"{where} is a ScriptModule, whose parameters cannot be replaced; pass the module from before"
-        for kind in type(module).__mro__:
-            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
-                return (
-                    f"{where} is wrapped in {kind.__name__}, whose gradient hooks do not run here, so that replicas "
-                    "would drift apart; pass the unwrapped module, reduce gradients with `all_reduce_mean` and shard "
-                    "bases with `shard`"
-                )
     return None
+
+
+_KINDS: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
+
+
+def _wrapper_of(module_type: type) -> str | None:
+    """Return the name of the wrapper that a type of modules is, or None. It is looked up once for each type."""
+    if module_type not in _KINDS:
+        names = [base.__name__ for base in module_type.__mro__ if base.__module__.startswith("torch.")]
+        is_script = issubclass(module_type, torch.jit.ScriptModule)
+        wrappers = ["ScriptModule"] if is_script else [name for name in names if name in _WRAPPERS]
+        _KINDS[module_type] = wrappers[0] if wrappers else None
+    return _KINDS[module_type]
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")

@@ -11,9 +11,11 @@ dense      6 d^2                8 r d^2          the weight and its gradient, th
 =========  ===================  ===============  ==========================================
 """
 
+from functools import lru_cache
 from math import prod
 from typing import Literal, TypeAlias, get_args
 
+import torch
 from opt_einsum.helpers import flop_count
 
 ContractionPath: TypeAlias = Literal["factored", "merged", "dense"]
@@ -60,6 +62,13 @@ def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: 
 
 def cheapest_path(*, tokens: int, out_features: int, in_features: int, rank: int) -> ContractionPath:
     """Return the path with the fewest `flops`. Of equals, the first in `ContractionPath` is taken."""
+    sizes = (tokens, out_features, in_features, rank)
+    # Dynamo warns of a cache while it traces, and the sizes of a trace cannot be keys of one.
+    is_static = not torch.compiler.is_dynamo_compiling() and all(type(size) is int for size in sizes)
+    return _remembered_path(*sizes) if is_static else _cheapest_path(*sizes)
+
+
+def _cheapest_path(tokens: int, out_features: int, in_features: int, rank: int) -> ContractionPath:
     terms = _terms(tokens, out_features, in_features, rank)
     costs = {path: _total(path, terms) for path in get_args(ContractionPath)}
     best: ContractionPath = "factored"
@@ -67,6 +76,9 @@ def cheapest_path(*, tokens: int, out_features: int, in_features: int, rank: int
         if cost < costs[best]:
             best = path
     return best
+
+
+_remembered_path = lru_cache(maxsize=4096)(_cheapest_path)
 
 
 def _terms(tokens: int, out_features: int, in_features: int, rank: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_choice, described
 from dynlora_fn._core._check_trees import check_param
-from dynlora_fn._core._dtypes import autocast_now
+from dynlora_fn._core._dtypes import autocast_now, cast
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._pending import rank_with_pending, with_pending
@@ -64,32 +64,42 @@ def linear(
         torch.Size([3, 4])
     """
     check_choice("path", path, get_args(ContractionPath), or_none=True)
-    _check(x, param, bias)
+    if not torch.compiler.is_dynamo_compiling():  # tracing a check takes as long as tracing the product
+        _check(param)
+    return contract(x, param, bias, path=path)
+
+
+def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: ContractionPath | None = None) -> Tensor:
+    """Return ``linear(x, param, bias)`` for a weight that is checked."""
+    if not torch.compiler.is_dynamo_compiling():
+        _check_inputs(x, param, bias)
     path = _cheapest(x, param) if path is None else path
     # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
     sharding = param.factor_sharding if path != "factored" else None
     base, factors = (param.base, param.factors) if sharding else with_pending(param)
     layout, tensors = as_base(base).flatten()
-    layout = layout._replace(factor_sharding=astuple(sharding) if sharding else None)
+    layout = layout._replace(factor_sharding=astuple(sharding)) if sharding else layout
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
-    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    x, bias = cast(x, dtype), None if bias is None else cast(bias, dtype)
     if path == "factored":
         return times_factored(x, factors.b, factors.a, bias, layout, *tensors)
     output: Tensor = times_merged(x, factors.b, factors.a, bias, path == "dense", layout, *tensors)
     return output
 
 
-def _check(x: Any, param: Any, bias: Any) -> None:
-    """Raise if the three do not fit each other."""
-    if torch.compiler.is_dynamo_compiling():
-        return  # tracing the check of each product takes as long as tracing the product
+def _check(param: Any) -> None:
+    """Raise if it is not one weight without stack axes."""
     if not isinstance(param, LowRank):
         raise TypeError(f"`param` is {described(param)}; pass one LowRank")
     check_param("param", "param", param)
-    *stack, out_features, in_features = param.shape
-    if stack:
+    if param.seed.ndim:
         raise ValueError(f"`param` is a stack of shape {tuple(param.shape)}; pass one of its members, from `unstack`")
+
+
+def _check_inputs(x: Any, param: LowRank, bias: Any) -> None:
+    """Raise if the input or the bias does not fit the weight."""
+    out_features, in_features = param.shape
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"`x` is {described(x)}; use a tensor of a floating dtype")
     if x.shape[-1:] != (in_features,):

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynlora_fn._core._attached import is_attached
-from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._torch import forward_levels, unsafe_view
+from dynlora_fn._core._dtypes import cast, widest, without_autocast
+from dynlora_fn._core._torch import apply_function, forward_levels, is_differentiated, is_tracked, unsafe_view
 from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
 from dynlora_fn.bases._flatten import Layout, gather_codes, refuse_differentiated
 from dynlora_fn.bases._formats import codes_from_tensors
@@ -36,19 +35,19 @@ def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None
 
 
 def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
-    inner = functional.linear(x, a.to(x.dtype)) / a.shape[-2]
+    inner = functional.linear(x, cast(a, x.dtype)) / a.shape[-2]
     is_ready = layout == Layout("plain") and codes[0].dtype == x.dtype
     output = functional.linear(x, codes[0]) if is_ready else _times_base(x, layout, *codes)
     output = output if bias is None else output + bias
-    return output + functional.linear(inner, b.to(x.dtype))
+    return output + functional.linear(inner, cast(b, x.dtype))
 
 
 def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tensor]) -> Tensor:
     merge_dtype = widest(b.dtype, x.dtype, codes_from_tensors(layout.kind, codes).sum_dtype)
     left, right = (a.mT, b.mT) if layout.is_transposed else (b, a)
-    return torch.addmm(
-        _dense(layout, codes, merge_dtype), left.to(merge_dtype), right.to(merge_dtype), alpha=1 / b.shape[-1]
-    ).to(x.dtype)
+    dense = _dense(layout, codes, merge_dtype)
+    merged = torch.addmm(dense, cast(left, merge_dtype), cast(right, merge_dtype), alpha=1 / b.shape[-1])
+    return cast(merged, x.dtype)
 
 
 def _factor_sharding(layout: Layout) -> Sharding | None:
@@ -79,7 +78,7 @@ def _needs_plain_operations(codes: Sequence[Tensor]) -> bool:
     They have no gradients by the base. torch disables forward mode while it calls a `jvp`, so an outer level would see
     constants in it.
     """
-    return forward_levels() > 1 or is_attached(codes)
+    return forward_levels() > 1 or any(is_tracked(code) for code in codes)
 
 
 # Dynamo rejects an autograd Function that defines `jvp`. `allow_in_graph` leaves it to AOTAutograd, which traces it
@@ -92,7 +91,9 @@ def times_merged(
         refuse_differentiated(layout, codes, "the base")
         _refuse_sharded(layout, "forward mode")
         return times_factored(x, b, a, bias, layout, *codes)
-    return _Merged.apply(x, b, a, bias, is_dense, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
+    if not is_differentiated((x, b, a, bias)):
+        return _Merged.forward(x, b, a, bias, is_dense, layout, *codes)
+    return apply_function(_Merged, x, b, a, bias, is_dense, layout, *codes)  # type: ignore[no-any-return]
 
 
 class _Merged(torch.autograd.Function):
@@ -125,10 +126,10 @@ class _Merged(torch.autograd.Function):
             if ctx.layout.is_transposed:
                 weight = weight.mT
                 gradients = _dense_gradients if ctx.is_dense else _separate_gradients
-            grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, b.to(x.dtype), a.to(x.dtype))
+            grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, cast(b, x.dtype), cast(a, x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         rank = b.shape[-1]
-        grad_b, grad_a = _scatter_if_sharded(grad_b.to(b.dtype) / rank, grad_a.to(a.dtype) / rank, ctx.layout)
+        grad_b, grad_a = _scatter_if_sharded(cast(grad_b, b.dtype) / rank, cast(grad_a, a.dtype) / rank, ctx.layout)
         input_gradients = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
         return *input_gradients, None, None, *(None for _ in codes)
 
@@ -168,9 +169,9 @@ class _Merged(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
-    if _needs_plain_operations(codes):
+    if _needs_plain_operations(codes) or not is_differentiated((x,)):
         return _TimesBase.forward(x, layout, *codes)
-    return _TimesBase.apply(x, layout, *codes)  # type: ignore[no-any-return, no-untyped-call]
+    return apply_function(_TimesBase, x, layout, *codes)  # type: ignore[no-any-return]
 
 
 class _TimesBase(torch.autograd.Function):

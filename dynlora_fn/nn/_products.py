@@ -16,7 +16,7 @@ from dynlora_fn._core._torch import grouped_mm as torch_grouped_mm
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.nn._linear import linear as contract
+from dynlora_fn.nn._linear import contract
 from dynlora_fn.nn._view import ROWS, View, dense_base, expect_weight, matrix_shape, refuse, scaled, single, transposed
 
 

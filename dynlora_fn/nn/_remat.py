@@ -16,6 +16,7 @@ from dynlora_fn._core._patterns import match
 from dynlora_fn._core._torch import (
     are_transforms_active,
     forward_levels,
+    is_batched_gradient,
     is_traced,
     tree_flatten,
     tree_leaves,
@@ -223,7 +224,7 @@ class _Recomputed(torch.autograd.Function):
             filled = (next(remaining) if needed else t for t, needed in zip(tensors, is_needed, strict=True))
             return ctx.run(*filled)
 
-        pull_back = _pull_back_in_func if _needs_func() else _pull_back
+        pull_back = _pull_back_in_func if _needs_func(grads) else _pull_back
         gradients = iter(pull_back(run, list(compress(tensors, is_needed)), grads))
         return None, None, *(next(gradients) if needed else None for needed in is_needed)
 
@@ -236,9 +237,11 @@ class _Recomputed(torch.autograd.Function):
         return output, tree_map(lambda leaf: 0, output)
 
 
-def _needs_func() -> bool:
-    """Return whether something differentiates, maps or traces the backward pass."""
-    return torch.is_grad_enabled() or are_transforms_active() or forward_levels() > 0 or is_traced()
+def _needs_func(grads: Sequence[Tensor]) -> bool:
+    """Return whether something differentiates, maps or traces the backward pass, as `is_grads_batched` does."""
+    if torch.is_grad_enabled() or are_transforms_active() or forward_levels() > 0 or is_traced():
+        return True
+    return any(is_batched_gradient(grad) for grad in grads)
 
 
 def _pull_back_in_func(

@@ -40,11 +40,21 @@ def slots_of(model: nn.Module) -> list[Slot]:
     slots = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for key, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            slots.append(Slot(prefix + key, module, key, tensor, is_buffer=False))
-        for key, tensor in module.named_buffers(recurse=False, remove_duplicate=False):
-            slots.append(Slot(prefix + key, module, key, tensor, is_buffer=True))
+        for places, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for key, tensor in places.items():
+                if tensor is not None:
+                    slots.append(Slot(prefix + key, module, key, tensor, is_buffer))
     return slots
+
+
+def names_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers by all of their names, of which tied tensors and modules have several."""
+    names: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for places in (module._parameters, module._buffers):
+            names |= {prefix + key: tensor for key, tensor in places.items() if tensor is not None}
+    return names
 
 
 @contextmanager

@@ -134,13 +134,22 @@ def _missing(view: View) -> Tensor:
 
 def _attached(view: View) -> Weight:
     """Return a weight through which gradients reach the factors, if autograd tracks them."""
-    tensors = tree_leaves(view) if torch.is_grad_enabled() and not are_transforms_active() else []
-    leaves = [leaf for leaf in tensors if isinstance(leaf, Tensor) and leaf.requires_grad]
+    tensors = _tensors_of(view) if torch.is_grad_enabled() and not are_transforms_active() else []
+    leaves = [leaf for leaf in tensors if leaf.requires_grad]
     if not leaves:
         return _wrapper(view)
     with set_forward_enabled(False):  # rules have the tangents, and other uses are refused
         weight: Weight = _Attached.apply(view, *leaves)  # type: ignore[no-untyped-call]
     return weight
+
+
+def _tensors_of(view: View) -> list[Tensor]:
+    """Return the tensors of a view that may be differentiated by."""
+    tensors: list[Tensor] = []
+    for base, factors, _ in view.parts:
+        leaves = [base] if isinstance(base, Tensor) else tree_leaves(base)
+        tensors += [leaf for leaf in (*leaves, factors.b, factors.a) if isinstance(leaf, Tensor)]
+    return [*tensors, view.scale] if isinstance(view.scale, Tensor) else tensors
 
 
 def _wrapper(view: View) -> Weight:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dynlora_fn._core._check import check_integer
-from dynlora_fn._core._torch import runs_at_once
+from dynlora_fn._core._torch import are_immediate
 from dynlora_fn._core._types import Side
 
 _MASK = 0xFFFFFFFF
@@ -126,7 +126,7 @@ def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count len
     tables = [_vectors(request) for request in ordered]
     index, side, seed = (torch.cat([column.flatten() for column in columns]) for columns in zip(*tables, strict=True))
     sizes = [(table[0].numel(), -(-request.length // 4)) for table, request in zip(tables, ordered, strict=True)]
-    draw = _draw_in_tiles if runs_at_once(index, seed) else _draw
+    draw = _draw_in_tiles if index.is_cpu and are_immediate([index, seed]) else _draw
     units = draw(sizes, index, side, seed)
     vectors = {}
     chunks = torch.split(units, [count * blocks for count, blocks in sizes])

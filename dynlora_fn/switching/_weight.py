@@ -14,11 +14,11 @@ from dynlora_fn._core._check import check_choice, check_dtype, check_integer, de
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import tensor_of
-from dynlora_fn._core._types import Factors, LowRank, Param, Params
+from dynlora_fn._core._types import Factors, LowRank, Param, Params, Side
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._pending import with_pending
-from dynlora_fn.switching._basis import Bounds, Request, basis_bounds, uniform
+from dynlora_fn.switching._basis import Request, basis_bounds, uniform
 
 Start: TypeAlias = Literal["switchlora", "lora"]
 
@@ -74,12 +74,20 @@ def vectors_of(slices: Sequence[BasisSlice]) -> list[Factors]:
         request
         for basis_slice in slices
         for request in (
-            Request(basis_slice.seed, "b", basis_slice.b_indices, basis_slice.shape[-2]),
-            Request(basis_slice.seed, "a", basis_slice.a_indices, basis_slice.shape[-1]),
+            *([] if basis_slice.start == "lora" else [_request(basis_slice, "b")]),
+            _request(basis_slice, "a"),
         )
     ]
-    units = uniform(requests)
-    return [_scale(basis_slice, b, a) for basis_slice, b, a in zip(slices, units[::2], units[1::2], strict=True)]
+    units = iter(uniform(requests))
+    return [
+        _scale(basis_slice, None if basis_slice.start == "lora" else next(units), next(units)) for basis_slice in slices
+    ]
+
+
+def _request(basis_slice: BasisSlice, side: Side) -> Request:
+    if side == "b":
+        return Request(basis_slice.seed, side, basis_slice.b_indices, basis_slice.shape[-2])
+    return Request(basis_slice.seed, side, basis_slice.a_indices, basis_slice.shape[-1])
 
 
 def _check_slice(basis_slice: Any) -> None:
@@ -108,18 +116,34 @@ def first_vectors(
     from_slot: int = 0,
 ) -> Factors:
     """Return the vectors that a weight starts with, in the slots from `from_slot` to its rank."""
+    return vectors_of([first_slice(seed, shape, rank, start, dtype, from_slot=from_slot)])[0]
+
+
+def first_slice(
+    seed: Int[Tensor, "*stack"],
+    shape: Sequence[int],
+    rank: int,
+    start: Start,
+    dtype: torch.dtype,
+    *,
+    from_slot: int = 0,
+) -> BasisSlice:
+    """Name the vectors that a weight starts with, in the slots from `from_slot` to its rank."""
     slots = torch.arange(from_slot, max(rank, from_slot), device=seed.device)
     # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
     b_indices = (slots - rank // 2) % rank
-    (factors,) = vectors_of([BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)])
-    return factors
+    return BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)
 
 
-def _scale(basis_slice: BasisSlice, b: Tensor, a: Tensor) -> Factors:
+def _scale(basis_slice: BasisSlice, b: Tensor | None, a: Tensor) -> Factors:
+    """Return factors from numbers in [-1, 1). None means zeros for side b."""
     out_features, in_features = basis_slice.shape[-2:]
-    is_lora = basis_slice.start == "lora"
-    bound = Bounds(b=0.0, a=in_features**-0.5) if is_lora else basis_bounds(out_features, in_features, basis_slice.rank)
     dtype = torch.promote_types(basis_slice.dtype, torch.float32)
+    if b is None:
+        shape = torch.broadcast_shapes(basis_slice.seed.shape, basis_slice.b_indices.shape[:-1])  # type: ignore[no-untyped-call]
+        zeros = a.new_zeros((*shape, out_features, basis_slice.b_indices.shape[-1]), dtype=basis_slice.dtype)
+        return Factors(b=zeros, a=(a.to(dtype) * in_features**-0.5).to(basis_slice.dtype))
+    bound = basis_bounds(out_features, in_features, basis_slice.rank)
     b, a = b.to(dtype) * bound.b, a.to(dtype) * bound.a
     return Factors(b=b.to(basis_slice.dtype).mT.contiguous(), a=a.to(basis_slice.dtype))
 

@@ -14,9 +14,10 @@ stacks = st.sampled_from([(), (3,), (2, 2), (0,)])
 counts = st.sampled_from([0, 1, 2, 7, 32, 33])
 
 
-@given(
-    stacks, st.integers(1, 9), st.integers(1, 9), counts, seeds, st.tuples(dtypes, dtypes, dtypes), st.integers(1, 99)
-)
+sizes = st.integers(1, 9)
+
+
+@given(stacks, sizes, sizes, counts, seeds, st.tuples(dtypes, dtypes, dtypes), st.integers(1, 99))
 def test_blocks_have_the_bits_of_one_pass(stack, rows, columns, count, seed, some_dtypes, block):
     """A mode that sees every operation, as a tracer does, takes one pass."""
     base_dtype, dtype, new_dtype = some_dtypes

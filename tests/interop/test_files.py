@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from dynlora_fn import init, state_dict
 from dynlora_fn.interop import _safetensors as reading
-from dynlora_fn.interop import open_weights, save_adapter, save_merged, save_weights
+from dynlora_fn.interop import load_adapter, open_weights, save_adapter, save_merged, save_weights
 from dynlora_fn.interop._lazy import LazyTensor
 from dynlora_fn.interop._save import write
 from dynlora_fn.interop._state_dict import lazy_state_dict
@@ -96,6 +96,31 @@ def test_progress_is_reported_in_bytes_and_can_stop_the_work(tmp_path: Path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": before}
     with pytest.raises(TypeError, match="`progress` is 3"):
         save_weights(weights, tmp_path / "file", progress=3)  # type: ignore[arg-type]
+
+
+def test_progress_of_models_and_adapters_goes_from_none_to_all(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    params = init(model, rank=2, seed=0, targets=["*.weight"])
+    changed = {name: param + 1 if isinstance(param, Tensor) else param for name, param in params.items()}
+    calls: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    for work in (
+        lambda: save_merged(model, params, tmp_path, progress=progress),
+        lambda: save_adapter(model, params, tmp_path / "with-base", progress=progress),
+        lambda: save_adapter(model, changed, tmp_path, original=model.state_dict(), progress=progress),
+        lambda: load_adapter(model, tmp_path, seed=0, progress=progress),
+    ):
+        calls.clear()
+        work()
+        total = calls[0][1]
+        assert calls[0] == (0, total)
+        assert calls[-1] == (total, total)
+        assert calls == sorted(calls)
+        assert {total for _, total in calls} == {total}
+        assert total > 0
 
 
 def test_a_merged_module_is_written_one_dense_weight_at_a_time(tmp_path: Path):

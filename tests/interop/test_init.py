@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import (
+    LowRank,
     apply_updates,
     call,
     combine,
@@ -87,6 +88,44 @@ def test_init_copies_and_asks_for_no_gradient():
             assert leaf.untyped_storage().data_ptr() not in owners
             assert not leaf.requires_grad
             leaf.add_(1)  # does not reach the model
+
+
+def test_without_a_copy_what_does_not_change_shares_the_models_memory():
+    """Stacks, converted weights and the bases of drawn factors are new memory, and nothing is written to the model."""
+    model = {f"layers.{at}": normal(at, 4, 6) for at in range(2)} | {"w": normal(2, 4, 6), "bias": normal(3, 4)}
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in model.values()}
+
+    def shared(**options):
+        with untouched(model):
+            params = init(model, rank=2, seed=0, copy=False, **options)
+        wanted = init(model, rank=2, seed=0, **options)
+        assert_same(params, wanted)
+        return {
+            name
+            for name, param in params.items()
+            if any(leaf.untyped_storage().data_ptr() in of_model for leaf in tree_leaves(param))
+        }
+
+    assert shared(targets=["w"]) == {"bias"}
+    assert shared(targets=["w"], start="lora") == {"w", "bias"}
+    assert shared(targets=["w"], start="lora", base_dtype=torch.float32) == {"bias"}
+    assert shared(targets=["w", "layers.*"], start="lora", stack=False) == {*model}
+    assert shared(targets=["w"], start="lora", base="int8", residual=None) == {"bias"}
+
+
+@pytest.mark.parametrize("options", [{}, {"start": "lora"}, {"dtype": torch.bfloat16}, {"base": "int8"}])
+def test_weights_that_are_made_together_equal_those_made_alone(options):
+    """Small weights of one shape are drawn and folded together, in memory that they do not share."""
+    model = {f"{name}.{at}": normal(at, 4, 6) for name in "ab" for at in range(3)} | {"c": normal(7, 4, 6)}
+    together = init(model, rank=2, seed=0, targets=["a.*", "c"], stack=False, **options)
+    assert list(together) == list(model)
+    for name, weight in model.items():
+        targets = [name] if isinstance(together[name], LowRank) else []
+        assert_same(together[name], init({name: weight}, rank=2, seed=0, targets=targets, **options)[name])
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(together)]
+    assert len({storage.data_ptr() for storage in storages if storage.nbytes()}) == len(
+        [storage for storage in storages if storage.nbytes()]
+    )
 
 
 def test_init_is_deterministic_and_another_seed_gives_other_factors():

@@ -16,7 +16,7 @@ from dynlora_fn.bases import quantize
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn import _linear
 from dynlora_fn.nn._view import View, transposed
-from dynlora_fn.testing import Shape, assert_within, eps, low_rank, normal, seeds, untouched
+from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, seeds, untouched
 from tests.support import reference
 from tests.support.strategies import plain_params
 
@@ -253,3 +253,14 @@ def test_the_module_takes_the_cheapest_path(monkeypatch):
     model = nn.Linear(6, 4)
     dl.call(model, dl.init(model, rank=2, seed=0, targets=["weight"]), torch.ones(3, 5, 6))
     assert calls == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]
+
+
+def test_a_product_without_gradients_takes_no_function():
+    """Its result has the same bits as with them."""
+    wanted = linear(X[0].clone().requires_grad_(), ONE, path="merged")
+    assert type(wanted.grad_fn).__name__ == "_MergedBackward"
+    got = linear(X[0], ONE, path="merged")
+    assert got.grad_fn is None
+    assert_same(got, wanted.detach())
+    with torch.no_grad():
+        assert linear(X[0].clone().requires_grad_(), ONE, path="merged").grad_fn is None

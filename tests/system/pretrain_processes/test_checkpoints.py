@@ -113,7 +113,7 @@ def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_donated_template_is_the_memory_of_the_state(tmp_path: Path):
-    """Tensors that share memory get their own, because each is read."""
+    """Tensors that share memory are copied before they are read."""
     values = {"x": torch.arange(24.0).reshape(4, 6), "y": torch.ones(4, 6), "t": torch.tensor(3), "z": torch.ones(2, 3)}
     assert load_checkpoint(tmp_path, values, SINGLE_PROCESS, donate=True) is None
     with Saver(tmp_path, SINGLE_PROCESS, keep=1) as saver:
