@@ -70,7 +70,8 @@ def _is_plain(param: LowRank) -> bool:
 
 def _fits(param: LowRank) -> bool:
     b, a = param.factors.b, param.factors.a
-    return b.shape[-1] == a.shape[-2] and param.base.shape == param.shape and param.seed.shape == b.shape[:-2]
+    is_pair = b.shape[-1] == a.shape[-2] and b.shape[:-2] == a.shape[:-2]
+    return is_pair and param.base.shape == param.shape and param.seed.shape == b.shape[:-2]
 
 
 def check_params(argument: str, params: Any) -> None:
