@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dynlora_fn._core._check import check_module, check_path
+from dynlora_fn._core._check import check_dtype, check_module, check_path
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, Param
@@ -85,6 +85,7 @@ def load_adapter(
     """
     check_module("model", model)
     check_path("folder", folder)
+    check_dtype("dtype", dtype)
     check_progress(progress)
     folder = Path(folder)
     config = _read_config(folder)

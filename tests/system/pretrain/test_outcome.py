@@ -113,7 +113,10 @@ def test_compiled_equals_eager(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     assert job("--out", tmp_path / "compiled", "--compile", *options).code == 0
     eager, compiled = metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")
     assert sum(line["switched"] for line in eager) > 0
-    torch.testing.assert_close([line["loss"] for line in compiled], [line["loss"] for line in eager])
+    # torch has two formulas for the gradient of silu, and takes one in eager mode and the other in graphs. They differ
+    # by rounding, so each step may round its loss in another way.
+    losses = [[line["loss"] for line in lines] for lines in (compiled, eager)]
+    torch.testing.assert_close(*losses, rtol=12 * torch.finfo(torch.float32).eps, atol=0)
 
 
 def test_plain_lines_where_there_is_no_terminal(job: Job, tmp_path: Path):
