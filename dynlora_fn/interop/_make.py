@@ -7,7 +7,7 @@ draw takes a hundred operations.
 import hashlib
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     residual_device: Device
     dtype: torch.dtype
     copy: bool
-    group: "Group | None"
+    group: Any  # a `Group` or None: `get_type_hints` cannot read the alias
 
 
 class Task(NamedTuple):
