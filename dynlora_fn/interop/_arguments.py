@@ -14,6 +14,7 @@ from dynlora_fn._core._check import (
     described,
     first_names,
 )
+from dynlora_fn.interop._safetensors import Weights
 from dynlora_fn.switching._weight import Start
 
 
@@ -45,7 +46,8 @@ def check_weights(weights: Any, model: nn.Module | Mapping[str, Tensor]) -> None
     check_tensors("weights", weights)
     known = set(model) if isinstance(model, Mapping) else _names_of(model)
     if unknown := [name for name in weights if name not in known]:
-        raise ValueError(f"`weights` has {first_names(unknown)}, which the model does not have; remove them")
+        where = f" in {str(weights.file(unknown[0]))!r}" if isinstance(weights, Weights) else ""
+        raise ValueError(f"`weights` has {first_names(unknown)}{where}, which the model does not have; remove them")
 
 
 def _names_of(model: nn.Module) -> set[str]:

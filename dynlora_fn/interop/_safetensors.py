@@ -51,6 +51,10 @@ class Weights(Mapping[str, Tensor]):
         shape: tuple[int, ...] = self._read(name, lambda handle: tuple(handle.get_slice(name).get_shape()))
         return shape
 
+    def file(self, name: str) -> Path:
+        """Return the file that has a tensor."""
+        return self._paths[name]
+
     def __contains__(self, name: object) -> bool:
         return name in self._paths
 

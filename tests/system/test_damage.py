@@ -89,7 +89,7 @@ def write_metrics(folder: Path) -> None:
 
 
 CONFIG = Config(training=Training(steps=3))
-PARAMETER = r"^`weights` has (.*'\d\.(weight|bias)'|'[^']+', which the model does not have)"
+PARAMETER = r"^`weights` has .*'\d\.(weight|bias)'"
 KINDS = {
     "weights": Kind(lambda folder: dl.interop.save_merged(MODEL, PARAMS, folder), into_model, says=PARAMETER),
     "weights in shards": Kind(write_sharded, into_model, says=PARAMETER),
