@@ -21,7 +21,7 @@ def inputs() -> Tensor:
 
 
 def params_of(model: nn.Module) -> dict[str, Any]:
-    """Return low-rank weights of which none are stacked."""
+    """Return low-rank weights without stacking them."""
     return dl.init(model, rank=_RANK, seed=0, targets=["*.weight"], stack=False)
 
 

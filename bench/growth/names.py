@@ -89,19 +89,19 @@ _BY_NAME = {
     "init(weights=dict)": init_from_dict,
     "init from a file": init_from_file,
     "init, targets by name": init_by_name,
+    "init(stack=False)": init_apart,
     "dict(open_weights(file))": read_all,
     "load_adapter": load_adapter,
 }
-_APART = "init(stack=False)"  # which also draws for each weight
 ROWS = {
     "names": Row(
         f"weights of width {_WIDTH}, looked up by name",
         "weights",
         (500, 2000, 10_000),
         (4, 8),
-        {**_BY_NAME, _APART: init_apart, "safetensors' load_file": load_file_at_once},
+        {**_BY_NAME, "safetensors' load_file": load_file_at_once},
         goals=(
-            *(grows_at_most(1.1, name) for name in (*_BY_NAME, _APART)),
+            *(grows_at_most(1.1, name) for name in _BY_NAME),
             *(at_most(2, name) for name in _BY_NAME),
         ),
         rounds=3,

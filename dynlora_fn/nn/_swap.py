@@ -48,7 +48,7 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers by all of their names, of which tied tensors and modules have several."""
+    """Return the parameters and buffers by name. Tied ones have an entry for each of their names."""
     names: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""

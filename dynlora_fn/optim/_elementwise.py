@@ -102,7 +102,8 @@ def _rebuilt(tree: Mapping[str, Any], results: Sequence[Tensor]) -> Tree:
 def _in_batches(formula: Callable[..., Any], rows: Sequence[_Row], operands: int, *, has_small: bool) -> list[Any]:
     """Return the results of a formula for rows of tensors whose operations run at once.
 
-    A row has settings, as many operands, of which the first one has the shape of the result, and one small tensor.
+    A row has settings, then `operands` tensors, then the small tensor if there is one. The first operand has the shape
+    of the result.
     """
     results: dict[int, Any] = {}
     first = len(rows[0]) - operands - has_small if rows else 0

@@ -31,8 +31,8 @@ _BACKENDS = ("nccl", "gloo", ONE_THREAD)
 class WireBytes(NamedTuple):
     """The bytes of the collectives of one step, by kind.
 
-    These are sizes of tensors: what is reduced, and the results of gathers. `sent` says how many bytes each process
-    sends for them. Switching sends nothing unless factors are sharded.
+    A field is the size of the tensors that are reduced or scattered, or that a gather returns. `sent` converts these
+    sizes into the bytes that each process sends. Switching sends nothing unless factors are sharded.
     """
 
     factors: int  # all-reduce of the gradients of factors that are not sharded
