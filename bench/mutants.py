@@ -34,6 +34,7 @@ TESTS = {
     "switching._weight": [
         "switching/test_weight", "interop/test_init", "switching/test_switch", "testing/test_promises",
     ],
+    "switching._candidates": ["switching/test_switch", "switching/test_plan_mistakes"],
     "switching._switch": ["switching/test_switch", "testing/test_promises", "switching/test_pool"],
     "optim._adamw": [
         "optim/test_adamw", "optim/test_every_optimizer", "optim/test_freeze", "optim/test_eight_bit",

@@ -32,7 +32,7 @@ from dynlora_fn.nn._value_and_grad import value_and_grad as value_and_grad
 from dynlora_fn.optim._decay import decay as decay
 from dynlora_fn.optim._project_state import project_optimizer_state as project_optimizer_state
 from dynlora_fn.optim._transform import apply_updates as apply_updates
-from dynlora_fn.switching._switch import candidates as candidates
+from dynlora_fn.switching._candidates import candidates as candidates
 from dynlora_fn.switching._switch import switch as switch
 from dynlora_fn.switching._weight import materialize as materialize
 from dynlora_fn.switching._weight import merge as merge

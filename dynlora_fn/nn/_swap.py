@@ -64,10 +64,9 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
     A buffer that the model assigns itself stays, as it does when the model is called directly.
 
     Raises:
-        NotImplementedError: If the model writes a value with a gradient into a buffer, in place of `torch.func`. If the
-            model assigns a tensor in the place of one of `tensors`, or a buffer that belongs
-            to a transform of `torch.func`, or is assigned where autograd runs in place of one. The tensor from before
-            is put back.
+        NotImplementedError: If the model assigns a tensor in the place of one of `tensors`. Under `torch.func`, and
+            where autograd runs in its place, also if the model assigns a buffer, or writes a value with a gradient into
+            one. The tensor from before is put back.
     """
     refused: list[Slot] = []
     attached = {id(slot.tensor) for slot in slots if slot.is_buffer and slot.tensor.requires_grad}

@@ -6,13 +6,13 @@
 
 from dynlora_fn.switching._basis import Bounds as Bounds
 from dynlora_fn.switching._basis import basis_bounds as basis_bounds
+from dynlora_fn.switching._candidates import candidates as candidates
 from dynlora_fn.switching._fold import fold as fold
 from dynlora_fn.switching._pool import draw as draw
 from dynlora_fn.switching._pool import init_pool as init_pool
 from dynlora_fn.switching._pool import put_back as put_back
 from dynlora_fn.switching._pool_types import Pool as Pool
 from dynlora_fn.switching._pool_types import SidePool as SidePool
-from dynlora_fn.switching._switch import candidates as candidates
 from dynlora_fn.switching._switch import switch as switch
 from dynlora_fn.switching._weight import BasisSlice as BasisSlice
 from dynlora_fn.switching._weight import Start as Start

@@ -1,13 +1,12 @@
-"""Switch factor vectors, and generate the vectors that enter."""
+"""Switch factor vectors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, get_args, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dynlora_fn._core._check import check_choice
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._plans import remembered, share_plans
@@ -24,8 +23,8 @@ from dynlora_fn._core._types import (
 )
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse_attached
+from dynlora_fn.switching._candidates import planned_vectors
 from dynlora_fn.switching._planned import check_planned, low_rank
-from dynlora_fn.switching._weight import BasisSlice, Start, vectors_of
 
 
 class Switched(NamedTuple):
@@ -100,12 +99,12 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     """
     check_planned(params, plan, incoming)
     if isinstance(params, LowRank):
-        incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
+        incoming = planned_vectors(params, plan, "switchlora") if incoming is None else incoming
         weight = "param", params, plan, incoming
         _check_incoming(*weight)
         ((base, factors, removed),) = _switch_all([weight], is_shared=False)
         return Switched(LowRank(base, factors, params.seed), removed)
-    incoming = _candidates(params, plan, "switchlora") if incoming is None else incoming
+    incoming = planned_vectors(params, plan, "switchlora") if incoming is None else incoming
     new: dict[str, Param] = dict(params)
     outgoing: dict[str, AnyFactors] = {}
     weights = [(name, low_rank(params, name), param_plan, incoming[name]) for name, param_plan in plan.items()]
@@ -118,56 +117,6 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     for (name, param, _, _), (base, factors, out) in zip(weights, switched, strict=True):
         new[name], outgoing[name] = LowRank(base, factors, param.seed), out
     return SwitchedParams(new, outgoing)
-
-
-@overload
-def candidates(params: LowRank, plan: Plan, *, start: Start = "switchlora") -> Factors: ...
-@overload
-def candidates(params: Params, plan: Plans, *, start: Start = "switchlora") -> dict[str, Factors]: ...
-def candidates(params: LowRank | Params, plan: Any, *, start: Start = "switchlora") -> Factors | dict[str, Factors]:
-    """Generate the vectors that a plan names from the basis seed.
-
-    Nothing is stored or sent. Every process generates the same bits.
-
-    Args:
-        params: One weight, or a dict of parameters by name.
-        plan: The plan of that weight, or a dict of plans by name. Its `indices` name the vectors.
-        start: The distribution, as in `init`. With "lora" the vectors of side b are zero.
-
-    Returns:
-        The vectors, laid out as factors with `count` in place of `rank`, or a dict of them by name.
-
-    Raises:
-        TypeError: If a part of the plan has a wrong type or dtype.
-        ValueError: If the plan names a parameter that is missing or not low-rank, its shapes do not fit, or
-            `start` is unknown.
-
-    Example:
-        >>> import torch
-        >>> from dynlora_fn import init
-        >>> from dynlora_fn.schedules import every
-        >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
-        >>> candidates(params, every(1)(0, params))["w"].b.shape
-        torch.Size([6, 2])
-    """
-    check_choice("start", start, get_args(Start))
-    check_planned(params, plan)
-    vectors: Factors | dict[str, Factors] = _candidates(params, plan, start)
-    return vectors
-
-
-def _candidates(params: LowRank | Params, plan: Any, start: Start) -> Any:
-    if isinstance(params, LowRank):
-        return vectors_of([_basis_slice(params, plan, start)])[0]
-    if not plan:
-        return {}
-    slices = [_basis_slice(low_rank(params, name), param_plan, start) for name, param_plan in plan.items()]
-    return dict(zip(plan, vectors_of(slices), strict=True))
-
-
-def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:
-    shape, rank, dtype = param.shape[-2:], param.factors.a.shape[-2], param.factors.a.dtype
-    return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype)
 
 
 def _is_plain(param: LowRank) -> bool:
