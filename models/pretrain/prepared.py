@@ -15,7 +15,7 @@ from models.pretrain.checkpoint import load_checkpoint
 from models.pretrain.checks import check
 from models.pretrain.config import Config, Data
 from models.pretrain.device import run_device
-from models.pretrain.folder import prepare_folder, run_folder
+from models.pretrain.folder import check_metrics, checkpoint_settings, prepare_folder, run_folder
 from models.pretrain.method import Method, State, make_method
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 
@@ -44,6 +44,7 @@ class Prepared(NamedTuple):
     saved: Saved
     first_step: int
     export: Export
+    settings: dict[str, object]  # that a checkpoint must share with the run
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
@@ -98,20 +99,29 @@ def start_or_resume(
     Raises:
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
     """
+    digest, resume = corpus.digest(), config.output.resume
+    settings = checkpoint_settings(config, digest)
+    _on_first(processes, lambda: prepare_folder(config, folder, digest))
+    saved, first_step = Saved(method.state, method.pool), 0
+    if resume:
+        if loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True):
+            saved, first_step = loaded.state, loaded.step
+            for path, reason, is_damaged in loaded.refused:
+                kind = "a damaged checkpoint" if is_damaged else "a checkpoint"
+                console.print(f"refused {kind}: {path}: {reason}", soft_wrap=True, highlight=False)
+        _on_first(processes, lambda: check_metrics(folder / "metrics.jsonl", first_step, config.training.steps))
+    status = "continuing after" if resume else "starting at"
+    console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True)
+    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export, settings)
+
+
+def _on_first(processes: Processes, check: Callable[[], None]) -> None:
+    """Check something on the first process. Its ValueError is raised on every process. Collective."""
     error = None
     if processes.is_first:
         try:
-            prepare_folder(config, folder, corpus.digest())
+            check()
         except ValueError as raised:
             error = raised
     if error := processes.from_first(error):
         raise error
-    saved, first_step = Saved(method.state, method.pool), 0
-    resume = config.output.resume
-    if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, donate=True)):
-        saved, first_step = loaded.state, loaded.step
-        for reason in loaded.refused:
-            console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
-    status = "continuing after" if resume else "starting at"
-    console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True)
-    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export)

@@ -1,6 +1,7 @@
 """The training loop, and the results that it writes at the end."""
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -19,6 +20,8 @@ from models.pretrain.processes import Preemption
 from models.pretrain.progress import read_metrics
 from models.pretrain.recorder import Recorder, wire_bytes
 from models.pretrain.report import plot, sizes
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def train(run: Prepared, console: Console) -> dict[str, Any] | None:
@@ -69,7 +72,7 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
 
 
 def _saver(run: Prepared) -> Saver:
-    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep)
+    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep, settings=run.settings)
 
 
 def batch(run: Prepared, step: int) -> Tensor:
@@ -138,6 +141,11 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
         "seconds": seconds,
         "drift": metrics[-1].get("drift"),
         "validation_loss": last_loss,
-        "perplexity": math.exp(last_loss),
+        "perplexity": perplexity(last_loss),
         "unigram_loss": unigram_loss,
     }
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, which is infinite beyond what a float has."""
+    return math.inf if loss >= _LARGEST_EXPONENT else math.exp(loss)
