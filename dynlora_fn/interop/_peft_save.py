@@ -17,7 +17,8 @@ from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._lazy import LazyTensor, bytes_of
 from dynlora_fn.interop._peft_factors import AdapterFactors
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, aliases_of, kind_of_layer
-from dynlora_fn.interop._save import part_of, save_merged, write
+from dynlora_fn.interop._save import part_of, write
+from dynlora_fn.interop._save_merged import save_merged
 from dynlora_fn.interop._state_dict import lazy_state_dict
 
 
