@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def save_adapter(
 ) -> dict[str, float]:
     """Write a PEFT LoRA adapter, and return the error of each weight.
 
-    Without `original`, the factors are written unchanged. The bases and all other parameters are written as a model in
-    ``folder/base``, and the adapter only applies to that model.
+    Without `original`, factors and alpha are written unchanged, so that `load_adapter` returns them bit for bit. The
+    bases and all other parameters are written as a model in ``folder/base``, and the adapter only applies to that one.
 
     With `original`, the adapter applies to those weights. For each low-rank weight it contains the full change,
     switches and merges included, as its truncated singular value decomposition. Other tensors that changed are written
@@ -87,7 +87,7 @@ def save_adapter(
     aliases, weights, flat = aliases_of(model), lazy_state_dict(model, params), unstack(params)
     factors = AdapterFactors(model, original, rank)
     skipped = _add_layers(factors, flat, aliases, skip_unsupported=skip_unsupported)
-    config, entries, base_bytes = _config(model, factors.ranks), factors.entries, 0
+    config, entries, base_bytes = _config(model, factors.ranks, factors.alphas), factors.entries, 0
     base = {
         name: without_product(param) if isinstance(param, LowRank) and name in factors.ranks else param
         for name, param in flat.items()
@@ -166,22 +166,23 @@ def _refuse(params: Params, lost: Collection[str], aliases: Mapping[str, list[st
     )
 
 
-def _config(model: nn.Module, rank_by_name: Mapping[str, int]) -> dict[str, Any]:
-    """Return PEFT's configuration, with alpha equal to the rank, since the scale is in `b`.
+def _config(model: nn.Module, rank_by_name: Mapping[str, int], alpha_by_name: Mapping[str, float]) -> dict[str, Any]:
+    """Return PEFT's configuration.
 
     `target_modules` is a regular expression, which PEFT matches against full names.
     """
     ranks = {name.rpartition(".")[0]: rank for name, rank in rank_by_name.items()}
     if not ranks:
         raise ValueError("`params` has no low-rank weight to write as an adapter; make them with `init` and `targets`")
-    largest, ends = max(ranks.values()), _ends_of_others(ranks)
-    smaller = {_pattern(layer, layer in ends): rank for layer, rank in ranks.items() if rank != largest}
+    largest, patterns = max(ranks.values()), _patterns(ranks)
+    alphas = {name.rpartition(".")[0]: _plain(alpha) for name, alpha in alpha_by_name.items()}
+    usual = next(alphas[layer] for layer, rank in ranks.items() if rank == largest)
     return {
         "peft_type": "LORA",
         "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": smaller,
-        "alpha_pattern": smaller,
+        "lora_alpha": usual,
+        "rank_pattern": {patterns[layer]: rank for layer, rank in ranks.items() if rank != largest},
+        "alpha_pattern": {patterns[layer]: alpha for layer, alpha in alphas.items() if alpha != usual},
         "target_modules": "|".join(re.escape(layer) for layer in ranks),
         "fan_in_fan_out": any(kind_of_layer(model, name) == "transposed" for name in rank_by_name),
         "bias": "none",
@@ -190,14 +191,15 @@ def _config(model: nn.Module, rank_by_name: Mapping[str, int]) -> dict[str, Any]
     }
 
 
-def _pattern(layer: str, is_end_of_another: bool) -> str:
-    """Return a regular expression that PEFT matches only with this layer.
+def _patterns(layers: Collection[str]) -> dict[str, str]:
+    """Return a regular expression for each layer, which PEFT matches with that layer only.
 
-    PEFT matches patterns with the ends of names too.
+    PEFT matches patterns with the ends of names, behind a dot, too.
     """
-    return ("^" if is_end_of_another else "") + re.escape(layer)
+    ends = {layer[match.end() :] for layer in layers for match in re.finditer(r"\.", layer)}
+    return {layer: ("^" if layer in ends else "") + re.escape(layer) for layer in layers}
 
 
-def _ends_of_others(names: Iterable[str]) -> set[str]:
-    """Return what is behind the dots of names."""
-    return {name[match.end() :] for name in names for match in re.finditer(r"\.", name)}
+def _plain(alpha: float) -> float:
+    """Return an integer where a number is one, as PEFT writes it."""
+    return int(alpha) if alpha == int(alpha) else alpha
