@@ -82,6 +82,11 @@ class Config(pretrain.Config):
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[pretrain.DefaultRates] = FINETUNE_RATES
+    # The record of a run has digests of what `model`, `text` and `tokenizer` name.
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *pretrain.Config.free_to_change,
+        *("model", "text", "tokenizer", "export", "adapter_rank", "eval_every", "save_every"),
+    )
 
     def decays_weights(self) -> bool:
         """Return whether `weight_decay` is of the weights, and not of their factors.

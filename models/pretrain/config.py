@@ -181,6 +181,8 @@ class Config:
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[DefaultRates] = PRETRAIN_RATES
+    # Options that may differ between a run and its continuation, because no result depends on them.
+    free_to_change: ClassVar[tuple[str, ...]] = ("out", "resume", "json", "keep", "check_every")
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option by its name, without the groups."""
