@@ -210,9 +210,8 @@ def load_tokenizer(name: str) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the library raises many types for an invalid file or an unknown name
-        raise ValueError(
-            f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {_first_line(error)}"
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {reason}") from error
 
 
 def tokenize(documents: Split, tokenizer: Tokenizer, *, window: int) -> Corpus:

@@ -1,12 +1,16 @@
 """Load a causal language model in float32, and refuse one whose weights are not all from its files."""
 
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from logging import Handler
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from models.finetune.model_folder import check_folder
+from models.finetune.model_folder import check_folder, left_out
 
 
 def load_model(folder: str) -> nn.Module:
@@ -23,26 +27,56 @@ def load_model(folder: str) -> nn.Module:
     except ImportError as error:
         raise ValueError("`model` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
     check_folder(Path(folder))
-    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the table of what does not fit, of which the error has the first entry
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            Path(folder),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # to get the names
-            output_loading_info=True,
-        )
-    except Exception as error:  # the library raises many types for files that are damaged or of another kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"`model` must hold a causal language model, got {folder!r}: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+    with _captured(logging) as warnings:
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                Path(folder),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # to get the names
+                output_loading_info=True,
+            )
+        except Exception as error:  # the library raises many types for files that are damaged or of another kind
+            cause = _unconverted(folder, warnings) or reason(error)
+            raise ValueError(f"`model` must hold a causal language model, got {folder!r}: {cause}") from error
     _check_complete(folder, found)
     evaluated: nn.Module = model.eval()
     return evaluated
+
+
+@contextmanager
+def _captured(logging: Any) -> Iterator[list[str]]:
+    """Collect the warnings of `transformers` instead of printing them, such as the table of what does not fit."""
+    warnings: list[str] = []
+    handler = Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.disable_default_handler()
+    logging.add_handler(handler)
+    try:
+        yield warnings
+    finally:
+        logging.remove_handler(handler)
+        logging.enable_default_handler()
+
+
+def _unconverted(folder: str, warnings: Iterable[str]) -> str:
+    """Return which weight could not be joined from those of the files, from the table that has its name."""
+    lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for text in warnings for line in text.splitlines())
+    names = [line.split("|")[0].strip() for line in lines if re.search(r"\| *CONVERSION", line)]
+    return f"the tensors for {names[0]!r} do not fit together{_hint(folder)}" if names else ""
+
+
+def _hint(folder: str) -> str:
+    name = left_out(Path(folder))
+    return f"; the files have no {name!r}" if name else ""
+
+
+def reason(error: Exception) -> str:
+    """Return the type and the message of an error of another library, in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:300]}" if message else type(error).__name__
 
 
 def _check_complete(folder: str, found: dict[str, Any]) -> None:
@@ -55,7 +89,7 @@ def _check_complete(folder: str, found: dict[str, Any]) -> None:
         name, in_file, in_model = mismatched[0]
         raise ValueError(
             f"`model` must have the shapes that its config.json describes, got {folder!r} with {name!r} of shape "
-            f"{tuple(in_file)} instead of {tuple(in_model)}"
+            f"{tuple(in_file)} instead of {tuple(in_model)}{_hint(folder)}"
         )
     if unexpected := sorted(found["unexpected_keys"]):
         raise ValueError(
@@ -87,8 +121,7 @@ def check_on_tokens(model: nn.Module, vocabulary: int, seq_len: int) -> None:
     try:
         logits = model(tokens).logits
     except (IndexError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"`seq_len` must be a length that the model takes, got {seq_len}: {reason}") from error
+        raise ValueError(f"`seq_len` must be a length that the model takes, got {seq_len}: {reason(error)}") from error
     if not logits.isfinite().all():
         raise ValueError("`model` must give finite logits, got nan or inf; its weights are damaged")
     before = logits[:, :-1]

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,11 @@ _REFUSED = {  # entries of config.json
     "quantization_config": "quantized weights; save the model dequantized",
     "transformers_weights": "weights under another name; call the file model.safetensors",
 }
+# Where the name of a repository is given, its code would be downloaded and run.
+_IMPLEMENTATIONS = (
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -29,6 +37,9 @@ def check_folder(folder: Path) -> None:
     for entry, meaning in _REFUSED.items():
         if options.get(entry) is not None:
             raise ValueError(f"`model` must not have {entry!r} in config.json, got {str(folder)!r} with {meaning}")
+    for entry in _IMPLEMENTATIONS:
+        if "/" in str(options.get(entry)):
+            raise ValueError(f"`model` must not name code in config.json, got {entry!r} {options[entry]!r}; remove it")
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"`model` must be a model and no adapter, got {str(folder)!r} with adapter_config.json; merge it with PEFT"
@@ -82,6 +93,20 @@ def _dtypes_of(file: Path) -> set[torch.dtype]:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     names = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
     return {_DTYPES.get(name, torch.float32) for name in names if "F" in name}
+
+
+def left_out(folder: Path) -> str | None:
+    """Return the first name of a tensor that the numbers in the other names leave out, as of one of the experts."""
+    names = {name for file in weight_files(folder) if file.suffix != ".bin" for name in dl.interop.open_weights(file)}
+    numbers = defaultdict(set)
+    for name in names:
+        numbers[re.sub(r"\d+", "{}", name)].add(tuple(re.findall(r"\d+", name)))
+    for pattern in sorted(numbers):
+        axes = [sorted(set(axis), key=int) for axis in zip(*numbers[pattern], strict=True)]
+        for values in product(*axes):
+            if values not in numbers[pattern]:
+                return pattern.format(*values)
+    return None
 
 
 def digest(folder: Path) -> str:
