@@ -3,6 +3,7 @@
 They are those of pre-training with other defaults, and three more.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -24,6 +25,9 @@ class Training(pretrain.Training):
     model: str = ""
     """Folder of the model, as `save_pretrained` writes it."""
     rank: int = 16
+    alpha: float | None = None
+    """Alpha of the factors, as in PEFT: a weight is `base + alpha / rank * b @ a`. Default None means the rank.
+    Then the same rate gives the training of PEFT with `lora_alpha` equal to `r`."""
     targets: tuple[str, ...] = ()
     """Names or globs of the weights that become low-rank. By default those of all linear layers except the head."""
     steps: int = 200
@@ -88,6 +92,10 @@ class Config(pretrain.Config):
         *("model", "text", "tokenizer", "export", "adapter_rank", "eval_every", "save_every"),
     )
 
+    def alpha(self) -> float:
+        """Return the option `alpha`, or the rank."""
+        return float(self.training.rank if self.training.alpha is None else self.training.alpha)
+
     def decays_weights(self) -> bool:
         """Return whether `weight_decay` is of the weights, and not of their factors.
 
@@ -108,6 +116,8 @@ def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
         raise ValueError(f"`model` must be a folder with config.json, got {model!r}")
     if not (config.data.text or config.data.dataset):
         raise ValueError("`text` or `dataset` must be given, got neither; pass files or folders with --text")
+    if not (config.alpha() > 0 and math.isfinite(config.alpha())):
+        raise ValueError(f"`alpha` must be positive and finite, got {config.alpha()}")
     if adapter_rank is not None and adapter_rank < 1:
         raise ValueError(f"`adapter_rank` must be at least 1, got {adapter_rank}")
     if config.training.method == "full" and config.output.export == "adapter":

@@ -196,6 +196,10 @@ class Config:
         supports_muon = not self.machine.shard_factors and self.precision.moments == "float32"
         return "muon" if self.training.method == "switchlora" and supports_muon else "adamw"
 
+    def alpha(self) -> float:
+        """Return the alpha of the low-rank weights, which are ``base + alpha / rank * b @ a``."""
+        return 1.0
+
     def decays_weights(self) -> bool:
         """Return whether `weight_decay` is of the weights, and not of their factors."""
         return True

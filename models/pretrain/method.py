@@ -89,6 +89,7 @@ def init_params(
     return dl.init(
         model,
         rank=1 if training.method == "full" else training.rank,
+        alpha=config.alpha(),
         seed=training.seed,
         targets=training.targets or targets,
         start=start(config),
