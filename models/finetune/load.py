@@ -125,7 +125,7 @@ def check_on_tokens(model: nn.Module, vocabulary: int, seq_len: int) -> None:
     if not logits.isfinite().all():
         raise ValueError("`model` must give finite logits, got nan or inf; its weights are damaged")
     before = logits[:, :-1]
-    if seq_len > 1 and (before[0] - before[1]).abs().max() > 1e-3 * before.abs().max():
+    if seq_len > 1 and (before[0] - before[1]).abs().max() > 1e-5 * before.abs().max():
         raise ValueError(
             "`model` must predict each token from those before it, got one whose logits change with later tokens; "
             "set `is_decoder` in its config.json if it has this entry"

@@ -170,7 +170,7 @@ def test_positions_that_the_configuration_does_not_count_are_found_by_running(jo
     torch.manual_seed(0)
     config = transformers.RobertaConfig(vocab_size=128, max_position_embeddings=18, is_decoder=True, **SIZES)
     given = save_given(transformers.RobertaForCausalLM(config), tmp_path)
-    assert "`seq_len` must be a length that the model takes, got 17: index" in refusal(
+    assert "`seq_len` must be a length that the model takes, got 17: " in refusal(
         job, given, tmp_path / "run", **{"seq-len": 17}
     )
 
