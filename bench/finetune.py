@@ -42,8 +42,9 @@ class Finetune(Options):
     rank: int = 16
     alpha: float = 16.0
     lr: float = 2e-4
-    batch_size: int = 8
-    encoder_tokens: int = 16
+    encoder_batch: int = 4
+    encoder_tokens: int = 12
+    causal_batch: int = 8
     causal_tokens: int = 64
     pretrain_steps: int = 300
     """Steps of the causal model on Python sources, before it is fine-tuned."""
@@ -79,7 +80,7 @@ def encoder_task(config: Finetune, documents: Sequence[Document]) -> Task:
 
     def batch(seed: int, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         items = pairs[::10] if seed < 0 else [pair for at, pair in enumerate(pairs) if at % 10]
-        chosen = drawn(items, config.batch_size, seed, step)
+        chosen = drawn(items, config.encoder_batch, seed, step)
         left, right = ([tokenized(pair[side], config.encoder_tokens) for pair in chosen] for side in (0, 1))
         return padded(left, config), padded(right, config)
 
@@ -108,7 +109,7 @@ def causal_task(config: Finetune, documents: Sequence[Document]) -> Task:
 
     def windows(tokens: Tensor, seed: int, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
-        starts = torch.randint(len(tokens) - config.causal_tokens - 1, (config.batch_size,), generator=generator)
+        starts = torch.randint(len(tokens) - config.causal_tokens - 1, (config.causal_batch,), generator=generator)
         return tokens[starts[:, None] + torch.arange(config.causal_tokens + 1)].to(config.device)
 
     def loss(run: Callable[..., Any], tokens: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Training(pretrain.Training):
     """The method, the model, and how long it is trained."""
 
     model: str = ""
-    """Folder of the model, as `save_pretrained` writes it."""
+    """Folder of the model, as `save_pretrained` writes it. Required. Its weights are trained in float32."""
     rank: int = 16
     alpha: float | None = None
     """Alpha of the factors, as in PEFT: a weight is `base + alpha / rank * b @ a`. Default None means the rank.
@@ -40,9 +40,10 @@ class Data(pretrain.Data):
     """The text, and the batches that are drawn from it."""
 
     text: tuple[Path, ...] = ()
-    """Files or folders to train on. Either this or `dataset` must be given."""
+    """Files or folders to train on. Required, except with --dataset."""
     tokenizer: str | None = None
-    """Name, folder or file of a tokenizer for `transformers`. Default None means the tokenizer of the model."""
+    """Name, folder or file of a tokenizer for `transformers`. It is written beside the model and the adapter.
+    Default None means the tokenizer in the folder of the model."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Output(pretrain.Output):
     export: Literal["merged", "adapter", "both"] = "both"
     """Files to write: a merged model for `from_pretrained`, a PEFT adapter for the given model, or both."""
     adapter_rank: int | None = None
-    """Rank of the adapter. The change of each weight is truncated to it.
-    Default None means the rank of the factors."""
+    """Rank of the adapter. The change of each weight is truncated to it, and a line says what loss that costs.
+    Default None means the rank of the factors, which keeps the change of lora."""
 
 
 @dataclass(frozen=True)

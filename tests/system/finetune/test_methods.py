@@ -26,7 +26,7 @@ def moved(folder: Path, before: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("method", "optimizer", "rest"),
-    itertools.product(["full", "lora", "relora", "switchlora"], ["adamw", "muon"], [False, True]),
+    list(itertools.product(["full", "lora", "relora", "switchlora"], ["adamw", "muon"], [False, True])),
 )
 def test_the_matrices_move_by_lr_and_the_others_by_dense_lr(
     job: Job, given: Given, tmp_path: Path, method: str, optimizer: str, rest: bool
@@ -108,3 +108,23 @@ def test_a_checkpoint_of_several_dtypes_is_written_in_float32_and_says_so(job: J
     assert {leaf.dtype for leaf in load_file(tmp_path / "run" / "model" / "model.safetensors").values()} == {
         torch.float32
     }
+
+
+def test_a_first_step_is_as_long_as_alpha(job: Job, given: Given, tmp_path: Path):
+    """From ``b = 0``, AdamW moves every entry of `b` by the rate, so the weight moves by alpha times as much."""
+    options = {"method": "lora", "steps": 1, "warmup": 1, "lr": 1e-4, "export": "merged"}
+    by = {}
+    for alpha in (None, 1, 8):
+        out = tmp_path / f"run-{alpha}"
+        outcome = job(*settings(given, out, **options, **({} if alpha is None else {"alpha": alpha})))
+        assert outcome.code == 0, outcome.err
+        by[alpha] = moved(out / "model", given.model)["model.layers.0.self_attn.q_proj.weight"]
+    assert by[8] == pytest.approx(8 * by[1], rel=0.01)
+    assert by[None] == pytest.approx(4 * by[1], rel=0.01)  # the rank
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1", "nan", "inf"])
+def test_an_alpha_that_is_not_positive_is_refused(job: Job, given: Given, tmp_path: Path, alpha: str):
+    outcome = job(*settings(given, tmp_path / "run", alpha=alpha))
+    assert outcome.code == 2
+    assert "`alpha` must be positive and finite, got" in outcome.err
