@@ -1,21 +1,13 @@
 """The folder of a run, and the record of its options."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
 from models.pretrain.config import Config
-from models.pretrain.progress import read_metrics
-
-# Options that may differ between a run and its continuation, because no result depends on them.
-_FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every")
-# Options that say where the run computes, what it reports, or where its text comes from. The digest of the text counts.
-_NOT_IN_CHECKPOINTS = (
-    *("text", "dataset", "dataset_config", "text_column", "dataset_characters", "tokenizer"),
-    *("device", "compile", "eval_every", "eval_batches", "save_every"),
-)
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -39,15 +31,16 @@ def resume_after_restart(config: ConfigT) -> ConfigT:
     return replace(config, output=replace(config.output, resume=(out / "config.json").is_file()))
 
 
-def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
+def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> None:
     """Create the folder of a new run, or check the options of a resumed one.
 
-    The record in config.json is flat, one entry per option, whatever the groups of `Config` are.
+    The record in config.json is flat, one entry per option, whatever the groups of `Config` are. `digests` are
+    hashes of the files that some options name.
 
     Raises:
         ValueError: If the folder contains anything else, or other options. Nothing in it is changed.
     """
-    record = _record(config, corpus_digest)
+    record = _record(config, digests)
     path, temporary = folder / "config.json", folder / "config.writing"
     if config.output.resume:
         if not path.is_file():
@@ -61,42 +54,9 @@ def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
         temporary.rename(path)
 
 
-def checkpoint_settings(config: Config, corpus_digest: str) -> dict[str, object]:
-    """Return the options that a checkpoint must share with the run that resumes from it."""
-    record = _record(config, corpus_digest)
-    return {name: value for name, value in record.items() if name not in _NOT_IN_CHECKPOINTS}
-
-
-def check_metrics(path: Path, step: int, steps: int) -> None:
-    """Check that a metrics file has what a run that resumes after `step` needs at its end.
-
-    Raises:
-        ValueError: If it does not have all steps up to this one. It names the file and what is missing.
-    """
-    if (path.exists() or path.is_symlink()) and not path.is_file():
-        raise ValueError(f"metrics must be in a regular file, got {str(path)!r}; move it away")
-    lines = read_metrics(path, up_to=step)
-    for expected, line in enumerate(lines, start=1):
-        if line["step"] != expected or not all(_is_number(line.get(name)) for name in ("loss", "switched")):
-            raise ValueError(
-                f"metrics must have loss and switched vectors of step {expected}, got {str(path)!r} without"
-            )
-    if len(lines) < step:
-        raise ValueError(
-            f"metrics must have the steps up to {step} of the checkpoint, got {str(path)!r} with {len(lines)}; "
-            "restore the file, or resume from an older checkpoint"
-        )
-    if step == steps and not _is_number(lines[-1].get("validation_loss")):
-        raise ValueError(f"metrics must have the last validation loss, got {str(path)!r} without it at step {step}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _record(config: Config, corpus_digest: str) -> dict[str, object]:
-    options = {name: value for name, value in config.options().items() if name not in _FREE_TO_CHANGE}
-    record: dict[str, object] = json.loads(json.dumps(options | {"corpus": corpus_digest}, default=str))
+def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
+    options = {name: value for name, value in config.options().items() if name not in config.free_to_change}
+    record: dict[str, object] = json.loads(json.dumps(options | digests, default=str))
     return record
 
 

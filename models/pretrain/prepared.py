@@ -1,7 +1,7 @@
 """Prepare a run: corpus, model, method, folder, and the state to resume from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ from models.pretrain.checkpoint import load_checkpoint
 from models.pretrain.checks import check
 from models.pretrain.config import Config, Data
 from models.pretrain.device import run_device
-from models.pretrain.folder import check_metrics, checkpoint_settings, prepare_folder, run_folder
+from models.pretrain.folder import prepare_folder, run_folder
 from models.pretrain.method import Method, State, make_method
 from models.pretrain.processes import SINGLE_PROCESS, Processes
+from models.pretrain.resumed import check_metrics, checkpoint_settings
 
 Export = Callable[[dict[str, Any]], None]  # writes the final parameters into the folder
 
@@ -91,17 +92,19 @@ def start_or_resume(
     method: Method,
     export: Export,
     console: Console,
+    *,
+    digests: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Create the folder of a new run, or load a checkpoint of a resumed one.
 
-    It is the newest that is not damaged.
+    It is the newest that is not damaged. `digests` names hashes of further inputs, which a resumed run must have too.
 
     Raises:
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
     """
-    digest, resume = corpus.digest(), config.output.resume
-    settings = checkpoint_settings(config, digest)
-    _on_first(processes, lambda: prepare_folder(config, folder, digest))
+    digests, resume = {"corpus": corpus.digest(), **(digests or {})}, config.output.resume
+    settings = processes.from_first(checkpoint_settings(config, digests))
+    _on_first(processes, lambda: prepare_folder(config, folder, digests))
     saved, first_step = Saved(method.state, method.pool), 0
     if resume:
         if loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True):
