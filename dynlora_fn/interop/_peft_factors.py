@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._pending import rank_with_pending
 from dynlora_fn.interop._lazy import LazyTensor
+from dynlora_fn.interop._peft_differences import LayerCheck
 from dynlora_fn.interop._peft_layers import PREFIX, Pair, as_layer, kind_of_layer
 from dynlora_fn.interop._truncated_svd import truncated_svd
 from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
@@ -25,12 +26,14 @@ class AdapterFactors:
         self.errors: dict[str, float] = {}  # complete once all entries were read
         self._model, self._original, self._rank = model, original, rank
         self._last: dict[str, Pair] = {}  # both entries of a weight follow each other in the file
+        self._check = LayerCheck(model, owner="`params`", instead="freeze it, or write the model with `save_merged`")
 
     def add(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
         """Add a weight under all its names.
 
         Raises:
-            ValueError: If PEFT has no adapter for its layer, or `original` does not fit.
+            ValueError: If PEFT has no adapter for its layer, if its adapter would be no change of the weight, or if
+                `original` does not fit.
         """
         view = view_of(name, param, self._model.get_parameter(name).shape)
         rows, columns, rank = view.shape[0], prod(view.shape[1:]), sum(map(rank_with_pending, view.parts))
@@ -42,6 +45,7 @@ class AdapterFactors:
         self.errors[name] = 0.0
         like = Pair(torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta"))
         for alias in aliases:
+            self._check.layer(alias)
             self.ranks[alias] = rank
             for key, tensor in self._of_layer(alias, like, view.shape).items():
                 read = partial(self._read, name, param, alias, key)
