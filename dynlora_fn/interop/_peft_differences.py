@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import embedding, linear
 
-from dynlora_fn._core._torch import ConvNd
 from dynlora_fn.interop._peft_layers import kind_of_layer
 
 # Layers whose weights these models read in a kernel. PEFT refuses them.
@@ -122,10 +121,10 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     )
 
 
-def _if_options_differ(layer: Any) -> str | None:
+def _if_options_differ(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "with `max_norm`, which PEFT applies to the factors too"
-    if isinstance(layer, ConvNd):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         if any(step != 1 for step in layer.dilation):
             return "with `dilation`, which PEFT's factors do not have"
         if layer.padding_mode != "zeros":

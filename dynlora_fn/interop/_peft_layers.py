@@ -1,7 +1,7 @@
 """Layouts of LoRA adapters of PEFT: one per kind of layer.
 
 PEFT's weight is ``weight + alpha / rank * B @ A``, with ``alpha / sqrt(rank)`` for rslora. A is at the layer's input.
-The scale of `LowRank` is always ``1 / rank``, so any other scale is multiplied into `b`.
+A `LowRank` has the same alpha, with rslora times ``sqrt(rank)``.
 
 =====================  ====================  ==========================  ====================================
 kind                   the parameter         A in a file                 B in a file
@@ -116,8 +116,8 @@ def as_layer(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) ->
     return Pair(up, down.reshape(-1, *shape[1:])) if kind == "convolution" else pair
 
 
-def factors_of(kind: str, pair: Pair, shape: tuple[int, ...], scale: float) -> Factors:
-    """Return the factors of a parameter from PEFT's, and multiply `b` by the scale and the rank.
+def factors_of(kind: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
+    """Return the factors of a parameter from PEFT's.
 
     Factors of a rank above min(out, in) are cut to that rank, without a change of their product.
     """
@@ -127,8 +127,7 @@ def factors_of(kind: str, pair: Pair, shape: tuple[int, ...], scale: float) -> F
         down = down.reshape(shape[0], -1, down.shape[-1])
     if kind in ("embedding", "transposed", "transposed experts"):
         up, down = down.mT, up.mT
-    up, down = _cut(up, down)
-    return Factors(b=up * scale * down.shape[-2], a=down)
+    return Factors(*_cut(up, down))
 
 
 def _cut(up: Tensor, down: Tensor) -> Pair:

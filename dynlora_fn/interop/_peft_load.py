@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dynlora_fn._core._check import check_dtype, check_module, check_path
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._stacking import member_names
-from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, Param
+from dynlora_fn._core._types import AnyFactors, FrozenTensor, LowRank, Param
 from dynlora_fn.interop._init import init
 from dynlora_fn.interop._peft_check import check_outputs
 from dynlora_fn.interop._peft_layers import WEIGHTS, factors_of
@@ -31,16 +31,22 @@ def load_adapter(
 ) -> dict[str, Param]:
     """Return the parameters of a model with a PEFT LoRA adapter as their factors.
 
-    `call` with them gives the logits of PEFT's model. The weights of the model become the bases::
+    `call` with them gives the logits of PEFT's model. The weights of the model become the bases, and the factors are
+    those of the file, bit for bit::
 
-        weight = base + b @ a / rank,    b = alpha * B (alpha * sqrt(rank) * B with rslora),  a = A
+        weight = base + alpha / rank * b @ a,    b = B,  a = A
+
+    Alpha is that of the layer in the file, with rslora times ``sqrt(rank)``. So gradients are PEFT's, and an optimizer
+    makes PEFT's step at the same rate: `adamw` with `factor_decay` as `torch.optim.AdamW` with `weight_decay`, any
+    optimizer written by hand, and after clipping by norm. `save_adapter` writes factors and alpha back.
 
     Every tensor of the file is read, and every setting is known, or the adapter is refused. Layers, ranks and alphas
     are selected by name as in PEFT. An adapter of experts (`target_parameters`) becomes a stack of factors. The
     pair of a `nn.MultiheadAttention` is that of its `in_proj_weight`.
 
-    A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors stays the same,
-    with the scale ``alpha / rank`` of the file. Steps of an optimizer on the shorter factors differ from PEFT's.
+    A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors and its scale
+    ``alpha / rank`` stay the same. Steps of an optimizer on the shorter factors are those of that smaller rank, and
+    differ from PEFT's.
 
     Args:
         model: The model that the adapter was made for. It is not changed.
@@ -88,7 +94,9 @@ def load_adapter(
         model_bytes = sum(parameter.nbytes for parameter in model.parameters())
         factor_bytes = sum(pair.entries * dtype.itemsize for pair in pairs.values())
         report = reporter(progress, model_bytes + factor_bytes)
-        params = init(model, rank=ranks, seed=seed, targets=list(ranks), start="lora", dtype=dtype, stack=stack)
+        alpha_by_name = {name: pair.alpha for name, pair in pairs.items()}
+        kinds: dict[str, Any] = {"rank": ranks, "alpha": alpha_by_name, "start": "lora", "dtype": dtype, "stack": stack}
+        params = init(model, seed=seed, targets=list(ranks), **kinds)
         report(model_bytes)
         originals = {name: parameter.detach() for name, parameter in model.named_parameters()}
         for pattern, param in params.items():
@@ -133,11 +141,11 @@ def _read_factors(
     names: Sequence[str],
     originals: Mapping[str, Tensor],
     like: AnyFactors,
-) -> Factors:
+) -> AnyFactors:
     """Return the factors of a stack of weights, or of one."""
     read = [
-        factors_of(pair.kind, pair.read(weights), tuple(originals[name].shape), pair.scale)
+        factors_of(pair.kind, pair.read(weights), tuple(originals[name].shape))
         for pair, name in zip(pairs, names, strict=True)
     ]
     b, a = (torch.stack(side).to(like.b.dtype) for side in zip(*read, strict=True))
-    return Factors(b.reshape(like.b.shape), a.reshape(like.a.shape))
+    return like._replace(b=b.reshape(like.b.shape), a=a.reshape(like.a.shape))

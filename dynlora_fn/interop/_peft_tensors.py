@@ -23,7 +23,7 @@ class PairInFile(NamedTuple):
     down: str
     kind: str
     shapes: PairShapes
-    scale: float  # multiplies the product
+    alpha: float  # the product is multiplied by alpha / rank
     rank: int  # of the parameter
 
     def read(self, weights: Weights) -> Pair:
@@ -125,14 +125,10 @@ def _pairs(
         found = PairShapes(weights.shape(keys[slot.up]), weights.shape(keys[slot.down]))
         _check_shapes(slot, found, shape, rank)
         matrix = (shape[0], math.prod(shape[1:])) if slot.kind == "convolution" else shape[-2:]
-        pairs[slot.name] = PairInFile(
-            keys[slot.up],
-            keys[slot.down],
-            slot.kind,
-            found,
-            slot.times * alpha_of(slot.layer) / (math.sqrt(rank) if settings.get("use_rslora") else rank),
-            min(rank, *matrix),
-        )
+        alpha, least = slot.times * alpha_of(slot.layer), min(rank, *matrix)
+        alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1
+        alpha *= least / rank if least < rank else 1  # the scale of factors that are cut stays the same
+        pairs[slot.name] = PairInFile(keys[slot.up], keys[slot.down], slot.kind, found, alpha, least)
     return pairs
 
 
@@ -223,14 +219,14 @@ def _merge_tied(model: nn.Module, weights: Weights, pairs: dict[str, PairInFile]
         if len(aliases[name]) == 1:
             continue
         shape = tuple(model.get_parameter(name).shape)
-        factors = factors_of(pair.kind, pair.read(weights), shape, pair.scale)
+        factors = factors_of(pair.kind, pair.read(weights), shape)
         for other in aliases[name]:
             if other not in pairs and _is_same_module(model, name, other):
                 continue
-            others = None
-            if other in pairs:
-                others = factors_of(pairs[other].kind, pairs[other].read(weights), shape, pairs[other].scale)
-            if others is None or not all(map(torch.equal, others, factors)):
+            second = pairs.get(other)
+            others = None if second is None else factors_of(second.kind, second.read(weights), shape)
+            is_alike = second is not None and second.alpha == pair.alpha
+            if others is None or not is_alike or not all(map(torch.equal, others, factors)):
                 raise ValueError(
                     f"the adapter has different factors for the tied weights {other!r} and {name!r}; "
                     "adapt both alike, or untie them in the model"
