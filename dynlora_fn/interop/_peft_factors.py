@@ -12,6 +12,7 @@ from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._pending import rank_with_pending
 from dynlora_fn.interop._lazy import LazyTensor
 from dynlora_fn.interop._peft_dense import tensor_of_original
+from dynlora_fn.interop._peft_differences import LayerCheck
 from dynlora_fn.interop._peft_layers import PREFIX, Pair, as_layer, kind_of_layer
 from dynlora_fn.interop._peft_parameters import in_file, is_adapted_by_name, stem_of
 from dynlora_fn.interop._truncated_svd import truncated_svd
@@ -33,13 +34,16 @@ class AdapterFactors:
         self._params: dict[str, LowRank] = {}
         self._aliases: dict[str, Sequence[str]] = {}
         self._last: dict[str, Pair] = {}  # both entries of a weight follow each other in the file
+        self._check = LayerCheck(model, owner="`params`", instead="freeze it, or write the model with `save_merged`")
 
     def check_layer(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
-        """Raise ValueError if PEFT has no adapter for the layer of a weight, under one of its names."""
+        """Raise ValueError if PEFT has no adapter for a layer, or one that is no change of the weight, by any name."""
         view = view_of(name, param, self._model.get_parameter(name).shape)
         for alias in aliases:
-            if not is_adapted_by_name(self._model, view._replace(name=alias)):
-                kind_of_layer(self._model, alias)
+            if is_adapted_by_name(self._model, view._replace(name=alias)):
+                self._check.parameter(alias)
+            else:
+                self._check.layer(alias)
             if "." not in alias:
                 raise ValueError(
                     f"`params` has a low-rank {alias!r} of the model itself, which PEFT does not adapt; "

@@ -49,8 +49,8 @@ def save_adapter(
 
     Args:
         model: The model, as for `call`. The kinds of its layers are read.
-        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups, or
-            Conv1D of Hugging Face, fused or not.
+        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups,
+            Conv1D of Hugging Face, or fused attention (`in_proj_weight`), or are stacks of experts.
         folder: The folder, which is created if it does not exist.
         original: The state dict of the model that the adapter is for. Default None writes the factors.
         rank: The rank of the decompositions. Default None means the rank of each parameter. Nothing is lost at twice
@@ -102,7 +102,7 @@ def save_adapter(
         if not dense.entries:
             factors.check_changed()
         entries |= dense.entries
-        config |= {"modules_to_save": dense.modules or None, "bias": "all" if dense.has_biases else "none"}
+        config |= {"modules_to_save": dense.modules or None, "bias": "lora_only" if dense.has_biases else "none"}
         lost = [name for name in (*skipped, *dense.lost) if PREFIX + name not in entries]
         factors.errors.update(dict.fromkeys(lost, 1.0))
     total = base_bytes + bytes_of(entries)
