@@ -82,4 +82,13 @@ def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.Wire
         elements = sum(param.shape.numel() for param in params.values() if isinstance(param, dl.LowRank))
         return wire._replace(factors=4 * elements)
     wire = dl.parallel.wire_bytes(trainable, frozen, gathers=2 * passes, plan=plan)
-    return wire._replace(scattered=passes * wire.scattered)
+    return wire._replace(scattered=passes * wire.scattered, factors=wire.factors + _bytes_of_muon(run))
+
+
+def _bytes_of_muon(run: Prepared) -> int:
+    """Return what Muon all-reduces for sharded factors: four (rank, rank) matrices and four norms for each weight."""
+    if run.config.inner_optimizer() != "muon":
+        return 0
+    leaves = run.method.state.trainable.values()
+    sides = [leaf.b for leaf in leaves if isinstance(leaf, dl.parallel.ShardedFactors)]  # (*stack, rows, rank)
+    return sum(16 * b.shape[:-2].numel() * (b.shape[-1] ** 2 + 1) for b in sides)
