@@ -7,7 +7,7 @@ import hashlib
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -177,10 +177,8 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
-def pretrained_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str) -> Any:
     """Return a tokenizer of `transformers` by its name, folder or file.
-
-    Its end token, if it has one, ends each document.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the tokenizer.
@@ -191,11 +189,22 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
         raise ValueError("`tokenizer` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
     try:
         is_file = Path(name).is_file()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=name) if is_file else AutoTokenizer.from_pretrained(name)
+        return PreTrainedTokenizerFast(tokenizer_file=name) if is_file else AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library raises many types for an invalid file or an unknown name
         raise ValueError(
             f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {_first_line(error)}"
         ) from error
+
+
+def pretrained_tokenizer(name: str) -> Tokenizer:
+    """Return a tokenizer of `transformers` by its name, folder or file.
+
+    Its end token, if it has one, ends each document.
+
+    Raises:
+        ValueError: If `transformers` is missing or cannot load the tokenizer.
+    """
+    tokenizer = load_tokenizer(name)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(documents: list[Document]) -> np.ndarray:

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dynlora_fn as dl
+from models.codec import codec
 from models.finetune.config import Config, check
 from models.pretrain.device import run_device
 from models.pretrain.folder import run_folder
@@ -42,7 +43,8 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     export = partial(export_files, config, model, folder, console)
     method = make_method(config, model, default_targets(model), partial(untrained_names, config), processes=processes)
     drop_values(model)
-    return start_or_resume(config, processes, folder, corpus, model, method, export, console)
+    tokenizer = codec(config.data.tokenizer or name)
+    return start_or_resume(config, processes, folder, corpus, model, method, export, tokenizer, console)
 
 
 def load_model(folder: str) -> nn.Module:

@@ -10,7 +10,7 @@ _AT_LEAST_ONE = (
     *("rank", "steps", "batch_size", "seq_len", "grad_accum", "eval_every", "eval_batches", "save_every"),
     *("keep", "check_every", "merge_every", "dataset_characters"),
 )
-_NOT_NEGATIVE = ("warmup", "weight_decay", "freeze", "compensate", "seed")
+_NOT_NEGATIVE = ("warmup", "weight_decay", "freeze", "compensate", "seed", "sample_every")
 _POSITIVE = ("lr", "dense_lr", "clip", "ratio", "interval")
 
 

@@ -159,6 +159,8 @@ class Output:
     """Steps between two validation losses."""
     eval_batches: int = 8
     """Batches of a validation loss, the same ones each time."""
+    sample_every: int = 0
+    """Steps between two texts that the model continues, as lines in the log. The default 0 prints none."""
     save_every: int = 100
     """Steps between two checkpoints."""
     keep: int = 2

@@ -9,7 +9,7 @@ from typing import TypeVar
 from models.pretrain.config import Config
 
 # Options that may differ between a run and its continuation, because no result depends on them.
-_FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every")
+_FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every", "sample_every")
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 

@@ -1,16 +1,17 @@
 """Prepare a run: corpus, model, method, folder, and the state to resume from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import dynlora_fn as dl
 from models import corpus as text
-from models import llama
+from models import hugging_face, llama
+from models.codec import Codec, codec
 from models.pretrain.checkpoint import load_checkpoint
 from models.pretrain.checks import check
 from models.pretrain.config import Config, Data
@@ -44,6 +45,7 @@ class Prepared(NamedTuple):
     saved: Saved
     first_step: int
     export: Export
+    codec: Codec
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
@@ -59,15 +61,28 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     name, seed = config.training.model, config.training.seed
     model = llama.init_weights(llama.Llama(llama.config(name, corpus.vocabulary)), seed).to(run_device(config))
     method = make_method(config, model, processes=processes)
+    tokenizer = codec(config.data.tokenizer)
     folder = Path(processes.from_first(run_folder(config)))
 
     def export(params: dict[str, Any]) -> None:
         description = {"name": name, "vocabulary": corpus.vocabulary}
         # A single entry: safetensors does not fix the order of several, and equal runs must write equal files.
         metadata = {"llama": json.dumps(description)}
-        dl.interop.save_weights(dl.state_dict(model, params), folder / "model.safetensors", metadata=metadata)
+        weights = dl.state_dict(model, params)
+        dl.interop.save_weights(weights, folder / "model.safetensors", metadata=metadata)
+        save_pretrained(config, model.config, weights, tokenizer, folder / "model")
 
-    return start_or_resume(config, processes, folder, corpus, model, method, export, console)
+    return start_or_resume(config, processes, folder, corpus, model, method, export, tokenizer, console)
+
+
+def save_pretrained(
+    config: Config, architecture: llama.LlamaConfig, weights: Mapping[str, Tensor], tokenizer: Codec, folder: Path
+) -> None:
+    """Write a folder that `LlamaForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` open."""
+    file = folder / "model.safetensors"
+    dl.interop.save_weights(hugging_face.renamed(weights), file, metadata={"format": "pt"})
+    hugging_face.save_config(architecture, folder, seq_len=config.data.seq_len, end=tokenizer.end)
+    tokenizer.save(folder)
 
 
 def load_corpus(data: Data) -> text.Corpus:
@@ -89,6 +104,7 @@ def start_or_resume(
     model: nn.Module,
     method: Method,
     export: Export,
+    tokenizer: Codec,
     console: Console,
 ) -> Prepared:
     """Create the folder of a new run, or load a checkpoint of a resumed one.
@@ -114,4 +130,4 @@ def start_or_resume(
             console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
     status = "continuing after" if resume else "starting at"
     console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True)
-    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export)
+    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export, tokenizer)

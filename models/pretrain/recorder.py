@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -56,6 +57,13 @@ class Recorder:
         steps_left = self._config.training.steps - lines[-1]["step"]
         self.bar.show(lines[-1], self.tokens_per_second(), steps_left * tokens_per_step / self.tokens_per_second())
         self._pending.clear()
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Write the pending steps, and leave the time in this context out of the tokens per second."""
+        self.flush()
+        yield
         self._since = time.perf_counter()
 
     def tokens_per_second(self) -> float:

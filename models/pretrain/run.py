@@ -19,6 +19,7 @@ from models.pretrain.processes import Preemption
 from models.pretrain.progress import read_metrics
 from models.pretrain.recorder import Recorder, wire_bytes
 from models.pretrain.report import plot, sizes
+from models.pretrain.sample import sample
 
 
 def train(run: Prepared, console: Console) -> dict[str, Any] | None:
@@ -56,6 +57,9 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
             done = step + 1
             if is_last or done % output.eval_every == 0:
                 recorder.flush(validate=lambda: validate(run, state))  # noqa: B023, called at once
+            if output.sample_every and (is_last or done % output.sample_every == 0):
+                with recorder.paused():
+                    console.print(f"step {done}: {sample(run, state)}", markup=False, highlight=False, soft_wrap=True)
             is_saved = is_last or is_stopped or done % output.save_every == 0
             if is_saved:
                 recorder.flush()  # raises if a result is not finite
