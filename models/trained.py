@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from models.pretrain.prepared import Saved
 from models.pretrain.processes import SINGLE_PROCESS
 
 WEIGHTS = "model.safetensors"
+_BASE = re.compile(r"(\.frozen\['[^']*'\]\.base)")
 _DEFAULT_CONTEXT = 1024  # of a model whose configuration does not limit its positions
 
 Shapes = dict[str, tuple[int, ...]]
@@ -169,6 +171,8 @@ def _load_checkpoint(
     untrained = untrained_names(config, params) if isinstance(config, finetune.Config) else []
     state = tree_map(torch.empty_like, State(*dl.partition(params, frozen=untrained), ()))
     tensors: dict[str, Tensor] = dl.parallel.as_dtensors(Saved(state, {}))
+    # Bases that were sharded are one level deeper.
+    tensors = {name if name in shapes else _BASE.sub(r"\1.base", name): tensor for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if shapes.get(name) != tuple(tensor.shape):
             raise ValueError(

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from models.pretrain.checks import check
 from models.pretrain.config import Config
+from models.pretrain.learning_rate import peak_lr
 
 METHODS = ("full", "lora", "relora", "switchlora")
-_SET_HERE = ("--method", "--out", "--json")
 
 
 class Options(NamedTuple):
@@ -30,8 +30,9 @@ class Options(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The summary of a run, and the peak of resident memory of the largest of its processes."""
+    """The options and the summary of a run, and the peak of resident memory of the largest of its processes."""
 
+    config: Config
     summary: dict[str, Any]
     peak_bytes: int
 
@@ -55,9 +56,8 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--out", type=Path, help="folder of the runs and of comparison.json (runs/DATE-TIME-compare)")
     parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object on the last line")
     known, of_training = parser.parse_known_args(arguments)
-    for flag in of_training:
-        if flag.split("=")[0] in _SET_HERE:
-            raise ValueError(f"`{flag}` is set by this program; use --methods")
+    if any(flag.split("=")[0] == "--method" for flag in of_training):
+        raise ValueError("`--method` is set by this program; use --methods")
     if known.processes < 1:
         raise ValueError(f"`processes` must be at least 1, got {known.processes}")
     if len({*known.methods}) < len(known.methods):
@@ -69,8 +69,7 @@ def parse(arguments: Sequence[str]) -> Options:
 def compare(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison. The exit code of a run that fails becomes that of this program."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    check_options(options)
-    results = {method: train(method, options) for method in options.methods}
+    results = {method: train(config, options) for method, config in configs_of(options).items()}
     console = Console()
     console.print(table(results))
     record = {method: {**result.summary, "peak_bytes": result.peak_bytes} for method, result in results.items()}
@@ -80,21 +79,25 @@ def compare(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(record))
 
 
-def check_options(options: Options) -> None:
-    """Check the options of every run, so that none starts where a later one cannot.
+def configs_of(options: Options) -> dict[str, Config]:
+    """Return the options of each run. All are checked, so that none starts where a later one cannot.
 
     Raises:
         ValueError: For the first option that is invalid.
     """
+    configs = {}
     for method in options.methods:
         arguments = [*options.of_training, "--method", method]
         config = tyro.cli(Config, prog="python -m models.compare", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
         if options.processes == 1:  # several are checked when they start
             check(config)
+        configs[method] = config
+    return configs
 
 
-def train(method: str, options: Options) -> Result:
-    """Train one method in a process and return its summary."""
+def train(config: Config, options: Options) -> Result:
+    """Train one method in a process and return its results."""
+    method = config.training.method
     folder = options.out / method
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"] if options.processes > 1 else []
     command = [sys.executable, *launcher, "-m", "models.pretrain", *options.of_training]
@@ -103,7 +106,7 @@ def train(method: str, options: Options) -> Result:
     if code != 0:
         raise SystemExit(code)
     summary = json.loads((folder / "summary.json").read_text())
-    return Result(summary, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return Result(config, summary, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, Any]:
@@ -121,7 +124,7 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, Any]:
 
 def table(results: dict[str, Result]) -> Table:
     """Return a table with a column for each method, all measured."""
-    table = Table("measured", *results, title=_title([result.summary for result in results.values()]))
+    table = Table("", *results, title=_title([result.summary for result in results.values()]))
     for column in table.columns[1:]:
         column.justify = "right"
     for label, cell in _ROWS.items():
@@ -130,8 +133,8 @@ def table(results: dict[str, Result]) -> Table:
 
 
 def _title(summaries: list[dict[str, Any]]) -> str:
-    first = summaries[0]
-    return f"{first['model']}, {first['steps']} steps, {first['processes']} process{'es' * (first['processes'] > 1)}"
+    first, count = summaries[0], summaries[0]["processes"]
+    return f"{first['model']}, {first['steps']} steps, {count} process{'es' * (count > 1)}, measured"
 
 
 def _megabytes(count: float) -> str:
@@ -144,6 +147,8 @@ def _bytes(*names: str) -> Callable[[Result], str]:
 
 _WEIGHTS = ("base", "residual", "factors", "full_rank")
 _ROWS: dict[str, Callable[[Result], str]] = {
+    "optimizer of the matrices": lambda result: result.config.inner_optimizer(),
+    "its peak learning rate": lambda result: f"{peak_lr(result.config):g}",
     "validation loss, nats per token": lambda result: f"{result.summary['validation_loss']:.4f}",
     "validation perplexity": lambda result: f"{result.summary['perplexity']:.3f}",
     "seconds": lambda result: f"{result.summary['seconds']:,.0f}",

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -26,7 +27,7 @@ class Options:
     A run means its final model, or its newest checkpoint if it has not ended."""
     prompt: str = ""
     """Text to continue. By default a new document begins."""
-    tokens: int = 200
+    tokens: Annotated[int, tyro.conf.arg(aliases=["--max-new-tokens"])] = 200
     """Largest number of tokens to add."""
     temperature: float = 0.8
     """Divisor of the logits. Smaller values prefer probable tokens, and 0 takes the most probable one each time."""

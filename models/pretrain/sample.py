@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 
 import dynlora_fn as dl
@@ -21,7 +22,7 @@ def sample(run: Prepared, state: State) -> str:
     sharded, each token all-gathers them.
     """
     device, dtype, context = run_device(run.config), compute_dtype(run.config), run.config.data.seq_len
-    prompt = run.corpus.validation[:_PROMPT_TOKENS].tolist()
+    prompt = np.asarray(run.corpus.validation)[:_PROMPT_TOKENS].tolist()
     start = partial(new_decoder, run.model, partial(dl.call, run.model, state.params()))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         # The end of a document does not end the sample: all processes take part in equally many collectives.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.trained import open_trained
 from tests.support.pretrain import metrics
 from tests.support.pretrain_processes import arguments, job
 from tests.support.processes import in_processes
@@ -63,3 +64,10 @@ def test_sharded_factors_have_every_optimizer(text: Path, tmp_path: Path, option
     # Muon all-reduces four (8, 8) matrices and four norms of each of 7 weights in 2 layers.
     wanted = 4 * 2 * 7 * 4 * (64 + 1) if "optimizer" in options else 0
     assert found[2][1]["wire_bytes_per_step"]["factors"] == wanted
+    _assert_read_by_one_process(tmp_path / "2")
+
+
+def _assert_read_by_one_process(run: Path) -> None:
+    paths = (run, run / "checkpoints" / "step-00000012")
+    final, restored = (open_trained(path, torch.device("cpu")).model.state_dict() for path in paths)
+    assert all(torch.equal(final[name], restored[name]) for name in final)
