@@ -15,6 +15,7 @@ class Codec(NamedTuple):
 
     encode: Callable[[str], list[int]]  # without tokens that begin or end a document
     decode: Callable[[Sequence[int]], str]  # without such tokens; bytes that are no UTF-8 become U+FFFD
+    vocabulary: int  # number of tokens
     end: int | None  # the token that ends a document
     save: Callable[[Path], None]  # writes the files that `AutoTokenizer.from_pretrained` reads into a folder
 
@@ -34,6 +35,7 @@ def byte_codec() -> Codec:
         # A command line passes bytes that are no UTF-8 as surrogates.
         encode=lambda text: list(text.encode("utf-8", "surrogateescape")),
         decode=lambda tokens: bytes(token for token in tokens if token != _SEPARATOR).decode("utf-8", "replace"),
+        vocabulary=256,
         end=_SEPARATOR,
         save=save_byte_tokenizer,
     )
@@ -58,6 +60,7 @@ def pretrained_codec(name: str) -> Codec:
     return Codec(
         encode=encode,
         decode=lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True),
+        vocabulary=len(tokenizer),
         end=tokenizer.eos_token_id,
         save=tokenizer.save_pretrained,
     )

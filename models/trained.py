@@ -1,13 +1,12 @@
 """Open the model that `models.pretrain` or `models.finetune` has trained, or any causal one of `transformers`."""
 
-import dataclasses
 import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,13 +24,13 @@ from models.pretrain.checksums import find_damage
 from models.pretrain.method import State, init_params
 from models.pretrain.prepared import Saved
 from models.pretrain.processes import SINGLE_PROCESS
+from models.pretrain.settings import with_options
 
 WEIGHTS = "model.safetensors"
 _BASE = re.compile(r"(\.frozen\['[^']*'\]\.base)")
 _DEFAULT_CONTEXT = 1024  # of a model whose configuration does not limit its positions
 
 Shapes = dict[str, tuple[int, ...]]
-ConfigT = TypeVar("ConfigT", bound=pretrain.Config)
 
 
 class Trained(NamedTuple):
@@ -42,6 +41,7 @@ class Trained(NamedTuple):
     context: int  # the largest number of tokens that the model sees
     config: pretrain.Config | None  # the options of the run; None for a model that is not of a run
     source: Path  # the file or folder with the weights
+    folder: Path | None  # of the run
 
 
 def open_trained(path: Path, device: torch.device) -> Trained:
@@ -61,9 +61,10 @@ def open_trained(path: Path, device: torch.device) -> Trained:
     options = _read_options(folder)
     if "model_type" in options:
         return _pretrained(folder, None, device)
+    checkpoint_path, file = path if is_checkpoint else None, folder / "config.json"
     if "train_rest" in options:
-        return _of_finetuning(folder, _config(finetune.Config(), options), path if is_checkpoint else None, device)
-    return _of_pretraining(folder, _config(pretrain.Config(), options), path if is_checkpoint else None, device)
+        return _of_finetuning(folder, with_options(finetune.Config(), options, file), checkpoint_path, device)
+    return _of_pretraining(folder, with_options(pretrain.Config(), options, file), checkpoint_path, device)
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
@@ -82,20 +83,6 @@ def _read_options(folder: Path) -> dict[str, Any]:
     return options
 
 
-def _config(defaults: ConfigT, options: Mapping[str, Any]) -> ConfigT:
-    """Return the options of a run from its flat record. Options that it lacks have their defaults."""
-
-    def filled(group: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(group) if field.name in options]
-        values = {name: options[name] for name in names}
-        return dataclasses.replace(
-            group, **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        )
-
-    groups = {field.name: filled(getattr(defaults, field.name)) for field in dataclasses.fields(defaults)}
-    return dataclasses.replace(defaults, **groups)
-
-
 def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, device: torch.device) -> Trained:
     is_final = path is None and (folder / WEIGHTS).is_file()
     source = folder / WEIGHTS if is_final else path or _newest_checkpoint(folder)
@@ -109,7 +96,7 @@ def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, de
     tokenizer = config.data.tokenizer
     if tokenizer and _has_tokenizer(folder / "model"):  # also where the given one has moved
         tokenizer = str(folder / "model")
-    return Trained(model.to(device).eval(), tokenizer, config.data.seq_len, config, source)
+    return Trained(model.to(device).eval(), tokenizer, config.data.seq_len, config, source, folder)
 
 
 def _load_weights(path: Path) -> llama.Llama:
@@ -128,16 +115,17 @@ def _of_finetuning(folder: Path, config: finetune.Config, path: Path | None, dev
     tokenizer = config.data.tokenizer or config.training.model
     if path is None and (folder / "model" / "config.json").is_file():
         trained = _pretrained(folder / "model", config, device)
-        return trained._replace(tokenizer=trained.tokenizer if _has_tokenizer(folder / "model") else tokenizer)
+        tokenizer = trained.tokenizer if _has_tokenizer(folder / "model") else tokenizer
+        return trained._replace(tokenizer=tokenizer, folder=folder)
     source = path or _newest_checkpoint(folder)
     model = load_model(config.training.model)
     _load_checkpoint(source, _shapes(source), config, model, default_targets(model))
-    return Trained(model.to(device).eval(), tokenizer, _context(model), config, source)
+    return Trained(model.to(device).eval(), tokenizer, _context(model), config, source, folder)
 
 
 def _pretrained(folder: Path, config: pretrain.Config | None, device: torch.device) -> Trained:
     model = load_model(str(folder))
-    return Trained(model.to(device), str(folder), _context(model), config, folder)
+    return Trained(model.to(device), str(folder), _context(model), config, folder, None)
 
 
 def _context(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,13 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from models.pretrain.checks import check
 from models.pretrain.config import Config
 from models.pretrain.learning_rate import peak_lr
+from models.pretrain.settings import parse as parse_options
 
 METHODS = ("full", "lora", "relora", "switchlora")
 
@@ -87,8 +88,7 @@ def configs_of(options: Options) -> dict[str, Config]:
     """
     configs = {}
     for method in options.methods:
-        arguments = [*options.of_training, "--method", method]
-        config = tyro.cli(Config, prog="python -m models.compare", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+        config = parse_options(Config, "python -m models.compare", [*options.of_training, "--method", method])
         if options.processes == 1:  # several are checked when they start
             check(config)
         configs[method] = config
@@ -152,7 +152,7 @@ _ROWS: dict[str, Callable[[Result], str]] = {
     "validation loss, nats per token": lambda result: f"{result.summary['validation_loss']:.4f}",
     "validation perplexity": lambda result: f"{result.summary['perplexity']:.3f}",
     "seconds": lambda result: f"{result.summary['seconds']:,.0f}",
-    "tokens per second": lambda result: f"{result.summary['tokens_per_second']:,.0f}",
+    "tokens per second": lambda result: f"{result.summary['tokens_per_second'] or math.nan:,.0f}",
     "peak memory of a process": lambda result: _megabytes(result.peak_bytes),
     "weights": _bytes(*_WEIGHTS),
     "gradients": _bytes("gradients"),

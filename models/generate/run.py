@@ -23,20 +23,20 @@ class Options:
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run of models.pretrain or models.finetune, a checkpoint in it, or a model folder for transformers.
+    """Use the model of this run of models.pretrain or models.finetune, this checkpoint in it, or this model folder.
     A run means its final model, or its newest checkpoint if it has not ended."""
     prompt: str = ""
-    """Text to continue. By default a new document begins."""
+    """Continue this text. Without one, a document begins."""
     tokens: Annotated[int, tyro.conf.arg(aliases=["--max-new-tokens"])] = 200
-    """Largest number of tokens to add."""
+    """Add at most this many tokens."""
     temperature: float = 0.8
-    """Divisor of the logits. Smaller values prefer probable tokens, and 0 takes the most probable one each time."""
+    """Divide the logits by this. Smaller values prefer probable tokens, and 0 takes the most probable one each time."""
     top_p: float = 0.95
     """Draw only from the most probable tokens that together have this probability. 1 draws from all tokens."""
     seed: int = 0
-    """Seed of the draws."""
+    """Draw tokens from this seed."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device of the model. The default is cuda where torch finds it, and cpu otherwise."""
+    """Compute on this device. The default is cuda where torch finds it, and cpu otherwise."""
 
 
 def generate(options: Options) -> str:

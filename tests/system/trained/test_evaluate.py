@@ -39,6 +39,7 @@ def test_the_validation_loss_is_that_of_the_run(run: Path, validation: Path):
     assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] / math.log(2))
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]))
     assert found["tokens"] == found["bytes"] == len(validation.read_bytes())
+    assert evaluation(path) == found  # the validation text is that of the run by default
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path):
         ([run, "--text", tmp_path / "empty.txt"], "`text` must hold some text"),
         ([run, "--text", tmp_path / "short.txt"], "`text` must have at least 2 tokens, got 1"),
         ([tmp_path, "--text", tmp_path / "short.txt"], "which has no config.json"),
+        ([run / "model"], "`text` must be given for a model without the tokens of a run, got none"),
     ):
         outcome = outcome_of(main, *arguments, "--device", "cpu")
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)

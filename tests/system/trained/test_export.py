@@ -1,6 +1,5 @@
 """What a run leaves for `transformers`, and the samples that it prints."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,3 @@ def test_every_kind_of_weights_can_be_sampled(lines: Path, tmp_path: Path, optio
 def test_sample_every_must_not_be_negative(lines: Path, tmp_path: Path):
     outcome = outcome_of(main, *SMALL, "--text", lines, "--out", tmp_path / "run", "--sample-every", -1)
     assert (outcome.code, outcome.err) == (2, "error: `sample_every` must not be negative, got -1\n")
-
-
-def test_the_record_of_the_run_is_not_changed_by_samples(run: Path):
-    assert "sample_every" not in json.loads((run / "config.json").read_text())
