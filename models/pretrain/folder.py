@@ -12,7 +12,7 @@ from models.pretrain.config import Config
 from models.pretrain.stopping import naming
 
 # Options of the command and not of the run.
-_NOT_RECORDED = ("out", "resume", "config", "json", "compare")
+_NOT_RECORDED = ("out", "resume", "config", "json", "compare", "eager")
 # Options that a continued run may change: those on which no step depends, the names of texts whose digest is recorded,
 # and the number of steps, which is announced.
 _MAY_CHANGE = frozenset(

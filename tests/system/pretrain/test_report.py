@@ -110,4 +110,4 @@ def test_tensorboard_gets_the_lines_of_the_metrics(job: Job, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     outcome = job("--out", tmp_path / "other", "--tensorboard")
     assert outcome.code == 2
-    assert "`tensorboard` needs the extra of its name: pip install 'dynlora-fn[tensorboard]'" in outcome.err
+    assert "`tensorboard` needs the extra `tensorboard`: pip install 'dynlora-fn[tensorboard]'" in outcome.err
