@@ -64,6 +64,8 @@ def _check_combinations(config: Config) -> None:
             f"`base_dtype` must be float32 for full, got {config.precision.base_dtype}; "
             "full-rank training has no frozen bases"
         )
+    if config.machine.compile and config.machine.eager:
+        raise ValueError("`compile` and `eager` must not both be given; omit one")
     if config.output.resume and config.output.out is None:
         raise ValueError("`out` must be given with --resume, got none; pass the folder of the run")
 

@@ -146,7 +146,10 @@ class Machine:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Train on this device. The default is cuda where torch finds it, and cpu otherwise."""
     compile: bool = False
-    """Compile the step into one graph. On a CPU this takes minutes, and then saves a third of each step."""
+    """Compile the step into one graph. This takes minutes on a CPU, and then saves a third of each step.
+    Without --compile and --eager, a GPU compiles, and a CPU if the run is long enough to win that back."""
+    eager: bool = False
+    """Do not compile the step."""
     shard: bool = False
     """Shard every base by rows over the processes. Each layer is all-gathered when it is needed."""
     shard_factors: bool = False

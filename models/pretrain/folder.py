@@ -12,7 +12,7 @@ from models.pretrain.config import Config
 from models.pretrain.stopping import naming
 
 # Options of the command and not of the run.
-_NOT_RECORDED = ("out", "resume", "config", "json", "compare")
+_NOT_RECORDED = ("out", "resume", "config", "json", "compare", "eager")
 # Options that a continued run may change: those on which no step depends, the names of texts whose digest is recorded,
 # and the number of steps, which is announced.
 _MAY_CHANGE = frozenset(
@@ -41,7 +41,11 @@ def resume_after_restart(config: ConfigT) -> ConfigT:
     out = config.output.out
     if out is None:
         raise ValueError("`out` must be given to continue after a process has failed, got none; pass --out")
-    return replace(config, output=replace(config.output, resume=(out / "config.json").is_file()))
+    if not (out / "config.json").is_file():
+        return config
+    compiles = bool(_read(out / "config.json").get("compile"))  # as it was chosen for this run
+    machine = replace(config.machine, compile=compiles)
+    return replace(config, machine=machine, output=replace(config.output, resume=True))
 
 
 def check_folder(config: Config, folder: Path) -> None:

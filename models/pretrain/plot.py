@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models.pretrain.progress import read_metrics, read_start
 from models.pretrain.stopping import naming
 
 mpl.use("agg")
+_COLORS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # of other runs
 
 
 def title(config: Config) -> str:
@@ -45,9 +47,12 @@ def plot(
     """
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
-    figure, (losses, switches) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained"
+    switched = [(line["step"], line["switched"]) for line in metrics if line["switched"]]
+    heights = (4, 1) if switched else (1,)
+    figure, rows = pyplot.subplots(
+        len(heights), 1, sharex=True, figsize=(8, 5.5), height_ratios=heights, layout="constrained", squeeze=False
     )
+    losses = rows[0, 0]
     steps, training = [line["step"] for line in metrics], [line["loss"] for line in metrics]
     losses.plot(steps, training, color="tab:blue", alpha=0.25, linewidth=0.8)
     smooth = smoothed(training)
@@ -56,18 +61,18 @@ def plot(
     if points:
         label = f"validation: {points[-1][1]:.3f} at the end"
         losses.plot(*zip(*points, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
-    for name, others in compared.items():
+    for color, (name, others) in zip(cycle(_COLORS), compared.items(), strict=False):
         label = f"validation, {name}: {others[-1][1]:.3f} at the end"
-        losses.plot(*zip(*others, strict=True), marker=".", markersize=4, linewidth=1, label=label)
+        losses.plot(*zip(*others, strict=True), color=color, marker=".", markersize=4, linewidth=1, label=label)
     losses.axhline(unigram_loss, color="grey", linestyle="--", label=f"unigram model, validation: {unigram_loss:.3f}")
     losses.set(ylabel="loss (nats per token)", title=title)
     losses.legend(frameon=False)
     bits = losses.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
     bits.set_ylabel("bits per byte")
-    switched = [(line["step"], line["switched"]) for line in metrics if line["switched"]]
     if switched:
-        switches.bar(*zip(*switched, strict=True), width=1.0, color="tab:green")
-    switches.set(xlabel="step", ylabel="vectors\nswitched", ylim=(0, None))
+        rows[1, 0].bar(*zip(*switched, strict=True), width=1.0, color="tab:green")
+        rows[1, 0].set(ylabel="vectors\nswitched", ylim=(0, None))
+    rows[-1, 0].set(xlabel="step")
     with naming(path):
         figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -14,6 +14,7 @@ from models import hugging_face, llama
 from models.codec import Codec, codec
 from models.pretrain.checkpoint import load_checkpoint
 from models.pretrain.checks import check
+from models.pretrain.compiling import announcement, count_parameters, with_choice
 from models.pretrain.config import Config
 from models.pretrain.device import run_device
 from models.pretrain.folder import check_folder, prepare_folder, run_folder, write_record
@@ -110,6 +111,9 @@ def start_or_resume(
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
         OSError: On every process, if the folder cannot be read or written.
     """
+    count, world_size = count_parameters(method.state.params()), processes.world_size
+    if not config.output.resume:
+        config = with_choice(config, count, world_size)
     digest = corpus.digest()
     recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digest))
     saved, first_step = Saved(method.state, method.pool), 0
@@ -126,6 +130,7 @@ def start_or_resume(
         processes.do_on_first(lambda: write_record(config, folder, digest))
     status = "continuing after" if resume else "starting at"
     console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True, markup=False)
+    console.print(announcement(config, count, world_size), highlight=False, soft_wrap=True, markup=False)
     if recorded_steps != steps:
         console.print(change_of_steps(config, recorded_steps, first_step), highlight=False, soft_wrap=True)
     return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export, tokenizer)

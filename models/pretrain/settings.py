@@ -94,5 +94,5 @@ def _value(name: str, hint: Any, value: Any, file: Path) -> Any:
             return value
         if kind in (bool, int, str) and type(value) is kind:
             return value
-    expected = getattr(hint, "__name__", str(hint).replace("typing.", ""))
+    expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     raise ValueError(f"`{name}` must be of type {expected}, got {value!r} in {str(file)!r}")
