@@ -3,34 +3,32 @@
 import json
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.distributed import checkpoint
+from torch import nn
 from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
+from dynlora_fn.interop._agree import members_of
+from dynlora_fn.interop._checkpoint_read import Chunk, Stored, read_headers, read_into
+from dynlora_fn.interop._checkpoint_state import contents_of
+from dynlora_fn.interop._checksums import find_damage
 from models import llama
 from models.finetune import config as finetune
 from models.finetune.run import default_targets, load_model, untrained_names
 from models.pretrain import config as pretrain
-from models.pretrain.checkpoint_reader import Reader
-from models.pretrain.checksums import find_damage
+from models.pretrain.folder import checkpoint_settings
 from models.pretrain.method import State, init_params
 from models.pretrain.prepared import Saved
-from models.pretrain.processes import SINGLE_PROCESS
 from models.pretrain.settings import with_options
 
 WEIGHTS = "model.safetensors"
 _BASE = re.compile(r"(\.frozen\['[^']*'\]\.base)")
 _DEFAULT_CONTEXT = 1024  # of a model whose configuration does not limit its positions
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Trained(NamedTuple):
@@ -89,10 +87,11 @@ def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, de
     if is_final:
         model = _load_weights(source)
     else:
-        shapes = _shapes(source)
-        vocabulary = shapes.get(".state.trainable['embedding.weight']", (0,))[0]
+        stored = _headers(source)
+        embedding = stored.chunks.get(".state.trainable['embedding.weight']")
+        vocabulary = _shape(embedding)[0] if embedding else None
         model = llama.Llama(llama.config(config.training.model, vocabulary))
-        _load_checkpoint(source, shapes, config, model, llama.TARGETS)
+        _load_checkpoint(source, stored, config, model, llama.TARGETS)
     tokenizer = config.data.tokenizer
     if tokenizer and _has_tokenizer(folder / "model"):  # also where the given one has moved
         tokenizer = str(folder / "model")
@@ -119,7 +118,7 @@ def _of_finetuning(folder: Path, config: finetune.Config, path: Path | None, dev
         return trained._replace(tokenizer=tokenizer, folder=folder)
     source = path or _newest_checkpoint(folder)
     model = load_model(config.training.model)
-    _load_checkpoint(source, _shapes(source), config, model, default_targets(model))
+    _load_checkpoint(source, _headers(source), config, model, default_targets(model))
     return Trained(model.to(device).eval(), tokenizer, _context(model), config, source, folder)
 
 
@@ -143,31 +142,45 @@ def _newest_checkpoint(folder: Path) -> Path:
     return checkpoints[-1]
 
 
-def _shapes(path: Path) -> Shapes:
-    """Return the shapes of a checkpoint's tensors, after a check of its files."""
-    if damage := find_damage(path, SINGLE_PROCESS):
+def _headers(path: Path) -> Stored:
+    """Return what a checkpoint contains, after a check of its files."""
+    if damage := find_damage(path, process=0, world_size=1):
         raise ValueError(f"`run` has a damaged checkpoint {str(path)!r}: {damage}")
-    metadata = Reader(str(path)).read_metadata().state_dict_metadata
-    return {name: tuple(tensor.size) for name, tensor in metadata.items()}
+    return read_headers(path)
+
+
+def _shape(chunks: list[Chunk]) -> tuple[int, ...]:
+    ends = ([start + size for start, size in zip(chunk.offsets, chunk.shape, strict=True)] for chunk in chunks)
+    return tuple(map(max, zip(*ends, strict=True)))
 
 
 def _load_checkpoint(
-    path: Path, shapes: Shapes, config: pretrain.Config, model: nn.Module, targets: Sequence[str]
+    path: Path, stored: Stored, config: pretrain.Config, model: nn.Module, targets: Sequence[str]
 ) -> None:
     """Load the weights of a checkpoint into the model. The optimizer's state is not read."""
+    _check_settings(path, stored, config)
     params = init_params(config, model, targets)
     untrained = untrained_names(config, params) if isinstance(config, finetune.Config) else []
     state = tree_map(torch.empty_like, State(*dl.partition(params, frozen=untrained), ()))
-    tensors: dict[str, Tensor] = dl.parallel.as_dtensors(Saved(state, {}))
-    # Bases that were sharded are one level deeper.
-    tensors = {name if name in shapes else _BASE.sub(r"\1.base", name): tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if shapes.get(name) != tuple(tensor.shape):
+    for name, piece in contents_of("state", Saved(state, {}), members_of(None)).pieces.items():
+        # Bases that were sharded are one level deeper.
+        chunks = stored.chunks.get(name) or stored.chunks.get(_BASE.sub(r"\1.base", name))
+        if chunks is None or _shape(chunks) != piece.shape:
+            found = "no tensor" if chunks is None else f"the shape {_shape(chunks)}"
             raise ValueError(
-                f"`run` has a checkpoint {str(path)!r} with {name} of shape {shapes.get(name)} instead of "
-                f"{tuple(tensor.shape)}; it must be of the run in the same folder"
+                f"`run` has a checkpoint {str(path)!r} with {found} for {name} of shape {piece.shape}; "
+                "it must be of the run in the same folder"
             )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process reads it
-        checkpoint.load(tensors, storage_reader=Reader(str(path)))
+        read_into(piece, chunks)
     model.load_state_dict(dl.state_dict(model, state.params()))
+
+
+def _check_settings(path: Path, stored: Stored, config: pretrain.Config) -> None:
+    """Check that a checkpoint is of the run. Those of older versions have no settings."""
+    settings = checkpoint_settings(config, "")
+    for name, value in stored.description.get("settings", {}).items():
+        if name in settings.keys() - {"corpus"} and settings[name] != value:
+            raise ValueError(
+                f"`run` has a checkpoint {str(path)!r} with the setting {name} {value!r} instead of "
+                f"{settings[name]!r}; it must be of the run in the same folder"
+            )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from models.pretrain.config import Config
+from models.pretrain.progress import read_metrics
 from models.pretrain.stopping import naming
 
 # Options of the command and not of the run.
@@ -19,6 +20,8 @@ _MAY_CHANGE = frozenset(
     ("eval_every", "eval_batches", "save_every", "keep", "check_every", "sample_every", "tensorboard", "steps")
     + ("text", "validation", "dataset", "dataset_config", "text_column", "dataset_characters")
 )
+# Options that a checkpoint does not share with the run that resumes from it. The digest of the text counts.
+_NOT_IN_CHECKPOINTS = _MAY_CHANGE | {"tokenizer", "device", "compile"}
 
 _TEMPORARY = "config.writing"
 
@@ -104,6 +107,39 @@ def write_record(config: Config, folder: Path, corpus_digest: str) -> None:
     temporary.rename(path)
 
 
+def checkpoint_settings(config: Config, corpus_digest: str) -> dict[str, object]:
+    """Return the options that a checkpoint must share with the run that resumes from it."""
+    record = _record(config, corpus_digest)
+    return {name: value for name, value in record.items() if name not in _NOT_IN_CHECKPOINTS}
+
+
+def check_metrics(path: Path, step: int, steps: int) -> None:
+    """Check that a metrics file has what a run that resumes after `step` needs at its end.
+
+    Raises:
+        ValueError: If it does not have all steps up to this one. It names the file and what is missing.
+    """
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise ValueError(f"metrics must be in a regular file, got {str(path)!r}; move it away")
+    lines = read_metrics(path, up_to=step)
+    for expected, line in enumerate(lines, start=1):
+        if line["step"] != expected or not all(_is_number(line.get(name)) for name in ("loss", "switched")):
+            raise ValueError(
+                f"metrics must have loss and switched vectors of step {expected}, got {str(path)!r} without"
+            )
+    if len(lines) < step:
+        raise ValueError(
+            f"metrics must have the steps up to {step} of the checkpoint, got {str(path)!r} with {len(lines)}; "
+            "restore the file, or resume from an older checkpoint"
+        )
+    if step == steps and not _is_number(lines[-1].get("validation_loss")):
+        raise ValueError(f"metrics must have the last validation loss, got {str(path)!r} without it at step {step}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _record(config: Config, corpus_digest: str) -> dict[str, object]:
     options = {name: value for name, value in config.options().items() if name not in _NOT_RECORDED}
     record: dict[str, object] = json.loads(json.dumps(options | {"corpus": corpus_digest}, default=str))
@@ -113,7 +149,7 @@ def _record(config: Config, corpus_digest: str) -> dict[str, object]:
 def _read(path: Path) -> dict[str, object]:
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`resume` must find the run's options in {str(path)!r}, got invalid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"`resume` must find the run's options in {str(path)!r}, got {record!r:.80}, not an object")

@@ -17,7 +17,14 @@ from models.pretrain.checks import check
 from models.pretrain.compiling import announcement, count_parameters, with_choice
 from models.pretrain.config import Config
 from models.pretrain.device import run_device
-from models.pretrain.folder import check_folder, prepare_folder, run_folder, write_record
+from models.pretrain.folder import (
+    check_folder,
+    check_metrics,
+    checkpoint_settings,
+    prepare_folder,
+    run_folder,
+    write_record,
+)
 from models.pretrain.learning_rate import change_of_steps
 from models.pretrain.method import Method, State, make_method
 from models.pretrain.processes import SINGLE_PROCESS, Processes
@@ -49,6 +56,7 @@ class Prepared(NamedTuple):
     first_step: int
     export: Export
     codec: Codec
+    settings: dict[str, object]  # that a checkpoint must share with the run
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
@@ -118,19 +126,22 @@ def start_or_resume(
     recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digest))
     saved, first_step = Saved(method.state, method.pool), 0
     resume, steps = config.output.resume, config.training.steps
-    if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, donate=True)):
+    settings = checkpoint_settings(config, digest)
+    if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True)):
         saved, first_step = loaded.state, loaded.step
-        for reason in loaded.refused:
-            console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
+        for path, reason, is_damaged in loaded.refused:
+            kind = "a damaged checkpoint" if is_damaged else "a checkpoint"
+            console.print(f"refused {kind}: {path}: {reason}", soft_wrap=True, highlight=False, markup=False)
     if first_step > steps:
         raise ValueError(
             f"`steps` must be at least that of the checkpoint in {str(folder)!r}, {first_step}, got {steps}"
         )
     if resume:
+        processes.do_on_first(lambda: check_metrics(folder / "metrics.jsonl", first_step, steps))
         processes.do_on_first(lambda: write_record(config, folder, digest))
     status = "continuing after" if resume else "starting at"
     console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True, markup=False)
     console.print(announcement(config, count, world_size), highlight=False, soft_wrap=True, markup=False)
     if recorded_steps != steps:
         console.print(change_of_steps(config, recorded_steps, first_step), highlight=False, soft_wrap=True)
-    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export, tokenizer)
+    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export, tokenizer, settings)

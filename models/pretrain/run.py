@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -24,6 +25,8 @@ from models.pretrain.recorder import Recorder, wire_bytes
 from models.pretrain.report import sizes
 from models.pretrain.sample import sample
 from models.pretrain.stopping import Preemption, Stopped, name_of, naming
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
@@ -107,7 +110,7 @@ def _announce(console: Console, number: int) -> None:
 
 
 def _saver(run: Prepared) -> Saver:
-    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep)
+    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep, settings=run.settings)
 
 
 def batch(run: Prepared, step: int) -> Tensor:
@@ -187,6 +190,11 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
         "drift": metrics[-1].get("drift"),
         "validation_loss": last_loss,
         "bits_per_byte": run.corpus.bits_per_byte(last_loss),
-        "perplexity": math.exp(last_loss),
+        "perplexity": perplexity(last_loss),
         "unigram_loss": unigram_loss,
     }
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, which is infinite beyond what a float has."""
+    return math.inf if loss >= _LARGEST_EXPONENT else math.exp(loss)

@@ -1,5 +1,6 @@
 """Text from a trained model, by the command line."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -156,6 +157,16 @@ def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path):
     outcome = generate(tmp_path / "run")
     assert outcome.code == 2
     assert "`run` has a damaged checkpoint" in outcome.err
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model*"))
+    options = json.loads((run / "config.json").read_text())
+    for changed, message in (({"seed": 1}, "the setting seed 0 instead of 1"), ({"model": "llama-9m"}, "the setting")):
+        (tmp_path / "run" / "config.json").write_text(json.dumps(options | changed))
+        outcome = generate(tmp_path / "run")
+        assert outcome.code == 2
+        assert message in outcome.err
 
 
 def test_the_logits_of_a_checkpoint_are_those_of_the_model(run: Path):
