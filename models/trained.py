@@ -4,13 +4,14 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
 from dynlora_fn.interop._agree import members_of
@@ -19,10 +20,11 @@ from dynlora_fn.interop._checkpoint_state import contents_of
 from dynlora_fn.interop._checksums import find_damage
 from models import llama
 from models.finetune import config as finetune
-from models.finetune.run import default_targets, load_model, untrained_names
+from models.finetune.load import load_model
+from models.finetune.run import default_targets, untrained_names
 from models.pretrain import config as pretrain
 from models.pretrain.folder import checkpoint_settings
-from models.pretrain.method import State, init_params
+from models.pretrain.method import make_method
 from models.pretrain.prepared import Saved
 from models.pretrain.settings import with_options
 
@@ -159,9 +161,13 @@ def _load_checkpoint(
 ) -> None:
     """Load the weights of a checkpoint into the model. The optimizer's state is not read."""
     _check_settings(path, stored, config)
-    params = init_params(config, model, targets)
-    untrained = untrained_names(config, params) if isinstance(config, finetune.Config) else []
-    state = tree_map(torch.empty_like, State(*dl.partition(params, frozen=untrained), ()))
+    alone = replace(
+        config,
+        machine=replace(config.machine, shard=False, shard_factors=False),
+        switching=replace(config.switching, candidates="seeded"),
+    )
+    untrained = partial(untrained_names, config) if isinstance(config, finetune.Config) else lambda _: ()
+    state = make_method(alone, model, targets, untrained).state._replace(opt_state=())
     for name, piece in contents_of("state", Saved(state, {}), members_of(None)).pieces.items():
         # Bases that were sharded are one level deeper.
         chunks = stored.chunks.get(name) or stored.chunks.get(_BASE.sub(r"\1.base", name))
@@ -177,9 +183,9 @@ def _load_checkpoint(
 
 def _check_settings(path: Path, stored: Stored, config: pretrain.Config) -> None:
     """Check that a checkpoint is of the run. Those of older versions have no settings."""
-    settings = checkpoint_settings(config, "")
+    settings = checkpoint_settings(config, {})
     for name, value in stored.description.get("settings", {}).items():
-        if name in settings.keys() - {"corpus"} and settings[name] != value:
+        if name in settings and settings[name] != value:
             raise ValueError(
                 f"`run` has a checkpoint {str(path)!r} with the setting {name} {value!r} instead of "
                 f"{settings[name]!r}; it must be of the run in the same folder"

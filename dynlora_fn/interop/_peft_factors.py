@@ -22,6 +22,7 @@ class AdapterFactors:
         """Take the arguments of `save_adapter`."""
         self.entries: dict[str, LazyTensor] = {}  # of the file
         self.ranks: dict[str, int] = {}  # by each name of a weight
+        self.alphas: dict[str, float] = {}
         self.errors: dict[str, float] = {}  # complete once all entries were read
         self._model, self._original, self._rank = model, original, rank
         self._last: dict[str, Pair] = {}  # both entries of a weight follow each other in the file
@@ -34,15 +35,18 @@ class AdapterFactors:
         """
         view = view_of(name, param, self._model.get_parameter(name).shape)
         rows, columns, rank = view.shape[0], prod(view.shape[1:]), sum(map(rank_with_pending, view.parts))
+        # The parts of a fused weight have one alpha and one rank, and together a rank as many times as large.
+        alpha = view.parts[0].alpha * len(view.parts)
         if self._original is None:
             _check_no_stack(view)
         else:
             _check_original(view, self._original.get(name))
             rank = min(self._rank or sum(part.factors.b.shape[-1] for part in view.parts), rows, columns)
+            alpha = rank
         self.errors[name] = 0.0
         like = Pair(torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta"))
         for alias in aliases:
-            self.ranks[alias] = rank
+            self.ranks[alias], self.alphas[alias] = rank, alpha
             for key, tensor in self._of_layer(alias, like, view.shape).items():
                 read = partial(self._read, name, param, alias, key)
                 self.entries[key] = LazyTensor(tuple(tensor.shape), torch.float32, read)
@@ -84,8 +88,8 @@ def _check_original(view: View, before: Tensor | None) -> None:
 
 
 def _unchanged(view: View) -> Pair:
-    """Return ``up @ down = b @ a / rank``. The rank of a fused weight is the sum of the ranks of its parts."""
-    ups = [part.factors.b.float() / part.factors.b.shape[-1] for part in view.parts]
+    """Return the factors, bit for bit in float32. The rank of a fused weight is the sum of the ranks of its parts."""
+    ups = [part.factors.b.float() for part in view.parts]
     downs = [part.factors.a.float() for part in view.parts]
     if view.axis == ROWS:
         return Pair(_block_diagonal(ups), torch.cat(downs))

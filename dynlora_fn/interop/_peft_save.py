@@ -33,8 +33,8 @@ def save_adapter(
 ) -> dict[str, float]:
     """Write a PEFT LoRA adapter, and return the error of each weight.
 
-    Without `original`, the factors are written unchanged. The bases and all other parameters are written as a model in
-    ``folder/base``, and the adapter only applies to that model.
+    Without `original`, factors and alpha are written unchanged, so that `load_adapter` returns them bit for bit. The
+    bases and all other parameters are written as a model in ``folder/base``, and the adapter only applies to that one.
 
     With `original`, the adapter applies to those weights. For each low-rank weight it contains the full change,
     switches and merges included, as its truncated singular value decomposition. Other parameters are written if they
@@ -88,7 +88,7 @@ def save_adapter(
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
         if isinstance(param, LowRank):
             factors.add(name, param, aliases[name])
-    config = _config(model, factors.ranks)
+    config = _config(model, factors.ranks, factors.alphas)
     if original is None:
         base = {name: _without_product(param) for name, param in params.items()}
         base_bytes, entries = bytes_of(lazy_state_dict(model, base)), factors.entries
@@ -153,8 +153,8 @@ def _changed_dense(
     return changed
 
 
-def _config(model: nn.Module, rank_by_name: Mapping[str, int]) -> dict[str, Any]:
-    """Return PEFT's configuration, with alpha equal to the rank, since the scale is in `b`.
+def _config(model: nn.Module, rank_by_name: Mapping[str, int], alpha_by_name: Mapping[str, float]) -> dict[str, Any]:
+    """Return PEFT's configuration.
 
     `target_modules` is a regular expression, which PEFT matches against full names.
     """
@@ -162,16 +162,22 @@ def _config(model: nn.Module, rank_by_name: Mapping[str, int]) -> dict[str, Any]
     if not ranks:
         raise ValueError("`params` has no low-rank weight to write as an adapter; make them with `init` and `targets`")
     largest = max(ranks.values())
-    smaller = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
+    alphas = {name.rpartition(".")[0]: _plain(alpha) for name, alpha in alpha_by_name.items()}
+    usual = next(alphas[layer] for layer, rank in ranks.items() if rank == largest)
     return {
         "peft_type": "LORA",
         "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": smaller,
-        "alpha_pattern": smaller,
+        "lora_alpha": usual,
+        "rank_pattern": {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest},
+        "alpha_pattern": {re.escape(layer): alpha for layer, alpha in alphas.items() if alpha != usual},
         "target_modules": "|".join(re.escape(layer) for layer in ranks),
         "fan_in_fan_out": any(kind_of_layer(model, name) == "transposed" for name in rank_by_name),
         "bias": "none",
         "inference_mode": True,
         "task_type": None,
     }
+
+
+def _plain(alpha: float) -> float:
+    """Return an integer where a number is one, as PEFT writes it."""
+    return int(alpha) if alpha == int(alpha) else alpha

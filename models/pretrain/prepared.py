@@ -110,10 +110,12 @@ def start_or_resume(
     export: Export,
     tokenizer: Codec,
     console: Console,
+    *,
+    digests: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Create the folder of a new run, or load a checkpoint of a resumed one.
 
-    It is the newest that is not damaged.
+    It is the newest that is not damaged. `digests` names hashes of further inputs, which a resumed run must have too.
 
     Raises:
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
@@ -122,11 +124,11 @@ def start_or_resume(
     count, world_size = count_parameters(method.state.params()), processes.world_size
     if not config.output.resume:
         config = with_choice(config, count, world_size)
-    digest = corpus.digest()
-    recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digest))
+    digests = {"corpus": corpus.digest(), **(digests or {})}
+    recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digests))
     saved, first_step = Saved(method.state, method.pool), 0
     resume, steps = config.output.resume, config.training.steps
-    settings = checkpoint_settings(config, digest)
+    settings = checkpoint_settings(config, digests)
     if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True)):
         saved, first_step = loaded.state, loaded.step
         for path, reason, is_damaged in loaded.refused:
@@ -138,7 +140,7 @@ def start_or_resume(
         )
     if resume:
         processes.do_on_first(lambda: check_metrics(folder / "metrics.jsonl", first_step, steps))
-        processes.do_on_first(lambda: write_record(config, folder, digest))
+        processes.do_on_first(lambda: write_record(config, folder, digests))
     status = "continuing after" if resume else "starting at"
     console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True, markup=False)
     console.print(announcement(config, count, world_size), highlight=False, soft_wrap=True, markup=False)
