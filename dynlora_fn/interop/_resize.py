@@ -12,7 +12,7 @@ from dynlora_fn._core._check import check_choice, check_integer
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import by_name
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.optim._resize_state import resize_state
 from dynlora_fn.optim._roles import Roles, check_roles
