@@ -68,9 +68,12 @@ USED = (
     "torch._C._nn.unflatten_dense_tensors",
     "torch._dynamo.config.trace_autograd_ops",
     "torch._foreach_add",
+    "torch._foreach_add_",
     "torch._foreach_clamp_min",
     "torch._foreach_div",
+    "torch._foreach_div_",
     "torch._foreach_mul",
+    "torch._foreach_mul_",
     "torch._foreach_neg",
     "torch._foreach_sign",
     "torch._foreach_sqrt",
@@ -111,9 +114,12 @@ OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 # One operation on each tensor of a list. The bits are those of the operation on one tensor.
 foreach_add: Callable[..., Sequence[torch.Tensor]] = torch._foreach_add
+foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_clamp_min: Callable[..., Sequence[torch.Tensor]] = torch._foreach_clamp_min
 foreach_div: Callable[..., Sequence[torch.Tensor]] = torch._foreach_div
+foreach_div_: Callable[..., None] = torch._foreach_div_
 foreach_mul: Callable[..., Sequence[torch.Tensor]] = torch._foreach_mul
+foreach_mul_: Callable[..., None] = torch._foreach_mul_
 foreach_neg: Callable[..., Sequence[torch.Tensor]] = torch._foreach_neg
 foreach_sign: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sign
 foreach_sqrt: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sqrt

@@ -13,9 +13,12 @@ from torch import Tensor
 from dynlora_fn._core._torch import (
     flatten_tensors,
     foreach_add,
+    foreach_add_,
     foreach_clamp_min,
     foreach_div,
+    foreach_div_,
     foreach_mul,
+    foreach_mul_,
     foreach_neg,
     foreach_sign,
     foreach_sqrt,
@@ -67,6 +70,35 @@ class Leaves:
 
     def clamp(self, min: float) -> "Leaves":
         return Leaves(foreach_clamp_min(self.tensors, min))
+
+
+class _SpentLeaves(Leaves):
+    """Leaves whose memory takes the result of the next sum, product or quotient."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Any) -> Leaves:
+        foreach_add_(self.tensors, _operand(other))
+        return Leaves(self.tensors)
+
+    def __mul__(self, other: Any) -> Leaves:
+        foreach_mul_(self.tensors, _operand(other))
+        return Leaves(self.tensors)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Leaves:
+        foreach_div_(self.tensors, _operand(other))
+        return Leaves(self.tensors)
+
+
+def spent(result: Any) -> Any:
+    """Return a result that nothing else reads, so that the next operation on `Leaves` may overwrite it.
+
+    The result must be of an operation that allocates memory, not of `to`. Tensors are returned unchanged, so that a
+    formula has the same graph and derivatives.
+    """
+    return _SpentLeaves(result.tensors) if isinstance(result, Leaves) else result
 
 
 class FlatLeaves:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.corpus.documents import AnyDocument
-from models.corpus.sources import first_line
 
 _BATCH = 1 << 20  # characters that are encoded at once
 
@@ -103,7 +102,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return a tokenizer of `transformers` by its name, folder or file.
+    """Load a tokenizer of `transformers` by its name, folder or file. No code that comes with it is run.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the tokenizer.
@@ -113,12 +112,12 @@ def load_tokenizer(name: str) -> Any:
     except ImportError as error:
         raise ValueError("`tokenizer` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
     try:
-        is_file = Path(name).is_file()
-        return PreTrainedTokenizerFast(tokenizer_file=name) if is_file else AutoTokenizer.from_pretrained(name)
+        if Path(name).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the library raises many types for an invalid file or an unknown name
-        raise ValueError(
-            f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {first_line(error)}"
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {reason}") from error
 
 
 def pretrained_tokenizer(name: str) -> Tokenizer:
@@ -127,7 +126,7 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     Its end token, if it has one, ends each document.
 
     Raises:
-        ValueError: If `transformers` is missing or cannot load the tokenizer.
+        ValueError: As `load_tokenizer`.
     """
     tokenizer = load_tokenizer(name)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

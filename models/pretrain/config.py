@@ -203,6 +203,14 @@ class Config:
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[DefaultRates] = PRETRAIN_RATES
+    # Options of the command and not of the run.
+    not_recorded: ClassVar[tuple[str, ...]] = ("out", "resume", "config", "json", "compare", "eager")
+    # Options that a continued run may change: those on which no step depends, the names of texts whose digest is
+    # recorded, and the number of steps, which is announced.
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *("eval_every", "eval_batches", "save_every", "keep", "check_every", "tensorboard", "steps"),
+        *("text", "validation", "dataset", "dataset_config", "text_column", "dataset_characters"),
+    )
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option by its name, without the groups."""
@@ -215,6 +223,10 @@ class Config:
             return self.optimization.optimizer
         supports_muon = not self.machine.shard_factors and self.precision.moments == "float32"
         return "muon" if self.training.method == "switchlora" and supports_muon else "adamw"
+
+    def alpha(self) -> float:
+        """Return the alpha of the low-rank weights, which are ``base + alpha / rank * b @ a``."""
+        return 1.0
 
     def decays_weights(self) -> bool:
         """Return whether `weight_decay` is of the weights, and not of their factors."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -10,15 +11,6 @@ from typing import TypeVar
 
 from models.pretrain.config import Config
 from models.pretrain.stopping import naming
-
-# Options of the command and not of the run.
-_NOT_RECORDED = ("out", "resume", "config", "json", "compare", "eager")
-# Options that a continued run may change: those on which no step depends, the names of texts whose digest is recorded,
-# and the number of steps, which is announced.
-_MAY_CHANGE = frozenset(
-    ("eval_every", "eval_batches", "save_every", "keep", "check_every", "tensorboard", "steps")
-    + ("text", "validation", "dataset", "dataset_config", "text_column", "dataset_characters")
-)
 
 _TEMPORARY = "config.writing"
 
@@ -71,10 +63,11 @@ def check_folder(config: Config, folder: Path) -> None:
         raise PermissionError(errno.EACCES, "the folder cannot be written", str(parent))
 
 
-def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> int:
+def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> int:
     """Create the folder of a new run, or check the options of a resumed one. Return the number of steps before.
 
-    The record in config.json is flat, one entry per option, whatever the groups of `Config` are.
+    The record in config.json is flat, one entry per option, whatever the groups of `Config` are. `digests` are
+    hashes of the files that some options name.
 
     Raises:
         ValueError: If the folder contains anything else, or other options. Nothing in it is changed.
@@ -83,20 +76,20 @@ def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> int:
     check_folder(config, folder)
     if config.output.resume:
         old = _with_defaults(_read(folder / "config.json"), config)
-        _check_same(old, _record(config, corpus_digest), folder)
+        _check_same(old, _record(config, digests), config, folder)
         steps = old["steps"]
         if type(steps) is not int or steps < 1:
             raise ValueError(f"`resume` must find a number of steps in {str(folder / 'config.json')!r}, got {steps!r}")
         return steps
     folder.mkdir(parents=True, exist_ok=True)
-    write_record(config, folder, corpus_digest)
+    write_record(config, folder, digests)
     return config.training.steps
 
 
-def write_record(config: Config, folder: Path, corpus_digest: str) -> None:
+def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> None:
     """Record the options in config.json, which appears complete."""
     path, temporary = folder / "config.json", folder / _TEMPORARY
-    content = json.dumps(_record(config, corpus_digest), indent=1) + "\n"
+    content = json.dumps(_record(config, digests), indent=1) + "\n"
     if path.is_file() and path.read_text() == content:
         return
     with naming(temporary):
@@ -104,9 +97,9 @@ def write_record(config: Config, folder: Path, corpus_digest: str) -> None:
     temporary.rename(path)
 
 
-def _record(config: Config, corpus_digest: str) -> dict[str, object]:
-    options = {name: value for name, value in config.options().items() if name not in _NOT_RECORDED}
-    record: dict[str, object] = json.loads(json.dumps(options | {"corpus": corpus_digest}, default=str))
+def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
+    options = {name: value for name, value in config.options().items() if name not in config.not_recorded}
+    record: dict[str, object] = json.loads(json.dumps(options | digests, default=str))
     return record
 
 
@@ -122,13 +115,13 @@ def _read(path: Path) -> dict[str, object]:
 
 def _with_defaults(record: dict[str, object], config: Config) -> dict[str, object]:
     """Return a record with the defaults of options that older versions did not have."""
-    return _record(type(config)(), "") | {"corpus": None} | record
+    return _record(type(config)(), {}) | record
 
 
-def _check_same(old: dict[str, object], new: dict[str, object], folder: Path) -> None:
+def _check_same(old: dict[str, object], new: dict[str, object], config: Config, folder: Path) -> None:
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted((old.keys() | new.keys()) - _MAY_CHANGE)
+        for name in sorted((old.keys() | new.keys()) - {*config.free_to_change})
         if old.get(name) != new.get(name)
     ]
     if changes:

@@ -1,7 +1,7 @@
 """Prepare a run: corpus, model, method, folder, and the state to resume from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,10 +86,12 @@ def start_or_resume(
     method: Method,
     export: Export,
     console: Console,
+    *,
+    digests: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Create the folder of a new run, or load a checkpoint of a resumed one.
 
-    It is the newest that is not damaged.
+    It is the newest that is not damaged. `digests` names hashes of further inputs, which a resumed run must have too.
 
     Raises:
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
@@ -98,8 +100,8 @@ def start_or_resume(
     count, world_size = count_parameters(method.state.params()), processes.world_size
     if not config.output.resume:
         config = with_choice(config, count, world_size)
-    digest = corpus.digest()
-    recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digest))
+    digests = {"corpus": corpus.digest(), **(digests or {})}
+    recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digests))
     saved, first_step = Saved(method.state, method.pool), 0
     resume, steps = config.output.resume, config.training.steps
     if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, donate=True)):
@@ -111,7 +113,7 @@ def start_or_resume(
             f"`steps` must be at least that of the checkpoint in {str(folder)!r}, {first_step}, got {steps}"
         )
     if resume:
-        processes.do_on_first(lambda: write_record(config, folder, digest))
+        processes.do_on_first(lambda: write_record(config, folder, digests))
     status = "continuing after" if resume else "starting at"
     console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True, markup=False)
     console.print(announcement(config, count, world_size), highlight=False, soft_wrap=True, markup=False)

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 import dynlora_fn as dl
 from models import corpus as text
 from models.pretrain.banner import show
 from models.pretrain.checkpoint import Saver
+from models.pretrain.config import Config
 from models.pretrain.device import compute_dtype, run_device
 from models.pretrain.learning_rate import lr_at
 from models.pretrain.method import State, next_token_loss
 from models.pretrain.plot import compared_runs, plot, title
 from models.pretrain.prepared import Prepared, Saved
+from models.pretrain.processes import SINGLE_PROCESS, Processes
 from models.pretrain.progress import duration, read_metrics, read_start, write_start
 from models.pretrain.recorder import Recorder, wire_bytes
 from models.pretrain.report import sizes
@@ -80,7 +82,7 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
 def _validate_first(run: Prepared, console: Console) -> None:
     """Compute the validation loss before the first step, and estimate from its time that of the run."""
     started, output, steps = time.perf_counter(), run.config.output, run.config.training.steps
-    loss = validation_loss(run, run.saved.state)
+    loss = validation_loss(run.config, run.model, run.saved.state.params(), run.corpus, run.processes)
     forward = (time.perf_counter() - started) / output.eval_batches
     # A backward pass takes twice as long as a forward pass.
     estimate = forward * (3 * steps * run.config.data.grad_accum + output.eval_batches * steps // output.eval_every)
@@ -129,17 +131,21 @@ def validate(run: Prepared, state: State) -> dict[str, float]:
     """
     drifts = [drift.item() for drift in dl.bases.drift(state.params()).values()]
     known = [drift for drift in drifts if not math.isnan(drift)]
-    return {"validation_loss": validation_loss(run, state)} | ({"drift": max(known)} if known else {})
+    loss = validation_loss(run.config, run.model, state.params(), run.corpus, run.processes)
+    return {"validation_loss": loss} | ({"drift": max(known)} if known else {})
 
 
 @torch.no_grad()
-def validation_loss(run: Prepared, state: State) -> float:
-    data, dtype, processes = run.config.data, compute_dtype(run.config), run.processes
+def validation_loss(
+    config: Config, model: nn.Module, params: dict[str, Any], corpus: text.Corpus, processes: Processes = SINGLE_PROCESS
+) -> float:
+    """Return the mean loss of the validation batches. Collective."""
+    data, dtype = config.data, compute_dtype(config)
     batches = text.validation_batches(
-        run.corpus.validation, run.config.output.eval_batches, data.batch_size, window=data.seq_len + 1
-    )[:, processes.rows(data.batch_size)].to(run_device(run.config))
+        corpus.validation, config.output.eval_batches, data.batch_size, window=data.seq_len + 1
+    )[:, processes.rows(data.batch_size)].to(run_device(config))
     with torch.autocast(batches.device.type, dtype, enabled=dtype != torch.float32):
-        losses = [next_token_loss(run.model, state.params(), tokens) for tokens in batches]
+        losses = [next_token_loss(model, params, tokens) for tokens in batches]
     loss = torch.stack(losses).mean()
     if processes.group is not None:
         loss = dl.parallel.all_reduce_mean(loss, processes.group, weight=processes.weight(data.batch_size))
