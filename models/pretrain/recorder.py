@@ -33,7 +33,8 @@ class Recorder:
             self._files.append(MetricsFile(run.folder / "metrics.jsonl", run.first_step))
             if run.config.output.tensorboard:
                 self._files.append(Scalars(run.folder / "tensorboard", run.first_step))
-        self.bar = ProgressBar(console, run.config.training.steps, run.first_step)
+        status = "compiling the first step" if run.config.machine.compile else ""
+        self.bar = ProgressBar(console, run.config.training.steps, run.first_step, status)
         self._config, self._processes, self._corpus = run.config, run.processes, run.corpus
         self._wire, self._wire_when_switching = wire_bytes(run), wire_bytes(run, is_switching=True)
         self._pending: list[tuple[int, Metrics, int]] = []
