@@ -7,7 +7,7 @@ import hashlib
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -183,19 +183,9 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     Its end token, if it has one, ends each document.
 
     Raises:
-        ValueError: If `transformers` is missing or cannot load the tokenizer.
+        ValueError: As `load_tokenizer`.
     """
-    try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415, an optional extra
-    except ImportError as error:
-        raise ValueError("`tokenizer` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
-    try:
-        is_file = Path(name).is_file()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=name) if is_file else AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the library raises many types for an invalid file or an unknown name
-        raise ValueError(
-            f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {_first_line(error)}"
-        ) from error
+    tokenizer = load_tokenizer(name)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(documents: list[Document]) -> np.ndarray:
@@ -203,6 +193,25 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
         return np.concatenate([np.array(tokens + end, np.int32) for tokens in encoded])
 
     return Tokenizer(encode, len(tokenizer))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer of `transformers` by its name, folder or file. No code that comes with it is run.
+
+    Raises:
+        ValueError: If `transformers` is missing or cannot load the tokenizer.
+    """
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415, an optional extra
+    except ImportError as error:
+        raise ValueError("`tokenizer` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
+    try:
+        if Path(name).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the library raises many types for an invalid file or an unknown name
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {reason}") from error
 
 
 def tokenize(documents: Split, tokenizer: Tokenizer, *, window: int) -> Corpus:

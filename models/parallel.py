@@ -60,6 +60,11 @@ def _shard(leaf: Tensor, axis: int | None, mesh: DeviceMesh) -> Tensor:
     return leaf if axis is None else leaf.chunk(mesh.size(), axis)[mesh.get_local_rank()].clone()
 
 
+def _map_sides(change: Callable[[Any, int | None], Any], factors: Any, axes: Mapping[str, int | None]) -> Any:
+    """Apply `change` to each side of factors and the axis that it is sharded along."""
+    return factors._replace(b=change(factors.b, axes["b"]), a=change(factors.a, axes["a"]))
+
+
 def shard(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     """Return this process's shards of parameters with bases in full precision.
 
@@ -80,7 +85,7 @@ def shard(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
             )
         if axes["base"] is not None and param.shape[axes["base"]] % size:
             raise ValueError(f"`params` must divide into {size} shards, got {name!r} of shape {tuple(param.shape)}")
-        factors = dl.Factors(*(_shard(leaf, axes[side], mesh) for side, leaf in param.factors._asdict().items()))
+        factors = _map_sides(lambda leaf, axis: _shard(leaf, axis, mesh), param.factors, axes)
         shards[name] = param._replace(base=_shard(param.base, axes["base"], mesh), factors=factors)
     return shards
 
@@ -127,8 +132,8 @@ def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
     def convert(name: str, leaf: Any) -> Any:
         axes = _axes(name)
-        if isinstance(leaf, dl.Factors):
-            return dl.Factors(*(_to_dtensor(side, axes[key], mesh) for key, side in leaf._asdict().items()))
+        if isinstance(leaf, dl.Factors | dl.ScaledFactors):
+            return _map_sides(lambda side, axis: _to_dtensor(side, axis, mesh), leaf, axes)
         if isinstance(leaf, dl.Frozen):
             return leaf._replace(base=_base_to_dtensors(name, leaf.base, axes["base"], mesh))
         if isinstance(leaf, dl.LowRank):
@@ -151,8 +156,8 @@ def local_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
         return leaf.redistribute(placements=[_placement(leaf, axis)]).to_local()
 
     return {
-        name: dl.Factors(*(to_shard(side, _axes(name)[key]) for key, side in leaf._asdict().items()))
-        if isinstance(leaf, dl.Factors)
+        name: _map_sides(to_shard, leaf, _axes(name))
+        if isinstance(leaf, dl.Factors | dl.ScaledFactors)
         else to_shard(leaf, None)
         for name, leaf in grads.items()
     }
@@ -189,7 +194,7 @@ def full_shapes(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     for name, param in shards.items():
         if isinstance(param, dl.LowRank):
             axes = _axes(name)
-            factors = dl.Factors(*(expand(leaf, axes[side]) for side, leaf in param.factors._asdict().items()))
+            factors = _map_sides(expand, param.factors, axes)
             base = factors.b.new_zeros(()).expand(*factors.b.shape[:-1], factors.a.shape[-1])
             params[name] = param._replace(base=base, factors=factors)
         else:
@@ -203,7 +208,7 @@ def switch(shards: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceM
     Every process generates all vectors and takes its shards of them.
     """
     incoming = {
-        name: dl.Factors(*(_shard(leaf, _axes(name)[side], mesh) for side, leaf in vectors._asdict().items()))
+        name: _map_sides(lambda leaf, axis: _shard(leaf, axis, mesh), vectors, _axes(name))
         for name, vectors in dl.candidates(full_shapes(shards, mesh), plan).items()
     }
     return dl.switch(shards, plan, incoming=incoming).params

@@ -32,13 +32,21 @@ def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float
 
 
 def lora(
-    model: nn.Module, loss: Loss, batches: Iterable[Any], *, targets: dl.interop.Targets, rank: int, lr: float
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    *,
+    targets: dl.interop.Targets,
+    rank: int,
+    lr: float,
+    alpha: float = 1.0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Fine-tune from the model's weights (arXiv:2106.09685).
 
-    At first ``b = 0``, and only factors are trained.
+    At first ``b = 0``, and only factors are trained. With PEFT's rank, alpha and rate, a step is as long as PEFT's.
     """
-    params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
+    params = dl.init(model, rank=rank, alpha=alpha, seed=seed, targets=targets, start="lora")
     trainable, frozen = dl.partition(params, frozen=full_rank_names(params))
     return descend(model, loss, batches, trainable, frozen, lr=lr)
 

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, described
-from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, is_factors
+from dynlora_fn._core._types import (
+    Alpha,
+    AnyFactors,
+    Factors,
+    FrozenTensor,
+    LowRank,
+    ScaledFactors,
+    ShardedFactors,
+    alpha_of,
+    is_factors,
+)
 
 
 def check_param(argument: str, name: str, param: Any) -> None:
@@ -99,6 +109,7 @@ def check_factors(argument: str, name: str, factors: Any) -> None:
     """Raise if a value is no pair of floating tensors (*stack, out, rank) and (*stack, rank, in)."""
     if not is_factors(factors):
         raise TypeError(f"`{argument}` has {described(factors)} in place of the factors of {name!r}; use Factors")
+    _check_is_alpha(argument, name, factors)
     for side, tensor in (("b", factors.b), ("a", factors.a)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{argument}` has {described(tensor)} as `{side}` of {name!r}; use a tensor")
@@ -114,7 +125,7 @@ def check_factors(argument: str, name: str, factors: Any) -> None:
 
 def _sizes(factors: AnyFactors) -> tuple[int, ...]:
     """Return `out` and `in`. A shard may have no rows."""
-    return (factors.b.shape[-2], factors.a.shape[-1]) if isinstance(factors, Factors) else ()
+    return () if isinstance(factors, ShardedFactors) else (factors.b.shape[-2], factors.a.shape[-1])
 
 
 def check_trainable(argument: str, trainable: Any) -> None:
@@ -163,6 +174,8 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
     """Raise if one leaf does not have the type, shape and device of a parameter."""
     if torch.compiler.is_dynamo_compiling() and _is_like(leaf, like):
         return  # in as few operations as possible, since each takes time to trace
+    if is_factors(leaf) and is_factors(like):
+        check_alpha(argument, name, leaf, like_argument, like)
     is_alike = type(leaf) is type(like) if is_factors(like) else isinstance(leaf, Tensor)
     if not is_alike:
         found = f"a {type(leaf).__name__}" if hasattr(leaf, "shape") or is_factors(leaf) else described(leaf)
@@ -187,10 +200,27 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
         _check_device(argument, repr(name), side, other)
 
 
+def check_alpha(argument: str, name: str, leaf: AnyFactors, like_argument: str, like: AnyFactors) -> None:
+    """Raise if factors or their gradients do not have the alpha of a parameter."""
+    _check_is_alpha(argument, name, leaf)
+    if alpha_of(leaf) != alpha_of(like):
+        raise ValueError(
+            f"`{argument}` has alpha {alpha_of(leaf)} for {name!r}, which has alpha {alpha_of(like)} in"
+            f" `{like_argument}`; pass that of the same parameters, with the type that `_replace` and `tree_map` keep"
+        )
+
+
+def _check_is_alpha(argument: str, name: str, factors: AnyFactors) -> None:
+    if isinstance(factors, ScaledFactors) and not isinstance(factors.alpha, Alpha):
+        raise TypeError(f"`{argument}` has {described(factors.alpha)} as `alpha` of {name!r}; use an Alpha")
+
+
 def _is_like(leaf: Any, like: Any) -> bool:
     if not is_factors(like):
         return isinstance(leaf, Tensor) and leaf.shape == like.shape
-    return type(leaf) is type(like) and leaf.b.shape == like.b.shape and leaf.a.shape == like.a.shape
+    if type(leaf) is not type(like) or leaf.b.shape != like.b.shape or leaf.a.shape != like.a.shape:
+        return False
+    return isinstance(like, Factors) or alpha_of(leaf) == alpha_of(like)
 
 
 def _check_is_floating(argument: str, what: str, tensor: Tensor) -> None:

@@ -26,19 +26,25 @@ class Autocast(NamedTuple):
     enabled: bool
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    """Return whether a device has autocast. Dynamo of torch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_now(device_type: str) -> Autocast | None:
     """Return the current setting of autocast, or None on a device without it.
 
     The meta device is one.
     """
-    if device_type != "cpu" and not torch.amp.is_autocast_available(device_type):
+    if device_type != "cpu" and not _has_autocast(device_type):
         return None
     return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Disable autocast on a device, if the device has it."""
-    if not torch.amp.is_autocast_available(device_type):  # the meta device
+    if device_type != "cpu" and not _has_autocast(device_type):
         return nullcontext()
     if not torch.compiler.is_dynamo_compiling() and not torch.is_autocast_enabled(device_type):
         return nullcontext()

@@ -13,14 +13,16 @@ from dynlora_fn._core._stacking import member_names
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import (
     AnyFactors,
-    Factors,
     Frozen,
     FrozenLeaf,
     FrozenTensor,
     LowRank,
     Param,
     Params,
+    ScaledFactors,
+    ShardedFactors,
     Trainable,
+    alpha_of,
     is_factors,
 )
 
@@ -84,12 +86,19 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     for name, param in params.items():
         if isinstance(param, LowRank):
             parts.trainable[name] = param.factors
-            parts.frozen[name] = Frozen(param.base, param.seed)
+            parts.frozen[name] = _frozen(param)
         elif isinstance(param, FrozenTensor):
             parts.frozen[name] = param
         else:
-            parts[name in frozen_names][name] = param
+            parts[int(name in frozen_names)][name] = param
     return parts
+
+
+def _frozen(param: LowRank) -> Frozen:
+    factors = param.factors
+    if isinstance(factors, ScaledFactors):
+        return Frozen(param.base, param.seed, factors.alpha)
+    return Frozen(param.base, param.seed)  # shards have alpha in their sharding
 
 
 # Dynamo cannot trace globs.
@@ -133,7 +142,8 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
         The parameters by name.
 
     Raises:
-        ValueError: If factors have no base, a base has no factors, or a tensor is in both trees.
+        ValueError: If factors have no base, a base has no factors, or a tensor is in both trees. Also if the factors of
+            a weight do not have its alpha.
 
     Example:
         >>> from torch import nn
@@ -153,7 +163,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
                 f"`frozen` does not fit `trainable` at {name!r}: factors need a base, and a tensor must have none;"
                 " pass both trees of one `partition`"
             )
-        params[name] = LowRank(frozen_leaf.base, leaf, frozen_leaf.seed) if isinstance(frozen_leaf, Frozen) else leaf  # type: ignore
+        params[name] = _low_rank(name, leaf, frozen_leaf) if isinstance(frozen_leaf, Frozen) else leaf  # type: ignore
         check_param("trainable", name, params[name])
     for name, frozen_leaf in frozen.items():
         if isinstance(frozen_leaf, Frozen) and name not in trainable:
@@ -168,6 +178,21 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
     if len(params) > len(trainable):
         return {name: params[name] for name in _in_order(trainable, frozen)}
     return params
+
+
+def _low_rank(name: str, factors: AnyFactors, frozen: Frozen) -> LowRank:
+    """Return a weight. Its factors must have the alpha that `partition` found.
+
+    Raises:
+        ValueError: If they have another one.
+    """
+    found, wanted = alpha_of(factors), 1.0 if isinstance(frozen.alpha, tuple) else frozen.alpha.value
+    if found != wanted and not isinstance(factors, ShardedFactors):
+        raise ValueError(
+            f"`trainable` has factors of alpha {found} for {name!r}, but the weight in `frozen` has alpha {wanted}; "
+            "keep the type of the factors, as `_replace` and `tree_map` do"
+        )
+    return LowRank(frozen.base, factors, frozen.seed)
 
 
 def _in_order(trainable: Iterable[str], frozen: Mapping[str, FrozenLeaf]) -> list[str]:
@@ -224,14 +249,14 @@ def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: 
     return dict(value)
 
 
-def whole_factors(param: LowRank) -> Factors:
-    """Return factors that are not sharded.
+def whole_factors(param: LowRank) -> tuple[Tensor, Tensor]:
+    """Return `b` and `a` of factors that are not sharded. Their product is divided by `param.divisor`.
 
     Raises:
         ValueError: If they are sharded.
     """
-    if isinstance(param.factors, Factors):
-        return param.factors
+    if param.factor_sharding is None:
+        return param.factors.b, param.factors.a
     raise ValueError(f"the factors of a weight of shape {tuple(param.shape)} are sharded; gather them with `unshard`")
 
 

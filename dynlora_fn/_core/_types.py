@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from dynlora_fn._core._check import check_number
 from dynlora_fn._core._torch import register_constant
 
 Side: TypeAlias = Literal["b", "a"]
@@ -27,6 +28,22 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Alpha:
+    """The alpha of a weight, which multiplies its product as in PEFT: ``alpha / rank * b @ a``.
+
+    It is no tensor, so that a compiled step has it as a constant.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        value = check_number("alpha", self.value)
+        if value == 0:
+            raise ValueError("`alpha` is 0, with which factors change no weight; use a number above 0")
+        object.__setattr__(self, "value", float(value))
+
+
+@dataclass(frozen=True)
 class Sharding:
     """Which rows of a base this process stores.
 
@@ -39,6 +56,7 @@ class Sharding:
     rows: int  # `out` of the unsharded base
     columns: int | None = None  # `in`, in the sharding of factors: `b` by its rows, `a` by its columns
     weight: float = 1.0  # of this process in the mean of the gradients of sharded factors
+    alpha: float = 1.0  # of the weight, in the sharding of factors
 
     @property
     def rows_per_process(self) -> int:
@@ -58,7 +76,20 @@ class Sharding:
         return slice(first, min(first + self.rows_per_process, self.rows))
 
 
-register_constant(Sharding)  # a node without leaves, so that the leaves of every tree are tensors
+register_constant(Alpha)  # nodes without leaves, so that the leaves of every tree are tensors
+register_constant(Sharding)
+
+
+class ScaledFactors(NamedTuple):
+    """The factors of a weight whose alpha is not 1. With an alpha of 1 they are `Factors`.
+
+    Gradients, moments and updates have this type too, because `torch.func` and `tree_map` keep it. So alpha cannot
+    differ between the forward pass, a switch and an update.
+    """
+
+    b: Float[Tensor, "*stack out rank"]
+    a: Float[Tensor, "*stack rank in"]
+    alpha: Alpha
 
 
 class ShardedFactors(NamedTuple):
@@ -73,20 +104,39 @@ class ShardedFactors(NamedTuple):
     sharding: Sharding  # with `columns`
 
 
-AnyFactors: TypeAlias = Factors | ShardedFactors
+AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors
 
 
 def is_factors(leaf: Any) -> TypeGuard[AnyFactors]:
     """Return whether a leaf of the trainable tree has factors, sharded or not."""
-    return isinstance(leaf, Factors | ShardedFactors)
+    return isinstance(leaf, Factors | ScaledFactors | ShardedFactors)
+
+
+def alpha_of(factors: AnyFactors) -> float:
+    """Return the alpha of the weight that factors, or their gradients, belong to."""
+    if isinstance(factors, Factors):
+        return 1.0
+    return factors.alpha.value if isinstance(factors, ScaledFactors) else factors.sharding.alpha
+
+
+def with_alpha(factors: Factors, alpha: float) -> Factors | ScaledFactors:
+    """Return factors as those of a weight with an alpha."""
+    return factors if alpha == 1 else ScaledFactors(factors.b, factors.a, Alpha(alpha))
+
+
+def divisor_of(rank: int, alpha: float) -> float:
+    """Return ``rank / alpha``, which divides the product of factors.
+
+    With an alpha of 1 it is the integer, so that bits and graphs are those of a division by the rank.
+    """
+    return rank if alpha == 1 else rank / alpha
 
 
 class LowRank(NamedTuple):
-    """A low-rank weight, ``base + b @ a / rank``.
+    """A low-rank weight, ``base + alpha / rank * b @ a``.
 
-    This is equation 1 of arXiv:2406.06564 with alpha = 1.
-
-    The scale is always ``1 / rank``, so the forward pass and a switch cannot disagree about it.
+    This is equation 1 of arXiv:2406.06564. Alpha is 1 for `Factors`, and part of the type of `ScaledFactors`. All
+    functions read it there, so the forward pass and a switch cannot disagree about it.
     """
 
     # A plain tensor or a tuple of `dynlora_fn.bases`. Only transforms such as `switch` and `merge` change it.
@@ -107,12 +157,26 @@ class LowRank(NamedTuple):
         """How the factors are sharded, or None if they are not sharded."""
         return self.factors.sharding if isinstance(self.factors, ShardedFactors) else None
 
+    @property
+    def alpha(self) -> float:
+        """The alpha, which multiplies the product of the factors."""
+        return alpha_of(self.factors)
+
+    @property
+    def divisor(self) -> float:
+        """``rank / alpha``, which divides the product of the factors."""
+        return divisor_of(self.factors.b.shape[-1], alpha_of(self.factors))
+
 
 class Frozen(NamedTuple):
-    """The frozen leaves of a `LowRank`, as `partition` returns them."""
+    """The frozen leaves of a `LowRank`, as `partition` returns them.
+
+    `combine` compares `alpha` with that of the factors, which a step that builds factors anew may lose.
+    """
 
     base: Float[Tensor, "*stack out in"] | Any
     seed: Int[Tensor, "*stack"]
+    alpha: Alpha | tuple[()] = ()  # of the weight; () for 1
 
 
 class FrozenTensor(NamedTuple):

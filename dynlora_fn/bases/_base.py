@@ -22,7 +22,7 @@ class PendingFold(NamedTuple):
     """A difference that is not folded yet, ``factors.b @ factors.a / divisor``."""
 
     factors: Factors
-    divisor: int
+    divisor: float
 
 
 class Base(Protocol):
@@ -61,8 +61,8 @@ class Base(Protocol):
     def pending_folds(self) -> list[PendingFold]:
         """The pending folds."""
 
-    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
-        """Return `folded` as a base of the same kind beside factors of `rank`, with nothing pending."""
+    def with_folded(self, folded: StoredBase, *, divisor: float) -> StoredBase:
+        """Return `folded` as a base of the same kind, with nothing pending. `divisor` is that of the weight."""
 
     def map_folded(self, change: Any) -> StoredBase:
         """Apply `change` to the base without its pending folds, and keep those pending."""
@@ -82,8 +82,8 @@ class Base(Protocol):
     def exact(self, dtype: torch.dtype) -> Tensor:
         """Return the dense base with residual and pending folds, in newly allocated memory."""
 
-    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> StoredBase:
-        """Return ``base + left @ right / rank`` in the storage format of this base.
+    def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> StoredBase:
+        """Return ``base + left @ right / divisor`` in the storage format of this base.
 
         See `_fold.fold` for a dense base and `quantize` for the residual.
 
@@ -91,7 +91,7 @@ class Base(Protocol):
             left: The left factor of the difference, (*stack, out, count). For a sharded base it may have only the rows
                 of this process.
             right: The right factor of the difference, (*stack, count, in).
-            rank: The divisor.
+            divisor: The divisor, ``rank / alpha`` of the weight.
             name: The name of the weight, for error messages.
 
         Raises:
@@ -180,7 +180,7 @@ class Dense(NamedTuple):
     def pending_folds(self) -> list[PendingFold]:
         return []
 
-    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
+    def with_folded(self, folded: StoredBase, *, divisor: float) -> StoredBase:
         return folded
 
     def map_folded(self, change: Any) -> StoredBase:
@@ -198,8 +198,8 @@ class Dense(NamedTuple):
     def exact(self, dtype: torch.dtype) -> Tensor:
         return self.tensor.to(dtype, copy=True)
 
-    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> StoredBase:
-        return fold(self.tensor, left, right, rank=rank)
+    def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> StoredBase:
+        return fold(self.tensor, left, right, divisor=divisor)
 
     def add(self, change: Tensor, *, name: str) -> StoredBase:
         return (self.tensor + change).to(self.tensor.dtype)

@@ -19,11 +19,12 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
 
     The weight does not change. A switch appends its differences to the pending vectors instead of folding them::
 
-        weight = base + pending.b @ pending.a / divisor + b @ a / rank
+        weight = base + pending.b @ pending.a / divisor + alpha / rank * b @ a
 
-    The divisor is the rank when the weight is deferred or resized. Forward and backward pass treat pending vectors as
-    additional slots, at the cost of trained ones. If there is no room for a switch, the oldest vectors are folded, so
-    nothing is lost. With room for n switches, and `fold_pending` after every n switches, no other fold happens.
+    The divisor is ``rank / alpha`` when the weight is deferred or resized. Forward and backward pass treat pending
+    vectors as additional slots, at the cost of trained ones. If there is no room for a switch, the oldest vectors are
+    folded, so nothing is lost. With room for n switches, and `fold_pending` after every n switches, no other fold
+    happens.
 
     Args:
         params: One weight, or weights by name. Tensors are returned unchanged.
@@ -60,9 +61,9 @@ def _defer(name: str, param: LowRank, vectors: int) -> LowRank:
         refuse("defer, deferred", name=name)
     if isinstance(param.factors, ShardedFactors):
         refuse("defer, sharded factors", name=name)
-    (b, a), shape = param.factors, param.shape
+    b, a, shape = param.factors.b, param.factors.a, param.shape
     pending = Factors(b.new_zeros((*shape[:-1], vectors)), a.new_zeros((*shape[:-2], vectors, shape[-1])))
-    return param._replace(base=Deferred(param.base, pending, Divisor(b.shape[-1])))
+    return param._replace(base=Deferred(param.base, pending, Divisor(param.divisor)))
 
 
 @overload

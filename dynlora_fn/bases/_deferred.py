@@ -17,20 +17,20 @@ from dynlora_fn.bases._residual import Residual
 
 @dataclass(frozen=True)
 class Divisor:
-    """The divisor of pending folds: the rank of the factors when their weight was deferred, resized or merged.
+    """The divisor of pending folds: ``rank / alpha`` of their weight when it was deferred, resized or merged.
 
     Pending folds keep it if the factors are replaced by others of another rank. It is no tensor, so a checkpoint does
-    not contain it: after `resize` it is the new rank, as that of a weight which is deferred at that rank.
+    not contain it: after `resize` it is that of a weight which is deferred at the new rank.
     """
 
-    rank: int
+    value: float
 
 
 register_constant(Divisor)  # a node without leaves, so that the leaves of every tree are tensors
 
 
 class Deferred(NamedTuple):
-    """A base with pending folds: ``base + pending.b @ pending.a / divisor.rank``, exactly."""
+    """A base with pending folds: ``base + pending.b @ pending.a / divisor.value``, exactly."""
 
     base: StoredBase
     pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)
@@ -62,39 +62,39 @@ class Deferred(NamedTuple):
 
     @property
     def pending_folds(self) -> list[PendingFold]:
-        return [PendingFold(self.pending, self.divisor.rank)]
+        return [PendingFold(self.pending, self.divisor.value)]
 
-    def with_folded(self, folded: StoredBase, *, rank: int) -> "Deferred":
+    def with_folded(self, folded: StoredBase, *, divisor: float) -> "Deferred":
         b, a = self.pending
-        return Deferred(folded, Factors(torch.zeros_like(b), torch.zeros_like(a)), Divisor(rank))
+        return Deferred(folded, Factors(torch.zeros_like(b), torch.zeros_like(a)), Divisor(divisor))
 
     def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> "Deferred":
         return self._replace(base=change(self.base))
 
     def fold_pending(self, *, name: str) -> "Deferred":
-        (b, a), rank = self.pending, self.divisor.rank
-        return self.with_folded(as_base(self.base).fold(b, a, rank=rank, name=name), rank=rank)
+        (b, a), divisor = self.pending, self.divisor.value
+        return self.with_folded(as_base(self.base).fold(b, a, divisor=divisor, name=name), divisor=divisor)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         b, a = self.pending
-        return fold(as_base(self.base).dequantize(dtype), b, a, rank=self.divisor.rank)
+        return fold(as_base(self.base).dequantize(dtype), b, a, divisor=self.divisor.value)
 
     def as_tensor(self, dtype: torch.dtype) -> Tensor:
         return self.dequantize(dtype)
 
     def exact(self, dtype: torch.dtype) -> Tensor:
         b, a = self.pending
-        return fold(as_base(self.base).exact(dtype), b, a, rank=self.divisor.rank)
+        return fold(as_base(self.base).exact(dtype), b, a, divisor=self.divisor.value)
 
-    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Deferred":
+    def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> "Deferred":
         """Append pending vectors, and fold as many of the oldest into the base."""
         b, a = self.pending
         count, room = left.shape[-1], b.shape[-1]
         if count > room:
             refuse("fold, deferred", name=name, room=room, count=count)
-        folded = as_base(self.base).fold(b[..., :count], a[..., :count, :], rank=self.divisor.rank, name=name)
-        if rank != self.divisor.rank:
-            left = left * (self.divisor.rank / rank)
+        folded = as_base(self.base).fold(b[..., :count], a[..., :count, :], divisor=self.divisor.value, name=name)
+        if divisor != self.divisor.value:
+            left = left * (self.divisor.value / divisor)
         pending_b = torch.cat([b[..., count:], left.to(b.dtype)], -1)
         pending_a = torch.cat([a[..., count:, :], right.to(a.dtype)], -2)
         return Deferred(folded, Factors(pending_b, pending_a), self.divisor)

@@ -22,6 +22,7 @@ class Layout(NamedTuple):
     sharding: tuple[Any, ...] | None = None  # the fields of `Sharding`, if these are the rows of this process
     factor_sharding: tuple[Any, ...] | None = None  # of the factors that are multiplied with the codes
     is_transposed: bool = False
+    alpha: float = 1.0  # of the factors that are multiplied with the codes
 
 
 class Flattened(NamedTuple):

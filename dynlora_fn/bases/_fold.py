@@ -21,17 +21,17 @@ def fold(
     left: Float[Tensor, "*stack out count"],
     right: Float[Tensor, "*stack count in"],
     *,
-    rank: int,
+    divisor: float,
     dtype: torch.dtype | None = None,
     out: Float[Tensor, "*stack out in"] | None = None,
 ) -> Float[Tensor, "*stack out in"]:
-    """Return ``base + left @ right / rank``, rounded once.
+    """Return ``base + left @ right / divisor``, rounded once.
 
     Args:
         base: The dense base.
         left: The left factor of the difference.
         right: The right factor of the difference.
-        rank: The rank of the weight, which is the divisor.
+        divisor: The divisor of the weight, ``rank / alpha``.
         dtype: The dtype of the result. Default None means the dtype of `out`, or of `base` without `out`.
         out: A contiguous tensor that the result is written into. Default None means newly allocated memory.
 
@@ -43,7 +43,7 @@ def fold(
     if dtype is None:
         dtype = base.dtype if out is None else out.dtype
     wide = widest(base.dtype, left.dtype, dtype)
-    left, right = left.to(wide) / rank, right.to(wide)
+    left, right = left.to(wide) / divisor, right.to(wide)
     if base.is_cpu and left.shape[-1] and _is_of_shape(base, left, right) and are_immediate([base, left, right]):
         result = base.new_empty(base.shape, dtype=dtype) if out is None else out
         _fold_in_blocks(result, base, left, right)

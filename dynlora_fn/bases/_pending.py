@@ -1,23 +1,11 @@
 """Treat the pending folds of a weight as additional slots of its factors."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dynlora_fn._core._types import Factors, LowRank, ShardedFactors
-from dynlora_fn.bases._base import PendingFold, StoredBase, as_base
+from dynlora_fn.bases._base import PendingFold, as_base
 from dynlora_fn.bases._sharded_factors import gather_factors
-
-
-class BaseAndFactors(NamedTuple):
-    """A weight without pending folds, ``base + b @ a / rank``.
-
-    `rank` is the rank of these factors.
-    """
-
-    base: StoredBase
-    factors: Factors
 
 
 def rank_with_pending(param: LowRank) -> int:
@@ -26,8 +14,8 @@ def rank_with_pending(param: LowRank) -> int:
     return param.factors.b.shape[-1] + pending
 
 
-def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> BaseAndFactors:
-    """Return the weight with its pending folds as additional slots.
+def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> LowRank:
+    """Return the same weight with its pending folds as additional slots. Joined factors have an alpha of 1.
 
     Sharded factors are gathered. Collective in that case: call it on every process.
 
@@ -37,16 +25,16 @@ def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> BaseAndFac
     """
     base, factors = as_base(param.base), param.factors
     if isinstance(factors, ShardedFactors):
-        return BaseAndFactors(param.base, gather_factors(factors))
+        return param._replace(factors=gather_factors(factors))
     if not base.pending_folds:
-        return BaseAndFactors(param.base, factors)
-    rank, (b, a) = factors.b.shape[-1], (side.to(dtype or side.dtype) for side in factors)
-    b = torch.cat([b, *[_left(fold, rank, b.dtype) for fold in base.pending_folds]], -1)
+        return param
+    b, a = (side.to(dtype or side.dtype) for side in (factors.b, factors.a))
+    b = torch.cat([b, *[_left(fold, param.divisor, b.dtype) for fold in base.pending_folds]], -1)
     a = torch.cat([a, *[fold.factors.a.to(a.dtype) for fold in base.pending_folds]], -2)
-    return BaseAndFactors(base.folded, Factors(b * (b.shape[-1] / rank), a))
+    return LowRank(base.folded, Factors(b * (b.shape[-1] / param.divisor), a), param.seed)
 
 
-def _left(fold: PendingFold, rank: int, dtype: torch.dtype) -> Tensor:
-    """Return the left factor of a pending fold, as if its divisor were `rank`."""
+def _left(fold: PendingFold, divisor: float, dtype: torch.dtype) -> Tensor:
+    """Return the left factor of a pending fold, as if its divisor were `divisor`."""
     left = fold.factors.b.to(dtype)
-    return left if fold.divisor == rank else left * (rank / fold.divisor)
+    return left if fold.divisor == divisor else left * (divisor / fold.divisor)

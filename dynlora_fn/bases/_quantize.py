@@ -11,6 +11,7 @@ from dynlora_fn._core._check import check_by_name, described
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._progress import Progress, check_progress, reporter
+from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import Base, StoredBase, as_base
 from dynlora_fn.bases._fold import fold
@@ -52,8 +53,8 @@ def quantize(
     """Quantize the bases.
 
     The error of the weight does not exceed one quantization error, however often differences are folded into the base.
-    Products read ``dequantize(codes) + b @ a / rank``. The residual stores what the codes miss. A fold by `switch` or
-    `merge` includes it::
+    Products read ``dequantize(codes) + alpha / rank * b @ a``. The residual stores what the codes miss. A fold by
+    `switch` or `merge` includes it::
 
         target = codes + residual + difference
         codes = quantize(target);   residual = target - codes
@@ -181,8 +182,8 @@ def drift(params: LowRank | Params, exact: Any = None) -> Float[Tensor, ""] | di
 
     Args:
         params: One weight, or weights by name. A stack counts as one weight.
-        exact: The exact dense weight, or weights by name. Default None means ``codes + residual + b @ a / rank``. For
-            a base without a residual it is unknown, and the result is NaN.
+        exact: The exact dense weight, or weights by name. Default None means the weight with its
+            residual. For a base without a residual it is unknown, and the result is NaN.
 
     Returns:
         A 0-d tensor in float32, or one for each low-rank weight by name.
@@ -228,8 +229,8 @@ def _check_exact(name: str, param: LowRank, exact: Any) -> None:
 
 
 def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
-    folded, (b, a) = with_pending(param)
-    base = as_base(folded).gather()
+    joined = with_pending(param)
+    base, (b, a) = as_base(joined.base).gather(), whole_factors(joined)
     if exact is None and residual_codes(as_base(base).residual) is None:
         return torch.full((), torch.nan, device=b.device)
     stack, wide = param.shape[:-2].numel(), widest(b.dtype)
@@ -237,7 +238,7 @@ def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
     targets = [None] * stack if exact is None else exact.reshape(stack, *exact.shape[-2:])
     squares = []
     for index, (member, target) in enumerate(zip(map(as_base, stack_members(base)), targets, strict=True)):
-        weight = fold(member.dequantize(wide), b[index], a[index], rank=a.shape[-2])
+        weight = fold(member.dequantize(wide), b[index], a[index], divisor=joined.divisor)
         missing = residual_codes(member.residual)
         if target is None and missing is not None:
             error = missing.decode(weight.dtype).to(weight.device)

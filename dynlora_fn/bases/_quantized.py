@@ -54,7 +54,7 @@ class Quantized(NamedTuple):
     def pending_folds(self) -> list[PendingFold]:
         return []
 
-    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
+    def with_folded(self, folded: StoredBase, *, divisor: float) -> StoredBase:
         return folded
 
     def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> StoredBase:
@@ -72,8 +72,8 @@ class Quantized(NamedTuple):
     def exact(self, dtype: torch.dtype) -> Tensor:
         return decode_exact(as_format(self.codes), self.residual, dtype)
 
-    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Quantized":
-        return self._rewritten(torch.ops.dynlora_fn.fold_codes, left, right, rank, name)
+    def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> "Quantized":
+        return self._rewritten(torch.ops.dynlora_fn.fold_codes, left, right, float(divisor), name)
 
     def add(self, change: Tensor, *, name: str) -> "Quantized":
         return self._rewritten(torch.ops.dynlora_fn.add_to_codes, change, name)

@@ -19,7 +19,8 @@ from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.bases._residual import Residual, residual_codes, residual_from_tensors, residual_tensors
 
 LIBRARY.define(
-    "fold_codes(Tensor[] codes, str kind, Tensor[] residual, Tensor left, Tensor right, int rank, str name) -> Tensor[]"
+    "fold_codes(Tensor[] codes, str kind, Tensor[] residual, Tensor left, Tensor right, float divisor, str name)"
+    " -> Tensor[]"
 )
 LIBRARY.define("add_to_codes(Tensor[] codes, str kind, Tensor[] residual, Tensor change, str name) -> Tensor[]")
 LIBRARY.define("scale_codes(Tensor[] codes, str kind, Tensor[] residual, Tensor factor, str name) -> Tensor[]")
@@ -63,9 +64,9 @@ def check_finite(weight: Tensor, name: str) -> None:
 
 
 def _fold_codes(
-    codes: list[Tensor], kind: str, residual: list[Tensor], left: Tensor, right: Tensor, rank: int, name: str
+    codes: list[Tensor], kind: str, residual: list[Tensor], left: Tensor, right: Tensor, divisor: float, name: str
 ) -> list[Tensor]:
-    """Fold ``left @ right / rank`` into codes and residual."""
+    """Fold ``left @ right / divisor`` into codes and residual."""
 
     def fold(codes: Format, residual: Residual, left: Tensor, right: Tensor) -> list[Tensor]:
         is_changed = ((left != 0) & (right != 0).any(-1)).any(-1, keepdim=True)  # (out, 1)
@@ -74,7 +75,7 @@ def _fold_codes(
             codes,
             residual,
             is_changed,
-            lambda: _add_product(decode_exact(codes, residual, wide), left.to(wide) / rank, right.to(wide)),
+            lambda: _add_product(decode_exact(codes, residual, wide), left.to(wide) / divisor, right.to(wide)),
             name,
         )
 
@@ -189,13 +190,13 @@ def _mapped_fold(
     residual: list[Tensor],
     left: Tensor,
     right: Tensor,
-    rank: int,
+    divisor: float,
     name: str,
 ) -> Any:
     size = info.batch_size
     codes, residual = all_leading(codes, dims[0], size), all_leading(residual, dims[2], size)
     left, right = leading(left, dims[3], size), leading(right, dims[4], size)
-    new = torch.ops.dynlora_fn.fold_codes(codes, kind, residual, left, right, rank, name)
+    new = torch.ops.dynlora_fn.fold_codes(codes, kind, residual, left, right, divisor, name)
     return new, [0] * len(new)
 
 

@@ -52,7 +52,7 @@ class Sharded(NamedTuple):
     def pending_folds(self) -> list[PendingFold]:
         return []
 
-    def with_folded(self, folded: StoredBase, *, rank: int) -> StoredBase:
+    def with_folded(self, folded: StoredBase, *, divisor: float) -> StoredBase:
         return folded
 
     def map_folded(self, change: Callable[[StoredBase], StoredBase]) -> StoredBase:
@@ -70,8 +70,8 @@ class Sharded(NamedTuple):
     def exact(self, dtype: torch.dtype) -> Tensor:
         return as_base(self._all_rows()).exact(dtype)
 
-    def fold(self, left: Tensor, right: Tensor, *, rank: int, name: str) -> "Sharded":
-        return self._replace(base=as_base(self.base).fold(self._local_rows(left), right, rank=rank, name=name))
+    def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> "Sharded":
+        return self._replace(base=as_base(self.base).fold(self._local_rows(left), right, divisor=divisor, name=name))
 
     def add(self, change: Tensor, *, name: str) -> "Sharded":
         return self._replace(base=as_base(self.base).add(self._local_rows(change), name=name))

@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._collectives import gather, scatter, weighted
-from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
+from dynlora_fn._core._types import Factors, ScaledFactors, ShardedFactors, Sharding, with_alpha
 from dynlora_fn.bases._refusals import refuse, refuse_mapped
 
 Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 
 
-def gather_factors(factors: ShardedFactors) -> Factors:
+def gather_factors(factors: ShardedFactors) -> Factors | ScaledFactors:
     """Gather the factors of all processes, bit for bit.
 
     Their gradients are reduced by `scatter_gradients`. Collective: call it on every process.
     """
     refuse_mapped("vmap, sharded factors", factors.b)
-    return Factors(*_gather(factors.b, factors.a, astuple(factors.sharding)))
+    b, a = _gather(factors.b, factors.a, astuple(factors.sharding))
+    return with_alpha(Factors(b, a), factors.sharding.alpha)
 
 
 def scatter_gradients(gradients: Factors, sharding: Sharding) -> ShardedFactors:

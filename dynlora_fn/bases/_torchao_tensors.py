@@ -13,7 +13,7 @@ from dynlora_fn._core._check import described
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._tree import tensor_of
+from dynlora_fn._core._tree import tensor_of, whole_factors
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._format import Format
@@ -142,6 +142,7 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
             for name, param in unstack(params).items()
         }
     if isinstance(params, LowRank):
-        folded, (b, a) = with_pending(params, widest(params.factors.b.dtype))
-        params = as_base(as_base(folded).gather()).fold(b, a, rank=b.shape[-1], name="params")
+        joined = with_pending(params, widest(params.factors.b.dtype))
+        base, (b, a) = as_base(as_base(joined.base).gather()), whole_factors(joined)
+        params = base.fold(b, a, divisor=joined.divisor, name="params")
     return as_base(params).to_torchao()

@@ -12,8 +12,8 @@ from dynlora_fn.interop._resize import Resized as Resized
 from dynlora_fn.interop._resize import resize as resize
 from dynlora_fn.interop._safetensors import Weights as Weights
 from dynlora_fn.interop._safetensors import open_weights as open_weights
-from dynlora_fn.interop._save import save_merged as save_merged
 from dynlora_fn.interop._save import save_weights as save_weights
+from dynlora_fn.interop._save_merged import save_merged as save_merged
 from dynlora_fn.interop._state_dict import state_dict as state_dict
 from dynlora_fn.interop._targets import Rank as Rank
 from dynlora_fn.interop._targets import Targets as Targets

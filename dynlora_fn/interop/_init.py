@@ -23,7 +23,7 @@ from dynlora_fn.interop._arguments import (
 )
 from dynlora_fn.interop._make import Settings, Task, make, together
 from dynlora_fn.interop._parameters import Parameters, detached, is_opaque, parameters_of
-from dynlora_fn.interop._targets import Rank, Targets, select
+from dynlora_fn.interop._targets import Alphas, Rank, Targets, select
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.switching._weight import Start
 
@@ -32,6 +32,7 @@ def init(
     model: nn.Module | Mapping[str, Tensor],
     *,
     rank: Rank,
+    alpha: Alphas = 1,
     seed: int,
     targets: Targets,
     start: Start = "switchlora",
@@ -51,7 +52,7 @@ def init(
 
     Every weight stays the same to the precision of its base::
 
-        base = weight - b @ a / rank
+        base = weight - alpha / rank * b @ a
 
     Both factors are drawn from the basis, as in arXiv:2406.06564, section 3.
 
@@ -68,6 +69,11 @@ def init(
         rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, of
             which the first that matches a target counts. A function maps the name and the shape (out, in) of a target
             to its rank: ``lambda name, shape: min(16, *shape)`` clips it.
+        alpha: The alpha of the weights, which multiplies their products as in PEFT: a number that is not 0, a dict or
+            function, as for `rank`. Default 1. With another alpha the factors are `ScaledFactors`, and at the same
+            rate an optimizer such as AdamW moves the weight alpha times as far. With `start="lora"` and PEFT's rank and
+            alpha, training is PEFT's. Vectors of "switchlora" are divided by ``sqrt(alpha)`` on both sides, so that the
+            product has the same size for every alpha.
         seed: The seed of the bases. Each weight derives its basis seed from this seed and its name.
         targets: The parameters that become low-rank. All others are full-rank. Names, globs or types of modules, which
             select the matrices that such a module has itself; or a predicate of name and tensor. A tied parameter is a
@@ -102,9 +108,9 @@ def init(
         TypeError: If an argument has a wrong type or dtype, such as a rank or seed that is no integer.
         ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing; if a module of a type
             in `targets` computes its weight by a parametrization; if a target is not a matrix, or is not finite in low
-            precision; if a rank or a format does not fit; if a weight is missing from `weights`, has another shape, or
-            is none of the model; or if both `base` and `base_dtype` are passed. Also if a tensor is not a leaf of
-            autograd, or has a tangent.
+            precision; if a rank, alpha or format does not fit; if a weight is missing from `weights`, has another
+            shape, or is none of the model; or if both `base` and `base_dtype` are passed. Also if a tensor is not a
+            leaf of autograd, or has a tangent.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
         The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its
@@ -128,7 +134,7 @@ def init(
     module = model if isinstance(model, nn.Module) else None
     parameters = parameters_of(model)
     tensors = parameters.tensors
-    selected = select(module, parameters, targets, rank, fused or {})
+    selected = select(module, parameters, targets, rank, alpha, fused or {})
     read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
     settings = Settings(seed, start, base_dtype, base, residual, residual_device, dtype, copy, group)
     keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}

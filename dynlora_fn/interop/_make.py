@@ -17,7 +17,7 @@ from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, unbind
 from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._tree import whole_factors
-from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param
+from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param, with_alpha
 from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._quantize import quantize_base
@@ -138,7 +138,7 @@ def _make_batch(
                 base = _dense_base(task, task.target, member, factors, settings)
             else:
                 base = _base(task, task.target, member, factors, seed, settings)
-            param = LowRank(base, factors, seed)
+            param = LowRank(base, with_alpha(factors, task.target.alpha), seed)
         if task.is_split:
             yield from zip(task.stack.members, (tree_map(torch.clone, one) for one in unbind(param)), strict=True)
         else:
@@ -178,7 +178,8 @@ def _slice(task: Task, target: Target, first: StoredBase, settings: Settings) ->
     names = [name if count == 1 else f"{name}[{position}]" for name in task.stack.members for position in range(count)]
     seeds = [_weight_seed(settings.seed, name) for name in names]
     seed = torch.tensor(seeds, device=tree_leaves(first)[0].device).reshape((*task.shape, *inner))
-    return first_slice(seed, (out_features, in_features), target.rank, settings.start, settings.dtype)
+    shape = out_features, in_features
+    return first_slice(seed, shape, target.rank, settings.start, settings.dtype, alpha=target.alpha)
 
 
 def _weight_seed(seed: int, name: str) -> int:
@@ -196,7 +197,7 @@ def _without_padding(factors: Factors, target: Target) -> Factors:
 def _dense_base(
     task: Task, target: Target, member: Callable[[int], Tensor], factors: Factors, settings: Settings
 ) -> Tensor:
-    """Return ``weight - b @ a / rank`` of all members, written into one tensor. Small members are folded together."""
+    """Return the bases of all members, written into one tensor. Small members are folded together."""
     dtype, count = settings.base_dtype or task.like.dtype, len(task.stack.members)
     if settings.start == "lora" and not (settings.copy or task.shape):
         return member(0).to(dtype).contiguous()
@@ -217,7 +218,7 @@ def _dense_base(
             if settings.start == "lora":
                 bases[0][here] = weight
             else:
-                fold(weight, -b[here], a[here], rank=target.rank, out=bases[0][here])
+                fold(weight, -b[here], a[here], divisor=target.divisor, out=bases[0][here])
             start = here.stop
 
     for start in range(0, count, step):
@@ -244,9 +245,10 @@ def _converted(task: Task, target: Target, param: LowRank, settings: Settings) -
     if isinstance(weight, Tensor):
         # A base that is quantized afterwards is not rounded here, so that it is rounded only once.
         dtype = settings.base_dtype or (task.like.dtype if settings.base is None else widest(task.like.dtype))
-        base = weight.to(dtype) if settings.start == "lora" else fold(weight, -b, a, rank=target.rank, dtype=dtype)
+        is_zero, divisor = settings.start == "lora", target.divisor
+        base = weight.to(dtype) if is_zero else fold(weight, -b, a, divisor=divisor, dtype=dtype)
     elif settings.start != "lora":
-        base = as_base(weight).fold(-b, a, rank=target.rank, name=task.name)
+        base = as_base(weight).fold(-b, a, divisor=target.divisor, name=task.name)
     if settings.base is not None:
         base = quantize_base(
             task.name, base, settings.base, settings.residual, settings.residual_device, task.like.dtype

@@ -7,12 +7,16 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._pending import rank_with_pending
 from dynlora_fn.interop._lazy import LazyTensor
+from dynlora_fn.interop._peft_dense import tensor_of_original
 from dynlora_fn.interop._peft_layers import PREFIX, Pair, as_layer, kind_of_layer
 from dynlora_fn.interop._truncated_svd import truncated_svd
 from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
+
+_ROUNDING = 4  # by how many roundings a weight that was split into base and product differs from the original
 
 
 class AdapterFactors:
@@ -22,30 +26,70 @@ class AdapterFactors:
         """Take the arguments of `save_adapter`."""
         self.entries: dict[str, LazyTensor] = {}  # of the file
         self.ranks: dict[str, int] = {}  # by each name of a weight
+        self.alphas: dict[str, float] = {}
         self.errors: dict[str, float] = {}  # complete once all entries were read
         self._model, self._original, self._rank = model, original, rank
+        self._params: dict[str, LowRank] = {}
+        self._aliases: dict[str, Sequence[str]] = {}
         self._last: dict[str, Pair] = {}  # both entries of a weight follow each other in the file
+
+    def check_layer(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
+        """Raise ValueError if PEFT has no adapter for the layer of a weight, under one of its names."""
+        for alias in aliases:
+            kind_of_layer(self._model, alias)
+            if "." not in alias:
+                raise ValueError(
+                    f"`params` has a low-rank {alias!r} of the model itself, which PEFT does not adapt; "
+                    "put the model into an nn.Sequential, or write it with `save_merged`"
+                )
+        if self._original is None:
+            _check_no_stack(view_of(name, param, self._model.get_parameter(name).shape))
 
     def add(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
         """Add a weight under all its names.
 
         Raises:
-            ValueError: If PEFT has no adapter for its layer, or `original` does not fit.
+            ValueError: If `original` does not fit.
         """
         view = view_of(name, param, self._model.get_parameter(name).shape)
         rows, columns, rank = view.shape[0], prod(view.shape[1:]), sum(map(rank_with_pending, view.parts))
-        if self._original is None:
-            _check_no_stack(view)
-        else:
-            _check_original(view, self._original.get(name))
+        # The parts of a fused weight have one alpha and one rank, and together a rank as many times as large.
+        alpha = view.parts[0].alpha * len(view.parts)
+        if self._original is not None:
+            _check_original(view, tensor_of_original(self._original, aliases))
             rank = min(self._rank or sum(part.factors.b.shape[-1] for part in view.parts), rows, columns)
-        self.errors[name] = 0.0
+            alpha = rank
+        self.errors[name], self._params[name], self._aliases[name] = 0.0, param, aliases
         like = Pair(torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta"))
         for alias in aliases:
-            self.ranks[alias] = rank
+            self.ranks[alias], self.alphas[alias] = rank, alpha
             for key, tensor in self._of_layer(alias, like, view.shape).items():
                 read = partial(self._read, name, param, alias, key)
                 self.entries[key] = LazyTensor(tuple(tensor.shape), torch.float32, read)
+
+    def check_changed(self) -> None:
+        """Raise ValueError if no weight differs from the original.
+
+        A weight that equals the original only after rounding differs if its base is the original, as in LoRA.
+        """
+        for name, param in self._params.items():
+            shape, before = self._model.get_parameter(name).shape, self._before(name)
+            weight = dense(view_of(name, param, shape))
+            if not torch.equal(weight.to(before), before):
+                return
+            is_equal = torch.equal(weight, before.to(weight))
+            if not is_equal and torch.equal(dense(view_of(name, without_product(param), shape)).to(before), before):
+                return
+        raise ValueError(
+            "`original` has the weights of `params`, so that the adapter would be of nothing; pass the weights before"
+            " training, copied before trained ones were loaded into the model:"
+            " {name: tensor.clone() for name, tensor in model.state_dict().items()}"
+        )
+
+    def _before(self, name: str) -> Tensor:
+        before = tensor_of_original(self._original or {}, self._aliases[name])
+        assert before is not None, name  # checked by `add`
+        return before
 
     def _read(self, name: str, param: LowRank, alias: str, key: str) -> Tensor:
         view = view_of(name, param, self._model.get_parameter(name).shape)
@@ -54,7 +98,7 @@ class AdapterFactors:
             if self._original is None:
                 self._last[name] = _unchanged(gathered(view))
             else:
-                self._last[name], self.errors[name] = _change(view, self._original[name], self.ranks[name])
+                self._last[name], self.errors[name] = _change(view, self._before(name), self.ranks[name])
         return self._of_layer(alias, self._last[name], view.shape)[key]
 
     def _of_layer(self, name: str, pair: Pair, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -66,6 +110,11 @@ class AdapterFactors:
         if kind == "convolution":
             up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
         return {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+
+
+def without_product(param: LowRank) -> LowRank:
+    """Return a weight with the base as its value."""
+    return param._replace(factors=param.factors._replace(b=torch.zeros_like(param.factors.b)))
 
 
 def _check_no_stack(view: View) -> None:
@@ -84,8 +133,8 @@ def _check_original(view: View, before: Tensor | None) -> None:
 
 
 def _unchanged(view: View) -> Pair:
-    """Return ``up @ down = b @ a / rank``. The rank of a fused weight is the sum of the ranks of its parts."""
-    ups = [part.factors.b.float() / part.factors.b.shape[-1] for part in view.parts]
+    """Return the factors, bit for bit in float32. The rank of a fused weight is the sum of the ranks of its parts."""
+    ups = [part.factors.b.float() for part in view.parts]
     downs = [part.factors.a.float() for part in view.parts]
     if view.axis == ROWS:
         return Pair(_block_diagonal(ups), torch.cat(downs))
@@ -98,8 +147,11 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
 
 
 def _change(view: View, before: Tensor, rank: int) -> tuple[Pair, float]:
-    """Return the change of a weight as two factors of a rank, and the relative error of cutting it to that rank."""
-    change = dense(view).double()
+    """Return the change of a weight as two factors of a rank, and the relative error of cutting it to that rank.
+
+    What rounding adds to a weight that has not changed is no change.
+    """
+    size, change = before.double().norm(), dense(view).double()
     change -= before.to(change.device)
     change = change.flatten(1)
     norm = change.norm()
@@ -107,8 +159,11 @@ def _change(view: View, before: Tensor, rank: int) -> tuple[Pair, float]:
         raise ValueError(
             f"`params` or `original` has {view.name!r} with entries that are not finite; use weights of a step before"
         )
+    if norm <= _ROUNDING * torch.finfo(widest(view.dtype, torch.float32)).eps * size:
+        rows, columns = change.shape
+        return Pair(torch.zeros(rows, rank), torch.zeros(rank, columns)), 0.0
     u, s, vh = truncated_svd(change, rank)
     change.addmm_(u * s, vh, alpha=-1)
-    error = (change.norm() / norm.clamp(min=torch.finfo(norm.dtype).tiny)).item()
+    error = (change.norm() / norm).item()
     root = s.sqrt()
     return Pair((u * root).float(), (root[:, None] * vh).float()), error

@@ -1,7 +1,7 @@
 """Layouts of LoRA adapters of PEFT: one per kind of layer.
 
 PEFT's weight is ``weight + alpha / rank * B @ A``, with ``alpha / sqrt(rank)`` for rslora. A is at the layer's input.
-The scale of `LowRank` is always ``1 / rank``, so any other scale is multiplied into `b`.
+A `LowRank` has the same alpha, with rslora times ``sqrt(rank)``.
 """
 
 import math
@@ -65,7 +65,7 @@ def as_layer(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) ->
 
 
 def factors_of(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
-    """Return the factors of a parameter from PEFT's, and multiply `b` by the rank to undo the scale ``1 / rank``.
+    """Return the factors of a parameter from PEFT's.
 
     Raises:
         ValueError: If the factors do not fit the shape of the parameter.
@@ -79,4 +79,4 @@ def factors_of(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) 
             f"the adapter has factors of {tuple(pair.up.shape)} and {tuple(pair.down.shape)} for {name!r} of {shape}; "
             "load it into the model that it was made for"
         )
-    return Factors(b=up * down.shape[0], a=down)
+    return Factors(b=up, a=down)

@@ -12,7 +12,7 @@ from torch import nn
 from dynlora_fn._core._check import check_dtype, check_module, check_path
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._types import AnyFactors, Factors, FrozenTensor, LowRank, Param
+from dynlora_fn._core._types import AnyFactors, FrozenTensor, LowRank, Param
 from dynlora_fn.interop._init import init
 from dynlora_fn.interop._peft_alphas import alphas
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, Pair, aliases_of, factors_of
@@ -24,11 +24,11 @@ class PairInFile(NamedTuple):
 
     up: str
     down: str
-    scale: float  # multiplies `up`
+    alpha: float  # the product is multiplied by alpha / rank
 
     def read(self, weights: Weights) -> Pair:
         """Read the factors, in float32."""
-        return Pair(weights[self.up].flatten(1).float() * self.scale, weights[self.down].float())
+        return Pair(weights[self.up].flatten(1).float(), weights[self.down].float())
 
     def entries(self, weights: Weights) -> int:
         """Return the number of entries of both factors."""
@@ -54,9 +54,14 @@ def load_adapter(
 ) -> dict[str, Param]:
     """Return the parameters of a model with a PEFT LoRA adapter as their factors.
 
-    `call` with them gives the logits of PEFT's model. The weights of the model become the bases::
+    `call` with them gives the logits of PEFT's model. The weights of the model become the bases, and the factors are
+    those of the file, bit for bit::
 
-        weight = base + b @ a / rank,    b = alpha * B (alpha * sqrt(rank) * B with rslora),  a = A
+        weight = base + alpha / rank * b @ a,    b = B,  a = A
+
+    Alpha is that of the layer in the file, with rslora times ``sqrt(rank)``. So gradients are PEFT's, and an optimizer
+    makes PEFT's step at the same rate: `adamw` with `factor_decay` as `torch.optim.AdamW` with `weight_decay`, any
+    optimizer written by hand, and after clipping by norm. `save_adapter` writes factors and alpha back.
 
     Args:
         model: The model that the adapter was made for. It is not changed.
@@ -92,10 +97,12 @@ def load_adapter(
     with open_weights(folder / WEIGHTS) as weights:
         pairs, dense = _pairs_and_dense(model, config, weights)
         ranks = {name: weights.shape(pair.down)[0] for name, pair in pairs.items()}
+        alpha_by_name = {name: pair.alpha for name, pair in pairs.items()}
         model_bytes = sum(parameter.nbytes for parameter in model.parameters())
         factor_bytes = sum(pair.entries(weights) * dtype.itemsize for pair in pairs.values())
         report = reporter(progress, model_bytes + factor_bytes)
-        params = init(model, rank=ranks, seed=seed, targets=list(ranks), start="lora", dtype=dtype, stack=stack)
+        kinds: dict[str, Any] = {"rank": ranks, "alpha": alpha_by_name, "start": "lora", "dtype": dtype, "stack": stack}
+        params = init(model, seed=seed, targets=list(ranks), **kinds)
         report(model_bytes)
         originals = {name: parameter.detach() for name, parameter in model.named_parameters()}
         for pattern, param in params.items():
@@ -112,13 +119,13 @@ def load_adapter(
 
 def _read_factors(
     model: nn.Module, weights: Weights, pairs: Mapping[str, PairInFile], names: list[str], like: AnyFactors
-) -> Factors:
+) -> AnyFactors:
     """Return the factors of a stack of weights, or of one."""
     read = [
         factors_of(model, name, pairs[name].read(weights), tuple(model.get_parameter(name).shape)) for name in names
     ]
     b, a = (torch.stack(side).to(like.b.dtype) for side in zip(*read, strict=True))
-    return Factors(b.reshape(like.b.shape), a.reshape(like.a.shape))
+    return like._replace(b=b.reshape(like.b.shape), a=a.reshape(like.a.shape))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -178,8 +185,8 @@ def _pairs_and_dense(
             if other not in weights:
                 raise ValueError(f"the adapter has {key!r} but no {other!r}; write both factors of every layer")
             rank = weights.shape(key)[0]
-            scale = alpha_of(layer) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            pairs[name] = PairInFile(up=other, down=key, scale=scale)
+            alpha = alpha_of(layer) * (math.sqrt(rank) if config.get("use_rslora") else 1)
+            pairs[name] = PairInFile(up=other, down=key, alpha=alpha)
             # Shapes are checked before anything is computed.
             factors_of(model, name, pairs[name].on_meta(weights), tuple(parameters[name].shape))
     return _merge_tied(model, weights, pairs), dense
@@ -200,7 +207,8 @@ def _merge_tied(model: nn.Module, weights: Weights, pairs: dict[str, PairInFile]
         factors = factors_of(model, name, pair.read(weights), shape)
         for other in aliases[name]:
             others = factors_of(model, other, pairs[other].read(weights), shape) if other in pairs else None
-            if others is None or not all(map(torch.equal, others, factors)):
+            is_alike = others is not None and pairs[other].alpha == pair.alpha
+            if others is None or not is_alike or not all(map(torch.equal, others, factors)):
                 raise ValueError(
                     f"the adapter has different factors for the tied weights {other!r} and {name!r}; "
                     "adapt both alike, or untie them in the model"

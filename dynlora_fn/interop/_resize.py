@@ -43,7 +43,7 @@ def resize(
     vectors. New slots get the vectors that `init` would draw, and the last slots are removed. With `b2`, `a2` the new
     factors, the difference is folded into the base::
 
-        base += b @ a / old - b2 @ a2 / new
+        base += alpha * (b @ a / old - b2 @ a2 / new)
 
     Pending vectors of a deferred base are folded too.
 
@@ -128,22 +128,24 @@ def _resize_all(changes: Sequence[_Change], start: Start) -> Iterator[tuple[str,
 
 def _added_slice(change: _Change, seed: Tensor, start: Start) -> BasisSlice:
     shape, dtype = change.param.shape[-2:], change.param.factors.b.dtype
-    return first_slice(seed, shape, change.rank, start, dtype, from_slot=change.old)
+    return first_slice(seed, shape, change.rank, start, dtype, from_slot=change.old, alpha=change.param.alpha)
 
 
 def _resize(change: _Change, seed: Tensor, added: Factors) -> LowRank:
     name, param, rank = change
     b, a, old = param.factors.b, param.factors.a, change.old
-    factors = Factors(torch.cat([b[..., :rank], added.b], -1), torch.cat([a[..., :rank, :], added.a], -2))
+    new_b, new_a = torch.cat([b[..., :rank], added.b], -1), torch.cat([a[..., :rank, :], added.a], -2)
+    new = param._replace(factors=param.factors._replace(b=new_b, a=new_a), seed=seed)
     base = as_base(param.base)
     wide = widest(b.dtype, base.sum_dtype)
     staying, removed = b[..., :rank].to(wide) * (1 - old / rank), b[..., rank:].to(wide)
     # A deferred base folds at once, because it may have no room. Then nothing is pending with the old rank as divisor.
-    pending = [(fold.factors.b.to(wide) * (old / fold.divisor), fold.factors.a) for fold in base.pending_folds]
+    divisor, folds = param.divisor, base.pending_folds
+    pending = [(fold.factors.b.to(wide) * (divisor / fold.divisor), fold.factors.a) for fold in folds]
     left = torch.cat([staying, removed, -added.b.to(wide) * (old / rank), *[b for b, _ in pending]], -1)
     right = torch.cat([a, added.a, *[a for _, a in pending]], -2)
-    folded = as_base(base.folded).fold(left, right, rank=old, name=name)
-    return LowRank(base.with_folded(folded, rank=rank), factors, seed)
+    folded = as_base(base.folded).fold(left, right, divisor=divisor, name=name)
+    return new._replace(base=base.with_folded(folded, divisor=new.divisor))
 
 
 def _check(name: str, param: LowRank, rank: int) -> None:

@@ -4,27 +4,25 @@ The package `safetensors` writes tensors that are all in memory. Here it only wr
 tensor by tensor. The file equals that of ``safetensors.torch.save_file`` byte for byte.
 """
 
-import inspect
 import json
 import os
 import secrets
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_path, described
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
-from dynlora_fn._core._types import Params
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
-from dynlora_fn.interop._safetensors import SINGLE, safetensors
-from dynlora_fn.interop._state_dict import lazy_state_dict, state_dict
+from dynlora_fn.interop._safetensors import open_weights, safetensors
 
 
 def save_weights(
@@ -83,16 +81,42 @@ def write(
     file: Path | str,
     *,
     metadata: Mapping[str, str] | None = None,
+    read_back: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them."""
+    """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them.
+
+    With `read_back`, the file is read before it appears, and each tensor is compared with what was written.
+
+    Raises:
+        OSError: If the file has other tensors than were written.
+    """
     header, names = _header(weights, metadata)
     report = reporter(progress, bytes_of(weights))
     with _replacing(Path(file)) as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
+        checksums = {}
         for name in names:
-            stream.write(_content(name, weights[name].read()))
+            checksums[name] = _put(stream, content_of(name, weights[name].read()), with_checksum=read_back)
             report(weights[name].nbytes)
+        if read_back:
+            stream.flush()
+            check_written(Path(stream.name), checksums)
+
+
+def _put(stream: BinaryIO, content: Any, *, with_checksum: bool) -> int:
+    stream.write(content)
+    return zlib.crc32(content) if with_checksum else 0
+
+
+def check_written(file: Path, checksums: Mapping[str, int]) -> None:
+    """Raise OSError if a file does not have tensors of these checksums. One tensor is in memory at a time."""
+    with open_weights(file) as weights:
+        for name, checksum in checksums.items():
+            if name not in weights or zlib.crc32(content_of(name, weights[name])) != checksum:
+                raise OSError(
+                    f"{str(file)!r} has another tensor {name!r} than was written; check the disk, and write it again"
+                )
 
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -117,7 +141,7 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     return content + b" " * (-len(content) % 8), names
 
 
-def _content(name: str, tensor: Tensor) -> Any:
+def content_of(name: str, tensor: Tensor) -> Any:
     """Return a buffer with a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
     kinds = {
         f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
@@ -147,42 +171,3 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@torch.no_grad()
-def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progress: Progress | None = None) -> None:
-    """Write the model with dense weights, for ``from_pretrained`` or ``load_state_dict``.
-
-    A model of `transformers` is written with ``save_pretrained``, for which all dense weights are in memory. For any
-    other module only model.safetensors is written, one dense weight at a time: load it with
-    ``model.load_state_dict(dict(open_weights(folder)))``.
-
-    Args:
-        model: The model, read as in `state_dict`.
-        params: The parameters, as for `call`.
-        folder: The folder, which is created if it does not exist.
-        progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
-            Default None means no reports.
-
-    Raises:
-        ValueError: As `state_dict`.
-        ImportError: If the extra `files` is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> import dynlora_fn as dl
-        >>> model, folder = nn.Linear(6, 4), tempfile.mkdtemp()
-        >>> save_merged(model, dl.init(model, rank=2, seed=0, targets=["weight"]), folder)
-        >>> model.load_state_dict(dict(dl.interop.open_weights(folder)))
-        <All keys matched successfully>
-    """
-    check_path("folder", folder)
-    check_progress(progress)
-    save = getattr(model, "save_pretrained", None)
-    weights = lazy_state_dict(model, params)
-    if save is not None and "state_dict" in inspect.signature(save).parameters:
-        report = reporter(progress, bytes_of(weights))
-        save(folder, state_dict=state_dict(model, params))
-        report(bytes_of(weights))
-    else:
-        write(weights, Path(folder) / SINGLE, progress=progress)

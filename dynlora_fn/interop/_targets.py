@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._check import check_integer, check_number
 from dynlora_fn._core._patterns import Patterns, match
 from dynlora_fn._core._torch import ConvNd
+from dynlora_fn._core._types import divisor_of
 from dynlora_fn.interop._parameters import Parameters
 
 Targets: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, Tensor], bool]
 Rank: TypeAlias = int | Mapping[str, int] | Callable[[str, tuple[int, int]], int]
+Alphas: TypeAlias = float | Mapping[str, float] | Callable[[str, tuple[int, int]], float]
 
 
 class Target(NamedTuple):
@@ -24,6 +26,12 @@ class Target(NamedTuple):
     axis: int = -2  # along which the parts are adjacent
     is_spatial: bool = False  # the weight of a convolution
     padding: int | None = None  # the row of an embedding that gets no gradient
+    alpha: float = 1.0
+
+    @property
+    def divisor(self) -> float:
+        """``rank / alpha``, which divides the product of the factors."""
+        return divisor_of(self.rank, self.alpha)
 
 
 def select(
@@ -31,6 +39,7 @@ def select(
     parameters: Parameters,
     targets: Targets,
     rank: Rank,
+    alpha: Alphas,
     fused: Mapping[str, int | tuple[int, int]],
 ) -> dict[str, Target]:
     """Return the targets by name.
@@ -40,19 +49,19 @@ def select(
         parameters: The parameters by name. Only shapes are read. A pattern may match any name of a tied one.
         targets: As in `init`.
         rank: As in `init`.
+        alpha: As in `init`.
         fused: As in `init`.
 
     Raises:
         ValueError: If an entry of `targets` selects nothing, a pattern matches nothing, a target is not a matrix, or
-            its rank is missing or does not fit.
+            its rank or alpha is missing or does not fit.
     """
     selected = {}
     names = _target_names(model, parameters, targets)
     all_names = [alias for name in names for alias in parameters.aliases[name]]
     match(all_names, list(fused), "fused")
-    if isinstance(rank, Mapping):
-        match(all_names, list(rank), "rank")
-    fused_patterns, rank_patterns = Patterns(fused), Patterns(rank if isinstance(rank, Mapping) else ())
+    rank_of, alpha_of = _value_of("rank", rank, all_names), _value_of("alpha", alpha, all_names)
+    fused_patterns = Patterns(fused)
     for name in names:
         aliases, shape = parameters.aliases[name], tuple(parameters.tensors[name].shape)
         parts = next((fused[pattern] for pattern in fused_patterns.matching(aliases)), 1)
@@ -60,7 +69,10 @@ def select(
         target = Target(0, count, axis, _is_spatial(model, name), _padding(model, aliases))
         _check_dtype(name, parameters.tensors[name])
         matrix = _matrix(name, shape, target)
-        selected[name] = target._replace(rank=_rank_of(aliases, rank, rank_patterns, matrix))
+        target_rank, target_alpha = rank_of(aliases, matrix), alpha_of(aliases, matrix)
+        selected[name] = target._replace(
+            rank=check_integer("rank", target_rank.value, of=target_rank.of), alpha=_check_alpha(name, target_alpha)
+        )
         _check_rank(name, shape, selected[name].rank, min(matrix))
     return selected
 
@@ -139,16 +151,37 @@ def _refuse_parametrized(prefix: str, module: nn.Module, kind: type[nn.Module]) 
             )
 
 
-def _rank_of(aliases: Sequence[str], rank: Rank, patterns: Patterns, matrix: tuple[int, int]) -> int:
-    if isinstance(rank, Mapping):
-        for pattern in patterns.matching(aliases):
-            return check_integer("rank", rank[pattern], of=pattern)
-        raise ValueError(
-            f"`rank` has no rank for target {aliases[0]!r} in {dict(rank)}; add a pattern that matches it, or '*'"
-        )
-    if callable(rank):
-        return check_integer("rank", rank(aliases[0], matrix), of=aliases[0])
-    return check_integer("rank", rank)
+class _Setting(NamedTuple):
+    """The rank or the alpha of a target, as a caller passed it."""
+
+    value: Any
+    of: str | None  # the pattern or the name that it belongs to
+
+
+_FindSetting: TypeAlias = Callable[[Sequence[str], tuple[int, int]], _Setting]
+
+
+def _value_of(argument: str, setting: Any, names: Sequence[str]) -> _FindSetting:
+    """Return a function that gives the rank or the alpha of a target, from its names and its matrices.
+
+    Raises:
+        ValueError: If a pattern matches none of the names.
+    """
+    patterns = Patterns(setting if isinstance(setting, Mapping) else ())
+    if isinstance(setting, Mapping):
+        match(names, list(setting), argument)
+
+    def value_of(aliases: Sequence[str], matrix: tuple[int, int]) -> _Setting:
+        if isinstance(setting, Mapping):
+            for pattern in patterns.matching(aliases):
+                return _Setting(setting[pattern], pattern)
+            raise ValueError(
+                f"`{argument}` has no {argument} for target {aliases[0]!r} in {dict(setting)}; add a pattern that"
+                " matches it, or '*'"
+            )
+        return _Setting(setting(aliases[0], matrix), aliases[0]) if callable(setting) else _Setting(setting, None)
+
+    return value_of
 
 
 def _is_spatial(model: nn.Module | None, name: str) -> bool:
@@ -186,6 +219,12 @@ def _matrix(name: str, shape: tuple[int, ...], target: Target) -> tuple[int, int
         return shape[0], prod(shape[1:])
     rows, columns = shape[-2:]
     return (rows // target.parts, columns) if target.axis == -2 else (rows, columns // target.parts)
+
+
+def _check_alpha(name: str, alpha: _Setting) -> float:
+    if check_number("alpha", alpha.value, of=alpha.of) == 0:
+        raise ValueError(f"`alpha` is 0 for {name!r}, with which its factors would change nothing; use another number")
+    return float(alpha.value)
 
 
 def _check_rank(name: str, shape: tuple[int, ...], rank: int, limit: int) -> None:

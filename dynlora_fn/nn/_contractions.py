@@ -60,7 +60,7 @@ def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor:
         leaf.to(dtype) for leaf in (scaled(input1, view), input2, dense_base(part), *whole_factors(part))
     )
     left, right = torch.einsum("...i,oir->...or", input1, b), torch.einsum("...j,orj->...or", input2, a)
-    return functional.bilinear(input1, input2, base, bias) + (left * right).sum(-1) / a.shape[-2]
+    return functional.bilinear(input1, input2, base, bias) + (left * right).sum(-1) / part.divisor
 
 
 def cat(tensors: Sequence[Any], dim: int = 0) -> View:
@@ -102,7 +102,7 @@ def transposed_convolution(dimensions: int) -> Callable[..., Tensor]:
         input, base, b, a = (leaf.to(dtype) for leaf in (scaled(input, view), dense_base(part), *whole_factors(part)))
         bias = None if bias is None else bias.to(dtype)
         settings = (stride, padding, output_padding, groups, dilation)
-        pointwise = (b.mT / a.shape[-2]).reshape(*b.mT.shape, *(1 for _ in view.kernel))
+        pointwise = (b.mT / part.divisor).reshape(*b.mT.shape, *(1 for _ in view.kernel))
         low_rank = transposed(convolution(input, pointwise), a.reshape(-1, *view.shape[1:]), None, *settings)
         return transposed(input, base.reshape(view.shape), bias, *settings) + low_rank
 

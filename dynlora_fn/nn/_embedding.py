@@ -22,7 +22,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Return ``base[input] + b[input] @ a / rank``.
+    """Return ``base[input] + alpha / rank * b[input] @ a``.
 
     The row `padding_idx` gets no gradient, no tangent, and contributes none to `a`. With `sparse` too, gradients are
     dense.
@@ -42,11 +42,11 @@ def embedding(
 
 
 def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:
-    """Return the indexed rows of ``b @ a / rank`` and of the base."""
+    """Return the indexed rows of ``alpha / rank * b @ a`` and of the base."""
     b, a = whole_factors(part)
     dtype = widest(b.dtype, a.dtype)
     with without_autocast(b.device.type):
-        low_rank_rows = b[index].to(dtype) @ a.to(dtype) / a.shape[-2]
+        low_rank_rows = b[index].to(dtype) @ a.to(dtype) / part.divisor
     return low_rank_rows.to(b.dtype), dense_base(part)[index].to(b.dtype)
 
 
@@ -63,7 +63,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Return ``bags of base + (bags of b) @ a / rank``, where bags are sums or means of rows."""
+    """Return ``bags of base + alpha / rank * (bags of b) @ a``, where bags are sums or means of rows."""
     view = expect_weight("embedding_bag", weight, input=input, per_sample_weights=per_sample_weights)
     part = single(view, "embedding_bag")
     if max_norm is not None or scale_grad_by_freq or mode not in ("sum", "mean"):
@@ -81,7 +81,7 @@ def embedding_bag(
             padding_idx=padding_idx,
         )
 
-    return scaled(bags(dense_base(part).to(b.dtype)) + bags(b) @ a.to(b.dtype) / a.shape[-2], view)
+    return scaled(bags(dense_base(part).to(b.dtype)) + bags(b) @ a.to(b.dtype) / part.divisor, view)
 
 
 EMBEDDING_RULES: dict[Any, Callable[..., Any]] = {

@@ -41,8 +41,8 @@ def _dense_part(part: LowRank) -> Tensor:
     autocast = autocast_now(b.device.type)
     with without_autocast(b.device.type) if autocast and autocast.enabled else nullcontext():
         if b.ndim == 2:
-            return torch.addmm(base, b, a, alpha=1 / b.shape[1])
-        return base + b @ a / b.shape[-1]
+            return torch.addmm(base, b, a, alpha=1 / part.divisor)
+        return base + b @ a / part.divisor
 
 
 def permit(view: View, operation: str, refusal: NoRuleError) -> None:

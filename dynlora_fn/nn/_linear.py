@@ -30,7 +30,7 @@ def linear(
     All paths give the same values and gradients except for rounding, under compositions of the transforms of
     `torch.func` too. A plain tensor as the base gets its gradient where it is differentiated::
 
-        weight = base + b @ a / rank    (arXiv:2406.06564, eq. 1 with alpha = 1)
+        weight = base + alpha / rank * b @ a    (arXiv:2406.06564, eq. 1)
 
     The factored path is taken under `torch.vmap`, under nested forward mode, and if the base is differentiated. In
     forward mode tangents are computed as on the factored path.
@@ -76,8 +76,10 @@ def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: Con
     path = _cheapest(x, param) if path is None else path
     # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
     sharding = param.factor_sharding if path != "factored" else None
-    base, factors = (param.base, param.factors) if sharding else with_pending(param)
-    layout, tensors = as_base(base).flatten()
+    param = param if sharding else with_pending(param)
+    factors, alpha = param.factors, param.alpha
+    layout, tensors = as_base(param.base).flatten()
+    layout = layout if alpha == 1 else layout._replace(alpha=alpha)
     layout = layout._replace(factor_sharding=astuple(sharding)) if sharding else layout
     autocast = autocast_now(x.device.type)
     dtype = autocast.dtype if autocast and autocast.enabled else x.dtype

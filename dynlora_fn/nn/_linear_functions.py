@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dynlora_fn._core._dtypes import cast, widest, without_autocast
 from dynlora_fn._core._torch import apply_function, forward_levels, is_differentiated, is_tracked, unsafe_view
-from dynlora_fn._core._types import Factors, ShardedFactors, Sharding
+from dynlora_fn._core._types import Factors, ShardedFactors, Sharding, divisor_of
 from dynlora_fn.bases._flatten import Layout, gather_codes, refuse_differentiated
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.bases._ops import dequantize
@@ -35,8 +35,8 @@ def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None
 
 
 def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
-    inner = functional.linear(x, cast(a, x.dtype)) / a.shape[-2]
-    is_ready = layout == Layout("plain") and codes[0].dtype == x.dtype
+    inner = functional.linear(x, cast(a, x.dtype)) / divisor_of(a.shape[-2], layout.alpha)
+    is_ready = layout == Layout("plain", alpha=layout.alpha) and codes[0].dtype == x.dtype
     output = functional.linear(x, codes[0]) if is_ready else _times_base(x, layout, *codes)
     output = output if bias is None else output + bias
     return output + functional.linear(inner, cast(b, x.dtype))
@@ -46,7 +46,7 @@ def _merge(x: Tensor, b: Tensor, a: Tensor, layout: Layout, codes: Sequence[Tens
     merge_dtype = widest(b.dtype, x.dtype, codes_from_tensors(layout.kind, codes).sum_dtype)
     left, right = (a.mT, b.mT) if layout.is_transposed else (b, a)
     dense = _dense(layout, codes, merge_dtype)
-    merged = torch.addmm(dense, cast(left, merge_dtype), cast(right, merge_dtype), alpha=1 / b.shape[-1])
+    merged = torch.addmm(dense, cast(left, merge_dtype), cast(right, merge_dtype), alpha=layout.alpha / b.shape[-1])
     return cast(merged, x.dtype)
 
 
@@ -56,7 +56,10 @@ def _factor_sharding(layout: Layout) -> Sharding | None:
 
 def _gather_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
     sharding = _factor_sharding(layout)
-    return Factors(b, a) if sharding is None else gather_factors(ShardedFactors(b, a, sharding))
+    if sharding is None:
+        return Factors(b, a)
+    factors = gather_factors(ShardedFactors(b, a, sharding))
+    return Factors(factors.b, factors.a)
 
 
 def _scatter_if_sharded(b: Tensor, a: Tensor, layout: Layout) -> Factors:
@@ -128,8 +131,9 @@ class _Merged(torch.autograd.Function):
                 gradients = _dense_gradients if ctx.is_dense else _separate_gradients
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, cast(b, x.dtype), cast(a, x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
-        rank = b.shape[-1]
-        grad_b, grad_a = _scatter_if_sharded(cast(grad_b, b.dtype) / rank, cast(grad_a, a.dtype) / rank, ctx.layout)
+        divisor = divisor_of(b.shape[-1], ctx.layout.alpha)
+        grad_b, grad_a = cast(grad_b, b.dtype) / divisor, cast(grad_a, a.dtype) / divisor
+        grad_b, grad_a = _scatter_if_sharded(grad_b, grad_a, ctx.layout)
         input_gradients = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
         return *input_gradients, None, None, *(None for _ in codes)
 
@@ -157,11 +161,11 @@ class _Merged(torch.autograd.Function):
     def jvp(ctx: Any, x_tangent: Any, b_tangent: Any, a_tangent: Any, bias_tangent: Any, *_: Any) -> Any:
         x, b, a, *codes = ctx.saved_tensors
         _refuse_sharded(ctx.layout, "forward mode")
-        rank = b.shape[-1]
+        divisor = divisor_of(b.shape[-1], ctx.layout.alpha)
         terms = [
             None if x_tangent is None else times_factored(x_tangent, b, a, None, ctx.layout, *codes),
-            None if b_tangent is None else (x @ a.to(x.dtype).mT) @ b_tangent.to(x.dtype).mT / rank,
-            None if a_tangent is None else (x @ a_tangent.to(x.dtype).mT) @ b.to(x.dtype).mT / rank,
+            None if b_tangent is None else (x @ a.to(x.dtype).mT) @ b_tangent.to(x.dtype).mT / divisor,
+            None if a_tangent is None else (x @ a_tangent.to(x.dtype).mT) @ b.to(x.dtype).mT / divisor,
             bias_tangent,
         ]
         return sum(term for term in terms if term is not None)

@@ -51,12 +51,12 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
 def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
     if part.factors.b.ndim == 2:
         return contract(x, part, bias)
-    part = LowRank(*with_pending(part), part.seed)  # `linear` gets sharded factors as they are
+    part = with_pending(part)  # `linear` gets sharded factors as they are
     b, a = whole_factors(part)
     dtype = compute_dtype(x)
     x, base, b, a = (leaf.to(dtype) for leaf in (x, dense_base(part), b, a))
     rows = x[None] if x.ndim == 1 else x  # a vector would make the product with `a` a matrix for all of the stack
-    output: Tensor = rows @ base.mT + (rows @ a.mT / a.shape[-2]) @ b.mT
+    output: Tensor = rows @ base.mT + (rows @ a.mT / part.divisor) @ b.mT
     output = output[..., 0, :] if x.ndim == 1 else output
     return output if bias is None else output + bias
 
@@ -90,7 +90,7 @@ def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: fl
 
 
 def einsum(equation: Any, *operands: Any) -> Tensor:
-    """Return, for example, ``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / rank``."""
+    """Return, for example, ``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / divisor``."""
     at = next(position for position, operand in enumerate(operands) if isinstance(operand, View))
     view = operands[at]
     for other in operands[at + 1 :]:
@@ -118,7 +118,7 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     ]
     output: Tensor = torch.einsum(f"{','.join(terms)}->{result}", *others[:at], base, *others[at:])
     low_rank_output = torch.einsum(
-        f"{','.join(low_rank_terms)}->{result}", *others[:at], b / a.shape[-2], a, *others[at:]
+        f"{','.join(low_rank_terms)}->{result}", *others[:at], b / part.divisor, a, *others[at:]
     )
     return scaled(output + low_rank_output, view)
 
@@ -130,15 +130,14 @@ def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_d
     if bias is not None or out_dtype is not None or matrix_shape(part)[:-2] != tuple(offs.shape):
         refuse(view, "grouped_mm", "`bias`, `out_dtype` or a weight that is not a stack of experts")
     b, a = whole_factors(part)
-    rank = a.shape[-2]
-    padding = -rank % (16 // input.element_size())  # `grouped_mm` requires rows of a multiple of 16 bytes
+    padding = -b.shape[-1] % (16 // input.element_size())  # `grouped_mm` requires rows of a multiple of 16 bytes
     b, a = functional.pad(b, (0, padding)), functional.pad(a, (0, 0, 0, padding))
 
     def times(x: Tensor, matrices: Tensor) -> Tensor:
         return functional.grouped_mm(x, matrices.to(x.dtype), offs=offs)
 
     input = scaled(input, view)
-    return times(input, dense_base(part)) + times(times(input, b) / rank, a)
+    return times(input, dense_base(part)) + times(times(input, b) / part.divisor, a)
 
 
 # --- convolutions
@@ -172,7 +171,7 @@ def convolve(dimensions: int) -> Callable[..., Tensor]:
         out_features, *inner_shape = view.shape
         base = dense_base(part).to(dtype).reshape(view.shape)
         spatial = a.reshape(-1, *inner_shape).repeat(groups, *(1 for _ in inner_shape))
-        pointwise = (b / a.shape[-2]).reshape(out_features, -1, *(1 for _ in view.kernel))
+        pointwise = (b / part.divisor).reshape(out_features, -1, *(1 for _ in view.kernel))
         inner_channels = convolution(input, spatial, None, stride, padding, dilation, groups)
         output = convolution(input, base, bias, stride, padding, dilation, groups)
         return output + convolution(inner_channels, pointwise, groups=groups)

@@ -19,8 +19,9 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
         operation: The function as the model calls it, for example `torch.kron`. A method such as `torch.Tensor.kron` is
             another operation. That of a property is its getter, for example ``torch.Tensor.mH.__get__``.
         rule: A function that takes the arguments of the operation, with a `LowRank` in place of each low-rank weight.
-            It returns a tensor, a `LowRank` if the result is a low-rank weight again, or `NotImplemented` for arguments
-            that it does not cover. If it is made of plain operations, every transform differentiates it.
+            Its alpha is 1: another one is multiplied into `b`. It returns a tensor, a `LowRank` if the result is a
+            low-rank weight again, or `NotImplemented` for arguments that it does not cover. If it is made of plain
+            operations, every transform differentiates it.
 
     Raises:
         TypeError: If the operation or the rule cannot be called.
@@ -54,10 +55,13 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
 
 
 def _as_param(value: Any, operation: str) -> Any:
-    """Return the low-rank weight of a view, which must be a single one."""
+    """Return the low-rank weight of a view, which must be a single one. Its alpha is 1."""
     if not isinstance(value, View):
         return value
     part = single(value, operation)
+    if part.alpha != 1:
+        b, a = whole_factors(part)
+        part = part._replace(factors=Factors(b * part.alpha, a))
     if value.scale is None:
         return part
     b, a = whole_factors(part)

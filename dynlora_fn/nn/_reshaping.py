@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._tree import whole_factors
-from dynlora_fn._core._types import Factors, LowRank
+from dynlora_fn._core._types import LowRank
 from dynlora_fn.nn._view import (
     ROWS,
     View,
@@ -44,7 +44,8 @@ def permute(view: View, *dims: Any) -> View:
 
 def _permute_stack(part: LowRank, order: list[int]) -> LowRank:
     b, a = (leaf.permute(*order, -2, -1) for leaf in whole_factors(part))
-    return LowRank(dense_base(part).permute(*order, -2, -1), Factors(b, a), part.seed.permute(order))
+    base = dense_base(part).permute(*order, -2, -1)
+    return LowRank(base, part.factors._replace(b=b, a=a), part.seed.permute(order))
 
 
 def transpose(view: View, dim0: int, dim1: int) -> View:
@@ -114,7 +115,7 @@ def _in_stack(part: LowRank, stack: Sequence[int], *, reshape: bool) -> LowRank:
     b, a = whole_factors(part)
     change = Tensor.reshape if reshape else Tensor.expand
     base, b, a = (change(leaf, (*stack, *leaf.shape[-2:])) for leaf in (dense_base(part), b, a))
-    return LowRank(base, Factors(b, a), change(part.seed, tuple(stack)))
+    return LowRank(base, part.factors._replace(b=b, a=a), change(part.seed, tuple(stack)))
 
 
 def unflatten(view: View, dim: int, sizes: Sequence[int]) -> View:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dynlora_fn._core._stacking import unbind
 from dynlora_fn._core._tree import whole_factors
-from dynlora_fn._core._types import Factors, LowRank
+from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.switching._weight import materialize
@@ -82,7 +82,7 @@ def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
     matrices, shape = matrix_shape(param), tuple(shape)
     if param.factor_sharding and matrices == shape:
         return View(name, (param,))  # `linear` gathers the factors
-    param = LowRank(*with_pending(param), param.seed)  # pending folds become further slots
+    param = with_pending(param)  # pending folds become further slots
     if matrices == shape:
         return View(name, (param,))
     *stack, rows, columns = matrices
@@ -103,9 +103,9 @@ def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
 def unbind_last(param: LowRank) -> tuple[LowRank, ...]:
     if param.seed.ndim == 1:
         return tuple(part for part in unbind(param) if isinstance(part, LowRank))
-    base = dense_base(param).movedim(-3, 0)
     b, a, seed = param.factors.b.movedim(-3, 0), param.factors.a.movedim(-3, 0), param.seed.movedim(-1, 0)
-    return tuple(part for part in unbind(LowRank(base, Factors(b, a), seed)) if isinstance(part, LowRank))
+    moved = LowRank(dense_base(param).movedim(-3, 0), param.factors._replace(b=b, a=a), seed)
+    return tuple(part for part in unbind(moved) if isinstance(part, LowRank))
 
 
 def dense_base(param: LowRank) -> Tensor:
@@ -114,12 +114,16 @@ def dense_base(param: LowRank) -> Tensor:
 
 
 def transposed(view: View) -> View:
-    """Return the transposed weight, ``base.mT + a.mT @ b.mT / rank``.
+    """Return the transposed weight, ``base.mT + alpha / rank * a.mT @ b.mT``.
 
     Codes are only marked as transposed, and dequantized for each product.
     """
     parts = tuple(
-        LowRank(as_base(part.base).transposed(), Factors(part.factors.a.mT, part.factors.b.mT), part.seed)
+        LowRank(
+            as_base(part.base).transposed(),
+            part.factors._replace(b=part.factors.a.mT, a=part.factors.b.mT),
+            part.seed,
+        )
         for part in view.parts
     )
     return view._replace(parts=parts, axis=COLUMNS if view.axis == ROWS else ROWS)
@@ -128,7 +132,7 @@ def transposed(view: View) -> View:
 def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowRank:
     """Return ``weight[*stack, rows, columns]``, where `rows` and `columns` are slices."""
     b, a = whole_factors(part)
-    factors = Factors(b[(*stack, rows, slice(None))], a[(*stack, slice(None), columns)])
+    factors = part.factors._replace(b=b[(*stack, rows, slice(None))], a=a[(*stack, slice(None), columns)])
     return LowRank(dense_base(part)[(*stack, rows, columns)], factors, part.seed[stack])
 
 
@@ -136,7 +140,7 @@ def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
     """Return ``weight.view(*shape, in)`` of a matrix, as a stack whose members share `a`."""
     b, a = whole_factors(part)
     stack = shape[:-1]
-    factors = Factors(b.reshape(*shape, b.shape[-1]), a.expand(*stack, *a.shape))
+    factors = part.factors._replace(b=b.reshape(*shape, b.shape[-1]), a=a.expand(*stack, *a.shape))
     return LowRank(dense_base(part).reshape(*shape, a.shape[-1]), factors, part.seed.expand(stack))
 
 
@@ -149,7 +153,7 @@ def gathered(view: View) -> View:
     """Return the view with unsharded factors and without pending folds."""
     if not any(part.factor_sharding for part in view.parts):
         return view
-    return view._replace(parts=tuple(LowRank(*with_pending(part), part.seed) for part in view.parts))
+    return view._replace(parts=tuple(map(with_pending, view.parts)))
 
 
 def dense(view: View) -> Tensor:

@@ -56,6 +56,9 @@ def adamw(
         direction = mu / (1 - betas[0]**n) / (sqrt(nu / (1 - betas[1]**n)) + eps)
         updates = -lr * (direction + decay * trainable)
 
+    Every entry of a factor moves by about `lr`, so the weight moves in proportion to its alpha. With the alpha of PEFT
+    (see `init` and `load_adapter`), a rate makes the step that it makes in PEFT.
+
     `project_optimizer_state` resets vectors one at a time, so each vector needs its count for the bias correction.
     A frozen vector does not move (see `freeze_counterparts`), while its count runs on.
     Bias correction therefore starts it gently once it thaws: at 0.52 of a full step after 5 updates with the default

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_rate
-from dynlora_fn._core._check_trees import check_one_or_more
+from dynlora_fn._core._check_trees import check_alpha, check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
@@ -32,7 +32,9 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
 
         b = decay * averaged.b + (1 - decay) * params.b,    a in the same way
         base = decay * averaged.base + (1 - decay) * params.base
-               + decay * (1 - decay) * (averaged.b - params.b) @ (averaged.a - params.a) / rank
+               + decay * (1 - decay) * (averaged.b - params.b) @ (averaged.a - params.a) / divisor
+
+    The divisor is ``rank / alpha``.
 
     Call ``switch(averaged, plan)`` with every plan of the run, so that the slots of both contain versions of the same
     vectors. The result is right without it, but what is folded is then as large as the product itself.
@@ -51,9 +53,9 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
 
     Raises:
         TypeError: If `decay` is no real number, or a parameter neither a `LowRank` nor a tensor.
-        ValueError: If `decay` is out of range, names, shapes or ranks differ, a tensor of `params` has a low-rank
-            weight in its place, or factors are sharded. Also if a tensor of `averaged` is not floating, such as a
-            counter.
+        ValueError: If `decay` is out of range, names, shapes, ranks or alphas differ, a tensor of `params` has a
+            low-rank weight in its place, or factors are sharded. Also if a tensor of `averaged` is not floating, such
+            as a counter.
         NotImplementedError: If `averaged` is quantized, and what it moves by requires a gradient or has a tangent.
 
     Numerics: Sums are computed in float32 or a wider dtype, and every tensor of the average is rounded once to its
@@ -101,7 +103,7 @@ def _average_factors(name: str, averaged: LowRank, param: LowRank, decay: Rate) 
     share = _share(decay, wide)
     step_b, step_a = (new.to(wide) - side.to(wide) for new, side in ((new_factors.b, old.b), (new_factors.a, old.a)))
     change = share * (new_base.exact(wide) - old_base.exact(wide))
-    change = fold(change, share * (1 - share) * step_b, step_a, rank=step_b.shape[-1])
+    change = fold(change, share * (1 - share) * step_b, step_a, divisor=averaged.divisor)
     factors = old._replace(b=_moved(old.b, new_factors.b, decay), a=_moved(old.a, new_factors.a, decay))
     return averaged._replace(base=old_base.add(change, name=name), factors=factors)
 
@@ -110,7 +112,7 @@ def _dense(param: LowRank) -> Tensor:
     """Return the exact weight, with the residual of its base."""
     b, a = param.factors.b, param.factors.a
     base = as_base(param.base)
-    return fold(base.exact(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
+    return fold(base.exact(widest(b.dtype, base.sum_dtype)), b, a, divisor=param.divisor)
 
 
 def _moved(old: Tensor, new: Tensor, decay: Rate) -> Tensor:
@@ -147,6 +149,7 @@ def _check(name: str, averaged: Param, param: Param) -> None:
         return
     if not isinstance(param, LowRank):
         raise ValueError(f"`averaged` is low-rank for {name!r}, but `params` is a tensor; pass `materialize(averaged)`")
+    check_alpha("averaged", name, averaged.factors, "params", param.factors)
     ranks = averaged.factors.b.shape[-1], param.factors.b.shape[-1]
     if ranks[0] != ranks[1]:
         raise ValueError(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, described
-from dynlora_fn._core._check_trees import check_names
-from dynlora_fn._core._types import Trainable, is_factors
+from dynlora_fn._core._check_trees import check_alpha, check_names
+from dynlora_fn._core._types import Trainable, alpha_of, is_factors
 from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape
 from dynlora_fn.optim._roles import Role, declared_roles
 
@@ -45,6 +45,8 @@ def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eig
         if role not in _PER_VECTOR and _is_moment(tree[name], leaf):
             continue
         sides = _sides(argument, name, tree[name], leaf)
+        if role not in _PER_VECTOR and is_factors(leaf):
+            check_alpha(argument, name, tree[name], "trainable", leaf)
         for side, shape in zip(sides, _shapes(leaf, role), strict=True):
             _check_side(argument, name, side, leaf.b if is_factors(leaf) else leaf, role, eight_bit)
             if moment_shape(side) != shape:
@@ -57,7 +59,8 @@ def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eig
 def _is_moment(state: Any, leaf: Any) -> bool:
     """Return whether a state is the moment of a parameter, without a description of what is wrong."""
     if is_factors(leaf):
-        return is_factors(state) and _is_moment(state.b, leaf.b) and _is_moment(state.a, leaf.a)
+        is_alike = is_factors(state) and alpha_of(state) == alpha_of(leaf)
+        return is_alike and _is_moment(state.b, leaf.b) and _is_moment(state.a, leaf.a)
     return (
         isinstance(state, Tensor)
         and state.shape == leaf.shape

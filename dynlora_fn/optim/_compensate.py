@@ -13,7 +13,16 @@ from dynlora_fn._core._check import check_by_name, check_choice, check_rate, des
 from dynlora_fn._core._check_trees import check_names, check_one_or_more, check_params
 from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._tree import by_name, tensor_of
-from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param, Params
+from dynlora_fn._core._types import (
+    AnyFactors,
+    Factors,
+    FrozenTensor,
+    LowRank,
+    Param,
+    Params,
+    ScaledFactors,
+    ShardedFactors,
+)
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
@@ -22,19 +31,19 @@ from dynlora_fn.optim._transform import Rate, check_rates, rate_of
 Normalize: TypeAlias = Literal["spectrum", "rows"]
 
 
-def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, Factors | Tensor]:
+def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, AnyFactors | Tensor]:
     """Convert gradients of dense weights to gradients of the trainable parameters.
 
     The result equals what `value_and_grad` gives for the factors. With G the gradient at ``materialize(params)``::
 
-        grad_b = G a.T / rank,     grad_a = b.T G / rank
+        grad_b = alpha / rank * G a.T,     grad_a = alpha / rank * b.T G
 
     Args:
         grads: The gradients of the dense weights by name, with the shapes of the weights, stacks included.
         params: The parameters that the dense weights were materialized from.
 
     Returns:
-        The gradients by name, `Factors` or a tensor, with the structure of `partition`'s trainable tree. Full-rank
+        The gradients by name, factors or a tensor, with the structure of `partition`'s trainable tree. Full-rank
         parameters keep their gradient.
 
     Raises:
@@ -57,19 +66,20 @@ def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, 
     return {name: _project_gradient(name, grads[name], param) for name, param in trained.items()}
 
 
-def _project_gradient(name: str, grad: Tensor, param: Param) -> Factors | Tensor:
+def _project_gradient(name: str, grad: Tensor, param: Param) -> AnyFactors | Tensor:
     _check_gradient(name, grad, param)
     if not isinstance(param, LowRank):
         return grad
-    b, a = _whole_factors(name, param)
-    wide, rank = widest(grad.dtype, b.dtype, a.dtype), b.shape[-1]
+    factors, divisor = _whole_factors(name, param), param.divisor
+    b, a = factors.b, factors.a
+    wide = widest(grad.dtype, b.dtype, a.dtype)
     grad = grad.to(wide)
-    grad_b, grad_a = grad @ a.to(wide).mT / rank, b.to(wide).mT @ grad / rank
-    return Factors(b=grad_b.to(b.dtype), a=grad_a.to(a.dtype))
+    grad_b, grad_a = grad @ a.to(wide).mT / divisor, b.to(wide).mT @ grad / divisor
+    return factors._replace(b=grad_b.to(b.dtype), a=grad_a.to(a.dtype))
 
 
-def _whole_factors(name: str, param: LowRank) -> Factors:
-    if not isinstance(param.factors, Factors):
+def _whole_factors(name: str, param: LowRank) -> Factors | ScaledFactors:
+    if isinstance(param.factors, ShardedFactors):
         refuse("dense gradients, sharded factors", name=name)
     return param.factors
 
@@ -182,7 +192,7 @@ def _check_gradient(name: str, grad: Any, param: Param) -> None:
         raise ValueError(f"`grads` has {name!r} on {grad.device}, but the weight is on {device}; move it")
 
 
-def _outside_span(factors: Factors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
+def _outside_span(factors: AnyFactors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
     """Return ``(1 - P_b) grad (1 - P_a)``.
 
     Rows that contain only rounding errors become zero.

@@ -27,7 +27,7 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
     This is the decoupled weight decay of arXiv:1711.05101, with ``rate = lr * weight_decay``. It is exact however often
     vectors are switched, because base and product decay together::
 
-        weight = base + b @ a / rank,     base *= 1 - rate,     b *= 1 - rate
+        weight = base + alpha / rank * b @ a,     base *= 1 - rate,     b *= 1 - rate
 
     A decay of the factors is another method: it pulls the weight to its base, and a switched weight grows.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_number
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, is_factors
+from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, alpha_of, divisor_of, is_factors
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._freeze import freeze_counterparts
@@ -28,7 +28,7 @@ _MAX_RELATIVE_STEP = 0.1  # of the sum of both factors' norms
 def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     """Create Muon, which orthogonalizes updates of matrices and of low-rank weights.
 
-    A low-rank weight is updated through the weight ``b @ a / rank``, not through each factor as a matrix. For a matrix
+    A low-rank weight is updated through ``alpha / rank * b @ a``, not through each factor as a matrix. For a matrix
     (Jordan et al., 2024), with `orthogonalize` bringing all singular values near 1::
 
         mu = momentum * mu + grad,     direction = grad + momentum * mu
@@ -37,13 +37,13 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     If all directions have a gradient, the root mean square of the update's entries is near `lr`, as with AdamW. For
     factors, with ``S_a.T S_a = (a a.T)^-1`` and ``S_b.T S_b = (b.T b)^-1``::
 
-        updates_b = -lr * rank * sqrt(max(out, in)) * orthogonalize(direction_b S_a.T) S_a
-        updates_a = -lr * rank * sqrt(max(out, in)) * S_b.T orthogonalize(S_b direction_a)
+        updates_b = -lr * rank / alpha * sqrt(max(out, in)) * orthogonalize(direction_b S_a.T) S_a
+        updates_a = -lr * rank / alpha * sqrt(max(out, in)) * S_b.T orthogonalize(S_b direction_a)
 
-    Then ``updates_b @ a / rank`` is the orthogonalized dense gradient within the rows of `a`. It does not depend on
-    the lengths of the rows or the angles between them. So `lr` compares with the dense weight's learning rate, not
-    with AdamW's for factors. Orthogonalizing `b` as a matrix would make a long step wherever a vector of `a` is long.
-    LoRA-Muon (arXiv:2606.12921) takes the same step.
+    Then ``alpha / rank * updates_b @ a`` is the orthogonalized dense gradient within the rows of `a`. It does not
+    depend on the lengths of the rows or the angles between them. So `lr` compares with the dense weight's learning
+    rate, not with AdamW's for factors. Orthogonalizing `b` as a matrix would make a long step wherever a vector of `a`
+    is long. LoRA-Muon (arXiv:2606.12921) takes the same step.
 
     A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
     of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
@@ -146,7 +146,7 @@ def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate) 
     else:
         step_b, step_a = orthogonalize(whitened_b), orthogonalize(whitened_a)
         shape = b.shape[-2], a.shape[-1]
-    scale = a.shape[-2] * sqrt(max(shape))
+    scale = abs(divisor_of(a.shape[-2], alpha_of(factors))) * sqrt(max(shape))
     step_b, step_a = scale * step_b @ whitening_a, scale * whitening_b.mT @ step_a
     squares = [side.square().sum((-2, -1), keepdim=True) for side in (b, a, step_b, step_a)]
     norm_b, norm_a, norm_step_b, norm_step_a = square_root(sum_over_processes(torch.stack(squares)))

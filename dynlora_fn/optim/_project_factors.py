@@ -8,7 +8,6 @@ from torch import Tensor
 from dynlora_fn._core._check import described
 from dynlora_fn._core._check_plan import check_fits
 from dynlora_fn._core._check_trees import check_params
-from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import (
     AnyFactors,
     Factors,
@@ -134,10 +133,11 @@ def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
             f"`change` must have the low-rank weight {name!r} before and after the switch, got "
             f"{type(before).__name__} and {type(after).__name__}; pass both dicts of parameters"
         )
-    _refuse_shards(isinstance(leaf, ShardedFactors) or before.factor_sharding is not None, name, "transport")
+    is_sharded = isinstance(leaf, ShardedFactors) or before.factor_sharding or after.factor_sharding
+    _refuse_shards(bool(is_sharded), name, "transport")
     plan = context.plan[name]
     mask = context.counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
-    return transport(leaf, whole_factors(before), whole_factors(after), mask)
+    return transport(leaf, before.factors, after.factors, mask)
 
 
 def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:

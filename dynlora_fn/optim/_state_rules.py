@@ -73,7 +73,7 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
     return moment.abs() <= magnitudes.gather(-1, last[..., None])[..., None]
 
 
-def transport(leaf: AnyFactors, before: Factors, after: Factors, is_counterpart: Factors) -> AnyFactors:
+def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, is_counterpart: Factors) -> AnyFactors:
     b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
     a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
     return leaf._replace(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))

@@ -111,7 +111,7 @@ def check_is_floating(argument: str, name: str, tensor: Tensor) -> None:
 def refuse_decay_of_factors(weight_decay: float, trainable: Trainable) -> None:
     """Raise if weight decay would be applied to factors.
 
-    Decayed vectors leave and fresh ones enter, so decaying factors does not decay the weight ``base + b @ a / rank``.
+    Decayed vectors leave and fresh ones enter, so decaying factors does not decay the weight.
     """
     names = [name for name, leaf in trainable.items() if is_factors(leaf)]
     if weight_decay and names:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass, tree_flatten_with_path, tree_map_with_path
-from dynlora_fn._core._types import Sharding
+from dynlora_fn._core._types import Alpha, Sharding
 from dynlora_fn.bases._deferred import Divisor
 from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name_of
 
 # Compared by type and text. A `Sharding` is not: it differs between processes.
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size, Divisor)
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size, Alpha, Divisor)
 
 
 class Description(NamedTuple):
@@ -63,7 +63,7 @@ def _unsharded(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
 
 def _is_leaf(node: Any) -> bool:
     """Return whether a node is described although it has no leaves: a constant, or a container such as `()`."""
-    return isinstance(node, Divisor) or _is_empty(node)
+    return isinstance(node, Alpha | Divisor) or _is_empty(node)
 
 
 def _is_empty(node: Any) -> bool:
@@ -91,6 +91,8 @@ def _parents(state: Any, path: Any) -> list[Any]:
 
 
 def _kind(node: Any) -> str:
-    """Return the type of a node, and over how many processes it is sharded."""
-    sharding = getattr(node, "sharding", None)
-    return type(node).__name__ + (f" over {sharding.world_size}" if isinstance(sharding, Sharding) else "")
+    """Return the type of a node, over how many processes it is sharded, and the alpha of sharded factors."""
+    sharding, kind = getattr(node, "sharding", None), type(node).__name__
+    if not isinstance(sharding, Sharding):
+        return kind
+    return f"{kind} over {sharding.world_size}" + (f" of alpha {sharding.alpha}" if sharding.alpha != 1 else "")

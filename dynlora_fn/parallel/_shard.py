@@ -152,7 +152,7 @@ def _shard_factors(name: str, param: LowRank, weight: float | None) -> LowRank:
     if not base.sharding or base.pending_folds or isinstance(factors, ShardedFactors):
         refuse("shard_factors, base", name=name)
     weight = 1 / base.sharding.world_size if weight is None else float(check_weight(weight))
-    sharding = replace(base.sharding, columns=factors.a.shape[-1], weight=weight)
+    sharding = replace(base.sharding, columns=factors.a.shape[-1], weight=weight, alpha=param.alpha)
     b, a = factors.b[..., sharding.local_rows, :].clone(), factors.a[..., sharding.as_columns.local_rows].clone()
     return param._replace(factors=ShardedFactors(b, a, sharding))
 

@@ -16,6 +16,7 @@ from dynlora_fn._core._types import (
     FrozenLeaf,
     FrozenTensor,
     Plans,
+    ScaledFactors,
     ShardedFactors,
     Sharding,
     Trainable,
@@ -112,7 +113,7 @@ def wire_bytes(
     """
     _check_arguments(trainable, frozen, plan)
     gathers = check_integer("gathers", gathers, least=0)
-    factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors)]
+    factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors | ScaledFactors)]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
     bases = sum(_gathered_bytes(as_base(leaf.base)) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen))
     shards = switched = 0

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._check import check_integer, check_number
 from dynlora_fn._core._torch import are_immediate
 from dynlora_fn._core._types import Side
 
@@ -207,7 +207,7 @@ class Bounds(NamedTuple):
     a: float
 
 
-def basis_bounds(out_features: int, in_features: int, rank: int) -> Bounds:
+def basis_bounds(out_features: int, in_features: int, rank: int, *, alpha: float = 1) -> Bounds:
     """Return the bounds of SwitchLoRA's initialization.
 
     Both sides are non-zero, so that an incoming vector meets a counterpart and gets a gradient at once. The bounds are
@@ -216,17 +216,20 @@ def basis_bounds(out_features: int, in_features: int, rank: int) -> Bounds:
         std_b = (rank / sqrt(out * in)) ** (1 / 4) * sqrt(gain)
         std_a = (sqrt(out) * rank / in ** (3 / 2)) ** (1 / 4) * sqrt(gain)
 
+    Both are divided by ``sqrt(alpha)``, so that ``alpha / rank * b @ a`` is of the same size for every alpha.
+
     Args:
         out_features: The `out` of the weight.
         in_features: The `in` of the weight.
         rank: The rank of the factors.
+        alpha: The alpha of the weight.
 
     Returns:
         The bounds of side b and side a.
 
     Raises:
-        TypeError: If an argument is no integer.
-        ValueError: If one is less than 1.
+        TypeError: If a size is no integer, or `alpha` no number.
+        ValueError: If a size is less than 1, or `alpha` is not finite and above 0.
 
     Example:
         >>> bounds = basis_bounds(16, 16, 4)
@@ -238,4 +241,5 @@ def basis_bounds(out_features: int, in_features: int, rank: int) -> Bounds:
     gain = 1 / math.sqrt(3)  # the gain of leaky_relu with a negative slope of sqrt(5)
     std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * gain**0.5
     std_a = (math.sqrt(out_features) * rank / in_features**1.5) ** 0.25 * gain**0.5
-    return Bounds(b=math.sqrt(3) * std_b, a=math.sqrt(3) * std_a)
+    root = math.sqrt(check_number("alpha", alpha, above=0))
+    return Bounds(b=math.sqrt(3) * std_b / root, a=math.sqrt(3) * std_a / root)

@@ -56,4 +56,4 @@ def planned_vectors(params: LowRank | Params, plan: Any, start: Start) -> Any:
 
 def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:
     shape, rank, dtype = param.shape[-2:], param.factors.a.shape[-2], param.factors.a.dtype
-    return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype)
+    return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype, param.alpha)

@@ -14,10 +14,10 @@ from dynlora_fn.bases._base import as_base
 def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, "*stack count in"]) -> LowRank:
     """Add a product to a weight through its base.
 
-    The weight changes by ``b @ a / rank``, with the rank of `param`, and the factors do not change. `switch` and
-    `merge` fold in this way::
+    The weight changes by ``alpha / rank * b @ a``, with alpha and rank of `param`, and the factors do not change.
+    `switch` and `merge` fold in this way::
 
-        base += b @ a / rank
+        base += alpha / rank * b @ a
 
     Args:
         param: The weight.
@@ -53,7 +53,7 @@ def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, 
                 f"`{name}` has shape {tuple(factor.shape)}; a product for a weight of shape {tuple(param.shape)} needs"
                 f" {shape} for the {count} vectors of `b`"
             )
-    base = as_base(param.base).fold(b, a, rank=param.factors.b.shape[-1], name="param")
+    base = as_base(param.base).fold(b, a, divisor=param.divisor, name="param")
     return param._replace(base=base)
 
 

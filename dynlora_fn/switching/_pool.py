@@ -54,7 +54,7 @@ def _init_pool(name: str, param: LowRank, device: torch.device | str) -> Pool:
     shape, rank = param.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype
-    (vectors,) = vectors_of([BasisSlice(seed, rows, rows, shape, rank, "switchlora", dtype)])
+    (vectors,) = vectors_of([BasisSlice(seed, rows, rows, shape, rank, "switchlora", dtype, param.alpha)])
     slots = rows[:rank].expand(*seed.shape, rank)
     return Pool(
         b=SidePool(vectors.b.mT.contiguous(), (slots - rank // 2) % rank),

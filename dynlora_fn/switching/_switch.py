@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dynlora_fn._core._check_trees import check_alpha
 from dynlora_fn._core._collectives import gather
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._plans import remembered, share_plans
@@ -18,8 +19,11 @@ from dynlora_fn._core._types import (
     Params,
     Plan,
     Plans,
+    ScaledFactors,
     ShardedFactors,
     SidePlan,
+    alpha_of,
+    divisor_of,
 )
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse_attached
@@ -58,8 +62,8 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     The weight does not change, except for one rounding of the base. For each planned slot k, side a first
     (arXiv:2406.06564, algorithm 1)::
 
-        base += b[:, k] (a[k] - incoming.a[k]) / rank;   a[k] = incoming.a[k]
-        base += (b[:, k] - incoming.b[k]) a[k] / rank;   b[:, k] = incoming.b[k]
+        base += alpha / rank * b[:, k] (a[k] - incoming.a[k]);   a[k] = incoming.a[k]
+        base += alpha / rank * (b[:, k] - incoming.b[k]) a[k];   b[:, k] = incoming.b[k]
 
     Both sides are folded in one pass over the base. Switching the outgoing vectors back in restores the factors bit for
     bit.
@@ -143,7 +147,7 @@ def _switch_tensors(
 ) -> tuple[Any, AnyFactors, AnyFactors]:
     """Return the new base, the new factors and the outgoing vectors."""
     b, a, sharding = factors.b, factors.a, factors.sharding if isinstance(factors, ShardedFactors) else None
-    if sharding and isinstance(incoming, Factors):
+    if sharding and not isinstance(incoming, ShardedFactors):
         incoming = Factors(incoming.b[..., sharding.local_rows, :], incoming.a[..., sharding.as_columns.local_rows])
     wide = widest(a.dtype, as_base(base).sum_dtype)
     new_a = _replace(a, plan.a, incoming.a, wide, sources)
@@ -154,7 +158,7 @@ def _switch_tensors(
     if sharding:  # each process folds into full rows of the base, so it needs all columns of `a`
         refuse_attached("gradient, sharded factors", right, name=name)
         right = gather(right.mT, sharding.as_columns).mT
-    base = as_base(base).fold(left, right, rank=a.shape[-2], name=name)
+    base = as_base(base).fold(left, right, divisor=divisor_of(a.shape[-2], alpha_of(factors)), name=name)
     new = factors._replace(b=new_b.rows.mT.contiguous(), a=new_a.rows)
     return base, new, factors._replace(b=new_b.outgoing.mT, a=new_a.outgoing)
 
@@ -243,6 +247,8 @@ def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: AnyFactors)
                 f" {param.factor_sharding}; pass all rows and columns, or shards of the same sharding"
             )
         out_features, in_features = param.factors.b.shape[-2], param.factors.a.shape[-1]
+    elif isinstance(incoming, ScaledFactors):
+        check_alpha("incoming", name, incoming, "params", param.factors)
     for side, vectors, wanted in (
         ("b", incoming.b, (*stack, out_features, plan.b.slots.shape[-1])),
         ("a", incoming.a, (*stack, plan.a.slots.shape[-1], in_features)),

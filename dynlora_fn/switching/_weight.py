@@ -1,6 +1,6 @@
 """Basis vectors of a weight, and `materialize` and `merge`.
 
-A weight is ``base + b @ a / rank``.
+A weight is ``base + alpha / rank * b @ a``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice, check_dtype, check_integer, described
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._tree import tensor_of
-from dynlora_fn._core._types import Factors, LowRank, Param, Params, Side
+from dynlora_fn._core._tree import tensor_of, whole_factors
+from dynlora_fn._core._types import Alpha, Factors, LowRank, Param, Params, Side
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._pending import with_pending
@@ -32,17 +32,18 @@ class BasisSlice(NamedTuple):
     seed: Int[Tensor, "*stack"]
     b_indices: Int[Tensor, "*#stack b_count"]
     a_indices: Int[Tensor, "*#stack a_count"]
-    shape: Sequence[int]  # (out, in) of the weight; with `rank` and `start` it sets the bounds
+    shape: Sequence[int]  # (out, in) of the weight; with `rank`, `start` and `alpha` it sets the bounds
     rank: int
     start: Start
     dtype: torch.dtype
+    alpha: float = 1.0
 
 
 def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
     """Generate the vectors of each slice of a basis.
 
-    They depend only on the seed, side and index, and on the bounds, which shape, rank and start set. Their bits are the
-    same on every device, eager and compiled. All slices are generated together.
+    They depend only on the seed, side and index, and on the bounds, which shape, rank, start and alpha set. Their bits
+    are the same on every device, eager and compiled. All slices are generated together.
 
     Args:
         slices: The slices. Their `start` is "switchlora" for the bounds of `basis_bounds`. "lora" means zeros on side b
@@ -104,6 +105,7 @@ def _check_slice(basis_slice: Any) -> None:
     check_integer("rank` of `slices", basis_slice.rank, least=1)
     check_choice("start", basis_slice.start, get_args(Start))
     check_dtype("dtype` of `slices", basis_slice.dtype)
+    Alpha(basis_slice.alpha)
 
 
 def first_vectors(
@@ -114,9 +116,10 @@ def first_vectors(
     dtype: torch.dtype,
     *,
     from_slot: int = 0,
+    alpha: float = 1.0,
 ) -> Factors:
     """Return the vectors that a weight starts with, in the slots from `from_slot` to its rank."""
-    return vectors_of([first_slice(seed, shape, rank, start, dtype, from_slot=from_slot)])[0]
+    return vectors_of([first_slice(seed, shape, rank, start, dtype, from_slot=from_slot, alpha=alpha)])[0]
 
 
 def first_slice(
@@ -127,12 +130,13 @@ def first_slice(
     dtype: torch.dtype,
     *,
     from_slot: int = 0,
+    alpha: float = 1.0,
 ) -> BasisSlice:
     """Name the vectors that a weight starts with, in the slots from `from_slot` to its rank."""
     slots = torch.arange(from_slot, max(rank, from_slot), device=seed.device)
     # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
     b_indices = (slots - rank // 2) % rank
-    return BasisSlice(seed, b_indices, slots, shape, rank, start, dtype)
+    return BasisSlice(seed, b_indices, slots, shape, rank, start, dtype, alpha)
 
 
 def _scale(basis_slice: BasisSlice, b: Tensor | None, a: Tensor) -> Factors:
@@ -143,7 +147,7 @@ def _scale(basis_slice: BasisSlice, b: Tensor | None, a: Tensor) -> Factors:
         shape = torch.broadcast_shapes(basis_slice.seed.shape, basis_slice.b_indices.shape[:-1])  # type: ignore[no-untyped-call]
         zeros = a.new_zeros((*shape, out_features, basis_slice.b_indices.shape[-1]), dtype=basis_slice.dtype)
         return Factors(b=zeros, a=(a.to(dtype) * in_features**-0.5).to(basis_slice.dtype))
-    bound = basis_bounds(out_features, in_features, basis_slice.rank)
+    bound = basis_bounds(out_features, in_features, basis_slice.rank, alpha=abs(basis_slice.alpha))
     b, a = b.to(dtype) * bound.b, a.to(dtype) * bound.a
     return Factors(b=b.to(basis_slice.dtype).mT.contiguous(), a=a.to(basis_slice.dtype))
 
@@ -153,7 +157,7 @@ def materialize(params: Param) -> Tensor: ...
 @overload
 def materialize(params: Params) -> dict[str, Tensor]: ...
 def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
-    """Return the dense weight, ``base + b @ a / rank``.
+    """Return the dense weight, ``base + alpha / rank * b @ a``.
 
     Args:
         params: One parameter, or a dict of parameters by name. Full-rank parameters are returned unchanged.
@@ -180,9 +184,9 @@ def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
 def _dense(param: Param) -> Tensor:
     if not isinstance(param, LowRank):
         return tensor_of(param)
-    folded, (b, a) = with_pending(param, _sum_dtype(param))
-    base = as_base(folded)
-    return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, rank=b.shape[-1])
+    joined = with_pending(param, _sum_dtype(param))
+    base, (b, a) = as_base(joined.base), whole_factors(joined)
+    return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, divisor=joined.divisor)
 
 
 @overload
@@ -194,7 +198,7 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
     The weight does not change, except for one rounding of the base. Merging twice equals merging once::
 
-        base += b @ a / rank,     b = 0
+        base += alpha / rank * b @ a,     b = 0
 
     `a` and the seed stay the same.
 
@@ -230,7 +234,7 @@ def _sum_dtype(param: LowRank) -> torch.dtype:
 
 
 def _merge(name: str, param: LowRank) -> LowRank:
-    folded, (b, a) = with_pending(param, _sum_dtype(param))
-    new = as_base(folded).fold(b, a, rank=b.shape[-1], name=name)
-    base = as_base(param.base).with_folded(new, rank=param.factors.b.shape[-1])
+    joined = with_pending(param, _sum_dtype(param))
+    new = as_base(joined.base).fold(*whole_factors(joined), divisor=joined.divisor, name=name)
+    base = as_base(param.base).with_folded(new, divisor=param.divisor)
     return LowRank(base, param.factors._replace(b=torch.zeros_like(param.factors.b)), param.seed)

@@ -76,14 +76,12 @@ class TransformMachine(ShadowedModel):
 
         value, grads = value_and_grad(loss)(trainable)
         self.compare_with_dense(value, unstacked(grads) if STACK in grads else grads, x, cotangent)
-        before = {
-            name: product(whole_factors(param), param.factors.b.shape[-1]) for name, param in self.weights().items()
-        }
+        before = {name: product(whole_factors(param), param.divisor) for name, param in self.weights().items()}
         updates, self.opt_state = self.optimizer.update(grads, self.opt_state, trainable, lr=1e-2)
         trainable = apply_updates(trainable, updates)
         self.params = combine(trainable, frozen)
         for name, param in self.weights().items():
-            self.shadow[name] += product(whole_factors(param), param.factors.b.shape[-1]) - before[name]
+            self.shadow[name] += product(whole_factors(param), param.divisor) - before[name]
         self.shadow["head.bias"] = self.bias.double()
 
     @rule(data=st.data())

@@ -46,7 +46,7 @@ def seen_weight(param: LowRank) -> Tensor:
 
 def magnitude(param: LowRank) -> Tensor:
     """Return `exact_weight` with all terms positive. Rounding errors are relative to it, since terms may cancel."""
-    absolute = [(Factors(b.abs(), a.abs()), rank) for (b, a), rank in products(param)]
+    absolute = [(Factors(b.abs(), a.abs()), abs(divisor)) for (b, a), divisor in products(param)]
     return exact_base(as_base(param.base).folded).abs() + sum(product(*pair) for pair in absolute)
 
 
@@ -74,7 +74,7 @@ def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
     """
     old, new = (as_base(param.base).folded for param in (before, after))
     work = widest(before.factors.b.dtype, after.factors.b.dtype, as_base(old).sum_dtype, as_base(new).sum_dtype)
-    terms = 8 + 2 * sum(factors.b.shape[-1] for param in (before, after) for factors, _ in products(param))
+    terms = 8 + 2 * sum(b.shape[-1] for param in (before, after) for (b, _), _ in products(param))
     total = magnitude(before) + magnitude(after) + _mixed_products(before, after)
     bound = folds * terms * eps(work) * total
     if any(as_base(param.base).pending_folds for param in (before, after)):
@@ -98,22 +98,22 @@ def factor_rounding(before: LowRank, after: LowRank) -> Tensor:
     Returns:
         The bound in float64, in the shape of the weight.
     """
-    old, new = whole_factors(before), whole_factors(after)
+    old, new = Factors(*whole_factors(before)), Factors(*whole_factors(after))
     size = Factors(new.b.double().abs(), new.a.double().abs())
     is_kept = old.b.shape == new.b.shape and old.a.shape == new.a.shape
     changed = Factors(*(torch.where(x == y, 0, z) if is_kept else z for x, y, z in zip(old, new, size, strict=True)))
-    rank, dtype = new.b.shape[-1], new.b.dtype
-    rounded = product(Factors(changed.b, size.a), rank) + product(Factors(size.b, changed.a), rank)
+    divisor, dtype = abs(after.divisor), new.b.dtype
+    rounded = product(Factors(changed.b, size.a), divisor) + product(Factors(size.b, changed.a), divisor)
     if not rounded.any():
         return rounded
-    sums = (8 + 2 * rank) * eps(widest(dtype))
-    return eps(dtype) * rounded + sums * (_largest_products(old) + _largest_products(new))
+    sums = (8 + 2 * new.b.shape[-1]) * eps(widest(dtype))
+    return eps(dtype) * rounded + sums * (_largest_products(old, before.divisor) + _largest_products(new, divisor))
 
 
-def _largest_products(factors: Factors) -> Tensor:
-    """Return the sum over the vectors of their largest entries' products, over the rank."""
+def _largest_products(factors: Factors, divisor: float) -> Tensor:
+    """Return the sum over the vectors of their largest entries' products, over the divisor."""
     b, a = (leaf.double().abs() for leaf in factors)
-    return (b.amax(-2, keepdim=True) @ a.amax(-1, keepdim=True)) / b.shape[-1]
+    return (b.amax(-2, keepdim=True) @ a.amax(-1, keepdim=True)) / abs(divisor)
 
 
 def half_step(base: StoredBase) -> Tensor:
@@ -141,10 +141,10 @@ def exact_base(base: StoredBase) -> Tensor:
     return as_base(base).exact(torch.float64)
 
 
-def product(factors: Factors, rank: int) -> Tensor:
-    """Return ``b @ a / rank`` in float64."""
+def product(factors: tuple[Tensor, Tensor], divisor: float) -> Tensor:
+    """Return ``b @ a / divisor`` in float64."""
     b, a = factors
-    return torch.einsum("...or,...ri->...oi", b.double(), a.double()) / rank
+    return torch.einsum("...or,...ri->...oi", b.double(), a.double()) / divisor
 
 
 def _fold_rounding(base: StoredBase, slack: Tensor) -> Tensor:
@@ -156,9 +156,9 @@ def _fold_rounding(base: StoredBase, slack: Tensor) -> Tensor:
     return step if residual is None else step * residual.half_step * 1.01
 
 
-def products(param: LowRank) -> list[tuple[Factors, int]]:
+def products(param: LowRank) -> list[tuple[tuple[Tensor, Tensor], float]]:
     """Return the trained and the pending factors, each with its divisor."""
-    return [(whole_factors(param), param.factors.b.shape[-1]), *as_base(param.base).pending_folds]
+    return [(whole_factors(param), param.divisor), *as_base(param.base).pending_folds]
 
 
 def _mixed_products(before: LowRank, after: LowRank) -> Tensor | float:
@@ -166,6 +166,5 @@ def _mixed_products(before: LowRank, after: LowRank) -> Tensor | float:
     (b, a), (new_b, new_a) = whole_factors(before), whole_factors(after)
     if b.shape != new_b.shape:
         return 0.0
-    rank = b.shape[-1]
     pair = Factors(b.double().abs() + new_b.double().abs(), a.double().abs() + new_a.double().abs())
-    return product(pair, rank)
+    return product(pair, abs(before.divisor))

@@ -13,6 +13,7 @@ from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition, whole_factors
 from dynlora_fn._core._types import LowRank, Param
 from dynlora_fn.bases._base import as_base
+from dynlora_fn.bases._pending import rank_with_pending
 from dynlora_fn.interop._init import init
 from dynlora_fn.optim._adamw import adamw
 from dynlora_fn.optim._freeze import FreezeState
@@ -20,7 +21,7 @@ from dynlora_fn.switching._schedule import Schedule
 from dynlora_fn.switching._weight import Start
 from dynlora_fn.testing._compare import assert_within, eps
 from dynlora_fn.testing._shadow import exact_weight, factor_rounding, half_step, rounding, seen_weight
-from dynlora_fn.testing._small_model import Net, all_factors, dense, magnitude
+from dynlora_fn.testing._small_model import Net, dense, magnitude
 from dynlora_fn.testing._values import STORAGES, Storage, normal
 
 
@@ -28,6 +29,7 @@ class ShadowedModel(RuleBasedStateMachine):
     """A machine without rules: it draws a model, and compares it with its shadow after every rule of a subclass."""
 
     storages: Sequence[Storage] = STORAGES  # a subclass may draw from others
+    alphas: Sequence[float] = (1.0,)  # a subclass may draw from others
     params: dict[str, Param]
     opt_state: FreezeState  # around an `AdamWState`
     shadow: dict[str, Tensor]  # dense weights in float64, by the names of the model
@@ -42,11 +44,21 @@ class ShadowedModel(RuleBasedStateMachine):
         rank=st.integers(1, 8),
         seed=st.integers(0, 1000),
         storage=st.runner().flatmap(lambda machine: st.sampled_from(machine.storages)),
+        alpha=st.runner().flatmap(lambda machine: st.sampled_from(machine.alphas)),
         dtype=st.sampled_from([torch.float32, torch.float64]),
         start=st.sampled_from(["switchlora", "lora"]),
         is_stacked=st.booleans(),
     )
-    def init(self, rank: int, seed: int, storage: Storage, dtype: torch.dtype, start: Start, is_stacked: bool) -> None:
+    def init(
+        self,
+        rank: int,
+        seed: int,
+        storage: Storage,
+        alpha: float,
+        dtype: torch.dtype,
+        start: Start,
+        is_stacked: bool,
+    ) -> None:
         """Draw the model, its parameters and the state of the optimizer."""
         self.model = Net().to(dtype)
         with torch.no_grad():
@@ -60,6 +72,7 @@ class ShadowedModel(RuleBasedStateMachine):
         self.params = init(
             self.model,
             rank=rank,
+            alpha=alpha,
             seed=seed,
             targets=targets,
             start=start,
@@ -113,17 +126,14 @@ class ShadowedModel(RuleBasedStateMachine):
             x.double().abs(),
             cotangent.double().abs(),
         )
-        vectors = sum(factors.b.shape[-1] for factors in all_factors(next(iter(weights.values()))))
+        vectors = rank_with_pending(next(iter(weights.values())))
         error = 2 * (3 * (32 + 2 * vectors) + 24 + 16) * eps(x.dtype)
         assert_within(value, wanted, error * magnitude_of_value)
         for name, param in weights.items():
-            (b, a), rank = (leaf.double() for leaf in whole_factors(param)), param.factors.b.shape[-1]
-            assert_within(
-                grads[name].b, wanted_grads[name] @ a.mT / rank, error * magnitude_of_grads[name] @ a.abs().mT / rank
-            )
-            assert_within(
-                grads[name].a, b.mT @ wanted_grads[name] / rank, error * b.abs().mT @ magnitude_of_grads[name] / rank
-            )
+            (b, a), divisor = (leaf.double() for leaf in whole_factors(param)), param.divisor
+            bound, size = error * magnitude_of_grads[name], abs(divisor)
+            assert_within(grads[name].b, wanted_grads[name] @ a.mT / divisor, bound @ a.abs().mT / size)
+            assert_within(grads[name].a, b.mT @ wanted_grads[name] / divisor, b.abs().mT @ bound / size)
 
     @invariant()
     def compare(self) -> None:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._torch import tree_leaves, tree_map
-from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank, Param
 from dynlora_fn.bases._base import as_base
-from dynlora_fn.testing._shadow import exact_base, half_step, product
+from dynlora_fn.testing._shadow import exact_base, half_step, product, products
 
 LAYERS = ("layers.0.weight", "layers.1.weight")
 STACK = "layers.*.weight"
@@ -47,15 +46,9 @@ def magnitude(param: LowRank | None, weight: Tensor) -> Tensor:
     """Return the dense weight with all of its terms positive."""
     if param is None:
         return weight.abs()
-    rank = param.factors.b.shape[-1]
-    terms = [product(Factors(b.abs(), a.abs()), rank) for b, a in all_factors(param)]
+    terms = [product(Factors(b.abs(), a.abs()), abs(divisor)) for (b, a), divisor in products(param)]
     base = as_base(param.base).folded
     return exact_base(base).abs() + half_step(base) + sum(terms)
-
-
-def all_factors(param: LowRank) -> list[Factors]:
-    """Return the trained and the pending factors."""
-    return [whole_factors(param), *(fold.factors for fold in as_base(param.base).pending_folds)]
 
 
 def is_sharded(param: LowRank) -> bool:

@@ -56,6 +56,7 @@ def low_rank_params(
     storages: Sequence[Storage] = STORAGES,
     factor_dtypes: st.SearchStrategy[torch.dtype] = dtypes,
     deferred: bool | None = None,
+    alphas: st.SearchStrategy[float] | None = None,
 ) -> LowRank:
     """Draw weights with bases of every precision, with and without a residual and pending folds.
 
@@ -65,6 +66,7 @@ def low_rank_params(
         storages: The storages of bases. `merge` and `switch` leave those of `PLAIN` in one tensor.
         factor_dtypes: A strategy for dtypes of factors.
         deferred: Whether folds are pending, with room for those of any plan. Default None draws both.
+        alphas: A strategy for alphas. Default None means 1.
 
     Example:
         >>> low_rank_params(deferred=False).validate()
@@ -92,6 +94,7 @@ def low_rank_params(
         factor_dtype=draw(factor_dtypes),
         storage=storage,
         waiting=2 * shape.rank if is_deferred else 0,
+        **({} if alphas is None else {"alpha": draw(alphas)}),
     )
 
 

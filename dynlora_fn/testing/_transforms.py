@@ -30,7 +30,7 @@ def check_preserves_weight(
 
     Compared in float64 is the weight of the definition, with the residual of a base in codes and with pending folds::
 
-        base + b @ a / rank
+        base + alpha / rank * b @ a
 
     Args:
         transform: A function of a weight, or of a weight and a plan.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition
-from dynlora_fn._core._types import Factors, LowRank, Params, Plan, SidePlan, Trainable
+from dynlora_fn._core._types import Factors, LowRank, Params, Plan, SidePlan, Trainable, with_alpha
 from dynlora_fn.bases._defer import defer
 from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.bases._quantize import quantize
@@ -82,6 +82,7 @@ def low_rank(
     factor_dtype: torch.dtype = torch.float64,
     storage: Storage | None = None,
     waiting: int = 0,
+    alpha: float = 1.0,
 ) -> LowRank:
     """Return a weight whose base, factors and basis seeds are drawn from one generator.
 
@@ -93,6 +94,7 @@ def low_rank(
         factor_dtype: The dtype of the factors.
         storage: The storage of the base. Default None means a plain tensor of `base_dtype`.
         waiting: The number of vectors whose fold is pending, as after `defer`.
+        alpha: The alpha of the weight.
 
     Example:
         >>> low_rank(Shape(6, 4, 2), (3,), seed=1).factors.b.shape
@@ -110,7 +112,7 @@ def low_rank(
         )
 
     base = normal(generator, *stack, out_features, in_features, dtype=base_dtype)
-    param = LowRank(base, factors(rank), torch.randint(2**62, stack, generator=generator))
+    param = LowRank(base, with_alpha(factors(rank), alpha), torch.randint(2**62, stack, generator=generator))
     if storage is not None and storage.kind not in ("float64", "float32"):
         param = quantize(param, storage.kind, residual=storage.residual)
     if waiting:

@@ -3,6 +3,7 @@
 They are those of pre-training with other defaults, and three more.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,8 +23,11 @@ class Training(pretrain.Training):
     """The method, the model, and how long it is trained."""
 
     model: str = ""
-    """Folder of the model, as `save_pretrained` writes it."""
+    """Folder of the model, as `save_pretrained` writes it. Required. Its weights are trained in float32."""
     rank: int = 16
+    alpha: float | None = None
+    """Alpha of the factors, as in PEFT: a weight is `base + alpha / rank * b @ a`. Default None means the rank.
+    Then the same rate gives the training of PEFT with `lora_alpha` equal to `r`."""
     targets: tuple[str, ...] = ()
     """Names or globs of the weights that become low-rank. By default those of all linear layers except the head."""
     steps: int = 200
@@ -36,9 +40,10 @@ class Data(pretrain.Data):
     """The text, and the batches that are drawn from it."""
 
     text: tuple[Path, ...] = ()
-    """Files or folders to train on. Either this or `dataset` must be given."""
+    """Files or folders to train on. Required, except with --dataset."""
     tokenizer: str | None = None
-    """Name, folder or file of a tokenizer for `transformers`. Default None means the tokenizer of the model."""
+    """Name, folder or file of a tokenizer for `transformers`. It is written beside the model and the adapter.
+    Default None means the tokenizer in the folder of the model."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Output(pretrain.Output):
     export: Literal["merged", "adapter", "both"] = "both"
     """Files to write: a merged model for `from_pretrained`, a PEFT adapter for the given model, or both."""
     adapter_rank: int | None = None
-    """Rank of the adapter. The change of each weight is truncated to it.
-    Default None means the rank of the factors."""
+    """Rank of the adapter. The change of each weight is truncated to it, and a line says what loss that costs.
+    Default None means the rank of the factors, which keeps the change of lora."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,15 @@ class Config(pretrain.Config):
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[pretrain.DefaultRates] = FINETUNE_RATES
+    # The record of a run has digests of what `model`, `text` and `tokenizer` name.
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *pretrain.Config.free_to_change,
+        *("model", "text", "tokenizer", "export", "adapter_rank", "eval_every", "save_every"),
+    )
+
+    def alpha(self) -> float:
+        """Return the option `alpha`, or the rank."""
+        return float(self.training.rank if self.training.alpha is None else self.training.alpha)
 
     def decays_weights(self) -> bool:
         """Return whether `weight_decay` is of the weights, and not of their factors.
@@ -103,6 +117,8 @@ def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
         raise ValueError(f"`model` must be a folder with config.json, got {model!r}")
     if not (config.data.text or config.data.dataset):
         raise ValueError("`text` or `dataset` must be given, got neither; pass files or folders with --text")
+    if not (config.alpha() > 0 and math.isfinite(config.alpha())):
+        raise ValueError(f"`alpha` must be positive and finite, got {config.alpha()}")
     if adapter_rank is not None and adapter_rank < 1:
         raise ValueError(f"`adapter_rank` must be at least 1, got {adapter_rank}")
     if config.training.method == "full" and config.output.export == "adapter":

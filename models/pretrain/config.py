@@ -181,6 +181,8 @@ class Config:
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[DefaultRates] = PRETRAIN_RATES
+    # Options that may differ between a run and its continuation, because no result depends on them.
+    free_to_change: ClassVar[tuple[str, ...]] = ("out", "resume", "json", "keep", "check_every")
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option by its name, without the groups."""
@@ -193,6 +195,10 @@ class Config:
             return self.optimization.optimizer
         supports_muon = not self.machine.shard_factors and self.precision.moments == "float32"
         return "muon" if self.training.method == "switchlora" and supports_muon else "adamw"
+
+    def alpha(self) -> float:
+        """Return the alpha of the low-rank weights, which are ``base + alpha / rank * b @ a``."""
+        return 1.0
 
     def decays_weights(self) -> bool:
         """Return whether `weight_decay` is of the weights, and not of their factors."""

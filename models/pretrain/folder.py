@@ -1,15 +1,13 @@
 """The folder of a run, and the record of its options."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
 from models.pretrain.config import Config
-
-# Options that may differ between a run and its continuation, because no result depends on them.
-_FREE_TO_CHANGE = ("out", "resume", "json", "keep", "check_every")
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -33,15 +31,16 @@ def resume_after_restart(config: ConfigT) -> ConfigT:
     return replace(config, output=replace(config.output, resume=(out / "config.json").is_file()))
 
 
-def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
+def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> None:
     """Create the folder of a new run, or check the options of a resumed one.
 
-    The record in config.json is flat, one entry per option, whatever the groups of `Config` are.
+    The record in config.json is flat, one entry per option, whatever the groups of `Config` are. `digests` are
+    hashes of the files that some options name.
 
     Raises:
         ValueError: If the folder contains anything else, or other options. Nothing in it is changed.
     """
-    record = _record(config, corpus_digest)
+    record = _record(config, digests)
     path, temporary = folder / "config.json", folder / "config.writing"
     if config.output.resume:
         if not path.is_file():
@@ -55,9 +54,9 @@ def prepare_folder(config: Config, folder: Path, corpus_digest: str) -> None:
         temporary.rename(path)
 
 
-def _record(config: Config, corpus_digest: str) -> dict[str, object]:
-    options = {name: value for name, value in config.options().items() if name not in _FREE_TO_CHANGE}
-    record: dict[str, object] = json.loads(json.dumps(options | {"corpus": corpus_digest}, default=str))
+def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
+    options = {name: value for name, value in config.options().items() if name not in config.free_to_change}
+    record: dict[str, object] = json.loads(json.dumps(options | digests, default=str))
     return record
 
 

@@ -15,7 +15,7 @@ import dynlora_fn as dl
 from models.llama import TARGETS
 from models.pretrain.config import Config
 from models.pretrain.device import compute_dtype, run_device
-from models.pretrain.optimizer import Optimizer, inner_names, make_optimizer
+from models.pretrain.optimizer import Optimizer, make_optimizer
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 
 
@@ -62,9 +62,12 @@ def make_method(
         processes: The processes that share the work.
     """
     params = init_params(config, model, targets, processes=processes)
+    inner = frozenset(name for name, param in params.items() if isinstance(param, dl.LowRank))
+    if config.training.method == "full":
+        params = dense_weights(config, model, params)
     if config.machine.shard_factors:
         params = dl.parallel.shard_factors(params, weight=processes.weight(config.data.batch_size))
-    optimizer = make_optimizer(config, inner_names(config, params, targets))
+    optimizer = make_optimizer(config, inner)
     untrained = untrained_names(params)
     trainable, frozen = dl.partition(params, frozen=untrained)
     return Method(
@@ -78,18 +81,45 @@ def make_method(
 def init_params(
     config: Config, model: nn.Module, targets: Sequence[str], *, processes: Processes = SINGLE_PROCESS
 ) -> dict[str, Any]:
+    """Return the parameters, low-rank for every target.
+
+    For full, `dense_weights` makes them dense again.
+    """
     training, precision = config.training, config.precision
     return dl.init(
         model,
-        rank=training.rank,
+        rank=1 if training.method == "full" else training.rank,
+        alpha=config.alpha(),
         seed=training.seed,
-        targets=[] if training.method == "full" else training.targets or targets,
+        targets=training.targets or targets,
         start=start(config),
         base=None if precision.base_dtype == "float32" else precision.base_dtype,
         residual=None if precision.residual == "none" else precision.residual,
         residual_device=precision.residual_device,
         group=processes.group if config.machine.shard else None,
     )
+
+
+def dense_weights(config: Config, model: nn.Module, params: dict[str, Any]) -> dict[str, Any]:
+    """Return all weights dense, in the shapes of the model, from bases whose product is still zero.
+
+    So full-rank training has the stacks of the other methods, and their targets are what the inner optimizer trains.
+
+    Raises:
+        ValueError: If Muon would train a convolution, of which it would orthogonalize each kernel.
+    """
+
+    def dense(name: str, param: Any) -> Any:
+        if not isinstance(param, dl.LowRank):
+            return param
+        shape = model.get_parameter(next(iter(dl.unstack({name: param})))).shape
+        if param.base.shape[-len(shape) :] == shape:
+            return param.base
+        if config.inner_optimizer() == "muon":
+            raise ValueError(f"`targets` must be matrices for muon, got {name!r} of a convolution; use adamw")
+        return param.base.reshape(*param.base.shape[:-2], *shape)  # a convolution, whose base is a matrix
+
+    return {name: dense(name, param) for name, param in params.items()}
 
 
 def start(config: Config) -> dl.switching.Start:

@@ -1,7 +1,6 @@
 """The optimizer of each parameter, its learning rate and its decay."""
 
-from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,24 +18,11 @@ class Optimizer(NamedTuple):
     update: Callable[..., dl.optim.Updates]
 
 
-def inner_names(config: Config, params: dict[str, Any], targets: Sequence[str]) -> frozenset[str]:
-    """Return the names of the low-rank weights.
-
-    For full, these are the weights that the other methods make low-rank.
-    """
-    training = config.training
-    globs = training.targets or targets if training.method == "full" else ()
-    return frozenset(
-        name
-        for name, param in params.items()
-        if isinstance(param, dl.LowRank) or any(fnmatchcase(name, glob) for glob in globs)
-    )
-
-
 def make_optimizer(config: Config, inner: frozenset[str]) -> Optimizer:
     """Return the optimizer.
 
-    It takes the learning rate of the `inner` weights and scales it for the others.
+    `inner` names the weights that are low-rank, or would be with another method than full. The optimizer takes their
+    learning rate and scales it for the others.
     """
     weight_decay, moments, scale = config.optimization.weight_decay, config.precision.moments, dense_lr_scale(config)
     is_of_weights = config.decays_weights()

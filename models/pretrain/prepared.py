@@ -1,7 +1,7 @@
 """Prepare a run: corpus, model, method, folder, and the state to resume from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,10 +90,12 @@ def start_or_resume(
     method: Method,
     export: Export,
     console: Console,
+    *,
+    digests: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Create the folder of a new run, or load a checkpoint of a resumed one.
 
-    It is the newest that is not damaged.
+    It is the newest that is not damaged. `digests` names hashes of further inputs, which a resumed run must have too.
 
     Raises:
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
@@ -101,7 +103,7 @@ def start_or_resume(
     error = None
     if processes.is_first:
         try:
-            prepare_folder(config, folder, corpus.digest())
+            prepare_folder(config, folder, {"corpus": corpus.digest(), **(digests or {})})
         except ValueError as raised:
             error = raised
     if error := processes.from_first(error):

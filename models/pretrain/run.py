@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 import dynlora_fn as dl
 from models import corpus as text
 from models.pretrain.checkpoint import Saver
+from models.pretrain.config import Config
 from models.pretrain.device import compute_dtype, run_device
 from models.pretrain.learning_rate import lr_at
 from models.pretrain.method import State, next_token_loss
 from models.pretrain.prepared import Prepared, Saved
-from models.pretrain.processes import Preemption
+from models.pretrain.processes import SINGLE_PROCESS, Preemption, Processes
 from models.pretrain.progress import read_metrics
 from models.pretrain.recorder import Recorder, wire_bytes
 from models.pretrain.report import plot, sizes
@@ -95,17 +96,21 @@ def validate(run: Prepared, state: State) -> dict[str, float]:
     """
     drifts = [drift.item() for drift in dl.bases.drift(state.params()).values()]
     known = [drift for drift in drifts if not math.isnan(drift)]
-    return {"validation_loss": validation_loss(run, state)} | ({"drift": max(known)} if known else {})
+    loss = validation_loss(run.config, run.model, state.params(), run.corpus, run.processes)
+    return {"validation_loss": loss} | ({"drift": max(known)} if known else {})
 
 
 @torch.no_grad()
-def validation_loss(run: Prepared, state: State) -> float:
-    data, dtype, processes = run.config.data, compute_dtype(run.config), run.processes
+def validation_loss(
+    config: Config, model: nn.Module, params: dict[str, Any], corpus: text.Corpus, processes: Processes = SINGLE_PROCESS
+) -> float:
+    """Return the mean loss of the validation batches. Collective."""
+    data, dtype = config.data, compute_dtype(config)
     batches = text.validation_batches(
-        run.corpus.validation, run.config.output.eval_batches, data.batch_size, window=data.seq_len + 1
-    )[:, processes.rows(data.batch_size)].to(run_device(run.config))
+        corpus.validation, config.output.eval_batches, data.batch_size, window=data.seq_len + 1
+    )[:, processes.rows(data.batch_size)].to(run_device(config))
     with torch.autocast(batches.device.type, dtype, enabled=dtype != torch.float32):
-        losses = [next_token_loss(run.model, state.params(), tokens) for tokens in batches]
+        losses = [next_token_loss(model, params, tokens) for tokens in batches]
     loss = torch.stack(losses).mean()
     if processes.group is not None:
         loss = dl.parallel.all_reduce_mean(loss, processes.group, weight=processes.weight(data.batch_size))

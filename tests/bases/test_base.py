@@ -26,7 +26,7 @@ class Counted(TorchDispatchMode):
 def products(count: int) -> int:
     left, right = normal(0, 3, 5, count), normal(1, 3, count, 40)
     with Counted() as counted:
-        fold(normal(2, 3, 5, 40), left, right, rank=4)
+        fold(normal(2, 3, 5, 40), left, right, divisor=4)
     return counted.count["bmm"] + counted.count["mm"]
 
 
@@ -41,10 +41,10 @@ def test_sums_are_formed_in_the_widest_dtype(count):
     base = torch.ones(2, 3)
     for left, right in ((1 + 2.0**-40, 1.0), (1.0, 1 + 2.0**-40)):
         pair = torch.full((2, count), left, dtype=torch.float64), torch.full((count, 3), right, dtype=torch.float64)
-        got = fold(base, *pair, rank=count, dtype=torch.float64)
+        got = fold(base, *pair, divisor=count, dtype=torch.float64)
         assert got.dtype == torch.float64
         assert (got - 2 > 2.0**-41).all()
-    assert fold(base, *pair, rank=count).dtype == torch.float32
+    assert fold(base, *pair, divisor=count).dtype == torch.float32
     assert widest(torch.bfloat16) == torch.float32
     assert widest(torch.bfloat16, torch.float64) == torch.float64
 
@@ -54,7 +54,10 @@ def test_a_base_on_the_meta_device_is_folded_into(count):
     """The meta device has no autocast state to read."""
     meta = torch.device("meta")
     got = fold(
-        torch.empty(4, 6, device=meta), torch.empty(4, count, device=meta), torch.empty(count, 6, device=meta), rank=2
+        torch.empty(4, 6, device=meta),
+        torch.empty(4, count, device=meta),
+        torch.empty(count, 6, device=meta),
+        divisor=2,
     )
     assert (got.device, tuple(got.shape)) == (meta, (4, 6))
     assert autocast_now("meta") is None
@@ -64,7 +67,7 @@ def test_a_base_on_the_meta_device_is_folded_into(count):
 
 def test_a_stack_folds_as_its_members_do():
     param = low_rank(Shape(5, 7, 3), (2,))
-    stacked = fold(param.base, *param.factors, rank=3)
+    stacked = fold(param.base, *param.factors, divisor=3)
     for member in range(2):
-        alone = fold(param.base[member], param.factors.b[member], param.factors.a[member], rank=3)
+        alone = fold(param.base[member], param.factors.b[member], param.factors.a[member], divisor=3)
         assert torch.equal(stacked[member], alone)

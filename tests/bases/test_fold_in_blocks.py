@@ -24,36 +24,37 @@ def test_blocks_have_the_bits_of_one_pass(stack, rows, columns, count, seed, som
     base = normal(seed, *stack, rows, columns, dtype=base_dtype)
     left, right = normal(seed, *stack, rows, count, dtype=dtype), normal(seed, *stack, count, columns, dtype=dtype)
     with PlainMode():
-        wanted = fold(base, left, right, rank=3, dtype=new_dtype)
+        wanted = fold(base, left, right, divisor=3, dtype=new_dtype)
     with pytest.MonkeyPatch.context() as patch, untouched((base, left, right)):
         patch.setattr(_fold, "_BLOCK", block)
-        assert_same(fold(base, left, right, rank=3, dtype=new_dtype), wanted)
-        assert_same(fold(base, left, right, rank=3, out=torch.empty_like(wanted)), wanted)
+        assert_same(fold(base, left, right, divisor=3, dtype=new_dtype), wanted)
+        assert_same(fold(base, left, right, divisor=3, out=torch.empty_like(wanted)), wanted)
 
 
 @pytest.mark.parametrize("count", [2, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fold_may_write_into_its_base(count, dtype):
     base, left, right = normal(0, 3, 8, 6, dtype=dtype), normal(1, 3, 8, count), normal(2, 3, count, 6)
-    wanted = fold(base, left, right, rank=2)
-    assert fold(base, left, right, rank=2, out=base) is base
+    wanted = fold(base, left, right, divisor=2)
+    assert fold(base, left, right, divisor=2, out=base) is base
     assert_same(base, wanted)
 
 
 @pytest.mark.parametrize("count", [2, 33])
 def test_a_transposed_base_is_folded_into(count):
     base, left, right = normal(0, 2, 6, 8).mT, normal(1, 2, 8, count), normal(2, 2, count, 6)
-    assert_same(fold(base, left, right, rank=2), fold(base.contiguous(), left, right, rank=2))
+    assert_same(fold(base, left, right, divisor=2), fold(base.contiguous(), left, right, divisor=2))
 
 
 @pytest.mark.parametrize("count", [2, 33])
 def test_derivatives_pass_through_a_fold(count):
     base, left, right = normal(0, 4, 3), normal(1, 4, count), normal(2, count, 3)
     leaves = [tensor.clone().requires_grad_() for tensor in (base, left, right)]
-    grads = torch.autograd.grad(fold(*leaves, rank=2).square().sum(), leaves)
-    wanted = torch.func.grad(lambda *args: fold(*args, rank=2).square().sum(), (0, 1, 2))(base, left, right)
+    grads = torch.autograd.grad(fold(*leaves, divisor=2).square().sum(), leaves)
+    wanted = torch.func.grad(lambda *args: fold(*args, divisor=2).square().sum(), (0, 1, 2))(base, left, right)
     for grad, other in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, other)
     assert_same(
-        torch.vmap(lambda b, a: fold(base, b, a, rank=2))(left[None], right[None])[0], fold(base, left, right, rank=2)
+        torch.vmap(lambda b, a: fold(base, b, a, divisor=2))(left[None], right[None])[0],
+        fold(base, left, right, divisor=2),
     )

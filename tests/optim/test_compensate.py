@@ -127,7 +127,7 @@ def test_a_base_in_low_precision_is_folded_into_as_by_a_switch(param, normalize)
     eye = torch.eye(param.shape[-1], dtype=wide).expand(*moved.shape[:-2], -1, -1)
     with untouched(param, grad):
         got = compensate(param, grad, lr=1e-2, normalize=normalize)
-    assert_same(got, param._replace(base=as_base(param.base).fold(moved, eye, rank=1, name="w")))
+    assert_same(got, param._replace(base=as_base(param.base).fold(moved, eye, divisor=1, name="w")))
 
 
 def test_changes_below_a_quantization_step_add_up():

@@ -128,8 +128,8 @@ def _without_values() -> None:
     with pytest.raises(dl.parallel.DriftedError, match=r"\['x'\]: torch.float32 \(2,\) on meta in dict"):
         dl.parallel.check_replicas(meta, group)
     base = params["w"].base
-    other = base._replace(divisor=replace(base.divisor, rank=2 + process))
-    with pytest.raises(dl.parallel.DriftedError, match=r"\.divisor: .*rank=3.* in Deferred"):
+    other = base._replace(divisor=replace(base.divisor, value=2 + process))
+    with pytest.raises(dl.parallel.DriftedError, match=r"\.divisor: .*value=3.* in Deferred"):
         dl.parallel.check_replicas(other, group)
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp
 from torch.nn import functional
 
-from dynlora_fn import Factors, LowRank, call, linear, remat
+from dynlora_fn import LowRank, call, linear, remat
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.nn._view import View, transposed
@@ -101,7 +101,7 @@ def by_path(path: str | None) -> Product:
 
 def transposed_by_path(path: str) -> Product:
     def times(x: Tensor, param: LowRank) -> Tensor:
-        (part,) = transposed(View("w", (LowRank(*with_pending(param), param.seed),))).parts
+        (part,) = transposed(View("w", (with_pending(param),))).parts
         return linear(x, part, path=path)
 
     return Product((2, 4), times, torch.matmul)
@@ -177,7 +177,7 @@ def waves(*shape: int) -> Tensor:
     return (1.7 * torch.arange(prod(shape), dtype=torch.float64) + 0.4).sin().reshape(shape)
 
 
-def functions(name: str, storage: Storage, by: str, waiting: int = 0) -> tuple[Function, Function]:
+def functions(name: str, storage: Storage, by: str, waiting: int = 0, alpha: float = 1.0) -> tuple[Function, Function]:
     """Return a function of a low-rank weight, and that of the dense one.
 
     Args:
@@ -185,9 +185,10 @@ def functions(name: str, storage: Storage, by: str, waiting: int = 0) -> tuple[F
         storage: The storage of the base.
         by: What depends on the three numbers: "input", "factors", "base", "all of them", or "input and factors".
         waiting: The number of pending vectors.
+        alpha: The alpha of the weight.
     """
     times = PRODUCTS[name]
-    param = low_rank(SHAPE, times.stack, seed=1, storage=storage, waiting=waiting)
+    param = low_rank(SHAPE, times.stack, seed=1, storage=storage, waiting=waiting, alpha=alpha)
     dense_base = as_base(param.base).dequantize(torch.float64)
     x = normal(2, *times.input_shape)
 
@@ -199,18 +200,19 @@ def functions(name: str, storage: Storage, by: str, waiting: int = 0) -> tuple[F
     def output(y: Tensor) -> Tensor:
         return (y.reshape(-1) @ waves(y.numel(), 3) / y.numel() ** 0.5).sin()
 
-    def arguments(v: Tensor) -> tuple[Tensor, Factors]:
-        return moved(x, v, "input").sin(), Factors(*(moved(leaf, v, "factors") for leaf in param.factors))
+    def arguments(v: Tensor) -> tuple[Tensor, LowRank]:
+        factors = param.factors._replace(b=moved(param.factors.b, v, "factors"), a=moved(param.factors.a, v, "factors"))
+        return moved(x, v, "input").sin(), param._replace(factors=factors)
 
     def low_rank_function(v: Tensor) -> Tensor:
-        x, factors = arguments(v)
+        x, new = arguments(v)
         base = moved(param.base, v, "base") if isinstance(param.base, Tensor) else param.base
-        return output(times.low_rank(x, LowRank(base, factors, param.seed)))
+        return output(times.low_rank(x, new._replace(base=base)))
 
     def dense_function(v: Tensor) -> Tensor:
-        x, (b, a) = arguments(v)
+        x, new = arguments(v)
         base = moved(param.base, v, "base").double() if isinstance(param.base, Tensor) else dense_base
-        return output(times.dense(x, base + b @ a / a.shape[-2]))
+        return output(times.dense(x, base + new.factors.b @ new.factors.a / param.divisor))
 
     return low_rank_function, dense_function
 

@@ -102,9 +102,9 @@ KINDS = {
     ),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, "step-*/*"),
     "run's configuration": Kind(
-        lambda folder: prepare_folder(CONFIG, folder, "abc"),
+        lambda folder: prepare_folder(CONFIG, folder, {"corpus": "abc"}),
         lambda folder: prepare_folder(
-            dataclasses.replace(CONFIG, output=Output(resume=True, out=folder)), folder, "abc"
+            dataclasses.replace(CONFIG, output=Output(resume=True, out=folder)), folder, {"corpus": "abc"}
         ),
     ),
     "metrics": Kind(write_metrics, lambda folder: read_metrics(folder / "metrics.jsonl", up_to=4)),

@@ -1,73 +1,18 @@
 """The fine-tuning job from the command line: what it leaves, its bitwise resumption, and its errors for bad input."""
 
 import json
-import sys
-from pathlib import Path
-from typing import NamedTuple
+import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from models.finetune.__main__ import main
 from models.finetune.config import Config, Optimization
 from models.pretrain.learning_rate import dense_lr_scale
+from tests.support.finetune import settings
 
 transformers = pytest.importorskip("transformers")
-
-tokenizers = pytest.importorskip("tokenizers")
-TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 200
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def job(monkeypatch, capsys):
-    def run(*arguments) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["finetune", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory) -> tuple[Path, Path]:
-    """Write a model with its tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("given")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    vocabulary = {chr(code): code for code in range(128)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(TEXT)
-    return folder / "model", folder / "text.txt"
-
-
-def settings(given: tuple[Path, Path], out: Path, **changed: object) -> list[str]:
-    model, text = given
-    chosen = {"model": model, "text": text, "out": out, "rank": 4, "steps": 20, "seq-len": 16, "batch-size": 4}
-    chosen |= {
-        "lr": 1e-2,
-        "warmup": 2,
-        "eval-every": 10,
-        "eval-batches": 2,
-        "save-every": 10,
-        "interval": 10,
-        **changed,
-    }
-    return [str(part) for name, value in chosen.items() for part in (f"--{name}", value)]
 
 
 @pytest.mark.slow
@@ -135,7 +80,7 @@ def test_bad_input_is_one_line(job, given, tmp_path, changed, message):
 
 
 def test_a_damaged_model_is_named(job, given, tmp_path):
-    (tmp_path / "model").mkdir()
+    shutil.copytree(given.model, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{}")
     outcome = job(*settings(given, tmp_path / "run", model=tmp_path / "model", tokenizer=given[0]))
     assert outcome.code == 2
@@ -146,3 +91,47 @@ def test_what_is_trained_beside_factors_has_their_rate_unless_told():
     assert dense_lr_scale(Config(optimization=Optimization(optimizer="muon"))) == 1
     rates = Optimization(optimizer="muon", lr=1e-3, dense_lr=2e-3)
     assert dense_lr_scale(Config(optimization=rates)) == 2
+
+
+def test_pipelines_and_peft_open_what_it_leaves(job, given, tmp_path):
+    peft = pytest.importorskip("peft")
+    outcome = job(*settings(given, tmp_path / "run", method="lora", steps=10))
+    assert outcome.code == 0, outcome.err
+    assert "adapter/ of rank 4 has a validation loss of" in outcome.out
+    tokens = torch.tensor([[ord(letter) for letter in "the lazy dog"]])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, rtol=0, atol=1e-5)
+    for part in ("model", "adapter"):
+        generate = transformers.pipeline("text-generation", str(tmp_path / "run" / part), device="cpu")
+        assert generate("the ", max_new_tokens=3)[0]["generated_text"].startswith("the ")
+
+
+def test_an_adapter_that_misses_something_says_what(job, given, tmp_path):
+    options = {"interval": 10, "ratio": 100.0, "steps": 40, "adapter-rank": 1, "optimizer": "muon"}
+    outcome = job(*settings(given, tmp_path / "run", **options))
+    line = next(line for line in outcome.out.splitlines() if line.startswith("adapter/ of rank 1"))
+    adapted, trained = (float(number) for number in re.findall(r"\d\.\d{4}", line))
+    assert adapted > trained
+    assert line.endswith("; a larger --adapter-rank misses less")
+    assert trained == pytest.approx(
+        json.loads((tmp_path / "run" / "summary.json").read_text())["validation_loss"], abs=1e-3
+    )
+
+
+def test_a_changed_model_is_noticed_on_resume_and_a_moved_one_is_not(job, given, tmp_path):
+    shutil.copytree(given.model, tmp_path / "model")
+    options = {"steps": 4, "save-every": 2, "export": "merged", "model": tmp_path / "model"}
+    assert job(*settings(given, tmp_path / "run", **options)).code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] + 1}, file, metadata={"format": "pt"})
+    outcome = job(*settings(given, tmp_path / "run", **options), "--resume")
+    assert outcome.code == 2
+    assert "model_digest was" in outcome.err
+    options |= {"model": given.model, "eval-every": 3, "export": "both"}
+    outcome = job(*settings(given, tmp_path / "run", **options), "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "continuing after step 2" in outcome.out
