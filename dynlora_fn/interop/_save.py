@@ -133,6 +133,8 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
         name: torch.empty((0, *weight.shape), dtype=weight.dtype, device="cpu") for name, weight in weights.items()
     }
     header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+    if metadata:
+        header["__metadata__"] = dict(metadata)  # in this order; that of `safetensors` is another each time
     names, end = [name for name in header if name != "__metadata__"], 0
     for name in names:
         start, end = end, end + weights[name].nbytes

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
+from models.codec import codec
 from models.corpus import load_tokenizer
 from models.finetune.config import Config, check
 from models.finetune.export import Export
@@ -58,7 +59,10 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
         method = make_method(config, model, targets, untrained, processes=processes)
         drop_values(model)
         digests = {"model_digest": model_digest}
-        return start_or_resume(config, processes, folder, corpus, model, method, export, console, digests=digests)
+        text_codec = codec(tokenizer_name)
+        return start_or_resume(
+            config, processes, folder, corpus, model, method, export, text_codec, console, digests=digests
+        )
 
 
 def embedded_tokens(model: nn.Module) -> int:

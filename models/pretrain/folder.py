@@ -3,14 +3,20 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
 from models.pretrain.config import Config
+from models.pretrain.progress import read_metrics
 from models.pretrain.stopping import naming
+
+# Options of the command and not of the run.
+_NOT_RECORDED = ("out", "resume", "config", "json", "compare", "eager")
+# Options that a checkpoint does not share with the run that resumes from it, beside those that are free to change.
+_NOT_IN_CHECKPOINTS = ("tokenizer", "device", "compile")
 
 _TEMPORARY = "config.writing"
 
@@ -76,7 +82,7 @@ def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> 
     check_folder(config, folder)
     if config.output.resume:
         old = _with_defaults(_read(folder / "config.json"), config)
-        _check_same(old, _record(config, digests), config, folder)
+        _check_same(old, _record(config, digests), folder, config.free_to_change)
         steps = old["steps"]
         if type(steps) is not int or steps < 1:
             raise ValueError(f"`resume` must find a number of steps in {str(folder / 'config.json')!r}, got {steps!r}")
@@ -97,8 +103,41 @@ def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> No
     temporary.rename(path)
 
 
+def checkpoint_settings(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
+    """Return the options that a checkpoint must share with the run that resumes from it."""
+    record = _record(config, digests)
+    return {name: record[name] for name in record if name not in (*config.free_to_change, *_NOT_IN_CHECKPOINTS)}
+
+
+def check_metrics(path: Path, step: int, steps: int) -> None:
+    """Check that a metrics file has what a run that resumes after `step` needs at its end.
+
+    Raises:
+        ValueError: If it does not have all steps up to this one. It names the file and what is missing.
+    """
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise ValueError(f"metrics must be in a regular file, got {str(path)!r}; move it away")
+    lines = read_metrics(path, up_to=step)
+    for expected, line in enumerate(lines, start=1):
+        if line["step"] != expected or not all(_is_number(line.get(name)) for name in ("loss", "switched")):
+            raise ValueError(
+                f"metrics must have loss and switched vectors of step {expected}, got {str(path)!r} without"
+            )
+    if len(lines) < step:
+        raise ValueError(
+            f"metrics must have the steps up to {step} of the checkpoint, got {str(path)!r} with {len(lines)}; "
+            "restore the file, or resume from an older checkpoint"
+        )
+    if step == steps and not _is_number(lines[-1].get("validation_loss")):
+        raise ValueError(f"metrics must have the last validation loss, got {str(path)!r} without it at step {step}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
-    options = {name: value for name, value in config.options().items() if name not in config.not_recorded}
+    options = {name: value for name, value in config.options().items() if name not in _NOT_RECORDED}
     record: dict[str, object] = json.loads(json.dumps(options | digests, default=str))
     return record
 
@@ -106,7 +145,7 @@ def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
 def _read(path: Path) -> dict[str, object]:
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`resume` must find the run's options in {str(path)!r}, got invalid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"`resume` must find the run's options in {str(path)!r}, got {record!r:.80}, not an object")
@@ -118,10 +157,10 @@ def _with_defaults(record: dict[str, object], config: Config) -> dict[str, objec
     return _record(type(config)(), {}) | record
 
 
-def _check_same(old: dict[str, object], new: dict[str, object], config: Config, folder: Path) -> None:
+def _check_same(old: dict[str, object], new: dict[str, object], folder: Path, free: Iterable[str]) -> None:
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted((old.keys() | new.keys()) - {*config.free_to_change})
+        for name in sorted((old.keys() | new.keys()) - {*free})
         if old.get(name) != new.get(name)
     ]
     if changes:

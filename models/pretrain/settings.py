@@ -13,7 +13,7 @@ import tyro
 
 from models.pretrain.config import Config
 
-_DERIVED = ("corpus",)  # what config.json records beside the options
+_DERIVED = ("corpus", "model_digest")  # what config.json records beside the options
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
