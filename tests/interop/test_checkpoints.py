@@ -66,8 +66,8 @@ def test_a_deferred_base_comes_back_and_another_divisor_is_refused(tmp_path: Pat
     assert_same(loaded.state, params)
     name = next(name for name, param in params.items() if isinstance(param, dl.LowRank))
     divisor = params[name].base.divisor
-    changed = params | {name: params[name]._replace(base=params[name].base._replace(divisor=type(divisor)(7)))}
-    with pytest.raises(ValueError, match=r"base\.divisor is Divisor\(rank=32\) instead of Divisor\(rank=7\)"):
+    changed = params | {name: params[name]._replace(base=params[name].base._replace(divisor=type(divisor)(7.0)))}
+    with pytest.raises(ValueError, match=r"base\.divisor is Divisor\(value=32.0\) instead of Divisor\(value=7.0\)"):
         load(tmp_path, changed)
 
 
