@@ -59,9 +59,8 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
         method = make_method(config, model, targets, untrained, processes=processes)
         drop_values(model)
         digests = {"model_digest": model_digest}
-        text_codec = codec(tokenizer_name)
         return start_or_resume(
-            config, processes, folder, corpus, model, method, export, text_codec, console, digests=digests
+            config, processes, folder, corpus, model, method, export, codec(tokenizer_name), console, digests=digests
         )
 
 

@@ -205,6 +205,8 @@ class Config:
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[DefaultRates] = PRETRAIN_RATES
+    # Options of the command and not of the run.
+    not_recorded: ClassVar[tuple[str, ...]] = ("out", "resume", "config", "json", "compare", "eager")
     # Options that a continued run may change: those on which no step depends, the names of texts whose digest is
     # recorded, and the number of steps, which is announced.
     free_to_change: ClassVar[tuple[str, ...]] = (

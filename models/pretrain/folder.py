@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +13,6 @@ from models.pretrain.config import Config
 from models.pretrain.progress import read_metrics
 from models.pretrain.stopping import naming
 
-# Options of the command and not of the run.
-_NOT_RECORDED = ("out", "resume", "config", "json", "compare", "eager")
 # Options that a checkpoint does not share with the run that resumes from it, beside those that are free to change.
 _NOT_IN_CHECKPOINTS = ("tokenizer", "device", "compile")
 
@@ -82,7 +80,7 @@ def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> 
     check_folder(config, folder)
     if config.output.resume:
         old = _with_defaults(_read(folder / "config.json"), config)
-        _check_same(old, _record(config, digests), folder, config.free_to_change)
+        _check_same(old, _record(config, digests), config, folder)
         steps = old["steps"]
         if type(steps) is not int or steps < 1:
             raise ValueError(f"`resume` must find a number of steps in {str(folder / 'config.json')!r}, got {steps!r}")
@@ -137,7 +135,7 @@ def _is_number(value: object) -> bool:
 
 
 def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
-    options = {name: value for name, value in config.options().items() if name not in _NOT_RECORDED}
+    options = {name: value for name, value in config.options().items() if name not in config.not_recorded}
     record: dict[str, object] = json.loads(json.dumps(options | digests, default=str))
     return record
 
@@ -157,10 +155,10 @@ def _with_defaults(record: dict[str, object], config: Config) -> dict[str, objec
     return _record(type(config)(), {}) | record
 
 
-def _check_same(old: dict[str, object], new: dict[str, object], folder: Path, free: Iterable[str]) -> None:
+def _check_same(old: dict[str, object], new: dict[str, object], config: Config, folder: Path) -> None:
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted((old.keys() | new.keys()) - {*free})
+        for name in sorted((old.keys() | new.keys()) - {*config.free_to_change})
         if old.get(name) != new.get(name)
     ]
     if changes:
