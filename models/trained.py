@@ -23,9 +23,9 @@ from models.finetune import config as finetune
 from models.finetune.load import load_model
 from models.finetune.run import default_targets, untrained_names
 from models.pretrain import config as pretrain
+from models.pretrain.folder import checkpoint_settings
 from models.pretrain.method import make_method
 from models.pretrain.prepared import Saved
-from models.pretrain.resumed import checkpoint_settings
 from models.pretrain.settings import with_options
 
 WEIGHTS = "model.safetensors"

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from models.pretrain.config import Config
+from models.pretrain.progress import read_metrics
 from models.pretrain.stopping import naming
+
+# Options that a checkpoint does not share with the run that resumes from it, beside those that are free to change.
+_NOT_IN_CHECKPOINTS = ("tokenizer", "device", "compile")
 
 _TEMPORARY = "config.writing"
 
@@ -95,6 +99,39 @@ def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> No
     with naming(temporary):
         temporary.write_text(content)
     temporary.rename(path)
+
+
+def checkpoint_settings(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
+    """Return the options that a checkpoint must share with the run that resumes from it."""
+    record = _record(config, digests)
+    return {name: record[name] for name in record if name not in (*config.free_to_change, *_NOT_IN_CHECKPOINTS)}
+
+
+def check_metrics(path: Path, step: int, steps: int) -> None:
+    """Check that a metrics file has what a run that resumes after `step` needs at its end.
+
+    Raises:
+        ValueError: If it does not have all steps up to this one. It names the file and what is missing.
+    """
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise ValueError(f"metrics must be in a regular file, got {str(path)!r}; move it away")
+    lines = read_metrics(path, up_to=step)
+    for expected, line in enumerate(lines, start=1):
+        if line["step"] != expected or not all(_is_number(line.get(name)) for name in ("loss", "switched")):
+            raise ValueError(
+                f"metrics must have loss and switched vectors of step {expected}, got {str(path)!r} without"
+            )
+    if len(lines) < step:
+        raise ValueError(
+            f"metrics must have the steps up to {step} of the checkpoint, got {str(path)!r} with {len(lines)}; "
+            "restore the file, or resume from an older checkpoint"
+        )
+    if step == steps and not _is_number(lines[-1].get("validation_loss")):
+        raise ValueError(f"metrics must have the last validation loss, got {str(path)!r} without it at step {step}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:

@@ -17,12 +17,18 @@ from models.pretrain.checks import check
 from models.pretrain.compiling import announcement, count_parameters, with_choice
 from models.pretrain.config import Config
 from models.pretrain.device import run_device
-from models.pretrain.folder import check_folder, prepare_folder, run_folder, write_record
+from models.pretrain.folder import (
+    check_folder,
+    check_metrics,
+    checkpoint_settings,
+    prepare_folder,
+    run_folder,
+    write_record,
+)
 from models.pretrain.learning_rate import change_of_steps
 from models.pretrain.method import Method, State, make_method
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 from models.pretrain.reading import load_corpus, tokens_beside
-from models.pretrain.resumed import check_metrics, checkpoint_settings
 
 Export = Callable[[dict[str, Any]], None]  # writes the final parameters into the folder
 
@@ -122,7 +128,7 @@ def start_or_resume(
     recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digests))
     saved, first_step = Saved(method.state, method.pool), 0
     resume, steps = config.output.resume, config.training.steps
-    settings = processes.from_first(checkpoint_settings(config, digests))
+    settings = processes.from_first(checkpoint_settings(config, digests))  # other processes have no digest of a model
     if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True)):
         saved, first_step = loaded.state, loaded.step
         for path, reason, is_damaged in loaded.refused:

@@ -82,6 +82,22 @@ def test_states_of_every_optimizer_come_back(name: str, tmp_path: Path):
     assert_same(loaded.state, opt_state)
 
 
+@pytest.mark.parametrize("alpha", [16, 0.3])
+def test_factors_with_an_alpha_come_back_and_another_alpha_is_refused(alpha: float, tmp_path: Path):
+    state = trained(alpha=alpha)
+    save(state, tmp_path, step=1)
+    loaded = load(tmp_path, tree_map(other, state))
+    assert loaded is not None
+    assert_same(loaded.state, state)
+    assert load(tmp_path, trained(alpha=float(alpha))) is not None
+    for template in (trained(alpha=2), trained()):
+        with pytest.raises(ValueError, match=r"factors\.alpha.*Alpha\(value="):
+            load(tmp_path, template)
+    save(trained(), tmp_path, step=2)
+    with pytest.raises(ValueError, match=r"factors\.alpha, Alpha\(value=.*\), is missing"):
+        load(tmp_path, state, step=2)
+
+
 def test_numbers_texts_and_generators_come_back(tmp_path: Path):
     generator = torch.Generator().manual_seed(3)
     torch.rand(5, generator=generator)
