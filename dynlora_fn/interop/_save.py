@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_path, described
+from dynlora_fn._core._dtypes import byte_view
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn.interop._arguments import check_tensors
@@ -135,6 +136,8 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
         name: torch.empty((0, *weight.shape), dtype=weight.dtype, device="cpu") for name, weight in weights.items()
     }
     header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+    if metadata:
+        header["__metadata__"] = dict(metadata)  # in this order; that of `safetensors` is another each time
     names, end = [name for name in header if name != "__metadata__"], 0
     for name in names:
         start, end = end, end + weights[name].nbytes
@@ -153,7 +156,7 @@ def content_of(name: str, tensor: Tensor) -> Any:
     if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
         raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy()
+    return byte_view(plain).numpy()
 
 
 @contextmanager
