@@ -24,7 +24,11 @@ _REWRITTEN = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
-_PLAIN = {"linear": [nn.Linear], "embedding": [nn.Embedding], "convolution": [nn.Conv1d, nn.Conv2d, nn.Conv3d]}
+_PLAIN: Mapping[str, list[Any]] = {
+    "linear": [nn.Linear],
+    "embedding": [nn.Embedding],
+    "convolution": [nn.Conv1d, nn.Conv2d, nn.Conv3d],
+}
 _TOLERANCE = 1e-5  # relative, in float32, for outputs that two formulas of one product give
 
 
