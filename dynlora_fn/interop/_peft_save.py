@@ -102,7 +102,7 @@ def save_adapter(
         if not dense.entries:
             factors.check_changed()
         entries |= dense.entries
-        config |= {"modules_to_save": dense.modules or None, "bias": "all" if dense.has_biases else "none"}
+        config |= {"modules_to_save": dense.modules or None, "bias": "lora_only" if dense.has_biases else "none"}
         lost = [name for name in (*skipped, *dense.lost) if PREFIX + name not in entries]
         factors.errors.update(dict.fromkeys(lost, 1.0))
     total = base_bytes + bytes_of(entries)
