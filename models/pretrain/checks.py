@@ -4,7 +4,9 @@ import math
 
 from models.pretrain.config import Config
 from models.pretrain.device import find_device, run_device
+from models.pretrain.plot import compared_runs
 from models.pretrain.processes import SINGLE_PROCESS, Processes
+from models.pretrain.tensorboard import summary_writer
 
 _AT_LEAST_ONE = (
     *("rank", "steps", "batch_size", "seq_len", "grad_accum", "eval_every", "eval_batches", "save_every"),
@@ -21,6 +23,9 @@ def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
         ValueError: For the first option that is invalid. It names the option, the requirement and the value.
     """
     _check_ranges(config)
+    compared_runs(config.output.compare)
+    if config.output.tensorboard:
+        summary_writer()
     _check_combinations(config)
     _check_processes(config, processes)
     run_device(config)
@@ -59,6 +64,8 @@ def _check_combinations(config: Config) -> None:
             f"`base_dtype` must be float32 for full, got {config.precision.base_dtype}; "
             "full-rank training has no frozen bases"
         )
+    if config.machine.compile and config.machine.eager:
+        raise ValueError("`compile` and `eager` must not both be given; omit one")
     if config.output.resume and config.output.out is None:
         raise ValueError("`out` must be given with --resume, got none; pass the folder of the run")
 

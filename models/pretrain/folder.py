@@ -1,6 +1,8 @@
 """The folder of a run, and the record of its options."""
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -8,6 +10,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from models.pretrain.config import Config
+from models.pretrain.stopping import naming
+
+# Options of the command and not of the run.
+_NOT_RECORDED = ("out", "resume", "config", "json", "compare", "eager")
+# Options that a continued run may change: those on which no step depends, the names of texts whose digest is recorded,
+# and the number of steps, which is announced.
+_MAY_CHANGE = frozenset(
+    ("eval_every", "eval_batches", "save_every", "keep", "check_every", "tensorboard", "steps")
+    + ("text", "validation", "dataset", "dataset_config", "text_column", "dataset_characters")
+)
+
+_TEMPORARY = "config.writing"
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -28,34 +42,72 @@ def resume_after_restart(config: ConfigT) -> ConfigT:
     out = config.output.out
     if out is None:
         raise ValueError("`out` must be given to continue after a process has failed, got none; pass --out")
-    return replace(config, output=replace(config.output, resume=(out / "config.json").is_file()))
+    if not (out / "config.json").is_file():
+        return config
+    compiles = bool(_read(out / "config.json").get("compile"))  # as it was chosen for this run
+    machine = replace(config.machine, compile=compiles)
+    return replace(config, machine=machine, output=replace(config.output, resume=True))
 
 
-def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> None:
-    """Create the folder of a new run, or check the options of a resumed one.
+def check_folder(config: Config, folder: Path) -> None:
+    """Check that a folder can take the run, before its text is read.
+
+    Raises:
+        ValueError: If the folder contains anything else, or no run to resume.
+        OSError: If the folder cannot be read, or could not be created.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`out` must be a name in UTF-8, got {str(folder)!a}") from error
+    if config.output.resume:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"`out` must hold a run to resume, got {str(folder)!r} without config.json")
+    elif folder.exists() and (not folder.is_dir() or any(entry.name != _TEMPORARY for entry in folder.iterdir())):
+        raise ValueError(f"`out` must be new or empty, or come with --resume, got {str(folder)!r}, which is not empty")
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "the folder cannot be written", str(parent))
+
+
+def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> int:
+    """Create the folder of a new run, or check the options of a resumed one. Return the number of steps before.
 
     The record in config.json is flat, one entry per option, whatever the groups of `Config` are. `digests` are
     hashes of the files that some options name.
 
     Raises:
         ValueError: If the folder contains anything else, or other options. Nothing in it is changed.
+        OSError: If the folder cannot be read or written.
     """
-    record = _record(config, digests)
-    path, temporary = folder / "config.json", folder / "config.writing"
+    check_folder(config, folder)
     if config.output.resume:
-        if not path.is_file():
-            raise ValueError(f"`out` must hold a run to resume, got {str(folder)!r} without config.json")
-        _check_same(_read(path), record, folder)
-    elif folder.exists() and (not folder.is_dir() or any(entry != temporary for entry in folder.iterdir())):
-        raise ValueError(f"`out` must be new or empty, or come with --resume, got {str(folder)!r}, which is not empty")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        temporary.rename(path)
+        old = _with_defaults(_read(folder / "config.json"), config)
+        _check_same(old, _record(config, digests), _MAY_CHANGE | {*config.may_change}, folder)
+        steps = old["steps"]
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"`resume` must find a number of steps in {str(folder / 'config.json')!r}, got {steps!r}")
+        return steps
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(config, folder, digests)
+    return config.training.steps
+
+
+def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> None:
+    """Record the options in config.json, which appears complete."""
+    path, temporary = folder / "config.json", folder / _TEMPORARY
+    content = json.dumps(_record(config, digests), indent=1) + "\n"
+    if path.is_file() and path.read_text() == content:
+        return
+    with naming(temporary):
+        temporary.write_text(content)
+    temporary.rename(path)
 
 
 def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
-    options = {name: value for name, value in config.options().items() if name not in config.free_to_change}
+    options = {name: value for name, value in config.options().items() if name not in _NOT_RECORDED}
     record: dict[str, object] = json.loads(json.dumps(options | digests, default=str))
     return record
 
@@ -70,10 +122,15 @@ def _read(path: Path) -> dict[str, object]:
     return record
 
 
-def _check_same(old: dict[str, object], new: dict[str, object], folder: Path) -> None:
+def _with_defaults(record: dict[str, object], config: Config) -> dict[str, object]:
+    """Return a record with the defaults of options that older versions did not have."""
+    return _record(type(config)(), {}) | {"corpus": None} | record
+
+
+def _check_same(old: dict[str, object], new: dict[str, object], may_change: frozenset[str], folder: Path) -> None:
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
+        for name in sorted((old.keys() | new.keys()) - may_change)
         if old.get(name) != new.get(name)
     ]
     if changes:

@@ -97,7 +97,7 @@ def test_resume_with_another_configuration_says_in_what(job: Job, tmp_path: Path
     before = contents(tmp_path / "run")
     outcome = job("--out", tmp_path / "run", "--steps", 3, "--lr", 0.5, "--resume")
     assert outcome.code == 2
-    assert "lr was None and is 0.5; steps was 2 and is 3" in outcome.err
+    assert "lr was None and is 0.5" in outcome.err
     (text / "0.txt").write_text("something else altogether\n" * 50)
     assert "corpus was" in job("--out", tmp_path / "run", "--steps", 2, "--resume").err
     assert contents(tmp_path / "run") == before
@@ -139,7 +139,7 @@ def test_a_run_with_a_flat_record_of_its_options_resumes(job: Job, tmp_path: Pat
     outcome = job(*arguments, "--resume")
     assert outcome.code == 0, outcome.err
     assert "continuing after step 10" in outcome.out
-    assert record == flat
+    assert record == flat | {"validation": [], "keep": 2, "check_every": 100, "tensorboard": False}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -26,7 +26,10 @@ def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_pat
     assert [outcome.code for outcome in uninterrupted] == [0] * 4, uninterrupted
     asked = in_processes(4, job, arguments(text, tmp_path / "asked", **options), _ask_the_third)
     assert [outcome.code for outcome in asked] == [0] * 4, asked
-    assert "stopped by SIGTERM after a checkpoint: continue with --out" in asked[0].out.replace("\n", " ")
+    message = (
+        "stopped by SIGTERM after a checkpoint of step 7: continue with torchrun --nproc-per-node 4 -m models.pretrain"
+    )
+    assert message in asked[0].out.replace("\n", " ")
     (saved,) = (tmp_path / "asked" / "checkpoints").iterdir()
     assert saved.name == "step-00000007"
     for size in (4, 3, 2, 1):
