@@ -39,10 +39,18 @@ def seconds(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def interleave(contenders: Mapping[str, Callable[[], Any]], *, repeats: int, device: str) -> dict[str, Timing]:
-    """Time every contender once a round, for `repeats` rounds after two rounds of warm-up."""
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    device: str,
+    when_warm: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time every contender once a round, for `repeats` rounds after two rounds of warm-up and `when_warm`."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repeats + _WARMUP_ROUNDS):
+        if round_ == _WARMUP_ROUNDS:
+            when_warm()
         for name, contender in contenders.items():
             elapsed = seconds(contender, device)
             if round_ >= _WARMUP_ROUNDS:

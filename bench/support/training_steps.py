@@ -128,13 +128,15 @@ class LibraryStep:
         donate: bool = True,
         base: str | None = None,
         residual: str | None = "bfloat16",
+        residual_device: str | None = None,
         optimizer: dl.optim.Transform | None = None,
         compensate: float = 0.0,
         targets: Sequence[str] = TARGETS,
         **compile_options: Any,
     ):
         model = size.model(device)
-        self.params = dl.init(model, rank=rank, seed=0, targets=targets, base=base, residual=residual)
+        storage: dict[str, Any] = {"base": base, "residual": residual, "residual_device": residual_device}
+        self.params = dl.init(model, rank=rank, seed=0, targets=targets, **storage)
         self.schedule = dl.schedules.switchlora(SCHEDULE_STEPS)
         optimizer = dl.optim.adamw() if optimizer is None else optimizer
         trainable, frozen = dl.partition(self.params)

@@ -1,4 +1,4 @@
-"""The dtype that sums are computed in, and autocast."""
+"""The dtype that sums are computed in, autocast, and bytes."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +18,14 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a flat view of the bytes of a contiguous tensor.
+
+    A tensor with one entry is contiguous whatever its strides are, but torch views bytes only of stride 1.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 class Autocast(NamedTuple):
     """The first arguments of `torch.autocast`."""
 
@@ -26,19 +34,25 @@ class Autocast(NamedTuple):
     enabled: bool
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    """Return whether a device has autocast. Dynamo of torch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_now(device_type: str) -> Autocast | None:
     """Return the current setting of autocast, or None on a device without it.
 
     The meta device is one.
     """
-    if device_type != "cpu" and not torch.amp.is_autocast_available(device_type):
+    if device_type != "cpu" and not _has_autocast(device_type):
         return None
     return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Disable autocast on a device, if the device has it."""
-    if not torch.amp.is_autocast_available(device_type):  # the meta device
+    if device_type != "cpu" and not _has_autocast(device_type):
         return nullcontext()
     if not torch.compiler.is_dynamo_compiling() and not torch.is_autocast_enabled(device_type):
         return nullcontext()

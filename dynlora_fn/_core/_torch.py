@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import MappingKey as MappingKey
+from torch.utils._pytree import is_constant_class as is_constant_class
 from torch.utils._pytree import keystr as keystr
-from torch.utils._pytree import register_constant as register_constant
+from torch.utils._pytree import register_constant as register_pytree_constant
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -68,9 +69,12 @@ USED = (
     "torch._C._nn.unflatten_dense_tensors",
     "torch._dynamo.config.trace_autograd_ops",
     "torch._foreach_add",
+    "torch._foreach_add_",
     "torch._foreach_clamp_min",
     "torch._foreach_div",
+    "torch._foreach_div_",
     "torch._foreach_mul",
+    "torch._foreach_mul_",
     "torch._foreach_neg",
     "torch._foreach_sign",
     "torch._foreach_sqrt",
@@ -111,9 +115,12 @@ OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 # One operation on each tensor of a list. The bits are those of the operation on one tensor.
 foreach_add: Callable[..., Sequence[torch.Tensor]] = torch._foreach_add
+foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_clamp_min: Callable[..., Sequence[torch.Tensor]] = torch._foreach_clamp_min
 foreach_div: Callable[..., Sequence[torch.Tensor]] = torch._foreach_div
+foreach_div_: Callable[..., None] = torch._foreach_div_
 foreach_mul: Callable[..., Sequence[torch.Tensor]] = torch._foreach_mul
+foreach_mul_: Callable[..., None] = torch._foreach_mul_
 foreach_neg: Callable[..., Sequence[torch.Tensor]] = torch._foreach_neg
 foreach_sign: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sign
 foreach_sqrt: Callable[..., Sequence[torch.Tensor]] = torch._foreach_sqrt
@@ -128,6 +135,12 @@ set_forward_enabled: Callable[[bool], AbstractContextManager[None]] = torch.auto
 is_forward_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def register_constant(kind: type) -> None:
+    """Make a type a node without leaves in every tree, which ``torch.load(weights_only=True)`` reads too."""
+    register_pytree_constant(kind)
+    torch.serialization.add_safe_globals([kind])
 
 
 def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":

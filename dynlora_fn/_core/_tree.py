@@ -90,7 +90,7 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
         elif isinstance(param, FrozenTensor):
             parts.frozen[name] = param
         else:
-            parts[name in frozen_names][name] = param
+            parts[int(name in frozen_names)][name] = param
     return parts
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._batches import batches
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, unbind
 from dynlora_fn._core._torch import tree_leaves, tree_map
@@ -84,7 +85,7 @@ def make(
     tasks: Iterable[Task], read: Callable[[str], Tensor], settings: Settings, report: Callable[[int], None]
 ) -> Iterator[tuple[str, Param]]:
     """Yield each parameter with its name. `read` returns a weight of the model by its name."""
-    for batch in _batches(tasks, most=_BATCH if settings.group is None else 0):
+    for batch in batches(tasks, lambda task: task.entries, most=_BATCH if settings.group is None else 0):
         yield from _make_batch(batch, read, settings, report)
 
 
@@ -114,20 +115,6 @@ def together(
         if len(unfilled[key].members) == most:
             del unfilled[key]
     return new
-
-
-def _batches(tasks: Iterable[Task], *, most: int) -> Iterator[list[Task]]:
-    """Split tasks into lists of at most so many entries in all, or of one larger parameter."""
-    batch: list[Task] = []
-    entries = 0
-    for task in tasks:
-        if batch and entries + task.entries > most:
-            yield batch
-            batch, entries = [], 0
-        batch.append(task)
-        entries += task.entries
-    if batch:
-        yield batch
 
 
 def _make_batch(

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlora_fn._core._check import check_integer, check_module, check_path
+from dynlora_fn._core._check import check_flag, check_integer, check_module, check_path
 from dynlora_fn._core._progress import Progress, check_progress
-from dynlora_fn._core._stacking import unstack
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._stacking import member_names, unstack
+from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.interop._arguments import check_tensors
-from dynlora_fn.interop._lazy import LazyTensor, bytes_of
-from dynlora_fn.interop._peft_factors import AdapterFactors
+from dynlora_fn.interop._folder import filled
+from dynlora_fn.interop._lazy import bytes_of
+from dynlora_fn.interop._peft_dense import dense_changes
+from dynlora_fn.interop._peft_factors import AdapterFactors, without_product
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, aliases_of, kind_of_layer
-from dynlora_fn.interop._save import part_of, save_merged, write
+from dynlora_fn.interop._save import part_of, write
+from dynlora_fn.interop._save_merged import save_merged
 from dynlora_fn.interop._state_dict import lazy_state_dict
 
 
@@ -29,6 +32,7 @@ def save_adapter(
     *,
     original: Mapping[str, Tensor] | None = None,
     rank: int | None = None,
+    skip_unsupported: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Write a PEFT LoRA adapter, and return the error of each weight.
@@ -37,26 +41,34 @@ def save_adapter(
     bases and all other parameters are written as a model in ``folder/base``, and the adapter only applies to that one.
 
     With `original`, the adapter applies to those weights. For each low-rank weight it contains the full change,
-    switches and merges included, as its truncated singular value decomposition. Other parameters are written if they
-    changed.
+    switches and merges included, as its truncated singular value decomposition. Other tensors that changed are written
+    too, buffers such as running statistics included: biases of adapted layers, and modules without adapted layers, as
+    PEFT's `modules_to_save`. PEFT cannot save changed tensors beside or above an adapted layer.
+
+    What was written is read back and compared. The files appear complete, or not at all.
 
     Args:
         model: The model, as for `call`. The kinds of its layers are read.
-        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups, or
-            Conv1D of Hugging Face, fused or not.
+        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups,
+            Conv1D of Hugging Face, or fused attention (`in_proj_weight`), or are stacks of experts.
         folder: The folder, which is created if it does not exist.
         original: The state dict of the model that the adapter is for. Default None writes the factors.
         rank: The rank of the decompositions. Default None means the rank of each parameter. Nothing is lost at twice
             the number of vectors that were ever in a slot.
+        skip_unsupported: Whether what PEFT cannot save is left out. Its error is 1 with `original`. Without, it is in
+            the model in ``folder/base``, and nothing is lost. Default False refuses it by name.
         progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
             Default None means no reports.
 
     Returns:
-        The relative error of the change of each low-rank weight in the Frobenius norm; zeros without `original`.
+        The relative error of the change of each low-rank weight in the Frobenius norm, and of what was left out. It is
+        0 for a weight that has not changed, and without `original`.
 
     Raises:
-        ValueError: If PEFT has no adapter for the layer of a low-rank parameter, if a parameter changed that PEFT
-            cannot save, or if `original` does not fit the model.
+        ValueError: If PEFT has no adapter for the layer of a low-rank parameter, or if a tensor changed that PEFT
+            cannot save. The message gives what to freeze. Or if `original` does not fit the model, or nothing differs
+            from it.
+        OSError: If the files have other tensors than were written.
         ImportError: If the extra `files` is not installed.
 
     Numerics: The change is formed and decomposed in float64, and written in float32. Only the vectors of `rank` are
@@ -71,6 +83,42 @@ def save_adapter(
         >>> save_adapter(model, params, tempfile.mkdtemp())
         {'0.weight': 0.0}
     """
+    folder, rank = _check_arguments(model, folder, original, rank, skip_unsupported, progress)
+    aliases, weights, flat = aliases_of(model), lazy_state_dict(model, params), unstack(params)
+    factors = AdapterFactors(model, original, rank)
+    skipped = _add_layers(factors, flat, aliases, skip_unsupported=skip_unsupported)
+    config, entries, base_bytes = _config(model, factors), factors.entries(), 0
+    base = {
+        name: without_product(param) if isinstance(param, LowRank) and name in factors.ranks else param
+        for name, param in flat.items()
+    }
+    if original is None:
+        base_bytes = bytes_of(lazy_state_dict(model, base))
+        config["base_model_name_or_path"] = str(folder / "base")
+    else:
+        dense = dense_changes(model, weights, original, factors.ranks, skipped, aliases)
+        if dense.lost and not skip_unsupported:
+            _refuse(params, dense.lost, aliases)
+        if not dense.entries:
+            factors.check_changed()
+        entries |= dense.entries
+        config |= {"modules_to_save": dense.modules or None, "bias": "lora_only" if dense.has_biases else "none"}
+        lost = [name for name in (*skipped, *dense.lost) if PREFIX + name not in entries]
+        factors.errors.update(dict.fromkeys(lost, 1.0))
+    total = base_bytes + bytes_of(entries)
+    with filled(folder) as aside:
+        if original is None:
+            save_merged(model, base, aside / "base", progress=part_of(progress, 0, total))
+        report = part_of(progress, base_bytes, total)
+        write(entries, aside / WEIGHTS, metadata={"format": "pt"}, read_back=True, progress=report)
+        (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    return factors.errors
+
+
+def _check_arguments(
+    model: Any, folder: Any, original: Any, rank: Any, skip_unsupported: Any, progress: Any
+) -> tuple[Path, int | None]:
+    """Return the folder and the rank, or raise for a wrong type or value of an argument."""
     check_module("model", model)
     check_path("folder", folder)
     if original is not None:
@@ -81,101 +129,84 @@ def save_adapter(
         raise ValueError(
             f"`rank` is {rank} without `original`, but then the factors are written unchanged; pass `original` too"
         )
+    check_flag("skip_unsupported", skip_unsupported)
     check_progress(progress)
-    folder, aliases, factors = Path(folder), aliases_of(model), AdapterFactors(model, original, rank)
-    for name, param in unstack(params).items():
-        if name not in aliases:
-            raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
+    return Path(folder), rank
+
+
+def _add_layers(
+    factors: AdapterFactors, flat: Params, aliases: Mapping[str, list[str]], *, skip_unsupported: bool
+) -> list[str]:
+    """Add the low-rank weights to the factors, and return all names of those that PEFT has no LoRA for."""
+    skipped: list[str] = []
+    for name, param in flat.items():
         if isinstance(param, LowRank):
-            factors.add(name, param, aliases[name])
-    config = _config(model, factors.ranks, factors.alphas)
-    if original is None:
-        base = {name: _without_product(param) for name, param in params.items()}
-        base_bytes, entries = bytes_of(lazy_state_dict(model, base)), factors.entries
-    else:
-        base_bytes, entries = 0, factors.entries | _changed_dense(model, params, original, factors.ranks, config)
-    total = base_bytes + bytes_of(entries)
-    if original is None:
-        save_merged(model, base, folder / "base", progress=part_of(progress, 0, total))
-        config["base_model_name_or_path"] = str(folder / "base")
-    write(entries, folder / WEIGHTS, metadata={"format": "pt"}, progress=part_of(progress, base_bytes, total))
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    return factors.errors
+            try:
+                factors.check_layer(name, param, aliases[name])
+            except ValueError:
+                if not skip_unsupported:
+                    raise
+                skipped += aliases[name]
+            else:
+                factors.add(name, param, aliases[name])
+    return skipped
 
 
-def _without_product(param: Param) -> Param:
-    if not isinstance(param, LowRank):
-        return param
-    return param._replace(factors=param.factors._replace(b=torch.zeros_like(param.factors.b)))
+def _refuse(params: Params, lost: Collection[str], aliases: Mapping[str, list[str]]) -> None:
+    """Raise ValueError for tensors that PEFT cannot save, with the names that `partition` takes."""
+    buffers = [name for name in lost if name not in aliases]
+    parameters = {alias for name in lost for alias in aliases.get(name, [])}
+    names = [name for name, param in params.items() if not parameters.isdisjoint(member_names(name, param.shape))]
+    owners = [f"`params` has a changed {', '.join(map(repr, names))}"] if names else []
+    owners += [f"`model` has a changed buffer {', '.join(map(repr, buffers))}"] if buffers else []
+    freeze = f"freeze it with `partition(params, frozen={names})`, " if names else ""
+    raise ValueError(
+        f"{' and '.join(owners)}, which PEFT cannot save beside an adapter; {freeze}"
+        "leave it out with `skip_unsupported=True`, or write the model with `save_merged`"
+    )
 
 
-def _changed_dense(
-    model: nn.Module,
-    params: Params,
-    original: Mapping[str, Tensor],
-    adapted: Collection[str],
-    config: dict[str, Any],
-) -> dict[str, LazyTensor]:
-    """Return the parameters that are not low-rank and differ from the original, and enter them into `config`.
-
-    Those are biases of adapted layers, and all parameters of other layers.
-    """
-    weights = lazy_state_dict(model, params)
-    adapted_layers = {name.rpartition(".")[0] for name in adapted}
-    parents = {layer[: match.start()] for layer in adapted_layers for match in re.finditer(r"\.", layer)} | {""}
-    changed, layers = {}, set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in adapted:
-            continue
-        before = original.get(name)
-        if before is None or before.shape != parameter.shape:
-            found = "nothing" if before is None else f"shape {tuple(before.shape)}"
-            raise ValueError(
-                f"`original` has {found} for {name!r} of shape {tuple(parameter.shape)}; "
-                "pass the state dict of this model"
-            )
-        weight = weights[name].read()
-        if torch.equal(weight, before.to(weight)):
-            continue
-        layer, _, leaf_name = name.rpartition(".")
-        if layer in adapted_layers and leaf_name == "bias":
-            changed[f"{PREFIX}{layer}.base_layer.bias"] = weights[name]
-            config["bias"] = "all"
-        elif layer in adapted_layers | parents:
-            raise ValueError(
-                f"`params` has a changed {name!r}, which PEFT cannot save beside an adapter; "
-                "freeze it, or write the model with `save_merged`"
-            )
-        else:
-            layers.add(layer)
-    changed |= {PREFIX + name: weight for name, weight in weights.items() if name.rpartition(".")[0] in layers}
-    config["modules_to_save"] = sorted(layers) or None
-    return changed
-
-
-def _config(model: nn.Module, rank_by_name: Mapping[str, int], alpha_by_name: Mapping[str, float]) -> dict[str, Any]:
+def _config(model: nn.Module, factors: AdapterFactors) -> dict[str, Any]:
     """Return PEFT's configuration.
 
     `target_modules` is a regular expression, which PEFT matches against full names.
     """
-    ranks = {name.rpartition(".")[0]: rank for name, rank in rank_by_name.items()}
+    parameters = factors.parameters
+    ranks = {_name_in_peft(name, parameters): rank for name, rank in factors.ranks.items()}
     if not ranks:
         raise ValueError("`params` has no low-rank weight to write as an adapter; make them with `init` and `targets`")
-    largest = max(ranks.values())
-    alphas = {name.rpartition(".")[0]: _plain(alpha) for name, alpha in alpha_by_name.items()}
+    largest, patterns = max(ranks.values()), _patterns(ranks)
+    alphas = {_name_in_peft(name, parameters): _plain(alpha) for name, alpha in factors.alphas.items()}
     usual = next(alphas[layer] for layer, rank in ranks.items() if rank == largest)
+    layers = [layer for layer in ranks if layer not in parameters]
+    is_transposed = any(kind_of_layer(model, f"{layer}.weight") == "transposed" for layer in layers)
     return {
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": usual,
-        "rank_pattern": {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest},
-        "alpha_pattern": {re.escape(layer): alpha for layer, alpha in alphas.items() if alpha != usual},
-        "target_modules": "|".join(re.escape(layer) for layer in ranks),
-        "fan_in_fan_out": any(kind_of_layer(model, name) == "transposed" for name in rank_by_name),
+        "rank_pattern": {patterns[layer]: rank for layer, rank in ranks.items() if rank != largest},
+        "alpha_pattern": {patterns[layer]: alpha for layer, alpha in alphas.items() if alpha != usual},
+        "target_modules": "|".join(map(re.escape, layers)) or [],
+        "target_parameters": sorted(parameters) or None,
+        "fan_in_fan_out": is_transposed and not parameters,  # PEFT refuses both, and finds transposed layers itself
         "bias": "none",
         "inference_mode": True,
         "task_type": None,
     }
+
+
+def _name_in_peft(name: str, parameters: Collection[str]) -> str:
+    """Return the name of what PEFT adapts: the parameter, or its layer."""
+    return name if name in parameters else name.rpartition(".")[0]
+
+
+def _patterns(layers: Collection[str]) -> dict[str, str]:
+    """Return a regular expression for each layer, which PEFT matches with that layer only.
+
+    PEFT matches patterns with the ends of names, behind a dot, too.
+    """
+    ends = {layer[match.end() :] for layer in layers for match in re.finditer(r"\.", layer)}
+    return {layer: ("^" if layer in ends else "") + re.escape(layer) for layer in layers}
 
 
 def _plain(alpha: float) -> float:

@@ -1,20 +1,25 @@
 """Change the rank of low-rank weights in the middle of a run."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
+from dynlora_fn._core._batches import batches
 from dynlora_fn._core._check import check_choice, check_integer
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import by_name
-from dynlora_fn._core._types import LowRank, Param, Params
+from dynlora_fn._core._types import Factors, LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.optim._resize_state import resize_state
 from dynlora_fn.optim._roles import Roles, check_roles
-from dynlora_fn.switching._basis import next_seed
-from dynlora_fn.switching._weight import Start, first_vectors
+from dynlora_fn.switching._basis import next_seeds
+from dynlora_fn.switching._weight import BasisSlice, Start, first_slice, vectors_of
+
+_BATCH = 2**20  # entries of factors whose vectors are drawn together
 
 
 class Resized(NamedTuple):
@@ -85,21 +90,50 @@ def resize(
     check_roles({} if roles is None else roles, "`roles`")
     low_rank = {name: param for name, param in params.items() if isinstance(param, LowRank)}
     ranks = by_name(rank, low_rank, "rank")
-    resized = {
-        name: _resize(name, low_rank[name], check_integer("rank", new_rank, of=name), start)
-        for name, new_rank in ranks.items()
-    }
+    changes = [_Change(name, low_rank[name], check_integer("rank", new, of=name)) for name, new in ranks.items()]
+    for change in changes:
+        _check(*change)
+    resized = dict(_resize_all([change for change in changes if change.rank != change.old], start))
     new = {name: resized.get(name, param) for name, param in params.items()}
     return Resized(new, None if opt_state is None else resize_state(opt_state, low_rank, resized, roles=roles))
 
 
-def _resize(name: str, param: LowRank, rank: int, start: Start) -> LowRank:
-    _check(name, param, rank)
-    b, a, old = param.factors.b, param.factors.a, param.factors.b.shape[-1]
-    if rank == old:
-        return param
-    seed = next_seed(param.seed, rank)
-    added = first_vectors(seed, param.shape[-2:], rank, start, b.dtype, from_slot=old, alpha=param.alpha)
+class _Change(NamedTuple):
+    name: str
+    param: LowRank
+    rank: int  # the new one
+
+    @property
+    def old(self) -> int:
+        return self.param.factors.b.shape[-1]
+
+    @property
+    def entries(self) -> int:
+        """The number of entries of the factors with the new rank."""
+        return self.param.seed.numel() * self.rank * sum(self.param.shape[-2:])
+
+
+def _resize_all(changes: Sequence[_Change], start: Start) -> Iterator[tuple[str, LowRank]]:
+    """Yield each resized weight with its name. Vectors are drawn for many weights together, as in `init`."""
+    by_device: dict[torch.device, list[_Change]] = defaultdict(list)
+    for change in changes:
+        by_device[change.param.seed.device].append(change)
+    for on_device in by_device.values():
+        for batch in batches(on_device, lambda change: change.entries, most=_BATCH):
+            seeds = next_seeds([change.param.seed for change in batch], [change.rank for change in batch])
+            slices = [_added_slice(change, seed, start) for change, seed in zip(batch, seeds, strict=True)]
+            for change, seed, added in zip(batch, seeds, vectors_of(slices), strict=True):
+                yield change.name, _resize(change, seed, added)
+
+
+def _added_slice(change: _Change, seed: Tensor, start: Start) -> BasisSlice:
+    shape, dtype = change.param.shape[-2:], change.param.factors.b.dtype
+    return first_slice(seed, shape, change.rank, start, dtype, from_slot=change.old, alpha=change.param.alpha)
+
+
+def _resize(change: _Change, seed: Tensor, added: Factors) -> LowRank:
+    name, param, rank = change
+    b, a, old = param.factors.b, param.factors.a, change.old
     new_b, new_a = torch.cat([b[..., :rank], added.b], -1), torch.cat([a[..., :rank, :], added.a], -2)
     new = param._replace(factors=param.factors._replace(b=new_b, a=new_a), seed=seed)
     base = as_base(param.base)

@@ -4,7 +4,6 @@ The package `safetensors` writes tensors that are all in memory. Here it only wr
 tensor by tensor. The file equals that of ``safetensors.torch.save_file`` byte for byte.
 """
 
-import inspect
 import json
 import os
 import secrets
@@ -15,16 +14,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_path, described
+from dynlora_fn._core._dtypes import byte_view
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
-from dynlora_fn._core._types import Params
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
-from dynlora_fn.interop._safetensors import SINGLE, safetensors
-from dynlora_fn.interop._state_dict import lazy_state_dict, state_dict
+from dynlora_fn.interop._safetensors import safetensors
+
+_CHUNK = 1 << 17  # bytes that are read back at once; memory for more is allocated each time, which takes longer
 
 
 def save_weights(
@@ -83,16 +83,43 @@ def write(
     file: Path | str,
     *,
     metadata: Mapping[str, str] | None = None,
+    read_back: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them."""
+    """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them.
+
+    With `read_back`, all that was written is read and compared before the file appears.
+
+    Raises:
+        OSError: If the file has other tensors than were written.
+    """
     header, names = _header(weights, metadata)
     report = reporter(progress, bytes_of(weights))
     with _replacing(Path(file)) as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
+        start = len(header).to_bytes(8, "little") + header
+        if not _put(stream, start, read_back=read_back):
+            raise OSError(f"{str(file)!r} has another header than was written; check the disk, and write it again")
         for name in names:
-            stream.write(_content(name, weights[name].read()))
+            if not _put(stream, content_of(name, weights[name].read()), read_back=read_back):
+                raise OSError(
+                    f"{str(file)!r} has another tensor {name!r} than was written; check the disk, and write it again"
+                )
             report(weights[name].nbytes)
+        if stream.tell() != len(start) + bytes_of(weights):
+            raise ValueError(f"a tensor for {str(file)!r} has another size than its shape says; this is a bug")
+
+
+def _put(stream: BinaryIO, content: Any, *, read_back: bool) -> bool:
+    """Write a buffer, and return whether it is the same when it is read, a chunk at a time."""
+    start = stream.tell()
+    stream.write(content)
+    if not read_back:
+        return True
+    stream.seek(start)
+    chunks = (content[at : at + _CHUNK] for at in range(0, len(content), _CHUNK))
+    is_equal = all(stream.read(len(chunk)) == bytes(chunk) for chunk in chunks)
+    stream.seek(0, os.SEEK_END)
+    return is_equal
 
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -109,6 +136,8 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
         name: torch.empty((0, *weight.shape), dtype=weight.dtype, device="cpu") for name, weight in weights.items()
     }
     header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+    if metadata:
+        header["__metadata__"] = dict(metadata)  # in this order; that of `safetensors` is another each time
     names, end = [name for name in header if name != "__metadata__"], 0
     for name in names:
         start, end = end, end + weights[name].nbytes
@@ -117,7 +146,7 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     return content + b" " * (-len(content) % 8), names
 
 
-def _content(name: str, tensor: Tensor) -> Any:
+def content_of(name: str, tensor: Tensor) -> Any:
     """Return a buffer with a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
     kinds = {
         f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
@@ -127,7 +156,7 @@ def _content(name: str, tensor: Tensor) -> Any:
     if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
         raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy()
+    return byte_view(plain).numpy()
 
 
 @contextmanager
@@ -141,48 +170,9 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".writing-{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as stream:
+        with temporary.open("x+b") as stream:
             yield stream
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@torch.no_grad()
-def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progress: Progress | None = None) -> None:
-    """Write the model with dense weights, for ``from_pretrained`` or ``load_state_dict``.
-
-    A model of `transformers` is written with ``save_pretrained``, for which all dense weights are in memory. For any
-    other module only model.safetensors is written, one dense weight at a time: load it with
-    ``model.load_state_dict(dict(open_weights(folder)))``.
-
-    Args:
-        model: The model, read as in `state_dict`.
-        params: The parameters, as for `call`.
-        folder: The folder, which is created if it does not exist.
-        progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
-            Default None means no reports.
-
-    Raises:
-        ValueError: As `state_dict`.
-        ImportError: If the extra `files` is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> import dynlora_fn as dl
-        >>> model, folder = nn.Linear(6, 4), tempfile.mkdtemp()
-        >>> save_merged(model, dl.init(model, rank=2, seed=0, targets=["weight"]), folder)
-        >>> model.load_state_dict(dict(dl.interop.open_weights(folder)))
-        <All keys matched successfully>
-    """
-    check_path("folder", folder)
-    check_progress(progress)
-    save = getattr(model, "save_pretrained", None)
-    weights = lazy_state_dict(model, params)
-    if save is not None and "state_dict" in inspect.signature(save).parameters:
-        report = reporter(progress, bytes_of(weights))
-        save(folder, state_dict=state_dict(model, params))
-        report(bytes_of(weights))
-    else:
-        write(weights, Path(folder) / SINGLE, progress=progress)

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dynlora_fn._core._check import check_module
+from dynlora_fn._core._check import check_module, first_names
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of
@@ -67,6 +67,8 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
                 f"`params` has no {name!r} of shape {tuple(parameter.shape)}; pass every parameter of the model"
             )
     leaves = model.state_dict(keep_vars=True)
+    if other := [name for name, leaf in leaves.items() if not isinstance(leaf, Tensor)]:
+        raise ValueError(f"`model` has the extra state {first_names(other)}, which is no tensor; save it apart")
     return {name: weights[id(leaf)] if id(leaf) in weights else lazy(leaf) for name, leaf in leaves.items()}
 
 

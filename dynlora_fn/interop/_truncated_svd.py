@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8  # vectors of a block beyond the rank
-LARGEST_SUBSPACE = 4  # the subspace has at most min(out, in) / 4 vectors; the full decomposition is cheaper then
+LARGEST_SUBSPACE = 2  # the subspace has at most min(out, in) / 2 vectors; a decomposition is cheaper then
+LEAST_RESIDUAL = 1e-3  # of the squared norm, so that the rounding of squares does not count beside what is cut
 
 
 class SVD(NamedTuple):
@@ -24,8 +25,9 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     same matrix gives the same result, and no global generator is read.
 
     This is block Krylov iteration (arXiv:1504.05477, algorithm 2) from a random block of ``rank + 8`` vectors. It ends
-    when another block lowers the error by less than that. If a quarter of all vectors does not suffice, the full
-    decomposition is computed.
+    when another block lowers the error by less than that. If half of all vectors do not suffice, all eigenvectors of
+    the Gram matrix are computed. They are exact enough if the error is above 3 % of the norm. Otherwise it is the full
+    decomposition.
 
     Args:
         matrix: The matrix (rows, columns) in float64. All entries are finite.
@@ -38,6 +40,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
         u, s, vh = truncated_svd(matrix.mT, rank)
         return SVD(vh.mT, s, u.mT)
     subspace = _converged_subspace(matrix, rank)
+    if subspace is None:
+        subspace = _leading_eigenvectors(matrix, rank)
     if subspace is None:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return SVD(u[:, :rank], s[:rank], vh[:rank])
@@ -58,6 +62,8 @@ def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | No
     gram, total, captured = matrix.new_zeros(limit, limit), matrix.norm().item() ** 2, -1.0
     block = _orthonormal_rows(_random(width, columns, like=matrix))
     for size in range(width, limit + 1, width):
+        if size > columns // 4 and total - captured < LEAST_RESIDUAL * total:
+            return None  # a small rest, of which `_tolerance` is a large part, is computed to all digits
         new = slice(size - width, size)
         basis[new], images[new] = block, block @ matrix.mT
         gram[new, :size] = images[new] @ images[:size].mT
@@ -68,6 +74,19 @@ def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | No
         for _ in range(2):  # a block inside the span leaves only rounding errors, which the second pass orthogonalizes
             block = _orthonormal_rows(block - (block @ basis[:size].mT) @ basis[:size])
     return None
+
+
+def _leading_eigenvectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Return the leading eigenvectors of ``matrix.T @ matrix`` as rows, and their images, or None if they are inexact.
+
+    Rounding of the Gram matrix turns eigenvectors so that they capture less of the squared norm, by some 1e-16 of it.
+    This takes a third of the time of the full decomposition.
+    """
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    if values[:-rank].sum() < LEAST_RESIDUAL * values.sum():
+        return None
+    basis = vectors[:, -rank:].mT.contiguous()
+    return basis, basis @ matrix.mT
 
 
 def _tolerance(total: float, captured: float) -> float:

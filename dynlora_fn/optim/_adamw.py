@@ -11,6 +11,7 @@ from dynlora_fn.optim._complex import in_real_numbers
 from dynlora_fn.optim._eight_bit import SignedMoment, UnsignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._freeze import FreezeState, freeze_counterparts, zero_counts
+from dynlora_fn.optim._leaves import spent
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import (
@@ -118,12 +119,14 @@ def adamw(
 
     @elementwise(results=3)
     def step(rate: Rate, mu: Any, nu: Any, grad: Any, param: Any, count: Any) -> tuple[Any, Any, Any]:
-        mu = mu * betas[0] + grad.to(mu.dtype) * (1 - betas[0])
-        nu = nu * betas[1] + grad.to(nu.dtype).square() * (1 - betas[1])
+        mu = spent(mu * betas[0]) + grad.to(mu.dtype) * (1 - betas[0])
+        nu = spent(nu * betas[1]) + spent(grad.to(nu.dtype).square()) * (1 - betas[1])
         count = count.clamp(min=1).to(mu.dtype)  # under "reset_thawed" the count of a frozen vector is negative
-        denominator = square_root(nu) / _bias_correction(betas[1], count).sqrt() + eps
-        direction = mu / _bias_correction(betas[0], count) / denominator
-        return mu, nu, -rate * (direction + weight_decay * param.to(mu.dtype) if weight_decay else direction)
+        denominator = spent(spent(square_root(nu)) / _bias_correction(betas[1], count).sqrt()) + eps
+        direction = spent(mu / _bias_correction(betas[0], count)) / denominator
+        if weight_decay:
+            direction = spent(direction) + weight_decay * param.to(mu.dtype)
+        return mu, nu, -rate * spent(direction)
 
     def update(
         grads: Trainable, opt_state: AdamWState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]

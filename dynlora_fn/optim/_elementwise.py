@@ -75,7 +75,7 @@ def _rows(
 ) -> list[_Row]:
     rows = []
     for name, leaf in tree.items():
-        options = settings(name) if settings else ()
+        options = () if settings is None else settings(name)
         operands = [leaf, *[other[name] for other in others], *([] if small is None else [small[name]])]
         if is_factors(leaf):
             rows.append((*options, *[each.b for each in operands]))

@@ -10,6 +10,7 @@ from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._complex import in_real_numbers
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._freeze import freeze_counterparts
+from dynlora_fn.optim._leaves import spent
 from dynlora_fn.optim._roles import register_state
 from dynlora_fn.optim._transform import (
     Rate,
@@ -72,7 +73,7 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
     weight_decay = check_number("weight_decay", weight_decay, least=0)
 
     def moment_step(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
-        mu = momentum * mu + (grad + weight_decay * param)
+        mu = spent(momentum * mu) + (grad + weight_decay * param)
         return mu, mu
 
     return _one_moment_transform(moment_step, weight_decay)
@@ -115,8 +116,8 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
     weight_decay = check_number("weight_decay", weight_decay, least=0)
 
     def moment_step(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
-        sign = (betas[0] * mu + (1 - betas[0]) * grad).sign()
-        return betas[1] * mu + (1 - betas[1]) * grad, sign + weight_decay * param
+        sign = (spent(betas[0] * mu) + (1 - betas[0]) * grad).sign()
+        return spent(betas[1] * mu) + (1 - betas[1]) * grad, sign + weight_decay * param
 
     return _one_moment_transform(moment_step, weight_decay)
 

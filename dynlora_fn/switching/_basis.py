@@ -91,15 +91,18 @@ def _philox_of_grid(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
-def next_seed(seed: Int[Tensor, "*stack"], rank: int) -> Int[Tensor, "*stack"]:
-    """Return the seed of another basis, for the same weight at another rank.
+def next_seeds(seeds: Sequence[Int[Tensor, "*stack"]], ranks: Sequence[int]) -> list[Int[Tensor, "*stack"]]:
+    """Return the seeds of other bases, for the same weights at other ranks.
 
     A schedule counts its vectors from the rank. With the old seed it would hand out some of them twice.
     """
-    zero = torch.zeros_like(seed)
+    flat = [seed.flatten() for seed in seeds]
+    rank = torch.cat([torch.full_like(seed, rank) for seed, rank in zip(flat, ranks, strict=True)])
+    seed, zero = torch.cat(flat), torch.zeros_like(rank)
     key = seed & _MASK, (seed >> 32) & _MASK
-    high, low, *_ = philox((zero + rank, zero, zero, zero + len(_SIDE_WORD)), key)  # no vector has this last word
-    return (high >> 1) << 32 | low
+    high, low, *_ = philox((rank, zero, zero, zero + len(_SIDE_WORD)), key)  # no vector has this last word
+    new = torch.split((high >> 1) << 32 | low, [seed.numel() for seed in seeds])
+    return [each.reshape(seed.shape).clone() for each, seed in zip(new, seeds, strict=True)]
 
 
 class Request(NamedTuple):

@@ -138,7 +138,7 @@ def dataset(name: str, *, config: str | None, column: str, characters: int, fold
         streams = _load(datasets, name, config)
     except Exception as error:  # of many types: not found, no connection, unknown configuration, unreadable files
         raise ValueError(
-            f"`dataset` must be one that `datasets` can load, got {name!r}: {first_line(error)}"
+            f"`dataset` must be one that `datasets` can load, got {name!r}: {_first_line(error)}"
         ) from error
     if "train" not in streams:
         raise ValueError(f"`dataset` must have a split called 'train', got {name!r} with {sorted(streams)}")
@@ -166,7 +166,7 @@ def _texts(stream: Iterable[dict[str, Any]], name: str, column: str, characters:
         try:
             index, row = next(rows, (0, None))
         except Exception as error:  # of many types: damaged lines or pages, no connection
-            raise ValueError(f"`dataset` could not be read, got an error in {name!r}: {first_line(error)}") from error
+            raise ValueError(f"`dataset` could not be read, got an error in {name!r}: {_first_line(error)}") from error
         if row is None:
             return
         if column not in row:
@@ -220,5 +220,5 @@ def _encoded(text: str, index: int) -> bytes:
         raise ValueError(f"`dataset` must contain Unicode texts, got half a character in row {index}") from error
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -102,7 +102,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return a tokenizer of `transformers` by its name, folder or file. No code that comes with it is run.
+    """Load a tokenizer of `transformers` by its name, folder or file. No code that comes with it is run.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the tokenizer.
@@ -126,7 +126,7 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     Its end token, if it has one, ends each document.
 
     Raises:
-        ValueError: If `transformers` is missing or cannot load the tokenizer.
+        ValueError: As `load_tokenizer`.
     """
     tokenizer = load_tokenizer(name)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -82,8 +82,11 @@ class Config(pretrain.Config):
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[pretrain.DefaultRates] = FINETUNE_RATES
-    # The record of a run has digests of the model and of the tokens.
-    may_change: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "export", "adapter_rank")
+    # The record of a run has digests of what `model`, `text` and `tokenizer` name.
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *pretrain.Config.free_to_change,
+        *("model", "tokenizer", "export", "adapter_rank"),
+    )
 
     def alpha(self) -> float:
         """Return the option `alpha`, or the rank."""

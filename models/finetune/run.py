@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
+from models.codec import codec
 from models.corpus import load_tokenizer
 from models.finetune.config import Config, check
 from models.finetune.export import Export
@@ -34,6 +35,7 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 
     Raises:
         ValueError: If the input is invalid, in one line.
+        OSError: If a file cannot be read or written. The error names the file.
     """
     check(config, processes)
     folder = Path(processes.from_first(run_folder(config)))
@@ -52,7 +54,9 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
         method = make_method(config, model, default_targets(model), rest, processes=processes)
         drop_values(model)
         digests = {"model_digest": model_digest}
-        return start_or_resume(config, processes, folder, corpus, model, method, export, console, digests=digests)
+        return start_or_resume(
+            config, processes, folder, corpus, model, method, export, codec(tokenizer_name), console, digests=digests
+        )
 
 
 def check_tokens(tokenizer: Any, model: nn.Module, seq_len: int) -> None:

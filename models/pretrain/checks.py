@@ -12,7 +12,7 @@ _AT_LEAST_ONE = (
     *("rank", "steps", "batch_size", "seq_len", "grad_accum", "eval_every", "eval_batches", "save_every"),
     *("keep", "check_every", "merge_every", "dataset_characters"),
 )
-_NOT_NEGATIVE = ("warmup", "weight_decay", "freeze", "compensate", "seed")
+_NOT_NEGATIVE = ("warmup", "weight_decay", "freeze", "compensate", "seed", "sample_every")
 _POSITIVE = ("lr", "dense_lr", "clip", "ratio", "interval")
 
 
@@ -85,13 +85,14 @@ def _check_processes(config: Config, processes: Processes) -> None:
 
 
 def _check_sharded_factors(config: Config) -> None:
-    sharded, candidates, moments = config.machine.shard, config.switching.candidates, config.precision.moments
-    if config.inner_optimizer() == "muon":
-        raise ValueError("`optimizer` must be adamw with --shard-factors, got muon, whose messages are not counted")
     if config.training.compensate:
-        raise ValueError(f"`compensate` must be 0 with --shard-factors, got {config.training.compensate}")
-    if not sharded or candidates == "pool" or moments == "8bit":
         raise ValueError(
-            "`shard_factors` must come with --shard, seeded candidates and float32 moments, "
-            f"got candidates {candidates}, moments {moments}, {'with' if sharded else 'without'} --shard"
+            f"`compensate` must be 0 with --shard-factors, got {config.training.compensate}; "
+            "it needs gradients of dense weights, which no process has"
         )
+    if config.switching.candidates == "pool":
+        raise ValueError(
+            "`candidates` must be 'seeded' with --shard-factors, got 'pool'; a pool stores vectors that are not sharded"
+        )
+    if not config.machine.shard:
+        raise ValueError("`shard_factors` must come with --shard, got it without; sharded factors need sharded bases")

@@ -178,6 +178,8 @@ class Output:
     """Compute the validation loss every this many steps."""
     eval_batches: int = 8
     """Use this many batches for a validation loss, the same ones each time."""
+    sample_every: int = 0
+    """Print a continuation of the first validation text every this many steps. The default 0 prints none."""
     save_every: int = 100
     """Write a checkpoint every this many steps."""
     keep: int = 2
@@ -204,8 +206,14 @@ class Config:
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[DefaultRates] = PRETRAIN_RATES
-    # Options of this program that a continued run may change too.
-    may_change: ClassVar[tuple[str, ...]] = ()
+    # Options of the command and not of the run.
+    not_recorded: ClassVar[tuple[str, ...]] = ("out", "resume", "config", "json", "compare", "eager")
+    # Options that a continued run may change: those on which no step depends, the names of texts whose digest is
+    # recorded, and the number of steps, which is announced.
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *("eval_every", "eval_batches", "save_every", "keep", "check_every", "sample_every", "tensorboard", "steps"),
+        *("text", "validation", "dataset", "dataset_config", "text_column", "dataset_characters"),
+    )
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option by its name, without the groups."""

@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from models.pretrain.config import Config
+from models.pretrain.progress import read_metrics
 from models.pretrain.stopping import naming
 
-# Options of the command and not of the run.
-_NOT_RECORDED = ("out", "resume", "config", "json", "compare", "eager")
-# Options that a continued run may change: those on which no step depends, the names of texts whose digest is recorded,
-# and the number of steps, which is announced.
-_MAY_CHANGE = frozenset(
-    ("eval_every", "eval_batches", "save_every", "keep", "check_every", "tensorboard", "steps")
-    + ("text", "validation", "dataset", "dataset_config", "text_column", "dataset_characters")
-)
+# Options that a checkpoint does not share with the run that resumes from it, beside those that are free to change.
+_NOT_IN_CHECKPOINTS = ("tokenizer", "device", "compile")
 
 _TEMPORARY = "config.writing"
 
@@ -85,7 +80,7 @@ def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> 
     check_folder(config, folder)
     if config.output.resume:
         old = _with_defaults(_read(folder / "config.json"), config)
-        _check_same(old, _record(config, digests), _MAY_CHANGE | {*config.may_change}, folder)
+        _check_same(old, _record(config, digests), config, folder)
         steps = old["steps"]
         if type(steps) is not int or steps < 1:
             raise ValueError(f"`resume` must find a number of steps in {str(folder / 'config.json')!r}, got {steps!r}")
@@ -106,8 +101,41 @@ def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> No
     temporary.rename(path)
 
 
+def checkpoint_settings(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
+    """Return the options that a checkpoint must share with the run that resumes from it."""
+    record = _record(config, digests)
+    return {name: record[name] for name in record if name not in (*config.free_to_change, *_NOT_IN_CHECKPOINTS)}
+
+
+def check_metrics(path: Path, step: int, steps: int) -> None:
+    """Check that a metrics file has what a run that resumes after `step` needs at its end.
+
+    Raises:
+        ValueError: If it does not have all steps up to this one. It names the file and what is missing.
+    """
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise ValueError(f"metrics must be in a regular file, got {str(path)!r}; move it away")
+    lines = read_metrics(path, up_to=step)
+    for expected, line in enumerate(lines, start=1):
+        if line["step"] != expected or not all(_is_number(line.get(name)) for name in ("loss", "switched")):
+            raise ValueError(
+                f"metrics must have loss and switched vectors of step {expected}, got {str(path)!r} without"
+            )
+    if len(lines) < step:
+        raise ValueError(
+            f"metrics must have the steps up to {step} of the checkpoint, got {str(path)!r} with {len(lines)}; "
+            "restore the file, or resume from an older checkpoint"
+        )
+    if step == steps and not _is_number(lines[-1].get("validation_loss")):
+        raise ValueError(f"metrics must have the last validation loss, got {str(path)!r} without it at step {step}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
-    options = {name: value for name, value in config.options().items() if name not in _NOT_RECORDED}
+    options = {name: value for name, value in config.options().items() if name not in config.not_recorded}
     record: dict[str, object] = json.loads(json.dumps(options | digests, default=str))
     return record
 
@@ -115,7 +143,7 @@ def _record(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
 def _read(path: Path) -> dict[str, object]:
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`resume` must find the run's options in {str(path)!r}, got invalid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"`resume` must find the run's options in {str(path)!r}, got {record!r:.80}, not an object")
@@ -124,13 +152,13 @@ def _read(path: Path) -> dict[str, object]:
 
 def _with_defaults(record: dict[str, object], config: Config) -> dict[str, object]:
     """Return a record with the defaults of options that older versions did not have."""
-    return _record(type(config)(), {}) | {"corpus": None} | record
+    return _record(type(config)(), {}) | record
 
 
-def _check_same(old: dict[str, object], new: dict[str, object], may_change: frozenset[str], folder: Path) -> None:
+def _check_same(old: dict[str, object], new: dict[str, object], config: Config, folder: Path) -> None:
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted((old.keys() | new.keys()) - may_change)
+        for name in sorted((old.keys() | new.keys()) - {*config.free_to_change})
         if old.get(name) != new.get(name)
     ]
     if changes:

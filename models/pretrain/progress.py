@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from models.pretrain.stopping import naming
 
@@ -67,10 +67,11 @@ def _parse(line: bytes, path: Path, line_number: int) -> dict[str, Any]:
 class ProgressBar:
     """Show a live bar in a terminal, elsewhere a line every half a minute, and one at each validation loss."""
 
-    def __init__(self, console: Console, steps: int, done: int):
+    def __init__(self, console: Console, steps: int, done: int, status: str = ""):
         self._console, self._steps = console, steps
         self._since = time.monotonic()
         self._bar = Progress(
+            SpinnerColumn(),
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None if console.width > 100 else 12),
@@ -79,7 +80,7 @@ class ProgressBar:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=steps, completed=done, status="")
+        self._task = self._bar.add_task("training", total=steps, completed=done, status=status)
 
     def __enter__(self) -> "ProgressBar":
         self._bar.start()

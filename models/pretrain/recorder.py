@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ class Recorder:
             self._files.append(MetricsFile(run.folder / "metrics.jsonl", run.first_step))
             if run.config.output.tensorboard:
                 self._files.append(Scalars(run.folder / "tensorboard", run.first_step))
-        self.bar = ProgressBar(console, run.config.training.steps, run.first_step)
+        status = "compiling the first step" if run.config.machine.compile else ""
+        self.bar = ProgressBar(console, run.config.training.steps, run.first_step, status)
         self._config, self._processes, self._corpus = run.config, run.processes, run.corpus
         self._wire, self._wire_when_switching = wire_bytes(run), wire_bytes(run, is_switching=True)
         self._pending: list[tuple[int, Metrics, int]] = []
@@ -62,6 +64,13 @@ class Recorder:
             file.append(lines)
         self._show(lines[-1], tokens_per_step)
         self._pending.clear()
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Write the pending steps, and leave the time in this context out of the tokens per second."""
+        self.flush()
+        yield
         self._since = time.perf_counter()
 
     def _show(self, line: dict[str, Any], tokens_per_step: int) -> None:
@@ -98,4 +107,13 @@ def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.Wire
         elements = sum(param.shape.numel() for param in params.values() if isinstance(param, dl.LowRank))
         return wire._replace(factors=4 * elements)
     wire = dl.parallel.wire_bytes(trainable, frozen, gathers=2 * passes, plan=plan)
-    return wire._replace(scattered=passes * wire.scattered)
+    return wire._replace(scattered=passes * wire.scattered, factors=wire.factors + _bytes_of_muon(run))
+
+
+def _bytes_of_muon(run: Prepared) -> int:
+    """Return what Muon all-reduces for sharded factors: four (rank, rank) matrices and four norms for each weight."""
+    if run.config.inner_optimizer() != "muon":
+        return 0
+    leaves = run.method.state.trainable.values()
+    sides = [leaf.b for leaf in leaves if isinstance(leaf, dl.parallel.ShardedFactors)]  # (*stack, rows, rank)
+    return sum(16 * b.shape[:-2].numel() * (b.shape[-1] ** 2 + 1) for b in sides)

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -24,7 +25,10 @@ from models.pretrain.processes import SINGLE_PROCESS, Processes
 from models.pretrain.progress import duration, read_metrics, read_start, write_start
 from models.pretrain.recorder import Recorder, wire_bytes
 from models.pretrain.report import sizes
+from models.pretrain.sample import sample
 from models.pretrain.stopping import Preemption, Stopped, name_of, naming
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
@@ -67,6 +71,9 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
             done = step + 1
             if is_last or done % output.eval_every == 0:
                 recorder.flush(validate=lambda: validate(run, state))  # noqa: B023, called at once
+            if output.sample_every and (is_last or done % output.sample_every == 0):
+                with recorder.paused():
+                    console.print(f"step {done}: {sample(run, state)}", markup=False, highlight=False, soft_wrap=True)
             is_saved = is_last or is_stopped or done % output.save_every == 0
             if is_saved:
                 recorder.flush()  # raises if a result is not finite
@@ -105,7 +112,7 @@ def _announce(console: Console, number: int) -> None:
 
 
 def _saver(run: Prepared) -> Saver:
-    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep)
+    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep, settings=run.settings)
 
 
 def batch(run: Prepared, step: int) -> Tensor:
@@ -189,6 +196,11 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
         "drift": metrics[-1].get("drift"),
         "validation_loss": last_loss,
         "bits_per_byte": run.corpus.bits_per_byte(last_loss),
-        "perplexity": math.exp(last_loss),
+        "perplexity": perplexity(last_loss),
         "unigram_loss": unigram_loss,
     }
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, which is infinite beyond what a float has."""
+    return math.inf if loss >= _LARGEST_EXPONENT else math.exp(loss)

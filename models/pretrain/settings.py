@@ -34,13 +34,14 @@ def parse(config_type: type[ConfigT], command: str, arguments: Sequence[str] | N
         return tyro.cli(config_type, prog=command, args=arguments, default=default, config=markers)
 
     default = config_type()
-    output = parsed(default).output
+    given = parsed(default)
+    output = given.output
     files = [] if output.config is None else [output.config]
     if output.resume and output.out is not None and (output.out / "config.json").is_file():
         files.insert(0, output.out / "config.json")
     for file in files:
         default = with_options(default, read_options(file), file)
-    return parsed(default)
+    return parsed(default) if files else given
 
 
 def read_options(file: Path) -> dict[str, Any]:
@@ -49,8 +50,11 @@ def read_options(file: Path) -> dict[str, Any]:
     Tables with the names of the groups are joined.
 
     Raises:
-        ValueError: If the file is neither. It names the file.
+        ValueError: If the file is neither, or no regular file. It names the file.
+        OSError: If the file cannot be read.
     """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"`config` must name a file, got {str(file)!r}, which is a folder, a pipe or a device")
     try:
         content = file.read_text()
         options = tomllib.loads(content) if file.suffix == ".toml" else json.loads(content)

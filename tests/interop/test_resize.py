@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import dynlora_fn as dl
-from dynlora_fn.interop import resize
+from dynlora_fn.interop import _resize, resize
 from dynlora_fn.switching._weight import first_vectors
 from dynlora_fn.testing import (
     Shape,
@@ -134,6 +134,25 @@ def test_a_compiled_step_compiles_again_for_the_new_shapes():
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     torch.testing.assert_close(states[1][0], states[0][0])
+
+
+@pytest.mark.parametrize("entries", [1, 2**20])
+@pytest.mark.parametrize("start", ["switchlora", "lora"])
+def test_weights_are_resized_together_as_alone(start, entries, monkeypatch):
+    monkeypatch.setattr(_resize, "_BATCH", entries)
+    shapes = {"w": (6, 8), "v": (9, 5), "layers.0.u": (4, 7), "layers.1.u": (4, 7), "same": (5, 5), "bias": (6,)}
+    weights = {name: normal(0, *shape) for name, shape in shapes.items()}
+    params = dl.init(weights, rank={"w": 4, "*": 3}, seed=0, targets=["w", "v", "layers.*", "same"])
+    opt_state, ranks = (
+        dl.optim.adamw().init(dl.partition(params).trainable),
+        {"w": 2, "v": 5, "layers.*.u": 4, "same": 3},
+    )
+    together, one_by_one = resize(params, opt_state, rank=ranks, start=start), (params, opt_state)
+    for name, rank in ranks.items():
+        one_by_one = resize(*one_by_one, rank={name: rank}, start=start)
+    assert_same(together, one_by_one)
+    storages = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(together)]
+    assert len(set(storages)) == len(storages)
 
 
 def test_ranks_by_name():

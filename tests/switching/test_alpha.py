@@ -43,12 +43,14 @@ def test_transforms_keep_the_weight(transform):
 
 
 def test_a_resize_keeps_the_weight():
-    def other_rank(param):
-        rank = max(1, param.factors.b.shape[-1] // 2)
-        smaller = resize({"w": param}, rank=rank).params
-        return resize(smaller, rank=min(param.shape[-2:])).params["w"]
+    def smaller(param):
+        return resize({"w": param}, rank=max(1, param.factors.b.shape[-1] // 2)).params["w"]
 
-    check_preserves_weight(other_rank, folds=2, exact_factors=True, arguments=st.tuples(low_rank_params(alphas=ALPHAS)))
+    def larger(param):
+        return resize({"w": param}, rank=min(param.shape[-2:])).params["w"]
+
+    for transform in (smaller, larger):
+        check_preserves_weight(transform, exact_factors=True, arguments=st.tuples(low_rank_params(alphas=ALPHAS)))
 
 
 def test_stacks_and_compiled_switches_are_as_for_an_alpha_of_one():
@@ -108,7 +110,7 @@ def test_whatever_reads_the_dense_weight_reads_the_same(storage, waiting):
     assert_same(drift(param), drift(plain))
     if not waiting:
         assert_same(merge(param).base, merge(plain).base)
-    if storage.kind != "float64":
+    if storage.kind == "int8":
         assert torch.equal(to_torchao(param).dequantize(), to_torchao(plain).dequantize())
 
 

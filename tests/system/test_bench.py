@@ -25,6 +25,7 @@ KEYS = {
     "drift": {f"{base}+{residual}" for base in ("bfloat16", "int8", "float8", "nf4") for residual in RESIDUALS}
     | {"int8+bfloat16 deferred", "nf4+none deferred"},
     "scale": {"reduced_over_full_rank", "trainable_at_512"},
+    "gpu": {"full rank, torch.optim.Muon at 64", "ours, AdamW, switching at 64", "ours, nvfp4+bfloat16 at 64"},
     "growth": {"init", "gradients_memory", "names", "checkpoint", "first_call", "goals", "met"},
     "quality_by_base": {"float32+none", "int8+bfloat16"},
 }

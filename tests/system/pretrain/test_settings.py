@@ -1,6 +1,7 @@
 """Options from files, and what of them a resumed run may change."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -88,3 +89,10 @@ def test_a_resumed_run_takes_its_options_and_changes_those_that_it_may(job: Job,
     assert "`resume` must keep the options recorded in" in refused.err
     assert "seed was 0 and is 1" in refused.err
     assert contents(out) == before
+
+
+def test_a_pipe_of_options_is_refused_and_not_waited_for(job: Job, tmp_path: Path):
+    os.mkfifo(tmp_path / "options")
+    outcome = job("--config", tmp_path / "options")
+    assert outcome.code == 2
+    assert "`config` must name a file, got" in outcome.err

@@ -91,7 +91,6 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_taken(text: Path,
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
     """The checkpoint has the values at the time of saving, not those that a later donated step wrote."""
     state = {"x": torch.arange(100_000.0), "count": torch.tensor(3), "half": torch.ones(2, 3, dtype=torch.bfloat16)}
@@ -114,7 +113,6 @@ def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
         load_checkpoint(tmp_path, {**state, "x": torch.zeros(4)}, SINGLE_PROCESS)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_donated_template_is_the_memory_of_the_state(tmp_path: Path):
     """Tensors that share memory are copied before they are read."""
     values = {"x": torch.arange(24.0).reshape(4, 6), "y": torch.ones(4, 6), "t": torch.tensor(3), "z": torch.ones(2, 3)}

@@ -1,0 +1,26 @@
+"""Split lists into batches of limited size, so that what is computed together stays small."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def batches(items: Iterable[Item], size: Callable[[Item], int], *, most: int) -> Iterator[list[Item]]:
+    """Yield lists of items in their order, of at most `most` in all, or of one larger item.
+
+    Example:
+        >>> list(batches([2, 3, 9, 1], lambda item: item, most=5))
+        [[2, 3], [9], [1]]
+    """
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        count = size(item)
+        if batch and total + count > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += count
+    if batch:
+        yield batch
