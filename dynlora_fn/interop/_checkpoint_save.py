@@ -50,7 +50,7 @@ def save_checkpoint(
 
     Raises:
         TypeError: If a leaf cannot be stored, such as an object or a tensor of torchao. The message gives its path.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or another one on another process.
         OSError: If the files cannot be written. With a group, it is raised on every process.
         DriftedError: If processes have different states.
         ImportError: If the extra `files` is not installed.
@@ -70,6 +70,8 @@ def save_checkpoint(
     members = members_of(group)
     contents = members.agree(lambda: contents_of("state", state, members))
     assert contents is not None
+    if len(set(members.gather(json.dumps((step, settings, keep))))) > 1:
+        raise ValueError("`step`, `settings` and `keep` differ between processes; pass the same on every process")
     if members.group is not None:
         check_replicas(state, members.group)
     folder = Path(folder)

@@ -1,5 +1,6 @@
 """What a checkpoint stores of a state: tensors, numbers and texts by path, and constants of its types."""
 
+from dataclasses import fields, is_dataclass
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,7 +82,7 @@ def contents_of(argument: str, state: Any, members: Members) -> Contents:
         if isinstance(leaf, Tensor):
             _check_tensor(argument, name_of(path), leaf)
         elif _is_constant(leaf):
-            constants[keystr(path)] = repr(leaf)
+            constants[keystr(path)] = _text_of_constant(leaf)
         else:
             values[keystr(path)] = _value(argument, name_of(path), leaf)
     tensors = as_dtensors(tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else None, state))
@@ -103,6 +104,15 @@ def with_values(state: Any, values: dict[str, Value]) -> Any:
 def _is_constant(node: Any) -> bool:
     """Return whether a node without leaves has a meaning for the state. How it is sharded has none."""
     return is_constant_class(type(node)) and not isinstance(node, Sharding)
+
+
+def _text_of_constant(node: Any) -> str:
+    """Return a text that is equal for equal constants. So numbers are floats, because 2 equals 2.0."""
+    if not is_dataclass(node):
+        return repr(node)
+    values = {field.name: getattr(node, field.name) for field in fields(node)}
+    plain = {name: float(value) if type(value) is int else value for name, value in values.items()}
+    return f"{type(node).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
 
 
 def _check_tensor(argument: str, name: str, tensor: Tensor) -> None:

@@ -66,8 +66,8 @@ def test_a_deferred_base_comes_back_and_another_divisor_is_refused(tmp_path: Pat
     assert_same(loaded.state, params)
     name = next(name for name, param in params.items() if isinstance(param, dl.LowRank))
     divisor = params[name].base.divisor
-    changed = params | {name: params[name]._replace(base=params[name].base._replace(divisor=type(divisor)(7)))}
-    with pytest.raises(ValueError, match=r"base\.divisor is Divisor\(rank=32\) instead of Divisor\(rank=7\)"):
+    changed = params | {name: params[name]._replace(base=params[name].base._replace(divisor=type(divisor)(7.0)))}
+    with pytest.raises(ValueError, match=r"base\.divisor is Divisor\(value=32.0\) instead of Divisor\(value=7.0\)"):
         load(tmp_path, changed)
 
 
@@ -80,6 +80,22 @@ def test_states_of_every_optimizer_come_back(name: str, tmp_path: Path):
     loaded = load(tmp_path, transform.init(trainable))
     assert loaded is not None
     assert_same(loaded.state, opt_state)
+
+
+@pytest.mark.parametrize("alpha", [16, 0.3])
+def test_factors_with_an_alpha_come_back_and_another_alpha_is_refused(alpha: float, tmp_path: Path):
+    state = trained(alpha=alpha)
+    save(state, tmp_path, step=1)
+    loaded = load(tmp_path, tree_map(other, state))
+    assert loaded is not None
+    assert_same(loaded.state, state)
+    assert load(tmp_path, trained(alpha=float(alpha))) is not None
+    for template in (trained(alpha=2), trained()):
+        with pytest.raises(ValueError, match=r"factors\.alpha.*Alpha\(value="):
+            load(tmp_path, template)
+    save(trained(), tmp_path, step=2)
+    with pytest.raises(ValueError, match=r"factors\.alpha, Alpha\(value=.*\), is missing"):
+        load(tmp_path, state, step=2)
 
 
 def test_numbers_texts_and_generators_come_back(tmp_path: Path):

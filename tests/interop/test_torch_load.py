@@ -31,6 +31,12 @@ def test_parameters_are_read(base: str | None):
         assert_same(reloaded(state), state)
 
 
+def test_factors_with_an_alpha_are_read():
+    params = dl.init(DENSE, rank=2, seed=0, targets=["*.w"], alpha=3)
+    assert_same(reloaded(params), params)
+    assert reloaded(params)["layers.*.w"].factors.alpha == params["layers.*.w"].factors.alpha
+
+
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "8bit"])
 def test_states_of_optimizers_are_read(name: str):
     transform = dl.optim.adamw(moments="8bit") if name == "8bit" else OPTIMIZERS[name].transform
