@@ -1,33 +1,53 @@
-"""The alpha of each layer in a configuration of PEFT."""
+"""The alpha and the rank of each layer in a configuration of PEFT."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def alphas(config: dict[str, Any]) -> Callable[[str], float]:
-    """Return a function that gives the alpha of a layer by its name.
+def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
+    """Return a function that gives the alpha of a layer by its name, from `alpha_pattern` or `lora_alpha`."""
+    return by_pattern(config.get("alpha_pattern") or {}, config["lora_alpha"])
 
-    It is that of the first entry of `alpha_pattern` that matches the end of the name, behind a dot, or `lora_alpha`.
+
+def ranks(config: Mapping[str, Any]) -> Callable[[str], int]:
+    """Return a function that gives the rank of a layer by its name, from `rank_pattern` or `r`."""
+    rank_of = by_pattern(config.get("rank_pattern") or {}, config["r"])
+    return lambda layer: int(rank_of(layer))
+
+
+def by_pattern(patterns: Mapping[str, float], default: float) -> Callable[[str], float]:
+    """Return a function that gives the value of the first pattern that matches the end of a name, behind a dot.
+
     Entries without operators of regular expressions, as `re.escape` writes names, are looked up without matching, so
     that a model with an entry for each layer does not match each name with each entry.
     """
     names: dict[str, tuple[int, float]] = {}
     expressions: list[tuple[int, re.Pattern[str], float]] = []
-    for position, (pattern, alpha) in enumerate((config.get("alpha_pattern") or {}).items()):
-        name = re.sub(r"\\(\W)", r"\1", pattern)
-        if re.escape(name) == pattern:
-            names.setdefault(name, (position, alpha))
+    for position, (pattern, value) in enumerate(patterns.items()):
+        name = plain_name(pattern)
+        if name is not None:
+            names.setdefault(name, (position, value))
         else:
-            expressions.append((position, re.compile(rf"(.*\.)?({pattern})$"), alpha))
-    default: float = config["lora_alpha"]
+            expressions.append((position, re.compile(rf"(.*\.)?({pattern})$"), value))
 
-    def alpha_of(layer: str) -> float:
-        parts = layer.split(".")
-        ends = (".".join(parts[start:]) for start in range(len(parts)))
-        position, alpha = min((names[end] for end in ends if end in names), default=(math.inf, default))
+    def value_of(layer: str) -> float:
+        ends = (end for end in ends_of(layer) if end in names)
+        position, value = min((names[end] for end in ends), default=(math.inf, patterns.get(layer, default)))
         before = (entry for entry in expressions if entry[0] < position and entry[1].match(layer))
-        return next((alpha for _, _, alpha in before), alpha)
+        return next((value for _, _, value in before), value)
 
-    return alpha_of
+    return value_of
+
+
+def ends_of(path: str) -> list[str]:
+    """Return a path, and what is behind each of its dots."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def plain_name(pattern: str) -> str | None:
+    """Return the only name that a regular expression matches, or None if it has operators."""
+    name = re.sub(r"\\(\W)", r"\1", pattern)
+    return name if re.escape(name) == pattern else None

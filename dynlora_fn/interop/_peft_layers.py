@@ -2,11 +2,22 @@
 
 PEFT's weight is ``weight + alpha / rank * B @ A``, with ``alpha / sqrt(rank)`` for rslora. A is at the layer's input.
 A `LowRank` has the same alpha, with rslora times ``sqrt(rank)``.
+
+=====================  ====================  ==========================  ====================================
+kind                   the parameter         A in a file                 B in a file
+=====================  ====================  ==========================  ====================================
+"linear"               (out, in)             (rank, in)                  (out, rank)
+"transposed"           (in, out)             (rank, in)                  (out, rank)
+"embedding"            (count, size)         (rank, count)               (size, rank)
+"convolution"          (out, in, *kernel)    (rank, in, *kernel)         (out, rank, 1, ...)
+"experts"              (stack, out, in)      (stack * rank, in)          (out, rank * stack), an expert innermost
+"transposed experts"   (stack, in, out)      (stack * rank, in)          (out, rank * stack), an expert innermost
+=====================  ====================  ==========================  ====================================
 """
 
-import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dynlora_fn._core._types import Factors
@@ -22,6 +33,13 @@ class Pair(NamedTuple):
     down: Tensor  # (rank, in)
 
 
+class PairShapes(NamedTuple):
+    """The shapes of the factors of one layer in a file."""
+
+    up: tuple[int, ...]
+    down: tuple[int, ...]
+
+
 def aliases_of(model: nn.Module) -> dict[str, list[str]]:
     """Return all names of each parameter, itself included."""
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -31,8 +49,20 @@ def aliases_of(model: nn.Module) -> dict[str, list[str]]:
     return {name: names[id(parameter)] for name, parameter in named.items()}
 
 
-def kind_of_layer(model: nn.Module, name: str) -> str:
+def kind_of_layer(
+    model: nn.Module,
+    name: str,
+    *,
+    owner: str = "`params`",
+    instead: str = "merge it with `materialize` or write the model with `save_merged`",
+) -> str:
     """Return the kind of a layer that PEFT has LoRA for. A "transposed" layer has a weight (in, out).
+
+    Args:
+        model: The model.
+        name: The name of the weight of the layer.
+        owner: What has the low-rank weight, for the error message.
+        instead: What to do instead, for the error message.
 
     Raises:
         ValueError: If PEFT has no LoRA for the layer.
@@ -46,13 +76,35 @@ def kind_of_layer(model: nn.Module, name: str) -> str:
             return "embedding"
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == 1:
             return "convolution"
-        if type(layer).__name__ == "Conv1D":
+        if (type(layer).__name__, type(layer).__module__) == ("Conv1D", "transformers.pytorch_utils"):
             return "transposed"
     kind = type(layer).__name__ + (" in groups" if getattr(layer, "groups", 1) > 1 else "")
-    raise ValueError(
-        f"`params` has a low-rank {name!r} of {kind}, for which PEFT has no LoRA; "
-        "merge it with `materialize` or write the model with `save_merged`"
-    )
+    raise ValueError(f"{owner} has a low-rank {name!r} of {kind}, for which PEFT has no LoRA; {instead}")
+
+
+def kind_of_parameter(model: nn.Module, name: str, *, owner: str, instead: str) -> str:
+    """Return the kind of a parameter that PEFT adapts by its name.
+
+    Raises:
+        ValueError: If PEFT has no LoRA for a parameter of this shape.
+    """
+    module, shape = model.get_submodule(name.rpartition(".")[0]), tuple(model.get_parameter(name).shape)
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    if len(shape) == 2:
+        return "linear"
+    if len(shape) == 3 and not (is_transposed and shape[0] == 1):  # PEFT transposes a single expert wrongly
+        return "transposed experts" if is_transposed else "experts"
+    raise ValueError(f"{owner} has a low-rank {name!r} of shape {shape}, for which PEFT has no LoRA; {instead}")
+
+
+def shapes_in_file(kind: str, shape: tuple[int, ...], rank: int) -> PairShapes:
+    """Return the shapes of B and A in a file, for a parameter of a kind and shape."""
+    if kind == "convolution":
+        return PairShapes((shape[0], rank, *(1 for _ in shape[2:])), (rank, *shape[1:]))
+    if kind in ("experts", "transposed experts"):
+        rank *= shape[0]
+    rows, columns = shape[-2:] if kind in ("linear", "experts") else shape[:-3:-1]
+    return PairShapes((rows, rank), (rank, columns))
 
 
 def as_layer(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) -> Pair:
@@ -64,19 +116,31 @@ def as_layer(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) ->
     return Pair(up, down.reshape(-1, *shape[1:])) if kind == "convolution" else pair
 
 
-def factors_of(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
+def factors_of(kind: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
     """Return the factors of a parameter from PEFT's.
 
-    Raises:
-        ValueError: If the factors do not fit the shape of the parameter.
+    Factors of a rank above min(out, in) are cut to that rank, without a change of their product.
     """
-    up, down = pair
-    if kind_of_layer(model, name) in ("embedding", "transposed"):
+    up, down = pair.up.flatten(1), pair.down.flatten(1)
+    if kind in ("experts", "transposed experts"):
+        up = up.reshape(len(up), -1, shape[0]).movedim(-1, 0)
+        down = down.reshape(shape[0], -1, down.shape[-1])
+    if kind in ("embedding", "transposed", "transposed experts"):
         up, down = down.mT, up.mT
-    down = down.flatten(1)
-    if (up.shape[0], down.shape[1]) != (shape[0], math.prod(shape[1:])):
-        raise ValueError(
-            f"the adapter has factors of {tuple(pair.up.shape)} and {tuple(pair.down.shape)} for {name!r} of {shape}; "
-            "load it into the model that it was made for"
-        )
-    return Factors(b=up, a=down)
+    return Factors(*_cut(up, down))
+
+
+def _cut(up: Tensor, down: Tensor) -> Pair:
+    """Return factors of at most rank min(out, in) with the same product. They are computed in float64.
+
+    With ``up.mT = Q R`` and orthonormal columns of Q, ``up @ down = R.mT @ (Q.mT @ down)``, and the same for `down`.
+    """
+    rows, columns = up.shape[-2], down.shape[-1]
+    if up.shape[-1] <= min(rows, columns):
+        return Pair(up, down)
+    wide_up, wide_down = up.double(), down.double()
+    if rows <= columns:
+        q, r = torch.linalg.qr(wide_up.mT)
+        return Pair(r.mT.to(up.dtype), (q.mT @ wide_down).to(down.dtype))
+    q, r = torch.linalg.qr(wide_down)
+    return Pair((wide_up @ q).to(up.dtype), r.to(down.dtype))

@@ -90,7 +90,7 @@ class Config(pretrain.Config):
     # The record of a run has digests of what `model`, `text` and `tokenizer` name.
     free_to_change: ClassVar[tuple[str, ...]] = (
         *pretrain.Config.free_to_change,
-        *("model", "text", "tokenizer", "export", "adapter_rank", "eval_every", "save_every"),
+        *("model", "tokenizer", "export", "adapter_rank"),
     )
 
     def alpha(self) -> float:

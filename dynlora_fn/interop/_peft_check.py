@@ -1,0 +1,48 @@
+"""Compare the outputs of PEFT's model with those of `call`."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynlora_fn._core._torch import tree_leaves
+from dynlora_fn._core._types import Params
+from dynlora_fn.nn._call import call
+
+_TOLERANCE = 1000  # roundings of the largest output
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, params: Params, folder: Path, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
+    """Raise ValueError if the outputs of PEFT's model with an adapter differ from those of `call`, in evaluation.
+
+    Raises:
+        ValueError: If they differ by more than roundings. The message gives the difference.
+        ImportError: If PEFT is not installed.
+    """
+    if not isinstance(inputs, Sequence | Mapping) or isinstance(inputs, str | Tensor):
+        raise TypeError(f"`check` is a {type(inputs).__name__}; pass a tuple or a dict of arguments of the model")
+    try:
+        import peft  # noqa: PLC0415, takes seconds
+    except ImportError as error:
+        raise ImportError("`check` needs PEFT; run `pip install peft`") from error
+    model = copy.deepcopy(model).eval()
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    ours = _outputs(call(model, params, *args, **kwargs))
+    theirs = _outputs(peft.PeftModel.from_pretrained(model, folder).eval().get_base_model()(*args, **kwargs))
+    for left, right in zip(ours, theirs, strict=True):
+        difference, largest = (left - right).abs().max().item(), right.abs().max().item()
+        if not difference <= _TOLERANCE * torch.finfo(right.dtype).eps * largest:
+            raise ValueError(
+                f"`check` gives outputs that differ from PEFT's by {difference:.2e}, the largest being {largest:.2e}; "
+                "the model uses an adapted weight in another way than by calling its layer, so merge the adapter into "
+                "it with PEFT"
+            )
+
+
+def _outputs(outputs: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.is_floating_point() and leaf.numel()]
