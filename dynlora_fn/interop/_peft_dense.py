@@ -70,6 +70,8 @@ def dense_changes(
     modules = places.outermost(set(entries) - refused)
     saved = places.taken_by(modules)
     files = {PREFIX + name: weight for name, weight in weights.items() if places.has_above(name, saved)}
+    if biases:  # PEFT writes those of all adapted layers
+        biases = [name for name in weights if name.endswith(".bias") and name.removesuffix(".bias") in places.adapted]
     files |= {f"{PREFIX}{name.removesuffix('.bias')}.base_layer.bias": weights[name] for name in biases}
     lost = [name for entry in entries if entry in refused for name in entries[entry]]
     return DenseChanges(files, sorted(modules), bool(biases), lost)

@@ -6,6 +6,7 @@ PEFT wraps the module, and a second time for a second parameter. The first param
     base_model.model.experts.lora_A.weight                the second one
 """
 
+import re
 from collections.abc import Collection
 
 from torch import nn
@@ -26,6 +27,17 @@ def is_adapted_by_name(model: nn.Module, view: View) -> bool:
     if len(view.shape) != 3 or view.kernel or not path:
         return False
     return view.shape[0] > 1 or not is_transposed(model, view.name)  # PEFT transposes a single expert wrongly
+
+
+def check_names(model: nn.Module, adapted: Collection[str]) -> None:
+    """Raise ValueError if PEFT, which compares names with ends of names, would adapt other parameters too."""
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        ends = [name[match.end() :] for match in re.finditer(r"\.", name)]
+        if name not in adapted and (taken := [end for end in ends if end in adapted]):
+            raise ValueError(
+                f"`params` has a low-rank {taken[0]!r}, for which PEFT would take {name!r} too; make that one low-rank,"
+                " or write the model with `save_merged`"
+            )
 
 
 def is_transposed(model: nn.Module, name: str) -> bool:

@@ -19,6 +19,7 @@ from dynlora_fn.interop._lazy import bytes_of
 from dynlora_fn.interop._peft_dense import dense_changes
 from dynlora_fn.interop._peft_factors import AdapterFactors, without_product
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, aliases_of, kind_of_layer
+from dynlora_fn.interop._peft_parameters import check_names
 from dynlora_fn.interop._save import part_of, write
 from dynlora_fn.interop._save_merged import save_merged
 from dynlora_fn.interop._state_dict import lazy_state_dict
@@ -175,6 +176,7 @@ def _config(model: nn.Module, factors: AdapterFactors) -> dict[str, Any]:
     ranks = {_name_in_peft(name, parameters): rank for name, rank in factors.ranks.items()}
     if not ranks:
         raise ValueError("`params` has no low-rank weight to write as an adapter; make them with `init` and `targets`")
+    check_names(model, parameters)
     largest, patterns = max(ranks.values()), _patterns(ranks)
     alphas = {_name_in_peft(name, parameters): _plain(alpha) for name, alpha in factors.alphas.items()}
     usual = next(alphas[layer] for layer, rank in ranks.items() if rank == largest)

@@ -85,8 +85,8 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
-def _is_alpha(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < math.inf
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_expression(value: object) -> bool:
@@ -125,12 +125,12 @@ def _is_start(value: object) -> bool:
 # Settings that are read, with what they may be.
 _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "an integer of at least 1"),
-    "lora_alpha": (_is_alpha, "a finite number that is not 0"),
+    "lora_alpha": (_is_number, "a finite number"),
     "use_rslora": (lambda value: isinstance(value, bool), "True or False"),
     "rank_pattern": (_by_expression(_is_rank), "regular expressions of layer names with integers of at least 1"),
     "alpha_pattern": (
-        _by_expression(_is_alpha),
-        "regular expressions of layer names with numbers that are not 0",
+        _by_expression(_is_number),
+        "regular expressions of layer names with finite numbers",
     ),
     "target_modules": (_is_selection, "names of layers, or a regular expression, as PEFT writes them"),
     "exclude_modules": (_is_selection, "names of layers, or a regular expression"),

@@ -126,6 +126,11 @@ def _pairs(
         _check_shapes(slot, found, shape, rank)
         matrix = (shape[0], math.prod(shape[1:])) if slot.kind == "convolution" else shape[-2:]
         alpha, least = slot.times * alpha_of(slot.layer), min(rank, *matrix)
+        if alpha == 0:
+            raise ValueError(
+                f"the adapter has factors whose `alpha` is 0 for {slot.name!r}, with which they change nothing; remove "
+                "them from the adapter"
+            )
         alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1
         alpha *= least / rank if least < rank else 1  # the scale of factors that are cut stays the same
         pairs[slot.name] = PairInFile(keys[slot.up], keys[slot.down], slot.kind, found, alpha, least)

@@ -15,7 +15,8 @@ import tyro
 
 def computed(text: str) -> Any:
     """Return a mark for an option whose default depends on others. The help shows `text` as the default."""
-    return tyro.conf.arg(help_behavior_hint=lambda label: f"(default: {text if label in ('', 'None') else label})")
+    is_empty = ("", "''", "None").__contains__
+    return tyro.conf.arg(help_behavior_hint=lambda label: f"(default: {text if is_empty(label) else label})")
 
 
 class DefaultRates(NamedTuple):

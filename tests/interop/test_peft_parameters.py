@@ -99,6 +99,16 @@ def test_parameters_go_out_with_the_outputs_of_peft(kind: str, tmp_path: Path):
     assert_read_alike(model, base, params, tmp_path / "with", x)
 
 
+def test_a_name_that_ends_another_is_refused(tmp_path: Path):
+    model = seeded(lambda: nn.Sequential(Experts(False), nn.Sequential(Experts(False))))
+    params = trained(model, ["0.up"], {})
+    with pytest.raises(ValueError, match=r"`params` has a low-rank '0.up', for which PEFT would take '1.0.up' too"):
+        save_adapter(model, params, tmp_path, original=model.state_dict())
+    params = trained(model, ["0.up", "1.0.up"], {})
+    save_adapter(model, params, tmp_path, original=model.state_dict())
+    assert_read_alike(model, model, params, tmp_path, X[0])
+
+
 def test_the_error_of_experts_is_that_of_the_stack(tmp_path: Path):
     model = seeded(lambda: nn.Sequential(Experts(False)))
     params = trained(model, ["0.up"], {})
