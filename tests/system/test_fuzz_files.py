@@ -130,7 +130,9 @@ def outcome(kind: Kind, folder: Path, mutation: Mutation, expected: Any) -> str:
         return f"waits: {error}"
     except (ValueError, OSError, TypeError) as error:
         is_helpful = not isinstance(error, UnicodeDecodeError | json.JSONDecodeError)
-        if is_helpful and any(name in str(error) for name in names):
+        content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        quoted = (name for name in re.findall(r"'([^']{3,})'", str(error)) if name.encode() in content)
+        if is_helpful and (any(name in str(error) for name in names) or any(quoted)):
             return "refused"
         return f"names nothing: {type(error).__name__} {str(error)[:200]}"
     except Exception as error:
