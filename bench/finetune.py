@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import peft
 import torch
@@ -37,6 +37,7 @@ TEMPERATURE = 0.05
 class Finetune(Options):
     encoder: Path | None = None
     """Folder of a pre-trained encoder such as MiniLM. Default None takes a small BERT without training."""
+    models: tuple[Literal["encoder", "causal"], ...] = ("encoder", "causal")
     steps: int = 200
     seeds: int = 3
     rank: int = 16
@@ -202,7 +203,8 @@ def main(config: Finetune) -> None:
     documents = [document for document in standard_library() if "/" not in document.name]
     raw: dict[str, Any] = {}
     rows: list[list[Any]] = []
-    for task in (encoder_task(config, documents), causal_task(config, documents)):
+    makers = {"encoder": encoder_task, "causal": causal_task}
+    for task in (makers[name](config, documents) for name in config.models):
         before = validation_loss(config, task, task.model)
         for seed in range(config.seeds):
             theirs, (ours, params) = with_peft(config, task, seed), with_dynlora(config, task, seed)

@@ -47,7 +47,7 @@ def validation_loss(config: QualityByBase, contender: str, seed: int) -> float:
             data=Data(batch_size=config.batch_size, seq_len=config.seq_len),
             optimization=Optimization(optimizer="adamw", warmup=config.steps // 8),
             precision=Precision(base_dtype=base, residual=residual),  # type: ignore[arg-type]
-            machine=Machine(device=config.device, compile=config.compile),
+            machine=Machine(device=config.device, compile=config.compile, eager=not config.compile),
             output=Output(eval_every=config.steps, save_every=config.steps, out=Path(folder) / "run"),
         )
         return train(prepare(run, Console(quiet=True)), Console(quiet=True))["validation_loss"]

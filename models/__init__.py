@@ -1,4 +1,5 @@
-"""Provide example models in plain torch, and two jobs that train them.
+"""Provide example models in plain torch, two jobs that train them, and programs that use what was trained.
 
-`python -m models.pretrain` trains a LLaMA from scratch, `python -m models.finetune` a model of `transformers`.
+`python -m models.pretrain` trains a LLaMA from scratch, `python -m models.finetune` a model of `transformers`. For the
+others see models/README.md.
 """

@@ -6,6 +6,7 @@ The configurations have the names and sizes of the experiments of ReLoRA and Swi
 arXiv:2406.06564).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +57,27 @@ def config(name: str, vocabulary: int | None = None) -> LlamaConfig:
     return replace(CONFIGS[name], vocabulary=vocabulary or CONFIGS[name].vocabulary)
 
 
+class LayerCache:
+    """Keys and values of the tokens that one layer has seen, (batch, heads, length, width / heads).
+
+    Attention appends those of each call to it.
+    """
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.key is None else self.key.shape[-2]
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all tokens, with these as the last."""
+        self.key = key if self.key is None else torch.cat([self.key, key], dim=-2)
+        self.value = value if self.value is None else torch.cat([self.value, value], dim=-2)
+        return self.key, self.value
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions (arXiv:2104.09864)."""
 
@@ -65,12 +87,23 @@ class Attention(nn.Module):
         for name in ("query", "key", "value", "output"):
             self.add_module(name, nn.Linear(config.width, config.width, bias=False))
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, cache: LayerCache | None = None) -> Tensor:
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )  # (batch, heads, length, width / heads)
-        mixed = scaled_dot_product_attention(rotate(query, rotation), rotate(key, rotation), value, is_causal=True)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        if cache is None:
+            mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            key, value = cache.append(key, value)
+            mixed = scaled_dot_product_attention(query, key, value, attn_mask=causal_mask(query, key))
         return self.output(mixed.transpose(1, 2).flatten(-2))
+
+
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """Return which keys each query may see, (queries, keys). The queries are those of the last keys."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril(keys - queries)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -104,13 +137,16 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation)
+    def forward(self, x: Tensor, rotation: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Llama(nn.Module):
-    """Map tokens (batch, length) to logits (batch, length, vocabulary)."""
+    """Map tokens (batch, length) to logits (batch, length, vocabulary).
+
+    With a cache, the tokens follow those of the calls before with the same cache.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -120,12 +156,22 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         x = self.embedding(tokens)
-        rotation = self.rotation(tokens.shape[-1], tokens.device)
-        for block in self.layers:
-            x = block(x, rotation)
+        if cache is None:
+            rotation = self.rotation(tokens.shape[-1], tokens.device)
+            for block in self.layers:
+                x = block(x, rotation)
+        else:
+            before = cache[0].length
+            rotation = self.rotation(before + tokens.shape[-1], tokens.device)[:, before:]
+            for block, layer_cache in zip(self.layers, cache, strict=True):
+                x = block(x, rotation, layer_cache)
         return self.head(self.norm(x))
+
+    def new_cache(self) -> list[LayerCache]:
+        """Return an empty cache, one entry for each layer."""
+        return [LayerCache() for _ in self.layers]
 
     def rotation(self, length: int, device: torch.device) -> Tensor:
         """Return cosines and sines of the angles, (2, length, width / heads / 2)."""

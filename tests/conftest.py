@@ -29,7 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--damaged", type=int, default=40, help="inputs of each kind in tests/system/test_damage.py")
     parser.addoption("--compositions", action="store_true", help="also run tests of all compositions of transforms")
-    parser.addoption("--fuzz", type=int, default=2000, help="changed arguments in tests/system/test_fuzz.py")
+    parser.addoption("--fuzz", type=int, help="changed arguments and files in tests/system/test_fuzz*.py")
     parser.addoption("--shapes", action="store_true", help="enforce the shapes in the annotations of dynlora_fn")
 
 

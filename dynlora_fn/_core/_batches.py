@@ -16,10 +16,11 @@ def batches(items: Iterable[Item], size: Callable[[Item], int], *, most: int) ->
     batch: list[Item] = []
     total = 0
     for item in items:
-        if batch and total + size(item) > most:
+        count = size(item)
+        if batch and total + count > most:
             yield batch
             batch, total = [], 0
         batch.append(item)
-        total += size(item)
+        total += count
     if batch:
         yield batch

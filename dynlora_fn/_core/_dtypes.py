@@ -1,4 +1,4 @@
-"""The dtype that sums are computed in, and autocast."""
+"""The dtype that sums are computed in, autocast, and bytes."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +16,14 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor in a dtype. A conversion to the same dtype takes as long as a small product."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a flat view of the bytes of a contiguous tensor.
+
+    A tensor with one entry is contiguous whatever its strides are, but torch views bytes only of stride 1.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 class Autocast(NamedTuple):

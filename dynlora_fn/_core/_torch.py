@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import MappingKey as MappingKey
+from torch.utils._pytree import is_constant_class as is_constant_class
 from torch.utils._pytree import keystr as keystr
-from torch.utils._pytree import register_constant as register_constant
+from torch.utils._pytree import register_constant as register_pytree_constant
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -134,6 +135,12 @@ set_forward_enabled: Callable[[bool], AbstractContextManager[None]] = torch.auto
 is_forward_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def register_constant(kind: type) -> None:
+    """Make a type a node without leaves in every tree, which ``torch.load(weights_only=True)`` reads too."""
+    register_pytree_constant(kind)
+    torch.serialization.add_safe_globals([kind])
 
 
 def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":

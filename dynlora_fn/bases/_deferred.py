@@ -19,8 +19,8 @@ from dynlora_fn.bases._residual import Residual
 class Divisor:
     """The divisor of pending folds: ``rank / alpha`` of their weight when it was deferred, resized or merged.
 
-    Pending folds keep it if the factors are replaced by others of another rank. It is no tensor, so a checkpoint does
-    not contain it: after `resize` it is that of a weight which is deferred at the new rank.
+    Pending folds keep it if the factors are replaced by others of another rank. It is no tensor, so a checkpoint only
+    compares it: after `resize` it is that of a weight which is deferred at the new rank.
     """
 
     value: float

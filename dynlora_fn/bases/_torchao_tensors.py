@@ -120,7 +120,9 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
             name are also unstacked.
 
     Returns:
-        One tensor. For weights by name, a state dict for the unmodified module; plain bases become dense tensors.
+        One tensor. For weights by name, a state dict for the unmodified module; plain bases become dense tensors. Load
+        it with ``load_state_dict(..., assign=True)``: codes cannot be copied into dense parameters, which torch refuses
+        without `assign`. A parameter then also has the dtype of its base, such as bfloat16.
 
     Raises:
         ValueError: If a base is a stack, or nvfp4 codes have one factor for each row.
@@ -130,8 +132,11 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
-        >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
-        >>> type(dl.bases.to_torchao(params)["weight"]).__name__
+        >>> model = nn.Linear(64, 32)
+        >>> params = dl.init(model, rank=4, seed=0, targets=["weight"], base="int8")
+        >>> model.load_state_dict(dl.bases.to_torchao(params), assign=True)
+        <All keys matched successfully>
+        >>> type(model.weight).__name__
         'Int8Tensor'
     """
     if not hasattr(params, "to_torchao"):

@@ -1,7 +1,7 @@
 """A whole pure step in one compiled graph."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -181,8 +181,21 @@ def _keep_values(aux: Any, old: list[Tensor], share_memory: Callable[[list[Tenso
 
 
 def _write(pairs: list[Pair]) -> None:
-    changed = [(old, new) for old, new in pairs if new is not old]
-    inner = [pair for old, new in changed for pair in zip(inner_tensors(old), inner_tensors(new), strict=True)]
+    old: list[Tensor] = []
+    new: list[Tensor] = []
+    for leaf, new_leaf in pairs:
+        if type(leaf) is type(new_leaf) is Tensor and new_leaf is not leaf:
+            old.append(leaf)
+            new.append(new_leaf)
+        elif new_leaf is not leaf:
+            old += inner_tensors(leaf)
+            new += inner_tensors(new_leaf)
+    _copy(old, new)
+
+
+# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _copy(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     # Clone first: a new leaf may be an old one, or a view of it, that another write would overwrite.
-    for old, new in [(old, new.clone()) for old, new in inner]:
-        old.copy_(new)
+    for leaf, value in [(leaf, value.clone()) for leaf, value in zip(old, new, strict=True)]:
+        leaf.copy_(value)

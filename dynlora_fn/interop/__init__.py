@@ -4,6 +4,11 @@
 parameters to and from the formats of PyTorch, Hugging Face and PEFT.
 """
 
+from dynlora_fn.interop import _torch_load as _torch_load
+from dynlora_fn.interop._checkpoint_load import Checkpoint as Checkpoint
+from dynlora_fn.interop._checkpoint_load import Refused as Refused
+from dynlora_fn.interop._checkpoint_load import load_checkpoint as load_checkpoint
+from dynlora_fn.interop._checkpoint_save import save_checkpoint as save_checkpoint
 from dynlora_fn.interop._init import init as init
 from dynlora_fn.interop._parameters import FrozenTensor as FrozenTensor
 from dynlora_fn.interop._peft_load import load_adapter as load_adapter

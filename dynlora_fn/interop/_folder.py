@@ -4,7 +4,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SAFETENSORS = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -28,10 +28,11 @@ def filled(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         _move(aside, folder)
-    except BaseException:
-        shutil.rmtree(folder if not existed else aside, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):  # it has files
+                folder.rmdir()
 
 
 def _move(aside: Path, folder: Path) -> None:
@@ -48,7 +49,7 @@ def _move(aside: Path, folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (aside / file).replace(folder / file)
     for path in stale:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may write the same model
 
 
 def _weights_of_earlier_models(folder: Path, files: list[Path]) -> list[Path]:

@@ -24,7 +24,7 @@ class DenseChanges(NamedTuple):
 
     entries: dict[str, LazyTensor]  # of the file, all that PEFT needs
     modules: list[str]  # PEFT's `modules_to_save`
-    has_biases: bool  # of adapted layers
+    has_biases: bool  # those of all adapted layers
     lost: list[str]  # changed tensors that PEFT cannot save
 
 
@@ -57,7 +57,9 @@ def dense_changes(
         and _has_changed(name, weight, original, aliases.get(name, [name]))
     ]
     places = _Places(model, adapted)
-    biases = [name for name in changed if name.endswith(".bias") and name.removesuffix(".bias") in places.adapted]
+    biases = [name for name in weights if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in adapted]
+    if not set(biases).intersection(changed):
+        biases = []  # PEFT writes those of all adapted layers or none
     entries: dict[str, list[str]] = {}
     for name in changed:
         if name not in biases:

@@ -24,7 +24,7 @@ _REWRITTEN = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
-_PLAIN: dict[str, list[type[nn.Module]]] = {
+_PLAIN: Mapping[str, list[Any]] = {
     "linear": [nn.Linear],
     "embedding": [nn.Embedding],
     "convolution": [nn.Conv1d, nn.Conv2d, nn.Conv3d],
@@ -129,7 +129,7 @@ def _if_options_differ(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "with `max_norm`, which PEFT applies to the factors too"
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if any(step != 1 for step in layer.dilation):
+        if any(step != 1 for step in getattr(layer, "dilation", ())):
             return "with `dilation`, which PEFT's factors do not have"
         if layer.padding_mode != "zeros":
             return f"with `padding_mode` {layer.padding_mode!r}, which PEFT's factors do not have"

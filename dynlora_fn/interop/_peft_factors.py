@@ -14,6 +14,7 @@ from dynlora_fn.interop._lazy import LazyTensor
 from dynlora_fn.interop._peft_dense import tensor_of_original
 from dynlora_fn.interop._peft_differences import LayerCheck
 from dynlora_fn.interop._peft_layers import PREFIX, Pair, as_layer, kind_of_layer
+from dynlora_fn.interop._peft_parameters import in_file, is_adapted_by_name, stem_of
 from dynlora_fn.interop._truncated_svd import truncated_svd
 from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
 
@@ -25,9 +26,9 @@ class AdapterFactors:
 
     def __init__(self, model: nn.Module, original: Mapping[str, Tensor] | None, rank: int | None):
         """Take the arguments of `save_adapter`."""
-        self.entries: dict[str, LazyTensor] = {}  # of the file
         self.ranks: dict[str, int] = {}  # by each name of a weight
         self.alphas: dict[str, float] = {}
+        self.parameters: set[str] = set()  # the names that PEFT adapts as parameters
         self.errors: dict[str, float] = {}  # complete once all entries were read
         self._model, self._original, self._rank = model, original, rank
         self._params: dict[str, LowRank] = {}
@@ -37,15 +38,17 @@ class AdapterFactors:
 
     def check_layer(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
         """Raise ValueError if PEFT has no adapter for a layer, or one that is no change of the weight, by any name."""
+        view = view_of(name, param, self._model.get_parameter(name).shape)
         for alias in aliases:
-            self._check.layer(alias)
+            if is_adapted_by_name(self._model, view._replace(name=alias)):
+                self._check.parameter(alias)
+            else:
+                self._check.layer(alias)
             if "." not in alias:
                 raise ValueError(
                     f"`params` has a low-rank {alias!r} of the model itself, which PEFT does not adapt; "
                     "put the model into an nn.Sequential, or write it with `save_merged`"
                 )
-        if self._original is None:
-            _check_no_stack(view_of(name, param, self._model.get_parameter(name).shape))
 
     def add(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
         """Add a weight under all its names.
@@ -54,20 +57,37 @@ class AdapterFactors:
             ValueError: If `original` does not fit.
         """
         view = view_of(name, param, self._model.get_parameter(name).shape)
-        rows, columns, rank = view.shape[0], prod(view.shape[1:]), sum(map(rank_with_pending, view.parts))
+        rank = sum(map(rank_with_pending, view.parts))
         # The parts of a fused weight have one alpha and one rank, and together a rank as many times as large.
         alpha = view.parts[0].alpha * len(view.parts)
+        self.errors[name], self._params[name], self._aliases[name] = 0.0, param, aliases
+        for alias in aliases:
+            if is_adapted_by_name(self._model, view._replace(name=alias)):
+                self.parameters.add(alias)
         if self._original is not None:
             _check_original(view, tensor_of_original(self._original, aliases))
-            rank = min(self._rank or sum(part.factors.b.shape[-1] for part in view.parts), rows, columns)
-            alpha = rank
-        self.errors[name], self._params[name], self._aliases[name] = 0.0, param, aliases
-        like = Pair(torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta"))
-        for alias in aliases:
-            self.ranks[alias], self.alphas[alias] = rank, alpha
-            for key, tensor in self._of_layer(alias, like, view.shape).items():
-                read = partial(self._read, name, param, alias, key)
-                self.entries[key] = LazyTensor(tuple(tensor.shape), torch.float32, read)
+            wanted = self._rank or sum(part.factors.b.shape[-1] for part in view.parts)
+            alpha = rank = min(wanted, *self._matrices(name)[-2:])
+        self.ranks |= dict.fromkeys(aliases, rank)
+        self.alphas |= dict.fromkeys(aliases, alpha)
+
+    def entries(self) -> dict[str, LazyTensor]:
+        """Return the tensors of the file, once all weights are added."""
+        entries = {}
+        for name, aliases in self._aliases.items():
+            shape, (*stack, rows, columns) = tuple(self._model.get_parameter(name).shape), self._matrices(name)
+            up = torch.empty(*stack, rows, self.ranks[name], device="meta")
+            down = torch.empty(*stack, self.ranks[name], columns, device="meta")
+            for alias in aliases:
+                for key, tensor in self._of_layer(alias, Pair(up, down), shape).items():
+                    read = partial(self._read, name, self._params[name], alias, key)
+                    entries[key] = LazyTensor(tuple(tensor.shape), torch.float32, read)
+        return entries
+
+    def _matrices(self, name: str) -> tuple[int, ...]:
+        """Return (rows, columns) of the matrix that a weight is, or (stack, rows, columns)."""
+        shape = tuple(self._model.get_parameter(name).shape)
+        return shape if name in self.parameters else (shape[0], prod(shape[1:]))
 
     def check_changed(self) -> None:
         """Raise ValueError if no weight differs from the original.
@@ -100,11 +120,16 @@ class AdapterFactors:
             if self._original is None:
                 self._last[name] = _unchanged(gathered(view))
             else:
-                self._last[name], self.errors[name] = _change(view, self._before(name), self.ranks[name])
+                self._last[name], self.errors[name] = _change(
+                    view, self._before(name), self._matrices(name), self.ranks[name]
+                )
         return self._of_layer(alias, self._last[name], view.shape)[key]
 
     def _of_layer(self, name: str, pair: Pair, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Return the tensors of PEFT's layer by their keys in the file."""
+        if name in self.parameters:
+            stem, (up, down) = stem_of(self._model, name, self.parameters), in_file(self._model, name, pair)
+            return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
         down, up = reversed(as_layer(self._model, name, pair, shape))
         kind, layer = kind_of_layer(self._model, name), PREFIX + name.rpartition(".")[0]
         if kind == "embedding":
@@ -117,13 +142,6 @@ class AdapterFactors:
 def without_product(param: LowRank) -> LowRank:
     """Return a weight with the base as its value."""
     return param._replace(factors=param.factors._replace(b=torch.zeros_like(param.factors.b)))
-
-
-def _check_no_stack(view: View) -> None:
-    if view.parts[0].seed.ndim:
-        raise ValueError(
-            f"`params` has the stack {view.name!r}, for which PEFT has no LoRA; write the model with `save_merged`"
-        )
 
 
 def _check_original(view: View, before: Tensor | None) -> None:
@@ -139,33 +157,42 @@ def _unchanged(view: View) -> Pair:
     ups = [part.factors.b.float() for part in view.parts]
     downs = [part.factors.a.float() for part in view.parts]
     if view.axis == ROWS:
-        return Pair(_block_diagonal(ups), torch.cat(downs))
-    return Pair(torch.cat(ups, dim=1), _block_diagonal(downs))
+        return Pair(_block_diagonal(ups), torch.cat(downs, dim=-2))
+    return Pair(torch.cat(ups, dim=-1), _block_diagonal(downs))
 
 
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    if blocks[0].ndim > 2:
+        return torch.stack([_block_diagonal(members) for members in zip(*blocks, strict=True)])
     matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return matrix
 
 
-def _change(view: View, before: Tensor, rank: int) -> tuple[Pair, float]:
+def _change(view: View, before: Tensor, shape: tuple[int, ...], rank: int) -> tuple[Pair, float]:
     """Return the change of a weight as two factors of a rank, and the relative error of cutting it to that rank.
 
-    What rounding adds to a weight that has not changed is no change.
+    The weight is a matrix or a stack of matrices of a shape. What rounding adds to a weight that has not changed is no
+    change.
     """
     size, change = before.double().norm(), dense(view).double()
     change -= before.to(change.device)
-    change = change.flatten(1)
+    change = change.reshape(shape)
     norm = change.norm()
     if not norm.isfinite():
         raise ValueError(
             f"`params` or `original` has {view.name!r} with entries that are not finite; use weights of a step before"
         )
     if norm <= _ROUNDING * torch.finfo(widest(view.dtype, torch.float32)).eps * size:
-        rows, columns = change.shape
-        return Pair(torch.zeros(rows, rank), torch.zeros(rank, columns)), 0.0
+        *stack, rows, columns = shape
+        return Pair(torch.zeros(*stack, rows, rank), torch.zeros(*stack, rank, columns)), 0.0
+    factors = [_cut(matrix, rank) for matrix in change.reshape(-1, *shape[-2:]).unbind()]
+    up, down = (torch.stack(side).reshape(*shape[:-2], *side[0].shape) for side in zip(*factors, strict=True))
+    return Pair(up, down), (change.norm() / norm).item()
+
+
+def _cut(change: Tensor, rank: int) -> Pair:
+    """Return factors of a rank, and subtract their product from the change."""
     u, s, vh = truncated_svd(change, rank)
     change.addmm_(u * s, vh, alpha=-1)
-    error = (change.norm() / norm).item()
     root = s.sqrt()
-    return Pair((u * root).float(), (root[:, None] * vh).float()), error
+    return Pair((u * root).float(), (root[:, None] * vh).float())

@@ -19,6 +19,7 @@ from dynlora_fn.interop._lazy import bytes_of
 from dynlora_fn.interop._peft_dense import dense_changes
 from dynlora_fn.interop._peft_factors import AdapterFactors, without_product
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, aliases_of, kind_of_layer
+from dynlora_fn.interop._peft_parameters import check_names
 from dynlora_fn.interop._save import part_of, write
 from dynlora_fn.interop._save_merged import save_merged
 from dynlora_fn.interop._state_dict import lazy_state_dict
@@ -49,8 +50,8 @@ def save_adapter(
 
     Args:
         model: The model, as for `call`. The kinds of its layers are read.
-        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups, or
-            Conv1D of Hugging Face, fused or not.
+        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups,
+            Conv1D of Hugging Face, or fused attention (`in_proj_weight`), or are stacks of experts.
         folder: The folder, which is created if it does not exist.
         original: The state dict of the model that the adapter is for. Default None writes the factors.
         rank: The rank of the decompositions. Default None means the rank of each parameter. Nothing is lost at twice
@@ -87,7 +88,7 @@ def save_adapter(
     aliases, weights, flat = aliases_of(model), lazy_state_dict(model, params), unstack(params)
     factors = AdapterFactors(model, original, rank)
     skipped = _add_layers(factors, flat, aliases, skip_unsupported=skip_unsupported)
-    config, entries, base_bytes = _config(model, factors.ranks, factors.alphas), factors.entries, 0
+    config, entries, base_bytes = _config(model, factors), factors.entries(), 0
     base = {
         name: without_product(param) if isinstance(param, LowRank) and name in factors.ranks else param
         for name, param in flat.items()
@@ -166,29 +167,39 @@ def _refuse(params: Params, lost: Collection[str], aliases: Mapping[str, list[st
     )
 
 
-def _config(model: nn.Module, rank_by_name: Mapping[str, int], alpha_by_name: Mapping[str, float]) -> dict[str, Any]:
+def _config(model: nn.Module, factors: AdapterFactors) -> dict[str, Any]:
     """Return PEFT's configuration.
 
     `target_modules` is a regular expression, which PEFT matches against full names.
     """
-    ranks = {name.rpartition(".")[0]: rank for name, rank in rank_by_name.items()}
+    parameters = factors.parameters
+    ranks = {_name_in_peft(name, parameters): rank for name, rank in factors.ranks.items()}
     if not ranks:
         raise ValueError("`params` has no low-rank weight to write as an adapter; make them with `init` and `targets`")
+    check_names(model, parameters)
     largest, patterns = max(ranks.values()), _patterns(ranks)
-    alphas = {name.rpartition(".")[0]: _plain(alpha) for name, alpha in alpha_by_name.items()}
+    alphas = {_name_in_peft(name, parameters): _plain(alpha) for name, alpha in factors.alphas.items()}
     usual = next(alphas[layer] for layer, rank in ranks.items() if rank == largest)
+    layers = [layer for layer in ranks if layer not in parameters]
+    is_transposed = any(kind_of_layer(model, f"{layer}.weight") == "transposed" for layer in layers)
     return {
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": usual,
         "rank_pattern": {patterns[layer]: rank for layer, rank in ranks.items() if rank != largest},
         "alpha_pattern": {patterns[layer]: alpha for layer, alpha in alphas.items() if alpha != usual},
-        "target_modules": "|".join(re.escape(layer) for layer in ranks),
-        "fan_in_fan_out": any(kind_of_layer(model, name) == "transposed" for name in rank_by_name),
+        "target_modules": "|".join(map(re.escape, layers)) or [],
+        "target_parameters": sorted(parameters) or None,
+        "fan_in_fan_out": is_transposed and not parameters,  # PEFT refuses both, and finds transposed layers itself
         "bias": "none",
         "inference_mode": True,
         "task_type": None,
     }
+
+
+def _name_in_peft(name: str, parameters: Collection[str]) -> str:
+    """Return the name of what PEFT adapts: the parameter, or its layer."""
+    return name if name in parameters else name.rpartition(".")[0]
 
 
 def _patterns(layers: Collection[str]) -> dict[str, str]:

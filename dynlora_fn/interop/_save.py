@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,14 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_path, described
+from dynlora_fn._core._dtypes import byte_view
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
-from dynlora_fn.interop._safetensors import open_weights, safetensors
+from dynlora_fn.interop._safetensors import safetensors
+
+_CHUNK = 1 << 17  # bytes that are read back at once; memory for more is allocated each time, which takes longer
 
 
 def save_weights(
@@ -86,7 +88,7 @@ def write(
 ) -> None:
     """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them.
 
-    With `read_back`, the file is read before it appears, and each tensor is compared with what was written.
+    With `read_back`, all that was written is read and compared before the file appears.
 
     Raises:
         OSError: If the file has other tensors than were written.
@@ -94,29 +96,30 @@ def write(
     header, names = _header(weights, metadata)
     report = reporter(progress, bytes_of(weights))
     with _replacing(Path(file)) as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        checksums = {}
+        start = len(header).to_bytes(8, "little") + header
+        if not _put(stream, start, read_back=read_back):
+            raise OSError(f"{str(file)!r} has another header than was written; check the disk, and write it again")
         for name in names:
-            checksums[name] = _put(stream, content_of(name, weights[name].read()), with_checksum=read_back)
-            report(weights[name].nbytes)
-        if read_back:
-            stream.flush()
-            check_written(Path(stream.name), checksums)
-
-
-def _put(stream: BinaryIO, content: Any, *, with_checksum: bool) -> int:
-    stream.write(content)
-    return zlib.crc32(content) if with_checksum else 0
-
-
-def check_written(file: Path, checksums: Mapping[str, int]) -> None:
-    """Raise OSError if a file does not have tensors of these checksums. One tensor is in memory at a time."""
-    with open_weights(file) as weights:
-        for name, checksum in checksums.items():
-            if name not in weights or zlib.crc32(content_of(name, weights[name])) != checksum:
+            if not _put(stream, content_of(name, weights[name].read()), read_back=read_back):
                 raise OSError(
                     f"{str(file)!r} has another tensor {name!r} than was written; check the disk, and write it again"
                 )
+            report(weights[name].nbytes)
+        if stream.tell() != len(start) + bytes_of(weights):
+            raise ValueError(f"a tensor for {str(file)!r} has another size than its shape says; this is a bug")
+
+
+def _put(stream: BinaryIO, content: Any, *, read_back: bool) -> bool:
+    """Write a buffer, and return whether it is the same when it is read, a chunk at a time."""
+    start = stream.tell()
+    stream.write(content)
+    if not read_back:
+        return True
+    stream.seek(start)
+    chunks = (content[at : at + _CHUNK] for at in range(0, len(content), _CHUNK))
+    is_equal = all(stream.read(len(chunk)) == bytes(chunk) for chunk in chunks)
+    stream.seek(0, os.SEEK_END)
+    return is_equal
 
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -133,6 +136,8 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
         name: torch.empty((0, *weight.shape), dtype=weight.dtype, device="cpu") for name, weight in weights.items()
     }
     header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+    if metadata:
+        header["__metadata__"] = dict(metadata)  # in this order; that of `safetensors` is another each time
     names, end = [name for name in header if name != "__metadata__"], 0
     for name in names:
         start, end = end, end + weights[name].nbytes
@@ -151,7 +156,7 @@ def content_of(name: str, tensor: Tensor) -> Any:
     if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
         raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy()
+    return byte_view(plain).numpy()
 
 
 @contextmanager
@@ -165,7 +170,7 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".writing-{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as stream:
+        with temporary.open("x+b") as stream:
             yield stream
         temporary.replace(target)
     except BaseException:

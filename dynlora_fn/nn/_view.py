@@ -73,7 +73,7 @@ def matrix_shape(param: LowRank) -> tuple[int, ...]:
     return tuple(param.shape)
 
 
-def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
+def view_of(name: str, param: LowRank, shape: Sequence[int], fallback: Fallback = "dense") -> View:
     """Return `param` as a parameter of a shape.
 
     Raises:
@@ -81,19 +81,19 @@ def view_of(name: str, param: LowRank, shape: Sequence[int]) -> View:
     """
     matrices, shape = matrix_shape(param), tuple(shape)
     if param.factor_sharding and matrices == shape:
-        return View(name, (param,))  # `linear` gathers the factors
+        return View(name, (param,), fallback=fallback)  # `linear` gathers the factors
     param = with_pending(param)  # pending folds become further slots
     if matrices == shape:
-        return View(name, (param,))
+        return View(name, (param,), fallback=fallback)
     *stack, rows, columns = matrices
     if not stack and len(shape) > 2 and (rows, columns) == (shape[0], prod(shape[1:])):
-        return View(name, (param,), kernel=shape[2:])
+        return View(name, (param,), kernel=shape[2:], fallback=fallback)
     for axis, size in ((ROWS, rows), (COLUMNS, columns)):
         fused = [*stack[:-1], rows, columns]
         if stack and len(shape) == len(fused):
             fused[axis] = stack[-1] * size
             if tuple(fused) == shape:
-                return View(name, unbind_last(param), axis)
+                return View(name, unbind_last(param), axis, fallback=fallback)
     raise ValueError(
         f"`params` has shape {matrices} for {name!r}, which does not fit the parameter's shape {shape}; "
         "make `params` from this model"

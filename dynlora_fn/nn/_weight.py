@@ -33,7 +33,7 @@ from dynlora_fn.nn._view import Fallback, NoRuleError, View, gathered, no_rule, 
 
 def weight_of(name: str, param: LowRank, shape: torch.Size, fallback: Fallback) -> Tensor:
     """Return the tensor that replaces a parameter of a module, which has this name and shape."""
-    weight = _as_weight(view_of(name, param, shape)._replace(fallback=fallback))
+    weight = _as_weight(view_of(name, param, shape, fallback))
     weight._param = param
     return weight
 

@@ -12,17 +12,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._batches import batches
 from dynlora_fn._core._torch import are_immediate
 from dynlora_fn._core._types import Factors, is_factors
 from dynlora_fn.optim._leaves import FlatLeaves, Leaves
 
-Tree = dict[str, Any]
 # Numbers of a tensor in a batch. On a CPU they should fit into its caches, on CUDA they should occupy it.
 _MOST_ON_CPU = 2**18
 _MOST_ON_CUDA = 2**24
 
-
 _Row: TypeAlias = tuple[Any, ...]  # the arguments of a formula for one tensor of the result
+_Column: TypeAlias = Sequence[Any]  # the leaves of a tree
 
 
 def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -41,10 +41,23 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
     """
 
     def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
-        # Dynamo leaves the formula to AOTAutograd, since it takes longer to trace an operation than to run it.
+        # Dynamo leaves both to AOTAutograd, since it takes longer to trace an operation than to run it.
         @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-        def in_turn(rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+        def in_turn(rows: Sequence[_Row]) -> list[Any]:
             return [formula(*row) for row in rows]
+
+        @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+        def apply_in_graph(columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
+            return apply(columns, options, has_small)
+
+        def apply(columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
+            rows = _rows(columns, options)
+            if can_join and are_immediate([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
+                new = _in_batches(formula, rows, len(columns) - has_small, has_small=has_small)
+            else:
+                new = in_turn(rows)
+            by_result = [new] if results == 1 else [[row[index] for row in new] for index in range(results)]
+            return [_rebuilt(columns[0], tensors) for tensors in by_result]
 
         def function(
             tree: Mapping[str, Any],
@@ -52,50 +65,47 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
             small: Mapping[str, Any] | None = None,
             settings: Callable[[str], tuple[Any, ...]] | None = None,
         ) -> Any:
-            rows = _rows(tree, others, small, settings)
-            if can_join and are_immediate([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
-                operands = 1 + len(others)
-                new = _in_batches(formula, rows, operands, has_small=small is not None)
+            trees = [tree, *others, *([] if small is None else [small])]
+            columns = [[each[name] for name in tree] for each in trees]
+            options = [() if settings is None else settings(name) for name in tree]
+            if tree:
+                new = (apply_in_graph if _is_traced(columns[0]) else apply)(columns, options, small is not None)
             else:
-                new = in_turn(rows) if rows else []
-            if results == 1:
-                return _rebuilt(tree, new)
-            return tuple(_rebuilt(tree, [row[index] for row in new]) for index in range(results))
+                new = [[]] * results
+            found = [dict(zip(tree, column, strict=True)) for column in new]
+            return found[0] if results == 1 else tuple(found)
 
         return function
 
     return decorate
 
 
-def _rows(
-    tree: Mapping[str, Any],
-    others: Sequence[Mapping[str, Any]],
-    small: Mapping[str, Any] | None,
-    settings: Callable[[str], tuple[Any, ...]] | None,
-) -> list[_Row]:
-    rows = []
-    for name, leaf in tree.items():
-        options = () if settings is None else settings(name)
-        operands = [leaf, *[other[name] for other in others], *([] if small is None else [small[name]])]
-        if is_factors(leaf):
-            rows.append((*options, *[each.b for each in operands]))
-            rows.append((*options, *[each.a for each in operands]))
+def _is_traced(column: _Column) -> bool:
+    """Return whether Dynamo traces leaves that it can pass on, which those with constants, as shards, are not."""
+    others = [leaf for leaf in column if not isinstance(leaf, Tensor | Factors)]
+    return torch.compiler.is_dynamo_compiling() and not others
+
+
+def _rows(columns: Sequence[_Column], options: Sequence[_Row]) -> list[_Row]:
+    rows: list[_Row] = []
+    for setting, *operands in zip(options, *columns, strict=True):
+        if is_factors(operands[0]):
+            rows.append((*setting, *[each.b for each in operands]))
+            rows.append((*setting, *[each.a for each in operands]))
         else:
-            rows.append((*options, *operands))
+            rows.append((*setting, *operands))
     return rows
 
 
-def _rebuilt(tree: Mapping[str, Any], results: Sequence[Tensor]) -> Tree:
-    """Return a tree with the structure of `tree` and other tensors."""
-    new: Tree = {}
+def _rebuilt(column: _Column, results: Sequence[Tensor]) -> _Column:
+    """Return leaves as in `column` with other tensors."""
     following = iter(results)
-    for name, leaf in tree.items():
-        if isinstance(leaf, Factors):
-            new[name] = Factors(next(following), next(following))
-        elif is_factors(leaf):
-            new[name] = leaf._replace(b=next(following), a=next(following))
+    new: list[Any] = []
+    for leaf in column:
+        if is_factors(leaf):
+            new.append(leaf._replace(b=next(following), a=next(following)))
         else:
-            new[name] = next(following)
+            new.append(next(following))
     return new
 
 
@@ -128,19 +138,10 @@ def _batches(rows: Sequence[_Row], first: int) -> Iterator[list[int]]:
     """Yield positions of rows with equal settings, dtypes and devices, of limited size together."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for position, row in enumerate(rows):
-        kinds = [(tensor.dtype, tensor.device) for tensor in row[first:]]
-        groups[(*map(_key, row[:first]), *kinds)].append(position)
+        groups[(*map(_key, row[:first]), row[first].device, *[tensor.dtype for tensor in row[first:]])].append(position)
     for positions in groups.values():
-        batch: list[int] = []
-        size = 0
-        for position in positions:
-            tensor = rows[position][first]
-            if batch and size + tensor.numel() > _most(tensor):
-                yield batch
-                batch, size = [], 0
-            batch.append(position)
-            size += tensor.numel()
-        yield batch
+        most = _most(rows[positions[0]][first])
+        yield from batches(positions, lambda position: rows[position][first].numel(), most=most)
 
 
 def _key(setting: Any) -> Hashable:

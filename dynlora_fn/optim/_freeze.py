@@ -77,7 +77,9 @@ def freeze_counterparts(inner: Transform) -> Transform:
         frozen_for = opt_state.frozen_for
         moving = _names_that_move(frozen_for)
         updates, inner_state = inner.update(zero_frozen(grads, frozen_for, moving), opt_state.inner, trainable, lr=lr)
-        return Updates(zero_frozen(updates, frozen_for, moving), FreezeState(inner_state, _count_down(frozen_for)))
+        counting = {name: counts for name, counts in frozen_for.items() if name not in moving}
+        new_state = FreezeState(inner_state, {**frozen_for, **_count_down(counting)})
+        return Updates(zero_frozen(updates, frozen_for, moving), new_state)
 
     return Transform(init, update)
 
@@ -108,15 +110,14 @@ def _no_vectors_frozen(trainable: Trainable) -> dict[str, Factors]:
 
 
 def _names_that_move(frozen_for: Mapping[str, Factors]) -> set[str]:
-    """Return the names of weights without a frozen vector, as far as the host can read that at once."""
+    """Return the names of weights whose counters are all zero, as far as the host can read that at once."""
     sides = [(name, side) for name, counts in frozen_for.items() for side in counts]
     counts = [side for _, side in sides]
     if not counts or not all(can_read(side) for side in counts):
         return set()
-    is_frozen = flatten_tensors(counts) > 0
-    if not is_frozen.any():
+    if not flatten_tensors(counts).any():
         return set(frozen_for)
-    return {name for name, (b, a) in frozen_for.items() if not ((b > 0).any() or (a > 0).any())}
+    return {name for name, (b, a) in frozen_for.items() if not (b.any() or a.any())}
 
 
 @elementwise()

@@ -43,18 +43,18 @@ class Leaves:
         return self if self.dtype == dtype else Leaves([tensor.to(dtype) for tensor in self.tensors])
 
     def __add__(self, other: Any) -> "Leaves":
-        return Leaves(foreach_add(self.tensors, _operand(other)))
+        return Leaves(foreach_add(self.tensors, _operand(other, self.tensors)))
 
     def __sub__(self, other: Any) -> "Leaves":
-        return Leaves(foreach_sub(self.tensors, _operand(other)))
+        return Leaves(foreach_sub(self.tensors, _operand(other, self.tensors)))
 
     def __mul__(self, other: Any) -> "Leaves":
-        return Leaves(foreach_mul(self.tensors, _operand(other)))
+        return Leaves(foreach_mul(self.tensors, _operand(other, self.tensors)))
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> "Leaves":
-        return Leaves(foreach_div(self.tensors, _operand(other)))
+        return Leaves(foreach_div(self.tensors, _operand(other, self.tensors)))
 
     def __neg__(self) -> "Leaves":
         return Leaves(foreach_neg(self.tensors))
@@ -73,22 +73,26 @@ class Leaves:
 
 
 class _SpentLeaves(Leaves):
-    """Leaves whose memory takes the result of the next sum, product or quotient."""
+    """Leaves whose memory takes the result of the next sum, product or quotient, if that has their dtype."""
 
     __slots__ = ()
 
     def __add__(self, other: Any) -> Leaves:
-        foreach_add_(self.tensors, _operand(other))
-        return Leaves(self.tensors)
+        return self._in_place(foreach_add_, other) if self._keeps_dtype(other) else super().__add__(other)
 
     def __mul__(self, other: Any) -> Leaves:
-        foreach_mul_(self.tensors, _operand(other))
-        return Leaves(self.tensors)
+        return self._in_place(foreach_mul_, other) if self._keeps_dtype(other) else super().__mul__(other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Leaves:
-        foreach_div_(self.tensors, _operand(other))
+        return self._in_place(foreach_div_, other) if self._keeps_dtype(other) else super().__truediv__(other)
+
+    def _keeps_dtype(self, other: Any) -> bool:
+        return not isinstance(other, Leaves | Tensor) or other.dtype == self.dtype
+
+    def _in_place(self, operation: Callable[..., None], other: Any) -> Leaves:
+        operation(self.tensors, _operand(other, self.tensors))
         return Leaves(self.tensors)
 
 
@@ -104,7 +108,7 @@ def spent(result: Any) -> Any:
 class FlatLeaves:
     """A list of tensors of few numbers each, which are copied into one tensor for operations on them.
 
-    It may be the divisor of `Leaves`.
+    It may be the divisor of `Leaves`. Equal numbers, as counts without switches are, become one.
     """
 
     __slots__ = ("flat", "like")
@@ -114,11 +118,14 @@ class FlatLeaves:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "FlatLeaves":
-        return cls(flatten_tensors(list(tensors)), tensors)
+        flat = flatten_tensors(list(tensors))
+        is_constant = flat.is_cpu and flat.numel() > 1 and bool((flat == flat[0]).all())
+        return cls(flat[0] if is_constant else flat, tensors)
 
     @property
-    def tensors(self) -> Sequence[Tensor]:
-        return unflatten_tensors(self.flat, self.like)
+    def operand(self) -> Tensor | Sequence[Tensor]:
+        """One number for all tensors, or a tensor for each."""
+        return unflatten_tensors(self.flat, self.like) if self.flat.ndim else self.flat
 
     def _apply(self, operation: Callable[..., Tensor], *args: Any) -> "FlatLeaves":
         return FlatLeaves(operation(self.flat, *args), self.like)
@@ -142,5 +149,12 @@ class FlatLeaves:
         return self._apply(torch.sqrt)
 
 
-def _operand(other: Any) -> Any:
-    return other.tensors if isinstance(other, Leaves | FlatLeaves) else other
+def _operand(other: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return an operand of an operation on a list of tensors."""
+    if isinstance(other, Leaves | FlatLeaves):
+        return other.tensors if isinstance(other, Leaves) else other.operand
+    dtype = tensors[0].dtype
+    is_exact = dtype.is_floating_point == isinstance(other, float) and dtype.itemsize > 2  # narrow ones would round it
+    if isinstance(other, int | float) and is_exact and tensors[0].is_cpu:
+        return torch.tensor(other, dtype=dtype)  # torch would make it for each tensor of the list again
+    return other

@@ -74,10 +74,10 @@ def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context
     Raises:
         ValueError: If the shapes do not fit the role, or the rule cannot be applied to such a state.
     """
-    _check_shapes(leaf, role, name, path, context)
+    shape = _checked_shape(leaf, role, name, path, context)
     if name not in context.plan:
         return leaf
-    plan, rule, shape = context.plan[name], context.rule, moment_shape(leaf.b)
+    plan, rule = context.plan[name], context.rule
     if name not in context.projected:
         check_fits("plan", name, plan, shape[:-2], shape[-1])
     if rule in ("reset", "reset_thawed"):
@@ -146,24 +146,26 @@ def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:
         raise ValueError(f"`rule` must not be {rule!r} for sharded factors, got them for {name!r}; use 'reset'")
 
 
-def _check_shapes(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> None:
+def _checked_shape(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> tuple[int, ...]:
+    """Return the shape of side b, and raise ValueError if the shapes do not fit the role."""
     b, a = moment_shape(leaf.b), moment_shape(leaf.a)
     if min(len(b), len(a)) < 2 or b[:-2] != a[:-2] or b[-1] != a[-2]:
         _refuse_shape(leaf, name, path, "equal stack axes and one rank, as (*stack, out, rank) and (*stack, rank, in)")
     if context.ranks.setdefault(name, b[-1]) != b[-1]:
         _refuse_shape(leaf, name, path, f"the rank {context.ranks[name]} of the other fields of {name!r}")
-    vectors = _per_vector(b, a)
-    if role in ("count", "frozen_for") and (b, a) != vectors:
+    if role in ("count", "frozen_for") and (b, a) != _per_vector(b, a):
+        vectors = _per_vector(b, a)
         _refuse_shape(leaf, name, path, f"one entry for each vector as {role!r}, {vectors[0]} and {vectors[1]}")
     param = (context.trainable or {}).get(name)
     if param is None:
-        return
+        return b
     if isinstance(param, Tensor):
         _refuse_shape(leaf, name, path, f"the shape {tuple(param.shape)} of that tensor in `trainable`")
     shapes = tuple(param.b.shape), tuple(param.a.shape)
     allowed = {"first_moment": [shapes], "second_moment": [shapes, _per_vector(*shapes)]}
     if (b, a) not in allowed.get(role, [_per_vector(*shapes)]):
         _refuse_shape(leaf, name, path, f"the shapes of {role!r} for factors {shapes[0]} and {shapes[1]}")
+    return b
 
 
 def _per_vector(b: tuple[int, ...], a: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

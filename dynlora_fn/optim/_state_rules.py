@@ -30,16 +30,22 @@ def reset(
     *,
     is_count_delayed: bool,
 ) -> AnyFactors:
-    new = torch.zeros((), device=plan.frozen_for.device)
+    new = None
     if role == "frozen_for":
         new = plan.frozen_for
     elif role == "count" and is_count_delayed:
         new = -plan.frozen_for
     is_counterpart = find_counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
-    return leaf._replace(
-        b=replace_where(leaf.b, is_counterpart.b, new),
-        a=replace_where(leaf.a, is_counterpart.a, new),
-    )
+    b, a = _replace_sides((leaf.b, leaf.a), is_counterpart, new)
+    return leaf._replace(b=b, a=a)
+
+
+# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _replace_sides(sides: tuple[Any, Any], is_replaced: Factors, value: Tensor | None) -> tuple[Any, Any]:
+    value = torch.zeros((), device=is_replaced.b.device) if value is None else value
+    b, a = (replace_where(side, mask, value) for side, mask in zip(sides, is_replaced, strict=True))
+    return b, a
 
 
 def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -> Any:

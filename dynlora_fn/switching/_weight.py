@@ -71,6 +71,17 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
 
 def vectors_of(slices: Sequence[BasisSlice]) -> list[Factors]:
     """Return `basis_vectors` of slices that fit."""
+    return _vectors_in_graph(slices) if torch.compiler.is_dynamo_compiling() else _vectors(slices)
+
+
+# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _vectors_in_graph(slices: Sequence[BasisSlice]) -> list[Factors]:
+    # Sizes may be symbols under `dynamic=True`.
+    return _vectors([each._replace(shape=[*map(int, each.shape)], rank=int(each.rank)) for each in slices])
+
+
+def _vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
     requests = [
         request
         for basis_slice in slices

@@ -6,7 +6,7 @@ They are those of pre-training with other defaults, and three more.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from models.pretrain import checks
 from models.pretrain import config as pretrain
@@ -20,30 +20,27 @@ FINETUNE_RATES = pretrain.DefaultRates(adamw=RATES, muon=RATES, dense_with_muon=
 
 @dataclass(frozen=True)
 class Training(pretrain.Training):
-    """The method, the model, and how long it is trained."""
+    """What is trained, by which method, and for how long."""
 
-    model: str = ""
-    """Folder of the model, as `save_pretrained` writes it. Required. Its weights are trained in float32."""
+    model: Annotated[str, pretrain.computed("none, it is required")] = ""
+    """Train the model in this folder, as `save_pretrained` writes it, in float32. No code in it is run."""
     rank: int = 16
-    alpha: float | None = None
-    """Alpha of the factors, as in PEFT: a weight is `base + alpha / rank * b @ a`. Default None means the rank.
-    Then the same rate gives the training of PEFT with `lora_alpha` equal to `r`."""
-    targets: tuple[str, ...] = ()
-    """Names or globs of the weights that become low-rank. By default those of all linear layers except the head."""
+    alpha: Annotated[float | None, pretrain.computed("the rank")] = None
+    """Scale the factors as PEFT does: a weight is `base + alpha / rank * b @ a`.
+    By default the same rate trains as PEFT does with `lora_alpha` equal to `r`."""
+    targets: Annotated[tuple[str, ...], pretrain.computed("all linear layers except the head")] = ()
     steps: int = 200
     train_rest: bool = False
-    """Also train embeddings, norms, biases and the head, full-rank. By default they are frozen."""
+    """Also train embeddings, norms, biases and the head, full-rank. Otherwise they are frozen, except for full."""
 
 
 @dataclass(frozen=True)
 class Data(pretrain.Data):
     """The text, and the batches that are drawn from it."""
 
-    text: tuple[Path, ...] = ()
-    """Files or folders to train on. Required, except with --dataset."""
-    tokenizer: str | None = None
-    """Name, folder or file of a tokenizer for `transformers`. It is written beside the model and the adapter.
-    Default None means the tokenizer in the folder of the model."""
+    text: Annotated[tuple[Path, ...], pretrain.computed("none, it is required, except with --dataset")] = ()
+    tokenizer: Annotated[str | None, pretrain.computed("that in the folder of the model")] = None
+    """Use a tokenizer of `transformers`, by its name, folder or file. It is written beside model and adapter."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,12 @@ class Optimization(pretrain.Optimization):
     """The optimizer and its learning rates."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of the factors, or of the same matrices for full. Embedding, head and norms use AdamW."""
-    lr: float | None = None
-    """Peak learning rate of the factors, or of the same matrices for full.
-    Default None means 2e-5 for full and 2e-4 for the other methods."""
-    dense_lr: float | None = None
-    """Peak learning rate of embedding, head and norms. Default None means `lr`."""
+    """Train the factors, or the same matrices for full, with this optimizer. Embedding, head and norms use AdamW."""
+    lr: Annotated[float | None, pretrain.computed("2e-5 for full, 2e-4 for the other methods")] = None
+    dense_lr: Annotated[float | None, pretrain.computed("the value of --lr")] = None
     warmup: int = 10
     weight_decay: float = 0.0
-    """Decoupled decay per unit of learning rate: of the weights for full, and of the factors for the other methods.
+    """Multiply weights (full) or factors by 1 minus this times the learning rate at each step (decoupled decay).
     Decayed factors pull the weights back to those of the given model."""
 
 
@@ -68,10 +62,11 @@ class Output(pretrain.Output):
     """What the run writes, and how often."""
 
     export: Literal["merged", "adapter", "both"] = "both"
-    """Files to write: a merged model for `from_pretrained`, a PEFT adapter for the given model, or both."""
-    adapter_rank: int | None = None
-    """Rank of the adapter. The change of each weight is truncated to it, and a line says what loss that costs.
-    Default None means the rank of the factors, which keeps the change of lora."""
+    """Write a merged model for `from_pretrained`, a PEFT adapter for the given model, or both."""
+    adapter_rank: Annotated[
+        int | None, pretrain.computed("the rank of the factors, which keeps the change of lora")
+    ] = None
+    """Cut the change of each weight to this rank for the adapter. A line says what that costs in validation loss."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class Config(pretrain.Config):
     # The record of a run has digests of what `model`, `text` and `tokenizer` name.
     free_to_change: ClassVar[tuple[str, ...]] = (
         *pretrain.Config.free_to_change,
-        *("model", "text", "tokenizer", "export", "adapter_rank", "eval_every", "save_every"),
+        *("model", "tokenizer", "export", "adapter_rank"),
     )
 
     def alpha(self) -> float:

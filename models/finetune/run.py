@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
+from models.codec import codec
 from models.corpus import load_tokenizer
 from models.finetune.config import Config, check
 from models.finetune.export import Export
@@ -19,10 +20,12 @@ from models.finetune.load import check_on_tokens, load_model
 from models.finetune.model_folder import check_tokenizer_folder, digest
 from models.finetune.parameters import drop_values
 from models.pretrain.device import run_device
+from models.pretrain.folder import check_folder as check_run_folder
 from models.pretrain.folder import run_folder
 from models.pretrain.method import make_method
-from models.pretrain.prepared import Prepared, load_corpus, start_or_resume
+from models.pretrain.prepared import Prepared, start_or_resume
 from models.pretrain.processes import SINGLE_PROCESS, Processes
+from models.pretrain.reading import load_corpus, tokens_beside
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
@@ -32,28 +35,43 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 
     Raises:
         ValueError: If the input is invalid, in one line.
+        OSError: If a file cannot be read or written. The error names the file.
     """
     check(config, processes)
+    folder = Path(processes.from_first(run_folder(config)))
+    processes.do_on_first(lambda: check_run_folder(config, folder))
     name = config.training.model
     tokenizer_name = config.data.tokenizer or name
     check_tokenizer_folder(Path(tokenizer_name))
     tokenizer, model = load_tokenizer(tokenizer_name), load_model(name)
+    check_tokens(tokenizer, model, config.data.seq_len)
+    model = model.to(run_device(config))
+    model_digest = digest(Path(name)) if processes.is_first else ""
+    with tokens_beside(folder, processes) as tokens:
+        corpus = load_corpus(replace(config.data, tokenizer=tokenizer_name), tokens, console, processes)
+        export = Export(config, model, model_digest, tokenizer, corpus, folder, console)
+        rest = partial(untrained_names, config)
+        method = make_method(config, model, default_targets(model), rest, processes=processes)
+        drop_values(model)
+        digests = {"model_digest": model_digest}
+        return start_or_resume(
+            config, processes, folder, corpus, model, method, export, codec(tokenizer_name), console, digests=digests
+        )
+
+
+def check_tokens(tokenizer: Any, model: nn.Module, seq_len: int) -> None:
+    """Check that the model takes all tokens of the tokenizer, and sequences of a length, on the CPU.
+
+    Raises:
+        ValueError: As `check_on_tokens`, or if the tokenizer has more tokens than the model embeds.
+    """
     vocabulary = embedded_tokens(model)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocabulary:
         raise ValueError(
             f"`tokenizer` must have at most as many tokens as the model embeds, {vocabulary}, got {largest + 1}"
         )
-    check_on_tokens(model, vocabulary, config.data.seq_len)  # on the CPU, where an index out of range is an exception
-    corpus = load_corpus(replace(config.data, tokenizer=tokenizer_name))
-    model = model.to(run_device(config))
-    folder = Path(processes.from_first(run_folder(config)))
-    model_digest = digest(Path(name)) if processes.is_first else ""
-    export = Export(config, model, model_digest, tokenizer, corpus, folder, console)
-    method = make_method(config, model, default_targets(model), partial(untrained_names, config), processes=processes)
-    drop_values(model)
-    digests = {"model_digest": model_digest}
-    return start_or_resume(config, processes, folder, corpus, model, method, export, console, digests=digests)
+    check_on_tokens(model, vocabulary, seq_len)
 
 
 def embedded_tokens(model: nn.Module) -> int:

@@ -4,13 +4,15 @@ import math
 
 from models.pretrain.config import Config
 from models.pretrain.device import find_device, run_device
+from models.pretrain.plot import compared_runs
 from models.pretrain.processes import SINGLE_PROCESS, Processes
+from models.pretrain.tensorboard import summary_writer
 
 _AT_LEAST_ONE = (
     *("rank", "steps", "batch_size", "seq_len", "grad_accum", "eval_every", "eval_batches", "save_every"),
     *("keep", "check_every", "merge_every", "dataset_characters"),
 )
-_NOT_NEGATIVE = ("warmup", "weight_decay", "freeze", "compensate", "seed")
+_NOT_NEGATIVE = ("warmup", "weight_decay", "freeze", "compensate", "seed", "sample_every")
 _POSITIVE = ("lr", "dense_lr", "clip", "ratio", "interval")
 
 
@@ -21,6 +23,9 @@ def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
         ValueError: For the first option that is invalid. It names the option, the requirement and the value.
     """
     _check_ranges(config)
+    compared_runs(config.output.compare)
+    if config.output.tensorboard:
+        summary_writer()
     _check_combinations(config)
     _check_processes(config, processes)
     run_device(config)
@@ -59,6 +64,8 @@ def _check_combinations(config: Config) -> None:
             f"`base_dtype` must be float32 for full, got {config.precision.base_dtype}; "
             "full-rank training has no frozen bases"
         )
+    if config.machine.compile and config.machine.eager:
+        raise ValueError("`compile` and `eager` must not both be given; omit one")
     if config.output.resume and config.output.out is None:
         raise ValueError("`out` must be given with --resume, got none; pass the folder of the run")
 
@@ -78,13 +85,14 @@ def _check_processes(config: Config, processes: Processes) -> None:
 
 
 def _check_sharded_factors(config: Config) -> None:
-    sharded, candidates, moments = config.machine.shard, config.switching.candidates, config.precision.moments
-    if config.inner_optimizer() == "muon":
-        raise ValueError("`optimizer` must be adamw with --shard-factors, got muon, whose messages are not counted")
     if config.training.compensate:
-        raise ValueError(f"`compensate` must be 0 with --shard-factors, got {config.training.compensate}")
-    if not sharded or candidates == "pool" or moments == "8bit":
         raise ValueError(
-            "`shard_factors` must come with --shard, seeded candidates and float32 moments, "
-            f"got candidates {candidates}, moments {moments}, {'with' if sharded else 'without'} --shard"
+            f"`compensate` must be 0 with --shard-factors, got {config.training.compensate}; "
+            "it needs gradients of dense weights, which no process has"
         )
+    if config.switching.candidates == "pool":
+        raise ValueError(
+            "`candidates` must be 'seeded' with --shard-factors, got 'pool'; a pool stores vectors that are not sharded"
+        )
+    if not config.machine.shard:
+        raise ValueError("`shard_factors` must come with --shard, got it without; sharded factors need sharded bases")

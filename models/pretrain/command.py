@@ -1,12 +1,14 @@
 """A job on the command line: it shows progress, and reports an error in one line."""
 
 import json
+import signal
 import sys
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-import tyro
 from rich.console import Console
 
 from dynlora_fn.parallel import DriftedError
@@ -14,16 +16,38 @@ from models.pretrain.checkpoint import SaveError
 from models.pretrain.config import Config
 from models.pretrain.folder import resume_after_restart
 from models.pretrain.prepared import Prepared
-from models.pretrain.processes import Processes, is_restarted, join_processes
+from models.pretrain.processes import SINGLE_PROCESS, Processes, is_restarted, join_processes
 from models.pretrain.recorder import DivergedError
 from models.pretrain.report import closing_table
 from models.pretrain.run import train
+from models.pretrain.settings import parse
+from models.pretrain.stopping import (
+    Interrupted,
+    Stopped,
+    described,
+    name_of,
+    naming,
+    program,
+    raise_on_signals,
+    resume_command,
+    what_is_left,
+)
+
+
+class Job(NamedTuple):
+    """A program that trains."""
+
+    module: str  # that is run by `python -m`
+    prepare: Callable[..., Prepared]  # (config, console, processes): everything up to the first step
+    files: str  # what it writes, for the last line
 
 
 def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: str) -> None:
     """Parse the options, prepare the run and train.
 
-    The exit code is 2 for bad input, with one line on stderr; 130 for an interrupt; 0 if SIGTERM led to a checkpoint.
+    The exit code is 2 for bad input and for errors of files, with one line on stderr. A first Ctrl-C, SIGTERM or SIGHUP
+    leads to a checkpoint, and then the code is 130 after Ctrl-C and 0 after the others. A second Ctrl-C ends the
+    program at once, with the code 130. Before the first step any of them does, with 128 and the number of the signal.
     Of several processes started by `torchrun`, the first one writes and prints.
 
     Args:
@@ -33,42 +57,90 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
         module: The name of the module that is run, for the usage line.
         files: The files that the run writes, for the last line.
     """
-    # Without prefixes the groups structure the help, and a flag is the name of its field.
-    config = tyro.cli(config_type, prog=f"python -m {module}", config=(tyro.conf.OmitArgPrefixes,))
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a stream that replaces them in a notebook or a test
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files that are no UTF-8
     # torch.distributed.checkpoint warns where a single process saves.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with reported(SINGLE_PROCESS, ValueError, left=lambda: None):
+        config = parse(config_type, " ".join(program(module)))
     with join_processes() as processes:
-        _run(config, prepare, processes, files)
+        _run(config, Job(module, prepare, files), processes)
 
 
-def _run(config: Config, prepare: Callable[..., Prepared], processes: Processes, files: str) -> None:
+def _run(config: Config, job: Job, processes: Processes) -> None:
     console = Console(quiet=not processes.is_first)
-    try:
-        config = resume_after_restart(config) if processes.any(is_restarted()) else config
-        run = prepare(config, console, processes)
-    except ValueError as error:
-        stop(f"error: {error}", 2, processes)
-    advice = f"continue with --out {run.folder} --resume and the same settings"
-    try:
-        summary = train(run, console)
-    except (DivergedError, DriftedError, SaveError) as error:
-        stop(f"error: {error}; the checkpoints in {run.folder} remain", 2, processes)
-    except KeyboardInterrupt:
-        stop(f"interrupted: {advice}", 130, processes)
-    if not processes.is_first:
-        return
-    if summary is None:
-        console.print(f"stopped by SIGTERM after a checkpoint: {advice}", highlight=False, soft_wrap=True)
-        return
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    console.print(closing_table(summary))
-    console.print(f"{run.folder}: {files}", highlight=False, soft_wrap=True)
-    if config.output.json:
-        print(json.dumps(summary))
+    before = config.output.out if config.output.resume else None
+    with raise_on_signals():
+        with reported(processes, ValueError, left=lambda: what_is_left(before, job.module, processes)):
+            config = resume_after_restart(config) if processes.any(is_restarted()) else config
+            run = job.prepare(config, console, processes)
+        left = lambda: what_is_left(run.folder, job.module, processes)  # noqa: E731
+        with reported(processes, DivergedError, DriftedError, SaveError, left=left):
+            result = train(run, console)
+            if isinstance(result, Stopped):
+                _announce(result, run, job, console)
+                raise SystemExit(result.code)
+            if processes.is_first:
+                _conclude(result, run, job, console)
 
 
-def stop(message: str, code: int, processes: Processes) -> NoReturn:
+def _announce(stopped: Stopped, run: Prepared, job: Job, console: Console) -> None:
+    going_on = resume_command(job.module, run.folder, run.processes)
+    text = f"stopped by {name_of(stopped.signal)} after a checkpoint of step {stopped.step}: continue with {going_on}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _conclude(summary: dict[str, Any], run: Prepared, job: Job, console: Console) -> None:
+    """Write the summary, except over that of a run which was finished before, and print it."""
+    path = run.folder / "summary.json"
+    finished = _read_summary(path) if run.first_step == run.config.training.steps else None
+    if finished is None:
+        with naming(path):
+            path.write_text(json.dumps(summary, indent=1) + "\n")
+    console.print(closing_table(finished or summary))
+    console.print(f"{run.folder}: {job.files}", highlight=False, soft_wrap=True, markup=False)
+    if run.config.output.json:
+        print(json.dumps(finished or summary))
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    try:
+        summary = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
+@contextmanager
+def reported(processes: Processes, *errors: type[Exception], left: Callable[[], str | None]) -> Iterator[None]:
+    """End the program with one line at these errors, those of files, and signals.
+
+    Args:
+        processes: The processes of the run. The first one prints, and each one prints errors of its files.
+        errors: The types that are reported beside OSError. Others keep their traceback.
+        left: A function that returns what is left of the run. It ends the line of an error of files, of training or of
+            a signal. It may return None.
+    """
+    try:
+        yield
+    except OSError as error:
+        _stop(_line(f"error: {described(error)}", left()), 2)
+    except errors as error:
+        is_of_input = ValueError in errors
+        _stop(_line(f"error: {described(error)}", None if is_of_input else left()), 2, processes)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+        _stop(_line(f"stopped at once by {name_of(number)}", left()), 128 + number, processes)
+
+
+def _line(text: str, left: str | None) -> str:
+    return f"{text}; {left}" if left else text
+
+
+def _stop(message: str, code: int, processes: Processes = SINGLE_PROCESS) -> NoReturn:
     """Print one line on stderr, from the first process, and exit."""
     if processes.is_first:
-        print(" ".join(message.split()), file=sys.stderr)
+        with suppress(OSError):  # a terminal that is closed
+            print(" ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)

@@ -7,9 +7,16 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
+import tyro
+
+
+def computed(text: str) -> Any:
+    """Return a mark for an option whose default depends on others. The help shows `text` as the default."""
+    is_empty = ("", "''", "None").__contains__
+    return tyro.conf.arg(help_behavior_hint=lambda label: f"(default: {text if is_empty(label) else label})")
 
 
 class DefaultRates(NamedTuple):
@@ -27,72 +34,77 @@ PRETRAIN_RATES = DefaultRates(adamw=PAPER_RATES, muon=dict.fromkeys(PAPER_RATES,
 
 @dataclass(frozen=True)
 class Training:
-    """The method, the model, and how long it is trained."""
+    """What is trained, by which method, and for how long."""
 
     method: Literal["full", "lora", "relora", "switchlora"] = "switchlora"
-    """Full-rank training, plain LoRA, ReLoRA (arXiv:2307.05695) or SwitchLoRA (arXiv:2406.06564).
-    ReLoRA merges and redraws the factors at intervals, SwitchLoRA replaces a few of their vectors at a time."""
+    """Train all weights (full), or factors of low rank: LoRA, ReLoRA (arXiv:2307.05695), SwitchLoRA (arXiv:2406.06564).
+    ReLoRA merges and redraws factors at intervals, SwitchLoRA replaces a few of their vectors at a time."""
     model: str = "llama-9m"
-    """Name of the model's configuration: llama-tiny, llama-9m, ..., llama-1b, llama-7b.
+    """Train the configuration of this name: llama-tiny, llama-9m, ..., llama-1b, llama-7b.
     The number is the size with a vocabulary of 32,100 tokens."""
     rank: int = 32
-    """Rank of the factors, at most the smaller side of every target."""
-    targets: tuple[str, ...] = ()
-    """Names or globs of the weights that become low-rank. By default all of attention and feed-forward."""
+    """Use factors of this rank. It is at most the smaller side of every weight that becomes low-rank."""
+    targets: Annotated[tuple[str, ...], computed("all of attention and feed-forward")] = ()
+    """Make the weights of these names or globs low-rank."""
     compensate: float = 0.0
-    """Rate at which the part of the gradient that the factors miss is folded into the bases, over the learning rate.
-    A good value is 0.1. The default 0 turns it off.
-    It needs the gradients of dense weights, which several processes reduce, but no moments of them."""
+    """Fold the part of the gradient that the factors miss into the bases, at this rate times the learning rate.
+    A good value is 0.1, and 0 turns it off. It needs the gradients of dense weights, but no moments of them."""
     steps: int = 400
-    """Optimizer steps of the run."""
+    """Take this many optimizer steps. With --resume, a larger number than before extends the run."""
     seed: int = 0
-    """Seed of the initial weights, the vectors and the batches."""
+    """Draw initial weights, vectors and batches from this seed."""
 
 
 @dataclass(frozen=True)
 class Data:
     """The text, and the batches that are drawn from it."""
 
-    text: tuple[Path, ...] = ()
-    """Files or folders to train on. By default the sources of Python's standard library."""
-    dataset: str | None = None
-    """Hugging Face dataset to train on: a name, or a local folder in one of its formats. Default None uses `text`."""
-    dataset_config: str | None = None
-    """Configuration of the dataset. Default None uses its default configuration."""
+    text: Annotated[tuple[Path, ...], computed("the sources of Python's standard library")] = ()
+    """Train on these files, and on the text files in these folders."""
+    validation: Annotated[tuple[Path, ...], computed("a twentieth of the text, a tenth of a single file")] = ()
+    """Compute the validation loss on these files or folders. They are not trained on."""
+    dataset: Annotated[str | None, computed("none")] = None
+    """Train on a Hugging Face dataset instead: a name, a folder, or a file in JSON lines, Parquet or CSV."""
+    dataset_config: Annotated[str | None, computed("that of the dataset")] = None
+    """Use this configuration of the dataset."""
     text_column: str = "text"
-    """Column of the dataset that contains the text."""
+    """Read the text from this column of the dataset."""
     dataset_characters: int = 200_000_000
-    """Largest number of characters to read from the dataset. They are stored in memory as tokens."""
-    tokenizer: str | None = None
-    """Name, folder or file of a tokenizer for `transformers`. Default None uses bytes as tokens."""
+    """Read at most this many characters of the dataset."""
+    tokenizer: Annotated[str | None, computed("none, tokens are bytes")] = None
+    """Use a tokenizer of `transformers`, by its name, folder or file."""
     seq_len: int = 256
-    """Tokens in a sequence."""
+    """Train on sequences of this many tokens."""
     batch_size: int = 8
-    """Sequences in each backward pass, over all processes."""
+    """Use this many sequences in each backward pass, over all processes."""
     grad_accum: int = 1
-    """Backward passes whose gradients are averaged for one step."""
+    """Average the gradients of this many backward passes for one step."""
 
 
 @dataclass(frozen=True)
 class Optimization:
     """The optimizer and its learning rates."""
 
-    optimizer: Literal["adamw", "muon"] | None = None
-    """Optimizer of the factors, or of the same matrices for full. Embedding, head and norms use AdamW.
-    Default None means muon for switchlora, except with --shard-factors or --moments 8bit, and adamw otherwise."""
-    lr: float | None = None
-    """Peak learning rate of the factors, or of the same matrices for full.
-    Default None means 2e-3 with muon, and the papers' rates with adamw.
-    Those are 1e-3 for full, 1e-2 for lora and relora, and 2e-2 for switchlora."""
-    dense_lr: float | None = None
-    """Peak learning rate of embedding, head and norms. Default None means 3.2e-2 beside muon, and `lr` otherwise."""
+    optimizer: Annotated[
+        Literal["adamw", "muon"] | None,
+        computed("muon for switchlora, but adamw with --shard-factors or --moments 8bit; adamw for other methods"),
+    ] = None
+    """Train the factors, or the same matrices for full, with this optimizer. Embedding, head and norms use AdamW."""
+    lr: Annotated[
+        float | None,
+        computed("2e-3 with muon; with adamw 1e-3 for full, 1e-2 for lora and relora, 2e-2 for switchlora"),
+    ] = None
+    """Let the learning rate of the factors, or of the same matrices for full, rise to this peak."""
+    dense_lr: Annotated[float | None, computed("3.2e-2 beside muon, the value of --lr otherwise")] = None
+    """Let the learning rate of embedding, head and norms rise to this peak."""
     warmup: int = 50
-    """Steps of linear warm-up. A cosine to a tenth of the peak follows.
+    """Raise the learning rate over this many steps. A cosine to a tenth of the peak follows.
     After each merge, relora warms up again for a tenth as many steps."""
     weight_decay: float = 0.0
-    """Decoupled decay of every trained weight, per unit of learning rate. A low-rank weight decays with its base."""
+    """Multiply every trained weight by 1 minus this times the learning rate at each step (decoupled decay).
+    A low-rank weight decays with its base."""
     clip: float = 1.0
-    """Largest global norm of the gradients. Larger gradients are scaled down to it."""
+    """Scale gradients down to this global norm where theirs is larger."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +112,15 @@ class Switching:
     """How often vectors are replaced, for switchlora and relora."""
 
     interval: float = 40
-    """Steps between two switches of the same vector, at the start of the run (switchlora)."""
+    """Switch each vector every this many steps at the start of the run (switchlora)."""
     ratio: float = 0.1
-    """Fraction of the run over which the frequency of switches decays to 0.3 of its value (switchlora)."""
+    """Let the frequency of switches decay to 0.3 of its value over this fraction of the run (switchlora)."""
     freeze: int = 5
-    """Steps for which the counterpart of a switched vector is frozen (switchlora)."""
+    """Freeze the counterpart of a switched vector for this many steps (switchlora)."""
     candidates: Literal["seeded", "pool"] = "seeded"
-    """Source of the incoming vectors: generated from the seed, or a pool in host memory (switchlora)."""
+    """Generate the incoming vectors from the seed, or take them from a pool in host memory (switchlora)."""
     merge_every: int = 100
-    """Steps between two merges (relora)."""
+    """Merge and redraw the factors every this many steps (relora)."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +128,16 @@ class Precision:
     """The formats of bases, moments and activations."""
 
     base_dtype: Literal["float32", "bfloat16", "int8", "float8", "nf4"] = "float32"
-    """Storage format of the frozen bases."""
+    """Store the frozen bases in this format."""
     residual: Literal["none", "int8", "bfloat16"] = "bfloat16"
-    """Format of the residual that keeps a base below float32 from drifting as vectors are switched.
-    It takes 0, 1 or 2 bytes per element. A float32 base has none."""
-    residual_device: str | None = None
-    """Device that stores the residuals, such as cpu for host memory. Default None means the device of the bases."""
+    """Keep a base below float32 from drifting, by a residual of 0, 1 or 2 bytes for each element.
+    A float32 base has none."""
+    residual_device: Annotated[str | None, computed("the device of the bases")] = None
+    """Store the residuals on this device, such as cpu for host memory."""
     moments: Literal["float32", "8bit"] = "float32"
-    """Format of the two moments of AdamW: 4 bytes or 1 byte per trained element."""
+    """Store the two moments of AdamW in 4 bytes or in 1 byte for each trained element."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations, set through autocast. Factors and full-rank weights stay in float32."""
+    """Compute activations in this type, through autocast. Factors and full-rank weights stay in float32."""
 
 
 @dataclass(frozen=True)
@@ -133,36 +145,49 @@ class Machine:
     """The device, the compiler, and what several processes divide among them."""
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device to train on. The default is cuda where torch finds it, and cpu otherwise."""
+    """Train on this device. The default is cuda where torch finds it, and cpu otherwise."""
     compile: bool = False
-    """Compile the step into one graph. On a CPU this takes minutes, and then saves a third of each step."""
+    """Compile the step into one graph. This takes minutes on a CPU, and then saves a third of each step.
+    Without --compile and --eager, a GPU compiles, and a CPU if the run is long enough to win that back."""
+    eager: bool = False
+    """Do not compile the step."""
     shard: bool = False
     """Shard every base by rows over the processes. Each layer is all-gathered when it is needed."""
     shard_factors: bool = False
     """With --shard, also shard the factors, their gradients and their moments.
     A switch then sends the rows that it folds into the bases."""
     check_every: int = 100
-    """Steps between two checks that all processes have the same state. Each checkpoint is preceded by one too."""
+    """Check every this many steps, and before each checkpoint, that all processes have the same state."""
 
 
 @dataclass(frozen=True)
 class Output:
     """What the run writes, and how often."""
 
-    out: Path | None = None
-    """Folder for metrics, checkpoints, plot and model. Default None means runs/DATE-TIME-METHOD."""
+    out: Annotated[Path | None, computed("runs/DATE-TIME-METHOD")] = None
+    """Write metrics, checkpoints, plot and model to this folder."""
     resume: bool = False
-    """Continue the run in --out from its newest undamaged checkpoint, bit for bit."""
+    """Continue the run in --out from its newest undamaged checkpoint, bit for bit.
+    Options that are not given are those of the run."""
+    config: Annotated[Path | None, computed("none")] = None
+    """Read options from this file in JSON or TOML, such as the config.json of a run.
+    Those on the command line come first."""
     json: bool = False
-    """Print the closing table as one JSON object on the last line."""
+    """Print the summary as one JSON object on the last line."""
     eval_every: int = 100
-    """Steps between two validation losses."""
+    """Compute the validation loss every this many steps."""
     eval_batches: int = 8
-    """Batches of a validation loss, the same ones each time."""
+    """Use this many batches for a validation loss, the same ones each time."""
+    sample_every: int = 0
+    """Print a continuation of the first validation text every this many steps. The default 0 prints none."""
     save_every: int = 100
-    """Steps between two checkpoints."""
+    """Write a checkpoint every this many steps."""
     keep: int = 2
-    """Number of checkpoints that are stored. Older ones are deleted."""
+    """Store this many checkpoints. Older ones are deleted."""
+    compare: Annotated[tuple[Path, ...], computed("none")] = ()
+    """Draw the validation losses of the runs in these folders into the plot too."""
+    tensorboard: bool = False
+    """Also write losses and rates for TensorBoard, to a folder in that of the run. It needs the extra `tensorboard`."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +206,14 @@ class Config:
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[DefaultRates] = PRETRAIN_RATES
-    # Options that may differ between a run and its continuation, because no result depends on them.
-    free_to_change: ClassVar[tuple[str, ...]] = ("out", "resume", "json", "keep", "check_every")
+    # Options of the command and not of the run.
+    not_recorded: ClassVar[tuple[str, ...]] = ("out", "resume", "config", "json", "compare", "eager")
+    # Options that a continued run may change: those on which no step depends, the names of texts whose digest is
+    # recorded, and the number of steps, which is announced.
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *("eval_every", "eval_batches", "save_every", "keep", "check_every", "sample_every", "tensorboard", "steps"),
+        *("text", "validation", "dataset", "dataset_config", "text_column", "dataset_characters"),
+    )
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option by its name, without the groups."""

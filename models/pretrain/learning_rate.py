@@ -1,6 +1,7 @@
 """The learning rate at each step: linear warm-up, then a cosine."""
 
 import math
+from dataclasses import replace
 
 from models.pretrain.config import Config
 
@@ -44,3 +45,14 @@ def dense_lr_scale(config: Config) -> float:
     if dense_lr is None and config.inner_optimizer() == "muon":
         dense_lr = config.default_rates.dense_with_muon
     return 1.0 if dense_lr is None else dense_lr / peak_lr(config)
+
+
+def change_of_steps(config: Config, before: int, done: int) -> str:
+    """Return what another number of steps than before changes in a run that has done some."""
+    steps = config.training.steps
+    shorter = replace(config, training=replace(config.training, steps=before))
+    rates = [lr_at(settings, done) for settings in (shorter, config)]
+    return (
+        f"steps were {before} and are {steps}: learning rate and switches follow the schedule of {steps} steps; "
+        f"the rate of step {done + 1} is {rates[1]:.3g} instead of {rates[0]:.3g}"
+    )

@@ -6,18 +6,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import dynlora_fn as dl
 from models import corpus as text
-from models import llama
+from models import hugging_face, llama
+from models.codec import Codec, codec
 from models.pretrain.checkpoint import load_checkpoint
 from models.pretrain.checks import check
-from models.pretrain.config import Config, Data
+from models.pretrain.compiling import announcement, count_parameters, with_choice
+from models.pretrain.config import Config
 from models.pretrain.device import run_device
-from models.pretrain.folder import prepare_folder, run_folder
+from models.pretrain.folder import (
+    check_folder,
+    check_metrics,
+    checkpoint_settings,
+    prepare_folder,
+    run_folder,
+    write_record,
+)
+from models.pretrain.learning_rate import change_of_steps
 from models.pretrain.method import Method, State, make_method
 from models.pretrain.processes import SINGLE_PROCESS, Processes
+from models.pretrain.reading import load_corpus, tokens_beside
 
 Export = Callable[[dict[str, Any]], None]  # writes the final parameters into the folder
 
@@ -44,6 +55,8 @@ class Prepared(NamedTuple):
     saved: Saved
     first_step: int
     export: Export
+    codec: Codec
+    settings: dict[str, object]  # that a checkpoint must share with the run
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
@@ -53,32 +66,38 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 
     Raises:
         ValueError: If the input is invalid, in one line.
+        OSError: If a file cannot be read or written. The error names the file.
     """
     check(config, processes)
-    corpus = load_corpus(config.data)
     name, seed = config.training.model, config.training.seed
-    model = llama.init_weights(llama.Llama(llama.config(name, corpus.vocabulary)), seed).to(run_device(config))
-    method = make_method(config, model, processes=processes)
+    llama.config(name)  # raises if there is none
     folder = Path(processes.from_first(run_folder(config)))
+    processes.do_on_first(lambda: check_folder(config, folder))
+    with tokens_beside(folder, processes) as tokens:
+        corpus = load_corpus(config.data, tokens, console, processes)
+        model = llama.init_weights(llama.Llama(llama.config(name, corpus.vocabulary)), seed).to(run_device(config))
+        method = make_method(config, model, processes=processes)
+        tokenizer = codec(config.data.tokenizer)
 
-    def export(params: dict[str, Any]) -> None:
-        description = {"name": name, "vocabulary": corpus.vocabulary}
-        # A single entry: safetensors does not fix the order of several, and equal runs must write equal files.
-        metadata = {"llama": json.dumps(description)}
-        dl.interop.save_weights(dl.state_dict(model, params), folder / "model.safetensors", metadata=metadata)
+        def export(params: dict[str, Any]) -> None:
+            description = {"name": name, "vocabulary": corpus.vocabulary}
+            # A single entry: safetensors does not fix the order of several, and equal runs must write equal files.
+            metadata = {"llama": json.dumps(description)}
+            weights = dl.state_dict(model, params)
+            dl.interop.save_weights(weights, folder / "model.safetensors", metadata=metadata)
+            save_pretrained(config, model.config, weights, tokenizer, folder / "model")
 
-    return start_or_resume(config, processes, folder, corpus, model, method, export, console)
+        return start_or_resume(config, processes, folder, corpus, model, method, export, tokenizer, console)
 
 
-def load_corpus(data: Data) -> text.Corpus:
-    if data.dataset:
-        documents = text.dataset(
-            data.dataset, config=data.dataset_config, column=data.text_column, characters=data.dataset_characters
-        )
-    else:
-        documents = text.split(text.text_files(data.text) if data.text else text.standard_library())
-    tokenizer = text.pretrained_tokenizer(data.tokenizer) if data.tokenizer else text.byte_tokenizer()
-    return text.tokenize(documents, tokenizer, window=data.seq_len + 1)
+def save_pretrained(
+    config: Config, architecture: llama.LlamaConfig, weights: Mapping[str, Tensor], tokenizer: Codec, folder: Path
+) -> None:
+    """Write a folder that `LlamaForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` open."""
+    file = folder / "model.safetensors"
+    dl.interop.save_weights(hugging_face.renamed(weights), file, metadata={"format": "pt"})
+    hugging_face.save_config(architecture, folder, seq_len=config.data.seq_len, end=tokenizer.end)
+    tokenizer.save(folder)
 
 
 def start_or_resume(
@@ -89,6 +108,7 @@ def start_or_resume(
     model: nn.Module,
     method: Method,
     export: Export,
+    tokenizer: Codec,
     console: Console,
     *,
     digests: Mapping[str, str] | None = None,
@@ -99,21 +119,31 @@ def start_or_resume(
 
     Raises:
         ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
+        OSError: On every process, if the folder cannot be read or written.
     """
-    error = None
-    if processes.is_first:
-        try:
-            prepare_folder(config, folder, {"corpus": corpus.digest(), **(digests or {})})
-        except ValueError as raised:
-            error = raised
-    if error := processes.from_first(error):
-        raise error
+    count, world_size = count_parameters(method.state.params()), processes.world_size
+    if not config.output.resume:
+        config = with_choice(config, count, world_size)
+    digests = {"corpus": corpus.digest(), **(digests or {})}
+    recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digests))
     saved, first_step = Saved(method.state, method.pool), 0
-    resume = config.output.resume
-    if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, donate=True)):
+    resume, steps = config.output.resume, config.training.steps
+    settings = processes.from_first(checkpoint_settings(config, digests))  # other processes have no digest of a model
+    if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True)):
         saved, first_step = loaded.state, loaded.step
-        for reason in loaded.refused:
-            console.print(f"refused a damaged checkpoint: {reason}", soft_wrap=True, highlight=False)
+        for path, reason, is_damaged in loaded.refused:
+            kind = "a damaged checkpoint" if is_damaged else "a checkpoint"
+            console.print(f"refused {kind}: {path}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if first_step > steps:
+        raise ValueError(
+            f"`steps` must be at least that of the checkpoint in {str(folder)!r}, {first_step}, got {steps}"
+        )
+    if resume:
+        processes.do_on_first(lambda: check_metrics(folder / "metrics.jsonl", first_step, steps))
+        processes.do_on_first(lambda: write_record(config, folder, digests))
     status = "continuing after" if resume else "starting at"
-    console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True)
-    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export)
+    console.print(f"{folder}: {status} step {first_step}", highlight=False, soft_wrap=True, markup=False)
+    console.print(announcement(config, count, world_size), highlight=False, soft_wrap=True, markup=False)
+    if recorded_steps != steps:
+        console.print(change_of_steps(config, recorded_steps, first_step), highlight=False, soft_wrap=True)
+    return Prepared(config, processes, folder, corpus, model, method, saved, first_step, export, tokenizer, settings)

@@ -4,8 +4,7 @@ Which process this is, its rows of a batch, and what the processes agree on.
 """
 
 import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,6 +48,22 @@ class Processes(NamedTuple):
         if self.group is not None:
             distributed.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
+
+    def do_on_first(self, action: Callable[[], Any]) -> Any:
+        """Call a function on the first process, and return its result on every process. Collective.
+
+        A ValueError or an OSError of it is raised on every process.
+        """
+        result = error = None
+        if self.is_first:
+            try:
+                result = action()
+            except (ValueError, OSError) as raised:
+                error = raised
+        result, error = self.from_first((result, error))
+        if error is not None:
+            raise error
+        return result
 
     def first_not_none(self, value: Any) -> Any:
         """Return the first value, in the order of processes, that is not None. Collective."""
@@ -104,20 +119,3 @@ def is_restarted() -> bool:
 
 def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-class Preemption:
-    """Record whether this process has received SIGTERM since the context was entered."""
-
-    def __init__(self) -> None:
-        self.is_requested = False
-
-    def __enter__(self) -> "Preemption":
-        self._previous_handler = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous_handler)
-
-    def _request(self, *_: object) -> None:
-        self.is_requested = True

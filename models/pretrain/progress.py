@@ -2,11 +2,16 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from models.pretrain.stopping import naming
+
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class MetricsFile:
@@ -23,11 +28,12 @@ class MetricsFile:
         self._path = path
         lines = read_metrics(path, up_to=first_step)
         temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with naming(temporary):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.rename(path)
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
@@ -59,20 +65,22 @@ def _parse(line: bytes, path: Path, line_number: int) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """Show a live bar in a terminal, elsewhere a line at each validation loss."""
+    """Show a live bar in a terminal, elsewhere a line every half a minute, and one at each validation loss."""
 
-    def __init__(self, console: Console, steps: int, done: int):
-        self._console = console
+    def __init__(self, console: Console, steps: int, done: int, status: str = ""):
+        self._console, self._steps = console, steps
+        self._since = time.monotonic()
         self._bar = Progress(
+            SpinnerColumn(),
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=None if console.width > 100 else 12),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=steps, completed=done, status="")
+        self._task = self._bar.add_task("training", total=steps, completed=done, status=status)
 
     def __enter__(self) -> "ProgressBar":
         self._bar.start()
@@ -81,9 +89,50 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def show(self, line: dict[str, Any], tokens_per_second: float, seconds_left: float) -> None:
-        status = f"loss {line['loss']:.3f}  {tokens_per_second:,.0f} tokens/s"
-        self._bar.update(self._task, completed=line["step"], status=status)
-        if "validation_loss" in line:
-            text = f"step {line['step']}: {status}, validation loss {line['validation_loss']:.3f}"
-            self._console.print(f"{text}, {seconds_left:.0f} s left", highlight=False, soft_wrap=True)
+    def show(self, step: int, loss: str, validation_loss: str | None, rate: float, seconds_left: float) -> None:
+        """Show the progress after a step.
+
+        Args:
+            step: The number of steps that are done.
+            loss: The training loss as text.
+            validation_loss: The validation loss as text. None means that it was not computed.
+            rate: Tokens per second.
+            seconds_left: An estimate of the time until the last step.
+        """
+        status = f"loss {loss}, {rate:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, status=status)
+        now = time.monotonic()
+        is_due = not self._console.is_terminal and now - self._since >= _SECONDS_BETWEEN_LINES
+        if validation_loss is None and not is_due:
+            return
+        self._since = now
+        validation = f", validation loss {validation_loss}" if validation_loss else ""
+        left = f", {duration(seconds_left)} left" if step < self._steps else ""
+        self._console.print(f"step {step}: {status}{validation}{left}", highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, with one or two units."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s" if minutes < 10 and seconds else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def write_start(path: Path, validation_loss: float) -> None:
+    """Write the validation loss before the first step. metrics.jsonl has no line for it."""
+    with naming(path):
+        path.write_text(json.dumps({"validation_loss": validation_loss}) + "\n")
+
+
+def read_start(path: Path) -> float | None:
+    """Return the validation loss before the first step, or None if the file is damaged or from an older version."""
+    try:
+        loss = json.loads(path.read_bytes())["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss if isinstance(loss, float) else None

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -13,8 +14,10 @@ from models.pretrain.learning_rate import lr_at
 from models.pretrain.method import Metrics
 from models.pretrain.prepared import Prepared
 from models.pretrain.progress import MetricsFile, ProgressBar
+from models.pretrain.tensorboard import Scalars
 
-_FLUSH_EVERY = 10  # steps between two reads of results from the device
+_FLUSH_EVERY = 10  # steps between two reads of results from the device, at most
+_FLUSH_SECONDS = 15.0
 
 
 class DivergedError(ValueError):
@@ -25,16 +28,22 @@ class Recorder:
     """Collect metrics, then write and show those of several steps at a time."""
 
     def __init__(self, run: Prepared, console: Console):
-        self.file = MetricsFile(run.folder / "metrics.jsonl", run.first_step) if run.processes.is_first else None
-        self.bar = ProgressBar(console, run.config.training.steps, run.first_step)
-        self._config, self._processes = run.config, run.processes
+        self._files: list[MetricsFile | Scalars] = []
+        if run.processes.is_first:
+            self._files.append(MetricsFile(run.folder / "metrics.jsonl", run.first_step))
+            if run.config.output.tensorboard:
+                self._files.append(Scalars(run.folder / "tensorboard", run.first_step))
+        status = "compiling the first step" if run.config.machine.compile else ""
+        self.bar = ProgressBar(console, run.config.training.steps, run.first_step, status)
+        self._config, self._processes, self._corpus = run.config, run.processes, run.corpus
         self._wire, self._wire_when_switching = wire_bytes(run), wire_bytes(run, is_switching=True)
         self._pending: list[tuple[int, Metrics, int]] = []
         self._rates: list[float] = []  # tokens per second
         self._since = time.perf_counter()
 
     def record(self, step: int, metrics: Metrics, switched: int) -> None:
-        if len(self._pending) == _FLUSH_EVERY:
+        is_due = time.perf_counter() - self._since > _FLUSH_SECONDS
+        if len(self._pending) == _FLUSH_EVERY or is_due:
             self.flush()
         self._pending.append((step, metrics._replace(outgoing={}), switched))
 
@@ -51,16 +60,32 @@ class Recorder:
         self._rates.append(len(lines) * tokens_per_step / (time.perf_counter() - self._since))
         if validate is not None:
             lines[-1] |= validate()
-        if self.file:
-            self.file.append(lines)
-        steps_left = self._config.training.steps - lines[-1]["step"]
-        self.bar.show(lines[-1], self.tokens_per_second(), steps_left * tokens_per_step / self.tokens_per_second())
+        for file in self._files:
+            file.append(lines)
+        self._show(lines[-1], tokens_per_step)
         self._pending.clear()
         self._since = time.perf_counter()
 
-    def tokens_per_second(self) -> float:
-        """Return the median, which compilation and other work do not change."""
-        return median(self._rates) if self._rates else math.nan
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Write the pending steps, and leave the time in this context out of the tokens per second."""
+        self.flush()
+        yield
+        self._since = time.perf_counter()
+
+    def _show(self, line: dict[str, Any], tokens_per_step: int) -> None:
+        rate = median(self._rates)
+        seconds_left = (self._config.training.steps - line["step"]) * tokens_per_step / rate
+        validation = line.get("validation_loss")
+        text = None if validation is None else self._text(validation, "validation")
+        self.bar.show(line["step"], self._text(line["loss"], "train"), text, rate, seconds_left)
+
+    def _text(self, loss: float, part: Literal["train", "validation"]) -> str:
+        return f"{loss:.3f} ({self._corpus.bits_per_byte(loss, part):.3f} bits/byte)"
+
+    def tokens_per_second(self) -> float | None:
+        """Return the median, which compilation and other work do not change. None means that no step was taken."""
+        return median(self._rates) if self._rates else None
 
     def _line(self, step: int, metrics: Metrics, switched: int) -> dict[str, Any]:
         line = {"step": step + 1, "loss": metrics.loss.item(), "grad_norm": metrics.grad_norm.item()}
@@ -82,4 +107,13 @@ def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.Wire
         elements = sum(param.shape.numel() for param in params.values() if isinstance(param, dl.LowRank))
         return wire._replace(factors=4 * elements)
     wire = dl.parallel.wire_bytes(trainable, frozen, gathers=2 * passes, plan=plan)
-    return wire._replace(scattered=passes * wire.scattered)
+    return wire._replace(scattered=passes * wire.scattered, factors=wire.factors + _bytes_of_muon(run))
+
+
+def _bytes_of_muon(run: Prepared) -> int:
+    """Return what Muon all-reduces for sharded factors: four (rank, rank) matrices and four norms for each weight."""
+    if run.config.inner_optimizer() != "muon":
+        return 0
+    leaves = run.method.state.trainable.values()
+    sides = [leaf.b for leaf in leaves if isinstance(leaf, dl.parallel.ShardedFactors)]  # (*stack, rows, rank)
+    return sum(16 * b.shape[:-2].numel() * (b.shape[-1] ** 2 + 1) for b in sides)

@@ -1,10 +1,8 @@
-"""The results of a run: loss.png, its sizes and the closing table."""
+"""The sizes of a run and its closing table."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -13,33 +11,7 @@ from dynlora_fn import LowRank
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.parallel import WireBytes
 from models.pretrain.method import Method
-
-mpl.use("agg")
-
-
-def plot(metrics: list[dict[str, Any]], unigram_loss: float, path: Path) -> None:
-    """Plot training and validation loss, and the vectors switched at each step."""
-    from matplotlib import pyplot  # noqa: PLC0415, slow to import
-
-    figure, (losses, switches) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained"
-    )
-    steps = [line["step"] for line in metrics]
-    losses.plot(
-        steps, [line["loss"] for line in metrics], color="tab:blue", alpha=0.35, linewidth=0.8, label="training"
-    )
-    validated = [line for line in metrics if "validation_loss" in line]
-    points = [line["validation_loss"] for line in validated]
-    losses.plot([line["step"] for line in validated], points, color="tab:orange", marker="o", label="validation")
-    losses.axhline(unigram_loss, color="grey", linestyle="--", label="unigram model, validation")
-    losses.set(ylabel="loss (nats per token)")
-    losses.legend(frameon=False)
-    switched = [(line["step"], line["switched"]) for line in metrics if line["switched"]]
-    if switched:
-        switches.bar(*zip(*switched, strict=True), width=1.0, color="tab:green")
-    switches.set(xlabel="step", ylabel="vectors\nswitched", ylim=(0, None))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+from models.pretrain.progress import duration
 
 
 def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
@@ -85,10 +57,14 @@ def count_bytes(tree: Any) -> int:
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
-    """Return the summary as a table that compares the run with full-rank AdamW."""
-    table = Table("", "this run", "full-rank AdamW", title=f"{summary['method']}, {summary['steps']} steps")
+    """Return the summary as a table that compares the run with full-rank AdamW, whose column is computed."""
+    title = f"{summary['model']}, {summary['method']}, {summary['steps']} steps"
+    table = Table("", "this run", "full-rank AdamW,\ncomputed", title=title)
     table.columns[1].justify = table.columns[2].justify = "right"
-    for section in (_memory_rows, _communication_rows, _result_rows):
+    sections = [_result_rows, _memory_rows]
+    if summary["processes"] > 1:
+        sections.append(_communication_rows)
+    for section in sections:
         for row in section(summary):
             table.add_row(*row)
         table.add_section()
@@ -96,6 +72,21 @@ def closing_table(summary: dict[str, Any]) -> Table:
 
 
 Rows = Iterator[tuple[str, ...]]
+
+
+def _result_rows(summary: dict[str, Any]) -> Rows:
+    yield "validation loss, nats per token", f"{summary['validation_loss']:.4f}"
+    yield "  of a unigram model", f"{summary['unigram_loss']:.4f}"
+    if (bits := summary.get("bits_per_byte")) is not None:
+        yield "  in bits per byte", f"{bits:.4f}"
+    yield "  perplexity", f"{summary['perplexity']:.3f}"
+    if summary["switched"]:
+        yield "vectors switched", f"{summary['switched']:,}"
+    if summary["drift"] is not None:
+        yield "drift of the bases, relative", f"{summary['drift']:.2e}"
+    if summary["tokens_per_second"] is not None:
+        yield "tokens per second", f"{summary['tokens_per_second']:,.0f}"
+    yield "time", duration(summary["seconds"])
 
 
 def _memory_rows(summary: dict[str, Any]) -> Rows:
@@ -111,30 +102,29 @@ def _memory_rows(summary: dict[str, Any]) -> Rows:
         ("optimizer", "optimizer state"),
         ("candidates", "candidates (host memory)"),
     ):
-        yield f"{label}, bytes", f"{summary['bytes'][name]:,}", f"{full.get(name, 0):,}"
-    yield "total of these, bytes", f"{sum(summary['bytes'].values()):,}", f"{sum(full.values()):,}"
+        if summary["bytes"][name]:
+            yield label, size(summary["bytes"][name]), size(full[name]) if name in full else ""
+    yield "total of these", size(sum(summary["bytes"].values())), size(sum(full.values()))
 
 
 def _communication_rows(summary: dict[str, Any]) -> Rows:
     wire = summary["wire_bytes_per_step"]
     reduced, full = summary["reduced_bytes_per_step"], summary["full_rank_reduced_bytes_per_step"]
-    yield "bytes of factors reduced per step", f"{wire['factors']:,}", "0"
-    yield "bytes of full-rank weights reduced per step", f"{wire['full_rank']:,}", f"{full:,}"
-    yield "bytes reduced per step, data parallel", f"{reduced:,}", f"{full:,}"
-    yield "  as a fraction of full-rank training", f"{reduced / full:.1%}"
-    if wire["bases"]:
-        yield "bytes of bases all-gathered per step", f"{wire['bases']:,}", "0"
-    if wire["gathered"]:
-        yield "bytes of factors all-gathered per step", f"{wire['gathered']:,}", "0"
     yield "processes", f"{summary['processes']}"
+    for name, label in (("factors", "factors"), ("full_rank", "full-rank weights")):
+        if wire[name]:
+            yield f"{label} reduced per step", size(wire[name]), size(full) if name == "full_rank" else ""
+    yield "reduced per step", size(reduced), size(full)
+    yield "  as a fraction of full-rank training", f"{reduced / full:.1%}"
+    for name, label in (("bases", "bases"), ("gathered", "factors")):
+        if wire[name]:
+            yield f"{label} all-gathered per step", size(wire[name])
 
 
-def _result_rows(summary: dict[str, Any]) -> Rows:
-    yield "vectors switched", f"{summary['switched']:,}"
-    if summary["drift"] is not None:
-        yield "drift of the bases, relative", f"{summary['drift']:.2e}"
-    yield "tokens per second", f"{summary['tokens_per_second']:,.0f}"
-    yield "seconds", f"{summary['seconds']:.0f}"
-    yield "validation loss, nats per token", f"{summary['validation_loss']:.4f}"
-    yield "  of a unigram model", f"{summary['unigram_loss']:.4f}"
-    yield "validation perplexity", f"{summary['perplexity']:.3f}"
+def size(count: float) -> str:
+    """Return a number of bytes with its unit, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

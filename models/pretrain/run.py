@@ -1,7 +1,10 @@
 """The training loop, and the results that it writes at the end."""
 
 import math
+import signal
+import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,35 +13,46 @@ from torch import Tensor, nn
 
 import dynlora_fn as dl
 from models import corpus as text
+from models.pretrain.banner import show
 from models.pretrain.checkpoint import Saver
 from models.pretrain.config import Config
 from models.pretrain.device import compute_dtype, run_device
 from models.pretrain.learning_rate import lr_at
 from models.pretrain.method import State, next_token_loss
+from models.pretrain.plot import compared_runs, plot, title
 from models.pretrain.prepared import Prepared, Saved
-from models.pretrain.processes import SINGLE_PROCESS, Preemption, Processes
-from models.pretrain.progress import read_metrics
+from models.pretrain.processes import SINGLE_PROCESS, Processes
+from models.pretrain.progress import duration, read_metrics, read_start, write_start
 from models.pretrain.recorder import Recorder, wire_bytes
-from models.pretrain.report import plot, sizes
+from models.pretrain.report import sizes
+from models.pretrain.sample import sample
+from models.pretrain.stopping import Preemption, Stopped, name_of, naming
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
-def train(run: Prepared, console: Console) -> dict[str, Any] | None:
+def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
     """Train to the last step and return the summary.
 
-    After SIGTERM, save and return None.
+    After SIGTERM, SIGHUP or a first Ctrl-C, save and return `Stopped`.
 
     Raises:
         DivergedError: If the loss or the gradient is no longer finite. The last good checkpoint remains.
         DriftedError: If processes have different states.
         SaveError: If a checkpoint could not be written.
+        OSError: If another file could not be written. The error names the file.
     """
     config, started = run.config, time.perf_counter()
     steps, output, device = config.training.steps, config.output, run_device(config)
+    if run.first_step < steps:
+        show(run, console)
+    if run.first_step == 0:
+        _validate_first(run, console)
     recorder = Recorder(run, console)
     step_fn = dl.compile_step(run.method.step) if config.machine.compile else run.method.step
     state, pool = run.saved
     stop = torch.zeros(())
-    with recorder.bar, Preemption() as preemption, _saver(run) as saver:
+    with recorder.bar, Preemption(partial(_announce, console)) as preemption, _saver(run) as saver:
         for step in range(run.first_step, steps):
             switched = run.method.schedule.switches(step, state.params())
             # A step without switches gets no plan, so that it does no work for them.
@@ -57,6 +71,9 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
             done = step + 1
             if is_last or done % output.eval_every == 0:
                 recorder.flush(validate=lambda: validate(run, state))  # noqa: B023, called at once
+            if output.sample_every and (is_last or done % output.sample_every == 0):
+                with recorder.paused():
+                    console.print(f"step {done}: {sample(run, state)}", markup=False, highlight=False, soft_wrap=True)
             is_saved = is_last or is_stopped or done % output.save_every == 0
             if is_saved:
                 recorder.flush()  # raises if a result is not finite
@@ -65,12 +82,37 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | None:
             if is_saved:
                 saver.start(done, Saved(state, pool))
             if is_stopped:
-                return None
+                return Stopped(done, run.processes.first_not_none(preemption.signal))
     return finish(run, state, recorder, time.perf_counter() - started)
 
 
+def _validate_first(run: Prepared, console: Console) -> None:
+    """Compute the validation loss before the first step, and estimate from its time that of the run."""
+    started, output, steps = time.perf_counter(), run.config.output, run.config.training.steps
+    loss = validation_loss(run.config, run.model, run.saved.state.params(), run.corpus, run.processes)
+    forward = (time.perf_counter() - started) / output.eval_batches
+    # A backward pass takes twice as long as a forward pass.
+    estimate = forward * (3 * steps * run.config.data.grad_accum + output.eval_batches * steps // output.eval_every)
+    if run.processes.is_first:
+        write_start(run.folder / "start.json", loss)
+    bits = run.corpus.bits_per_byte(loss)
+    text = (
+        f"validation loss before the first step {loss:.3f} ({bits:.3f} bits/byte); about {duration(estimate)} to train"
+    )
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _announce(console: Console, number: int) -> None:
+    """Say that a signal has arrived. Nothing can be printed once the terminal is closed."""
+    if name_of(number) == "SIGHUP":
+        console.quiet = True
+    again = "; press it again to stop at once" if number == signal.SIGINT else ""
+    text = f"{name_of(number)}: saving a checkpoint after the next step{again}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def _saver(run: Prepared) -> Saver:
-    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep)
+    return Saver(run.folder / "checkpoints", run.processes, keep=run.config.output.keep, settings=run.settings)
 
 
 def batch(run: Prepared, step: int) -> Tensor:
@@ -125,10 +167,20 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
     params = dl.parallel.unshard(state.params())
     if not run.processes.is_first:
         return {}
-    run.export(params)
+    with naming(run.folder):
+        run.export(params)
     metrics = read_metrics(run.folder / "metrics.jsonl")
     unigram_loss = text.unigram_loss(run.corpus)
-    plot(metrics, unigram_loss, run.folder / "loss.png")
+    bits_per_nat = run.corpus.bits_per_byte(1.0)
+    plot(
+        metrics,
+        run.folder / "loss.png",
+        before=read_start(run.folder / "start.json"),
+        title=title(run.config),
+        unigram_loss=unigram_loss,
+        bits_per_nat=bits_per_nat,
+        compared=compared_runs(run.config.output.compare),
+    )
     last_loss = metrics[-1]["validation_loss"]
     training = run.config.training
     return {
@@ -139,10 +191,16 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
         "processes": run.processes.world_size,
         **sizes(run.method, wire_bytes(run)),
         "switched": sum(line["switched"] for line in metrics),
-        "tokens_per_second": recorder.tokens_per_second(),
+        "tokens_per_second": recorder.tokens_per_second(),  # None: no step was taken
         "seconds": seconds,
         "drift": metrics[-1].get("drift"),
         "validation_loss": last_loss,
-        "perplexity": math.exp(last_loss),
+        "bits_per_byte": run.corpus.bits_per_byte(last_loss),
+        "perplexity": perplexity(last_loss),
         "unigram_loss": unigram_loss,
     }
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, which is infinite beyond what a float has."""
+    return math.inf if loss >= _LARGEST_EXPONENT else math.exp(loss)

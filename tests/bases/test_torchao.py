@@ -196,3 +196,17 @@ def test_a_stack_is_no_tensor_of_torchaos():
     stacked = stack_bases([params["0.weight"].base, params["2.weight"].base], (2,))
     with pytest.raises(ValueError, match=r"`params` is a stack of shape \(2, 64, 64\), which torchao does not support"):
         to_torchao(stacked)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8", "nf4"])
+def test_a_plain_model_loads_the_tensors_by_assign(kind: str):
+    model, x = network(), normal(7, 3, 64).float()
+    params = init(model, rank=4, seed=0, targets=["*.weight"], base=kind, start="lora")
+    weights, other = to_torchao(params), network()
+    other.load_state_dict(weights, assign=True)
+    assert [type(other[index].weight) for index in (0, 2, 4)] == [
+        type(weights[f"{index}.weight"]) for index in (0, 2, 4)
+    ]
+    torch.testing.assert_close(other(x), dl.call(model, params, x))
+    with pytest.raises(RuntimeError, match=r'While copying the parameter named "0\.weight"'):
+        network().load_state_dict(weights)

@@ -155,15 +155,18 @@ def test_what_to_freeze_is_named_as_partition_takes_it(tmp_path: Path):
     assert "*.scale" not in partition(params, frozen=["*.scale"])[0]
 
 
-def test_changed_running_statistics_go_out(tmp_path: Path):
+def test_changed_running_statistics_go_out_and_are_checked_on_the_way_in(tmp_path: Path):
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
     original = copy.deepcopy(model.state_dict())
     params = changed(model, init(model, rank=2, seed=0, targets=["0.weight"]), [])
     model[1].running_mean += 2
     model[1].num_batches_tracked += 7
     save_adapter(model, params, tmp_path, original=original, rank=4)
+    assert_read_alike(model, params, tmp_path)
     before = copy.deepcopy(model)
     before.load_state_dict(original)
+    with pytest.raises(ValueError, match=r"the adapter has other values than the model for '1.running_mean', a buffer"):
+        load_adapter(before, tmp_path, seed=0)
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(before, tmp_path).eval()(X)
     torch.testing.assert_close(theirs, call(model, params, X).detach())

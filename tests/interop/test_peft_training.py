@@ -173,7 +173,7 @@ def test_layers_of_other_alphas_share_no_stack(tmp_path):
 
 def test_an_alpha_of_zero_is_refused(tmp_path):
     adapted({"r": 2, "lora_alpha": 4, "alpha_pattern": {"2": 0}}, tmp_path)
-    with pytest.raises(ValueError, match=r"`alpha` is 0 for '2.weight'"):
+    with pytest.raises(ValueError, match=r"\{.2.: 0\} as `alpha_pattern`"):
         load_adapter(make(), tmp_path, seed=0)
 
 

@@ -77,6 +77,16 @@ def test_sharded_weights_are_read_a_stack_at_a_time(tmp_path):
     torch.testing.assert_close(call(source, params, TOKENS).logits, source(TOKENS).logits.detach())
 
 
+def test_a_tensor_with_one_entry_is_written_whatever_its_strides(tmp_path):
+    """Torch calls such a tensor contiguous, but does not view its bytes."""
+    numbers = torch.arange(12.0)
+    weights = {"vector": numbers[1::2][:1], "matrix": numbers.view(3, 4)[1:2, 2:3], "scalar": numbers[7]}
+    assert weights["vector"].stride() == (2,)
+    save_weights(weights, tmp_path / "model.safetensors")
+    read = open_weights(tmp_path / "model.safetensors")
+    assert_same({name: read[name] for name in weights}, weights)
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"`path` has no model.safetensors or .*index.json in '.*'"):
         open_weights(tmp_path)

@@ -4,6 +4,8 @@ import copy
 import importlib
 import json
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -336,15 +338,24 @@ def test_a_file_in_place_of_the_folder_and_a_folder_in_place_of_a_file_are_refus
 
 
 def test_what_the_disk_changes_is_noticed_before_a_file_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    check = saving.check_written
+    replacing = saving._replacing
 
-    def flip(file: Path, checksums: Any) -> None:
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(content)
-        check(file, checksums)
+    class Damaging:
+        """A file that reads its last bit turned."""
 
-    monkeypatch.setattr(saving, "check_written", flip)
+        def __init__(self, stream: Any):
+            self.write, self.seek, self.tell, self._read = stream.write, stream.seek, stream.tell, stream.read
+
+        def read(self, size: int) -> bytes:
+            content = self._read(size)
+            return content[:-1] + bytes([content[-1] ^ (size == 4 * 6 * 4)])
+
+    @contextmanager
+    def damaged(file: Path) -> Iterator[Any]:
+        with replacing(file) as stream:
+            yield Damaging(stream)
+
+    monkeypatch.setattr(saving, "_replacing", damaged)
     model = nn.Sequential(nn.Linear(6, 4))
     with pytest.raises(OSError, match=r"has another tensor '0.weight' than was written"):
         save_merged(model, trained(model, ["0.weight"]), tmp_path)

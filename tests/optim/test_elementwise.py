@@ -48,6 +48,22 @@ def test_updates_in_batches_and_blocks_have_the_bits_of_updates_in_turn(entry, d
             assert_same(got, two_updates(entry, trainable, lr))
 
 
+def test_a_rate_of_a_wider_dtype_widens_updates_of_0d_leaves_in_batches_too():
+    optimizer, trainable = dl.optim.adamw(), {"u": torch.tensor(1.0), "v": torch.tensor(2.0), "w": torch.ones(3)}
+    updates, state = optimizer.update(trainable, optimizer.init(trainable), trainable, lr=torch.tensor(0.1).double())
+    assert [leaf.dtype for leaf in updates.values()] == [torch.float64, torch.float64, torch.float32]
+    assert all(leaf.dtype == torch.float32 for leaf in state.inner.mu.values())
+
+
+def test_an_update_in_batches_changes_none_of_its_arguments():
+    for entry in OPTIMIZERS.values():
+        trainable = some_tree(5)
+        state = entry.transform.init(trainable)
+        before = tree_map(torch.clone, (trainable, state))
+        entry.transform.update(trainable, state, trainable, lr=0.1)
+        assert_same((trainable, state), before)
+
+
 def test_an_empty_tree_has_empty_results():
     two = elementwise(results=2)(lambda x, y: (x + y, x))
     assert two({}, {}) == ({}, {})

@@ -68,7 +68,7 @@ class Damage:
         return self.random.randbytes(self.random.choice([0, 1, 8, len(content)]))
 
     def _pickle(self, content: bytes) -> bytes:
-        return pickle.dumps(_Payload()) + content
+        return pickle.dumps(Payload()) + content
 
     def _json(self, content: bytes) -> bytes:
         lines = content.decode().splitlines() if content.count(b"\n{") else [content.decode()]
@@ -96,7 +96,7 @@ class Damage:
         return self.random.choice([*numbers, "", "F32", "I8", "../x", "*(", [], [1], [-1, 2], {}, {"a": 1}, [[0, 1]]])
 
 
-class _Payload:
+class Payload:
     """Creates a folder when its pickle is loaded."""
 
     def __reduce__(self) -> Any:

@@ -146,6 +146,18 @@ def parallel(group: Any) -> dict[str, Entry]:
     }
 
 
+NO_STATE = kinds.among([{"w": object()}, {"w": len}, {"t": MODEL}, torch.empty(2, device="meta"), {"w": [b"x"]}])
+CHECKPOINT_STEP = kinds.among([-1, 0.5, "1", True, 10**9, [1]])
+CHECKPOINT_SETTINGS = kinds.among([3, "seed", ["seed"], {1: 0}, {"seed": object()}])
+
+
+def checkpoints() -> str:
+    """Return a folder with a checkpoint."""
+    folder = tempfile.mkdtemp()
+    dl.interop.save_checkpoint({"w": torch.ones(2), "t": 3}, folder, step=1)
+    return folder
+
+
 INTEROP = {
     "init": of(
         init, **SETTINGS, model=(MODEL, kinds.other(except_for=[{}])), base_dtype=(None, kinds.dtype(none=True))
@@ -181,6 +193,23 @@ INTEROP = {
     ),
     "open_weights": of(
         lambda path: dict(dl.interop.open_weights(path)), path=(table.FOLDER / "w.safetensors", table.PATHLIKE)
+    ),
+    "save_checkpoint": of(
+        dl.interop.save_checkpoint,
+        state=({"w": torch.ones(2), "t": 3}, NO_STATE),
+        folder=(tempfile.mkdtemp(), table.PATHLIKE),
+        step=(1, CHECKPOINT_STEP),
+        settings=({"seed": 0}, CHECKPOINT_SETTINGS),
+        keep=(2, kinds.among([0, -1, 2.5, "2", True, [1]])),
+    ),
+    "load_checkpoint": of(
+        dl.interop.load_checkpoint,
+        folder=(checkpoints(), table.PATHLIKE),
+        template=({"w": torch.zeros(2), "t": 0}, NO_STATE),
+        step=(1, CHECKPOINT_STEP),
+        settings=({"seed": 0}, CHECKPOINT_SETTINGS),
+        donate=(False, kinds.flag()),
+        rename=(None, kinds.among([3, "x", {}])),
     ),
     "save_merged": of(
         dl.interop.save_merged,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MODEL = ["--model", "llama-tiny", "--rank", "8", "--batch-size", "2", "--seq-len", "32"]
-SMALL = [*MODEL, "--eval-batches", "2", "--warmup", "4", "--interval", "10", "--ratio", "1"]
+SMALL = [*MODEL, "--eager", "--eval-batches", "2", "--warmup", "4", "--interval", "10", "--ratio", "1"]
 
 
 class Outcome(NamedTuple):

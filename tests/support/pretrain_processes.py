@@ -22,6 +22,7 @@ def arguments(text: Path, out: Path, **changed: object) -> list[str]:
     flags = [f"--{name}" for name, value in chosen.items() if value is True]
     return [
         *MODEL.split(),
+        "--eager",
         *flags,
         *(str(part) for name, value in chosen.items() if value is not True for part in (f"--{name}", value)),
     ]

@@ -27,6 +27,7 @@ KEYS = {
     "scale": {"reduced_over_full_rank", "trainable_at_512"},
     "gpu": {"full rank, torch.optim.Muon at 64", "ours, AdamW, switching at 64", "ours, nvfp4+bfloat16 at 64"},
     "growth": {"init", "gradients_memory", "names", "checkpoint", "first_call", "goals", "met"},
+    "finetune": {"largest_loss_over_peft", "least_loss_over_peft", "mean_gain_over_peft", "largest_error_of_files"},
     "quality_by_base": {"float32+none", "int8+bfloat16"},
 }
 BILLION = {"peak_of_all", "float32: init", "bfloat16: resume"}

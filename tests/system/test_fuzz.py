@@ -86,7 +86,7 @@ def test_changed_arguments_are_refused_by_name_or_mean_the_same(
     expected: dict[str, Any] = {}
     counts: Counter[str] = Counter()
     problems: dict[str, str] = {}
-    for seed in range(request.config.getoption("--fuzz")):
+    for seed in range(request.config.getoption("--fuzz") or 2000):
         random = Random(seed)
         name = random.choice(list(entries))
         entry = entries[name]

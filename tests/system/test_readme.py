@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_the_three_ways_to_declare_roles_are_equal():
     slot = names["plan"]["w"].a.slots
     assert not mine["w"].b[:, slot].any()
     assert_same((theirs, plain["square"]), (mine, mine))
+
+
+def test_the_loop_with_checkpoints_continues(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    block, firsts = block_with("load_checkpoint", PAGES["interop"]), []
+    for _ in range(2):
+        names: dict = {}
+        exec(block, names)
+        firsts.append(names["first"])
+    assert firsts == [0, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
 def test_the_bugs_that_the_kit_is_shown_with_are_found(capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,7 @@
 """The main job continues from its checkpoints, also from those before a damaged one."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save
 
-from models.pretrain.checksums import join_sums, record_sum
+from dynlora_fn.interop._checksums import join_sums, record_sum
+from models.pretrain.run import perplexity
 from tests.support.damage import damage_by_a_bit, damage_by_truncation
 from tests.support.paths import ROOT
 from tests.support.pretrain import SMALL, Job, contents, metrics
@@ -97,7 +99,7 @@ def test_resume_with_another_configuration_says_in_what(job: Job, tmp_path: Path
     before = contents(tmp_path / "run")
     outcome = job("--out", tmp_path / "run", "--steps", 3, "--lr", 0.5, "--resume")
     assert outcome.code == 2
-    assert "lr was None and is 0.5; steps was 2 and is 3" in outcome.err
+    assert "lr was None and is 0.5" in outcome.err
     (text / "0.txt").write_text("something else altogether\n" * 50)
     assert "corpus was" in job("--out", tmp_path / "run", "--steps", 2, "--resume").err
     assert contents(tmp_path / "run") == before
@@ -139,7 +141,8 @@ def test_a_run_with_a_flat_record_of_its_options_resumes(job: Job, tmp_path: Pat
     outcome = job(*arguments, "--resume")
     assert outcome.code == 0, outcome.err
     assert "continuing after step 10" in outcome.out
-    assert record == flat
+    since = {"validation": [], "keep": 2, "check_every": 100, "sample_every": 0, "tensorboard": False}
+    assert record == flat | since
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -161,3 +164,79 @@ def test_a_checkpoint_whose_optimizer_states_have_their_older_names_resumes(job:
     assert outcome.code == 0, outcome.err
     assert "continuing after step 10" in outcome.out
     assert (folders[1] / "state.safetensors").read_bytes() == wanted
+
+
+STEPS = ["--steps", 20, "--save-every", 5, "--keep", 9]
+
+
+def test_copies_of_checkpoints_are_left_alone(job: Job, tmp_path: Path):
+    out, copies = tmp_path / "run", ("step-best", "step-last", "step-00000010.bak")
+    job("--out", out, *STEPS)
+    before = (out / "model.safetensors").read_bytes()
+    for name in copies:
+        shutil.copytree(out / "checkpoints" / "step-00000010", out / "checkpoints" / name)
+    for step in (15, 20):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+    outcome = job("--out", out, *STEPS[:-1], 1, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "continuing after step 10" in outcome.out
+    assert (out / "model.safetensors").read_bytes() == before
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000020", *copies}
+
+
+def test_a_checkpoint_of_another_step_or_run_is_refused_and_the_older_one_used(job: Job, tmp_path: Path):
+    out = tmp_path / "run"
+    job("--out", out, *STEPS)
+    job("--out", tmp_path / "other", *STEPS, "--seed", 1)
+    before = (out / "model.safetensors").read_bytes()
+    checkpoints = out / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000020")
+    shutil.copytree(checkpoints / "step-00000005", checkpoints / "step-00000017")
+    shutil.rmtree(checkpoints / "step-00000015")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000015", checkpoints / "step-00000015")
+    outcome = job("--out", out, *STEPS, "--resume")
+    assert outcome.code == 0, outcome.err
+    out_text = " ".join(outcome.out.split())
+    assert "refused a checkpoint: " in out_text
+    assert "step-00000017: it is of step 5, and not of that in its name" in out_text
+    assert "step-00000015: it has the setting seed 1 instead of 0" in out_text
+    assert "continuing after step 10" in out_text
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
+
+
+def without_loss(path: Path) -> None:
+    path.write_text(path.read_text().replace('"loss"', '"lost"'))
+
+
+def without_validation(path: Path) -> None:
+    path.write_text(path.read_text().replace('"validation_loss"', '"lost"'))
+
+
+def into_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [remove, cut, without_loss, without_validation, into_pipe])
+def test_metrics_that_the_end_of_a_run_needs_are_checked_before_it_trains(
+    job: Job, tmp_path: Path, damage: Callable[[Path], None]
+):
+    arguments = ["--out", tmp_path / "run", "--steps", 10, "--save-every", 5]
+    job(*arguments)
+    damage(tmp_path / "run" / "metrics.jsonl")
+    before = contents(tmp_path / "run")
+    outcome = job(*arguments, "--resume")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "metrics must " in outcome.err
+    assert "metrics.jsonl" in outcome.err
+    assert contents(tmp_path / "run") == before
+
+
+def test_perplexity_of_a_large_loss_is_infinite():
+    assert [perplexity(loss) for loss in (0.0, 709.0, 710.0, math.inf)] == [1.0, math.exp(709.0), math.inf, math.inf]
+    assert math.isnan(perplexity(math.nan))

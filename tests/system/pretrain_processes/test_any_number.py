@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.trained import open_trained
 from tests.support.pretrain import metrics
 from tests.support.pretrain_processes import arguments, job
 from tests.support.processes import in_processes
@@ -47,3 +48,26 @@ def test_compensation_reduces_dense_gradients(text: Path, tmp_path: Path):
         torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
         summary = found[size][1]
         assert summary["reduced_bytes_per_step"] == summary["full_rank_reduced_bytes_per_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"optimizer": "muon"}, {"moments": "8bit"}], ids=lambda options: str(*options))
+def test_sharded_factors_have_every_optimizer(text: Path, tmp_path: Path, options: dict):
+    options = options | {"steps": 12, "eval-every": 12, "json": True, "lr": 0.01}
+    found = {}
+    for size, sharding in ((1, {}), (2, {"shard": True, "shard-factors": True})):
+        outcomes = in_processes(size, job, arguments(text, tmp_path / str(size), **options, **sharding))
+        assert [outcome.code for outcome in outcomes] == [0] * size, outcomes
+        found[size] = metrics(tmp_path / str(size)), json.loads(outcomes[0].out.splitlines()[-1])
+    losses = [torch.tensor([line["loss"] for line in found[size][0]]) for size in (1, 2)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    # Muon all-reduces four (8, 8) matrices and four norms of each of 7 weights in 2 layers.
+    wanted = 4 * 2 * 7 * 4 * (64 + 1) if "optimizer" in options else 0
+    assert found[2][1]["wire_bytes_per_step"]["factors"] == wanted
+    _assert_read_by_one_process(tmp_path / "2")
+
+
+def _assert_read_by_one_process(run: Path) -> None:
+    paths = (run, run / "checkpoints" / "step-00000012")
+    final, restored = (open_trained(path, torch.device("cpu")).model.state_dict() for path in paths)
+    assert all(torch.equal(final[name], restored[name]) for name in final)

@@ -18,10 +18,10 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
         ({"shard": True, "base-dtype": "nf4"}, "in nf4 and of shape (32, 32), cannot be sharded over 2 processes"),
         ({"compensate": 0.1, "shard": True, "shard-factors": True}, "`compensate` must be 0 with --shard-factors, got"),
         (
-            {"optimizer": "muon", "shard": True, "shard-factors": True},
-            "`optimizer` must be adamw with --shard-factors, got muon",
+            {"candidates": "pool", "shard": True, "shard-factors": True},
+            "`candidates` must be 'seeded' with --shard-factors, got 'pool'; a pool stores vectors",
         ),
-        ({"shard-factors": True}, "`shard_factors` must come with --shard, seeded candidates and float32 moments, got"),
+        ({"shard-factors": True}, "`shard_factors` must come with --shard, got it without; sharded factors need"),
         ({"resume": True}, "`out` must hold a run to resume"),
         ({"rank": 99}, "use at least 1 and at most min(out, in) = 32"),
     ):

@@ -2,9 +2,8 @@
 
 import hashlib
 import os
+import stat
 from pathlib import Path
-
-from models.pretrain.processes import Processes
 
 SUMS = "SHA256SUMS"  # in the format of `sha256sum --check`
 
@@ -13,32 +12,57 @@ def record_sum(path: Path) -> None:
     """Wait until the disk has a file, and write its line of `SUMS` to a file beside it, for `join_sums`."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
-    write_durably(Path(f"{path}.sum"), f"{_digest(path)}  {path.name}\n".encode())
+    _write_durably(Path(f"{path}.sum"), f"{_digest(path)}  {path.name}\n".encode())
 
 
 def join_sums(folder: Path) -> None:
     """Replace the files with one line each by `SUMS`."""
     parts = sorted(folder.glob("*.sum"))
-    write_durably(folder / SUMS, b"".join(part.read_bytes() for part in parts))
+    _write_durably(folder / SUMS, b"".join(part.read_bytes() for part in parts))
     for part in parts:
         part.unlink()
 
 
-def find_damage(folder: Path, processes: Processes) -> str | None:
+def find_damage(folder: Path, *, process: int = 0, world_size: int = 1) -> str | None:
     """Return what is wrong with the files that this process checks, or None.
 
-    The processes divide the files.
+    The processes divide the files. Pipes, links and folders among the files are not opened.
     """
     try:
-        sums = dict(reversed(line.split("  ")) for line in (folder / SUMS).read_text().splitlines())
-        files = sorted(file.name for file in folder.iterdir() if file.name != SUMS)
+        if folder.is_symlink() or not folder.is_dir():
+            return "it is no folder"
+        names = sorted(entry.name for entry in folder.iterdir())
+        for name in names:
+            if not stat.S_ISREG((folder / name).lstat().st_mode):
+                return f"{name} is no regular file"
+        files = [name for name in names if name != SUMS]
+        sums = _read_sums(folder / SUMS)
         if files != sorted(sums):
             return f"its files are not those in {SUMS}: {sorted(sums.keys() ^ set(files))[:4]}"
-        checked = files[processes.process :: processes.world_size]
+        checked = files[process::world_size]
         damaged = [name for name in checked if sums[name] != _digest(folder / name)]
         return f"the checksum of {damaged[0]} does not match" if damaged else None
     except (OSError, ValueError) as error:
         return str(error)
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    """Return the checksums by the names of files.
+
+    Raises:
+        ValueError: If a line is none of `sha256sum`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no text: {error}") from error
+    sums = {}
+    for line in lines:
+        digest, separator, name = line.partition("  ")
+        if not separator:
+            raise ValueError(f"{path.name} has the line {line[:60]!r}, which is no checksum")
+        sums[name] = digest
+    return sums
 
 
 def _digest(path: Path) -> str:
@@ -46,7 +70,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def _write_durably(path: Path, content: bytes) -> None:
     """Write a file and wait until the disk has it."""
     with path.open("wb") as file:
         file.write(content)

@@ -1,0 +1,50 @@
+"""The folder of all checkpoints: which names are checkpoints, and what is said about each."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynlora_fn._core._check import check_integer, described
+
+CHECKPOINT, UNFINISHED = re.compile(r"step-[0-9]{8}"), re.compile(r"\.(writing|replaced)-[0-9]{8}")
+_LARGEST_STEP = 10**8 - 1
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return everything that has the name of a checkpoint."""
+    return sorted((path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def checked_step(step: Any) -> int:
+    """Return a step that fits into the name of a checkpoint."""
+    plain = check_integer("step", step, least=0)
+    if plain > _LARGEST_STEP:
+        raise ValueError(f"`step` is {step}; use an integer of at most {_LARGEST_STEP}")
+    return plain
+
+
+def checked_settings(settings: Any) -> dict[str, Any]:
+    """Return settings as JSON returns them, so that equal ones compare as equal."""
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise TypeError(f"`settings` is {described(settings)}; pass a dict of values by name")
+    plain: dict[str, Any] = {}
+    for name, value in sorted(settings.items()):
+        try:
+            plain[name] = json.loads(json.dumps(value, sort_keys=True))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`settings` has {described(value)} for {name!r}; use what JSON can store") from error
+    return plain

@@ -1,0 +1,63 @@
+"""Parameters that PEFT adapts by their names (`target_parameters`): experts, and the fused weight of attention.
+
+PEFT wraps the module, and a second time for a second parameter. The first parameter has the innermost wrapper::
+
+    base_model.model.experts.base_layer.lora_A.weight     the first of two adapted parameters of `experts`
+    base_model.model.experts.lora_A.weight                the second one
+"""
+
+import re
+from collections.abc import Collection
+
+from torch import nn
+
+from dynlora_fn.interop._peft_layers import PREFIX, Pair
+from dynlora_fn.nn._view import View
+
+
+def is_adapted_by_name(model: nn.Module, view: View) -> bool:
+    """Return whether PEFT adapts a parameter itself and not the layer that it belongs to.
+
+    These are stacks of matrices, such as experts, and `in_proj_weight` of `nn.MultiheadAttention`.
+    """
+    path, _, leaf_name = view.name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, nn.MultiheadAttention):
+        return leaf_name == "in_proj_weight"
+    if len(view.shape) != 3 or view.kernel or not path:
+        return False
+    return view.shape[0] > 1 or not is_transposed(model, view.name)  # PEFT transposes a single expert wrongly
+
+
+def check_names(model: nn.Module, adapted: Collection[str]) -> None:
+    """Raise ValueError if PEFT, which compares names with ends of names, would adapt other parameters too."""
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        ends = [name[match.end() :] for match in re.finditer(r"\.", name)]
+        if name not in adapted and (taken := [end for end in ends if end in adapted]):
+            raise ValueError(
+                f"`params` has a low-rank {taken[0]!r}, for which PEFT would take {name!r} too; make that one low-rank,"
+                " or write the model with `save_merged`"
+            )
+
+
+def is_transposed(model: nn.Module, name: str) -> bool:
+    """Return whether the experts of a module are stored as (stack, in, out)."""
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
+
+def stem_of(model: nn.Module, name: str, adapted: Collection[str]) -> str:
+    """Return the path of the wrapper of a parameter in a file, when these parameters are adapted."""
+    path, _, leaf_name = name.rpartition(".")
+    names = [other for other, _ in model.get_submodule(path).named_parameters(recurse=False)]
+    outer = [other for other in names[names.index(leaf_name) + 1 :] if f"{path}.{other}" in adapted]
+    return PREFIX + path + ".base_layer" * len(outer)
+
+
+def in_file(model: nn.Module, name: str, pair: Pair) -> Pair:
+    """Return the factors of a parameter in PEFT's layout: A (stack * rank, in), B (out, rank * stack)."""
+    up, down = pair
+    if up.ndim == 2:
+        return pair
+    if is_transposed(model, name):
+        up, down = down.mT, up.mT
+    return Pair(up.permute(1, 2, 0).reshape(up.shape[1], -1), down.reshape(-1, down.shape[-1]))

@@ -1,0 +1,34 @@
+"""Turn files, folders, Python's sources or a Hugging Face dataset into tokens.
+
+Everything is deterministic: the split depends on names and lengths, and a batch on the seed and the step. Texts are
+read in pieces, and tokens can be in files, so that a text may be larger than memory.
+"""
+
+from models.corpus.documents import Document, TextFile
+from models.corpus.sources import dataset, python_sources, standard_library, text_files
+from models.corpus.split import VALIDATION_FRACTION, Split, split, without
+from models.corpus.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, pretrained_tokenizer
+from models.corpus.tokens import Corpus, Tokens, batch, tokenize, unigram_loss, validation_batches
+
+__all__ = [
+    "VALIDATION_FRACTION",
+    "Corpus",
+    "Document",
+    "Split",
+    "TextFile",
+    "Tokenizer",
+    "Tokens",
+    "batch",
+    "byte_tokenizer",
+    "dataset",
+    "load_tokenizer",
+    "pretrained_tokenizer",
+    "python_sources",
+    "split",
+    "standard_library",
+    "text_files",
+    "tokenize",
+    "unigram_loss",
+    "validation_batches",
+    "without",
+]

@@ -1,0 +1,140 @@
+"""Turn texts into tokens: bytes, or those of a tokenizer of `transformers`."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.corpus.documents import AnyDocument
+
+_BATCH = 1 << 20  # characters that are encoded at once
+
+
+class Piece(NamedTuple):
+    text: str
+    starts: bool  # whether a document starts with it, beside the first one
+    ends: bool
+
+
+class Encoded(NamedTuple):
+    """A part of a stream of tokens."""
+
+    tokens: np.ndarray  # of the smallest integer type
+    documents: int  # that end in it
+    characters: int
+    text_bytes: int
+
+
+class Tokenizer(NamedTuple):
+    """A tokenizer, and the tokens that it puts around documents."""
+
+    encode_texts: Callable[[list[str]], Sequence[Any]]  # an array or a list of tokens for each text
+    vocabulary: int
+    between: tuple[int, ...] = ()  # tokens between two documents
+    after: tuple[int, ...] = ()  # tokens after each document
+
+    def encode(self, documents: Iterable[AnyDocument]) -> np.ndarray:
+        """Return the tokens of documents as one stream."""
+        parts = [part.tokens for part in self.stream(documents)]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    def stream(self, documents: Iterable[AnyDocument]) -> Iterator[Encoded]:
+        """Yield the tokens of documents in parts of about a megabyte of text.
+
+        Long documents are cut at the ends of lines. A tokenizer that joins the end of a line with what follows gives
+        other tokens at these places.
+        """
+        between, after = np.array(self.between, self.dtype), np.array(self.after, self.dtype)
+        for batch in _batches(_pieces(documents)):
+            texts = [piece.text for piece in batch]
+            parts = []
+            for piece, tokens in zip(batch, self.encode_texts(texts), strict=True):
+                array = tokens if isinstance(tokens, np.ndarray) else np.array(tokens, np.int64)
+                parts += [between] * piece.starts + [array] + [after] * piece.ends
+            joined = np.concatenate(parts)
+            if len(joined) and joined.max() >= self.vocabulary:
+                raise ValueError(
+                    f"`tokenizer` must give tokens below its length, {self.vocabulary}, got the token {joined.max()}"
+                )
+            text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+            documents = sum(piece.ends for piece in batch)
+            yield Encoded(joined.astype(self.dtype, copy=False), documents, sum(map(len, texts)), text_bytes)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest integer type for its tokens."""
+        return np.min_scalar_type(self.vocabulary - 1)
+
+
+def _pieces(documents: Iterable[AnyDocument]) -> Iterator[Piece]:
+    is_first = True
+    for document in documents:
+        starts, before = not is_first, None
+        for text in document.pieces():
+            if before is not None:
+                yield Piece(before, starts, ends=False)
+                starts = False
+            before = text
+        yield Piece(before or "", starts, ends=True)
+        is_first = False
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text) + 1
+        if characters >= _BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return a tokenizer to UTF-8 bytes.
+
+    A zero byte, which no text contains, separates documents.
+    """
+    return Tokenizer(lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts], 256, between=(0,))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer of `transformers` by its name, folder or file. No code that comes with it is run.
+
+    Raises:
+        ValueError: If `transformers` is missing or cannot load the tokenizer.
+    """
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415, an optional extra
+    except ImportError as error:
+        raise ValueError("`tokenizer` needs the extra `data`: pip install 'dynlora-fn[data]'") from error
+    try:
+        if Path(name).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the library raises many types for an invalid file or an unknown name
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"`tokenizer` must be a tokenizer's name, folder or file, got {name!r}: {reason}") from error
+
+
+def pretrained_tokenizer(name: str) -> Tokenizer:
+    """Return a tokenizer of `transformers` by its name, folder or file.
+
+    Its end token, if it has one, ends each document.
+
+    Raises:
+        ValueError: As `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(name)
+    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+    def encode(texts: list[str]) -> Sequence[Any]:
+        # Without `verbose`, it does not warn of texts that are longer than a model takes.
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        encoded: Sequence[Any] = tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        return encoded
+
+    return Tokenizer(encode, len(tokenizer), after=end)

@@ -1,0 +1,164 @@
+"""Streams of tokens, in memory or in files, and the batches that are drawn from them."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.corpus.split import Split
+from models.corpus.tokenizer import Encoded, Tokenizer
+
+Part = Literal["train", "validation"]
+
+
+class TokenFile:
+    """Tokens in a file. `numpy.asarray` maps them into memory.
+
+    Each access maps the file anew, so that what it has read does not stay in the memory of this process. The file is
+    open, and may be renamed.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]):
+        self._file, self._dtype = path.open("rb"), dtype
+        self._length = path.stat().st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        mapped = np.memmap(self._file, self._dtype, mode="r") if self._length else np.empty(0, self._dtype)
+        return mapped if dtype is None or dtype == self._dtype else mapped.astype(dtype)
+
+
+Tokens = np.ndarray | Tensor | TokenFile
+
+
+class Counted(NamedTuple):
+    """What is counted while a stream is encoded."""
+
+    documents: int
+    frequencies: np.ndarray  # of each token
+    text_bytes: int
+    digest: bytes
+
+
+class Corpus(NamedTuple):
+    train: Tokens  # one stream of tokens, of the smallest integer type
+    validation: Tokens
+    vocabulary: int
+    counted: dict[str, Counted]
+
+    def digest(self) -> str:
+        """Return a hash that is equal for equal tokens and split."""
+        return hashlib.sha256(self.counted["train"].digest + self.counted["validation"].digest).hexdigest()
+
+    def bits_per_byte(self, loss: float, part: Part = "validation") -> float:
+        """Return a loss in nats per token as bits per byte of the text."""
+        return loss / math.log(2) * len(getattr(self, part)) / max(1, self.counted[part].text_bytes)
+
+
+def tokenize(
+    documents: Split,
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    folder: Path | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Corpus:
+    """Return the tokens of training and validation text as one stream each.
+
+    Args:
+        documents: The texts. They are read in pieces.
+        tokenizer: The tokenizer.
+        window: The smallest length of a stream.
+        folder: The folder for the tokens, as train.bin and validation.bin. Default None stores them in memory.
+        progress: A function that is called with the number of characters that were encoded since the call before.
+
+    Raises:
+        ValueError: If a stream is shorter than `window`.
+        OSError: If a text cannot be read, or the tokens cannot be written.
+    """
+    tokens: list[Tokens] = []
+    counted = {}
+    for name, texts in documents._asdict().items():
+        parts = _announced(tokenizer.stream(texts), progress)
+        path = None if folder is None else folder / f"{name}.bin"
+        stream, counted[name] = _collect(parts, tokenizer, path)
+        if len(stream) < window:
+            raise ValueError(
+                f"the text must give at least {window} tokens for {name}, one more than `seq_len`, got {len(stream)}"
+            )
+        tokens.append(stream)
+    return Corpus(*tokens, tokenizer.vocabulary, counted)
+
+
+def _announced(parts: Iterable[Encoded], progress: Callable[[int], None]) -> Iterable[Encoded]:
+    for part in parts:
+        yield part
+        progress(part.characters)
+
+
+def _collect(parts: Iterable[Encoded], tokenizer: Tokenizer, path: Path | None) -> tuple[Tokens, Counted]:
+    """Write the parts of a stream to a file, or join them in memory."""
+    frequencies, digest, documents, text_bytes = np.zeros(tokenizer.vocabulary, np.int64), hashlib.sha256(), 0, 0
+    # Digests are those of the types in which tokens were stored before.
+    hashed = np.uint8 if tokenizer.vocabulary == 256 else np.int32
+    joined: list[np.ndarray] = []
+    file = None if path is None else path.open("wb")
+    try:
+        for part in parts:
+            frequencies += np.bincount(part.tokens, minlength=tokenizer.vocabulary)
+            digest.update(part.tokens.astype(hashed).tobytes())
+            documents += part.documents
+            text_bytes += part.text_bytes
+            if file is None:
+                joined.append(part.tokens)
+            else:
+                file.write(part.tokens.tobytes())
+    finally:
+        if file is not None:
+            file.close()
+    counted = Counted(documents, frequencies, text_bytes, digest.digest())
+    if path is not None:
+        return TokenFile(path, tokenizer.dtype), counted
+    return (np.concatenate(joined) if joined else np.empty(0, tokenizer.dtype)), counted
+
+
+def batch(tokens: Tokens, shape: Sequence[int], *, window: int, seed: int, step: int) -> Tensor:
+    """Draw windows at random places, (*shape, window), int64.
+
+    The result depends only on the seed and the step.
+    """
+    starts = np.random.default_rng((seed, step)).integers(len(tokens) - window + 1, size=tuple(shape))
+    return _windows(tokens, starts, window)
+
+
+def validation_batches(tokens: Tokens, count: int, size: int, *, window: int) -> Tensor:
+    """Return evenly spaced windows, (count, size, window), int64.
+
+    They are the same at each call.
+    """
+    last = len(tokens) - window
+    exact = torch.float32 if last < 1 << 24 else torch.float64  # has every place
+    starts = torch.linspace(0, last, count * size, dtype=exact).long().reshape(count, size)
+    return _windows(tokens, starts.numpy(), window)
+
+
+def _windows(tokens: Tokens, starts: np.ndarray, window: int) -> Tensor:
+    places = starts[..., None] + np.arange(window)
+    return torch.from_numpy(np.asarray(tokens)[places].astype(np.int64))
+
+
+def unigram_loss(corpus: Corpus) -> float:
+    """Return the validation loss of a unigram model, in nats per token.
+
+    Its frequencies are the counts of tokens in the training text, plus one.
+    """
+    counts = corpus.counted["train"].frequencies + 1.0
+    validation = corpus.counted["validation"].frequencies
+    return float(-(validation * np.log(counts / counts.sum())).sum() / validation.sum())

@@ -1,0 +1,1 @@
+"""Continue a text with a trained model. `python -m models.generate --help` lists the options."""

@@ -1,0 +1,73 @@
+"""Continue a text with a trained model."""
+
+import sys
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from models.codec import Codec, codec
+from models.pretrain.device import find_device
+from models.sampling import Sampling, check_sampling, continue_tokens, new_decoder
+from models.trained import open_trained
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continue a text with a trained model, up to the end of a document.
+
+    The text is printed with its continuation. Equal options print equal texts.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Use the model of this run of models.pretrain or models.finetune, this checkpoint in it, or this model folder.
+    A run means its final model, or its newest checkpoint if it has not ended."""
+    prompt: str = ""
+    """Continue this text. Without one, a document begins."""
+    tokens: Annotated[int, tyro.conf.arg(aliases=["--max-new-tokens"])] = 200
+    """Add at most this many tokens."""
+    temperature: float = 0.8
+    """Divide the logits by this. Smaller values prefer probable tokens, and 0 takes the most probable one each time."""
+    top_p: float = 0.95
+    """Draw only from the most probable tokens that together have this probability. 1 draws from all tokens."""
+    seed: int = 0
+    """Draw tokens from this seed."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Compute on this device. The default is cuda where torch finds it, and cpu otherwise."""
+
+
+def generate(options: Options) -> str:
+    """Return the prompt with its continuation.
+
+    Raises:
+        ValueError: If an option is invalid, or the model cannot be read.
+    """
+    sampling = Sampling(options.tokens, options.temperature, options.top_p, options.seed)
+    check_sampling(sampling)
+    device = find_device("device", options.device)
+    trained = open_trained(options.run, device)
+    tokenizer = codec(trained.tokenizer)
+    prompt = prompt_tokens(options.prompt, tokenizer)
+    if len(prompt) > trained.context:
+        print(
+            f"the prompt has {len(prompt):,} tokens; the model sees the last {trained.context:,}, as in its training",
+            file=sys.stderr,
+        )
+    model = trained.model
+    added = continue_tokens(lambda: new_decoder(model, model), prompt, sampling, context=trained.context, device=device)
+    return tokenizer.decode([*prompt, *takewhile(lambda token: token != tokenizer.end, added)])
+
+
+def prompt_tokens(text: str, tokenizer: Codec) -> list[int]:
+    """Return the tokens of a text. A document begins after the token that ends the one before.
+
+    Raises:
+        ValueError: If there are no tokens, and no token ends a document.
+    """
+    tokens = tokenizer.encode(text)
+    if not tokens and tokenizer.end is None:
+        raise ValueError("`prompt` must have a token, because the tokenizer has no end token to begin from; pass text")
+    return tokens or [tokenizer.end or 0]

@@ -1,0 +1,112 @@
+"""Read the text of a run, and encode it into files beside the run."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from models import corpus as text
+from models.corpus.tokens import TokenFile
+from models.pretrain.config import Data
+from models.pretrain.processes import SINGLE_PROCESS, Processes
+from models.pretrain.stopping import naming
+
+_LARGE = 50_000_000  # characters, from which a line announces the encoding
+
+
+@contextmanager
+def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterator[Path]:
+    """Yield a temporary folder for tokens, which becomes `tokens` in the folder of the run.
+
+    It is removed after an error, so that bad input leaves nothing.
+    """
+    parent = next(path for path in folder.absolute().parents if path.is_dir())
+    temporary = parent / f".{folder.name}.encoding"
+    if processes.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        if processes.is_first and temporary.is_dir():
+            shutil.rmtree(folder / "tokens", ignore_errors=True)
+            temporary.rename(folder / "tokens")
+    finally:
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_corpus(
+    data: Data,
+    folder: Path | None = None,
+    console: Console | None = None,
+    processes: Processes = SINGLE_PROCESS,
+) -> text.Corpus:
+    """Return the tokens of the text that the options name. Collective.
+
+    Args:
+        data: The options.
+        folder: The folder that the first process writes the tokens to. It is created. Default None stores them in the
+            memory of each process.
+        console: Where skipped files and progress are shown. Default None shows nothing.
+        processes: The processes that read the tokens.
+
+    Raises:
+        ValueError: If the text or the tokenizer is invalid.
+        OSError: If a file cannot be read or written. It is raised on every process.
+    """
+    console = console or Console(quiet=True)
+    if folder is None:
+        return _encode(data, None, console)
+    # Open files cannot be sent to other processes.
+    corpus = processes.do_on_first(lambda: _encode(data, folder, console)._replace(train=(), validation=()))
+    dtype = np.min_scalar_type(corpus.vocabulary - 1)
+    return corpus._replace(**{part: TokenFile(folder / f"{part}.bin", dtype) for part in ("train", "validation")})
+
+
+def _encode(data: Data, folder: Path | None, console: Console) -> text.Corpus:
+    if folder is not None:
+        folder.mkdir()
+    documents = _documents(data, folder, console)
+    tokenizer = text.pretrained_tokenizer(data.tokenizer) if data.tokenizer else text.byte_tokenizer()
+    total = sum(map(_characters, documents))
+    with naming(folder or Path(".")), _progress(total, console) as progress:
+        return text.tokenize(documents, tokenizer, window=data.seq_len + 1, folder=folder, progress=progress)
+
+
+def _documents(data: Data, folder: Path | None, console: Console) -> text.Split:
+    def warn(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    if data.dataset:
+        column, characters = data.text_column, data.dataset_characters
+        with naming(folder or Path(".")), console.status(f"reading {data.dataset}"):
+            parts = text.dataset(
+                data.dataset, config=data.dataset_config, column=column, characters=characters, folder=folder
+            )
+        return text.Split(parts.train, text.text_files(data.validation, warn)) if data.validation else parts
+    found = text.text_files(data.text, warn) if data.text else text.standard_library()
+    if not data.validation:
+        return text.split(found)
+    validation = text.text_files(data.validation, warn)
+    train = text.without(found, validation)
+    if len(train) < len(found):
+        warn(f"skipped {len(found) - len(train)} training texts: they are also validation texts")
+    return text.Split(train, validation)
+
+
+def _characters(documents: Sequence[text.Document | text.TextFile]) -> int:
+    count = getattr(documents, "characters", None)
+    return sum(document.characters for document in documents) if count is None else count
+
+
+@contextmanager
+def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """Yield a function of the characters that were encoded, which moves a bar in a terminal."""
+    if total > _LARGE and not console.is_terminal:
+        console.print(f"encoding {total:,} characters", highlight=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("encoding the text", total=total)
+        yield lambda characters: bar.advance(task, characters)

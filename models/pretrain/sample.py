@@ -1,0 +1,34 @@
+"""A text that the model continues while it trains."""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+import dynlora_fn as dl
+from models.pretrain.device import compute_dtype, run_device
+from models.pretrain.method import State
+from models.pretrain.prepared import Prepared
+from models.sampling import Sampling, continue_tokens, new_decoder
+
+_PROMPT_TOKENS = 16
+_SAMPLING = Sampling(tokens=100)
+
+
+def sample(run: Prepared, state: State) -> str:
+    """Return the first tokens of the validation text and what the model adds to them, in one line.
+
+    The draws have a generator of their own, so that the numbers of the run do not change. Collective: where bases are
+    sharded, each token all-gathers them.
+    """
+    device, dtype, context = run_device(run.config), compute_dtype(run.config), run.config.data.seq_len
+    prompt = np.asarray(run.corpus.validation)[:_PROMPT_TOKENS].tolist()
+    start = partial(new_decoder, run.model, partial(dl.call, run.model, state.params()))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        # The end of a document does not end the sample: all processes take part in equally many collectives.
+        try:
+            added = list(continue_tokens(start, prompt, _SAMPLING, context=context, device=device))
+        except ValueError as error:  # the next loss ends the run
+            return f"no sample, because {error}"
+    given, text = run.codec.decode(prompt), run.codec.decode([*prompt, *added])
+    return f"{given!r} is continued by {text.removeprefix(given)!r}"

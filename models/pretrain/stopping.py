@@ -1,0 +1,156 @@
+"""How a run stops before its end: by a signal or an error, and what is left then."""
+
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from models.pretrain.processes import Processes
+
+# SIGHUP comes when a terminal is closed. Windows has none.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name))
+_CHECKPOINT = re.compile(r"step-(\d{8})")
+
+
+class Stopped(NamedTuple):
+    """The end of a run that a signal stopped after a checkpoint."""
+
+    step: int
+    signal: int | None  # None: another process has received it
+
+    @property
+    def code(self) -> int:
+        """The exit code: 130 after Ctrl-C, so that a script ends too, and 0 otherwise."""
+        return 128 + signal.SIGINT if self.signal == signal.SIGINT else 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the program at once."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def name_of(number: int | None) -> str:
+    """Return the name of a signal, as a user knows it."""
+    if number is None:
+        return "another process"
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that ask a program to stop.
+
+    Those that the parent ignores, as `nohup` ignores SIGHUP, stay ignored.
+    """
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    handled = {number: before for number, before in previous.items() if before not in (signal.SIG_IGN, None)}
+    for number in handled:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in handled.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Raise `Interrupted` at SIGTERM, SIGHUP and Ctrl-C, so that unfinished files are removed."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with _handled(interrupt):
+        yield
+
+
+class Preemption:
+    """Record the request to stop after a checkpoint: SIGTERM, SIGHUP or a first Ctrl-C. A second Ctrl-C raises.
+
+    Args:
+        notify: A function that is called with the number of a signal that is recorded.
+    """
+
+    def __init__(self, notify: Callable[[int], None] = lambda _: None):
+        self.signal: int | None = None
+        self._notify = notify
+        self._can_interrupt = False
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether this process has received a signal."""
+        return self.signal is not None
+
+    def __enter__(self) -> "Preemption":
+        self._context = _handled(self._request)
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.__exit__(None, None, None)
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self._can_interrupt:
+            raise Interrupted(number)
+        self._can_interrupt |= number == signal.SIGINT
+        self.signal = number if self.signal is None else self.signal
+        self._notify(number)
+
+
+def last_checkpoint(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint of a run, or None. It may be damaged."""
+    try:
+        matches = [_CHECKPOINT.fullmatch(path.name) for path in (folder / "checkpoints").iterdir()]
+    except OSError:
+        return None
+    return max((int(match[1]) for match in matches if match), default=None)
+
+
+def what_is_left(folder: Path | None, module: str, processes: Processes) -> str:
+    """Return the last checkpoint of a run and the command that continues from it, as the end of a sentence."""
+    if folder is None:
+        return "no step was taken"
+    step = last_checkpoint(folder)
+    if step is None:
+        return f"{folder} contains no checkpoint"
+    return f"the last checkpoint is step {step}; continue with {resume_command(module, folder, processes)}"
+
+
+def program(module: str) -> list[str]:
+    """Return how this program was started: as a console script or as a module."""
+    script = Path(sys.argv[0]).name
+    return [script] if script.startswith("dynlora-") else ["python", "-m", module]
+
+
+def resume_command(module: str, folder: Path, processes: Processes) -> str:
+    """Return the command that continues a run."""
+    start = program(module)
+    if processes.group is not None:
+        start = ["torchrun", "--nproc-per-node", str(processes.world_size), "-m", module]
+    return shlex.join([*start, "--out", str(folder), "--resume"])
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError that names no file name `path`. A full disk is reported without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def described(error: Exception) -> str:
+    """Return an error in one line. That of the system names its file last."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {str(error.filename)!r}"
+    return " ".join(str(error).split()) or type(error).__name__

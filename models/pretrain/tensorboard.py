@@ -1,0 +1,36 @@
+"""Scalars for TensorBoard."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_SCALARS = ("loss", "grad_norm", "lr", "switched", "validation_loss", "drift")
+
+
+def summary_writer() -> Callable[..., Any]:
+    """Return the writer of torch.
+
+    Raises:
+        ValueError: If TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415, an optional extra
+    except ImportError as error:
+        raise ValueError(
+            "`tensorboard` needs the extra `tensorboard`: pip install 'dynlora-fn[tensorboard]'"
+        ) from error
+    return SummaryWriter
+
+
+class Scalars:
+    """Write the lines of metrics.jsonl for TensorBoard. A resumed run replaces later steps than its first one."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self._writer = summary_writer()(str(folder), purge_step=first_step + 1)
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            for name in _SCALARS:
+                if name in line:
+                    self._writer.add_scalar(name, line[name], line["step"])
+        self._writer.flush()

@@ -1,0 +1,31 @@
+"""What the smaller programs have in common: errors in one line, and output that any terminal can show."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Report bad input in one line on stderr and exit with code 2, as `models.pretrain` does.
+
+    An interrupt exits with code 130.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has closed, as `head` does after its lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def print_text(text: str) -> None:
+    """Print a text. Characters that the encoding of stdout lacks are replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
