@@ -39,7 +39,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"`folder` has no {CONFIG} in {str(folder)!r}; pass the folder of a PEFT adapter")
     settings = read_json(folder / CONFIG)
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"`folder` has an adapter of type {settings.get('peft_type')!r}; pass one of type 'LORA'")
+        kind = settings.get("peft_type")
+        raise ValueError(
+            f"`folder` has an adapter of type {kind!r}; pass one of type 'LORA', which {CONFIG} has as `peft_type`"
+        )
     for name in ("r", "lora_alpha", *settings):
         _check(name, settings.get(name))
     if settings.get("target_modules") is None and not settings.get("target_parameters"):

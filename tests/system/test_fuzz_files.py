@@ -77,6 +77,11 @@ def read_checkpoint(folder: Path) -> Any:
 KINDS = {
     "weights": Kind(lambda folder: dl.interop.save_merged(MODEL, PARAMS, folder), into_model),
     "weights in shards": Kind(write_sharded, into_model),
+    "adapter": Kind(
+        lambda folder: dl.interop.save_adapter(MODEL, PARAMS, folder),
+        lambda folder: dl.interop.load_adapter(MODEL, folder, seed=0),
+        "adapter_*",
+    ),
     "checkpoint": Kind(
         lambda folder: dl.interop.save_checkpoint(STATE, folder, step=1, settings={"seed": 0}),
         read_checkpoint,
