@@ -7,29 +7,25 @@ from pathlib import Path
 
 import pytest
 
-import dynlora_programs
+from models import scripts
 from tests.support.paths import ROOT
 
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SCRIPTS = SETTINGS["project"]["scripts"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_has_its_program(name: str):
     module, _, function = SCRIPTS[name].partition(":")
-    assert (module, f"dynlora-{function}") == ("dynlora_programs", name)
-    assert callable(getattr(dynlora_programs, function))
-    program = ROOT / "models" / function / "__main__.py"
-    if not program.exists():
-        pytest.skip(f"models.{function} is not written yet")
-    assert "def main() -> None:" in program.read_text()
+    assert (module, f"dynlora-{function}") == ("dynlora_models.scripts", name)
+    assert callable(getattr(scripts, function))
+    assert "def main() -> None:" in (ROOT / "models" / function / "__main__.py").read_text()
 
 
 def installed(folder: Path) -> Path:
-    """Return a folder like `site-packages`, with the packages where setup.py puts them."""
-    (folder / "dynlora_programs").mkdir()
+    """Return a folder like `site-packages`, with the packages where pyproject.toml puts them."""
     (folder / "dynlora_fn").symlink_to(ROOT / "dynlora_fn")
-    (folder / "dynlora_programs" / "__init__.py").symlink_to(ROOT / "dynlora_programs" / "__init__.py")
-    (folder / "dynlora_programs" / "models").symlink_to(ROOT / "models")
+    (folder / "dynlora_models").symlink_to(ROOT / "models")
     return folder
 
 
@@ -39,7 +35,7 @@ def run_script(folder: Path, *arguments: str, before: str = "") -> subprocess.Co
     (folder / "work" / "models" / "__init__.py").write_text("raise RuntimeError('another package')")
     script = folder / "work" / "dynlora-pretrain"
     script.write_text(
-        f"import sys\nsys.path[0] = {str(folder)!r}\n{before}\nfrom dynlora_programs import *\npretrain()"
+        f"import sys\nsys.path[0] = {str(folder)!r}\n{before}\nfrom dynlora_models.scripts import *\npretrain()"
     )
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, cwd=folder / "work", capture_output=True, text=True, check=False)
@@ -48,20 +44,7 @@ def run_script(folder: Path, *arguments: str, before: str = "") -> subprocess.Co
 @pytest.mark.slow
 def test_a_script_runs_outside_the_repository(tmp_path: Path):
     (tmp_path / "text.txt").write_text("".join(f"line {index}\n" for index in range(500)))
-    small = [
-        "--model",
-        "llama-tiny",
-        "--rank",
-        "4",
-        "--batch-size",
-        "2",
-        "--seq-len",
-        "16",
-        "--steps",
-        "2",
-        "--eval-batches",
-        "1",
-    ]
+    small = "--model llama-tiny --rank 4 --batch-size 2 --seq-len 16 --steps 2 --eval-batches 1".split()
     outcome = run_script(installed(tmp_path), *small, "--text", str(tmp_path / "text.txt"), "--out", "run")
     assert outcome.returncode == 0, outcome.stderr
     assert (tmp_path / "work" / "run" / "model.safetensors").is_file()
@@ -73,7 +56,11 @@ def test_a_missing_extra_is_one_line(tmp_path: Path):
     assert outcome.stderr == "error: dynlora-pretrain needs the package 'tyro': pip install 'dynlora-fn[train]'\n"
 
 
-def test_every_folder_of_the_programs_is_a_package():
-    """setup.py installs only those."""
-    folders = {path.parent for path in (ROOT / "models").rglob("*.py")}
-    assert all((folder / "__init__.py").is_file() for folder in folders)
+def test_every_package_is_installed():
+    settings = SETTINGS["tool"]["setuptools"]
+    folders = {"dynlora_fn": "dynlora_fn", **settings["package-dir"]}
+    parents = {path.parent for name in folders.values() for path in (ROOT / name).rglob("*.py")}
+    assert all((parent / "__init__.py").is_file() for parent in parents)
+    names = {folder: name for name, folder in folders.items()}
+    relative = [parent.relative_to(ROOT).parts for parent in parents]
+    assert sorted(settings["packages"]) == sorted(".".join([names[first], *rest]) for first, *rest in relative)
