@@ -44,7 +44,8 @@ def run_script(folder: Path, *arguments: str, before: str = "") -> subprocess.Co
 @pytest.mark.slow
 def test_a_script_runs_outside_the_repository(tmp_path: Path):
     (tmp_path / "text.txt").write_text("".join(f"line {index}\n" for index in range(500)))
-    small = ["--model", "llama-tiny", "--rank", "4", "--batch-size", "2", "--seq-len", "16", "--steps", "2", "--eval-batches", "1"]
+    sizes = {"rank": 4, "batch-size": 2, "seq-len": 16, "steps": 2, "eval-batches": 1}
+    small = ["--model", "llama-tiny", *(text for name, size in sizes.items() for text in (f"--{name}", str(size)))]
     outcome = run_script(installed(tmp_path), *small, "--text", str(tmp_path / "text.txt"), "--out", "run")
     assert outcome.returncode == 0, outcome.stderr
     assert (tmp_path / "work" / "run" / "model.safetensors").is_file()
