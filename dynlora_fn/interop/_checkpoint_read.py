@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dynlora_fn._core._dtypes import byte_view
 from dynlora_fn.interop._checkpoint_state import DTYPES, Contents, Piece, describe_tensor, describe_value
 from dynlora_fn.interop._safetensors import safetensors
 
@@ -132,7 +133,7 @@ def read_into(piece: Piece, chunks: list[Chunk]) -> None:
     target = piece.tensor
     is_direct = target.is_contiguous() and target.device.type == "cpu"
     buffer = target if is_direct else torch.empty(target.shape, dtype=target.dtype)
-    content: Any = buffer.reshape(-1).view(torch.uint8).numpy()
+    content: Any = byte_view(buffer).numpy()
     for chunk in chunks:
         with chunk.file.open("rb") as file:
             for source, place, length in _runs(piece, chunk):

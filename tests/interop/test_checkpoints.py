@@ -383,6 +383,14 @@ def test_a_donated_template_is_the_memory_of_the_state(tmp_path: Path):
     assert again.state["x"].data_ptr() != zeros.data_ptr()
 
 
+def test_tensors_of_one_entry_are_read_into_whatever_their_strides_are(tmp_path: Path):
+    """Torch calls such a tensor contiguous, but does not view its bytes."""
+    template = {"w": torch.zeros(4)[::2][:1]}
+    assert template["w"].stride() == (2,)
+    save({"w": torch.full((4,), 3.0)[1::2][:1]}, tmp_path, step=1)
+    assert load(tmp_path, template, donate=True).state["w"].tolist() == [3.0]
+
+
 def test_arguments_are_refused_by_name(tmp_path: Path):
     for step in (-1, 0.5, 10**8, True, "1"):
         with pytest.raises((TypeError, ValueError), match="`step` is "):
