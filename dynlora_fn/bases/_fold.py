@@ -66,7 +66,7 @@ def _fold(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write the result of `_fold` into a tensor, which may be the base, with one block or one product more in memory."""
+    """Write the result of `_fold` into a tensor, which may be the base, with a block or a product more in memory."""
     if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # one product, because that of a block may have other bits
         with without_autocast(base.device.type):
             torch.add(base, left @ right, out=result)
