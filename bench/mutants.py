@@ -25,17 +25,21 @@ from bench.support.mutations import ROOT, Mutant, mutants_of, mutated, path_of
 TESTS = {
     "switching._basis": ["switching/test_basis", "switching/test_weight", "interop/test_init"],
     "bases._fold": [
-        "bases/test_base", "switching/test_switch", "switching/test_weight", "testing/test_promises",
-        "compile/test_donated_subclasses",
+        "bases/test_base", "bases/test_fold_in_blocks", "switching/test_switch", "switching/test_weight",
+        "testing/test_promises", "compile/test_donated_subclasses",
     ],
     "switching._schedule": [
         "switching/test_schedule", "switching/test_every", "switching/test_every_schedule", "switching/test_dithered",
     ],
     "switching._weight": [
-        "switching/test_weight", "interop/test_init", "switching/test_switch", "testing/test_promises",
+        "switching/test_weight", "switching/test_basis", "interop/test_init", "switching/test_switch",
+        "testing/test_promises",
     ],
     "switching._candidates": ["switching/test_switch", "switching/test_plan_mistakes"],
-    "switching._switch": ["switching/test_switch", "testing/test_promises", "switching/test_pool"],
+    "switching._switch": [
+        "switching/test_plan_mistakes", "switching/test_switch", "testing/test_promises", "switching/test_pool",
+        "parallel/test_derivatives",
+    ],
     "optim._adamw": [
         "optim/test_adamw", "optim/test_every_optimizer", "optim/test_freeze", "optim/test_eight_bit",
         "optim/test_project_state", "optim/test_project_rules",
@@ -44,7 +48,10 @@ TESTS = {
     "optim._transform": ["optim/test_arguments", "optim/test_every_optimizer"],
     "optim._roles": ["optim/test_declared_roles", "optim/test_undeclared_state"],
     "optim._containers": ["optim/test_state_containers", "optim/test_undeclared_state"],
-    "optim._search_state": ["optim/test_undeclared_state", "optim/test_declared_roles", "optim/test_state_containers"],
+    "optim._search_state": [
+        "optim/test_undeclared_state", "optim/test_declared_roles", "optim/test_state_containers",
+        "interop/test_resize_state",
+    ],
     "optim._project_factors": [
         "optim/test_declared_roles", "optim/test_undeclared_state", "optim/test_project_state",
         "optim/test_project_rules", "optim/test_eight_bit",
@@ -70,7 +77,7 @@ TESTS = {
     "nn._fallback": ["nn/test_fallback", "nn/test_weight", "nn/test_uses"],
     "nn._indexing": ["nn/test_uses", "nn/test_rules"],
     "nn._contractions": ["nn/test_uses", "nn/test_rules"],
-    "nn._value_and_grad": ["nn/test_value_and_grad"],
+    "nn._value_and_grad": ["nn/test_value_and_grad", "nn/test_func_by_autograd"],
     "interop._targets": ["interop/test_targets", "interop/test_init"],
     "interop._arguments": ["interop/test_arguments"],
     "interop._parameters": ["interop/test_init", "interop/test_arguments"],

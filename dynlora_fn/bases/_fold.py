@@ -66,16 +66,16 @@ def _fold(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write the result of `_fold` into a tensor, which may be the base, with one block more in memory."""
+    """Write the result of `_fold` into a tensor, which may be the base, with a block or a product more in memory."""
+    if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # one product, because that of a block may have other bits
+        with without_autocast(base.device.type):
+            torch.add(base, left @ right, out=result)
+        return
     stack = base.shape[:-2].numel()
     result = result.view(stack, *base.shape[-2:])
     base, left, right = (tensor.reshape(stack, *tensor.shape[-2:]) for tensor in (base, left, right))
-    for members, rows in _blocks(base.shape, by_rows=left.shape[-1] <= _MOST_OUTER_PRODUCTS):
+    for members, rows in _blocks(base.shape):
         block, before, b, a = result[members, rows], base[members, rows], left[members, rows], right[members]
-        if left.shape[-1] > _MOST_OUTER_PRODUCTS:
-            with without_autocast(base.device.type):
-                torch.add(before, b @ a, out=block)
-            continue
         total = block.copy_(before) if block.dtype == left.dtype else before.to(left.dtype, copy=True)
         product = torch.empty_like(total)
         # Not `addcmul_`, which rounds only once for a product and its sum.
@@ -85,11 +85,11 @@ def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -
             block.copy_(total)
 
 
-def _blocks(shape: torch.Size, *, by_rows: bool) -> Iterator[tuple[slice, slice]]:
+def _blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
     """Yield the members and the rows of each block of a stack: some members, or some rows of one."""
     stack, out_features, in_features = shape
     members = max(_BLOCK // max(out_features * in_features, 1), 1)
-    rows = max(_BLOCK // max(in_features, 1), 1) if by_rows else max(out_features, 1)
+    rows = max(_BLOCK // max(in_features, 1), 1)
     for member in range(0, stack, members):
         for row in range(0, out_features, rows):
             yield slice(member, member + members), slice(row, row + rows)

@@ -54,10 +54,10 @@ class ShadowedModel(RuleBasedStateMachine):
         rank: int,
         seed: int,
         storage: Storage,
-        alpha: float,
         dtype: torch.dtype,
         start: Start,
         is_stacked: bool,
+        alpha: float = 1.0,
     ) -> None:
         """Draw the model, its parameters and the state of the optimizer."""
         self.model = Net().to(dtype)

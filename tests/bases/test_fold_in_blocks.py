@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from dynlora_fn.bases import _fold
 from dynlora_fn.bases._fold import fold
@@ -38,6 +39,30 @@ def test_a_fold_may_write_into_its_base(count, dtype):
     wanted = fold(base, left, right, divisor=2)
     assert fold(base, left, right, divisor=2, out=base) is base
     assert_same(base, wanted)
+
+
+class Sizes(TorchFunctionMode):
+    """Notes the sizes of all results that are not in the memory of a tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.storage, self.sizes = tensor.untyped_storage().data_ptr(), [0]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != self.storage:
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("stack", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fold_into_its_base_needs_the_memory_of_one_block(stack, dtype):
+    base, left, right = normal(0, *stack, 8, 6, dtype=dtype), normal(1, *stack, 8, 2), normal(2, *stack, 2, 6)
+    with pytest.MonkeyPatch.context() as patch, Sizes(base) as mode:
+        patch.setattr(_fold, "_BLOCK", 12)
+        fold(base, left, right, divisor=2, out=base)
+    assert max(mode.sizes) < base.numel()
 
 
 @pytest.mark.parametrize("count", [2, 33])

@@ -119,6 +119,12 @@ def test_devices_that_do_not_exist_are_refused(value, error):
         check_device("device", value)
 
 
+def test_devices_are_devices_or_their_names():
+    for value in ("cpu", "cuda:0", torch.device("cpu"), torch.device("meta")):
+        check_device("device", value)
+    check_device("device", None, or_none=True)
+
+
 @pytest.mark.parametrize("value", [-1, 0.5, "1", True, torch.tensor(0.5), torch.tensor([1]), torch.tensor(False)])
 def test_steps_count_from_zero(value):
     with pytest.raises((TypeError, ValueError), match="`step` "):

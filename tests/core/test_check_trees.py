@@ -1,5 +1,6 @@
 """Weights and trees that mirror the trainable parameters: what is refused, by name, and what is taken."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,6 +38,11 @@ WRONG_WEIGHTS: dict[str, tuple[Any, type[Exception], str]] = {
     "a of integers": (with_factors(a=A.long()), TypeError, "dtype torch.int64 for `a` of 'w'; use a real floating"),
     "b of complex numbers": (with_factors(b=B.to(torch.complex64)), TypeError, "torch.complex64 for `b` of 'w'"),
     "other ranks": (with_factors(a=A[..., :1, :]), ValueError, r"of shapes \(3, 6, 2\) and \(3, 1, 4\); use"),
+    "other ranks, b of 2 rows": (
+        with_factors(B[:, :2, :1], A)._replace(base=PARAM.base[:, :2]),
+        ValueError,
+        r"of shapes \(3, 2, 1\) and \(3, 2, 4\)",
+    ),
     "other stacks": (with_factors(a=A[:1]), ValueError, r"factors of 'w' of shapes \(3, 6, 2\) and \(1, 2, 4\)"),
     "a vector": (with_factors(B[0, :, 0], A[0, 0]), ValueError, r"of shapes \(6,\) and \(4,\); use"),
     "rank 0": (with_factors(B[..., :0], A[..., :0, :]), ValueError, r"of shapes \(3, 6, 0\) and \(3, 0, 4\)"),
@@ -141,6 +147,18 @@ def test_a_leaf_of_another_parameter_is_refused(name, leaf, error, message):
     ):
         with pytest.raises(error, match=message):
             check()
+
+
+@pytest.mark.parametrize("case", ["a tensor for factors", "factors for a tensor", "shards", "one row of a", "a scalar"])
+def test_types_and_shapes_are_checked_in_a_compiled_function(case):
+    name, leaf, error, message = WRONG_MIRRORS[case]
+
+    @partial(torch.compile, backend="eager")
+    def check(leaf, like):
+        check_mirrors_one("grads", name, leaf, "trainable", like)
+
+    with pytest.raises(error, match=message):
+        check(leaf, TRAINABLE[name])
 
 
 @pytest.mark.parametrize("names", [{"w"}, {"w", "bias", "z", "more"}])

@@ -66,6 +66,8 @@ def test_numbers_with_gaps_or_zeros_in_front_stay_by_themselves(names):
     [
         (["l.1.w", "l.2.w"], {"l.{1..2}.w": (2,)}),
         (["3", "4", "5"], {"{3..5}": (3,)}),
+        (["0", "1", "2"], {"*": (3,)}),
+        (["0.w", "1.w"], {"*.w": (2,)}),
         ([f"{layer}.e.{expert}" for layer in (2, 3) for expert in range(3)], {"{2..3}.e.*": (2, 3)}),
         ([f"l.{layer}.e.{expert}" for layer in range(2) for expert in (1, 2)], {"l.*.e.{1..2}": (2, 2)}),
         # A number that does not vary is no axis, and one with gaps gives a stack for each run.

@@ -1,5 +1,7 @@
 """Trees by parameter name: the trainable and the frozen part, and the tensors inside a leaf."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import dynlora_fn as dl
 from dynlora_fn import Factors, LowRank, combine, partition
-from dynlora_fn._core._tree import inner_tensors
+from dynlora_fn._core._tree import by_name, inner_tensors
 from dynlora_fn._core._types import Frozen
 from dynlora_fn.interop import FrozenTensor
 from dynlora_fn.testing import Shape, assert_same, low_rank, low_rank_params, normal, untouched
@@ -157,6 +159,15 @@ def test_combine_refuses_parts_that_do_not_belong_together():
 def test_combine_refuses_a_tensor_that_is_both_trained_and_not():
     with pytest.raises(ValueError, match="both contain the tensor 'twice'"):
         combine({"twice": torch.zeros(2)}, {"twice": torch.ones(2)})
+
+
+def test_a_value_for_another_name_is_refused():
+    names = ["q", "layers.*.w"]
+    assert by_name(0.1, names, "rate") == {"q": 0.1, "layers.*.w": 0.1}
+    assert by_name({"layers.*.w": 0.1}, names, "rate") == {"layers.*.w": 0.1}
+    for other in ("k", "layers.0.w", "*"):
+        with pytest.raises(ValueError, match=rf"`rate` contains {re.escape(repr(other))}, .*: 'q', 'layers\.\*\.w'"):
+            by_name({"q": 0.1, other: 0.1}, names, "rate")
 
 
 def test_memory_lies_in_the_tensors_within():

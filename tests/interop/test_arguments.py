@@ -1,6 +1,7 @@
 """Arguments of `init`, `resize`, `load_adapter` and files: what is taken and what is refused by name."""
 
 import re
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,12 @@ def test_weights_are_of_the_kind_and_the_names_of_the_model():
             made(weights={**good, "bias": torch.ones(6).to(kind)})
     with pytest.raises(ValueError, match="`weights` has 'scale', which the model does not have; remove them"):
         made(weights={**good, "scale": torch.ones(6)})
+
+
+def test_weights_of_a_mapping_that_reads_them_later_are_tensors():
+    weights = MappingProxyType({"weight": 1.0, "bias": torch.ones(6)})
+    with pytest.raises(TypeError, match=r"`weights` has 1\.0 for 'weight'; use a tensor"):
+        made(weights=weights)
 
 
 def test_weights_may_have_the_buffers_of_the_model():

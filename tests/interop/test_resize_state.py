@@ -1,5 +1,7 @@
 """`resize` brings an optimizer's state to the new rank."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -110,6 +112,17 @@ def test_states_without_roles_are_refused(state, roles, message):
     param = low_rank(SHAPE)
     with pytest.raises(ValueError, match=message):
         resize({"w": param}, state(param.factors), rank=2, roles=roles)
+
+
+def test_a_state_of_torchopt_is_refused():
+    class ScaleByRmsState(NamedTuple):
+        nu: Any
+
+    ScaleByRmsState.__module__ = "torchopt.transform.scale_by_rms"
+    param = low_rank(SHAPE)
+    message = r"a state of torchopt at \[0\], which cannot be resized; initialize the optimizer again"
+    with pytest.raises(ValueError, match=message):
+        resize({"w": param}, (ScaleByRmsState({"w": param.factors}),), rank=2)
 
 
 def test_a_state_with_roles_of_its_own_is_resized():

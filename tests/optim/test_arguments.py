@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dynlora_fn.optim import adamw, freeze_counterparts, lion, multi_transform, muon, sgd
+from dynlora_fn.optim import SignedMoment, adamw, freeze_counterparts, lion, multi_transform, muon, sgd
 from dynlora_fn.parallel import ShardedFactors, Sharding
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal
 from tests.support.optimizer_table import OPTIMIZERS
@@ -92,6 +92,7 @@ def test_gradients_of_another_type_are_refused_by_name():
         adamw().update(grads, adamw().init(TRAINABLE), TRAINABLE, lr=0.1)
 
 
+IN_8_BIT = SignedMoment(torch.ones(5, dtype=torch.uint8), torch.ones(1))
 STATES = {
     "a moment of one row": lambda state: replaced(state, "mu", "w", FACTORS._replace(b=FACTORS.b[:1])),
     "a moment of another weight": lambda state: replaced(state, "mu", "bias", torch.ones(4)),
@@ -99,6 +100,7 @@ STATES = {
     "a moment that is a number": lambda state: replaced(state, "mu", "bias", 0.0),
     "a dense moment of factors": lambda state: replaced(state, "mu", "w", torch.ones(5, 6)),
     "a moment of flags": lambda state: replaced(state, "mu", "bias", torch.ones(5, dtype=torch.bool)),
+    "a moment in 8 bit": lambda state: replaced(state, "mu", "bias", IN_8_BIT),
     "a counter of each entry": lambda state: state._replace(frozen_for={"w": FACTORS}),
     "no counters": lambda state: state._replace(frozen_for={}),
     "the state inside": lambda state: state.inner,

@@ -1,5 +1,7 @@
 """Gradients are clipped by their global norm."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -31,6 +33,13 @@ def test_a_tensor_clips_as_a_number_does():
     assert_same(clip_by_global_norm(grads, torch.tensor(0.1, dtype=torch.float64)), clip_by_global_norm(grads, 0.1))
     with pytest.raises(ValueError, match=r"`max_norm` has shape \(1,\); use a number or a 0-d tensor"):
         clip_by_global_norm(grads, torch.tensor([0.1]))
+
+
+def test_infinity_only_computes_the_norm():
+    grads = some_grads(some_trainable(torch.float64), 0)
+    got = clip_by_global_norm(grads, math.inf)
+    assert_same(got.grads, grads)
+    assert_same(got.norm, clip_by_global_norm(grads, 1.0).norm)
 
 
 def test_the_norm_of_gradients_in_bfloat16_is_summed_in_float32():

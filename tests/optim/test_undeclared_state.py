@@ -42,6 +42,10 @@ UNDECLARED = {
         lambda tree: Record(tree, [Hidden({"a": (1, Hidden(tree))})]),
         r"a Hidden with tensors at \.other\[0\]",
     ),
+    "object by name": (
+        lambda tree: Record({**tree, "bias": Hidden(tree["bias"])}),
+        r"a Hidden with tensors at \.velocity\['bias'\], which cannot be searched",
+    ),
     "module": (lambda tree: [Record(tree), torch.nn.Linear(2, 2)], r"has a Linear with tensors at \[1\]"),
     "proxy": (lambda tree: [Record(tree), MappingProxyType(tree)], r"a mappingproxy with tensors at \[1\]"),
     "set": (lambda tree: [Record(tree), {torch.ones(2)}], r"a set with tensors at \[1\]"),

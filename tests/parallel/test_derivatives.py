@@ -11,7 +11,7 @@ from torch.func import grad, jacrev, jvp
 import dynlora_fn as dl
 from dynlora_fn.optim import clip_by_global_norm, muon
 from dynlora_fn.parallel import all_reduce_mean, shard, shard_factors
-from dynlora_fn.testing import Shape, low_rank, normal
+from dynlora_fn.testing import Shape, low_rank, normal, plan_of
 
 X = normal(0, 3, 8, dtype=torch.float32)
 
@@ -72,6 +72,19 @@ def test_derivatives_by_sharded_factors_are_refused_where_they_would_be_lost():
             jacrev(lambda b, path=path: output(X, b, path))(b)
     twice = jvp(lambda x: jvp(lambda x: output(x.sin(), b, "factored"), (x,), (X,))[1], (X,), (X,))[1]
     torch.testing.assert_close(twice, dl.linear(-X.sin() * X * X, param))
+
+
+def test_derivatives_through_a_switch_of_sharded_factors_are_refused():
+    params = {"w": low_rank(Shape(8, 8, 2))}
+    sharded, plan = shard_factors(shard(params, dist.group.WORLD))["w"], plan_of(2, b=1, a=1)
+
+    def base(a: torch.Tensor) -> torch.Tensor:
+        switched = dl.switch(sharded._replace(factors=sharded.factors._replace(a=a)), plan)
+        return switched.param.base.rows.sum()
+
+    for derivative in (grad(base), lambda a: jvp(base, (a,), (a,))):
+        with pytest.raises(NotImplementedError, match="factors of 'param' are sharded and require a gradient or have"):
+            derivative(sharded.factors.a)
 
 
 def test_forward_mode_through_sums_of_sharded_factors_is_refused():

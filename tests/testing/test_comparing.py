@@ -23,6 +23,12 @@ def test_bits_kinds_and_structures_are_compared():
     testing.assert_same(torch.zeros(8, 3).T[:, :1], torch.zeros(3, 1))
 
 
+def test_leaves_that_are_no_tensors_are_compared_as_values():
+    testing.assert_same({"step": 3, "name": "w"}, {"step": 3, "name": "w"})
+    with pytest.raises(AssertionError, match=r"\['step'\]: 3 is not 4"):
+        testing.assert_same({"step": 3}, {"step": 4})
+
+
 def test_a_bound_is_a_bound():
     testing.assert_within(torch.tensor([1.0]), torch.tensor([1.5]), 0.5)
     for got, bound in (([1.0], 0.49), ([float("nan")], 1.0), ([1.0, 2.0], 1.0)):
