@@ -46,7 +46,8 @@ def load_adapter(
 
     A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors and its scale
     ``alpha / rank`` stay the same. Steps of an optimizer on the shorter factors are those of that smaller rank, and
-    differ from PEFT's.
+    differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on: here that row
+    contributes to no gradient, and in PEFT it contributes to that of `lora_embedding_B`.
 
     Args:
         model: The model that the adapter was made for. It is not changed.

@@ -63,7 +63,7 @@ def cast(view: View, dtype: torch.dtype) -> View:
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         refuse(view, "to", f"dtype {dtype}")
     parts = [part._replace(factors=_cast_factors(part.factors, dtype)) for part in view.parts]
-    return view._replace(parts=tuple(parts))
+    return view._replace(parts=tuple(parts), read_dtype=None)
 
 
 def _cast_factors(factors: Any, dtype: torch.dtype) -> Any:

@@ -129,7 +129,7 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallba
             raise ValueError(
                 f"`params` has different weights for {other!r} and {name!r}, which are tied; pass only one"
             )
-        tensors[named[name]] = _tensor_for(name, param, named[name].shape, fallback)
+        tensors[named[name]] = _tensor_for(name, param, named[name], fallback)
     unexpected = [name for name in params if name not in named]
     missing = [slot.name for slot in slots if not slot.is_buffer and slot.tensor not in tensors]
     if unexpected or missing:
@@ -142,14 +142,14 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallba
     return {slot.name: tensors[slot.tensor] for slot in slots if slot.tensor in tensors}
 
 
-def _tensor_for(name: str, param: Param, shape: torch.Size, fallback: Fallback) -> Tensor:
+def _tensor_for(name: str, param: Param, like: Tensor, fallback: Fallback) -> Tensor:
     if isinstance(param, LowRank):
-        return weight_of(name, param, shape, fallback)
+        return weight_of(name, param, like, fallback)
     tensor = tensor_of(param)
-    if tensor.shape != shape:
+    if tensor.shape != like.shape:
         raise ValueError(
             f"`params` has shape {tuple(tensor.shape)} for {name!r}, which does not fit the parameter's shape "
-            f"{tuple(shape)}; make `params` from this model"
+            f"{tuple(like.shape)}; make `params` from this model"
         )
     return tensor
 

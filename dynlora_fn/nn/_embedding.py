@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynlora_fn._core._dtypes import widest, without_autocast
+from dynlora_fn._core._dtypes import cast, widest, without_autocast
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
-from dynlora_fn.nn._view import dense_base, expect_weight, refuse, scaled, single
+from dynlora_fn.nn._view import View, dense_base, expect_weight, refuse, scaled, single
 
 
 def embedding(
@@ -33,21 +33,22 @@ def embedding(
         refuse(view, "embedding", "`max_norm` or `scale_grad_by_freq`")
     if part.factors.b.ndim != 2:
         refuse(view, "embedding", f"a weight of shape {view.shape}")
-    low_rank_rows, base_rows = rows_of(part, input)
-    rows = scaled(base_rows + low_rank_rows, view)
+    rows = rows_of(view, part, input)
     if padding_idx is not None:
         is_padding = input == padding_idx % view.shape[0]
         rows = torch.where(is_padding[..., None], rows.detach(), rows)
     return rows
 
 
-def rows_of(part: LowRank, index: Any) -> tuple[Tensor, Tensor]:
-    """Return the indexed rows of ``alpha / rank * b @ a`` and of the base."""
+def rows_of(view: View, part: LowRank, index: Any) -> Tensor:
+    """Return the indexed rows of a weight that a view has."""
     b, a = whole_factors(part)
     dtype = widest(b.dtype, a.dtype)
     with without_autocast(b.device.type):
         low_rank_rows = b[index].to(dtype) @ a.to(dtype) / part.divisor
-    return low_rank_rows.to(b.dtype), dense_base(part)[index].to(b.dtype)
+    dtype = torch.promote_types(b.dtype, view.dtype)
+    rows = dense_base(part)[index].to(dtype) + low_rank_rows.to(b.dtype).to(dtype)
+    return scaled(cast(rows, view.dtype), view)
 
 
 def embedding_bag(
@@ -81,7 +82,8 @@ def embedding_bag(
             padding_idx=padding_idx,
         )
 
-    return scaled(bags(dense_base(part).to(b.dtype)) + bags(b) @ a.to(b.dtype) / part.divisor, view)
+    rows = bags(dense_base(part).to(b.dtype)) + bags(b) @ a.to(b.dtype) / part.divisor
+    return scaled(cast(rows, view.dtype), view)
 
 
 EMBEDDING_RULES: dict[Any, Callable[..., Any]] = {

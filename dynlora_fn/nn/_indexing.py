@@ -9,7 +9,7 @@ from torch import Tensor
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.nn._embedding import rows_of
 from dynlora_fn.nn._reshaping import reshape
-from dynlora_fn.nn._view import ROWS, View, matrix_shape, refuse, scaled, take, transposed
+from dynlora_fn.nn._view import ROWS, View, matrix_shape, refuse, take, transposed
 
 
 def split(view: View, split_size: int | Sequence[int], dim: int = 0) -> tuple[View, ...]:
@@ -133,8 +133,7 @@ def _of_parts(view: View, index: tuple[Any, ...]) -> View:
 
 
 def _rows(view: View, part: LowRank, index: Any) -> Tensor:
-    low_rank_rows, base_rows = rows_of(part, index)
-    return scaled(base_rows + low_rank_rows, view)
+    return rows_of(view, part, index)
 
 
 def _at(view: View, dim: int, entry: Any) -> View | Tensor:

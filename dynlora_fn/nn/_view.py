@@ -49,6 +49,7 @@ class View(NamedTuple):
     kernel: tuple[int, ...] = ()  # sizes behind (out, in) of a convolution; the part has in * prod(kernel) columns
     scale: float | Tensor | None = None  # multiplies the whole weight; None for 1
     fallback: Fallback = "dense"
+    read_dtype: torch.dtype | None = None  # the dtype that the module reads, where it is not that of the factors
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +62,7 @@ class View(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parts[0].factors.b.dtype
+        return self.parts[0].factors.b.dtype if self.read_dtype is None else self.read_dtype
 
     @property
     def device(self) -> torch.device:

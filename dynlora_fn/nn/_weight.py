@@ -31,11 +31,21 @@ from dynlora_fn.nn._rules import find_rule
 from dynlora_fn.nn._view import Fallback, NoRuleError, View, gathered, no_rule, view_of
 
 
-def weight_of(name: str, param: LowRank, shape: torch.Size, fallback: Fallback) -> Tensor:
-    """Return the tensor that replaces a parameter of a module, which has this name and shape."""
-    weight = _as_weight(view_of(name, param, shape, fallback))
+def weight_of(name: str, param: LowRank, like: Tensor, fallback: Fallback) -> Tensor:
+    """Return the tensor that replaces a parameter of a module, which has this name."""
+    view = view_of(name, param, like.shape, fallback)
+    weight = _as_weight(view._replace(read_dtype=like.dtype) if _is_read_as(param, like.dtype) else view)
     weight._param = param
     return weight
+
+
+def _is_read_as(param: LowRank, dtype: torch.dtype) -> bool:
+    """Return whether a module reads a weight in its dtype, and not in that of the factors.
+
+    So the rows of an embedding fit the layers that read them. Factors are in float32 by default, whatever the model is
+    in. Other dtypes were asked for.
+    """
+    return param.factors.b.dtype == torch.float32 != dtype and as_base(param.base).weight_dtype == dtype
 
 
 def params_of(module: nn.Module) -> dict[str, Param]:

@@ -43,7 +43,7 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     name = config.training.model
     tokenizer_name = config.data.tokenizer or name
     check_tokenizer_folder(Path(tokenizer_name))
-    tokenizer, model = load_tokenizer(tokenizer_name), load_model(name)
+    model, tokenizer = load_model(name), load_tokenizer(tokenizer_name)
     check_tokens(tokenizer, model, config.data.seq_len)
     model = model.to(run_device(config))
     model_digest = digest(Path(name)) if processes.is_first else ""

@@ -71,6 +71,10 @@ OPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda options: options.pop("num_hidden_layers"),
         "without 'model.layers.10.input_layernorm",
     ),
+    "no number of heads": (
+        lambda options: options.pop("num_attention_heads"),
+        "`model` must hold a causal language model",
+    ),
     "fewer layers": (
         lambda options: options.update(num_hidden_layers=1),
         "with 'model.layers.1.input_layernorm.weight'",
