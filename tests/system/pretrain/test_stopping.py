@@ -52,6 +52,17 @@ def call(arguments: list[object]) -> Outcome:
     return Outcome(code, " ".join(out.getvalue().split()), err.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def _signals_of_a_terminal() -> Iterator[None]:
+    """Handle signals as in a terminal. A test run in the background or below `nohup` ignores some."""
+    default = signal.SIG_DFL
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: default, signal.SIGHUP: default}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
     """Return the arguments of a run without its folder, and the folder of that run."""
