@@ -128,10 +128,7 @@ _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "lora_alpha": (_is_number, "a finite number"),
     "use_rslora": (lambda value: isinstance(value, bool), "True or False"),
     "rank_pattern": (_by_expression(_is_rank), "regular expressions of layer names with integers of at least 1"),
-    "alpha_pattern": (
-        _by_expression(_is_number),
-        "regular expressions of layer names with finite numbers",
-    ),
+    "alpha_pattern": (_by_expression(_is_number), "regular expressions of layer names with finite numbers"),
     "target_modules": (_is_selection, "names of layers, or a regular expression, as PEFT writes them"),
     "exclude_modules": (_is_selection, "names of layers, or a regular expression"),
     "target_parameters": (_list_of(_is_name), "names of parameters"),

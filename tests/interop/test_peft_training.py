@@ -171,9 +171,10 @@ def test_layers_of_other_alphas_share_no_stack(tmp_path):
     assert any(param.seed.ndim for param in params.values())
 
 
-def test_an_alpha_of_zero_is_refused(tmp_path):
-    adapted({"r": 2, "lora_alpha": 4, "alpha_pattern": {"2": 0}}, tmp_path)
-    with pytest.raises(ValueError, match=r"\{.2.: 0\} as `alpha_pattern`"):
+@pytest.mark.parametrize("settings", [{"lora_alpha": 4, "alpha_pattern": {"2": 0}}, {"lora_alpha": 0}])
+def test_an_alpha_of_zero_is_refused(settings, tmp_path):
+    adapted({"r": 2, **settings}, tmp_path)
+    with pytest.raises(ValueError, match=r"factors whose `alpha` is 0 for '\d.weight', with which they change nothing"):
         load_adapter(make(), tmp_path, seed=0)
 
 
