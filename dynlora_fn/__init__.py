@@ -13,12 +13,10 @@ from dynlora_fn import switching as switching
 from dynlora_fn._core._stacking import unstack as unstack
 from dynlora_fn._core._tree import combine as combine
 from dynlora_fn._core._tree import partition as partition
-from dynlora_fn._core._types import Alpha as Alpha
 from dynlora_fn._core._types import Factors as Factors
 from dynlora_fn._core._types import Frozen as Frozen
 from dynlora_fn._core._types import LowRank as LowRank
 from dynlora_fn._core._types import Plan as Plan
-from dynlora_fn._core._types import ScaledFactors as ScaledFactors
 from dynlora_fn._core._types import SidePlan as SidePlan
 from dynlora_fn.compile._peak_memory import peak_memory as peak_memory
 from dynlora_fn.compile._step import compile_step as compile_step

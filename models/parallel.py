@@ -132,7 +132,7 @@ def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
     def convert(name: str, leaf: Any) -> Any:
         axes = _axes(name)
-        if isinstance(leaf, dl.Factors | dl.ScaledFactors):
+        if isinstance(leaf, dl.Factors | dl.switching.ScaledFactors):
             return _map_sides(lambda side, axis: _to_dtensor(side, axis, mesh), leaf, axes)
         if isinstance(leaf, dl.Frozen):
             return leaf._replace(base=_base_to_dtensors(name, leaf.base, axes["base"], mesh))
@@ -157,7 +157,7 @@ def local_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         name: _map_sides(to_shard, leaf, _axes(name))
-        if isinstance(leaf, dl.Factors | dl.ScaledFactors)
+        if isinstance(leaf, dl.Factors | dl.switching.ScaledFactors)
         else to_shard(leaf, None)
         for name, leaf in grads.items()
     }

@@ -4,6 +4,8 @@
 `dynlora_fn.schedules`. The README says how to add one.
 """
 
+from dynlora_fn._core._types import Alpha as Alpha
+from dynlora_fn._core._types import ScaledFactors as ScaledFactors
 from dynlora_fn.switching._basis import Bounds as Bounds
 from dynlora_fn.switching._basis import basis_bounds as basis_bounds
 from dynlora_fn.switching._candidates import candidates as candidates

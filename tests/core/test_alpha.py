@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import dynlora_fn as dl
-from dynlora_fn import Alpha, Factors, LowRank, ScaledFactors
+from dynlora_fn import Factors, LowRank
 from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._types import alpha_of, divisor_of
+from dynlora_fn.switching import Alpha, ScaledFactors
 from dynlora_fn.testing import Shape, assert_same, low_rank
 
 PARAM = low_rank(Shape(6, 4, 2), alpha=4.0)
