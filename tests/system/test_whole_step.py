@@ -25,7 +25,7 @@ def flat(state: TrainState) -> dict[str, Tensor]:
         for name, leaf in members(tree):
             sides = {f"{name}.b": leaf.b.mT, f"{name}.a": leaf.a} if isinstance(leaf, Factors) else {name: leaf}
             tensors |= {side + suffix: tensor for side, tensor in sides.items()}
-    return tensors | {f"{name}.base": base for name, (base, _) in members(state.frozen)}
+    return tensors | {f"{name}.base": frozen.base for name, frozen in members(state.frozen)}
 
 
 def members(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -88,7 +88,7 @@ class PlainLoRA:
     """W + b a / r trained with AdamW, written in plain torch without stacks."""
 
     def __init__(self, state: TrainState, weight_decay: float):
-        self.bases = {name: base for name, (base, _) in members(state.frozen)}
+        self.bases = {name: frozen.base for name, frozen in members(state.frozen)}
         leaves = (
             {f"{name}.b": leaf.b, f"{name}.a": leaf.a} if isinstance(leaf, Factors) else {name: leaf}
             for name, leaf in members(state.trainable)
