@@ -132,7 +132,12 @@ def _finish(temporary: Path, target: Path, keep: int | None) -> None:
         raise FileExistsError(f"{str(target)!r} is no folder; move it away")
     if target.exists():
         target.rename(replaced)
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     sync_folder(folder)
     old = [path for path in newest_first(folder) if is_folder(path) and path <= target]
     for path in old[keep:] if keep else []:

@@ -172,7 +172,7 @@ def _groups(
             groups.append((members, keys))
         parts = [{name: tensor for name, tensor in inputs.items() if name in members} for members, _ in groups]
         formed = [(part, convert(dict(part))) for part in parts]
-    except Exception:
+    except Exception:  # a conversion may need several weights at once; then all are converted together
         formed = []
     shapes = {key: result.shape for _, part in formed for key, result in part.items()}
     if shapes != {key: result.shape for key, result in results.items()}:
