@@ -42,7 +42,7 @@ def by_pattern(patterns: Mapping[str, float], default: float) -> Callable[[str],
 
 
 def ends_of(path: str) -> list[str]:
-    """Return a path, and what is behind each of its dots."""
+    """Return a path and all its ends, each of which starts after a dot."""
     parts = path.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 

@@ -79,7 +79,7 @@ class LayerCheck:
     def _if_used_otherwise(self, path: str, module: nn.Module) -> str | None:
         places = self._places.get(id(module), [])
         if len(places) > 1:
-            return f"a module under the names {', '.join(map(repr, places))}, of which PEFT adapts only the first"
+            return f"a module under the names {', '.join(map(repr, places))}; PEFT adapts only the first one"
         parent = self._model.get_submodule(path.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             return "whose forward `MultiheadAttention` never calls, so that an adapter of PEFT has no effect"

@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
     slots: list[Slot]
     dense: dict[str, str]  # names of parameters and buffers, by their keys
-    saved: frozenset[str]  # names in modules that are stored whole, all of which a file has
+    saved: frozenset[str]  # names in modules that are stored whole; a file has all of them
 
 
 def layout_of(model: nn.Module, settings: Mapping[str, Any]) -> Layout:

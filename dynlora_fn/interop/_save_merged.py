@@ -91,7 +91,7 @@ def _write_copy(model: Any, weights: dict[str, LazyTensor], folder: Path, progre
         copied.save_pretrained(str(folder))
     except Exception as error:
         raise ValueError(
-            f"`model` is a {kind}, of which a copy with the trained weights cannot be written with `save_pretrained`"
+            f"`model` is a {kind}, and `save_pretrained` of a copy with the trained weights failed"
             f" ({type(error).__name__}: {error}); load `state_dict(model, params)` into it and save it"
         ) from error
     found = set(_contents(folder))

@@ -41,7 +41,7 @@ def check_pretrained(model: Any) -> None:
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"`model` is a {type(model).__name__} with an adapter in it, of which `save_pretrained` writes only the"
+            f"`model` is a {type(model).__name__} with an adapter in it, and its `save_pretrained` writes only the"
             " adapter; pass the model without the adapter"
         )
 

@@ -63,7 +63,7 @@ def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | No
     block = _orthonormal_rows(_random(width, columns, like=matrix))
     for size in range(width, limit + 1, width):
         if size > columns // 4 and total - captured < LEAST_RESIDUAL * total:
-            return None  # a small rest, of which `_tolerance` is a large part, is computed to all digits
+            return None  # a small rest is computed to all digits, because `_tolerance` would be a large part of it
         new = slice(size - width, size)
         basis[new], images[new] = block, block @ matrix.mT
         gram[new, :size] = images[new] @ images[:size].mT

@@ -19,7 +19,7 @@ Part = Literal["train", "validation"]
 class TokenFile:
     """Tokens in a file. `numpy.asarray` maps them into memory.
 
-    Each access maps the file anew, so that what it has read does not stay in the memory of this process. The file is
+    Each access maps the file again. What was read before then leaves the memory of this process. The file is
     open, and may be renamed.
     """
 

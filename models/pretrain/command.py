@@ -119,8 +119,8 @@ def reported(processes: Processes, *errors: type[Exception], left: Callable[[], 
     Args:
         processes: The processes of the run. The first one prints, and each one prints errors of its files.
         errors: The types that are reported beside OSError. Others keep their traceback.
-        left: A function that returns what is left of the run. It ends the line of an error of files, of training or of
-            a signal. It may return None.
+        left: A function that returns what remains of the run, or None. This text ends the line of an error of files,
+            of training or of a signal.
     """
     try:
         yield

@@ -106,7 +106,7 @@ def dense_weights(config: Config, model: nn.Module, params: dict[str, Any]) -> d
     So full-rank training has the stacks of the other methods, and their targets are what the inner optimizer trains.
 
     Raises:
-        ValueError: If Muon would train a convolution, of which it would orthogonalize each kernel.
+        ValueError: If Muon would train a convolution. It would orthogonalize each kernel by itself.
     """
 
     def dense(name: str, param: Any) -> Any:

@@ -38,7 +38,7 @@ MODELS = {
 
 
 def trained(model: nn.Module, targets: Any) -> dict[str, Any]:
-    """Return parameters of which all differ from the model's."""
+    """Return parameters that all differ from the model's."""
     params = init(model, rank=2, seed=0, targets=targets)
     return {
         name: merge(param)._replace(factors=type(param.factors)(*(side + 0.1 for side in param.factors)))
@@ -251,8 +251,8 @@ def test_a_model_that_pickles_its_weights_is_read_back(tmp_path: Path):
     [
         (Halved, "is a Halved, whose `save_pretrained` did not write the trained 'first.weight', 'first.bias', "),
         (Headless, "is a Headless, whose `save_pretrained` did not write the trained 'second.bias', 'norm.weight'"),
-        (Fails, r"is a Fails, of which a copy .* cannot be written with `save_pretrained` \(TypeError: "),
-        (Uncopied, r"is a Uncopied, of which a copy .* cannot be written .* \(TypeError: cannot pickle\)"),
+        (Fails, r"is a Fails, and `save_pretrained` of a copy with the trained weights failed \(TypeError: "),
+        (Uncopied, r"is a Uncopied, and `save_pretrained` of a copy .* failed \(TypeError: cannot pickle\)"),
     ],
 )
 def test_a_model_that_would_lose_what_was_trained_is_refused(kind: Any, message: str, tmp_path: Path):
