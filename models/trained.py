@@ -15,7 +15,7 @@ from torch import nn
 
 import dynlora_fn as dl
 from dynlora_fn.interop._agree import members_of
-from dynlora_fn.interop._checkpoint_read import Chunk, Stored, read_headers, read_into
+from dynlora_fn.interop._checkpoint_read import Stored, read_headers, read_into
 from dynlora_fn.interop._checkpoint_state import contents_of
 from dynlora_fn.interop._checksums import find_damage
 from models import llama
@@ -90,8 +90,8 @@ def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, de
         model = _load_weights(source)
     else:
         stored = _headers(source)
-        embedding = stored.chunks.get(".state.trainable['embedding.weight']")
-        vocabulary = _shape(embedding)[0] if embedding else None
+        embedding = ".state.trainable['embedding.weight']"
+        vocabulary = stored.shape(embedding)[0] if embedding in stored.chunks else None
         model = llama.Llama(llama.config(config.training.model, vocabulary))
         _load_checkpoint(source, stored, config, model, llama.TARGETS)
     tokenizer = config.data.tokenizer
@@ -151,11 +151,6 @@ def _headers(path: Path) -> Stored:
     return read_headers(path)
 
 
-def _shape(chunks: list[Chunk]) -> tuple[int, ...]:
-    ends = ([start + size for start, size in zip(chunk.offsets, chunk.shape, strict=True)] for chunk in chunks)
-    return tuple(map(max, zip(*ends, strict=True)))
-
-
 def _load_checkpoint(
     path: Path, stored: Stored, config: pretrain.Config, model: nn.Module, targets: Sequence[str]
 ) -> None:
@@ -170,14 +165,15 @@ def _load_checkpoint(
     state = make_method(alone, model, targets, untrained).state._replace(opt_state=())
     for name, piece in contents_of("state", Saved(state, {}), members_of(None)).pieces.items():
         # Bases that were sharded are one level deeper.
-        chunks = stored.chunks.get(name) or stored.chunks.get(_BASE.sub(r"\1.base", name))
-        if chunks is None or _shape(chunks) != piece.shape:
-            found = "no tensor" if chunks is None else f"the shape {_shape(chunks)}"
+        path_in_file = name if name in stored.chunks else _BASE.sub(r"\1.base", name)
+        shape = stored.shape(path_in_file) if path_in_file in stored.chunks else None
+        if shape != piece.shape:
+            found = "no tensor" if shape is None else f"the shape {shape}"
             raise ValueError(
                 f"`run` has a checkpoint {str(path)!r} with {found} for {name} of shape {piece.shape}; "
                 "it must be of the run in the same folder"
             )
-        read_into(piece, chunks)
+        read_into(piece, stored.chunks[path_in_file])
     model.load_state_dict(dl.state_dict(model, state.params()))
 
 

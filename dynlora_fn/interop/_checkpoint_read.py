@@ -33,9 +33,13 @@ class Stored(NamedTuple):
     chunks: dict[str, list[Chunk]]
     description: dict[str, Any]  # step, settings, values and constants; empty in checkpoints of before they had one
 
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of the unsharded tensor of a path."""
+        return _full_shape(self.chunks[path])
+
     def described(self) -> dict[str, str]:
         """Return a text of each leaf, as `Contents.described`."""
-        tensors = {path: describe_tensor(_full_shape(chunks), chunks[0].dtype) for path, chunks in self.chunks.items()}
+        tensors = {path: describe_tensor(self.shape(path), chunks[0].dtype) for path, chunks in self.chunks.items()}
         values = {path: describe_value(value) for path, value in self.description.get("values", {}).items()}
         constants: dict[str, str] = self.description.get("constants", {})
         return tensors | values | constants

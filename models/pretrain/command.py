@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,8 +59,6 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a stream that replaces them in a notebook or a test
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files that are no UTF-8
-    # torch.distributed.checkpoint warns where a single process saves.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     with reported(SINGLE_PROCESS, ValueError, left=lambda: None):
         config = parse(config_type, " ".join(program(module)))
     with join_processes() as processes:

@@ -14,7 +14,7 @@ from models.pretrain.processes import Processes
 
 # SIGHUP comes when a terminal is closed. Windows has none.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name))
-_CHECKPOINT = re.compile(r"step-(\d{8})")
+_CHECKPOINT = re.compile("step-([0-9]{8})")
 
 
 class Stopped(NamedTuple):
