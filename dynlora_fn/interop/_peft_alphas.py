@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dynlora_fn.interop._peft_names import ends_of, plain_name
+
 
 def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
     """Return a function that gives the alpha of a layer by its name, from `alpha_pattern` or `lora_alpha`."""
@@ -39,15 +41,3 @@ def by_pattern(patterns: Mapping[str, float], default: float) -> Callable[[str],
         return next((value for _, _, value in before), value)
 
     return value_of
-
-
-def ends_of(path: str) -> list[str]:
-    """Return a path and all its ends, each of which starts after a dot."""
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
-
-
-def plain_name(pattern: str) -> str | None:
-    """Return the only name that a regular expression matches, or None if it has operators."""
-    name = re.sub(r"\\(\W)", r"\1", pattern)
-    return name if re.escape(name) == pattern else None

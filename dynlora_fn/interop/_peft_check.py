@@ -32,6 +32,8 @@ def check_outputs(model: nn.Module, params: Params, folder: Path, inputs: Sequen
     model = copy.deepcopy(model).eval()
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     ours = _outputs(call(model, params, *args, **kwargs))
+    if not ours:
+        raise ValueError("`check` gives no floating tensors to compare; let the model return some, or leave it out")
     theirs = _outputs(peft.PeftModel.from_pretrained(model, folder).eval().get_base_model()(*args, **kwargs))
     for left, right in zip(ours, theirs, strict=True):
         difference, largest = (left - right).abs().max().item(), right.abs().max().item()

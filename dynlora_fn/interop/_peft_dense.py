@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dynlora_fn.interop._lazy import LazyTensor
 from dynlora_fn.interop._peft_layers import PREFIX
+from dynlora_fn.interop._peft_names import paths_above
 
 # Children of a layer that PEFT has adapted, whose names may end with an entry too.
 _OF_PEFT = ("base_layer", "default", "lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B")
@@ -159,9 +160,3 @@ class _Places:
 
     def _has_tensors(self, module: str) -> bool:
         return any(name.startswith(f"{module}.") for name in self._leaves)
-
-
-def paths_above(name: str) -> list[str]:
-    """Return the names of the modules that contain a module or a tensor, without the model itself."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]

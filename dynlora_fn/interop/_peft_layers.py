@@ -88,13 +88,18 @@ def kind_of_parameter(model: nn.Module, name: str, *, owner: str, instead: str) 
     Raises:
         ValueError: If PEFT has no LoRA for a parameter of this shape.
     """
-    module, shape = model.get_submodule(name.rpartition(".")[0]), tuple(model.get_parameter(name).shape)
-    is_transposed = bool(getattr(module, "is_transposed", False))
+    shape = tuple(model.get_parameter(name).shape)
     if len(shape) == 2:
         return "linear"
-    if len(shape) == 3 and not (is_transposed and shape[0] == 1):  # PEFT transposes a single expert wrongly
-        return "transposed experts" if is_transposed else "experts"
+    is_turned = is_transposed(model, name)
+    if len(shape) == 3 and not (is_turned and shape[0] == 1):  # PEFT transposes a single expert wrongly
+        return "transposed experts" if is_turned else "experts"
     raise ValueError(f"{owner} has a low-rank {name!r} of shape {shape}, for which PEFT has no LoRA; {instead}")
+
+
+def is_transposed(model: nn.Module, name: str) -> bool:
+    """Return whether the experts of a module are stored as (stack, in, out)."""
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
 
 
 def shapes_in_file(kind: str, shape: tuple[int, ...], rank: int) -> PairShapes:

@@ -19,6 +19,7 @@ from torch import nn
 
 from dynlora_fn.interop._peft_differences import LayerCheck
 from dynlora_fn.interop._peft_layers import PREFIX, aliases_of, kind_of_parameter
+from dynlora_fn.interop._peft_names import paths_above
 from dynlora_fn.interop._peft_targets import adapted_modules, adapted_parameters, saved_modules
 
 OWNER, INSTEAD = "the adapter", "merge it into the model with PEFT"
@@ -92,7 +93,7 @@ class _Wrapped:
 
     def _refuse_both(self) -> None:
         for path in self.modules:
-            outer = next((outer for outer in _parents(path) if outer in self.saved), None)
+            outer = next((outer for outer in paths_above(path) if outer in self.saved), None)
             is_wrapped = path in self.saved or path in self.adapted or self.parameters[path]
             if outer is not None and is_wrapped:
                 raise ValueError(
@@ -144,7 +145,7 @@ class _Wrapped:
 
     def is_saved(self, name: str) -> bool:
         """Return whether a parameter or buffer is in a module that is stored whole."""
-        return any(path in self.saved for path in _parents(name))
+        return any(path in self.saved for path in paths_above(name))
 
     def _path(self, path: str, *, inside: bool) -> str:
         """Return the path of a module in PEFT's model, or of the outermost wrapper in its place."""
@@ -163,13 +164,6 @@ class _Wrapped:
         is_output = leaf_name == "out_proj" and parent in self.adapted
         is_output = is_output and isinstance(self.modules[parent], nn.MultiheadAttention)
         return (path in self.adapted) + len(self.parameters[path]) + is_output
-
-
-def _parents(path: str) -> Iterator[str]:
-    """Yield the paths of the modules that contain a module or a parameter, except the model itself."""
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _keys(stem: str, kind: str) -> tuple[str, str]:

@@ -6,12 +6,12 @@ PEFT wraps the module, and a second time for a second parameter. The first param
     base_model.model.experts.lora_A.weight                the second one
 """
 
-import re
 from collections.abc import Collection
 
 from torch import nn
 
-from dynlora_fn.interop._peft_layers import PREFIX, Pair
+from dynlora_fn.interop._peft_layers import PREFIX, Pair, is_transposed
+from dynlora_fn.interop._peft_names import ends_of
 from dynlora_fn.nn._view import View
 
 
@@ -32,17 +32,11 @@ def is_adapted_by_name(model: nn.Module, view: View) -> bool:
 def check_names(model: nn.Module, adapted: Collection[str]) -> None:
     """Raise ValueError if PEFT, which compares names with ends of names, would adapt other parameters too."""
     for name, _ in model.named_parameters(remove_duplicate=False):
-        ends = [name[match.end() :] for match in re.finditer(r"\.", name)]
-        if name not in adapted and (taken := [end for end in ends if end in adapted]):
+        if name not in adapted and (taken := [end for end in ends_of(name) if end in adapted]):
             raise ValueError(
                 f"`params` has a low-rank {taken[0]!r}, for which PEFT would take {name!r} too; make that one low-rank,"
                 " or write the model with `save_merged`"
             )
-
-
-def is_transposed(model: nn.Module, name: str) -> bool:
-    """Return whether the experts of a module are stored as (stack, in, out)."""
-    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
 
 
 def stem_of(model: nn.Module, name: str, adapted: Collection[str]) -> str:

@@ -19,6 +19,7 @@ from dynlora_fn.interop._lazy import bytes_of
 from dynlora_fn.interop._peft_dense import dense_changes
 from dynlora_fn.interop._peft_factors import AdapterFactors, without_product
 from dynlora_fn.interop._peft_layers import CONFIG, PREFIX, WEIGHTS, aliases_of, kind_of_layer
+from dynlora_fn.interop._peft_names import ends_of
 from dynlora_fn.interop._peft_parameters import check_names
 from dynlora_fn.interop._save import part_of, write
 from dynlora_fn.interop._save_merged import save_merged
@@ -206,7 +207,7 @@ def _patterns(layers: Collection[str]) -> dict[str, str]:
 
     PEFT matches patterns with the ends of names, behind a dot, too.
     """
-    ends = {layer[match.end() :] for layer in layers for match in re.finditer(r"\.", layer)}
+    ends = {end for layer in layers for end in ends_of(layer)[1:]}
     return {layer: ("^" if layer in ends else "") + re.escape(layer) for layer in layers}
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from dynlora_fn.interop._peft_alphas import ends_of, plain_name
+from dynlora_fn.interop._peft_names import ends_of, plain_name
 
 Selects: TypeAlias = Callable[[str], object]  # takes the path of a module, or the name of a parameter
 

@@ -278,3 +278,20 @@ def test_a_check_finds_what_types_cannot_tell(tmp_path):
         dl.interop.load_adapter(reading, tmp_path, seed=0, check=(x,))
     with pytest.raises(TypeError, match="`check` is a Tensor; pass a tuple or a dict"):
         dl.interop.load_adapter(reading, tmp_path, seed=0, check=x)
+
+
+class Wrapped:
+    """An output in which no tree finds a tensor."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def test_a_check_that_compares_nothing_is_refused(tmp_path):
+    pytest.importorskip("peft")
+    reading = ReadsItsChild()
+    reading.register_forward_hook(lambda module, args, output: Wrapped(output))
+    file = {key.replace(".0.", ".layer."): tensor for key, tensor in tensors().items() if ".0." in key}
+    write(tmp_path, file, target_modules=["layer"])
+    with pytest.raises(ValueError, match="`check` gives no floating tensors to compare"):
+        dl.interop.load_adapter(reading, tmp_path, seed=0, check=(normal(7, 2, 6, dtype=torch.float32),))

@@ -1,0 +1,31 @@
+"""Names of modules and parameters, as PEFT compares them with its settings."""
+
+import re
+
+
+def ends_of(path: str) -> list[str]:
+    """Return a path and all its ends, each of which starts after a dot.
+
+    Example:
+        >>> ends_of("layers.0.query")
+        ['layers.0.query', '0.query', 'query']
+    """
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def paths_above(name: str) -> list[str]:
+    """Return the paths of the modules that contain a module or a tensor, the innermost first, without the model itself.
+
+    Example:
+        >>> paths_above("layers.0.query")
+        ['layers.0', 'layers']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def plain_name(pattern: str) -> str | None:
+    """Return the only name that a regular expression matches, or None if it has operators."""
+    name = re.sub(r"\\(\W)", r"\1", pattern)
+    return name if re.escape(name) == pattern else None
