@@ -18,6 +18,7 @@ from models import corpus
 from models.codec import codec
 from models.pretrain.config import Config, computed
 from models.pretrain.device import compute_dtype, find_device
+from models.pretrain.run import perplexity
 from models.trained import Trained, open_trained
 
 _DEFAULTS = Config()  # for a model that is not of a run
@@ -72,7 +73,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         "predicted": predicted,
         "nats_per_token": loss,
         "bits_per_byte": loss / math.log(2) * len(text.tokens) / text.size,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": perplexity(loss),
     }
 
 

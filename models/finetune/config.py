@@ -1,6 +1,6 @@
 """The options for fine-tuning a model of `transformers`.
 
-They are those of pre-training with other defaults, and three more.
+They are those of pre-training with other defaults, and some more.
 """
 
 import math

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.finetune.model_folder import check_folder, left_out
+from models.finetune.model_folder import check_folder, left_out, without_fractions
 
 
 def load_model(folder: str) -> nn.Module:
@@ -42,6 +42,7 @@ def load_model(folder: str) -> nn.Module:
             cause = _unconverted(folder, warnings) or reason(error)
             raise ValueError(f"`model` must hold a causal language model, got {folder!r}: {cause}") from error
     _check_complete(folder, found)
+    _check_kinds(folder, model)
     evaluated: nn.Module = model.eval()
     return evaluated
 
@@ -95,6 +96,14 @@ def _check_complete(folder: str, found: dict[str, Any]) -> None:
         raise ValueError(
             f"`model` must have only weights that its config.json describes, got {folder!r} with {_names(unexpected)}, "
             "which would be lost"
+        )
+
+
+def _check_kinds(folder: str, model: nn.Module) -> None:
+    """Raise for the first weight that the files have as integers or booleans, which `transformers` would convert."""
+    if wrong := sorted(without_fractions(Path(folder)) & dict(model.named_parameters()).keys()):
+        raise ValueError(
+            f"`model` must have weights of floating point, got {folder!r} with integers or booleans as {_names(wrong)}"
         )
 
 

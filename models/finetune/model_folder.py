@@ -82,17 +82,23 @@ def weight_files(folder: Path) -> list[Path]:
 
 def stored_dtypes(folder: Path) -> set[torch.dtype]:
     """Return the dtypes of the floating-point tensors in the files. Formats of fewer than 16 bits count as float32."""
-    return {dtype for file in weight_files(folder) for dtype in _dtypes_of(file)}
+    return {dtype for file in weight_files(folder) for dtype in _dtypes_of(file).values() if dtype is not None}
 
 
-def _dtypes_of(file: Path) -> set[torch.dtype]:
+def without_fractions(folder: Path) -> set[str]:
+    """Return the names of the tensors in the files that are not of floating point, such as positions."""
+    return {name for file in weight_files(folder) for name, dtype in _dtypes_of(file).items() if dtype is None}
+
+
+def _dtypes_of(file: Path) -> dict[str, torch.dtype | None]:
+    """Return the dtype of each tensor in a file, or None if it is not of floating point."""
     if file.suffix == ".bin":
-        tensors = torch.load(file, map_location="meta", weights_only=True).values()
-        return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        tensors = torch.load(file, map_location="meta", weights_only=True).items()
+        return {name: tensor.dtype if tensor.is_floating_point() else None for name, tensor in tensors}
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    names = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-    return {_DTYPES.get(name, torch.float32) for name in names if "F" in name}
+    names = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: _DTYPES.get(kind, torch.float32) if "F" in kind else None for name, kind in names.items()}
 
 
 def left_out(folder: Path) -> str | None:

@@ -54,6 +54,10 @@ WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         lambda weights: weights.update({NAME: torch.ones(16, 8)}),
         f"with '{NAME}' of shape (16, 8) instead of (16, 16)",
     ),
+    "booleans": (
+        lambda weights: weights.update({NAME: weights[NAME] > 0}),
+        f"with integers or booleans as '{NAME}'",
+    ),
     "nan": (lambda weights: weights[NAME].fill_(torch.nan), "`model` must give finite logits"),
 }
 
