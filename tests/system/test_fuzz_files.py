@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import dynlora_fn as dl
 from dynlora_fn.interop._checksums import SUMS, join_sums, record_sum
+from models.finetune.load import load_model
 from tests.support.damage import nothing_run
 from tests.support.file_mutations import Mutation, mutate
+from tests.support.finetune import llama
 
 LONGEST_SECONDS = 20  # of a reader, which otherwise waits for ever
 
@@ -37,6 +39,7 @@ class Kind(NamedTuple):
     read: Callable[[Path], Any]
     files: str = "*"
     has_sums: bool = False
+    weight: float = 1.0  # how often it is drawn
 
 
 def layers() -> nn.Module:
@@ -81,6 +84,11 @@ KINDS = {
         lambda folder: dl.interop.save_adapter(MODEL, PARAMS, folder),
         lambda folder: dl.interop.load_adapter(MODEL, folder, seed=0),
         "adapter_*",
+    ),
+    "model folder": Kind(
+        lambda folder: llama().save_pretrained(folder),
+        lambda folder: load_model(str(folder)).state_dict(),
+        weight=0.2,
     ),
     "checkpoint": Kind(
         lambda folder: dl.interop.save_checkpoint(STATE, folder, step=1, settings={"seed": 0}),
@@ -162,7 +170,7 @@ def test_changed_files_are_refused_by_name_or_mean_the_same(tmp_path: Path, requ
         expected[name] = kind.read(tmp_path / name / "good")
     for seed in range(request.config.getoption("--fuzz") or 1000):
         random = Random(seed)
-        name = random.choice(list(KINDS))
+        (name,) = random.choices(list(KINDS), [kind.weight for kind in KINDS.values()])
         kind, folder = KINDS[name], tmp_path / name / "changed"
         shutil.copytree(tmp_path / name / "good", folder)
         files = sorted(path for path in folder.glob(kind.files) if path.is_file())
