@@ -154,8 +154,6 @@ def _tensor_for(name: str, param: Param, like: Tensor, fallback: Fallback) -> Te
     return tensor
 
 
-# Dynamo cannot look at types of modules that it does not trace into (`allow_in_graph`).
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _problem_of(model: nn.Module) -> str | None:
     """Return why parameters cannot be replaced in a model, or None.
 
@@ -180,6 +178,8 @@ def _problem_of(model: nn.Module) -> str | None:
 _KINDS: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
 
 
+# Dynamo cannot look at the bases of modules that it does not trace into (`allow_in_graph`).
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wrapper_of(module_type: type) -> str | None:
     """Return the name of the wrapper that a type of modules is, or None. It is looked up once for each type."""
     if module_type not in _KINDS:
