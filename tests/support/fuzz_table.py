@@ -199,6 +199,15 @@ OPTIM = {
         weight_decay=(0.5, kinds.number(0)),
         moments=("bfloat16", kinds.choice(["float32", "bfloat16", "8bit"])),
     ),
+    "normalized_sgd, settings": settings(
+        lambda **values: dl.optim.multi_transform(
+            {"matrices": dl.optim.normalized_sgd(**values), "sgd": dl.optim.sgd()},
+            lambda name, leaf: "matrices" if isinstance(leaf, Tensor) and leaf.ndim > 1 else "sgd",
+        ),
+        axis=(-2, kinds.among([0, 1, -3, "-1", None, 1.5, True])),
+        momentum=(0.5, DECAY),
+        weight_decay=(0.5, kinds.number(0)),
+    ),
     "lion, settings": settings(dl.optim.lion, betas=((0.5, 0.5), BETAS), weight_decay=(0.5, kinds.number(0))),
     "init": of(
         lambda trainable: dl.optim.adamw().init(trainable), trainable=(TRAINABLE, kinds.tree(free=FREE, optional=True))
