@@ -12,11 +12,20 @@ from torch import Tensor
 from dynlora_fn._core._check import check_number
 from dynlora_fn._core._collectives import all_reduce
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, alpha_of, divisor_of, is_factors
+from dynlora_fn._core._types import (
+    AnyFactors,
+    OneSidedFactors,
+    ShardedFactors,
+    Trainable,
+    alpha_of,
+    divisor_of,
+    is_factors,
+)
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._freeze import freeze_counterparts
 from dynlora_fn.optim._newton_schulz import orthogonalize, orthogonalize_shards
+from dynlora_fn.optim._one_sided_muon import one_sided_direction
 from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._sgd_lion import MomentumState, init_momentum
 from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, refuse_decay_of_factors
@@ -44,6 +53,10 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     depend on the lengths of the rows or the angles between them. So `lr` compares with the dense weight's learning
     rate, not with AdamW's for factors. Orthogonalizing `b` as a matrix would make a long step wherever a vector of `a`
     is long. LoRA-Muon (arXiv:2606.12921) takes the same step.
+
+    Where only `b` is trained, ``a a.T`` is a multiple of the identity, and nothing is whitened (see `init`)::
+
+        updates_b = -lr * sqrt(rank / alpha) * sqrt(max(out, in)) * orthogonalize(direction_b)
 
     A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
     of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
@@ -102,7 +115,9 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
         updates: Tree = {}
         for name, leaf in trainable.items():
             rate, direction = rate_of(lr, name), directions[name]
-            if is_factors(leaf):
+            if isinstance(leaf, OneSidedFactors):
+                direction = one_sided_direction(direction, leaf)
+            elif is_factors(leaf):
                 direction = _factor_directions(direction, leaf, rate)
             else:
                 direction = _matrix_direction(name, direction)
