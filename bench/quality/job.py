@@ -42,7 +42,7 @@ class Job:
     def __init__(self, size: RunSize, corpus: text.Corpus, *, backend: str = "inductor"):
         self.size, self.corpus, self._backend = size, corpus, backend
         self.model = Llama(size.config())
-        self._updates: dict[tuple[str, int | None], Callable[..., Any]] = {}
+        self._updates: dict[tuple[str, int | None, str], Callable[..., Any]] = {}
 
     def initial(self, seed: int) -> Llama:
         """Return a model with the initial weights of a seed."""
@@ -83,15 +83,17 @@ class Job:
         windows = text.validation_batches(self.held_out(kind), batches, 16, window=window)
         return torch.stack([self.loss(weights, tokens) for tokens in windows]).mean().item()
 
-    def update(self, optimizer: Literal["adamw", "muon"], rank: int | None = None) -> Callable[..., Any]:
+    def update(
+        self, optimizer: Literal["adamw", "muon"], rank: int | None = None, trained: Literal["both", "b"] = "both"
+    ) -> Callable[..., Any]:
         """Return clipping and optimizer in one graph.
 
         Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has a rate
         for each name, or `Factors` with a rate for each side of a weight.
         """
-        if (optimizer, rank) not in self._updates:
-            self._updates[optimizer, rank] = self._updater(OPTIMIZERS[optimizer])
-        return self._updates[optimizer, rank]
+        if (optimizer, rank, trained) not in self._updates:
+            self._updates[optimizer, rank, trained] = self._updater(OPTIMIZERS[optimizer])
+        return self._updates[optimizer, rank, trained]
 
     def _updater(self, optimizer: dl.optim.Transform) -> Callable[..., Any]:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:

@@ -41,6 +41,8 @@ SIZES = {
     "main": RunSize(width=128, hidden=352, layers=4, heads=4, steps=400, batch=8, length=256),  # the main job's batch
     "large": RunSize(width=256, hidden=688, layers=4, heads=8, steps=800),  # 3.2 million
 }
+# Settings of a run that change vectors which must stay orthogonal, or both factors.
+_ONLY_BOTH = ("side_lr", "candidates", "order", "incoming", "start_scale")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Run:
     dense_lr: float = 1.0  # rate of embedding, head and norms over `lr`
     side_lr: float = 1.0  # rate of `b` over the rate of `a`, whose geometric mean is `lr`
     optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; everything else has AdamW
+    trained: Literal["both", "b"] = "both"  # factors; with "b" the rows of `a` are orthogonal, and only switched
     seed: int = 0
     held_out: HeldOut = "validation"  # the text on which the loss is measured
 
@@ -79,6 +82,11 @@ class Run:
     normalize: Literal["spectrum", "rows"] = "spectrum"
     reduced: Literal["float32", "int8"] = "float32"  # dtype in which dense gradients are reduced
 
+    def __post_init__(self) -> None:
+        changed = {name: value for name in _ONLY_BOTH if (value := getattr(self, name)) != getattr(type(self), name)}
+        if self.trained == "b" and changed:
+            raise ValueError(f"`trained` is 'b', but the run has {changed}, which need both factors; leave them out")
+
     def rank(self) -> int:
         """Return the rank of the factors."""
         return SIZES[self.size].width // self.fraction
@@ -92,6 +100,8 @@ class Run:
         size, rank = SIZES[self.size], self.rank()
         rest = 2 * size.vocabulary * size.width + (2 * size.layers + 1) * size.width
         inner, low = size.parameters(), rank * size.layers * (8 * size.width + 3 * (size.width + size.hidden))
+        if self.trained == "b":
+            low = rank * size.layers * (5 * size.width + 2 * size.hidden)
         if self.method in ("full", "galore", "apollo"):
             return 4 * (inner + rest)
         if not self.compensate:

@@ -29,7 +29,7 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 20
 
 @dataclass(frozen=True)
 class Quality:
-    experiment: tyro.conf.Positional[Literal["methods", "ranks", "test", "ablations", "compensation"]]
+    experiment: tyro.conf.Positional[Literal["methods", "ranks", "test", "ablations", "compensation", "one_side"]]
     sizes: tuple[Literal["tiny", "small", "medium", "main", "large"], ...] = ("small",)
     rows: tuple[str, ...] = ()
     """Rows of the experiment's table to run. Default () means all."""
