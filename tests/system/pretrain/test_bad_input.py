@@ -20,7 +20,7 @@ BAD_INPUT = {
     "pool": (["--candidates", "pool", "--method", "lora"], "`candidates` must be 'seeded' except for switchlora"),
     "compensate": (["--compensate", "0.1", "--method", "full"], "`compensate` must be 0 for full"),
     "one side": (["--trained", "b", "--method", "full"], "`trained` must be 'both' for full"),
-    "one side of a pool": (["--trained", "b", "--candidates", "pool"], "`candidates` must be 'seeded' with --trained b"),
+    "one side of a pool": (["--trained", "b", "--candidates", "pool"], "`candidates` must be 'seeded' with --trained"),
     "resume": (["--out", "nowhere", "--resume"], "`out` must hold a run to resume, got 'nowhere'"),
     "both": (["--dataset", "c4"], "`text` and `dataset` must not both be given"),
 }
