@@ -11,13 +11,14 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice, check_flag, check_integer, check_number
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import Trainable
+from dynlora_fn._core._types import OneSidedFactors, Trainable
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._coupled_steps import coupled_steps
 from dynlora_fn.optim._eight_bit import SignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._factor_steps import factor_updates, separate_steps
 from dynlora_fn.optim._freeze import freeze_counterparts
+from dynlora_fn.optim._one_sided_muon import one_sided_direction
 from dynlora_fn.optim._polynomial import Coefficients, Table, check_coefficients, orthogonalize
 from dynlora_fn.optim._sgd_lion import MomentumState
 from dynlora_fn.optim._transform import (
@@ -64,6 +65,10 @@ def muon(
     (LoRA-TSD, arXiv:2609.02734). For a random gradient and "polar_express_8", the singular values of the weight's
     change are then 0.5 to 1.2 times ``lr * sqrt(max(out, in))`` with 1, 0.88 to 1.1 times with 3, and within 3 % of
     each other with 6.
+
+    Where only `b` is trained, ``a a.T`` is a multiple of the identity, and nothing is whitened (see `init`)::
+
+        updates_b = -lr * sqrt(rank / alpha) * sqrt(max(out, in)) * orthogonalize(direction_b)
 
     A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
     of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
@@ -152,6 +157,9 @@ def muon(
             if isinstance(leaf, Tensor):
                 step = _matrix_direction(name, direction, table)
                 updates[name] = -rate * (step + weight_decay * leaf.to(step.dtype))
+            elif isinstance(leaf, OneSidedFactors):
+                step = one_sided_direction(direction, leaf, table)
+                updates[name] = tree_map(lambda side, rate=rate: -rate * side, step)
             else:
                 updates[name] = factor_updates(direction, leaf, rate, find_steps, is_coupled=coupled > 0)
         return Updates(updates, MomentumState(_stored(mu, opt_state.mu)))
