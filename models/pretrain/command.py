@@ -31,6 +31,7 @@ from models.pretrain.stopping import (
     resume_command,
     what_is_left,
 )
+from models.program import hide_import_messages
 
 
 class Job(NamedTuple):
@@ -56,6 +57,7 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
         module: The name of the module that is run, for the usage line.
         files: The files that the run writes, for the last line.
     """
+    hide_import_messages()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a stream that replaces them in a notebook or a test
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files that are no UTF-8

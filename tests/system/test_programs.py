@@ -1,5 +1,6 @@
 """The programs as console scripts, outside the repository."""
 
+import logging
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import scripts
+from models.program import hide_import_messages
 from tests.support.paths import ROOT
 
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -65,3 +67,13 @@ def test_every_package_is_installed():
     names = {folder: name for name, folder in folders.items()}
     relative = [parent.relative_to(ROOT).parts for parent in parents]
     assert sorted(settings["packages"]) == sorted(".".join([names[first], *rest]) for first, *rest in relative)
+
+
+def test_what_imports_log_does_not_precede_the_output(caplog: pytest.LogCaptureFixture):
+    hide_import_messages()
+    logging.getLogger("torchao").warning("Failed to load kernels.so")
+    logging.getLogger("torch.utils._pytree").warning(
+        "%s is an Enum subclass and is now natively supported", "<enum 'KernelPreference'>"
+    )
+    logging.getLogger("torchao").warning("other")
+    assert [record.getMessage() for record in caplog.records] == ["other"]
