@@ -40,13 +40,14 @@ class PairShapes(NamedTuple):
     down: tuple[int, ...]
 
 
-def aliases_of(model: nn.Module) -> dict[str, list[str]]:
-    """Return all names of each parameter, itself included."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+def aliases_of(model: nn.Module, *, with_buffers: bool = False) -> dict[str, list[str]]:
+    """Return all names of each parameter, and of each buffer if wanted, itself included."""
+    named = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False)) if with_buffers else {}
     names: dict[int, list[str]] = {}
-    for name, parameter in named.items():
-        names.setdefault(id(parameter), []).append(name)
-    return {name: names[id(parameter)] for name, parameter in named.items()}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in named.items()}
 
 
 def kind_of_layer(
