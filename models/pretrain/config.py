@@ -227,6 +227,10 @@ class Config:
         supports_muon = not self.machine.shard_factors and self.precision.moments == "float32"
         return "muon" if self.training.method == "switchlora" and supports_muon else "adamw"
 
+    def tokenizer(self) -> str | None:
+        """Return the name, folder or file of the tokenizer. None means that tokens are bytes."""
+        return self.data.tokenizer
+
     def alpha(self) -> float:
         """Return the alpha of the low-rank weights, which are ``base + alpha / rank * b @ a``."""
         return 1.0
