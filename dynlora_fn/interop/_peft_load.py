@@ -44,6 +44,8 @@ def load_adapter(
     are selected by name as in PEFT. An adapter of experts (`target_parameters`) becomes a stack of factors. The
     pair of a `nn.MultiheadAttention` is that of its `in_proj_weight`.
 
+    DoRA is refused: its magnitude and norm scale the frozen base too, so that no step changes only the factors.
+
     A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors and its scale
     ``alpha / rank`` stay the same. Steps of an optimizer on the shorter factors are those of that smaller rank, and
     differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on: here that row
