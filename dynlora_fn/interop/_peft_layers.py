@@ -68,8 +68,12 @@ def kind_of_layer(
     Raises:
         ValueError: If PEFT has no LoRA for the layer.
     """
-    prefix, _, leaf_name = name.rpartition(".")
-    layer = model.get_submodule(prefix)
+    return kind_of_module(model.get_submodule(name.rpartition(".")[0]), name, owner=owner, instead=instead)
+
+
+def kind_of_module(layer: nn.Module, name: str, *, owner: str, instead: str) -> str:
+    """Return what `kind_of_layer` returns, from the module that has the weight `name`."""
+    leaf_name = name.rpartition(".")[2]
     if leaf_name == "weight":
         if isinstance(layer, nn.Linear):
             return "linear"
@@ -127,7 +131,7 @@ def factors_of(kind: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
 
     Factors of a rank above min(out, in) are cut to that rank, without a change of their product.
     """
-    up, down = pair.up.flatten(1), pair.down.flatten(1)
+    up, down = (pair.up.flatten(1), pair.down.flatten(1)) if kind == "convolution" else pair
     if kind in ("experts", "transposed experts"):
         up = up.reshape(len(up), -1, shape[0]).movedim(-1, 0)
         down = down.reshape(shape[0], -1, down.shape[-1])

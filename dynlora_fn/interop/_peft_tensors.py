@@ -159,14 +159,16 @@ def _dense(
 ) -> dict[str, str]:
     """Return the keys of the parameters and buffers that are replaced, by their first names."""
     found = {name: keys[key] for key, name in layout.dense.items() if key in keys}
-    layers = {slot.name.removesuffix(".weight") for slot in layout.slots}
-    biases = {name for name in layout.dense.values() if _is_bias_in_file(name, settings.get("bias"), layers)}
+    bias, layers = settings.get("bias") or "none", {slot.name.removesuffix(".weight") for slot in layout.slots}
+    biases = {name for name in layout.dense.values() if bias != "none" and _is_bias_in_file(name, bias, layers)}
     needed = layout.saved | biases
     if missing := sorted(needed - found.keys()):
         raise ValueError(
             f"the adapter has no tensor for {missing[0]!r}, which `modules_to_save` or `bias` of its settings selects; "
             "write all of them"
         )
+    if not found:
+        return {}
     tensors = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     for name, key in found.items():
@@ -188,7 +190,7 @@ def _check_alike(key: str, weights: Weights, like: Tensor) -> None:
         )
 
 
-def _is_bias_in_file(name: str, bias: str | None, layers: Container[str]) -> bool:
+def _is_bias_in_file(name: str, bias: str, layers: Container[str]) -> bool:
     """Return whether PEFT writes a parameter for this value of the setting `bias`."""
     layer, _, leaf_name = name.rpartition(".")
     return leaf_name == "bias" and (bias == "all" or (bias == "lora_only" and layer in layers))
