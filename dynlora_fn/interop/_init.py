@@ -189,6 +189,8 @@ def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> T
 def _kind(name: str, parameters: Parameters) -> list[object]:
     """Return what all members of a stack must have in common."""
     tensor, is_frozen = parameters.tensors[name], name in parameters.frozen
+    if type(tensor) is Tensor:
+        return [tensor.shape, tensor.dtype, tensor.device, is_frozen]
     alone = name if is_frozen and is_opaque(tensor) else ""
     inner = [(leaf.shape, leaf.dtype, leaf.device) for leaf in inner_tensors(tensor)]
     return [type(tensor).__name__ if is_torchao(tensor) else "", tensor.shape, tensor.dtype, is_frozen, alone, *inner]
