@@ -130,7 +130,7 @@ def muon(
         if moments == "8bit":
             return MomentumState({name: empty_moments(leaf, SignedMoment) for name, leaf in trainable.items()})
         mu = zero_moments(trainable)
-        return MomentumState(tree_map(lambda zeros: zeros.to(torch.bfloat16), mu) if moments == "bfloat16" else mu)
+        return MomentumState(tree_map(_in_bfloat16, mu) if moments == "bfloat16" else mu)
 
     @elementwise(results=2)
     def next_mu(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
@@ -157,6 +157,10 @@ def muon(
         return Updates(updates, MomentumState(_stored(mu, opt_state.mu)))
 
     return freeze_counterparts(Transform(init, update))
+
+
+def _in_bfloat16(zeros: Tensor) -> Tensor:
+    return zeros if zeros.is_complex() else zeros.to(torch.bfloat16)  # `update` refuses complex matrices
 
 
 def _stored(mu: Tree, like: Tree) -> Tree:
