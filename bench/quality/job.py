@@ -35,8 +35,8 @@ def optimizer_of(settings: OptimizerSettings) -> dl.optim.Transform:
     rest = dl.optim.adamw(**options)
     if settings.optimizer == "adamw" and settings.moments == "float32":
         return rest
-    is_muon = settings.optimizer == "muon"
-    inner = dl.optim.muon() if is_muon else dl.optim.adamw(**options, moments=settings.moments)
+    is_muon, moments = settings.optimizer == "muon", settings.moments
+    inner = dl.optim.muon(moments=moments) if is_muon else dl.optim.adamw(**options, moments=moments)
     return dl.optim.multi_transform(
         {"inner": inner, "rest": rest}, lambda name, _: "inner" if is_inner(name) else "rest"
     )
