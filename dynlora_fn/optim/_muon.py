@@ -11,13 +11,14 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice, check_flag, check_integer, check_number
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import Trainable
+from dynlora_fn._core._types import OneSidedFactors, Trainable
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._coupled_steps import coupled_steps
 from dynlora_fn.optim._eight_bit import SignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._factor_steps import factor_updates, separate_steps
 from dynlora_fn.optim._freeze import freeze_counterparts
+from dynlora_fn.optim._one_sided_muon import one_sided_direction
 from dynlora_fn.optim._polynomial import Coefficients, Table, check_coefficients, orthogonalize
 from dynlora_fn.optim._sgd_lion import MomentumState
 from dynlora_fn.optim._transform import (
@@ -64,6 +65,10 @@ def muon(
     (LoRA-TSD, arXiv:2609.02734). For a random gradient and "polar_express_8", the singular values of the weight's
     change are then 0.5 to 1.2 times ``lr * sqrt(max(out, in))`` with 1, 0.88 to 1.1 times with 3, and within 3 % of
     each other with 6.
+
+    Where only `b` is trained, ``a a.T`` is a multiple of the identity, and nothing is whitened (see `init`)::
+
+        updates_b = -lr * sqrt(rank / alpha) * sqrt(max(out, in)) * orthogonalize(direction_b)
 
     A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
     of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
@@ -130,7 +135,7 @@ def muon(
         if moments == "8bit":
             return MomentumState({name: empty_moments(leaf, SignedMoment) for name, leaf in trainable.items()})
         mu = zero_moments(trainable)
-        return MomentumState(tree_map(_in_bfloat16, mu) if moments == "bfloat16" else mu)
+        return MomentumState(_in_bfloat16(mu) if moments == "bfloat16" else mu)
 
     @elementwise(results=2)
     def next_mu(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
@@ -139,6 +144,12 @@ def muon(
         grad = grad.to(dtype)
         mu = momentum * mu.to(dtype) + grad
         return mu, grad + momentum * mu if nesterov else mu
+
+    def stored(mu: Tree, like: Tree) -> Tree:
+        """Return moments by name in the format of `moments`."""
+        if moments == "8bit":
+            return {name: encode_moments(leaf, like[name], name) for name, leaf in mu.items()}
+        return _in_bfloat16(mu) if moments == "bfloat16" else mu
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
@@ -152,22 +163,20 @@ def muon(
             if isinstance(leaf, Tensor):
                 step = _matrix_direction(name, direction, table)
                 updates[name] = -rate * (step + weight_decay * leaf.to(step.dtype))
+            elif isinstance(leaf, OneSidedFactors):
+                one_sided = one_sided_direction(direction, leaf, table)
+                updates[name] = one_sided._replace(b=-rate * one_sided.b)
             else:
                 updates[name] = factor_updates(direction, leaf, rate, find_steps, is_coupled=coupled > 0)
-        return Updates(updates, MomentumState(_stored(mu, opt_state.mu)))
+        return Updates(updates, MomentumState(stored(mu, opt_state.mu)))
 
     return freeze_counterparts(Transform(init, update))
 
 
-def _in_bfloat16(zeros: Tensor) -> Tensor:
-    return zeros if zeros.is_complex() else zeros.to(torch.bfloat16)  # `update` refuses complex matrices
-
-
-def _stored(mu: Tree, like: Tree) -> Tree:
-    """Return moments by name in the dtypes of `like`, with codes wherever it has them."""
-    encoded = {name: encode_moments(leaf, like[name], name) for name, leaf in mu.items()}
-    stored: Tree = tree_map(lambda new, old: new.to(old.dtype), encoded, like)
-    return stored
+def _in_bfloat16(tree: Tree) -> Tree:
+    """Return moments in bfloat16, except complex ones, which `update` refuses."""
+    result: Tree = tree_map(lambda leaf: leaf if leaf.is_complex() else leaf.to(torch.bfloat16), tree)
+    return result
 
 
 def _matrix_direction(name: str, direction: Tensor, table: Table) -> Tensor:

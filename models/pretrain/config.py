@@ -44,6 +44,9 @@ class Training:
     The number is the size with a vocabulary of 32,100 tokens."""
     rank: int = 32
     """Use factors of this rank. It is at most the smaller side of every weight that becomes low-rank."""
+    trained: Literal["both", "b"] = "both"
+    """Train both factors, or only b, with orthogonal rows of a that are only switched (arXiv:2502.07222).
+    At twice the rank, b has as many numbers as both factors."""
     targets: Annotated[tuple[str, ...], computed("all of attention and feed-forward")] = ()
     """Make the weights of these names or globs low-rank."""
     compensate: float = 0.0

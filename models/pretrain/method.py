@@ -34,7 +34,7 @@ class Metrics(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     stop: Tensor  # above 0 if any process has received SIGTERM
-    outgoing: dict[str, dl.Factors]  # vectors that were switched out
+    outgoing: dict[str, Any]  # factors by name: vectors that were switched out
 
 
 class Method(NamedTuple):
@@ -93,6 +93,7 @@ def init_params(
         seed=training.seed,
         targets=training.targets or targets,
         start=start(config),
+        trained=training.trained,
         base=None if precision.base_dtype == "float32" else precision.base_dtype,
         residual=None if precision.residual == "none" else precision.residual,
         residual_device=precision.residual_device,
@@ -189,7 +190,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable, lr=lr)
         return State(dl.apply_updates(trainable, updates), frozen, opt_state)
 
-    def switched(state: State, plan: Any, incoming: Any) -> tuple[State, dict[str, dl.Factors]]:
+    def switched(state: State, plan: Any, incoming: Any) -> tuple[State, dict[str, Any]]:
         params = state.params()
         incoming = dl.candidates(params, plan, start=start(config)) if incoming is None else incoming
         params, outgoing = dl.switch(params, plan, incoming=incoming)
