@@ -174,8 +174,8 @@ def muon(
 
 
 def _in_bfloat16(tree: Tree) -> Tree:
-    """Return moments in bfloat16."""
-    result: Tree = tree_map(lambda leaf: leaf.to(torch.bfloat16), tree)
+    """Return moments in bfloat16, except complex ones, which `update` refuses."""
+    result: Tree = tree_map(lambda leaf: leaf if leaf.is_complex() else leaf.to(torch.bfloat16), tree)
     return result
 
 
