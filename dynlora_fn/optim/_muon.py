@@ -58,12 +58,14 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
 
         updates_b = -lr * sqrt(rank / alpha) * sqrt(max(out, in)) * orthogonalize(direction_b)
 
-    A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
-    of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
-    would otherwise have no limit. Embedding, head and norms do better with AdamW: see `multi_transform`.
+    A frozen vector does not move (see `freeze_counterparts`). Where both factors are trained, one update moves a factor
+    by at most a tenth of the sum of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after
+    a `merge`, the step of `a` would otherwise have no limit. Embedding, head and norms do better with AdamW: see
+    `multi_transform`.
 
-    Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs for each update. For sharded factors
-    four (rank, rank) matrices of each weight are all-reduced.
+    Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs for each update, or
+    ``20 * rank**2 * out`` where only `b` is trained. For sharded factors four (rank, rank) matrices of each weight are
+    all-reduced.
 
     Args:
         momentum: The decay rate of the moment, in [0, 1).
