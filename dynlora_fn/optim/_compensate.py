@@ -26,7 +26,7 @@ from dynlora_fn._core._types import (
 )
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse
-from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
+from dynlora_fn.optim._polynomial import divide_by_norm, norm, orthogonalize
 from dynlora_fn.optim._transform import Rate, check_rates, rate_of
 
 Normalize: TypeAlias = Literal["spectrum", "rows"]

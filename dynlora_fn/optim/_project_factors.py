@@ -140,7 +140,7 @@ def _prune(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context
 def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
     if not all(isinstance(side, Tensor) for side in sides_of(leaf)):
         raise ValueError(
-            f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use adamw(moments='float32')"
+            f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use float32 moments"
         )
     before, after = (params.get(name) for params in context.change or ({}, {}))
     if not (isinstance(before, LowRank) and isinstance(after, LowRank)):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._types import AnyFactors, Factors, Plan, SidePlan, sides_of, with_sides
 from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape, reset_moment
 from dynlora_fn.optim._roles import Role
@@ -78,11 +79,17 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
 
 
 def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, is_counterpart: Factors) -> AnyFactors:
-    b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
+    """Project the moments of counterparts, in float32 or their dtype if that is wider."""
+
+    def moved(side: Tensor, coefficients: Tensor) -> Tensor:
+        dtype = widest(side.dtype)
+        return (side.to(dtype) @ coefficients.to(dtype)).to(side.dtype)
+
+    b = moved(leaf.b, _projection_coefficients(before.a, after.a))
     b = torch.where(is_counterpart.b, b, leaf.b)
     if len(sides_of(leaf)) == 1:
         return leaf._replace(b=b)
-    a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
+    a = moved(leaf.a.mT, _projection_coefficients(before.b.mT, after.b.mT)).mT
     return leaf._replace(b=b, a=torch.where(is_counterpart.a, a, leaf.a))
 
 

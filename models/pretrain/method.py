@@ -67,7 +67,7 @@ def make_method(
         params = dense_weights(config, model, params)
     if config.machine.shard_factors:
         params = dl.parallel.shard_factors(params, weight=processes.weight(config.data.batch_size))
-    optimizer = make_optimizer(config, inner)
+    optimizer = make_optimizer(config, inner, model)
     untrained = untrained_names(params)
     trainable, frozen = dl.partition(params, frozen=untrained)
     return Method(
