@@ -2,16 +2,11 @@
 
 from math import sqrt
 
-from jaxtyping import Float
-from torch import Tensor
-
 from dynlora_fn._core._types import OneSidedFactors
 from dynlora_fn.optim._polynomial import Table, orthogonalize
 
 
-def one_sided_direction(
-    direction: Float[Tensor, "*stack out rank"], factors: OneSidedFactors, table: Table
-) -> Float[Tensor, "*stack out rank"]:
+def one_sided_direction(direction: OneSidedFactors, factors: OneSidedFactors, table: Table) -> OneSidedFactors:
     """Return the direction of `b` that moves the weight by the orthogonalized dense gradient within the rows of `a`.
 
     With ``a = sqrt(rank / |alpha|) * Q`` and orthonormal rows of Q, for a positive alpha::
@@ -24,4 +19,4 @@ def one_sided_direction(
     """
     (out_features, rank), (in_features, alpha) = factors.b.shape[-2:], (factors.fixed.columns, factors.fixed.alpha)
     length = sqrt(rank / abs(alpha)) * sqrt(max(out_features, in_features))
-    return length * orthogonalize(direction, table)
+    return direction._replace(b=length * orthogonalize(direction.b, table))
