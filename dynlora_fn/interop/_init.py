@@ -132,7 +132,7 @@ def init(
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
         The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its
-        vectors of `b` are switched.
+        vectors of `b` are switched. With ``trained="b"`` the rows of `a` are orthogonal to the precision of `dtype`.
 
     Example:
         >>> params = init(nn.Linear(6, 4), rank=2, seed=0, targets=["weight"])
