@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save
 
 from dynlora_fn.interop._checksums import join_sums, record_sum
+from models import corpus
 from models.pretrain.processes import SINGLE_PROCESS
 from models.pretrain.run import perplexity
 from tests.support.damage import damage_by_a_bit, damage_by_truncation
@@ -92,12 +93,45 @@ def test_resume_with_another_configuration_says_in_what(job: Job, tmp_path: Path
     assert contents(tmp_path / "run") == before
 
 
+def test_a_resumed_run_uses_the_tokens_of_before(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "run"
+    job("--out", out, "--steps", 4, "--save-every", 2)
+    before, inode = contents(out), (out / "tokens" / "train.bin").stat().st_ino
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    monkeypatch.setattr(corpus, "tokenize", None)
+    outcome = job("--out", out, "--steps", 4, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert (out / "tokens" / "train.bin").stat().st_ino == inode
+    after = contents(out)
+    for name in before.keys() - {"summary.json", "loss.png"}:
+        assert after[name] == before[name], name
+
+
+@pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_a_bit, remove])
+@pytest.mark.parametrize("file", ["train.bin", "encoding.json"])
+def test_a_resumed_run_encodes_damaged_tokens_again(
+    job: Job, tmp_path: Path, damage: Callable[[Path], None], file: str
+):
+    out = tmp_path / "run"
+    job("--out", out, "--steps", 2)
+    before = contents(out)
+    damage(out / "tokens" / file)
+    outcome = job("--out", out, "--steps", 2, "--resume")
+    assert outcome.code == 0, outcome.err
+    after = contents(out)
+    assert after["tokens/train.bin"] == before["tokens/train.bin"]
+    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+    assert after["tokens/encoding.json"] == before["tokens/encoding.json"]
+
+
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(job: Job, tmp_path: Path):
     out = tmp_path / "run"
     high = ["--optimizer", "adamw", "--lr", "1e18", "--warmup", "40"]
     outcome = job("--out", out, "--steps", 60, "--save-every", 1, *high)
     assert outcome.code == 2
     assert "must be finite to go on, got" in outcome.err
+    assert "and the same steps would follow; start a new run with a lower --lr" in outcome.err
+    assert "--resume" not in outcome.err
     assert "Traceback" not in outcome.err
     saved = sorted((out / "checkpoints").glob("step-*/state.safetensors"))
     assert saved
