@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,19 @@ def test_every_script_has_its_program(name: str):
     assert (module, f"dynlora-{function}") == ("dynlora_models.scripts", name)
     assert callable(getattr(scripts, function))
     assert "def main() -> None:" in (ROOT / "models" / function / "__main__.py").read_text()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("is_script", [True, False], ids=["script", "module"])
+def test_the_usage_names_the_command_that_was_typed(
+    name: str, is_script: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    module = f"models.{name.removeprefix('dynlora-')}"
+    path, command = (f"/bin/{name}", name) if is_script else (f"{module}/__main__.py", f"python -m {module}")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        import_module(f"{module}.__main__").main()
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"usage: {command} [")
 
 
 def installed(folder: Path) -> Path:

@@ -11,11 +11,11 @@ import torch
 import dynlora_fn as dl
 from bench.quality import store, study_schedules
 from bench.quality.execute import execute
-from bench.quality.experiments import EXPERIMENTS, sweep
+from bench.quality.experiments import sweep
 from bench.quality.job import Job
 from bench.quality.measures import effective_rank, overlap
 from bench.quality.runs import METHODS, SIZES, Run
-from bench.quality.study import Quality, main, make_method
+from bench.quality.study import EXPERIMENTS, Quality, main, make_method
 from bench.quality.sweeps import CENTERS, MUON, Stage, neighbors, swept
 from bench.quality.tables import paired_p, rows_of
 from bench.support.process_memory import count_bytes
@@ -139,6 +139,10 @@ VARIANTS = [
     Run("tiny", "switchlora", ratio=0.0, floor=0.2, until=0.8, interval=10),
     Run("tiny", "switchlora", base="int8+bfloat16", interval=10, compensate=0.1),
     Run("tiny", "switchlora", interval=10, compensate=0.1, reduced="int8", compensate_every=2),
+    Run("tiny", "switchlora", beta2=0.99, moments="8bit", gradients="bfloat16", interval=10),
+    Run("tiny", "full", base="int8+bfloat16", moments="8bit", gradients="bfloat16"),
+    Run("tiny", "full", optimizer="muon", base="int8+bfloat16"),
+    Run("tiny", "switchlora", 2, optimizer="muon", trained="b", interval=10),
 ]
 
 
@@ -172,9 +176,10 @@ def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
             assert_within(leaf, wanted_leaf, 1e-5 * wanted_leaf.abs().max() + 1e-9)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "switchlora"])
-def test_what_is_sent_is_what_is_trained(job, method):
-    run = Run("tiny", method)
+@pytest.mark.parametrize(
+    "run", [Run("tiny", "full"), Run("tiny", "lora"), Run("tiny", "switchlora"), Run("tiny", "switchlora", trained="b")]
+)
+def test_what_is_sent_is_what_is_trained(job, run):
     method = make_method(job, run)
     trained = method.weights() if run.method == "full" else dl.partition(method.params).trainable
     assert run.sent_bytes() == count_bytes(trained)
