@@ -25,7 +25,9 @@ from dynlora_fn._core._types import (
 
 
 def check_param(argument: str, name: str, param: Any) -> None:
-    """Raise if a value is neither a tensor nor a low-rank weight whose tensors fit each other.
+    """Raise if a value is no tensor and no low-rank weight that is consistent.
+
+    The tensors of a weight must fit each other.
 
     Raises:
         TypeError: If a tensor, factors or a base have another type or a dtype that cannot be trained.
@@ -61,7 +63,10 @@ def check_param(argument: str, name: str, param: Any) -> None:
 
 
 def _is_plain(param: LowRank) -> bool:
-    """Return whether a weight consists of floating tensors on one device, none of them empty or of another class."""
+    """Return whether a weight has floating tensors on one device, none empty.
+
+    A tensor of another class counts as not plain.
+    """
     factors, base, seed = param.factors, param.base, param.seed
     if type(factors) is not Factors or not type(factors.b) is type(factors.a) is type(base) is type(seed) is Tensor:
         return False
@@ -96,7 +101,10 @@ def check_params(argument: str, params: Any) -> None:
 
 
 def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) -> None:
-    """Raise if a value is neither one weight nor a dict of parameters by name, as `check_param`."""
+    """Raise if a value is neither one weight nor a dict of parameters by name.
+
+    Each parameter is checked as in `check_param`.
+    """
     if isinstance(params, Mapping):
         check_params(argument, params)
     elif isinstance(params, LowRank) or (or_tensor and isinstance(params, Tensor | FrozenTensor)):
@@ -106,7 +114,10 @@ def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) ->
 
 
 def check_factors(argument: str, name: str, factors: Any) -> None:
-    """Raise if a value is no pair of floating tensors (*stack, out, rank) and (*stack, rank, in)."""
+    """Raise if a value is no pair of factors of a weight.
+
+    Factors are floating tensors (*stack, out, rank) and (*stack, rank, in).
+    """
     if not is_factors(factors):
         raise TypeError(f"`{argument}` has {described(factors)} in place of the factors of {name!r}; use Factors")
     _check_is_alpha(argument, name, factors)
@@ -158,7 +169,9 @@ def check_names(argument: str, names: Iterable[str], like_argument: str, like: I
 
 
 def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[str, Any]) -> None:
-    """Raise if a tree does not have the names, types, shapes and devices of the parameters.
+    """Raise if a tree does not mirror the parameters.
+
+    It must have their names, types, shapes and devices.
 
     Raises:
         TypeError: If a leaf is no tensor, or not real where the parameter is.
@@ -224,7 +237,7 @@ def _is_like(leaf: Any, like: Any) -> bool:
 
 
 def _check_is_floating(argument: str, what: str, tensor: Tensor) -> None:
-    """Raise TypeError for a tensor of integers or flags, in which sums would be rounded."""
+    """Raise TypeError for a tensor of integers or flags, whose sums would be rounded."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(f"`{argument}` has dtype {tensor.dtype} for {what}; use a floating dtype")
 

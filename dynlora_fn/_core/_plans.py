@@ -22,9 +22,9 @@ def share_plans(count: int) -> bool:
 
 
 def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return a function of sides of plans, and of numbers, that computes each result once.
+    """Return a function that computes each result once.
 
-    Sides are the same if their tensors are.
+    Its arguments are sides of plans, and numbers. Sides are the same if their tensors are.
     """
     results: dict[Any, Result] = {}
 

@@ -29,7 +29,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Alpha:
-    """The alpha of a weight, which multiplies its product as in PEFT: ``alpha / rank * b @ a``.
+    """The alpha of a weight, as in PEFT: its product is ``alpha / rank * b @ a``.
 
     It is no tensor, so that a compiled step has it as a constant.
     """
@@ -81,10 +81,10 @@ register_constant(Sharding)
 
 
 class ScaledFactors(NamedTuple):
-    """The factors of a weight whose alpha is not 1. With an alpha of 1 they are `Factors`.
+    """The factors of a weight whose alpha is not 1.
 
-    Gradients, moments and updates have this type too, because `torch.func` and `tree_map` keep it. So alpha cannot
-    differ between the forward pass, a switch and an update.
+    With an alpha of 1 they are `Factors`. Gradients, moments and updates have this type too, because `torch.func` and
+    `tree_map` keep it. So alpha cannot differ between the forward pass, a switch and an update.
     """
 
     b: Float[Tensor, "*stack out rank"]
@@ -93,7 +93,7 @@ class ScaledFactors(NamedTuple):
 
 
 class ShardedFactors(NamedTuple):
-    """The shards of factors that this process stores: some rows of `b` and some columns of `a`.
+    """The shards of factors of this process: rows of `b` and columns of `a`.
 
     Gradients, moments and updates of sharded factors have this type too, because `torch.func` and `tree_map` keep it.
     So whoever combines the entries of a factor sees that it has a part of them.

@@ -15,9 +15,9 @@ def rank_with_pending(param: LowRank) -> int:
 
 
 def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> LowRank:
-    """Return the same weight with its pending folds as additional slots. Joined factors have an alpha of 1.
+    """Return the same weight with its pending folds as additional slots.
 
-    Sharded factors are gathered. Collective in that case: call it on every process.
+    Joined factors have an alpha of 1. Sharded factors are gathered. Collective in that case: call it on every process.
 
     Args:
         param: The weight.

@@ -1,4 +1,7 @@
-"""What is not supported, with the message of each error. `README.md` prints the table."""
+"""What is not supported, with the message of each error.
+
+`README.md` prints the table.
+"""
 
 from typing import Any, NamedTuple, Never
 
@@ -157,7 +160,7 @@ REFUSALS = {
 
 
 def refuse(key: str, **values: Any) -> Never:
-    """Raise the error for a combination in `REFUSALS`, with these values in its message."""
+    """Raise the error of a combination in `REFUSALS`, with values in its message."""
     refusal = REFUSALS[key]
     raise refusal.error(refusal.message.format(**values))
 
@@ -172,6 +175,9 @@ def refuse_mapped(key: str, tensor: Tensor) -> None:
 
 
 def refuse_attached(key: str, tree: Any, **values: Any) -> None:
-    """Refuse tensors that require a gradient or have a tangent, before an operation that would drop it."""
+    """Refuse tensors that require a gradient or have a tangent.
+
+    The operation that follows would drop it.
+    """
     if is_attached(tree):
         refuse(key, **values)

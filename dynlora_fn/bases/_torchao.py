@@ -1,4 +1,4 @@
-"""Every name of torchao that the library uses, checked on the version in `CHECKED`.
+"""All names of torchao that the library uses, checked on `CHECKED`.
 
 torchao takes a second to import, so each name is imported at its first use. The prototypes may move or change.
 `tests/bases/test_torchao_names.py` fails with each name that has moved.

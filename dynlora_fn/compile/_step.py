@@ -124,7 +124,9 @@ def compile_step(
 
 
 def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for `torch.compile`, with the graph passes added if the backend is Inductor.
+    """Return the options for `torch.compile`.
+
+    The graph passes are added if the backend is Inductor.
 
     Raises:
         TypeError: If `torch.compile` has no such option.
@@ -153,9 +155,9 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _problem_of_view(
     view: Tensor, donated: Donated, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str:
-    """Describe an argument that is a view of the state: a graph may write the one before it reads the other.
+    """Describe an argument that is a view of the state.
 
-    Dynamo recognizes the state's tensors themselves.
+    A graph may write the state before it reads the view. Dynamo recognizes the state's tensors themselves.
     """
     name = next(name for name, leaf in named_leaves(step, args, kwargs).items() if leaf is view)
     owner = donated.owner(view)
@@ -163,7 +165,10 @@ def _problem_of_view(
 
 
 def _unknown_object(aux: Any) -> str | None:
-    """Describe an object in `aux` that may contain tensors of the state, if there is one."""
+    """Describe an object in `aux` that may contain tensors of the state.
+
+    Return None if there is none.
+    """
     for index, leaf in enumerate(tree_leaves(aux)):
         if not isinstance(leaf, (Tensor, *_WITHOUT_TENSORS)):
             name = keystr(tree_flatten_with_path(aux)[0][index][0])
@@ -172,7 +177,10 @@ def _unknown_object(aux: Any) -> str | None:
 
 
 def _keep_values(aux: Any, old: list[Tensor], share_memory: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
-    """Clone those tensors of `aux` that share memory with the state, since the state is about to be written over."""
+    """Clone the tensors of `aux` that share memory with the state.
+
+    The step is about to write over the state.
+    """
     leaves, structure = tree_flatten(aux)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     is_shared = iter(share_memory(tensors, old))

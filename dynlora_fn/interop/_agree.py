@@ -1,4 +1,4 @@
-"""Work that several processes do together: all of them succeed, or all raise an error."""
+"""Work on several processes: all of them succeed, or all raise an error."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -27,9 +27,9 @@ class Members(NamedTuple):
         return values
 
     def agree(self, work: Callable[[], Result], *, first_only: bool = False) -> Result | None:
-        """Do the work on every process, or on the first one only, and return its result. Collective.
+        """Do the work on every process, or on the first one only, and return its result.
 
-        An error of one process is raised on all of them.
+        Collective. An error of one process is raised on all of them.
         """
         result, error, failure = None, None, None
         try:

@@ -174,7 +174,10 @@ def _fresh(leaf: Any) -> Any:
 
 
 def _distinct(tree: Any) -> Any:
-    """Return the tensors of a tree, with other memory for those that share theirs, or are not contiguous."""
+    """Return the tensors of a tree, contiguous and without shared memory.
+
+    Tensors that are not get other memory.
+    """
     addresses: set[int] = set()
 
     def distinct(leaf: Any) -> Any:

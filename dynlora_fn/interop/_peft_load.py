@@ -121,7 +121,10 @@ def _with_dense(
     originals: Mapping[str, Tensor],
     weights: Weights,
 ) -> Param:
-    """Return a parameter, or a low-rank weight with a base, that has the values of the file."""
+    """Return a parameter with the values of the file.
+
+    For a low-rank weight, its base has the values.
+    """
     members = [weights[dense[name]] if name in dense else originals[name] for name in names]
     like = originals[names[0]]
     tensor = torch.stack([member.to(like) for member in members])

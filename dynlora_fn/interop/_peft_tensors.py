@@ -1,4 +1,7 @@
-"""Find the meaning of each tensor in a file of PEFT. A tensor without one is refused, and so is one that is missing."""
+"""Find the meaning of each tensor in a file of PEFT.
+
+A tensor without one is refused, and so is one that is missing.
+"""
 
 import math
 import re
@@ -71,10 +74,11 @@ def find_tensors(model: nn.Module, settings: Mapping[str, Any], weights: Weights
 
 
 def _standard_keys(layout: Layout, weights: Weights) -> dict[str, str]:
-    """Return the keys of a file by what they are without the name of the adapter, or of PEFT's wrapper.
+    """Return the keys of a file by what they are without PEFT's additions.
 
-    With ``bias="all"`` PEFT writes the biases of a module that is stored whole three times: as such, below
-    ``modules_to_save``, and below ``original_module`` as they were, where it does not use them.
+    PEFT adds the name of the adapter and of its wrapper. With ``bias="all"`` PEFT writes the biases of a module that is
+    stored whole three times: as such, below ``modules_to_save``, and below ``original_module`` as they were, where it
+    does not use them.
     """
     known = {key for slot in layout.slots for key in (slot.up, slot.down)} | layout.dense.keys()
     keys: dict[str, str] = {}
@@ -213,7 +217,7 @@ def _is_same_module(model: nn.Module, name: str, other: str) -> bool:
 
 
 def _merge_tied(model: nn.Module, weights: Weights, pairs: dict[str, PairInFile]) -> dict[str, PairInFile]:
-    """Keep the first name of tied weights, whose layers must all have the same factors.
+    """Keep the first name of tied weights, whose factors must all be equal.
 
     PEFT adapts each layer; in `params` a tied weight is one parameter.
     """

@@ -50,7 +50,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
 
 
 def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
-    """Return what `state_dict` returns, with weights that are formed when they are read.
+    """Return what `state_dict` returns, with weights that are formed when read.
 
     Tied weights are one lazy tensor. Everything is checked here, so that reading does not raise.
     """

@@ -81,7 +81,10 @@ def call_with(
     fallback: Fallback,
     caller: Caller | None = None,
 ) -> Any:
-    """Run `call` with `buffers` in place of the model's buffers, for a `caller` as in `taking_turns`."""
+    """Run `call` with `buffers` in place of the model's buffers.
+
+    `caller` is as in `taking_turns`.
+    """
     for name, param in params.items():
         if isinstance(param, LowRank) and not isinstance(param.base, Tensor):
             layout, tensors = as_base(as_base(param.base).folded).flatten()
@@ -103,7 +106,10 @@ def call_with(
 def _call_traced(
     model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any], fallback: Fallback
 ) -> Any:
-    """Run `call_with` where Dynamo traces it. Dynamo knows that `functional_call` puts the parameters back."""
+    """Run `call_with` where Dynamo traces it.
+
+    Dynamo knows that `functional_call` puts the parameters back.
+    """
     slots = slots_of(model)
     tensors = _tensors_for(model, slots, params, fallback)
     result = functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
@@ -114,7 +120,7 @@ def _call_traced(
 
 
 def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallback: Fallback) -> dict[str, Tensor]:
-    """Return the tensor for each slot of a parameter, and of a buffer that is in `params`.
+    """Return the tensor for each slot of a parameter or a buffer in `params`.
 
     Tied parameters have one tensor. `params` may have any of their names.
     """
@@ -181,7 +187,10 @@ _KINDS: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
 # Dynamo cannot look at the bases of modules that it does not trace into (`allow_in_graph`).
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wrapper_of(module_type: type) -> str | None:
-    """Return the name of the wrapper that a type of modules is, or None. It is looked up once for each type."""
+    """Return the name of the wrapper that a type of modules is, or None.
+
+    It is looked up once for each type.
+    """
     if module_type not in _KINDS:
         names = [base.__name__ for base in module_type.__mro__ if base.__module__.startswith("torch.")]
         is_script = issubclass(module_type, torch.jit.ScriptModule)

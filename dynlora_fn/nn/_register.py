@@ -55,7 +55,10 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
 
 
 def _as_param(value: Any, operation: str) -> Any:
-    """Return the low-rank weight of a view, which must be a single one. Its alpha is 1."""
+    """Return the low-rank weight of a view, which must be a single one.
+
+    Its alpha is 1.
+    """
     if not isinstance(value, View):
         return value
     part = single(value, operation)

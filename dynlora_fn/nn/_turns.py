@@ -1,4 +1,7 @@
-"""Threads that call one model take turns, because `call` puts tensors into its modules."""
+"""Let threads that call one model take turns.
+
+`call` puts tensors into the modules of the model.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +11,10 @@ from torch import nn
 
 
 class Caller:
-    """A call that is not inside another one. Calls inside it, and its recomputations, go by the same caller."""
+    """A call that is not inside another one.
+
+    Calls inside it, and its recomputations, go by the same caller.
+    """
 
 
 _CHANGED = threading.Condition()

@@ -1,4 +1,7 @@
-"""Check that the state of an optimizer is one of these parameters, from the roles of its fields."""
+"""Check that the state of an optimizer fits its parameters.
+
+The roles of its fields say what they mean.
+"""
 
 from typing import Any
 
@@ -57,7 +60,10 @@ def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eig
 
 
 def _is_moment(state: Any, leaf: Any) -> bool:
-    """Return whether a state is the moment of a parameter, without a description of what is wrong."""
+    """Return whether a state is the moment of a parameter.
+
+    The answer does not say what is wrong.
+    """
     if is_factors(leaf):
         is_alike = is_factors(state) and alpha_of(state) == alpha_of(leaf)
         return is_alike and _is_moment(state.b, leaf.b) and _is_moment(state.a, leaf.a)
@@ -88,7 +94,10 @@ def _shapes(leaf: Any, role: Role) -> list[tuple[int, ...]]:
 
 
 def _check_side(argument: str, name: str, side: Any, like: Any, role: Role, eight_bit: bool) -> None:
-    """Raise if the state of one side has a type, dtype or device that does not fit the parameter `like`."""
+    """Raise if the state of one side does not fit the parameter `like`.
+
+    Its type, dtype and device are compared.
+    """
     if is_eight_bit(side) and not eight_bit:
         raise ValueError(f"`{argument}` has {name!r} in 8 bit; update it with the optimizer that made the state")
     tensor = side.codes if is_eight_bit(side) else side

@@ -35,7 +35,10 @@ class Change(NamedTuple):
 
 
 def check_change(change: Any) -> None:
-    """Raise TypeError if a value is neither None nor a `Change` of two dicts of parameters."""
+    """Raise TypeError if a value is neither None nor a valid `Change`.
+
+    A `Change` has two dicts of parameters.
+    """
     if change is None:
         return
     if not isinstance(change, tuple) or len(change) != 2:
@@ -93,7 +96,10 @@ def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context
 
 
 def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], int]:
-    """Return the indices of `b` and `a` of each low-rank weight among all tensors, and the number of tensors."""
+    """Return the indices of `b` and `a` of each weight among all tensors.
+
+    Return the number of tensors too.
+    """
     indices, count = {}, 0
     for name, leaf in trainable.items():
         if is_factors(leaf):
@@ -103,7 +109,10 @@ def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], in
 
 
 def _has_entries(leaf: AnyFactors, role: Role) -> bool:
-    """Return whether a leaf is a moment with an entry for each entry of the factors, not only for each vector."""
+    """Return whether a leaf is a moment with an entry for each entry of factors.
+
+    Other moments have one for each vector.
+    """
     is_per_vector = moment_shape(leaf.b)[-2] == moment_shape(leaf.a)[-1] == 1
     return role == "first_moment" or (role == "second_moment" and not is_per_vector)
 
@@ -147,7 +156,10 @@ def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:
 
 
 def _checked_shape(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> tuple[int, ...]:
-    """Return the shape of side b, and raise ValueError if the shapes do not fit the role."""
+    """Return the shape of side b, or raise ValueError if the shapes do not fit.
+
+    The role says which shapes fit.
+    """
     b, a = moment_shape(leaf.b), moment_shape(leaf.a)
     if min(len(b), len(a)) < 2 or b[:-2] != a[:-2] or b[-1] != a[-2]:
         _refuse_shape(leaf, name, path, "equal stack axes and one rank, as (*stack, out, rank) and (*stack, rank, in)")

@@ -1,4 +1,4 @@
-"""Declare which fields of an optimizer's state mirror the parameters, and what they mean."""
+"""Declare which fields of a state mirror the parameters, and what they mean."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass

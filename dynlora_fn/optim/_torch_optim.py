@@ -67,7 +67,10 @@ def project_torch_optim(node: Mapping[str, Any], context: Visitor, path: Path) -
 
 
 def _role(field: str, role: Role, entry: Mapping[str, Any]) -> Role:
-    """Return the role of a field. RMSprop accumulates steps in its `momentum_buffer`, which are not linear."""
+    """Return the role of a field.
+
+    RMSprop accumulates steps in its `momentum_buffer`, which are not linear.
+    """
     return "second_moment" if field == "momentum_buffer" and "square_avg" in entry else role
 
 
@@ -87,7 +90,10 @@ def _check_fields(b: Mapping[str, Any], a: Mapping[str, Any], name: str, path: P
 
 
 def _check_shared(leaf: Factors, name: str, context: Visitor, path: Path) -> None:
-    """Raise if Adafactor's means over all vectors do not have the rows of `b` and the columns of `a`."""
+    """Raise if Adafactor's means over all vectors do not fit the factors.
+
+    They must have the rows of `b` and the columns of `a`.
+    """
     param = (context.trainable or {})[name]
     assert is_factors(param)
     if leaf.b.shape[:-1] != param.b.shape[:-1] or leaf.a.shape[-1:] != param.a.shape[-1:]:

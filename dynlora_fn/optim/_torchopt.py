@@ -51,7 +51,9 @@ def torchopt_roles(node: Any, path: Path) -> Roles:
 
 
 def project_torchopt_list(tensors: Any, role: Role, context: Visitor, path: Path) -> Any:
-    """Project a list of all tensors of the parameters, in the order of optree: by sorted names, `b` before `a`.
+    """Project a list of all tensors of the parameters, in the order of optree.
+
+    It is by sorted names, with `b` before `a`.
 
     Raises:
         ValueError: If the list does not fit `trainable`.

@@ -27,7 +27,7 @@ class Pool(NamedTuple):
 
 
 def check_pools(pool: Any, plan: Any) -> None:
-    """Raise if a plan is not one of a pool, or a dict of plans not one of a dict of pools.
+    """Raise if a plan does not fit a pool, or plans by name do not fit pools.
 
     Raises:
         TypeError: If a type or dtype is wrong.
@@ -45,7 +45,10 @@ def check_pools(pool: Any, plan: Any) -> None:
 
 
 def check_outgoing(outgoing: Any, pool: Any, plan: Any) -> None:
-    """Raise if outgoing vectors are not those of a plan and a pool, which fit each other."""
+    """Raise if outgoing vectors do not fit a plan and a pool.
+
+    The plan and the pool fit each other.
+    """
     if not isinstance(pool, Mapping):
         _check_outgoing("param", outgoing, pool, plan)
         return

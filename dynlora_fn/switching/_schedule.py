@@ -144,7 +144,7 @@ class Schedule:
         return param.factors.a.shape[-2], most, _idle(param) if self._is_limited(param) else None
 
     def _is_limited(self, param: LowRank) -> bool:
-        """Return whether there are fewer idle candidates than vectors that come due in `every` steps."""
+        """Return whether fewer candidates are idle than come due in `every` steps."""
         return param.factors.a.shape[-2] * self._decayed_steps(self.every) > _idle(param) * self.interval
 
     def switches(self, step: int, params: Params) -> int:

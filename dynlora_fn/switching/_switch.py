@@ -128,7 +128,10 @@ def _is_plain(param: LowRank) -> bool:
 
 
 def _switch_all(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, AnyFactors, AnyFactors]]:
-    """Return new base, new factors and outgoing vectors of weights. They share what is computed from one plan."""
+    """Return new base, new factors and outgoing vectors of weights.
+
+    They share what is computed from one plan.
+    """
     sources = remembered(_sources) if is_shared else _sources
     return [
         _switch_tensors(name, param.base, param.factors, plan, incoming, sources)

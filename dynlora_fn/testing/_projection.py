@@ -31,12 +31,13 @@ def check_state_projection(
     arguments: Arguments = None,
     examples: int | None = None,
 ) -> None:
-    """Check that a projection resets the state of switched vectors' counterparts and nothing else.
+    """Check that a projection resets the state of counterparts and nothing else.
 
-    For a slot k that is switched on side a, the state of ``b[:, k]`` becomes zero, moments and counts; for one on side
-    b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field ``frozen_for``, directly above the dict by parameter
-    name, the counterparts get the plan's number of updates. Statistics that all vectors of a side share must stay, as
-    Adafactor has them: fields with the role "unchanged", and sides with one entry for a weight of several vectors.
+    Counterparts are those of switched vectors. For a slot k that is switched on side a, the state of ``b[:, k]``
+    becomes zero, moments and counts; for one on side b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field
+    ``frozen_for``, directly above the dict by parameter name, the counterparts get the plan's number of updates.
+    Statistics that all vectors of a side share must stay, as Adafactor has them: fields with the role "unchanged", and
+    sides with one entry for a weight of several vectors.
 
     Args:
         project: A function ``(opt_state, plan) -> opt_state``, where the plan is a dict by name.
@@ -110,7 +111,10 @@ class _Collector(NamedTuple):
 
 
 def _by_name(state: Any, trainable: Trainable | None) -> Any:
-    """Return a state in which factors by name take the place of tensors that torch.optim and torchopt number."""
+    """Return a state with factors by name in place of numbered tensors.
+
+    torch.optim and torchopt number them.
+    """
 
     def is_foreign(node: Any) -> bool:
         return is_torch_optim(node) or is_torchopt(node)
@@ -126,7 +130,7 @@ def _by_name(state: Any, trainable: Trainable | None) -> Any:
 
 
 def _ranks(leaves: Sequence[tuple[Any, Any]]) -> dict[Any, int]:
-    """Return the number of vectors of each weight by name, which is the largest among its fields."""
+    """Return the number of vectors of each weight, the largest among its fields."""
     ranks: dict[Any, int] = {}
     for path, leaf in leaves:
         if is_factors(leaf) and path:
@@ -146,7 +150,10 @@ def _is_unchanged(state: Any, path: Sequence[Any], roles: Roles) -> bool:
 
 
 def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, value: int | None, rank: int) -> None:
-    """Compare vector by vector. The vectors of side b lie along the last axis, those of side a along the one before."""
+    """Compare vector by vector.
+
+    The vectors of side b lie along the last axis, those of side a along the one before.
+    """
     for side, before, after, switched in (
         ("b", old.b.mT, new.b.mT, plan.a),
         ("a", old.a, new.a, plan.b),
