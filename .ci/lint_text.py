@@ -1,6 +1,7 @@
-"""Check the English of docstrings, comments, errors and Markdown, and print each finding with its place.
+"""Check the English of docstrings, comments, errors and Markdown.
 
-Run ``python .ci/lint_text.py`` in the root of the repository. The exit code is 1 if there is a finding.
+Each finding is printed with its place. Run ``python .ci/lint_text.py`` in the root of the repository. The exit code is
+1 if there is a finding.
 """
 
 import ast
@@ -49,12 +50,12 @@ class Finding(NamedTuple):
 
 def python_findings(path: Path, source: str) -> Iterator[Finding]:
     """Yield the findings in docstrings, comments and errors of a Python file."""
-    tree = ast.parse(source)
+    tree, is_test = ast.parse(source), path.name.startswith(("test_", "conftest"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            for problem in docstring_problems(node, is_test=path.name.startswith(("test_", "conftest"))):
+            for problem in docstring_problems(node, is_test=is_test):
                 yield Finding(path, node.body[0].lineno, problem)
-        elif isinstance(node, ast.Raise) and (problem := problem_of_error(node)):
+        elif isinstance(node, ast.Raise) and not is_test and (problem := problem_of_error(node)):
             yield Finding(path, node.lineno, problem)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in UNCLEAR:
             yield from (Finding(path, node.lineno, problem) for problem in unclear_words(node.value))
@@ -64,14 +65,17 @@ def python_findings(path: Path, source: str) -> Iterator[Finding]:
 
 
 def docstring_problems(node: ast.AST, *, is_test: bool) -> Iterator[str]:
-    """Yield what is wrong with the summary of a docstring. The docstring of a test may be any sentence."""
+    """Yield what is wrong with the summary of a docstring.
+
+    The docstrings in a file of tests may be any sentences.
+    """
     docstring = ast.get_docstring(node)  # type: ignore[arg-type]
-    if docstring is None or (is_test and not isinstance(node, ast.Module)):
+    if docstring is None or is_test:
         return
     summary, *rest = docstring.split("\n")
     if len(summary) > SUMMARY:
         yield f"summary of {len(summary)} characters: {summary}"
-    if not summary.endswith("."):
+    if not summary.endswith((".", "?")):  # a benchmark asks a question
         yield f"summary without a period: {summary}"
     if rest and rest[0]:
         yield f"summary without an empty line after it: {summary}"
@@ -87,7 +91,10 @@ def is_property(node: ast.FunctionDef) -> bool:
 
 
 def problem_of_error(node: ast.Raise) -> str | None:
-    """Return what is wrong with an error: it must have one literal or f-string as its message."""
+    """Return what is wrong with an error.
+
+    It must have one literal or f-string as its message.
+    """
     error = node.exc
     if error is None or not is_exception(error.func if isinstance(error, ast.Call) else error):
         return None  # `raise`, or an error that was created elsewhere
@@ -110,7 +117,7 @@ def unclear_words(text: str) -> Iterator[str]:
 
 
 def markdown_findings(path: Path, source: str) -> Iterator[Finding]:
-    """Yield the lines that are too long, the sentences that are too long, and the words that are hard to read."""
+    """Yield long lines, long sentences, and words that are hard to read."""
     for line, text in prose_lines(source):
         if len(text) > COLUMNS:
             yield Finding(path, line, f"line of {len(text)} characters")
@@ -135,7 +142,10 @@ def prose_lines(source: str) -> Iterator[tuple[int, str]]:
 
 
 def paragraphs(source: str) -> Iterator[tuple[int, str]]:
-    """Yield the paragraphs, headings and list items of Markdown, with the number of their first line."""
+    """Yield the paragraphs, headings and list items of Markdown.
+
+    Each has the number of its first line.
+    """
     first, lines = 0, []
     for line, text in [*prose_lines(source), (0, "")]:
         if lines and (not text.strip() or re.match(r"\s*([-*]|\d+\.|#+) ", text)):
@@ -147,7 +157,10 @@ def paragraphs(source: str) -> Iterator[tuple[int, str]]:
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a paragraph. Code counts as one word, and a link as its text."""
+    """Return the sentences of a paragraph.
+
+    Code counts as one word, and a link as its text.
+    """
     text = re.sub(r"`[^`]*`", "code", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
 

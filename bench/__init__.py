@@ -1,1 +1,4 @@
-"""Answer one question with each program: ``python -m bench.NAME [--quick] [--json] [--out FILE]``."""
+"""Answer one question with each program: ``python -m bench.NAME``.
+
+Options are ``[--quick] [--json] [--out FILE]``.
+"""

@@ -1,7 +1,8 @@
-"""How long is a step of each method of the study? Other methods run from their packages.
+"""How long is a step of each method of the study?
 
-Switching and the new projections of GaLore and APOLLO happen only in some steps, so their time is averaged over a run.
-The optimizer's time is included. `bench.step` compares more settings, all with AdamW.
+Other methods run from their packages. Switching and the new projections of GaLore and APOLLO happen only in some steps,
+so their time is averaged over a run. The optimizer's time is included. `bench.step` compares more settings, all with
+AdamW.
 """
 
 from collections.abc import Callable

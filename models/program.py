@@ -1,4 +1,4 @@
-"""What the smaller programs have in common: errors in one line, and output that any terminal can show."""
+"""Errors in one line, and output for any terminal, in the smaller programs."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Report bad input in one line on stderr and exit with code 2, as `models.pretrain` does.
+    """Report bad input in one line on stderr and exit with code 2.
 
-    An interrupt exits with code 130.
+    `models.pretrain` does the same. An interrupt exits with code 130.
     """
     try:
         yield

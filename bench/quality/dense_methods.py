@@ -1,4 +1,7 @@
-"""Train dense weights: full rank with AdamW or Muon, and GaLore and APOLLO from their packages."""
+"""Train dense weights by full rank, GaLore and APOLLO.
+
+Full rank has AdamW or Muon. The others are from their packages.
+"""
 
 from typing import Any
 
@@ -57,7 +60,10 @@ def packaged(
 
 
 class Packaged:
-    """Train the same weights with an optimizer of another package. Each matrix of a stack is one parameter there."""
+    """Train the same weights with an optimizer of another package.
+
+    Each matrix of a stack is one parameter there.
+    """
 
     def __init__(self, job: Job, run: Run):
         self._run = run

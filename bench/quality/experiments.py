@@ -19,7 +19,7 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
     """Return the low-rank methods.
 
     A pool is left out: it gives the same vectors as seeds while a run switches fewer vectors than the pool has idle
-    ones. That holds here. `ablations` has runs that switch more.
+    ones. This is so here. `ablations` has runs that switch more.
     """
     switched = Run(size, "switchlora", fraction)
     return {
@@ -74,7 +74,10 @@ def ranks(found: Found, size: str) -> Rows:
 
 
 def test(found: Found, size: str) -> Rows:
-    """Compare all methods on a held-out text, not used for tuning, at the rates and seeds of `methods`."""
+    """Compare all methods on a held-out text, not used for tuning.
+
+    Rates and seeds are those of `methods`.
+    """
     finished = {name: stage.runs for name, stage in methods(found, size).items() if not stage.missing}
     return {name: stage_of(found, [replace(run, held_out="test") for run in runs]) for name, runs in finished.items()}
 
@@ -161,7 +164,7 @@ def compensation(found: Found, size: str) -> Rows:
     for run in baseline.runs[:1]:
         dense_lr, compensate = run.dense_lr / AT_REST, run.compensate / AT_REST
         at_rest = replace(run, lr=run.lr * AT_REST, dense_lr=dense_lr, compensate=compensate)
-        rows["alone, factors at rest"] = at_seeds(found, at_rest)
+        rows["only compensation, factors at rest"] = at_seeds(found, at_rest)
     return rows | ablated(found, baseline, COMPENSATIONS)
 
 

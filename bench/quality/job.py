@@ -59,7 +59,10 @@ class Job:
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-        """Return the compiled function (weights by name, tokens) -> (loss, gradients) of dense weights."""
+        """Return the compiled function that gives loss and gradients of dense weights.
+
+        Its arguments are weights by name, and tokens.
+        """
         value_and_grad = dl.value_and_grad(self.loss)
 
         def gradients(weights: Any, tokens: Tensor) -> tuple[Tensor, Any]:
@@ -68,7 +71,10 @@ class Job:
         return torch.compile(gradients, fullgraph=True, dynamic=False, backend=self._backend)
 
     def held_out(self, kind: HeldOut) -> Tensor:
-        """Return the validation text, used for tuning, or the test text, not used for tuning: the sources of torch."""
+        """Return the validation text, or the test text, which is not used for tuning.
+
+        The test text is the sources of torch.
+        """
         return self.corpus.validation if kind == "validation" else self._sources_of_torch
 
     @cached_property

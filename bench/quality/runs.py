@@ -45,7 +45,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of a run. Defaults are the paper's recipe (arXiv:2406.06564), with seeded candidates."""
+    """The settings of a run.
+
+    Defaults are the paper's recipe (arXiv:2406.06564), with seeded candidates.
+    """
 
     size: str
     method: str
@@ -101,7 +104,10 @@ class Run:
         return round(fraction * dense + (1 - fraction) * 4 * low) + 4 * rest
 
     def described(self) -> dict[str, Any]:
-        """Return the settings that differ from the defaults, and always size, method, fraction, rate and seed."""
+        """Return the settings that differ from the defaults.
+
+        Size, method, fraction, rate and seed are always included.
+        """
         always = {"size", "method", "fraction", "lr", "seed"}
         return {
             field.name: value

@@ -13,7 +13,7 @@ def is_attached(tree: Any) -> bool:
     Every level of every transform counts. A tensor that `torch.func.grad` passes on without differentiating by it is
     not attached. Under `torch.no_grad` no tensor requires a gradient.
 
-    Dynamo cannot trace the whole question. While it traces, the answer is that of the innermost level. In a function
+    Dynamo cannot trace the whole question. While it traces, the answer is about the innermost level. In a function
     that `torch.compiler.allow_in_graph` marks, the answer is complete.
     """
     return any(is_tracked(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

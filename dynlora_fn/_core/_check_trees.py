@@ -194,7 +194,7 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
         found = f"a {type(leaf).__name__}" if hasattr(leaf, "shape") or is_factors(leaf) else described(leaf)
         raise ValueError(
             f"`{argument}` has {found} for {name!r}, which is a {type(like).__name__} in `{like_argument}`; "
-            "pass that of the same parameters"
+            "pass the tree of the same parameters"
         )
     sides = (leaf.b, leaf.a) if is_factors(leaf) else (leaf,)
     wanted = (like.b, like.a) if is_factors(like) else (like,)
@@ -203,7 +203,9 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
             raise TypeError(f"`{argument}` has {described(side)} in {name!r}; use a tensor")
     if [side.shape for side in sides] != [side.shape for side in wanted]:
         got, right = (", ".join(str(tuple(side.shape)) for side in group) for group in (sides, wanted))
-        raise ValueError(f"`{argument}` has {name!r} of shape {got} for a parameter of shape {right}; pass that of it")
+        raise ValueError(
+            f"`{argument}` has {name!r} of shape {got} for a parameter of shape {right}; pass one of that shape"
+        )
     for side, other in zip(sides, wanted, strict=True):
         _check_is_floating(argument, repr(name), side)
         if side.is_complex() != other.is_complex():
@@ -219,7 +221,7 @@ def check_alpha(argument: str, name: str, leaf: AnyFactors, like_argument: str, 
     if alpha_of(leaf) != alpha_of(like):
         raise ValueError(
             f"`{argument}` has alpha {alpha_of(leaf)} for {name!r}, which has alpha {alpha_of(like)} in"
-            f" `{like_argument}`; pass that of the same parameters, with the type that `_replace` and `tree_map` keep"
+            f" `{like_argument}`; pass the same parameters' tree, with the type that `_replace` and `tree_map` keep"
         )
 
 

@@ -15,7 +15,7 @@ _FEW = 12
 def share_plans(count: int) -> bool:
     """Return whether so many weights share plans and what is computed from them.
 
-    In a compiled step of few weights, as stacks are, each weight has operations of its own, which a compiler fuses into
+    In a compiled step of few weights, as stacks are, each weight has separate operations, which a compiler fuses into
     those that read them. For many weights they would take long to trace.
     """
     return count > _FEW or not torch.compiler.is_compiling()

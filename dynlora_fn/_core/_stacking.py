@@ -52,7 +52,7 @@ def find_stacks(keys: Mapping[str, Hashable], kinds: Mapping[str, object] | None
     for name in keys:
         if "*" in name or _first_axis(name):
             what = "a star" if "*" in name else "a range"
-            raise ValueError(f"parameter {name!r} contains {what}, which stands for the axis of a stack; rename it")
+            raise ValueError(f"parameter {name!r} contains {what}, which means the axis of a stack; rename it")
     finer = {name: (key, kinds[name] if kinds else None) for name, key in keys.items()}
     return dict(_group(list(keys), keys, finer, frozenset()))
 

@@ -1,6 +1,6 @@
 """Private names of torch that the library uses, checked on `CHECKED`.
 
-No other module imports a private name of torch, so a new version needs changes only here.
+Only this module imports private names of torch, so a new version needs changes only here.
 `tests/core/test_torch_names.py` fails with each name that has moved.
 """
 
@@ -266,7 +266,7 @@ def _has_tangent(tensor: torch.Tensor) -> bool:
     tensor = without_dead_levels(tensor)
     if functorch.peek_interpreter_stack() is None:
         return _is_dual(tensor)
-    # A level sees only its tangents, so lower levels are asked in turn.
+    # A level sees only its tangents, so lower levels are called in turn.
     interpreter = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
     if interpreter.key() == functorch.TransformType.Jvp and _is_dual(tensor):
         return True

@@ -171,7 +171,7 @@ class LowRank(NamedTuple):
 class Frozen(NamedTuple):
     """The frozen leaves of a `LowRank`, as `partition` returns them.
 
-    `combine` compares `alpha` with that of the factors. A step that builds new factors may lose it.
+    `combine` compares `alpha` with the alpha of the factors. A step that builds new factors may lose it.
     """
 
     base: Float[Tensor, "*stack out in"] | Any

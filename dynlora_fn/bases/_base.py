@@ -67,7 +67,7 @@ class Base(Protocol):
     def with_folded(self, folded: StoredBase, *, divisor: float) -> StoredBase:
         """Return `folded` as a base of the same kind, with nothing pending.
 
-        `divisor` is that of the weight.
+        `divisor` is the divisor of the weight.
         """
 
     def map_folded(self, change: Any) -> StoredBase:

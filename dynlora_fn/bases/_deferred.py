@@ -20,8 +20,8 @@ class Divisor:
     """The divisor of pending folds, ``rank / alpha``.
 
     It was set when the weight was deferred, resized or merged. Pending folds keep it if the factors are replaced by
-    others of another rank. It is no tensor, so a checkpoint only compares it: after `resize` it is that of a weight
-    which is deferred at the new rank.
+    others of another rank. It is no tensor, so a checkpoint only compares it: after `resize` it is the divisor of a
+    weight which is deferred at the new rank.
     """
 
     value: float

@@ -70,7 +70,7 @@ def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -
 
     It needs the memory of one more block or product.
     """
-    if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # one product, because that of a block may have other bits
+    if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # one product, because the product of a block may have other bits
         with without_autocast(base.device.type):
             torch.add(base, left @ right, out=result)
         return

@@ -21,7 +21,7 @@ def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> LowRank:
 
     Args:
         param: The weight.
-        dtype: The dtype of joined factors. A wide one does not round them. Default None means that of the factors.
+        dtype: The dtype of joined factors. A wide one does not round them. Default None means the dtype of the factors.
     """
     base, factors = as_base(param.base), param.factors
     if isinstance(factors, ShardedFactors):

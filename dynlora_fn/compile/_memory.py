@@ -1,4 +1,4 @@
-"""Which tensors share memory, also asked inside a function that Dynamo traces."""
+"""Which tensors share memory, also inside a function that Dynamo traces."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

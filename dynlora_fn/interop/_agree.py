@@ -13,7 +13,7 @@ _KINDS = (TypeError, ValueError, OSError, RuntimeError)  # of errors that are ra
 
 
 class Members(NamedTuple):
-    """This process among those of a group, or alone."""
+    """This process among those of a group, or without a group."""
 
     process: int = 0
     world_size: int = 1
@@ -48,7 +48,10 @@ class Members(NamedTuple):
 
 
 def members_of(group: "Group | None") -> Members:
-    """Return this process among those of a group or a mesh. Without one it is alone."""
+    """Return this process among those of a group or a mesh.
+
+    Without one it is the only process.
+    """
     if group is None:
         return Members()
     group = process_group(group)

@@ -58,7 +58,7 @@ def load_checkpoint(
         settings: Values by name, as for `save_checkpoint`. Those that both have must be equal. Default None compares
             none.
         group: The process group, or a mesh of one dimension. It may have more or fewer processes than have saved.
-            Default None means that this process reads alone.
+            Default None means that only this process reads.
         donate: Whether to read into the memory of `template`, which must not be used afterwards. Tensors that share
             memory are replaced. Without a checkpoint, `template` does not change.
         rename: A function from the path of a leaf in `template` to its path in a checkpoint of an older program, for
@@ -169,7 +169,7 @@ def _read(path: Path, template: Any, members: Members, rename: Callable[[str], s
 
 
 def _fresh(leaf: Any) -> Any:
-    """Return a tensor in memory of its own. Any other leaf is returned as it is."""
+    """Return a tensor in separate memory. Any other leaf is returned unchanged."""
     return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, Tensor) else leaf
 
 

@@ -121,12 +121,12 @@ def find_mismatch(stored: Stored, contents: Contents) -> str | None:
         if path not in found:
             if text == "None" and not stored.description:
                 continue
-            return f"it holds other tensors: {path or 'its root'}, {text}, is missing"
+            return f"it contains other tensors: {path or 'its root'}, {text}, is missing"
         kinds = {found[path], text}
         if len(kinds) > 1 and not ("None" in kinds and kinds <= {"None", "a flag", "a text", "a number"}):
             return f"{path or 'its root'} is {found[path]} instead of {text}"
     extra = next((path for path in found if path not in wanted), None)
-    return None if extra is None else f"it holds other tensors: {extra or 'its root'}, {found[extra]}, has no place"
+    return None if extra is None else f"it contains other tensors: {extra or 'its root'}, {found[extra]}, has no place"
 
 
 def read_into(piece: Piece, chunks: list[Chunk]) -> None:

@@ -46,7 +46,7 @@ def save_checkpoint(
             a checkpoint with others. Default None means none.
         keep: The number of checkpoints up to this step that stay. Older ones are deleted. Folders with other names,
             such as ``step-best``, are never deleted. Default None means that all stay.
-        group: The process group, or a mesh of one dimension. Default None means that this process writes alone.
+        group: The process group, or a mesh of one dimension. Default None means that only this process writes.
 
     Raises:
         TypeError: If a leaf cannot be stored, such as an object or a tensor of torchao. The message gives its path.

@@ -66,9 +66,9 @@ def init(
         model: The module, or its parameters by name. It is not changed. Targets may be torchao's tensors, as its
             ``quantize_`` makes them. They stay in their format, and with ``start="lora"`` their codes stay the same.
             Torchao's tensors that are not targets become dense.
-        rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, of
-            which the first that matches a target counts. A function maps the name and the shape (out, in) of a target
-            to its rank: ``lambda name, shape: min(16, *shape)`` clips it.
+        rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, and
+            the first that matches a target counts. A function maps the name and the shape (out, in) of a target to its
+            rank: ``lambda name, shape: min(16, *shape)`` clips it.
         alpha: The alpha of the weights, which multiplies their products as in PEFT: a number that is not 0, a dict or
             function, as for `rank`. Default 1. With another alpha the factors are `ScaledFactors`, and at the same
             rate an optimizer such as AdamW moves the weight alpha times as far. With `start="lora"` and PEFT's rank and

@@ -42,7 +42,7 @@ def dense_changes(
     Args:
         model: The model.
         weights: The state dict of the trained model.
-        original: That of the model that the adapter is for.
+        original: The state dict of the model that the adapter is for.
         adapted: All names of the weights that the adapter has factors of.
         skipped: The names of low-rank weights that are left out.
         aliases: All names of each parameter.

@@ -4,7 +4,7 @@ import re
 
 
 def ends_of(path: str) -> list[str]:
-    """Return a path and all its ends, each of which starts after a dot.
+    """Return a path and all its ends that start after a dot.
 
     Example:
         >>> ends_of("layers.0.query")

@@ -120,10 +120,10 @@ def _pairs(
             continue
         for key, other in ((slot.down, slot.up), (slot.up, slot.down)):
             if key not in keys:
+                beside = f" beside {keys[other]!r}" if other in keys else ""
                 raise ValueError(
-                    f"the adapter has no {key!r}"
-                    + (f" beside {keys[other]!r}" if other in keys else "")
-                    + f", which its settings select; write both factors of {slot.name!r}"
+                    f"the adapter has no {key!r}{beside}, which its settings select;"
+                    f" write both factors of {slot.name!r}"
                 )
         shape, rank = tuple(parameters[slot.name].shape), rank_of(slot.layer)
         found = PairShapes(weights.shape(keys[slot.up]), weights.shape(keys[slot.down]))

@@ -1,7 +1,7 @@
 """Write safetensors files, one tensor in memory at a time.
 
 The package `safetensors` writes tensors that are all in memory. Here it only writes the header, and the data follows
-tensor by tensor. The file equals that of ``safetensors.torch.save_file`` byte for byte.
+tensor by tensor. The file equals the one of ``safetensors.torch.save_file`` byte for byte.
 """
 
 import json
@@ -144,7 +144,7 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     }
     header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
     if metadata:
-        header["__metadata__"] = dict(metadata)  # in this order; that of `safetensors` is another each time
+        header["__metadata__"] = dict(metadata)  # in this order; `safetensors` has another order each time
     names, end = [name for name in header if name != "__metadata__"], 0
     for name in names:
         start, end = end, end + weights[name].nbytes

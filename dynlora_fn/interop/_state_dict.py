@@ -30,7 +30,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         The tensors by name.
 
     Raises:
-        TypeError: If a parameter is integer, real or complex where that of the model is not.
+        TypeError: If a parameter is integer, real or complex where the parameter of the model is not.
         ValueError: If a parameter is missing, unknown to the model, or of another shape. The message gives the name and
             both shapes.
 

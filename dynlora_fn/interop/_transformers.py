@@ -66,7 +66,7 @@ def write_pretrained(
         model: The model, whose weights are not read.
         weights: The weights under the names of the model.
         folder: An empty folder.
-        max_shard_size: The largest size of a file. Default None means that of ``save_pretrained``.
+        max_shard_size: The largest size of a file. Default None means the size of ``save_pretrained``.
         progress: As for `save_merged`.
 
     Raises:

@@ -65,7 +65,7 @@ def _reads_attributes(operation: Callable[..., Any]) -> Callable[..., Any]:
 def cast(view: View, dtype: torch.dtype) -> View:
     """Cast the factors.
 
-    The base stays as it is stored, and products read it in the dtype of their input.
+    The base stays in its storage format, and products read it in the dtype of their input.
     """
     if dtype == view.dtype:
         return view

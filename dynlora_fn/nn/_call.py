@@ -50,7 +50,7 @@ def call(
         NotImplementedError: If a low-rank weight is changed in place, or used in an operation without a rule under
             ``fallback="raise"``. The message names both. Also if a base in low precision or a sharded one is
             differentiated, if the model assigns a parameter in its forward pass, or a buffer under `torch.func` or
-            `torch.compile`, or if it returns a generator, which would run later with its own parameters.
+            `torch.compile`, or if it returns a generator, which would run later with the parameters of the model.
         ValueError: If `fallback` is unknown, if a weight does not fit the shape of its parameter, if two names of a
             tied parameter have different weights, or if the model or a submodule is wrapped for data parallelism, which
             `torch.func` bypasses, or is a `ScriptModule`.
@@ -139,11 +139,10 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallba
     unexpected = [name for name in params if name not in named]
     missing = [slot.name for slot in slots if not slot.is_buffer and slot.tensor not in tensors]
     if unexpected or missing:
+        extra = f"Unexpected key(s): {', '.join(map(repr, unexpected))}. " if unexpected else ""
+        lacking = f"Missing key(s): {', '.join(map(repr, missing))}. " if missing else ""
         raise RuntimeError(
-            f"`params` does not fit {type(model).__name__}: "
-            + (f"Unexpected key(s): {', '.join(map(repr, unexpected))}. " if unexpected else "")
-            + (f"Missing key(s): {', '.join(map(repr, missing))}. " if missing else "")
-            + "Make `params` from this model"
+            f"`params` does not fit {type(model).__name__}: {extra}{lacking}Make `params` from this model"
         )
     return {slot.name: tensors[slot.tensor] for slot in slots if slot.tensor in tensors}
 

@@ -49,7 +49,7 @@ def _dense_part(part: LowRank) -> Tensor:
 
 
 def permit(view: View, operation: str, refusal: NoRuleError) -> None:
-    """Raise, or say that the dense weight is formed, as `call` was asked to."""
+    """Raise, or say that the dense weight is formed, as `fallback` says."""
     if view.fallback == "raise":
         raise refusal
     if view.fallback == "dense":

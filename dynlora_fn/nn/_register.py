@@ -17,7 +17,7 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
 
     Args:
         operation: The function as the model calls it, for example `torch.kron`. A method such as `torch.Tensor.kron` is
-            another operation. That of a property is its getter, for example ``torch.Tensor.mH.__get__``.
+            another operation. The operation of a property is its getter, for example ``torch.Tensor.mH.__get__``.
         rule: A function that takes the arguments of the operation, with a `LowRank` in place of each low-rank weight.
             Its alpha is 1: another one is multiplied into `b`. It returns a tensor, a `LowRank` if the result is a
             low-rank weight again, or `NotImplemented` for arguments that it does not cover. If it is made of plain

@@ -52,7 +52,7 @@ class View(NamedTuple):
     kernel: tuple[int, ...] = ()  # sizes behind (out, in) of a convolution; the part has in * prod(kernel) columns
     scale: float | Tensor | None = None  # multiplies the whole weight; None for 1
     fallback: Fallback = "dense"
-    read_dtype: torch.dtype | None = None  # the dtype that the module reads, where it is not that of the factors
+    read_dtype: torch.dtype | None = None  # the dtype that the module reads, where the factors have another one
 
     @property
     def shape(self) -> tuple[int, ...]:

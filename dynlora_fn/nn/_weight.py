@@ -46,7 +46,7 @@ def _is_read_as(param: LowRank, dtype: torch.dtype) -> bool:
     """Return whether a module reads a weight in its dtype.
 
     Otherwise it reads it in the dtype of the factors. So the rows of an embedding fit the layers that read them.
-    Factors are in float32 by default, whatever the model is in. Other dtypes were asked for.
+    Factors are in float32 by default, whatever the model is in. Users choose other dtypes.
     """
     return param.factors.b.dtype == torch.float32 != dtype and as_base(param.base).weight_dtype == dtype
 

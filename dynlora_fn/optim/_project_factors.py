@@ -68,7 +68,7 @@ class Context(NamedTuple):
         return node
 
     def check_foreign(self, library: str, path: Path) -> None:
-        """All libraries with a table are supported."""
+        """Accept all libraries with a table."""
 
 
 def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> AnyFactors:

@@ -18,7 +18,7 @@ from dynlora_fn._core._attached import is_attached
 def square_root(square: Any) -> Any:
     """Return the square root.
 
-    Its derivative at zero is zero, as that of a norm or a magnitude. It is also for `Leaves`, which are never
+    Its derivative at zero is zero, as for a norm or a magnitude. It is also for `Leaves`, which are never
     differentiated.
     """
     if not is_attached(square):

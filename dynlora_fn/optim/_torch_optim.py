@@ -124,7 +124,7 @@ def _indices(groups: Any, context: Visitor, path: Path) -> dict[str, tuple[Any, 
         return {name: pair for name, pair in found.items() if None not in pair}
     if len(groups) != 1:
         raise ValueError(
-            f"`opt_state` has {len(groups)} parameter groups without names, whose order need not be that of `trainable`"
+            f"`opt_state` has {len(groups)} parameter groups without names, whose order may differ from `trainable`"
             "; create the optimizer with named tensors, such as ('w.b', b) and ('w.a', a) for the weight 'w'"
         )
     if len(indices) != count:

@@ -63,7 +63,9 @@ def _check_pool(name: str, pool: Any, plan: Any) -> None:
     check_plan("plan", name, plan)
     for side_name, side in (("b", pool.b), ("a", pool.a)):
         if not _is_side_pool(side):
-            raise TypeError(f"`pool` has {described(side)} as side {side_name} of {name!r}; pass that of `init_pool`")
+            raise TypeError(
+                f"`pool` has {described(side)} as side {side_name} of {name!r}; pass the pool of `init_pool`"
+            )
     held = pool.a.held
     check_fits("plan", name, plan, tuple(held.shape[:-1]), held.shape[-1])
 

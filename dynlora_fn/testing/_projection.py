@@ -34,8 +34,8 @@ def check_state_projection(
     """Check that a projection resets the state of counterparts and nothing else.
 
     Counterparts are those of switched vectors. For a slot k that is switched on side a, the state of ``b[:, k]``
-    becomes zero, moments and counts; for one on side b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field
-    ``frozen_for``, directly above the dict by parameter name, the counterparts get the plan's number of updates.
+    becomes zero, moments and counts; for one on side b, the state of ``a[k]`` (arXiv:2406.06564, section 3.3). In a
+    field ``frozen_for``, directly above the dict by parameter name, the counterparts get the plan's number of updates.
     Statistics that all vectors of a side share must stay, as Adafactor has them: fields with the role "unchanged", and
     sides with one entry for a weight of several vectors.
 
@@ -107,7 +107,7 @@ class _Collector(NamedTuple):
         return node
 
     def check_foreign(self, library: str, path: Path) -> None:
-        """All libraries with a table are supported."""
+        """Accept all libraries with a table."""
 
 
 def _by_name(state: Any, trainable: Trainable | None) -> Any:
@@ -184,6 +184,6 @@ def _check_vector(where: str, old: Tensor, new: Tensor, value: int | None, *, is
     elif value is not None:
         wrong = new[new != value].tolist()
         assert not wrong, (
-            f"{where} is the counterpart of a switched vector and holds {wrong[0]} instead of {value} in "
+            f"{where} is the counterpart of a switched vector and has {wrong[0]} instead of {value} in "
             f"{len(wrong)} of {new.numel()} entries"
         )

@@ -39,6 +39,6 @@ def split(documents: Sequence[AnyDocument]) -> Split:
 
 
 def without(documents: Sequence[AnyDocument], others: Sequence[AnyDocument]) -> list[AnyDocument]:
-    """Return the documents whose text is not that of another."""
+    """Return the documents whose texts differ from all others."""
     digests = {document.digest for document in others}
     return [document for document in documents if document.digest not in digests]

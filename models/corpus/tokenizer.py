@@ -102,7 +102,9 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer of `transformers` by its name, folder or file. No code that comes with it is run.
+    """Load a tokenizer of `transformers` by its name, folder or file.
+
+    No code that comes with it is run.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the tokenizer.

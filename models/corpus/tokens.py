@@ -1,4 +1,4 @@
-"""Streams of tokens, in memory or in files, and the batches that are drawn from them."""
+"""Streams of tokens, in memory or in files, and the batches drawn from them."""
 
 import hashlib
 import math

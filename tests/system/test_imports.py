@@ -119,7 +119,7 @@ def test_the_reader_of_imports_sees_all_forms():
 
 
 def test_models_are_plain_torch():
-    programs = {"pretrain", "finetune", "trained.py", "parallel.py", "recipes.py"}
+    programs = {"pretrain", "finetune", "guides", "trained.py", "parallel.py", "recipes.py"}
     files = [path for path in (ROOT / "models").rglob("*.py") if programs.isdisjoint(path.relative_to(ROOT).parts)]
     assert files
     for path in files:

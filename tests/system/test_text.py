@@ -12,6 +12,7 @@ lint_text = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(lint_text)
 
 PATH = Path("module.py")
+WORD = next(iter(lint_text.UNCLEAR))
 PYTHON = {
     "summary of 82": f'"""{"a" * 81}."""',
     "without a period": '"""Types of weights"""',
@@ -19,8 +20,8 @@ PYTHON = {
     "does not open with a verb": 'def f():\n    """The weight."""',
     "without a message": "raise ValueError",
     "not one literal": "raise ValueError('rank ' + name)",
-    "unclear 'holds'": "x = 1  # the base holds the weight",
-    "unclear 'that of'": "print('the rank is that of the model')",
+    f"unclear {WORD!r}": f"x = 1  # all {WORD} one",
+    f"unclear {WORD.upper()!r}": f"print('all {WORD.upper()} one')",
 }
 
 
