@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dynlora_fn as dl
-from bench.quality.job import CLIP, OPTIMIZERS, Job, is_inner
+from bench.quality.job import CLIP, Job, is_inner, optimizer_of, rounded
 from bench.quality.runs import Run
 from bench.support.process_memory import count_bytes
 
@@ -17,27 +17,55 @@ from bench.support.process_memory import count_bytes
 class FullRank:
     """Train every weight with AdamW, or the inner matrices with Muon.
 
-    Inner matrices have rate `lr`. Embedding, head and norms have `lr * dense_lr`.
+    Inner matrices have rate `lr`. Embedding, head and norms have `lr * dense_lr`. A `base` in low precision is what
+    the inner matrices are stored in between steps.
     """
 
     def __init__(self, job: Job, run: Run):
-        self._run, self._update = run, job.update(run.optimizer)
+        self._run, self._update = run, job.update(run.settings())
         trainable = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
-        self._state = (trainable, OPTIMIZERS[run.optimizer].init(trainable))
+        self._state = (trainable, optimizer_of(run.settings()).init(trainable))
+        self._seen, self._bases = trainable, {}
+        self._store(trainable)
 
     def weights(self) -> dict[str, Tensor]:
-        return self._state[0]
+        return self._seen
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
         lr = torch.tensor(self._run.lr * scale)
         rates = {name: lr if is_inner(name) else lr * self._run.dense_lr for name in grads}
-        self._state, _ = self._update(self._state, grads, rates)
+        (weights, opt_state), _ = self._update(self._state, rounded(grads, self._run.gradients), rates)
+        self._state = (weights, opt_state)
+        self._store(weights)
+
+    def _store(self, weights: dict[str, Tensor]) -> None:
+        """Round the inner matrices to their format. Products see the codes, and updates the residuals too."""
+        self._seen = weights
+        if self._run.base == "float32":
+            return
+        kept, self._seen = dict(weights), dict(weights)
+        for name in filter(is_inner, weights):
+            self._bases[name], self._seen[name] = quantized(weights[name], self._run.base)
+            kept[name] = self._seen[name] + self._bases[name].residual.to(weights[name].dtype)
+        self._state = (kept, self._state[1])
 
     def bytes(self) -> dict[str, int]:
-        return {"state": count_bytes(self._state[1])}
+        inner = {name: leaf for name, leaf in self._state[0].items() if is_inner(name)}
+        bases = [(base.codes, base.residual) for base in self._bases.values()] or inner
+        return {"state": count_bytes(self._state[1]), "bases": count_bytes(bases)}
 
     def measures(self) -> dict[str, Any]:
         return {}
+
+
+def quantized(weight: Tensor, base: str) -> tuple[Any, Tensor]:
+    """Return a matrix in the format of a base, and what products see of it."""
+    codes, residual = base.split("+")
+    *stack, rows, columns = weight.shape
+    factors = dl.Factors(b=weight.new_zeros(*stack, rows, 1), a=weight.new_zeros(*stack, 1, columns))
+    seed = torch.zeros(stack, dtype=torch.int64, device=weight.device)
+    low_rank = dl.bases.quantize(dl.LowRank(weight, factors, seed), codes, residual=residual)
+    return low_rank.base, dl.materialize(low_rank)
 
 
 def packaged(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from bench.quality.runs import Run
 from bench.quality.store import Found
@@ -31,18 +32,20 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
     }
 
 
-SMALLER = {"medium": "small", "main": "medium", "large": "medium"}
+SMALLER = {"medium": "small", "main": "medium", "large": "medium", "huge": "large"}
+PLAIN: tuple[dict[str, Any], ...] = ({"fraction": 4}, {"beta2": 0.999})  # a sweep of another value starts there
 
 
 def sweep(found: Found, run: Run) -> Stage:
     """Sweep the rates of a method.
 
     The smallest size starts from the papers' rates. Larger sizes start where the next smaller size ended, and other
-    ranks where rank d/4 ended, which takes half as many runs. Until that sweep has ended the stage is empty.
+    settings where the plain one ended, which takes half as many runs. Until that sweep has ended the stage is empty.
     """
-    if run.fraction != 4:
-        start = sweep(found, replace(run, fraction=4))
-        return swept(found, run, start=start.runs[0]) if start.runs else start
+    for plain in (replace(run, **settings) for settings in PLAIN):
+        if plain != run:
+            start = sweep(found, plain)
+            return swept(found, run, start=start.runs[0]) if start.runs else start
     if smaller := SMALLER.get(run.size):
         start = sweep(found, replace(run, size=smaller))
         return swept(found, run, start=start.runs[0]) if start.runs else Stage([], [])

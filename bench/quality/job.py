@@ -5,9 +5,9 @@ serves all methods, ranks and settings, and all methods see the same arithmetic.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
-from bench.quality.runs import HeldOut, RunSize
+from bench.quality.runs import HeldOut, OptimizerSettings, RunSize
 from models import corpus as text
 from models.llama import Llama, init_weights
 
@@ -28,29 +28,36 @@ def is_inner(name: str) -> bool:
     return ".attention." in name or ".feed_forward." in name
 
 
-OPTIMIZERS = {
-    "adamw": dl.optim.adamw(),
-    "muon": dl.optim.multi_transform(
-        {"muon": dl.optim.muon(), "adamw": dl.optim.adamw()}, lambda name, _: "muon" if is_inner(name) else "adamw"
-    ),
-}
+@cache
+def optimizer_of(settings: OptimizerSettings) -> dl.optim.Transform:
+    """Return the optimizer of a run. Embedding, head and norms always have AdamW with float32 moments."""
+    options = {"betas": (0.9, settings.beta2)}
+    rest = dl.optim.adamw(**options)
+    if settings.optimizer == "adamw" and settings.moments == "float32":
+        return rest
+    is_muon = settings.optimizer == "muon"
+    inner = dl.optim.muon() if is_muon else dl.optim.adamw(**options, moments=settings.moments)
+    return dl.optim.multi_transform(
+        {"inner": inner, "rest": rest}, lambda name, _: "inner" if is_inner(name) else "rest"
+    )
 
 
 class Job:
     """The data, model and compiled functions of one size."""
 
-    def __init__(self, size: RunSize, corpus: text.Corpus, *, backend: str = "inductor"):
-        self.size, self.corpus, self._backend = size, corpus, backend
-        self.model = Llama(size.config())
-        self._updates: dict[tuple[str, int | None], Callable[..., Any]] = {}
+    def __init__(self, size: RunSize, corpus: text.Corpus, *, backend: str = "inductor", device: str = "cpu"):
+        self.size, self.corpus, self._backend, self.device = size, corpus, backend, device
+        self.model = Llama(size.config()).to(device)
+        self._updates: dict[tuple[OptimizerSettings, int | None], Callable[..., Any]] = {}
 
     def initial(self, seed: int) -> Llama:
         """Return a model with the initial weights of a seed."""
-        return init_weights(Llama(self.size.config()), seed)
+        return init_weights(Llama(self.size.config()), seed).to(self.device)
 
     def batch(self, seed: int, step: int) -> Tensor:
         """Return the tokens of a step. Every method gets the same ones."""
-        return text.batch(self.corpus.train, (self.size.batch,), window=self.size.length + 1, seed=seed, step=step)
+        window = self.size.length + 1
+        return text.batch(self.corpus.train, (self.size.batch,), window=window, seed=seed, step=step).to(self.device)
 
     def loss(self, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return the cross entropy of the next tokens."""
@@ -87,17 +94,17 @@ class Job:
         """Return the mean loss on a held-out text."""
         window, batches = self.size.length + 1, WINDOWS[kind] // 16
         windows = text.validation_batches(self.held_out(kind), batches, 16, window=window)
-        return torch.stack([self.loss(weights, tokens) for tokens in windows]).mean().item()
+        return torch.stack([self.loss(weights, tokens.to(self.device)) for tokens in windows]).mean().item()
 
-    def update(self, optimizer: Literal["adamw", "muon"], rank: int | None = None) -> Callable[..., Any]:
+    def update(self, settings: OptimizerSettings, rank: int | None = None) -> Callable[..., Any]:
         """Return clipping and optimizer in one graph.
 
         Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has a rate
         for each name, or `Factors` with a rate for each side of a weight.
         """
-        if (optimizer, rank) not in self._updates:
-            self._updates[optimizer, rank] = self._updater(OPTIMIZERS[optimizer])
-        return self._updates[optimizer, rank]
+        if (settings, rank) not in self._updates:
+            self._updates[settings, rank] = self._updater(optimizer_of(settings))
+        return self._updates[settings, rank]
 
     def _updater(self, optimizer: dl.optim.Transform) -> Callable[..., Any]:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
@@ -110,3 +117,9 @@ class Job:
             return (dl.apply_updates(trainable, updates), opt_state), norm
 
         return dl.compile_step(update, backend=self._backend)
+
+
+def rounded(grads: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return gradients as they come back from a reduction in a dtype."""
+    to = getattr(torch, dtype)
+    return tree_map(lambda leaf: leaf.to(to).to(leaf.dtype), grads)

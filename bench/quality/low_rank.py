@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
 from bench.quality import study_schedules
-from bench.quality.job import OPTIMIZERS, Job
+from bench.quality.job import Job, optimizer_of, rounded
 from bench.quality.measures import overlap
 from bench.quality.runs import SIZES, Run
 from bench.support.process_memory import count_bytes
@@ -26,14 +26,14 @@ class LowRankMethod:
 
     def __init__(self, job: Job, run: Run):
         self._job, self._run = job, run
-        self._update_step = job.update(run.optimizer, run.rank())
+        self._update_step = job.update(run.settings(), run.rank())
         start: dl.switching.Start = run.start if run.method == "switchlora" else "lora"
         base, residual = run.base.split("+") if "+" in run.base else (None, None)
         params = dl.init(job.initial(run.seed), rank=run.rank(), seed=run.seed, targets=TARGETS, start=start)
         if run.start_scale != 1:
             params = {name: _scaled(param, run.start_scale) for name, param in params.items()}
         self.params = dl.bases.quantize(params, base, residual=residual) if base else params
-        self._opt_state = OPTIMIZERS[run.optimizer].init(dl.partition(self.params).trainable)
+        self._opt_state = optimizer_of(run.settings()).init(dl.partition(self.params).trainable)
         self._start = start
         self._schedule = study_schedules.schedule_of(run, self.params)
         self._pool = dl.switching.init_pool(self.params) if run.candidates == "pool" else None
@@ -47,7 +47,7 @@ class LowRankMethod:
         return dl.materialize(self.params)
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
-        factor_grads = dl.optim.project_gradients(grads, self.params)
+        factor_grads = rounded(dl.optim.project_gradients(grads, self.params), self._run.gradients)
         self._compensate(step, grads, scale)
         switched = self._schedule.switches(step, self.params)
         self._switched += switched

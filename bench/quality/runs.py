@@ -4,7 +4,7 @@ The names of the fields of `Run` are those of recorded runs.
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from models.llama import LlamaConfig
 
@@ -33,6 +33,10 @@ class RunSize:
         """Return the number of parameters without embedding, head and norms."""
         return self.layers * (4 * self.width**2 + 3 * self.width * self.hidden)
 
+    def rest(self) -> int:
+        """Return the number of parameters of embedding, head and norms."""
+        return 2 * self.vocabulary * self.width + (2 * self.layers + 1) * self.width
+
 
 SIZES = {
     "tiny": RunSize(width=16, hidden=48, layers=2, heads=2, steps=24, batch=2, length=32),  # only shows that it runs
@@ -40,7 +44,16 @@ SIZES = {
     "medium": RunSize(width=128, hidden=352, layers=4, heads=4, steps=800),  # 0.80 million
     "main": RunSize(width=128, hidden=352, layers=4, heads=4, steps=400, batch=8, length=256),  # the main job's batch
     "large": RunSize(width=256, hidden=688, layers=4, heads=8, steps=800),  # 3.2 million
+    "huge": RunSize(width=384, hidden=1024, layers=6, heads=6, steps=800),  # 10.6 million
 }
+
+
+class OptimizerSettings(NamedTuple):
+    """The fields of a run that its optimizer depends on."""
+
+    optimizer: Literal["adamw", "muon"]
+    beta2: float
+    moments: Literal["float32", "8bit"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,9 @@ class Run:
     dense_lr: float = 1.0  # rate of embedding, head and norms over `lr`
     side_lr: float = 1.0  # rate of `b` over the rate of `a`, whose geometric mean is `lr`
     optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; everything else has AdamW
+    beta2: float = 0.999  # of every AdamW
+    moments: Literal["float32", "8bit"] = "float32"  # of the optimizer of matrices or factors
+    gradients: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are reduced
     seed: int = 0
     held_out: HeldOut = "validation"  # the text on which the loss is measured
 
@@ -86,19 +102,24 @@ class Run:
         """Return the rank of the factors."""
         return SIZES[self.size].width // self.fraction
 
+    def settings(self) -> OptimizerSettings:
+        """Return what decides which optimizer is compiled."""
+        return OptimizerSettings(self.optimizer, self.beta2, self.moments)
+
     def sent_bytes(self) -> int:
-        """Return the bytes of the gradients that a data-parallel step reduces.
+        """Return the bytes of the gradients that a data-parallel step reduces, as many as it stores.
 
         A compensated step reduces dense gradients in float32 only, since the gradients of the factors follow from them.
         With dense gradients in int8 it reduces the gradients of the factors too.
         """
         size, rank = SIZES[self.size], self.rank()
-        rest = 2 * size.vocabulary * size.width + (2 * size.layers + 1) * size.width
-        inner, low = size.parameters(), rank * size.layers * (8 * size.width + 3 * (size.width + size.hidden))
+        inner, rest = size.parameters(), size.rest()
+        low = rank * size.layers * (8 * size.width + 3 * (size.width + size.hidden))
+        entry = 2 if self.gradients == "bfloat16" else 4
         if self.method in ("full", "galore", "apollo"):
-            return 4 * (inner + rest)
+            return entry * (inner + rest)
         if not self.compensate:
-            return 4 * (low + rest)
+            return entry * (low + rest)
         dense = inner + 4 * low if self.reduced == "int8" else 4 * inner
         fraction = 1 / self.compensate_every  # of the steps that compensate
         return round(fraction * dense + (1 - fraction) * 4 * low) + 4 * rest

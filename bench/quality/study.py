@@ -18,7 +18,8 @@ import bench.support.harness  # noqa: F401, sets environment variables that torc
 from bench.quality import store
 from bench.quality.dense_methods import FullRank, Packaged
 from bench.quality.execute import Method, execute
-from bench.quality.experiments import EXPERIMENTS
+from bench.quality.experiments import EXPERIMENTS as COMPARISONS
+from bench.quality.frontier import frontier, write_frontier
 from bench.quality.job import Job
 from bench.quality.low_rank import LowRankMethod
 from bench.quality.runs import SIZES, Run
@@ -26,14 +27,15 @@ from bench.quality.sweeps import missing_of
 from bench.quality.tables import write_report
 from models import corpus as text
 
+EXPERIMENTS = {**COMPARISONS, "frontier": frontier}
 # Seconds that a run takes on one core, about. Used for the plan when no run of the size is recorded.
-_GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 200.0}
+_GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 200.0, "huge": 700.0}
 
 
 @dataclass(frozen=True)
 class Quality:
-    experiment: tyro.conf.Positional[Literal["methods", "ranks", "test", "ablations", "compensation"]]
-    sizes: tuple[Literal["tiny", "small", "medium", "main", "large"], ...] = ("small",)
+    experiment: tyro.conf.Positional[Literal["methods", "ranks", "test", "ablations", "compensation", "frontier"]]
+    sizes: tuple[Literal["tiny", "small", "medium", "main", "large", "huge"], ...] = ("small",)
     rows: tuple[str, ...] = ()
     """Rows of the experiment's table to run. Default () means all."""
     text: tuple[Path, ...] = ()
@@ -47,6 +49,7 @@ class Quality:
     """Stop after this time. The same command continues later."""
     backend: str = "inductor"
     """Backend of `torch.compile`."""
+    device: str = "cpu"
 
 
 def make_method(job: Job, run: Run) -> Method:
@@ -64,7 +67,7 @@ def main(config: Quality) -> None:
     corpus = text.tokenize(documents, text.byte_tokenizer(), window=max(size.length for size in SIZES.values()) + 1)
     until = time.perf_counter() + 60 * config.minutes
     for size in config.sizes:
-        job = Job(SIZES[size], corpus, backend=config.backend)
+        job = Job(SIZES[size], corpus, backend=config.backend, device=config.device)
         while missing := _missing(config, corpus, size, console):
             if config.plan:
                 break
@@ -103,7 +106,10 @@ def _report(config: Quality, corpus: text.Corpus) -> None:
     found = store.read(config.folder, digest_of(corpus))
     started = store.sizes_in(config.folder / f"{config.experiment}.jsonl")
     rows = {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size in started}
-    write_report(config.folder, config.experiment, found, rows)
+    if config.experiment == "frontier":
+        write_frontier(config.folder, found, rows)
+    else:
+        write_report(config.folder, config.experiment, found, rows)
 
 
 def _print_plan(console: Console, missing: Sequence[Run], found: store.Found, size: str) -> None:

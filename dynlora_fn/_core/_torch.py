@@ -40,6 +40,14 @@ if TYPE_CHECKING:
     from torch._inductor.decomposition import select_decomp_table as select_decomp_table
 
 CHECKED = "2.13.0"
+# The differences between versions are below, at each call of this function.
+
+
+def is_older_than(major: int, minor: int) -> bool:
+    """Return whether the installed torch is older than a version."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) < (major, minor)
+
+
 # Imported at their first use: Dynamo and Inductor take a second each to import.
 LAZY = {
     "comptime": "torch._dynamo.comptime",
@@ -144,6 +152,16 @@ def register_constant(kind: type) -> None:
     """
     register_pytree_constant(kind)
     torch.serialization.add_safe_globals([kind])
+
+
+def let_dynamo_replace(kind: type) -> None:
+    """Let Dynamo of torch 2.11 pass the result of `_replace` of a named tuple to a function in the graph.
+
+    `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo then sees a tuple that it cannot pass on, which it
+    can after a call of the class.
+    """
+    if is_older_than(2, 12):
+        kind._make = classmethod(lambda cls, values: cls(*values))  # type: ignore[attr-defined]
 
 
 def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dynlora_fn._core._check import check_number
-from dynlora_fn._core._torch import register_constant
+from dynlora_fn._core._torch import let_dynamo_replace, register_constant
 
 Side: TypeAlias = Literal["b", "a"]
 
@@ -103,6 +103,9 @@ class ShardedFactors(NamedTuple):
     a: Float[Tensor, "*stack rank columns"]
     sharding: Sharding  # with `columns`
 
+
+for _kind in (Factors, ScaledFactors, ShardedFactors):
+    let_dynamo_replace(_kind)
 
 AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors
 

@@ -11,11 +11,11 @@ import torch
 import dynlora_fn as dl
 from bench.quality import store, study_schedules
 from bench.quality.execute import execute
-from bench.quality.experiments import EXPERIMENTS, sweep
+from bench.quality.experiments import sweep
 from bench.quality.job import Job
 from bench.quality.measures import effective_rank, overlap
 from bench.quality.runs import METHODS, SIZES, Run
-from bench.quality.study import Quality, main, make_method
+from bench.quality.study import EXPERIMENTS, Quality, main, make_method
 from bench.quality.sweeps import CENTERS, MUON, Stage, neighbors, swept
 from bench.quality.tables import paired_p, rows_of
 from bench.support.process_memory import count_bytes
@@ -139,6 +139,9 @@ VARIANTS = [
     Run("tiny", "switchlora", ratio=0.0, floor=0.2, until=0.8, interval=10),
     Run("tiny", "switchlora", base="int8+bfloat16", interval=10, compensate=0.1),
     Run("tiny", "switchlora", interval=10, compensate=0.1, reduced="int8", compensate_every=2),
+    Run("tiny", "switchlora", beta2=0.99, moments="8bit", gradients="bfloat16", interval=10),
+    Run("tiny", "full", base="int8+bfloat16", moments="8bit", gradients="bfloat16"),
+    Run("tiny", "full", optimizer="muon", base="int8+bfloat16"),
 ]
 
 
