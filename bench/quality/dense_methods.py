@@ -39,7 +39,10 @@ class FullRank:
         self._store(weights)
 
     def _store(self, weights: dict[str, Tensor]) -> None:
-        """Round the inner matrices to their format. Products see the codes, and updates the residuals too."""
+        """Round the inner matrices to their format.
+
+        Products see the codes, and updates the residuals too.
+        """
         self._seen = weights
         if self._run.base == "float32":
             return

@@ -30,7 +30,10 @@ def is_inner(name: str) -> bool:
 
 @cache
 def optimizer_of(settings: OptimizerSettings) -> dl.optim.Transform:
-    """Return the optimizer of a run. Embedding, head and norms always have AdamW with float32 moments."""
+    """Return the optimizer of a run.
+
+    Embedding, head and norms always have AdamW with float32 moments.
+    """
     options = {"betas": (0.9, settings.beta2)}
     rest = dl.optim.adamw(**options)
     if settings.optimizer == "adamw" and settings.moments == "float32":

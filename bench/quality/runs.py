@@ -107,10 +107,10 @@ class Run:
         return OptimizerSettings(self.optimizer, self.beta2, self.moments)
 
     def sent_bytes(self) -> int:
-        """Return the bytes of the gradients that a data-parallel step reduces, as many as it stores.
+        """Return the bytes of the gradients that a data-parallel step reduces.
 
-        A compensated step reduces dense gradients in float32 only, since the gradients of the factors follow from them.
-        With dense gradients in int8 it reduces the gradients of the factors too.
+        A step stores as many. A compensated step reduces dense gradients in float32 only, since the gradients of the
+        factors follow from them. With dense gradients in int8 it reduces the gradients of the factors too.
         """
         size, rank = SIZES[self.size], self.rank()
         inner, rest = size.parameters(), size.rest()

@@ -155,10 +155,10 @@ def register_constant(kind: type) -> None:
 
 
 def let_dynamo_replace(kind: type) -> None:
-    """Let Dynamo of torch 2.11 pass the result of `_replace` of a named tuple to a function in the graph.
+    """Let Dynamo of torch 2.11 pass the result of a named tuple's `_replace`.
 
-    `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo then sees a tuple that it cannot pass on, which it
-    can after a call of the class.
+    It is passed to a function in the graph. `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo then sees a
+    tuple that it cannot pass on, which it can after a call of the class.
     """
     if is_older_than(2, 12):
         kind._make = classmethod(lambda cls, values: cls(*values))  # type: ignore[attr-defined]
