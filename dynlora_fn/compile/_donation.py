@@ -19,9 +19,11 @@ class Consumed(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         consumed = next(leaf for leaf in (*args, *(kwargs or {}).values()) if isinstance(leaf, Consumed))
-        operation = getattr(func, "__name__", repr(func))
-        problem = f"state tensor at {consumed.__dict__['_name']} was written over by a step, and `{operation}` uses it"
-        raise RuntimeError(f"{problem}; use the state that the step returned")
+        name, operation = consumed.__dict__["_name"], getattr(func, "__name__", repr(func))
+        raise RuntimeError(
+            f"state tensor at {name} was written over by a step, and `{operation}` uses it; use the state that the step"
+            " returned"
+        )
 
 
 class Donated:
@@ -93,7 +95,7 @@ def consume(state: Any) -> Any:
     leaves, structure = tree_flatten_with_path(state)
     new_leaves = [leaf.detach() for _, leaf in leaves]
     for path, leaf in leaves:
-        leaf.__dict__["_name"] = keystr(path)
+        leaf.__dict__["_name"] = keystr(path) or "its root"
         leaf.__class__ = Consumed
     return tree_unflatten(new_leaves, structure)
 

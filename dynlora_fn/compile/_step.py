@@ -69,6 +69,13 @@ def compile_step(
             another argument is a view of such a tensor, or if `aux` contains an object that may contain tensors. If
             arguments change so often that torch stops to compile; the message names them.
         RuntimeError: With `debug`, if a consumed state is used.
+
+    Example: The new state is in the memory of the old one.
+        >>> step = compile_step(lambda state, lr: (state - lr, state.sum()), backend="aot_eager")
+        >>> state = torch.zeros(2)
+        >>> new, total = step(state, torch.tensor(0.5))
+        >>> new is state, new.tolist(), total.item()
+        (True, [-0.5, -0.5], 0.0)
     """
     from dynlora_fn._core._torch import FailOnRecompileLimitHit, comptime  # noqa: PLC0415 (Dynamo takes a second)
 

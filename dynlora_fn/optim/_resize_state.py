@@ -39,7 +39,10 @@ def resize_state(
     resizing = _Resizing(changes, roles or {}, set())
     resized: State = project_state(opt_state, resizing, ())
     if missing := sorted(set(changes) - resizing.visited):
-        raise ValueError(f"`opt_state` must have the factors of every resized weight, got none for {missing}")
+        raise ValueError(
+            f"`opt_state` must have the factors of every resized weight, got none for {missing}; pass the state of"
+            " these parameters"
+        )
     return resized
 
 

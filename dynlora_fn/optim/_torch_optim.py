@@ -119,7 +119,10 @@ def _indices(groups: Any, context: Visitor, path: Path) -> dict[str, tuple[Any, 
         by_name = dict(zip(names, indices, strict=True))
         wanted = [f"{name}.{side}" for name in sides if name in context.plan for side in "ba"]
         if missing := [name for name in wanted if name not in by_name]:
-            raise ValueError(f"`opt_state` must name the factors of planned weights, got no {', '.join(missing)}")
+            raise ValueError(
+                f"`opt_state` must name the factors of planned weights, got no {', '.join(missing)}; pass the state of"
+                " an optimizer over `trainable`"
+            )
         found = {name: (by_name.get(f"{name}.b"), by_name.get(f"{name}.a")) for name in sides}
         return {name: pair for name, pair in found.items() if None not in pair}
     if len(groups) != 1:

@@ -257,7 +257,10 @@ def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: AnyFactors)
         ("a", incoming.a, (*stack, plan.a.slots.shape[-1], in_features)),
     ):
         if vectors.shape != wanted:
-            raise ValueError(f"`incoming.{side}` must have shape {wanted} for {name!r}, got {tuple(vectors.shape)}")
+            raise ValueError(
+                f"`incoming.{side}` must have shape {wanted} for {name!r}, got {tuple(vectors.shape)}; pass one vector"
+                " for each entry of the plan"
+            )
         if vectors.device != param.factors.a.device:
             raise ValueError(
                 f"`incoming.{side}` is on {vectors.device} for {name!r}; move it to {param.factors.a.device}"

@@ -167,6 +167,15 @@ def test_public_names_have_a_docstring(name: str, value: object):
     assert docstring, f"`{name}` must say what it is"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, value in public_values() if inspect.isfunction(value)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_public_functions_have_an_example(name: str, value: object):
+    assert ">>> " in inspect.getdoc(value), f"`{name}` must show its guarantee in an example that runs"
+
+
 @pytest.mark.slow
 def test_importing_has_no_side_effects():
     """In a fresh process, no setting of torch changes and no random number is drawn."""
