@@ -61,7 +61,7 @@ def scaled_residual(residual: Residual, factor: float | Tensor, key: Tensor) -> 
         residual: The residual.
         factor: A number or a 0-d tensor.
         key: Scales of the codes in float32, (*stack) or (*stack, out, 1). They choose the random bits, so the result is
-            a function of the arguments, and each row is rounded in the same way on one process and on several.
+            a function of the arguments. Each row is rounded in the same way on one process and on several.
     """
     codes = residual_codes(residual)
     if codes is None:

@@ -40,9 +40,9 @@ class Donated:
         """Return a tensor among the other arguments that is a view of the state, or None.
 
         Raises:
-            ValueError: If the state cannot be written over: two of its tensors share memory, an element of one is
-                stored once for several places, one requires a gradient, one was written over by an earlier step, or
-                something is no tensor.
+            ValueError: If the state cannot be written over. Then two of its tensors share memory, or an element of one
+                is stored once for several places. Or one requires a gradient, was written over by an earlier step, or
+                is no tensor.
         """
         leaves = fast_leaves(state)
         if not self._is_known(leaves):

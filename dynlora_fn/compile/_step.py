@@ -65,8 +65,8 @@ def compile_step(
     Raises:
         TypeError: If `step` is no function, a flag neither True nor False, or `torch.compile` has no such option.
         ValueError: If ``fullgraph=False`` is passed. At a call, if the new state differs from the old one in structure,
-            shape or dtype, if two tensors of a donated state share memory, one is expanded or requires a gradient, if
-            another argument is a view of such a tensor, or if `aux` contains an object that may contain tensors. If
+            shape or dtype. If two tensors of a donated state share memory, or one is expanded or requires a gradient.
+            If another argument is a view of such a tensor, or `aux` contains an object that may contain tensors. If
             arguments change so often that torch stops to compile; the message names them.
         RuntimeError: With `debug`, if a consumed state is used.
 

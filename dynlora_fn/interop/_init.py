@@ -94,9 +94,9 @@ def init(
         group: The process group that shards the bases, as in `shard`. Each weight is sharded before the next is read,
             so that a process stores only its rows and one more base.
         copy: Whether all values are copied. False shares memory with the model, or with `weights`, where a tensor there
-            has the values and the dtype that are needed: for full-rank parameters, and with ``start="lora"`` for dense
-            bases. Stacks are always copied. Writing into shared memory, as `compile_step` does with ``donate=True``,
-            changes the model.
+            has the values and the dtype that are needed. These are full-rank parameters, and with ``start="lora"``
+            dense bases. Stacks are always copied. Writing into shared memory, as `compile_step` does with
+            ``donate=True``, changes the model.
         progress: A function that is called as ``progress(done, total)`` with the bytes of the model that are done and
             in total. Default None means no reports.
 
@@ -106,11 +106,11 @@ def init(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype, such as a rank or seed that is no integer.
-        ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing; if a module of a type
-            in `targets` computes its weight by a parametrization; if a target is not a matrix, or is not finite in low
-            precision; if a rank, alpha or format does not fit; if a weight is missing from `weights`, has another
-            shape, or is none of the model; or if both `base` and `base_dtype` are passed. Also if a tensor is not a
-            leaf of autograd, or has a tangent.
+        ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing. If a module of a type
+            in `targets` computes its weight by a parametrization. If a target is not a matrix, or is not finite in low
+            precision. If a rank, alpha or format does not fit. If a weight is missing from `weights`, has another
+            shape, or is none of the model. If both `base` and `base_dtype` are passed. If a tensor is not a leaf of
+            autograd, or has a tangent.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
         The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its

@@ -29,8 +29,8 @@ def by_pattern(patterns: Mapping[str, float], default: float) -> Callable[[str],
     """Return a function that gives the value of the first pattern that matches.
 
     A pattern matches the end of a name, behind a dot. Entries without operators of regular expressions, as `re.escape`
-    writes names, are looked up without matching, so that a model with an entry for each layer does not match each name
-    with each entry.
+    writes names, are looked up without matching. So a model with an entry for each layer does not match each name with
+    each entry.
     """
     names: dict[str, tuple[int, float]] = {}
     expressions: list[tuple[int, re.Pattern[str], float]] = []

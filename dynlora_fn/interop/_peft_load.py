@@ -37,9 +37,8 @@ def load_adapter(
         weight = base + alpha / rank * b @ a,    b = B,  a = A
 
     Alpha is the alpha of the layer in the file, with rslora times ``sqrt(rank)``. So gradients are PEFT's, and an
-    optimizer makes PEFT's step at the same rate: `adamw` with `factor_decay` as `torch.optim.AdamW` with
-    `weight_decay`, any optimizer written by hand, and after clipping by norm. `save_adapter` writes factors and alpha
-    back.
+    optimizer makes PEFT's step at the same rate, also after clipping by norm. `adamw` with `factor_decay` makes the
+    step of `torch.optim.AdamW` with `weight_decay`. `save_adapter` writes factors and alpha back.
 
     Every tensor of the file is read, and every setting is known, or the adapter is refused. Layers, ranks and alphas
     are selected by name as in PEFT. An adapter of experts (`target_parameters`) becomes a stack of factors. The
@@ -47,7 +46,7 @@ def load_adapter(
 
     A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors and its scale
     ``alpha / rank`` stay the same. Steps of an optimizer on the shorter factors are those of that smaller rank, and
-    differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on: here that row
+    differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on. Here that row
     contributes to no gradient, and in PEFT it contributes to the gradient of `lora_embedding_B`.
 
     Args:

@@ -48,12 +48,12 @@ def call(
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
         NotImplementedError: If a low-rank weight is changed in place, or used in an operation without a rule under
-            ``fallback="raise"``. The message names both. Also if a base in low precision or a sharded one is
-            differentiated, if the model assigns a parameter in its forward pass, or a buffer under `torch.func` or
-            `torch.compile`, or if it returns a generator, which would run later with the parameters of the model.
-        ValueError: If `fallback` is unknown, if a weight does not fit the shape of its parameter, if two names of a
-            tied parameter have different weights, or if the model or a submodule is wrapped for data parallelism, which
-            `torch.func` bypasses, or is a `ScriptModule`.
+            ``fallback="raise"``. The message names both. If a base in low precision or a sharded one is differentiated.
+            If the model assigns a parameter in its forward pass, or a buffer under `torch.func` or `torch.compile`. If
+            it returns a generator, which would run later with the parameters of the model.
+        ValueError: If `fallback` is unknown, or a weight does not fit the shape of its parameter. If two names of a
+            tied parameter have different weights. If the model or a submodule is a `ScriptModule`, or is wrapped for
+            data parallelism, which `torch.func` bypasses.
 
     Example:
         >>> import torch

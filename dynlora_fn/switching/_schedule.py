@@ -108,7 +108,7 @@ class Schedule:
         """Whether a step must update first and switch then, as ReLoRA does.
 
         The gradient of a vector was computed with the counterpart that it had in the forward pass. A plan that freezes
-        the counterparts of what it switches lets no vector move by such a gradient, so the switch may come before the
+        the counterparts of what it switches lets no vector move by such a gradient. So the switch may come before the
         update, as in SwitchLoRA. A plan without a freeze must come after it.
         """
         return self.freeze == 0

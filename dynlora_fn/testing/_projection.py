@@ -34,10 +34,10 @@ def check_state_projection(
     """Check that a projection resets the state of counterparts and nothing else.
 
     Counterparts are those of switched vectors. For a slot k that is switched on side a, the state of ``b[:, k]``
-    becomes zero, moments and counts; for one on side b, the state of ``a[k]`` (arXiv:2406.06564, section 3.3). In a
-    field ``frozen_for``, directly above the dict by parameter name, the counterparts get the plan's number of updates.
-    Statistics that all vectors of a side share must stay, as Adafactor has them: fields with the role "unchanged", and
-    sides with one entry for a weight of several vectors.
+    becomes zero, moments and counts. For one on side b it is the state of ``a[k]`` (arXiv:2406.06564, section 3.3). In
+    a field ``frozen_for``, directly above the dict by parameter name, the counterparts get the plan's number of
+    updates. Statistics that all vectors of a side share must stay, as Adafactor has them. These are fields with the
+    role "unchanged", and sides with one entry for a weight of several vectors.
 
     Args:
         project: A function ``(opt_state, plan) -> opt_state``, where the plan is a dict by name.

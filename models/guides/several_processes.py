@@ -45,6 +45,7 @@ for t in range(300):
     state, loss = step(state, batch, torch.tensor(1e-2 * (1 - t / 300)))
     if t % 100 == 99:
         dl.parallel.check_replicas(state, group)  # raises if the states of processes differ
+# To write a model or adapter on one process only, gather first, on every process: `dl.parallel.unshard(params)`.
 weights = dl.state_dict(model, dl.combine(state[0], state[1]))  # collective: call it on every process
 if process == 0:
     print(f"loss {loss:.3f}, {dl.parallel.wire_bytes(state[0], state[1])} a step")

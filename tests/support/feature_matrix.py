@@ -22,7 +22,7 @@ from tests.support.paths import ROOT
 
 PAGE = ROOT / "dynlora_fn" / "bases" / "FEATURES.md"
 FORMATS = ("plain", "bfloat16", "int8", "float8", "nf4", "nvfp4", "mxfp4")
-RESIDUALS = ("bfloat16", None)
+STORAGES = (("plain", None), *((base, "bfloat16") for base in FORMATS[1:]), ("int8", None))
 LAYOUTS = ("whole", "deferred", "sharded", "sharded, deferred", "sharded with factors")
 STACKS = ((), (2,))
 X = normal(0, 2, 3, 64, dtype=torch.float32)
@@ -107,6 +107,13 @@ def updated(make: Callable[[], dl.optim.Transform], params: Params) -> None:
     dl.apply_updates(trainable, optimizer.update(grads, opt_state, trainable, lr=0.1).updates)
 
 
+OPTIMIZERS: dict[str, Callable[[Params], Any]] = {
+    "`optim.adamw`": partial(updated, dl.optim.adamw),
+    "`optim.adamw` with 8-bit moments": partial(updated, partial(dl.optim.adamw, moments="8bit")),
+    "`optim.sgd`": partial(updated, dl.optim.sgd),
+    "`optim.lion`": partial(updated, dl.optim.lion),
+    "`optim.muon`": partial(updated, dl.optim.muon),
+}
 FEATURES: dict[str, Callable[[Params], Any]] = {
     "gradients of a linear layer": gradients,
     "gradients of `x @ weight`": gradients_of_transposed,
@@ -123,13 +130,9 @@ FEATURES: dict[str, Callable[[Params], Any]] = {
     "`resize`": lambda params: dl.resize(params, rank=2),
     "`bases.to_torchao`": lambda params: dl.bases.to_torchao(dl.unstack(params)),
     "a compiled step": compiled,
-    "`optim.adamw`": partial(updated, dl.optim.adamw),
-    "`optim.adamw` with 8-bit moments": partial(updated, partial(dl.optim.adamw, moments="8bit")),
-    "`optim.sgd`": partial(updated, dl.optim.sgd),
-    "`optim.lion`": partial(updated, dl.optim.lion),
-    "`optim.muon`": partial(updated, dl.optim.muon),
+    **OPTIMIZERS,
 }
-SLOW = "a compiled step"  # compiled for one residual and a single weight only
+COMPILED = "a compiled step"
 
 
 def reason(error: Exception) -> str:
@@ -160,12 +163,15 @@ def outcome(feature: str, *storage: Any) -> str:
 
 
 def outcomes(feature: str, layout: str) -> dict[tuple[Any, ...], str]:
-    """Return the outcome for each format, residual and stack of one layout."""
-    residuals, stacks = (RESIDUALS[:1], STACKS[:1]) if feature == SLOW else (RESIDUALS, STACKS)
+    """Return the outcome for each format, residual and stack of one layout.
+
+    Optimizers do not read bases, and compiling takes seconds. So both are tried with few of them.
+    """
+    few = {("plain", None), ("int8", "bfloat16"), *([("nf4", "bfloat16")] if feature == COMPILED else [])}
+    storages = few if feature == COMPILED or feature in OPTIMIZERS else STORAGES
     return {
-        (base, residual, stack): outcome(feature, base, residual, layout, stack)
-        for base, residual, stack in product(FORMATS, residuals, stacks)
-        if base != "plain" or residual == RESIDUALS[0]
+        (*storage, stack): outcome(feature, *storage, layout, stack)
+        for storage, stack in product(storages, STACKS[:1] if feature == COMPILED else STACKS)
     }
 
 
@@ -185,7 +191,8 @@ def cell(found: dict[tuple[Any, ...], str], notes: list[str]) -> str:
     formats = [base for base in FORMATS if any(storage[0] == base for storage in bad)]
     stacks = {storage[2] for storage in bad}
     of_stacks = {(2,): "stacks of ", (): "single "}[next(iter(stacks))] if len(stacks) == 1 else ""
-    return f"not {of_stacks}{'weights' if len(formats) == len(FORMATS) else ', '.join(formats)} ({numbers})"
+    is_all = len(formats) == len({storage[0] for storage in found})
+    return f"not {of_stacks}{'weights' if is_all else ', '.join(formats)} ({numbers})"
 
 
 def rows(features: list[str], notes: list[str]) -> list[str]:
@@ -207,9 +214,9 @@ def page(features: list[str]) -> str:
 INTRODUCTION = [
     "# What works together",
     "",
-    "`python -m tests.support.feature_matrix` has written this page. It tries every cell with all storage formats,",
-    "with and without a residual, for one weight and for a stack. The group has one process. A cell that is no plain",
-    "yes names the formats that are refused, and the note that says why.",
+    "`python -m tests.support.feature_matrix` has written this page. It tries every cell with all storage formats, for",
+    "one weight and for a stack. Optimizers and compiled steps are tried with few of them. The group has one",
+    "process. A cell that is no plain yes names the formats that are refused, and the note that says why.",
     "",
 ]
 NOTES = ["## Notes", ""]
