@@ -121,6 +121,9 @@ def markdown_findings(path: Path, source: str) -> Iterator[Finding]:
     for line, text in prose_lines(source):
         if len(text) > COLUMNS:
             yield Finding(path, line, f"line of {len(text)} characters")
+    for line, text in enumerate(source.split("\n"), 1):
+        if text.lstrip().startswith("|"):
+            yield from (Finding(path, line, problem) for problem in unclear_words(text))
     for line, text in paragraphs(source):
         yield from (Finding(path, line, problem) for problem in unclear_words(text))
         for sentence in sentences(text):

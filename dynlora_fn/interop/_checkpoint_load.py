@@ -64,6 +64,9 @@ def load_checkpoint(
         rename: A function from the path of a leaf in `template` to its path in a checkpoint of an older program, for
             checkpoints that have exactly those paths. Default None keeps all paths.
 
+    Returns:
+        A `Checkpoint` with the state, its step and the checkpoints that were refused, or None if there is none.
+
     Raises:
         TypeError: If a leaf of the template cannot be in a checkpoint.
         ValueError: If there are checkpoints and all are refused, or `step` has none. The message gives each reason.

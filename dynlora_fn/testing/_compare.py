@@ -83,6 +83,12 @@ def difference(got: Any, wanted: Any) -> str | None:
 def eps(dtype: torch.dtype) -> float:
     """Return the distance from 1 to the next number of a dtype.
 
+    Args:
+        dtype: The floating dtype.
+
+    Returns:
+        The distance, as a Python number.
+
     Example:
         >>> import torch
         >>> eps(torch.bfloat16)

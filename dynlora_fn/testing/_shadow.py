@@ -20,6 +20,9 @@ def exact_weight(param: LowRank) -> Tensor:
     Args:
         param: The weight, stacked or not.
 
+    Returns:
+        The weight (*stack, out, in).
+
     Example:
         >>> from dynlora_fn.testing import Shape, low_rank
         >>> exact_weight(low_rank(Shape(6, 4, 2))).shape
@@ -33,6 +36,9 @@ def seen_weight(param: LowRank) -> Tensor:
 
     Args:
         param: The weight, stacked or not.
+
+    Returns:
+        The weight (*stack, out, in).
 
     Example:
         >>> from dynlora_fn.testing import Shape, low_rank
