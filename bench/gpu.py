@@ -20,16 +20,15 @@ from typing import IO, Any, Literal, NamedTuple
 
 import torch
 import tyro
-from torch import nn
 
 import dynlora_fn as dl
 from bench import memory
 from bench.quality.job import is_inner
-from bench.step_by_method import muon
+from bench.step_by_method import MuonOfTorch, muon
 from bench.support.harness import ROOT, Options, finish, start, table
 from bench.support.process_memory import MB
 from bench.support.timing import Timing, interleave
-from bench.support.training_steps import LR, LibraryStep, StepSize, full_step, peft_step
+from bench.support.training_steps import LibraryStep, StepSize, full_step, peft_step
 
 _DTYPE = torch.bfloat16  # of the products, by autocast
 _FRACTION = 4  # width over rank
@@ -67,25 +66,6 @@ class Gpu(Options):
         return {} if self.quick else {"mode": "default", **compile_options}
 
 
-class Both(torch.optim.Optimizer):
-    """`torch.optim.Muon` for matrices inside the blocks, and fused AdamW elsewhere."""
-
-    def __init__(self, model: nn.Module):
-        inner = [parameter for name, parameter in model.named_parameters() if is_inner(name)]
-        rest = [parameter for name, parameter in model.named_parameters() if not is_inner(name)]
-        self.parts = torch.optim.Muon(inner, lr=LR), torch.optim.AdamW(rest, lr=LR, fused=True)
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters."""
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-
 Contenders = dict[str, Callable[[], Any]]
 
 
@@ -96,7 +76,7 @@ def baselines(config: Gpu, width: int) -> Contenders:
     full_muon = LibraryStep(size, width // _FRACTION, device, _DTYPE, targets=(), optimizer=of_inner, **options)
     return {
         "full rank, AdamW (fused)": full_step(size, device, _DTYPE, **options),
-        "full rank, torch.optim.Muon": full_step(size, device, _DTYPE, make_optimizer=Both, **options),
+        "full rank, torch.optim.Muon": full_step(size, device, _DTYPE, make_optimizer=MuonOfTorch, **options),
         "full rank, dl.optim.muon": full_muon.run,
         "PEFT, AdamW (fused)": peft_step(size, width // _FRACTION, device, _DTYPE, **options),
     }

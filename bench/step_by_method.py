@@ -1,13 +1,14 @@
 """How long is a step of each method of the study?
 
-Other methods run from their packages. Switching and the new projections of GaLore and APOLLO happen only in some steps,
-so their time is averaged over a run. The optimizer's time is included. `bench.step` compares more settings, all with
-AdamW.
+`--fractions 4 8 --json` also prints the ratios of Muon on factors of both ranks, `--methods muon` only what they need,
+and `--size.batch 32` steps of 8,192 tokens. Switching and the new projections of GaLore and APOLLO happen only in some
+steps, so their time is averaged over a run. The optimizer's time is included. `bench.step` compares more settings, all
+with AdamW.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -27,11 +28,32 @@ COMPENSATE = 0.1
 @dataclass(frozen=True)
 class StepByMethod(Options):
     size: StepSize = field(default_factory=lambda: StepSize(layers=4))
-    fraction: int = 4
-    """Width over rank."""
+    fractions: tuple[int, ...] = (4,)
+    """Width over rank. After the first, only the methods of this library with factors are timed again."""
+    methods: Literal["all", "muon"] = "all"
+    """Time all methods, or those that the ratios of Muon need."""
     repeats: int = 9
     mode: str = "default"
     """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
+
+
+class MuonOfTorch(torch.optim.Optimizer):
+    """`torch.optim.Muon` for the matrices inside the blocks, and fused AdamW for the rest."""
+
+    def __init__(self, model: nn.Module):
+        inner = [parameter for name, parameter in model.named_parameters() if is_inner(name)]
+        rest = [parameter for name, parameter in model.named_parameters() if not is_inner(name)]
+        self.parts = torch.optim.Muon(inner, lr=LR), torch.optim.AdamW(rest, lr=LR, fused=True)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
 
 
 def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -54,36 +76,67 @@ def muon(choose: Callable[[str, Any], bool]) -> dl.optim.Transform:
     )
 
 
+class Contenders:
+    """Steps by name, and those that another step replaces now and then."""
+
+    def __init__(self, config: StepByMethod) -> None:
+        self.config, self.options = config, {} if config.quick else {"mode": config.mode}
+        self.steps: dict[str, Callable[[], Any]] = {}
+        self.occasional: dict[str, tuple[str, float]] = {}  # the other step, and in which fraction of the steps
+
+    def add_full_rank(self) -> None:
+        size, device = self.config.size, self.config.device
+        self.steps["full rank"] = full_step(size, device, **self.options)
+        of_torch = full_step(size, device, make_optimizer=MuonOfTorch, **self.options)
+        self.steps["full rank, torch.optim.Muon"] = of_torch
+        of_inner = muon(lambda name, _: is_inner(name))
+        step = LibraryStep(size, 1, device, torch.float32, targets=(), optimizer=of_inner, **self.options)
+        self.steps["full rank, Muon"] = step.run
+
+    def add_packaged(self, name: str, method: str, rank: int) -> None:
+        rare = f"{name}, new projections"
+        for kind, gap in ((name, GAP), (rare, 1)):
+            make = make_packaged(method, rank, gap)
+            self.steps[kind] = full_step(self.config.size, self.config.device, make_optimizer=make, **self.options)
+        self.occasional[name] = (rare, 1 / GAP)
+
+    def add_switched(self, name: str, rank: int, **settings: Any) -> None:
+        step = LibraryStep(self.config.size, rank, self.config.device, torch.float32, **settings, **self.options)
+        plan = step.first_plan()
+        self.steps[name] = step.run
+        self.steps[f"{name}, switching"] = lambda: step.run(plan)
+        self.occasional[name] = (f"{name}, switching", step.switching_fraction())
+
+
 def measure(config: StepByMethod) -> dict[str, Timing]:
     """Time all contenders in turn."""
-    size, device, dtype = config.size, config.device, torch.float32
-    rank, options = size.width // config.fraction, {} if config.quick else {"mode": config.mode}
-    contenders = {"full rank": full_step(size, device, **options)}
-    occasional = {}  # by method: the step that it takes now and then, and in which fraction of the steps
-    for name, method in (("GaLore", "galore"), ("APOLLO", "apollo")):
-        for kind, gap in ((name, GAP), (f"{name}, new projections", 1)):
-            make = make_packaged(method, rank, gap)
-            contenders[kind] = full_step(size, device, make_optimizer=make, **options)
-        occasional[name] = (f"{name}, new projections", 1 / GAP)
-
-    def add(name: str, **settings: Any) -> None:
-        step = LibraryStep(size, rank, device, dtype, **settings, **options)
-        plan = step.first_plan()
-        contenders[name] = step.run
-        contenders[f"{name}, switching"] = lambda: step.run(plan)
-        occasional[name] = (f"{name}, switching", step.switching_fraction())
-
-    of_inner = muon(lambda name, _: is_inner(name))
-    full_muon = LibraryStep(size, rank, device, dtype, targets=(), optimizer=of_inner, **options)
-    contenders["full rank, Muon"] = full_muon.run
-    add("switched")
-    add("switched, compensated", compensate=COMPENSATE)
-    add("switched, Muon", optimizer=muon(lambda _, leaf: not isinstance(leaf, Tensor)))
-    timings = interleave(contenders, repeats=config.repeats, device=device)
+    contenders, has_all = Contenders(config), config.methods == "all"
+    contenders.add_full_rank()
+    for fraction in config.fractions:
+        is_first, rank = fraction == config.fractions[0], config.size.width // fraction
+        suffix = "" if is_first else f" at d/{fraction}"
+        if is_first and has_all:
+            contenders.add_packaged("GaLore", "galore", rank)
+            contenders.add_packaged("APOLLO", "apollo", rank)
+        contenders.add_switched(f"switched{suffix}", rank)
+        if has_all:
+            contenders.add_switched(f"switched, compensated{suffix}", rank, compensate=COMPENSATE)
+        of_factors = muon(lambda _, leaf: not isinstance(leaf, Tensor))
+        contenders.add_switched(f"switched, Muon{suffix}", rank, optimizer=of_factors)
+    timings = interleave(contenders.steps, repeats=config.repeats, device=config.device)
     timings["LoRA"] = timings["switched"]
-    for name, (rare, fraction) in occasional.items():
+    for name, (rare, fraction) in contenders.occasional.items():
         timings[name] = weighted(timings[name], timings.pop(rare), fraction)
     return timings
+
+
+def muon_ratios(timings: dict[str, Timing]) -> dict[str, float]:
+    """Return the time of a step with Muon on switched factors over those of full rank."""
+    ours, full, full_muon = (timings[name].median for name in ("switched, Muon", "full rank", "full rank, Muon"))
+    ratios = {"muon_over_full": ours / full, "muon_over_full_muon": ours / full_muon}
+    if "switched, Muon at d/8" in timings:
+        ratios["muon_over_full_eighth"] = timings["switched, Muon at d/8"].median / full
+    return ratios
 
 
 def main(config: StepByMethod) -> None:
@@ -97,7 +150,7 @@ def main(config: StepByMethod) -> None:
     title = f"one step in ms, {config.size.tokens} tokens, width {config.size.width}, {config.size.layers} layers"
     console.print(table(title, ["", "lower quartile", "median", "upper quartile", "over full"], rows))
     results = {name: timing.median / full for name, timing in timings.items()}
-    finish(config, results, {name: timing.all for name, timing in timings.items()})
+    finish(config, {**results, **muon_ratios(timings)}, {name: timing.all for name, timing in timings.items()})
 
 
 if __name__ == "__main__":

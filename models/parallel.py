@@ -69,8 +69,8 @@ def shard(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     """Return this process's shards of parameters with bases in full precision.
 
     Raises:
-        ValueError: If a size is not a multiple of the number of processes, or if a base is quantized or already
-            sharded. It names the weight.
+        ValueError: If a size is not a multiple of the number of processes, if a base is quantized or already sharded,
+            or if only one factor is trained. It names the weight.
     """
     shards: dict[str, Any] = {}
     for name, param in params.items():
@@ -78,6 +78,10 @@ def shard(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
             shards[name] = param
             continue
         axes, size = _axes(name), mesh.size()
+        if isinstance(param.factors, dl.switching.OneSidedFactors):
+            raise ValueError(
+                f"`params` must train both factors of {name!r}, got trained='b'; make them with trained='both'"
+            )
         if not isinstance(param.base, Tensor):
             raise ValueError(
                 f"`params` must have bases in full precision, got {type(param.base).__name__} for {name!r}; "

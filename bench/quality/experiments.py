@@ -171,10 +171,22 @@ def compensation(found: Found, size: str) -> Rows:
     return rows | ablated(found, baseline, COMPENSATIONS)
 
 
+def one_side(found: Found, size: str) -> Rows:
+    """Compare both factors with one at twice the rank, which has as many trained numbers."""
+    rows = full_rank_rows(found, size)
+    for optimizer, name in (("muon", ", Muon"), ("adamw", "")):
+        for both, one in ((4, 2), (2, 1)):
+            run = Run(size, "switchlora", both, optimizer=optimizer)
+            rows[f"both sides, d/{both}{name}"] = sweep(found, run)
+            rows[f"one side, d/{one}{name}"] = sweep(found, replace(run, fraction=one, trained="b"))
+    return rows
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "methods": methods,
     "ranks": ranks,
     "test": test,
     "ablations": ablations,
     "compensation": compensation,
+    "one_side": one_side,
 }

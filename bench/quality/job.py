@@ -51,7 +51,7 @@ class Job:
     def __init__(self, size: RunSize, corpus: text.Corpus, *, backend: str = "inductor", device: str = "cpu"):
         self.size, self.corpus, self._backend, self.device = size, corpus, backend, device
         self.model = Llama(size.config()).to(device)
-        self._updates: dict[tuple[OptimizerSettings, int | None], Callable[..., Any]] = {}
+        self._updates: dict[tuple[OptimizerSettings, int | None, str], Callable[..., Any]] = {}
 
     def initial(self, seed: int) -> Llama:
         """Return a model with the initial weights of a seed."""
@@ -99,15 +99,15 @@ class Job:
         windows = text.validation_batches(self.held_out(kind), batches, 16, window=window)
         return torch.stack([self.loss(weights, tokens.to(self.device)) for tokens in windows]).mean().item()
 
-    def update(self, settings: OptimizerSettings, rank: int | None = None) -> Callable[..., Any]:
+    def update(self, settings: OptimizerSettings, rank: int | None = None, trained: str = "both") -> Callable[..., Any]:
         """Return clipping and optimizer in one graph.
 
         Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has a rate
         for each name, or `Factors` with a rate for each side of a weight.
         """
-        if (settings, rank) not in self._updates:
-            self._updates[settings, rank] = self._updater(optimizer_of(settings))
-        return self._updates[settings, rank]
+        if (settings, rank, trained) not in self._updates:
+            self._updates[settings, rank, trained] = self._updater(optimizer_of(settings))
+        return self._updates[settings, rank, trained]
 
     def _updater(self, optimizer: dl.optim.Transform) -> Callable[..., Any]:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:

@@ -26,10 +26,11 @@ class LowRankMethod:
 
     def __init__(self, job: Job, run: Run):
         self._job, self._run = job, run
-        self._update_step = job.update(run.settings(), run.rank())
+        self._update_step = job.update(run.settings(), run.rank(), run.trained)
         start: dl.switching.Start = run.start if run.method == "switchlora" else "lora"
         base, residual = run.base.split("+") if "+" in run.base else (None, None)
-        params = dl.init(job.initial(run.seed), rank=run.rank(), seed=run.seed, targets=TARGETS, start=start)
+        vectors = {"start": start, "trained": run.trained}
+        params = dl.init(job.initial(run.seed), rank=run.rank(), seed=run.seed, targets=TARGETS, **vectors)
         if run.start_scale != 1:
             params = {name: _scaled(param, run.start_scale) for name, param in params.items()}
         self.params = dl.bases.quantize(params, base, residual=residual) if base else params

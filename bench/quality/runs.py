@@ -56,6 +56,10 @@ class OptimizerSettings(NamedTuple):
     moments: Literal["float32", "8bit"]
 
 
+# Settings of a run that change vectors which must stay orthogonal, or both factors.
+_ONLY_BOTH = ("side_lr", "candidates", "order", "incoming", "start_scale")
+
+
 @dataclass(frozen=True)
 class Run:
     """The settings of a run.
@@ -70,6 +74,7 @@ class Run:
     dense_lr: float = 1.0  # rate of embedding, head and norms over `lr`
     side_lr: float = 1.0  # rate of `b` over the rate of `a`, whose geometric mean is `lr`
     optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; everything else has AdamW
+    trained: Literal["both", "b"] = "both"  # factors; with "b" the rows of `a` are orthogonal, and only switched
     beta2: float = 0.999  # of every AdamW
     moments: Literal["float32", "8bit"] = "float32"  # of the optimizer of matrices or factors
     gradients: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are reduced
@@ -98,6 +103,11 @@ class Run:
     normalize: Literal["spectrum", "rows"] = "spectrum"
     reduced: Literal["float32", "int8"] = "float32"  # dtype in which dense gradients are reduced
 
+    def __post_init__(self) -> None:
+        changed = {name: value for name in _ONLY_BOTH if (value := getattr(self, name)) != getattr(type(self), name)}
+        if self.trained == "b" and changed:
+            raise ValueError(f"`trained` is 'b', but the run has {changed}, which need both factors; leave them out")
+
     def rank(self) -> int:
         """Return the rank of the factors."""
         return SIZES[self.size].width // self.fraction
@@ -115,6 +125,8 @@ class Run:
         size, rank = SIZES[self.size], self.rank()
         inner, rest = size.parameters(), size.rest()
         low = rank * size.layers * (8 * size.width + 3 * (size.width + size.hidden))
+        if self.trained == "b":
+            low = rank * size.layers * (5 * size.width + 2 * size.hidden)
         entry = 2 if self.gradients == "bfloat16" else 4
         if self.method in ("full", "galore", "apollo"):
             return entry * (inner + rest)

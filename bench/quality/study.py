@@ -34,7 +34,9 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 20
 
 @dataclass(frozen=True)
 class Quality:
-    experiment: tyro.conf.Positional[Literal["methods", "ranks", "test", "ablations", "compensation", "frontier"]]
+    experiment: tyro.conf.Positional[
+        Literal["methods", "ranks", "test", "ablations", "compensation", "one_side", "frontier"]
+    ]
     sizes: tuple[Literal["tiny", "small", "medium", "main", "large", "huge"], ...] = ("small",)
     rows: tuple[str, ...] = ()
     """Rows of the experiment's table to run. Default () means all."""

@@ -79,6 +79,8 @@ def check_number(
 
 def _interval(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
     """Return the numbers of an interval as a text."""
+    if (least, above, most, below) == (None, None, None, None):
+        return "a finite number"
     if most is None and below is None:
         return f"a number above {above}" if least is None else f"a number of at least {least}"
     if least is not None and most is not None:

@@ -17,10 +17,12 @@ from dynlora_fn._core._types import (
     Factors,
     FrozenTensor,
     LowRank,
+    OneSidedFactors,
     ScaledFactors,
     ShardedFactors,
     alpha_of,
     is_factors,
+    sides_of,
 )
 
 
@@ -121,22 +123,29 @@ def check_factors(argument: str, name: str, factors: Any) -> None:
     if not is_factors(factors):
         raise TypeError(f"`{argument}` has {described(factors)} in place of the factors of {name!r}; use Factors")
     _check_is_alpha(argument, name, factors)
-    for side, tensor in (("b", factors.b), ("a", factors.a)):
+    for side, tensor in zip("ba", sides_of(factors), strict=False):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{argument}` has {described(tensor)} as `{side}` of {name!r}; use a tensor")
         _check_is_real(argument, f"`{side}` of {name!r}", tensor)
-    b, a = tuple(factors.b.shape), tuple(factors.a.shape)
+    b, a = tuple(factors.b.shape), _shape_of_a(factors)
     if min(len(b), len(a)) < 2 or b[:-2] != a[:-2] or b[-1] != a[-2] or 0 in (b[-1], *_sizes(factors)):
         raise ValueError(
             f"`{argument}` has factors of {name!r} of shapes {b} and {a}; use (*stack, out, rank) "
             "and (*stack, rank, in)"
         )
-    _check_device(argument, f"`a` of {name!r}", factors.a, factors.b)
+    _check_device(argument, f"`a` of {name!r}", sides_of(factors)[-1], factors.b)
 
 
 def _sizes(factors: AnyFactors) -> tuple[int, ...]:
     """Return `out` and `in`. A shard may have no rows."""
-    return () if isinstance(factors, ShardedFactors) else (factors.b.shape[-2], factors.a.shape[-1])
+    return () if isinstance(factors, ShardedFactors) else (factors.b.shape[-2], _shape_of_a(factors)[-1])
+
+
+def _shape_of_a(factors: AnyFactors) -> tuple[int, ...]:
+    """Return the shape of `a`, which is in the frozen tree if it is not trained."""
+    if isinstance(factors, OneSidedFactors) and len(sides_of(factors)) == 1:
+        return (*factors.b.shape[:-2], factors.b.shape[-1:].numel(), factors.fixed.columns)
+    return tuple(factors.a.shape)
 
 
 def check_trainable(argument: str, trainable: Any) -> None:
@@ -196,8 +205,8 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
             f"`{argument}` has {found} for {name!r}, which is a {type(like).__name__} in `{like_argument}`; "
             "pass the tree of the same parameters"
         )
-    sides = (leaf.b, leaf.a) if is_factors(leaf) else (leaf,)
-    wanted = (like.b, like.a) if is_factors(like) else (like,)
+    sides = sides_of(leaf) if is_factors(leaf) else (leaf,)
+    wanted = sides_of(like) if is_factors(like) else (like,)
     for side in sides:
         if not isinstance(side, Tensor):
             raise TypeError(f"`{argument}` has {described(side)} in {name!r}; use a tensor")
@@ -233,7 +242,9 @@ def _check_is_alpha(argument: str, name: str, factors: AnyFactors) -> None:
 def _is_like(leaf: Any, like: Any) -> bool:
     if not is_factors(like):
         return isinstance(leaf, Tensor) and leaf.shape == like.shape
-    if type(leaf) is not type(like) or leaf.b.shape != like.b.shape or leaf.a.shape != like.a.shape:
+    if type(leaf) is not type(like) or len(sides_of(leaf)) != len(sides_of(like)):
+        return False
+    if any(side.shape != other.shape for side, other in zip(sides_of(leaf), sides_of(like), strict=True)):
         return False
     return isinstance(like, Factors) or alpha_of(leaf) == alpha_of(like)
 

@@ -12,11 +12,13 @@ from dynlora_fn._core._patterns import Patterns, match
 from dynlora_fn._core._stacking import member_names
 from dynlora_fn._core._torch import is_traceable_wrapper_subclass
 from dynlora_fn._core._types import (
+    Alpha,
     AnyFactors,
     Frozen,
     FrozenLeaf,
     FrozenTensor,
     LowRank,
+    OneSidedFactors,
     Param,
     Params,
     ScaledFactors,
@@ -24,6 +26,8 @@ from dynlora_fn._core._types import (
     Trainable,
     alpha_of,
     is_factors,
+    sides_of,
+    with_sides,
 )
 
 Value = TypeVar("Value")
@@ -53,8 +57,8 @@ class Partition(NamedTuple):
 def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     """Split parameters into a trainable and a frozen tree.
 
-    `combine` reverses it. Factors are always trainable; bases, seeds and each `FrozenTensor` are always frozen.
-    Nothing is copied.
+    `combine` reverses it. Factors are always trainable, except `a` of `OneSidedFactors`. Bases, seeds and each
+    `FrozenTensor` are always frozen. Nothing is copied.
 
     Args:
         params: The parameters by name.
@@ -85,7 +89,7 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     parts = Partition({}, {})
     for name, param in params.items():
         if isinstance(param, LowRank):
-            parts.trainable[name] = param.factors
+            parts.trainable[name] = trained_factors(param.factors)
             parts.frozen[name] = _frozen(param)
         elif isinstance(param, FrozenTensor):
             parts.frozen[name] = param
@@ -94,8 +98,16 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     return parts
 
 
+def trained_factors(factors: AnyFactors) -> AnyFactors:
+    """Return factors as they are in the trainable tree: without `a` where only `b` is trained."""
+    return factors._replace(a=()) if isinstance(factors, OneSidedFactors) else factors
+
+
 def _frozen(param: LowRank) -> Frozen:
     factors = param.factors
+    if isinstance(factors, OneSidedFactors):
+        alpha = factors.fixed.alpha
+        return Frozen(param.base, param.seed, () if alpha == 1 else Alpha(alpha), factors.a)
     if isinstance(factors, ScaledFactors):
         return Frozen(param.base, param.seed, factors.alpha)
     return Frozen(param.base, param.seed)  # shards have alpha in their sharding
@@ -146,7 +158,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
 
     Raises:
         ValueError: If factors have no base, a base has no factors, or a tensor is in both trees. Also if the factors of
-            a weight do not have its alpha.
+            a weight do not have its alpha, or both trees have `a` of a weight, or neither has.
 
     Example:
         >>> from torch import nn
@@ -195,6 +207,14 @@ def _low_rank(name: str, factors: AnyFactors, frozen: Frozen) -> LowRank:
             f"`trainable` has factors of alpha {found} for {name!r}, but the weight in `frozen` has alpha {wanted}; "
             "keep the type of the factors, as `_replace` and `tree_map` do"
         )
+    is_one_sided = isinstance(factors, OneSidedFactors)
+    if is_one_sided == isinstance(frozen.a, tuple) or (is_one_sided and not isinstance(factors.a, tuple)):
+        raise ValueError(
+            f"`trainable` and `frozen` do not fit each other at {name!r}: exactly one of them must have `a`, and"
+            " `frozen` only where `b` alone is trained; pass both trees of one `partition`"
+        )
+    if isinstance(factors, OneSidedFactors):
+        factors = factors._replace(a=frozen.a)
     return LowRank(frozen.base, factors, frozen.seed)
 
 
@@ -224,8 +244,8 @@ def map_leaf(function: Callable[..., Any], leaf: Any, *others: Any) -> Any:
     """
     if not is_factors(leaf):
         return function(leaf, *others)
-    b = function(leaf.b, *(other.b for other in others))
-    return leaf._replace(b=b, a=function(leaf.a, *(other.a for other in others)))
+    sides = zip(*map(sides_of, (leaf, *others)), strict=True)
+    return with_sides(leaf, [function(*side) for side in sides])
 
 
 def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: str) -> dict[str, Value]:

@@ -3,7 +3,7 @@
 ``*stack`` means any number of leading axes: repeated weights of one shape are stacked in one tuple.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
@@ -76,8 +76,17 @@ class Sharding:
         return slice(first, min(first + self.rows_per_process, self.rows))
 
 
+@dataclass(frozen=True)
+class FixedSide:
+    """What the trained factor `b` must know about the side `a`, which is not trained."""
+
+    columns: int  # `in` of the weight
+    alpha: float = 1.0  # of the weight
+
+
 register_constant(Alpha)  # nodes without leaves, so that the leaves of every tree are tensors
 register_constant(Sharding)
+register_constant(FixedSide)
 
 
 class ScaledFactors(NamedTuple):
@@ -104,21 +113,46 @@ class ShardedFactors(NamedTuple):
     sharding: Sharding  # with `columns`
 
 
-for _kind in (Factors, ScaledFactors, ShardedFactors):
+class OneSidedFactors(NamedTuple):
+    """The factors of a weight of which only `b` is trained.
+
+    The rows of `a` are orthogonal, and all have the length ``sqrt(rank / |alpha|)``. They come from the basis seed, and
+    only a switch replaces them. `partition` moves `a` into the frozen tree and leaves ``()`` in its place, so that
+    gradients, moments and updates have one tensor.
+    """
+
+    b: Float[Tensor, "*stack out rank"]
+    a: Any  # (*stack, rank, in), or () in the trainable tree and in what mirrors it
+    fixed: FixedSide
+
+
+for _kind in (Factors, ScaledFactors, ShardedFactors, OneSidedFactors):
     let_dynamo_replace(_kind)
 
-AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors
+AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors | OneSidedFactors
 
 
 def is_factors(leaf: Any) -> TypeGuard[AnyFactors]:
-    """Return whether a leaf of the trainable tree has factors, sharded or not."""
-    return isinstance(leaf, Factors | ScaledFactors | ShardedFactors)
+    """Return whether a leaf of the trainable tree has factors, sharded or not, of one side or both."""
+    return isinstance(leaf, Factors | ScaledFactors | ShardedFactors | OneSidedFactors)
+
+
+def sides_of(factors: AnyFactors) -> tuple[Any, ...]:
+    """Return `b` and `a` of factors, or only `b` where `a` is not trained."""
+    return (factors.b,) if isinstance(factors.a, tuple) and not factors.a else (factors.b, factors.a)
+
+
+def with_sides(factors: AnyFactors, sides: Sequence[Any]) -> Any:
+    """Return factors with other sides, as many as `sides_of` returns."""
+    return factors._replace(b=sides[0]) if len(sides) == 1 else factors._replace(b=sides[0], a=sides[1])
 
 
 def alpha_of(factors: AnyFactors) -> float:
     """Return the alpha of the weight that factors, or their gradients, belong to."""
     if isinstance(factors, Factors):
         return 1.0
+    if isinstance(factors, OneSidedFactors):
+        return factors.fixed.alpha
     return factors.alpha.value if isinstance(factors, ScaledFactors) else factors.sharding.alpha
 
 
@@ -180,6 +214,7 @@ class Frozen(NamedTuple):
     base: Float[Tensor, "*stack out in"] | Any
     seed: Int[Tensor, "*stack"]
     alpha: Alpha | tuple[()] = ()  # of the weight; () for 1
+    a: Float[Tensor, "*stack rank in"] | tuple[()] = ()  # where only `b` is trained; () where both sides are
 
 
 class FrozenTensor(NamedTuple):

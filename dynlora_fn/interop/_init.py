@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._check import check_choice, check_integer
 from dynlora_fn._core._progress import Progress, check_progress, reporter
 from dynlora_fn._core._stacking import Stack, find_stacks
 from dynlora_fn._core._tree import inner_tensors
@@ -25,7 +26,9 @@ from dynlora_fn.interop._make import Settings, Task, make, together
 from dynlora_fn.interop._parameters import Parameters, detached, is_opaque, parameters_of
 from dynlora_fn.interop._targets import Alphas, Rank, Targets, select
 from dynlora_fn.parallel._group import Group
-from dynlora_fn.switching._weight import Start
+from dynlora_fn.switching._weight import Start, Vectors
+
+Trained: TypeAlias = Literal["both", "b"]
 
 
 def init(
@@ -36,6 +39,7 @@ def init(
     seed: int,
     targets: Targets,
     start: Start = "switchlora",
+    trained: Trained = "both",
     fused: Mapping[str, int | tuple[int, int]] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     base_dtype: torch.dtype | None = None,
@@ -55,6 +59,18 @@ def init(
         base = weight - alpha / rank * b @ a
 
     Both factors are drawn from the basis, as in arXiv:2406.06564, section 3.
+
+    With ``trained="b"`` only `b` is trained, as in RSO (arXiv:2502.07222), and starts with zeros. The rows of `a` are
+    orthogonal and come from the basis seed. Only a switch replaces them, so `partition` puts them into the frozen tree,
+    and gradients and optimizer state do not contain them. At twice the rank, gradients and state are about as large as
+    with both sides. For a positive alpha, with orthonormal rows of Q::
+
+        a = sqrt(rank / alpha) * Q,     alpha / rank * b @ a = sqrt(alpha / rank) * b @ Q
+        adamw:  weight -= lr * sqrt(alpha / rank) * direction_b @ Q,     entries of direction_b near 1 or -1
+        muon:   weight -= lr * sqrt(max(out, in)) * orthogonalize(direction_b) @ Q
+
+    A step of `adamw` therefore has a Frobenius norm near ``lr * sqrt(alpha * out)`` at every rank. With ``rank = in``,
+    `muon` takes its step for the dense weight.
 
     A target is a matrix (out, in). A target with more axes is a stack of matrices (experts), or the weight of a
     convolution, which becomes a matrix (out, in * prod(kernel)).
@@ -79,7 +95,9 @@ def init(
             select the matrices that such a module has itself; or a predicate of name and tensor. A tied parameter is a
             target under any of its names. Each entry must select a parameter. An empty list selects none.
         start: "switchlora" draws both factors, with the bounds of `basis_bounds`. "lora" draws `a` as `nn.Linear` does
-            and sets ``b = 0`` (arXiv:2106.09685).
+            and sets ``b = 0`` (arXiv:2106.09685). With ``trained="b"`` both start the same.
+        trained: The factors that are trained, "both" or only "b". With "b" they are `OneSidedFactors`, and
+            `shard_factors`, `init_pool` and states of other libraries are not supported.
         fused: The number of equal parts in a fused target, by name or glob. The parts become a stack with factors for
             each. Write 3 for queries, keys and values above each other (3 * out, in), and ``(3, -1)`` for columns
             side by side.
@@ -94,9 +112,9 @@ def init(
         group: The process group that shards the bases, as in `shard`. Each weight is sharded before the next is read,
             so that a process stores only its rows and one more base.
         copy: Whether all values are copied. False shares memory with the model, or with `weights`, where a tensor there
-            has the values and the dtype that are needed. These are full-rank parameters, and with ``start="lora"``
-            dense bases. Stacks are always copied. Writing into shared memory, as `compile_step` does with
-            ``donate=True``, changes the model.
+            has the values and the dtype that are needed: for full-rank parameters, and with ``start="lora"`` or
+            ``trained="b"`` for dense bases. Stacks are always copied. Writing into shared memory, as `compile_step`
+            does with ``donate=True``, changes the model.
         progress: A function that is called as ``progress(done, total)`` with the bytes of the model that are done and
             in total. Default None means no reports.
 
@@ -124,6 +142,7 @@ def init(
     if base is not None and base_dtype is not None:
         raise ValueError(f"`base` is {base!r} and `base_dtype` is {base_dtype}; pass only one of them")
     check_settings(start, base_dtype, dtype, stack=stack, copy=copy)
+    check_choice("trained", trained, get_args(Trained))
     check_progress(progress)
     check_residual(residual, residual_device)
     check_model(model)
@@ -136,7 +155,8 @@ def init(
     tensors = parameters.tensors
     selected = select(module, parameters, targets, rank, alpha, fused or {})
     read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
-    settings = Settings(seed, start, base_dtype, base, residual, residual_device, dtype, copy, group)
+    vectors: Vectors = "orthonormal" if trained == "b" else start
+    settings = Settings(seed, vectors, base_dtype, base, residual, residual_device, dtype, copy, group)
     keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
     stacks = {name: Stack([name], ()) for name in tensors}
     if stack:

@@ -17,7 +17,16 @@ from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import Stack, unbind
 from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._tree import whole_factors
-from dynlora_fn._core._types import Factors, FrozenTensor, LowRank, Param, with_alpha
+from dynlora_fn._core._types import (
+    AnyFactors,
+    Factors,
+    FixedSide,
+    FrozenTensor,
+    LowRank,
+    OneSidedFactors,
+    Param,
+    with_alpha,
+)
 from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._quantize import quantize_base
@@ -28,7 +37,7 @@ from dynlora_fn.interop._parameters import is_opaque
 from dynlora_fn.interop._targets import Target, as_matrices
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.parallel._shard import shard
-from dynlora_fn.switching._weight import BasisSlice, Start, first_slice, vectors_of
+from dynlora_fn.switching._weight import BasisSlice, Vectors, first_slice, vectors_of
 
 _BATCH = 2**20  # entries of small weights whose vectors are drawn together
 _TOGETHER = 2**18  # entries of small weights that are folded into together
@@ -38,7 +47,7 @@ class Settings(NamedTuple):
     """Those arguments of `init` that all parameters share."""
 
     seed: int
-    start: Start
+    start: Vectors
     base_dtype: torch.dtype | None
     base: object
     residual: ResidualKind
@@ -46,6 +55,17 @@ class Settings(NamedTuple):
     dtype: torch.dtype
     copy: bool
     group: Any  # a `Group` or None: `get_type_hints` cannot read the alias
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether factors start with zeros in `b`, so that bases are the weights."""
+        return self.start != "switchlora"
+
+    def typed(self, factors: Factors, alpha: float) -> AnyFactors:
+        """Return factors with the alpha of the weight, and of its trained side."""
+        if self.start == "orthonormal":
+            return OneSidedFactors(factors.b, factors.a, FixedSide(factors.a.shape[-1], alpha))
+        return with_alpha(factors, alpha)
 
 
 class Task(NamedTuple):
@@ -145,7 +165,7 @@ def _make_batch(
                 base = _dense_base(task, task.target, member, factors, settings)
             else:
                 base = _base(task, task.target, member, factors, seed, settings)
-            param = LowRank(base, with_alpha(factors, task.target.alpha), seed)
+            param = LowRank(base, settings.typed(factors, task.target.alpha), seed)
         if task.is_split:
             yield from zip(task.stack.members, (tree_map(torch.clone, one) for one in unbind(param)), strict=True)
         else:
@@ -215,7 +235,7 @@ def _dense_base(
     Small members are folded together.
     """
     dtype, count = settings.base_dtype or task.like.dtype, len(task.stack.members)
-    if settings.start == "lora" and not (settings.copy or task.shape):
+    if settings.is_zero and not (settings.copy or task.shape):
         return member(0).to(dtype).contiguous()
     b, a = (leaf.reshape(count, *leaf.shape[len(task.shape) :]) for leaf in factors)
     step = max(_TOGETHER // max(task.like.numel(), 1), 1)
@@ -231,7 +251,7 @@ def _dense_base(
             weights = [weight[None] for weight in weights]
         for weight in weights:
             here = slice(start, start + len(weight))
-            if settings.start == "lora":
+            if settings.is_zero:
                 bases[0][here] = weight
             else:
                 fold(weight, -b[here], a[here], divisor=target.divisor, out=bases[0][here])
@@ -261,9 +281,9 @@ def _converted(task: Task, target: Target, param: LowRank, settings: Settings) -
     if isinstance(weight, Tensor):
         # A base that is quantized afterwards is not rounded here, so that it is rounded only once.
         dtype = settings.base_dtype or (task.like.dtype if settings.base is None else widest(task.like.dtype))
-        is_zero, divisor = settings.start == "lora", target.divisor
+        is_zero, divisor = settings.is_zero, target.divisor
         base = weight.to(dtype) if is_zero else fold(weight, -b, a, divisor=divisor, dtype=dtype)
-    elif settings.start != "lora":
+    elif not settings.is_zero:
         base = as_base(weight).fold(-b, a, divisor=target.divisor, name=task.name)
     if settings.base is not None:
         base = quantize_base(

@@ -12,12 +12,12 @@ from dynlora_fn._core._check import check_choice, check_integer
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import by_name
-from dynlora_fn._core._types import Factors, LowRank, Param, Params
+from dynlora_fn._core._types import Factors, LowRank, OneSidedFactors, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.optim._resize_state import resize_state
 from dynlora_fn.optim._roles import Roles, check_roles
 from dynlora_fn.switching._basis import next_seeds
-from dynlora_fn.switching._weight import BasisSlice, Start, first_slice, vectors_of
+from dynlora_fn.switching._weight import BasisSlice, Start, first_slice, merge, vectors_of
 
 _BATCH = 2**20  # entries of factors whose vectors are drawn together
 
@@ -46,6 +46,9 @@ def resize(
         base += alpha * (b @ a / old - b2 @ a2 / new)
 
     Pending vectors of a deferred base are folded too.
+
+    Where only `b` is trained, the product is folded, `b` starts with zeros, and all vectors of `a` and all entries of
+    the optimizer state are new.
 
     Each weight also gets the seed of another basis, so that a schedule, which counts vectors from the rank, hands out
     none of them twice. The run goes on with the same schedule. Create a pool or a dithered schedule again. Right after
@@ -130,12 +133,20 @@ def _resize_all(changes: Sequence[_Change], start: Start) -> Iterator[tuple[str,
 
 
 def _added_slice(change: _Change, seed: Tensor, start: Start) -> BasisSlice:
-    shape, dtype = change.param.shape[-2:], change.param.factors.b.dtype
-    return first_slice(seed, shape, change.rank, start, dtype, from_slot=change.old, alpha=change.param.alpha)
+    shape, dtype, alpha = change.param.shape[-2:], change.param.factors.b.dtype, change.param.alpha
+    if isinstance(change.param.factors, OneSidedFactors):
+        return first_slice(seed, shape, change.rank, "orthonormal", dtype, alpha=alpha)
+    return first_slice(seed, shape, change.rank, start, dtype, from_slot=change.old, alpha=alpha)
 
 
 def _resize(change: _Change, seed: Tensor, added: Factors) -> LowRank:
     name, param, rank = change
+    if isinstance(param.factors, OneSidedFactors):
+        merged = merge({name: param})[name]
+        assert isinstance(merged, LowRank)
+        base, factors = as_base(merged.base), param.factors._replace(b=added.b, a=added.a)
+        new = merged._replace(factors=factors, seed=seed)
+        return new._replace(base=base.with_folded(base.folded, divisor=new.divisor))
     b, a, old = param.factors.b, param.factors.a, change.old
     new_b, new_a = torch.cat([b[..., :rank], added.b], -1), torch.cat([a[..., :rank, :], added.a], -2)
     new = param._replace(factors=param.factors._replace(b=new_b, a=new_a), seed=seed)

@@ -9,6 +9,8 @@ factored   4 d^2 + 12 r d       none             ``x @ base.T + (x @ a.T) @ b.T 
 merged     4 d^2 +  8 r d       4 r d^2          the weight, and the gradients of the factors
 dense      6 d^2                8 r d^2          the weight and its gradient, then projected
 =========  ===================  ===============  ==========================================
+
+Where only `b` is trained, the products are omitted that only the gradient of `a` needs.
 """
 
 from functools import lru_cache
@@ -30,6 +32,14 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     # The weight is formed again in the backward pass, so that only one is alive at a time.
     "merged": (*_WEIGHT, *_WEIGHT, _FORWARD, _INPUT_GRADIENT, *_FACTOR_GRADIENTS),
     "dense": (*_WEIGHT, *_WEIGHT, _FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, "oi,ri->or", "or,oi->ri"),
+}
+
+# Only for the gradient of `a`. The factored path needs the first one for the gradient of the input too.
+_FOR_GRADIENT_OF_A = {
+    "factored": ("nr,ni->ri",),
+    "merged": ("no,or->nr", "nr,ni->ri"),
+    "dense": ("or,oi->ri",),
+    "full": (),
 }
 
 
@@ -55,28 +65,33 @@ def _coefficients(products: tuple[str, ...]) -> tuple[int, ...]:
 
 
 # Counted at import: Dynamo would trace the counting for each weight.
-_COEFFICIENTS = {path: _coefficients(products) for path, products in PRODUCTS.items()}
+_COEFFICIENTS = {(path, False): _coefficients(products) for path, products in PRODUCTS.items()}
+for _path, _omitted in _FOR_GRADIENT_OF_A.items():
+    _products = tuple(product for product in PRODUCTS[_path] if product not in _omitted)
+    _COEFFICIENTS[_path, True] = _coefficients(_products)
 
 
-def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int) -> int:
-    """Return the FLOPs of both passes along a path, or of ``"full"`` rank."""
-    return _total(path, _terms(tokens, out_features, in_features, rank))
+def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool = False) -> int:
+    """Return the FLOPs of a forward and backward pass along a path, or of ``"full"`` rank."""
+    return _total(path, _terms(tokens, out_features, in_features, rank), is_one_sided)
 
 
-def cheapest_path(*, tokens: int, out_features: int, in_features: int, rank: int) -> ContractionPath:
+def cheapest_path(
+    *, tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool = False
+) -> ContractionPath:
     """Return the path with the fewest `flops`.
 
     Of equals, the first in `ContractionPath` is taken.
     """
-    sizes = (tokens, out_features, in_features, rank)
+    sizes = (tokens, out_features, in_features, rank, is_one_sided)
     # Dynamo warns of a cache while it traces, and the sizes of a trace cannot be keys of one.
-    is_static = not torch.compiler.is_dynamo_compiling() and all(type(size) is int for size in sizes)
+    is_static = not torch.compiler.is_dynamo_compiling() and all(type(size) in (int, bool) for size in sizes)
     return _remembered_path(*sizes) if is_static else _cheapest_path(*sizes)
 
 
-def _cheapest_path(tokens: int, out_features: int, in_features: int, rank: int) -> ContractionPath:
+def _cheapest_path(tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool) -> ContractionPath:
     terms = _terms(tokens, out_features, in_features, rank)
-    costs = {path: _total(path, terms) for path in get_args(ContractionPath)}
+    costs = {path: _total(path, terms, is_one_sided) for path in get_args(ContractionPath)}
     best: ContractionPath = "factored"
     for path, cost in costs.items():  # comparisons instead of `min`, since Dynamo traces them for dynamic shapes
         if cost < costs[best]:
@@ -92,5 +107,5 @@ def _terms(tokens: int, out_features: int, in_features: int, rank: int) -> list[
     return [prod([sizes[dimension] for dimension in dimensions]) for dimensions in _DIMENSIONS]
 
 
-def _total(path: str, terms: list[int]) -> int:
-    return sum([count * term for count, term in zip(_COEFFICIENTS[path], terms, strict=True)])
+def _total(path: str, terms: list[int], is_one_sided: bool) -> int:
+    return sum([count * term for count, term in zip(_COEFFICIENTS[path, is_one_sided], terms, strict=True)])

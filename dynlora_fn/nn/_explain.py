@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import FrozenTensor, Param, Params
+from dynlora_fn._core._tree import trained_factors
+from dynlora_fn._core._types import FrozenTensor, OneSidedFactors, Param, Params, sides_of
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._call import call_with
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
@@ -152,9 +153,10 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
         return Cost(name, tuple(param.shape), None, None, None, None, 0, size, size, optimizer, 2 * size + optimizer, 0)
     *stack, out_features, in_features = param.shape
     rank, members = param.factors.a.shape[-2], prod(stack)
-    sizes = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
-    path, trainable = cheapest_path(**sizes), _bytes(param.factors)
-    entries = sum(leaf.numel() for leaf in tree_leaves(param.factors))
+    sizes: dict[str, Any] = {"tokens": tokens, "out_features": out_features, "in_features": in_features, "rank": rank}
+    sides, is_one_sided = sides_of(trained_factors(param.factors)), isinstance(param.factors, OneSidedFactors)
+    path, trainable = cheapest_path(**sizes, is_one_sided=is_one_sided), _bytes(sides)
+    entries = sum(leaf.numel() for leaf in sides)
     weight = members * out_features * in_features
     weight_bytes = as_base(param.base).weight_dtype.itemsize  # as full-rank training would store it
     element_bytes = max(weight_bytes, param.factors.b.element_size(), 4)
@@ -163,13 +165,13 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
         shape=tuple(param.shape),
         rank=rank,
         path=path,
-        flops=members * flops(path, **sizes),
+        flops=members * flops(path, **sizes, is_one_sided=is_one_sided),
         full_flops=members * flops("full", **sizes),
-        base=_bytes([param.base, param.seed]),
+        base=_bytes([param.base, param.seed]) + _bytes(param.factors) - trainable,
         trainable=trainable,
         gradient=trainable,
-        # `count` and `frozen_for`, 4 bytes each, for each vector of both sides.
-        optimizer=_MOMENT_BYTES * 2 * entries + 4 * 4 * members * rank,
+        # `count` and `frozen_for`, 4 bytes each, for each vector of a trained side.
+        optimizer=_MOMENT_BYTES * 2 * entries + 4 * 2 * len(sides) * members * rank,
         full=weight * (2 * weight_bytes + 2 * _MOMENT_BYTES) + 4,
         merged=0 if path == "factored" else out_features * in_features * element_bytes,
     )

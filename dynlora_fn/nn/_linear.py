@@ -14,7 +14,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice, described
 from dynlora_fn._core._check_trees import check_param
 from dynlora_fn._core._dtypes import autocast_now, cast
-from dynlora_fn._core._types import LowRank
+from dynlora_fn._core._types import LowRank, OneSidedFactors
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._pending import rank_with_pending, with_pending
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path
@@ -126,5 +126,11 @@ def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:
     """
     out_features, in_features = param.shape
     rank, tokens = rank_with_pending(param), prod(x.shape[:-1])
-    path = cheapest_path(tokens=tokens, out_features=out_features, in_features=in_features, rank=rank)
+    path = cheapest_path(
+        tokens=tokens,
+        out_features=out_features,
+        in_features=in_features,
+        rank=rank,
+        is_one_sided=isinstance(param.factors, OneSidedFactors),
+    )
     return "merged" if path == "factored" and as_base(param.base).sharding else path

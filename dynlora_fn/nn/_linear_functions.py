@@ -141,9 +141,13 @@ class _Merged(torch.autograd.Function):
             if ctx.layout.is_transposed:
                 weight = weight.mT
                 gradients = _dense_gradients if ctx.is_dense else _separate_gradients
-            grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, cast(b, x.dtype), cast(a, x.dtype))
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
-        divisor = divisor_of(b.shape[-1], ctx.layout.alpha)
+            divisor = divisor_of(b.shape[-1], ctx.layout.alpha)
+            if not ctx.needs_input_grad[2]:
+                grad_x, grad_b = _one_sided_gradients(grad_rows, rows, weight, cast(a, x.dtype), ctx.is_dense)
+                gradients_of_b = grad_x.reshape(x.shape), cast(grad_b, b.dtype) / divisor, None, grad_bias
+                return *gradients_of_b, None, None, *(None for _ in codes)
+            grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, cast(b, x.dtype), cast(a, x.dtype))
         grad_b, grad_a = cast(grad_b, b.dtype) / divisor, cast(grad_a, a.dtype) / divisor
         grad_b, grad_a = _scatter_if_sharded(grad_b, grad_a, ctx.layout)
         input_gradients = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
@@ -240,3 +244,8 @@ def _separate_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: T
 def _dense_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight = grad.mT @ x
     return grad @ weight, grad_weight @ a.mT, b.mT @ grad_weight
+
+
+def _one_sided_gradients(grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, is_dense: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the input and of `b`."""
+    return grad @ weight, (grad.mT @ x) @ a.mT if is_dense else grad.mT @ (x @ a.mT)

@@ -18,6 +18,7 @@ from dynlora_fn.optim._freeze import FreezeState as FreezeState
 from dynlora_fn.optim._freeze import freeze_counterparts as freeze_counterparts
 from dynlora_fn.optim._multi import multi_transform as multi_transform
 from dynlora_fn.optim._muon import muon as muon
+from dynlora_fn.optim._normalized_sgd import normalized_sgd as normalized_sgd
 from dynlora_fn.optim._project_factors import Change as Change
 from dynlora_fn.optim._project_state import project_optimizer_state as project_optimizer_state
 from dynlora_fn.optim._roles import Role as Role

@@ -9,7 +9,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_rate
 from dynlora_fn._core._check_trees import check_alpha, check_one_or_more
 from dynlora_fn._core._dtypes import widest
-from dynlora_fn._core._types import FrozenTensor, LowRank, Param, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, OneSidedFactors, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.optim._transform import Rate, check_is_floating
@@ -34,7 +34,8 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
         base = decay * averaged.base + (1 - decay) * params.base
                + decay * (1 - decay) * (averaged.b - params.b) @ (averaged.a - params.a) / divisor
 
-    The divisor is ``rank / alpha``.
+    The divisor is ``rank / alpha``. Where only `b` is trained, the average gets `a` of the run, so that its rows stay
+    orthogonal, and ``decay * averaged.b @ (averaged.a - params.a) / divisor`` is folded.
 
     Call ``switch(averaged, plan)`` with every plan of the run, so that the slots of both contain versions of the same
     vectors. The result is right without it, but what is folded is then as large as the product itself.
@@ -103,10 +104,23 @@ def _average_factors(name: str, averaged: LowRank, param: LowRank, decay: Rate) 
     old_base, new_base = as_base(averaged.base), as_base(param.base)
     wide = widest(old.b.dtype, new_factors.b.dtype, old_base.sum_dtype, new_base.sum_dtype)
     share = _share(decay, wide)
+    if isinstance(old, OneSidedFactors):
+        return _average_one_side(name, averaged, param, decay, wide)
     step_b, step_a = (new.to(wide) - side.to(wide) for new, side in ((new_factors.b, old.b), (new_factors.a, old.a)))
     change = share * (new_base.exact(wide) - old_base.exact(wide))
     change = fold(change, share * (1 - share) * step_b, step_a, divisor=averaged.divisor)
     factors = old._replace(b=_moved(old.b, new_factors.b, decay), a=_moved(old.a, new_factors.a, decay))
+    return averaged._replace(base=old_base.add(change, name=name), factors=factors)
+
+
+def _average_one_side(name: str, averaged: LowRank, param: LowRank, decay: Rate, wide: torch.dtype) -> LowRank:
+    """Return the average with the rows of `a` of the run, which stay orthogonal."""
+    old, new, share = averaged.factors, param.factors, _share(decay, wide)
+    old_base, new_base = as_base(averaged.base), as_base(param.base)
+    change = share * (new_base.exact(wide) - old_base.exact(wide))
+    left, right = (1 - share) * old.b.to(wide), old.a.to(wide) - new.a.to(wide)
+    change = fold(change, left, right, divisor=averaged.divisor)
+    factors = old._replace(b=_moved(old.b, new.b, decay), a=new.a.to(old.a.dtype))
     return averaged._replace(base=old_base.add(change, name=name), factors=factors)
 
 
@@ -152,6 +166,11 @@ def _check(name: str, averaged: Param, param: Param) -> None:
     if not isinstance(param, LowRank):
         raise ValueError(f"`averaged` is low-rank for {name!r}, but `params` is a tensor; pass `materialize(averaged)`")
     check_alpha("averaged", name, averaged.factors, "params", param.factors)
+    if isinstance(averaged.factors, OneSidedFactors) != isinstance(param.factors, OneSidedFactors):
+        raise ValueError(
+            f"`averaged` has {type(averaged.factors).__name__} for {name!r}, but `params` has"
+            f" {type(param.factors).__name__}; average what was copied from the parameters of the run"
+        )
     ranks = averaged.factors.b.shape[-1], param.factors.b.shape[-1]
     if ranks[0] != ranks[1]:
         raise ValueError(

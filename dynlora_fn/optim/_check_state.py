@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, described
 from dynlora_fn._core._check_trees import check_alpha, check_names
-from dynlora_fn._core._types import Trainable, alpha_of, is_factors
+from dynlora_fn._core._types import Trainable, alpha_of, is_factors, sides_of
 from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape
 from dynlora_fn.optim._roles import Role, declared_roles
 
@@ -66,7 +66,9 @@ def _is_moment(state: Any, leaf: Any) -> bool:
     """
     if is_factors(leaf):
         is_alike = is_factors(state) and alpha_of(state) == alpha_of(leaf)
-        return is_alike and _is_moment(state.b, leaf.b) and _is_moment(state.a, leaf.a)
+        if not is_alike or len(sides_of(state)) != len(sides_of(leaf)):
+            return False
+        return all(_is_moment(side, like) for side, like in zip(sides_of(state), sides_of(leaf), strict=True))
     return (
         isinstance(state, Tensor)
         and state.shape == leaf.shape
@@ -82,15 +84,22 @@ def _sides(argument: str, name: str, state: Any, leaf: Any) -> tuple[Any, ...]:
             f"`{argument}` has {described(state)} for {name!r}, which is a {type(leaf).__name__} in `trainable`; "
             "pass the state of the same parameters"
         )
-    return (state.b, state.a) if is_factors(state) else (state,)
+    if not is_factors(state):
+        return (state,)
+    if len(sides_of(state)) != len(sides_of(leaf)):
+        raise ValueError(
+            f"`{argument}` has {len(sides_of(state))} sides of {name!r}, of which {len(sides_of(leaf))} are trained in"
+            " `trainable`; pass the state of the same parameters"
+        )
+    return sides_of(state)
 
 
 def _shapes(leaf: Any, role: Role) -> list[tuple[int, ...]]:
     """Return the shapes of the state of a parameter, one for each side."""
     if not is_factors(leaf):
         return [() if role in _PER_VECTOR else tuple(leaf.shape)]
-    b, a = tuple(leaf.b.shape), tuple(leaf.a.shape)
-    return [(*b[:-2], 1, b[-1]), (*a[:-1], 1)] if role in _PER_VECTOR else [b, a]
+    b, *others = (tuple(side.shape) for side in sides_of(leaf))
+    return [(*b[:-2], 1, b[-1]), *((*a[:-1], 1) for a in others)] if role in _PER_VECTOR else [b, *others]
 
 
 def _check_side(argument: str, name: str, side: Any, like: Any, role: Role, eight_bit: bool) -> None:

@@ -18,6 +18,7 @@ from dynlora_fn._core._types import (
     Factors,
     FrozenTensor,
     LowRank,
+    OneSidedFactors,
     Param,
     Params,
     ScaledFactors,
@@ -25,7 +26,7 @@ from dynlora_fn._core._types import (
 )
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse
-from dynlora_fn.optim._newton_schulz import divide_by_norm, norm, orthogonalize
+from dynlora_fn.optim._polynomial import divide_by_norm, norm, orthogonalize
 from dynlora_fn.optim._transform import Rate, check_rates, rate_of
 
 Normalize: TypeAlias = Literal["spectrum", "rows"]
@@ -74,11 +75,13 @@ def _project_gradient(name: str, grad: Tensor, param: Param) -> AnyFactors | Ten
     b, a = factors.b, factors.a
     wide = widest(grad.dtype, b.dtype, a.dtype)
     grad = grad.to(wide)
+    if isinstance(factors, OneSidedFactors):
+        return factors._replace(b=(grad @ a.to(wide).mT / divisor).to(b.dtype), a=())
     grad_b, grad_a = grad @ a.to(wide).mT / divisor, b.to(wide).mT @ grad / divisor
     return factors._replace(b=grad_b.to(b.dtype), a=grad_a.to(a.dtype))
 
 
-def _whole_factors(name: str, param: LowRank) -> Factors | ScaledFactors:
+def _whole_factors(name: str, param: LowRank) -> Factors | ScaledFactors | OneSidedFactors:
     if isinstance(param.factors, ShardedFactors):
         refuse("dense gradients, sharded factors", name=name)
     return param.factors
@@ -104,6 +107,8 @@ def compensate(
 
         outside = (1 - P_b) G (1 - P_a)              what a step of the factors misses, to first order
         base = base - lr * normalized(outside)
+
+    Where only `b` is trained, ``outside = G (1 - P_a)``.
 
     Fira (arXiv:2410.01623, eq. 9) also adds the part of a gradient that a projection discards. This function neither
     reads nor keeps optimizer state. A change has the same size at every step, so its growth needs no limit. Fira needs
@@ -193,7 +198,7 @@ def _check_gradient(name: str, grad: Any, param: Param) -> None:
 
 
 def _outside_span(factors: AnyFactors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
-    """Return ``(1 - P_b) grad (1 - P_a)``.
+    """Return ``(1 - P_b) grad (1 - P_a)``, or ``grad (1 - P_a)`` where only `b` is trained.
 
     Rows that contain only rounding errors become zero.
     """
@@ -201,7 +206,8 @@ def _outside_span(factors: AnyFactors, grad: Float[Tensor, "*stack out in"]) -> 
     grad, columns, rows = grad.to(wide), _projection(factors.b.to(wide)), _projection(factors.a.to(wide).mT)
     outside = grad
     for _ in range(2):  # the second pass removes the rounding errors of the first, which may exceed what is left
-        outside = outside - columns.left @ (columns.right @ outside)
+        if not isinstance(factors, OneSidedFactors):
+            outside = outside - columns.left @ (columns.right @ outside)
         outside = outside - (outside @ rows.right.mT) @ rows.left.mT
     threshold = norm(grad, dim=(-2, -1)) * (max(grad.shape[-2:]) * torch.finfo(wide).eps)
     return torch.where(norm(outside, dim=-1) <= threshold, 0, outside)

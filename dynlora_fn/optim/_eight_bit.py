@@ -95,7 +95,7 @@ def encode_moments(tree: Any, like: Any, name: str) -> Any:
         if is_attached(leaf):
             raise NotImplementedError(
                 f"a moment of {name!r} in 8 bits requires a gradient or has a tangent, which does not pass through"
-                " rounding; use adamw(moments='float32'), or detach the gradients of the update"
+                " rounding; use moments='float32', or detach the gradients of the update"
             )
         return type(old)(*encode_8bit(leaf.contiguous(), _table(old), _BLOCK))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynlora_fn._core._batches import batches
 from dynlora_fn._core._torch import are_immediate
-from dynlora_fn._core._types import Factors, is_factors
+from dynlora_fn._core._types import Factors, is_factors, sides_of, with_sides
 from dynlora_fn.optim._leaves import FlatLeaves, Leaves
 
 # Numbers of a tensor in a batch. On a CPU they should fit into its caches, on CUDA they should occupy it.
@@ -95,8 +95,7 @@ def _rows(columns: Sequence[_Column], options: Sequence[_Row]) -> list[_Row]:
     rows: list[_Row] = []
     for setting, *operands in zip(options, *columns, strict=True):
         if is_factors(operands[0]):
-            rows.append((*setting, *[each.b for each in operands]))
-            rows.append((*setting, *[each.a for each in operands]))
+            rows += [(*setting, *sides) for sides in zip(*map(sides_of, operands), strict=True)]
         else:
             rows.append((*setting, *operands))
     return rows
@@ -108,7 +107,7 @@ def _rebuilt(column: _Column, results: Sequence[Tensor]) -> _Column:
     new: list[Any] = []
     for leaf in column:
         if is_factors(leaf):
-            new.append(leaf._replace(b=next(following), a=next(following)))
+            new.append(with_sides(leaf, [next(following) for _ in sides_of(leaf)]))
         else:
             new.append(next(following))
     return new

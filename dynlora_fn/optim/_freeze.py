@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import can_read, flatten_tensors
-from dynlora_fn._core._types import Factors, Trainable, is_factors
+from dynlora_fn._core._types import AnyFactors, Factors, OneSidedFactors, Trainable, is_factors, sides_of
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._roles import register_state
@@ -20,7 +20,7 @@ class FreezeState(NamedTuple):
 
     inner: Any  # the state of the wrapped optimizer
     # int32, ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``: updates for which each vector stays frozen
-    frozen_for: dict[str, Factors]
+    frozen_for: dict[str, AnyFactors]
 
 
 register_state(FreezeState, {"frozen_for": "frozen_for"})
@@ -84,7 +84,7 @@ def freeze_counterparts(inner: Transform) -> Transform:
     return Transform(init, update)
 
 
-def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, Factors], moving: Collection[str] = ()) -> Tree:
+def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, AnyFactors], moving: Collection[str] = ()) -> Tree:
     """Return gradients or updates with zeros for frozen vectors.
 
     No vector of the weights `moving` is frozen.
@@ -93,7 +93,7 @@ def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, Factors], movi
     return {**tree, **_zero_where_frozen(factors, small=frozen_for)}
 
 
-def zero_counts(leaf: Any) -> Factors | Tensor:
+def zero_counts(leaf: Any) -> AnyFactors | Tensor:
     """Return int32 zeros: one for each vector of factors, one for a full-rank tensor.
 
     The counts of sharded factors are not sharded.
@@ -101,29 +101,26 @@ def zero_counts(leaf: Any) -> Factors | Tensor:
     if not is_factors(leaf):
         return torch.zeros((), dtype=torch.int32, device=leaf.device)
     (*stack, _, rank), zeros = leaf.b.shape, leaf.b.new_zeros
-    return Factors(
-        b=zeros((*stack, 1, rank), dtype=torch.int32),
-        a=zeros((*stack, rank, 1), dtype=torch.int32),
-    )
+    b = zeros((*stack, 1, rank), dtype=torch.int32)
+    if isinstance(leaf, OneSidedFactors):
+        return leaf._replace(b=b)
+    return Factors(b=b, a=zeros((*stack, rank, 1), dtype=torch.int32))
 
 
-def _no_vectors_frozen(trainable: Trainable) -> dict[str, Factors]:
+def _no_vectors_frozen(trainable: Trainable) -> dict[str, AnyFactors]:
     counts = {name: zero_counts(leaf) for name, leaf in trainable.items()}
-    return {name: leaf for name, leaf in counts.items() if isinstance(leaf, Factors)}
+    return {name: leaf for name, leaf in counts.items() if is_factors(leaf)}
 
 
-def _names_that_move(frozen_for: Mapping[str, Factors]) -> set[str]:
-    """Return the names of weights whose counters are all zero.
-
-    Only counters that the host can read at once are looked at.
-    """
-    sides = [(name, side) for name, counts in frozen_for.items() for side in counts]
+def _names_that_move(frozen_for: Mapping[str, AnyFactors]) -> set[str]:
+    """Return the names of weights whose counters are all zero, as far as the host can read that at once."""
+    sides = [(name, side) for name, counts in frozen_for.items() for side in sides_of(counts)]
     counts = [side for _, side in sides]
     if not counts or not all(can_read(side) for side in counts):
         return set()
     if not flatten_tensors(counts).any():
         return set(frozen_for)
-    return {name for name, (b, a) in frozen_for.items() if not (b.any() or a.any())}
+    return {name for name, counts in frozen_for.items() if not any(side.any() for side in sides_of(counts))}
 
 
 @elementwise()

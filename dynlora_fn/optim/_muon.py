@@ -3,29 +3,44 @@
 from collections.abc import Mapping
 from functools import partial
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from dynlora_fn._core._check import check_number
-from dynlora_fn._core._collectives import all_reduce
+from dynlora_fn._core._check import check_choice, check_flag, check_integer, check_number
+from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import AnyFactors, ShardedFactors, Trainable, alpha_of, divisor_of, is_factors
+from dynlora_fn._core._types import OneSidedFactors, Trainable
 from dynlora_fn.optim._check_state import check_state
+from dynlora_fn.optim._coupled_steps import coupled_steps
+from dynlora_fn.optim._eight_bit import SignedMoment, decode_moments, empty_moments, encode_moments
 from dynlora_fn.optim._elementwise import elementwise
+from dynlora_fn.optim._factor_steps import factor_updates, separate_steps
 from dynlora_fn.optim._freeze import freeze_counterparts
-from dynlora_fn.optim._newton_schulz import orthogonalize, orthogonalize_shards
-from dynlora_fn.optim._roots import square_root
-from dynlora_fn.optim._sgd_lion import MomentumState, init_momentum
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of, refuse_decay_of_factors
+from dynlora_fn.optim._one_sided_muon import one_sided_direction
+from dynlora_fn.optim._polynomial import Coefficients, Table, check_coefficients, orthogonalize
+from dynlora_fn.optim._sgd_lion import MomentumState
+from dynlora_fn.optim._transform import (
+    Rate,
+    Transform,
+    Tree,
+    Updates,
+    rate_of,
+    refuse_decay_of_factors,
+    zero_moments,
+)
 
-_DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent vectors do not move further
-_MAX_RELATIVE_STEP = 0.1  # of the sum of both factors' norms
 
-
-def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
+def muon(
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    coefficients: Coefficients = "jordan",
+    coupled: int = 0,
+    weight_decay: float = 0.0,
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32",
+) -> Transform:
     """Create Muon, which orthogonalizes updates of matrices and of low-rank weights.
 
     A low-rank weight is updated through ``alpha / rank * b @ a``, not through each factor as a matrix. For a matrix
@@ -35,7 +50,7 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
         updates = -lr * (sqrt(max(rows, columns)) * orthogonalize(direction) + weight_decay * matrix)
 
     If all directions have a gradient, the root mean square of the update's entries is near `lr`, as with AdamW. For
-    factors, with ``S_a.T S_a = (a a.T)^-1`` and ``S_b.T S_b = (b.T b)^-1``::
+    factors, with ``S_a.T S_a = (a a.T)^-1`` and ``S_b.T S_b = (b.T b)^-1`` (LoRA-Muon, arXiv:2606.12921)::
 
         updates_b = -lr * rank / alpha * sqrt(max(out, in)) * orthogonalize(direction_b S_a.T) S_a
         updates_a = -lr * rank / alpha * sqrt(max(out, in)) * S_b.T orthogonalize(S_b direction_a)
@@ -43,19 +58,37 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
     Then ``alpha / rank * updates_b @ a`` is the orthogonalized dense gradient within the rows of `a`. It does not
     depend on the lengths of the rows or the angles between them. So `lr` compares with the dense weight's learning
     rate, not with AdamW's for factors. Orthogonalizing `b` as a matrix would make a long step wherever a vector of `a`
-    is long. LoRA-Muon (arXiv:2606.12921) takes the same step.
+    is long.
+
+    Both sides contain the gradient within the columns of `b` and the rows of `a`, so where they move the weight in
+    these directions, their sum moves it up to twice as far as elsewhere. With `coupled`, the sum is orthogonalized
+    (LoRA-TSD, arXiv:2609.02734). For a random gradient and "polar_express_8", the singular values of the weight's
+    change are then 0.5 to 1.2 times ``lr * sqrt(max(out, in))`` with 1, 0.88 to 1.1 times with 3, and within 3 % of
+    each other with 6.
+
+    Where only `b` is trained, ``a a.T`` is a multiple of the identity, and nothing is whitened (see `init`)::
+
+        updates_b = -lr * sqrt(rank / alpha) * sqrt(max(out, in)) * orthogonalize(direction_b)
 
     A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
     of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
     would otherwise have no limit. Embedding, head and norms do better with AdamW: see `multi_transform`.
 
-    Cost: one moment, and for factors about ``20 * rank**2 * (out + in)`` FLOPs for each update. For sharded factors
-    four (rank, rank) matrices of each weight are all-reduced.
+    Cost: one moment, and for factors ``6 * rank**2 * (out + in) + 92 * rank**3`` FLOPs with five polynomials. Coupled
+    steps take ``10 * rank**2 * (out + in) + (48 * n + 52) * rank**3``, where n is the number of polynomials and two for
+    each projection after the first. For sharded factors four (rank, rank) matrices of each weight are all-reduced at
+    once, or six if coupled.
 
     Args:
         momentum: The decay rate of the moment, in [0, 1).
+        nesterov: Whether the direction is ``grad + momentum * mu``. Otherwise it is ``mu``.
+        coefficients: The polynomials ``a x + b x**3 + c x**5`` of singular values x, which are applied in turn: rows
+            (a, b, c), or "jordan" (Jordan et al., 2024), "polar_express_5" or "polar_express_8" (arXiv:2505.16932).
+        coupled: How often the change of a low-rank weight is orthogonalized and projected back to what its factors can
+            do. Default 0 orthogonalizes each side by itself.
         weight_decay: The decoupled weight decay of full-rank tensors. A low-rank weight cannot be decayed through its
             factors: decay it with `dl.optim.decay`.
+        moments: The format of the moment between updates: "float32", "bfloat16", or "8bit" as for `adamw`.
 
     Returns:
         The optimizer. Its state is a `FreezeState` around a `MomentumState`. The `lr` of its `update` is a number, a
@@ -63,18 +96,24 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
         process.
 
     Raises:
-        ValueError: If `momentum` is not in [0, 1). In `init` and `update`, if `weight_decay` is not 0 and `trainable`
-            has factors. In `update`, if a full-rank tensor has fewer than two axes or is complex, or `grads` does not
-            have the names and shapes of `trainable`.
+        TypeError: If a setting has another type.
+        ValueError: If a setting is out of range. In `init` and `update`, if `weight_decay` is not 0 and `trainable` has
+            factors. In `update`, if a full-rank tensor has fewer than two axes or is complex, or `grads` does not have
+            the names and shapes of `trainable`.
+        NotImplementedError: In `update`, if a moment that is stored in 8 bits requires a gradient or has a tangent.
 
-    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider. `orthogonalize` is a
-    polynomial: singular values of at least a hundredth of the matrix's norm end between 0.68 and 1.14, smaller ones
-    below. Gram matrices are damped by a thousandth of their mean diagonal.
+    Numerics: Updates are float32, or the parameter's dtype if that is wider, and read the moment before it is rounded.
+    "jordan" brings singular values of at least a hundredth of the matrix's norm between 0.68 and 1.14,
+    "polar_express_5" those of at least a thousandth between 0.84 and 1.13, "polar_express_8" within a thousandth of 1;
+    smaller ones end below. Factors, and matrices with sides in a ratio above 1.5, are orthogonalized through Gram
+    matrices. To those of directions, four units of the dtype's precision times the trace are added: in float32, a
+    singular value of a thousandth of the norm ends 0.2 below 1. Those of factors are damped by a thousandth of their
+    mean diagonal.
 
     Example:
         >>> import torch
         >>> from dynlora_fn import Factors
-        >>> optimizer = muon()
+        >>> optimizer = muon(coefficients="polar_express_8", coupled=3)
         >>> trainable = {"w": Factors(b=torch.eye(4, 2), a=torch.eye(2, 3))}
         >>> grads = {"w": Factors(b=torch.ones(4, 2), a=torch.ones(2, 3))}
         >>> updates, opt_state = optimizer.update(grads, optimizer.init(trainable), trainable, lr=0.01)
@@ -82,99 +121,63 @@ def muon(*, momentum: float = 0.95, weight_decay: float = 0.0) -> Transform:
         torch.Size([4, 2])
     """
     momentum = check_number("momentum", momentum, least=0, below=1)
+    check_flag("nesterov", nesterov)
+    table = check_coefficients(coefficients)
+    coupled = check_integer("coupled", coupled, least=0)
     weight_decay = check_number("weight_decay", weight_decay, least=0)
+    check_choice("moments", moments, ("float32", "bfloat16", "8bit"))
+    find_steps = (
+        partial(coupled_steps, table=table, projections=coupled) if coupled else partial(separate_steps, table=table)
+    )
 
-    @elementwise()
-    def next_mu(mu: Any, grad: Any) -> Any:
-        return momentum * mu + grad.to(mu.dtype)
+    def init(trainable: Trainable) -> MomentumState:
+        refuse_decay_of_factors(weight_decay, trainable)
+        if moments == "8bit":
+            return MomentumState({name: empty_moments(leaf, SignedMoment) for name, leaf in trainable.items()})
+        mu = zero_moments(trainable)
+        return MomentumState(tree_map(lambda zeros: zeros.to(torch.bfloat16), mu) if moments == "bfloat16" else mu)
 
-    @elementwise()
-    def direction_of(mu: Any, grad: Any) -> Any:
-        return grad.to(mu.dtype) + momentum * mu
+    @elementwise(results=2)
+    def next_mu(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
+        """Return the moment and the direction, in float32 or a wider dtype."""
+        dtype = widest(param.dtype)
+        grad = grad.to(dtype)
+        mu = momentum * mu.to(dtype) + grad
+        return mu, grad + momentum * mu if nesterov else mu
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         refuse_decay_of_factors(weight_decay, trainable)
-        check_state(opt_state, MomentumState, trainable)
-        mu: Tree = next_mu(opt_state.mu, grads)
-        directions: Tree = direction_of(mu, grads)
+        check_state(opt_state, MomentumState, trainable, eight_bit=moments == "8bit")
+        mu, directions = next_mu(decode_moments(opt_state.mu), grads, trainable)
         updates: Tree = {}
         for name, leaf in trainable.items():
             rate, direction = rate_of(lr, name), directions[name]
-            if is_factors(leaf):
-                direction = _factor_directions(direction, leaf, rate)
+            if isinstance(leaf, Tensor):
+                step = _matrix_direction(name, direction, table)
+                updates[name] = -rate * (step + weight_decay * leaf.to(step.dtype))
+            elif isinstance(leaf, OneSidedFactors):
+                step = one_sided_direction(direction, leaf, table)
+                updates[name] = tree_map(lambda side, rate=rate: -rate * side, step)
             else:
-                direction = _matrix_direction(name, direction)
-            decayed = tree_map(lambda step, param: step + weight_decay * param.to(step.dtype), direction, leaf)
-            updates[name] = tree_map(partial(_scale, rate), decayed)
-        return Updates(updates, MomentumState(mu))
+                updates[name] = factor_updates(direction, leaf, rate, find_steps, is_coupled=coupled > 0)
+        return Updates(updates, MomentumState(_stored(mu, opt_state.mu)))
 
-    return freeze_counterparts(Transform(partial(init_momentum, weight_decay=weight_decay), update))
+    return freeze_counterparts(Transform(init, update))
 
 
-def _scale(rate: Rate, direction: Tensor) -> Tensor:
-    return -rate * direction
+def _stored(mu: Tree, like: Tree) -> Tree:
+    """Return moments by name in the dtypes of `like`, with codes wherever it has them."""
+    encoded = {name: encode_moments(leaf, like[name], name) for name, leaf in mu.items()}
+    stored: Tree = tree_map(lambda new, old: new.to(old.dtype), encoded, like)
+    return stored
 
 
-def _matrix_direction(name: str, direction: Tensor) -> Tensor:
+def _matrix_direction(name: str, direction: Tensor, table: Table) -> Tensor:
     if direction.ndim < 2 or direction.is_complex():
         raise ValueError(
             f"`trainable` has {name!r} of shape {tuple(direction.shape)} and {direction.dtype}, which muon cannot "
             "orthogonalize; train it with another optimizer through `multi_transform`"
         )
-    return orthogonalize(direction) * sqrt(max(direction.shape[-2:]))
-
-
-def _factor_directions(directions: AnyFactors, factors: AnyFactors, rate: Rate) -> AnyFactors:
-    """Return the directions of both factors. Their norms are limited.
-
-    The Gram matrices of sharded factors are summed over the processes.
-    """
-    sharding = factors.sharding if isinstance(factors, ShardedFactors) else None
-    b, a = factors.b.to(directions.b.dtype), factors.a.to(directions.a.dtype)
-    sum_over_processes = partial(all_reduce, group=sharding.group) if sharding else _identity
-    gram_b, gram_a = sum_over_processes(torch.stack([b.mT @ b, a @ a.mT]))  # (*stack, rank, rank)
-    size_b, size_a = _mean_diagonal(gram_b), _mean_diagonal(gram_a)
-    # A factor that is zero is damped by the other side's size.
-    whitening_b = _whitening(gram_b, _DAMPING * (size_b + _DAMPING * size_a))
-    whitening_a = _whitening(gram_a, _DAMPING * (size_a + _DAMPING * size_b))
-    whitened_b, whitened_a = directions.b @ whitening_a.mT, whitening_b @ directions.a
-    if sharding:
-        step_b_transposed, step_a = orthogonalize_shards([whitened_b.mT, whitened_a], sum_over_processes)
-        step_b, shape = step_b_transposed.mT, (sharding.rows, sharding.as_columns.rows)
-    else:
-        step_b, step_a = orthogonalize(whitened_b), orthogonalize(whitened_a)
-        shape = b.shape[-2], a.shape[-1]
-    scale = abs(divisor_of(a.shape[-2], alpha_of(factors))) * sqrt(max(shape))
-    step_b, step_a = scale * step_b @ whitening_a, scale * whitening_b.mT @ step_a
-    squares = [side.square().sum((-2, -1), keepdim=True) for side in (b, a, step_b, step_a)]
-    norm_b, norm_a, norm_step_b, norm_step_a = square_root(sum_over_processes(torch.stack(squares)))
-    max_norm = _MAX_RELATIVE_STEP * (norm_b + norm_a) / rate
-    return directions._replace(
-        b=_limit_norm(step_b, norm_step_b, max_norm), a=_limit_norm(step_a, norm_step_a, max_norm)
-    )
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _whitening(
-    gram: Float[Tensor, "*stack rank rank"], damping: Float[Tensor, "*stack 1 1"]
-) -> Float[Tensor, "*stack rank rank"]:
-    """Return S such that ``S.T S`` is the inverse of the damped `gram`."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    min_damping = torch.finfo(gram.dtype).eps ** 4  # keeps the sum invertible where both factors are zero
-    triangle: Tensor = torch.linalg.cholesky_ex(gram + (damping + min_damping) * identity).L
-    inverse: Tensor = torch.linalg.solve_triangular(triangle, identity.expand_as(triangle), upper=False)
-    return inverse
-
-
-def _mean_diagonal(gram: Float[Tensor, "*stack rank rank"]) -> Float[Tensor, "*stack 1 1"]:
-    return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-
-
-def _limit_norm(matrix: Tensor, norm: Tensor, max_norm: Tensor) -> Tensor:
-    """Scale a matrix of norm `norm` down to `max_norm` if it is longer."""
-    return matrix * (max_norm / norm.clamp(min=torch.finfo(matrix.dtype).tiny)).clamp(max=1)
+    return orthogonalize(direction, table) * sqrt(max(direction.shape[-2:]))

@@ -18,6 +18,8 @@ from dynlora_fn._core._types import (
     SidePlan,
     Trainable,
     is_factors,
+    sides_of,
+    with_sides,
 )
 from dynlora_fn.optim._containers import Path, render
 from dynlora_fn.optim._eight_bit import decode_moments, moment_shape
@@ -103,38 +105,48 @@ def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], in
     indices, count = {}, 0
     for name, leaf in trainable.items():
         if is_factors(leaf):
+            _refuse_one_side(name, leaf)
             indices[name] = (count, count + 1)
         count += 2 if is_factors(leaf) else 1
     return indices, count
 
 
-def _has_entries(leaf: AnyFactors, role: Role) -> bool:
-    """Return whether a leaf is a moment with an entry for each entry of factors.
+def _refuse_one_side(name: str, leaf: AnyFactors) -> None:
+    """Raise for a weight whose tensors in a state of another library are not the two sides."""
+    if len(sides_of(leaf)) == 1:
+        raise ValueError(
+            f"`trainable` has only `b` of {name!r}, and states of torch.optim and torchopt are only projected for"
+            " weights of which both sides are trained; use an optimizer of `dl.optim`"
+        )
 
-    Other moments have one for each vector.
-    """
-    is_per_vector = moment_shape(leaf.b)[-2] == moment_shape(leaf.a)[-1] == 1
+
+def _has_entries(leaf: AnyFactors, role: Role) -> bool:
+    """Return whether a leaf is a moment with an entry for each entry of the factors, not only for each vector."""
+    b, *others = map(moment_shape, sides_of(leaf))
+    is_per_vector = b[-2] == 1 and all(a[-1] == 1 for a in others)
     return role == "first_moment" or (role == "second_moment" and not is_per_vector)
 
 
 def _prune(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> AnyFactors:
     _refuse_shards(isinstance(leaf, ShardedFactors), name, "prune")
-    moments = leaf._replace(b=decode_moments(leaf.b), a=decode_moments(leaf.a))
+    moments = with_sides(leaf, [*map(decode_moments, sides_of(leaf))])
     if role == "first_moment":
         context.first_moments.setdefault(name, {})[path] = moments
     first = [moments] if role == "first_moment" else [*context.first_moments.get(name, {}).values()]
     plan = context.plan[name]
     is_counterpart = context.counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
-    return leaf._replace(
-        b=replace_where(leaf.b, is_pruned(moments.b, is_counterpart.b, [each.b for each in first], context.prune)),
-        a=replace_where(leaf.a, is_pruned(moments.a, is_counterpart.a, [each.a for each in first], context.prune)),
-    )
+    sides = [sides_of(each) for each in (leaf, moments, is_counterpart)]
+    new = [
+        replace_where(side, is_pruned(moment, mask, [sides_of(each)[at] for each in first], context.prune))
+        for at, (side, moment, mask) in enumerate(zip(*sides, strict=False))
+    ]
+    return with_sides(leaf, new)  # type: ignore[no-any-return]
 
 
 def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
-    if not (isinstance(leaf.b, Tensor) and isinstance(leaf.a, Tensor)):
+    if not all(isinstance(side, Tensor) for side in sides_of(leaf)):
         raise ValueError(
-            f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use adamw(moments='float32')"
+            f"`rule` must not be 'transport' for 8-bit moments, got them for {name!r}; use float32 moments"
         )
     before, after = (params.get(name) for params in context.change or ({}, {}))
     if not (isinstance(before, LowRank) and isinstance(after, LowRank)):
@@ -156,36 +168,42 @@ def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:
 
 
 def _checked_shape(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> tuple[int, ...]:
-    """Return the shape of side b, or raise ValueError if the shapes do not fit.
-
-    The role says which shapes fit.
-    """
-    b, a = moment_shape(leaf.b), moment_shape(leaf.a)
-    if min(len(b), len(a)) < 2 or b[:-2] != a[:-2] or b[-1] != a[-2]:
+    """Return the shape of side b, and raise ValueError if the shapes do not fit the role."""
+    shapes = _shapes(leaf)
+    b, a = shapes[0], shapes[-1]
+    is_one_sided = len(shapes) == 1
+    if min(len(b), len(a)) < 2 or not (is_one_sided or (b[:-2] == a[:-2] and b[-1] == a[-2])):
         _refuse_shape(leaf, name, path, "equal stack axes and one rank, as (*stack, out, rank) and (*stack, rank, in)")
     if context.ranks.setdefault(name, b[-1]) != b[-1]:
         _refuse_shape(leaf, name, path, f"the rank {context.ranks[name]} of the other fields of {name!r}")
-    if role in ("count", "frozen_for") and (b, a) != _per_vector(b, a):
-        vectors = _per_vector(b, a)
-        _refuse_shape(leaf, name, path, f"one entry for each vector as {role!r}, {vectors[0]} and {vectors[1]}")
+    if role in ("count", "frozen_for") and shapes != _per_vector(shapes):
+        vectors = " and ".join(map(str, _per_vector(shapes)))
+        _refuse_shape(leaf, name, path, f"one entry for each vector as {role!r}, {vectors}")
     param = (context.trainable or {}).get(name)
     if param is None:
         return b
     if isinstance(param, Tensor):
         _refuse_shape(leaf, name, path, f"the shape {tuple(param.shape)} of that tensor in `trainable`")
-    shapes = tuple(param.b.shape), tuple(param.a.shape)
-    allowed = {"first_moment": [shapes], "second_moment": [shapes, _per_vector(*shapes)]}
-    if (b, a) not in allowed.get(role, [_per_vector(*shapes)]):
-        _refuse_shape(leaf, name, path, f"the shapes of {role!r} for factors {shapes[0]} and {shapes[1]}")
+    wanted = _shapes(param)
+    allowed = {"first_moment": [wanted], "second_moment": [wanted, _per_vector(wanted)]}
+    if shapes not in allowed.get(role, [_per_vector(wanted)]):
+        _refuse_shape(leaf, name, path, f"the shapes of {role!r} for factors {' and '.join(map(str, wanted))}")
     return b
 
 
-def _per_vector(b: tuple[int, ...], a: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (*b[:-2], 1, b[-1]), (*a[:-1], 1)
+def _shapes(leaf: AnyFactors) -> tuple[tuple[int, ...], ...]:
+    """Return the shape of each side."""
+    return tuple(map(moment_shape, sides_of(leaf)))
+
+
+def _per_vector(shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of sides with one entry for each vector."""
+    b, *others = shapes
+    return ((*b[:-2], 1, b[-1]), *((*a[:-1], 1) for a in others))
 
 
 def _refuse_shape(leaf: AnyFactors, name: str, path: Path, wanted: str) -> NoReturn:
     raise ValueError(
-        f"`opt_state` has factors of {name!r} at {render(path)} of shapes {moment_shape(leaf.b)} and "
-        f"{moment_shape(leaf.a)}; they must have {wanted}"
+        f"`opt_state` has factors of {name!r} at {render(path)} of shapes {' and '.join(map(str, _shapes(leaf)))}; "
+        f"they must have {wanted}"
     )

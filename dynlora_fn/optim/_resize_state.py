@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import AnyFactors, LowRank, Trainable, is_factors
+from dynlora_fn._core._types import AnyFactors, LowRank, OneSidedFactors, Trainable, is_factors, sides_of
 from dynlora_fn.optim._containers import Path, render
 from dynlora_fn.optim._eight_bit import decode_moments, empty_moments, encode_moments, is_eight_bit, moment_shape
 from dynlora_fn.optim._roles import Role, Roles
@@ -63,13 +63,17 @@ class _Resizing(NamedTuple):
         if name not in self.plan:
             return leaf
         ranks = self.plan[name]
-        found = moment_shape(leaf.b)[-1], moment_shape(leaf.a)[-2]
-        if found != (ranks.old, ranks.old):
+        b, *others = map(moment_shape, sides_of(leaf))
+        found = b[-1], *(a[-2] for a in others)
+        if set(found) != {ranks.old}:
             raise ValueError(
                 f"`opt_state` has factors of {name!r} at {render(path)} of the ranks {found}, but the weight has rank "
                 f"{ranks.old}; pass the state of these parameters"
             )
         self.visited.add(name)
+        if isinstance(leaf, OneSidedFactors):  # all vectors of `a` are new
+            fresh = _resized(leaf.b, -1, Ranks(ranks.old, 0), 1.0, name)
+            return leaf._replace(b=_resized(fresh, -1, Ranks(0, ranks.new), 1.0, name))
         scale = (ranks.old / ranks.new) ** _EXPONENTS.get(role, 0)
         return leaf._replace(b=_resized(leaf.b, -1, ranks, scale, name), a=_resized(leaf.a, -2, ranks, scale, name))
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._types import AnyFactors, Factors, Plan, SidePlan
+from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._types import AnyFactors, Factors, Plan, SidePlan, sides_of, with_sides
 from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape, reset_moment
 from dynlora_fn.optim._roles import Role
 
@@ -36,16 +37,14 @@ def reset(
     elif role == "count" and is_count_delayed:
         new = -plan.frozen_for
     is_counterpart = find_counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
-    b, a = _replace_sides((leaf.b, leaf.a), is_counterpart, new)
-    return leaf._replace(b=b, a=a)
+    return with_sides(leaf, _replace_sides(sides_of(leaf), is_counterpart, new))  # type: ignore[no-any-return]
 
 
 # Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _replace_sides(sides: tuple[Any, Any], is_replaced: Factors, value: Tensor | None) -> tuple[Any, Any]:
+def _replace_sides(sides: tuple[Any, ...], is_replaced: Factors, value: Tensor | None) -> tuple[Any, ...]:
     value = torch.zeros((), device=is_replaced.b.device) if value is None else value
-    b, a = (replace_where(side, mask, value) for side, mask in zip(sides, is_replaced, strict=True))
-    return b, a
+    return tuple([replace_where(side, mask, value) for side, mask in zip(sides, is_replaced, strict=False)])
 
 
 def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -> Any:
@@ -80,9 +79,18 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
 
 
 def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, is_counterpart: Factors) -> AnyFactors:
-    b = (leaf.b @ _projection_coefficients(before.a, after.a).to(leaf.b.dtype)).to(leaf.b.dtype)
-    a = (leaf.a.mT @ _projection_coefficients(before.b.mT, after.b.mT).to(leaf.a.dtype)).mT
-    return leaf._replace(b=torch.where(is_counterpart.b, b, leaf.b), a=torch.where(is_counterpart.a, a, leaf.a))
+    """Project the moments of counterparts, in float32 or their dtype if that is wider."""
+
+    def moved(side: Tensor, coefficients: Tensor) -> Tensor:
+        dtype = widest(side.dtype)
+        return (side.to(dtype) @ coefficients.to(dtype)).to(side.dtype)
+
+    b = moved(leaf.b, _projection_coefficients(before.a, after.a))
+    b = torch.where(is_counterpart.b, b, leaf.b)
+    if len(sides_of(leaf)) == 1:
+        return leaf._replace(b=b)
+    a = moved(leaf.a.mT, _projection_coefficients(before.b.mT, after.b.mT)).mT
+    return leaf._replace(b=b, a=torch.where(is_counterpart.a, a, leaf.a))
 
 
 def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:

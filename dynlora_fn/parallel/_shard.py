@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._tree import map_low_rank
-from dynlora_fn._core._types import LowRank, Param, Params, ShardedFactors, Sharding
+from dynlora_fn._core._types import LowRank, OneSidedFactors, Param, Params, ShardedFactors, Sharding
 from dynlora_fn.bases._base import StoredBase, as_base
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.bases._sharded import Sharded
@@ -149,6 +149,8 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
 
 def _shard_factors(name: str, param: LowRank, weight: float | None) -> LowRank:
     base, factors = as_base(param.base), param.factors
+    if isinstance(factors, OneSidedFactors):
+        refuse("shard_factors, one side", name=name)
     if not base.sharding or base.pending_folds or isinstance(factors, ShardedFactors):
         refuse("shard_factors, base", name=name)
     weight = 1 / base.sharding.world_size if weight is None else float(check_weight(weight))

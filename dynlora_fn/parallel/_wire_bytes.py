@@ -11,15 +11,14 @@ from dynlora_fn._core._check_plan import check_plans
 from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import (
-    Factors,
     Frozen,
     FrozenLeaf,
     FrozenTensor,
     Plans,
-    ScaledFactors,
     ShardedFactors,
     Sharding,
     Trainable,
+    is_factors,
 )
 from dynlora_fn.bases._base import Base, as_base
 from dynlora_fn.bases._formats import codes_from_tensors
@@ -113,7 +112,7 @@ def wire_bytes(
     """
     _check_arguments(trainable, frozen, plan)
     gathers = check_integer("gathers", gathers, least=0)
-    factors = [leaf for leaf in trainable.values() if isinstance(leaf, Factors | ScaledFactors)]
+    factors = [leaf for leaf in trainable.values() if is_factors(leaf) and not isinstance(leaf, ShardedFactors)]
     full_rank = [leaf for leaf in trainable.values() if isinstance(leaf, Tensor)]
     bases = sum(_gathered_bytes(as_base(leaf.base)) for leaf in (frozen or {}).values() if isinstance(leaf, Frozen))
     shards = switched = 0

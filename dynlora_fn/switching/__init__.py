@@ -5,6 +5,8 @@
 """
 
 from dynlora_fn._core._types import Alpha as Alpha
+from dynlora_fn._core._types import FixedSide as FixedSide
+from dynlora_fn._core._types import OneSidedFactors as OneSidedFactors
 from dynlora_fn._core._types import ScaledFactors as ScaledFactors
 from dynlora_fn.switching._basis import Bounds as Bounds
 from dynlora_fn.switching._basis import basis_bounds as basis_bounds

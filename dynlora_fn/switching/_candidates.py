@@ -3,9 +3,10 @@
 from typing import Any, get_args, overload
 
 from dynlora_fn._core._check import check_choice
-from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans
+from dynlora_fn._core._types import Factors, LowRank, OneSidedFactors, Params, Plan, Plans
+from dynlora_fn.switching._orthonormal import indices_of
 from dynlora_fn.switching._planned import check_planned, low_rank
-from dynlora_fn.switching._weight import BasisSlice, Start, vectors_of
+from dynlora_fn.switching._weight import BasisSlice, Start, Vectors, vectors_of
 
 
 @overload
@@ -20,7 +21,8 @@ def candidates(params: LowRank | Params, plan: Any, *, start: Start = "switchlor
     Args:
         params: One weight, or a dict of parameters by name.
         plan: The plan of that weight, or a dict of plans by name. Its `indices` name the vectors.
-        start: The distribution, as in `init`. With "lora" the vectors of side b are zero.
+        start: The distribution, as in `init`. With "lora" the vectors of side b are zero. It does not matter
+            where only `b` is trained: there side b gets zeros, and side a rows that are orthogonal to all others.
 
     Returns:
         The vectors, laid out as factors with `count` in place of `rank`, or a dict of them by name.
@@ -56,4 +58,5 @@ def planned_vectors(params: LowRank | Params, plan: Any, start: Start) -> Any:
 
 def _basis_slice(param: LowRank, plan: Plan, start: Start) -> BasisSlice:
     shape, rank, dtype = param.shape[-2:], param.factors.a.shape[-2], param.factors.a.dtype
-    return BasisSlice(param.seed, plan.b.indices, plan.a.indices, shape, rank, start, dtype, param.alpha)
+    vectors: Vectors = "orthonormal" if isinstance(param.factors, OneSidedFactors) else start
+    return BasisSlice(param.seed, plan.b.indices, indices_of(param, plan.a), shape, rank, vectors, dtype, param.alpha)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._check import check_device, check_flag
 from dynlora_fn._core._check_trees import check_params
-from dynlora_fn._core._types import Factors, LowRank, Params, Plan, Plans, SidePlan
+from dynlora_fn._core._types import Factors, LowRank, OneSidedFactors, Params, Plan, Plans, SidePlan
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.switching._pool_types import Pool, SidePool, check_outgoing, check_pools
 from dynlora_fn.switching._switch import take_rows
@@ -34,7 +34,7 @@ def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str
         The pools by name.
 
     Raises:
-        ValueError: If the factors of a weight are sharded.
+        ValueError: If the factors of a weight are sharded, or only `b` is trained.
 
     Example:
         >>> import torch
@@ -51,6 +51,8 @@ def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str
 def _init_pool(name: str, param: LowRank, device: torch.device | str) -> Pool:
     if param.factor_sharding:
         refuse("pool, sharded factors", name=name)
+    if isinstance(param.factors, OneSidedFactors):
+        refuse("pool, one side", name=name)
     shape, rank = param.shape[-2:], param.factors.a.shape[-2]
     rows = torch.arange(min(shape), device=device)
     seed, dtype = param.seed.to(device), param.factors.a.dtype

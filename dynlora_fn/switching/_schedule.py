@@ -13,7 +13,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice, check_flag, check_integer, check_number, check_step
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._plans import share_plans
-from dynlora_fn._core._types import LowRank, Params, Plan, SidePlan
+from dynlora_fn._core._types import LowRank, OneSidedFactors, Params, Plan, SidePlan
 
 
 class Turn(NamedTuple):
@@ -35,6 +35,9 @@ class Schedule:
     Side a has then switched ``floor(rank * turns(n))`` vectors, slot after slot. Side b runs half a turn behind, with
     ``floor(rank * turns(n) + rank / 2)`` counted from ``rank // 2``. The two sides of a slot are therefore switched
     half an interval apart. The mean rate is exact at every rank, including 1.
+
+    Where only `b` is trained, both sides of a slot are switched together, as side a above: a new vector of `a` starts
+    with zeros in `b`.
 
     A step switches at most min(out, in) - rank vectors of a side, because a pool has no more idle candidates. At full
     rank the factors span the whole space, and nothing is switched. `count` is not limited in this way, except with
@@ -141,7 +144,8 @@ class Schedule:
 
     def _pace(self, param: LowRank, most: int) -> tuple[int | None, ...]:
         """Return what a plan depends on beside the step and the device."""
-        return param.factors.a.shape[-2], most, _idle(param) if self._is_limited(param) else None
+        idle = _idle(param) if self._is_limited(param) else None
+        return param.factors.a.shape[-2], most, idle, _is_one_sided(param)
 
     def _is_limited(self, param: LowRank) -> bool:
         """Return whether fewer candidates are idle than come due in `every` steps."""
@@ -210,11 +214,11 @@ class Schedule:
         rank = param.factors.a.shape[-2]
         if self.count is not None:
             counted = self.most(param) * (steps // self.every)
-            return Turn(b=counted + rank // 2, a=counted)
+            return Turn(b=counted if _is_one_sided(param) else counted + rank // 2, a=counted)
         if isinstance(steps, Tensor):
             steps = steps.to(torch.float64)
         halves = _floor(2 * self.due(steps - steps % self.every, param))
-        return Turn(b=(halves + rank) // 2, a=halves // 2)
+        return Turn(b=halves // 2 if _is_one_sided(param) else (halves + rank) // 2, a=halves // 2)
 
     def _plan(self, step: int | Tensor, param: LowRank, most: int) -> Plan:
         device, rank = param.factors.a.device, param.factors.a.shape[-2]
@@ -226,12 +230,18 @@ class Schedule:
             return SidePlan(slots=ordinal % rank, indices=ordinal - ahead + rank, active=ordinal < end)
 
         frozen_for = torch.tensor(self.freeze, dtype=torch.int32, device=device)
-        return Plan(b=side(before.b, after.b, rank // 2), a=side(before.a, after.a, 0), frozen_for=frozen_for)
+        ahead = 0 if _is_one_sided(param) else rank // 2
+        return Plan(b=side(before.b, after.b, ahead), a=side(before.a, after.a, 0), frozen_for=frozen_for)
 
 
 def _idle(param: LowRank) -> int:
     """Return the number of idle candidates of a side, of min(out, in) in all."""
     return min(param.shape[-2:]) - param.factors.a.shape[-2]
+
+
+def _is_one_sided(param: LowRank) -> bool:
+    """Return whether both sides of a slot are switched together, because only `b` is trained."""
+    return isinstance(param.factors, OneSidedFactors)
 
 
 def _floor(value: float | Tensor) -> int | Tensor:

@@ -15,6 +15,7 @@ from dynlora_fn._core._types import (
     AnyFactors,
     Factors,
     LowRank,
+    OneSidedFactors,
     Param,
     Params,
     Plan,
@@ -28,6 +29,7 @@ from dynlora_fn._core._types import (
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse_attached
 from dynlora_fn.switching._candidates import planned_vectors
+from dynlora_fn.switching._orthonormal import check_orthogonal
 from dynlora_fn.switching._planned import check_planned, low_rank
 
 
@@ -65,6 +67,10 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         base += alpha / rank * b[:, k] (a[k] - incoming.a[k]);   a[k] = incoming.a[k]
         base += alpha / rank * (b[:, k] - incoming.b[k]) a[k];   b[:, k] = incoming.b[k]
 
+    Where only `b` is trained, the vectors of `a` that enter are orthogonal to all that stay, so that the rows of `a`
+    stay orthogonal. Vectors of `b` that enter are zeros: the column is folded into the base. A plan without side b
+    keeps the columns.
+
     Both sides are folded in one pass over the base. Switching the outgoing vectors back in restores the factors bit for
     bit.
 
@@ -73,7 +79,8 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         plan: The plan of that weight, or a dict of plans by name. If active entries of a side name a slot twice, the
             first one counts.
         incoming: The vectors that enter, laid out as factors with `count` in place of `rank`. For sharded factors they
-            may be sharded too. Default None generates them from the basis seed (see `candidates`).
+            may be sharded too. Default None generates them from the basis seed (see `candidates`). Where only `b` is
+            trained, those of `a` must be orthogonal to all that stay, and of their length.
 
     Returns:
         The new weight or parameters, and the outgoing vectors.
@@ -81,8 +88,8 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     Raises:
         TypeError: If a part of the plan or of the vectors has a wrong type or dtype.
         ValueError: If the plan names a parameter that is missing or not low-rank, its shapes do not fit, or incoming
-            vectors have the wrong shape. If a quantized weight is not finite, also in a compiled step. The message
-            names the weight.
+            vectors have the wrong shape. In eager mode also if they are not orthogonal where they must be. If a
+            quantized weight is not finite, also in a compiled step. The message names the weight.
         NotImplementedError: If derivatives would be lost: by what is folded into a quantized base, or through a switch
             of sharded factors.
 
@@ -102,13 +109,16 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         True
     """
     check_planned(params, plan, incoming)
+    is_passed = incoming is not None
     if isinstance(params, LowRank):
-        incoming = planned_vectors(params, plan, "switchlora") if incoming is None else incoming
+        incoming = incoming if is_passed else planned_vectors(params, plan, "switchlora")
         weight = "param", params, plan, incoming
         _check_incoming(*weight)
         ((base, factors, removed),) = _switch_all([weight], is_shared=False)
+        if is_passed and isinstance(factors, OneSidedFactors):
+            check_orthogonal("param", factors, plan.a)
         return Switched(LowRank(base, factors, params.seed), removed)
-    incoming = planned_vectors(params, plan, "switchlora") if incoming is None else incoming
+    incoming = incoming if is_passed else planned_vectors(params, plan, "switchlora")
     new: dict[str, Param] = dict(params)
     outgoing: dict[str, AnyFactors] = {}
     weights = [(name, low_rank(params, name), param_plan, incoming[name]) for name, param_plan in plan.items()]
@@ -118,7 +128,9 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         switched = _switch_in_graph(weights, share_plans(len(weights)))
     else:
         switched = _switch_all(weights, share_plans(len(weights)))
-    for (name, param, _, _), (base, factors, out) in zip(weights, switched, strict=True):
+    for (name, param, param_plan, _), (base, factors, out) in zip(weights, switched, strict=True):
+        if is_passed and isinstance(factors, OneSidedFactors):
+            check_orthogonal(name, factors, param_plan.a)
         new[name], outgoing[name] = LowRank(base, factors, param.seed), out
     return SwitchedParams(new, outgoing)
 
@@ -250,7 +262,7 @@ def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: AnyFactors)
                 f" {param.factor_sharding}; pass all rows and columns, or shards of the same sharding"
             )
         out_features, in_features = param.factors.b.shape[-2], param.factors.a.shape[-1]
-    elif isinstance(incoming, ScaledFactors):
+    elif isinstance(incoming, ScaledFactors | OneSidedFactors):
         check_alpha("incoming", name, incoming, "params", param.factors)
     for side, vectors, wanted in (
         ("b", incoming.b, (*stack, out_features, plan.b.slots.shape[-1])),

@@ -19,8 +19,10 @@ from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.switching._basis import Request, basis_bounds, uniform
+from dynlora_fn.switching._orthonormal import orthonormal_rows, request_signs, row_length
 
 Start: TypeAlias = Literal["switchlora", "lora"]
+Vectors: TypeAlias = Literal["switchlora", "lora", "orthonormal"]
 
 
 class BasisSlice(NamedTuple):
@@ -34,7 +36,7 @@ class BasisSlice(NamedTuple):
     a_indices: Int[Tensor, "*#stack a_count"]
     shape: Sequence[int]  # (out, in) of the weight; with `rank`, `start` and `alpha` it sets the bounds
     rank: int
-    start: Start
+    start: Vectors
     dtype: torch.dtype
     alpha: float = 1.0
 
@@ -47,7 +49,8 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
 
     Args:
         slices: The slices. Their `start` is "switchlora" for the bounds of `basis_bounds`. "lora" means zeros on side b
-            and a bound of ``1 / sqrt(in)`` on side a.
+            and a bound of ``1 / sqrt(in)`` on side a. "orthonormal" means zeros on side b, and on side a orthogonal
+            rows of length ``sqrt(rank / alpha)``, with the indices modulo `in`.
 
     Returns:
         For each slice the vectors, laid out as factors: `b` (*stack, out, b_count) and `a` (*stack, a_count, in).
@@ -56,6 +59,7 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
         ValueError: If a `start` is unknown.
 
     Numerics: Vectors are scaled in float32, or in the slice's dtype if that is wider, and rounded once to the dtype.
+    Orthonormal ones are computed in float64 first.
 
     Example:
         >>> import torch
@@ -86,19 +90,22 @@ def _vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
         request
         for basis_slice in slices
         for request in (
-            *([] if basis_slice.start == "lora" else [_request(basis_slice, "b")]),
+            *([_request(basis_slice, "b")] if basis_slice.start == "switchlora" else []),
             _request(basis_slice, "a"),
         )
     ]
     units = iter(uniform(requests))
     return [
-        _scale(basis_slice, None if basis_slice.start == "lora" else next(units), next(units)) for basis_slice in slices
+        _scale(basis_slice, next(units) if basis_slice.start == "switchlora" else None, next(units))
+        for basis_slice in slices
     ]
 
 
 def _request(basis_slice: BasisSlice, side: Side) -> Request:
     if side == "b":
         return Request(basis_slice.seed, side, basis_slice.b_indices, basis_slice.shape[-2])
+    if basis_slice.start == "orthonormal":
+        return request_signs(basis_slice.seed, basis_slice.shape[-1])
     return Request(basis_slice.seed, side, basis_slice.a_indices, basis_slice.shape[-1])
 
 
@@ -114,7 +121,7 @@ def _check_slice(basis_slice: Any) -> None:
     for size in basis_slice.shape:
         check_integer("shape` of `slices", size, least=1)
     check_integer("rank` of `slices", basis_slice.rank, least=1)
-    check_choice("start", basis_slice.start, get_args(Start))
+    check_choice("start", basis_slice.start, get_args(Vectors))
     check_dtype("dtype` of `slices", basis_slice.dtype)
     Alpha(basis_slice.alpha)
 
@@ -123,7 +130,7 @@ def first_vectors(
     seed: Int[Tensor, "*stack"],
     shape: Sequence[int],
     rank: int,
-    start: Start,
+    start: Vectors,
     dtype: torch.dtype,
     *,
     from_slot: int = 0,
@@ -137,7 +144,7 @@ def first_slice(
     seed: Int[Tensor, "*stack"],
     shape: Sequence[int],
     rank: int,
-    start: Start,
+    start: Vectors,
     dtype: torch.dtype,
     *,
     from_slot: int = 0,
@@ -157,6 +164,9 @@ def _scale(basis_slice: BasisSlice, b: Tensor | None, a: Tensor) -> Factors:
     if b is None:
         shape = torch.broadcast_shapes(basis_slice.seed.shape, basis_slice.b_indices.shape[:-1])  # type: ignore[no-untyped-call]
         zeros = a.new_zeros((*shape, out_features, basis_slice.b_indices.shape[-1]), dtype=basis_slice.dtype)
+        if basis_slice.start == "orthonormal":
+            a = orthonormal_rows(a, basis_slice.a_indices) * row_length(basis_slice.rank, basis_slice.alpha)
+            return Factors(b=zeros, a=a.to(basis_slice.dtype))
         return Factors(b=zeros, a=(a.to(dtype) * in_features**-0.5).to(basis_slice.dtype))
     bound = basis_bounds(out_features, in_features, basis_slice.rank, alpha=abs(basis_slice.alpha))
     b, a = b.to(dtype) * bound.b, a.to(dtype) * bound.a

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_map
-from dynlora_fn._core._types import AnyFactors, Param, Plan, Trainable, is_factors
+from dynlora_fn._core._types import AnyFactors, Param, Plan, Trainable, is_factors, sides_of, with_sides
 from dynlora_fn.optim._containers import Path, render
 from dynlora_fn.optim._roles import Roles, declared_roles
 from dynlora_fn.optim._search_state import project_state
@@ -101,7 +101,7 @@ class _Collector(NamedTuple):
 
     def visit(self, leaf: AnyFactors, role: Any, name: str, path: Path) -> AnyFactors:
         self.fields.setdefault(render(path), {})[name] = leaf
-        return leaf._replace(b=torch.zeros_like(leaf.b), a=torch.zeros_like(leaf.a))
+        return with_sides(leaf, [torch.zeros_like(side) for side in sides_of(leaf)])  # type: ignore[no-any-return]
 
     def keep(self, node: Any, path: Path) -> Any:
         return node
@@ -135,7 +135,7 @@ def _ranks(leaves: Sequence[tuple[Any, Any]]) -> dict[Any, int]:
     for path, leaf in leaves:
         if is_factors(leaf) and path:
             name = _key(path[-1])
-            ranks[name] = max(ranks.get(name, 1), leaf.b.shape[-1], leaf.a.shape[-2])
+            ranks[name] = max(ranks.get(name, 1), leaf.b.shape[-1], *[a.shape[-2] for a in sides_of(leaf)[1:]])
     return ranks
 
 
@@ -154,10 +154,9 @@ def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, valu
 
     The vectors of side b lie along the last axis, those of side a along the one before.
     """
-    for side, before, after, switched in (
-        ("b", old.b.mT, new.b.mT, plan.a),
-        ("a", old.a, new.a, plan.b),
-    ):
+    sides = zip("ba", sides_of(old), sides_of(new), (plan.a, plan.b), strict=False)
+    for side, old_side, new_side, switched in sides:
+        before, after = (old_side.mT, new_side.mT) if side == "b" else (old_side, new_side)
         assert kind(after) == kind(before), f"{path}.{side} is {kind(after)} instead of {kind(before)}"
         if before.shape[-2] != rank:
             change = difference(after, before)

@@ -6,7 +6,7 @@ repeated, shrink to small ones, and are printed as the call that makes them.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from hypothesis import strategies as st
@@ -59,6 +59,7 @@ def low_rank_params(
     factor_dtypes: st.SearchStrategy[torch.dtype] = dtypes,
     deferred: bool | None = None,
     alphas: st.SearchStrategy[float] | None = None,
+    trained: Literal["both", "b"] = "both",
 ) -> LowRank:
     """Draw weights with bases of every precision.
 
@@ -71,6 +72,7 @@ def low_rank_params(
         factor_dtypes: A strategy for dtypes of factors.
         deferred: Whether folds are pending, with room for those of any plan. Default None draws both.
         alphas: A strategy for alphas. Default None means 1.
+        trained: Which factors are trained, "both" or only "b".
 
     Example:
         >>> low_rank_params(deferred=False).validate()
@@ -99,6 +101,7 @@ def low_rank_params(
         storage=storage,
         waiting=2 * shape.rank if is_deferred else 0,
         **({} if alphas is None else {"alpha": draw(alphas)}),
+        **({} if trained == "both" else {"trained": trained}),
     )
 
 

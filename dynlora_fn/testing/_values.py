@@ -3,14 +3,24 @@
 So examples can be repeated, and the call that makes one describes it completely.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition
-from dynlora_fn._core._types import Factors, LowRank, Params, Plan, SidePlan, Trainable, with_alpha
+from dynlora_fn._core._types import (
+    Factors,
+    FixedSide,
+    LowRank,
+    OneSidedFactors,
+    Params,
+    Plan,
+    SidePlan,
+    Trainable,
+    with_alpha,
+)
 from dynlora_fn.bases._defer import defer
 from dynlora_fn.bases._formats import FORMATS
 from dynlora_fn.bases._quantize import quantize
@@ -18,6 +28,7 @@ from dynlora_fn.bases._residual import ResidualKind
 from dynlora_fn.optim._adamw import adamw
 from dynlora_fn.optim._freeze import FreezeState
 from dynlora_fn.optim._transform import Transform
+from dynlora_fn.switching._weight import first_vectors
 
 
 class Shape(NamedTuple):
@@ -86,6 +97,7 @@ def low_rank(
     storage: Storage | None = None,
     waiting: int = 0,
     alpha: float = 1.0,
+    trained: Literal["both", "b"] = "both",
 ) -> LowRank:
     """Return a weight that is drawn from one generator.
 
@@ -100,6 +112,7 @@ def low_rank(
         storage: The storage of the base. Default None means a plain tensor of `base_dtype`.
         waiting: The number of vectors whose fold is pending, as after `defer`.
         alpha: The alpha of the weight.
+        trained: "both" factors, or only "b", where the rows of `a` are the first ones of the basis.
 
     Example:
         >>> low_rank(Shape(6, 4, 2), (3,), seed=1).factors.b.shape
@@ -118,6 +131,9 @@ def low_rank(
 
     base = normal(generator, *stack, out_features, in_features, dtype=base_dtype)
     param = LowRank(base, with_alpha(factors(rank), alpha), torch.randint(2**62, stack, generator=generator))
+    if trained == "b":
+        a = first_vectors(param.seed, (out_features, in_features), rank, "orthonormal", factor_dtype, alpha=alpha).a
+        param = param._replace(factors=OneSidedFactors(param.factors.b, a, FixedSide(in_features, alpha)))
     if storage is not None and storage.kind not in ("float64", "float32"):
         param = quantize(param, storage.kind, residual=storage.residual)
     if waiting:

@@ -48,7 +48,8 @@ class Optimization(pretrain.Optimization):
     """The optimizer and its learning rates."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Train the factors, or the same matrices for full, with this optimizer. Embedding, head and norms use AdamW."""
+    """Train the factors, or the same matrices for full, with this optimizer. Embedding, head and norms use AdamW.
+    Models that were pre-trained with AdamW, as most were, fine-tune worse with Muon (arXiv:2605.10468)."""
     lr: Annotated[float | None, pretrain.computed("2e-5 for full, 2e-4 for the other methods")] = None
     dense_lr: Annotated[float | None, pretrain.computed("the value of --lr")] = None
     warmup: int = 10

@@ -56,7 +56,9 @@ def _rows(run: Prepared) -> Iterator[tuple[str, str]]:
     yield "model", f"{config.training.model}: {counts['parameters']:,} parameters, {trained}"
     yield "method", _method(run)
     lr = peak_lr(config)
-    dense = f"embedding, head and norms adamw, rate {lr * dense_lr_scale(config):.3g}"
+    has_scale = config.optimization.dense_optimizer == "scale"
+    kinds = "embedding and head scale, norms adamw" if has_scale else "embedding, head and norms adamw"
+    dense = f"{kinds}, rate {lr * dense_lr_scale(config):.3g}"
     rates = f"{config.inner_optimizer()}, rate {lr:.3g}; {dense}"
     yield "optimizer", f"{rates}; {config.optimization.warmup} steps of warm-up"
     yield "machine", _machine(run, sum(counts["bytes"].values()))

@@ -55,6 +55,8 @@ def _check_combinations(config: Config) -> None:
         )
     if config.switching.candidates == "pool" and method != "switchlora":
         raise ValueError(f"`candidates` must be 'seeded' except for switchlora, got 'pool' for {method}")
+    if config.training.trained == "b":
+        _check_one_side(config)
     if config.training.compensate and method == "full":
         raise ValueError(
             f"`compensate` must be 0 for full, got {config.training.compensate}; full-rank training misses no gradient"
@@ -68,6 +70,15 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("`compile` and `eager` must not both be given; omit one")
     if config.output.resume and config.output.out is None:
         raise ValueError("`out` must be given with --resume, got none; pass the folder of the run")
+
+
+def _check_one_side(config: Config) -> None:
+    if config.training.method == "full":
+        raise ValueError("`trained` must be 'both' for full, got 'b'; full-rank training has no factors")
+    if config.switching.candidates == "pool":
+        raise ValueError("`candidates` must be 'seeded' with --trained b, got 'pool', whose vectors are not orthogonal")
+    if config.machine.shard_factors:
+        raise ValueError("`shard_factors` must not come with --trained b, whose factors cannot be sharded; omit one")
 
 
 def _check_processes(config: Config, processes: Processes) -> None:

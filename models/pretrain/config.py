@@ -47,6 +47,9 @@ class Training:
     The number is the size with a vocabulary of 32,100 tokens."""
     rank: int = 32
     """Use factors of this rank. It is at most the smaller side of every weight that becomes low-rank."""
+    trained: Literal["both", "b"] = "both"
+    """Train both factors, or only b, with orthogonal rows of a that are only switched (arXiv:2502.07222).
+    At twice the rank, b has as many numbers as both factors."""
     targets: Annotated[tuple[str, ...], computed("all of attention and feed-forward")] = ()
     """Make the weights of these names or globs low-rank."""
     compensate: float = 0.0
@@ -90,7 +93,7 @@ class Optimization:
 
     optimizer: Annotated[
         Literal["adamw", "muon"] | None,
-        computed("muon for switchlora, but adamw with --shard-factors or --moments 8bit; adamw for other methods"),
+        computed("muon for switchlora, but adamw with --shard-factors; adamw for other methods"),
     ] = None
     """Train the factors, or the same matrices for full, with this optimizer. Embedding, head and norms use AdamW."""
     lr: Annotated[
@@ -100,6 +103,9 @@ class Optimization:
     """Let the learning rate of the factors, or of the same matrices for full, rise to this peak."""
     dense_lr: Annotated[float | None, computed("3.2e-2 beside muon, the value of --lr otherwise")] = None
     """Let the learning rate of embedding, head and norms rise to this peak."""
+    dense_optimizer: Literal["adamw", "scale"] = "adamw"
+    """Train embedding and head with this optimizer. scale (arXiv:2506.16659) keeps one moment of the head, none of the
+    embedding. Norms use AdamW."""
     warmup: int = 50
     """Raise the learning rate over this many steps. A cosine to a tenth of the peak follows.
     After each merge, relora warms up again for a tenth as many steps."""
@@ -138,7 +144,7 @@ class Precision:
     residual_device: Annotated[str | None, computed("the device of the bases")] = None
     """Store the residuals on this device, such as cpu for host memory."""
     moments: Literal["float32", "8bit"] = "float32"
-    """Store the two moments of AdamW in 4 bytes or in 1 byte for each trained element."""
+    """Store each moment of an optimizer in 4 bytes or in 1 byte for each trained element."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute activations in this type, through autocast. Factors and full-rank weights stay in float32."""
 
@@ -227,8 +233,7 @@ class Config:
         """Return the optimizer of the factors, or of the same matrices for full."""
         if self.optimization.optimizer is not None:
             return self.optimization.optimizer
-        supports_muon = not self.machine.shard_factors and self.precision.moments == "float32"
-        return "muon" if self.training.method == "switchlora" and supports_muon else "adamw"
+        return "muon" if self.training.method == "switchlora" and not self.machine.shard_factors else "adamw"
 
     def alpha(self) -> float:
         """Return the alpha of the low-rank weights.

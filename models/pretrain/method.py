@@ -34,7 +34,7 @@ class Metrics(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     stop: Tensor  # above 0 if any process has received SIGTERM
-    outgoing: dict[str, dl.Factors]  # vectors that were switched out
+    outgoing: dict[str, Any]  # factors by name: vectors that were switched out
 
 
 class Method(NamedTuple):
@@ -67,7 +67,7 @@ def make_method(
         params = dense_weights(config, model, params)
     if config.machine.shard_factors:
         params = dl.parallel.shard_factors(params, weight=processes.weight(config.data.batch_size))
-    optimizer = make_optimizer(config, inner)
+    optimizer = make_optimizer(config, inner, model)
     untrained = untrained_names(params)
     trainable, frozen = dl.partition(params, frozen=untrained)
     return Method(
@@ -93,6 +93,7 @@ def init_params(
         seed=training.seed,
         targets=training.targets or targets,
         start=start(config),
+        trained=training.trained,
         base=None if precision.base_dtype == "float32" else precision.base_dtype,
         residual=None if precision.residual == "none" else precision.residual,
         residual_device=precision.residual_device,
@@ -190,7 +191,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable, lr=lr)
         return State(dl.apply_updates(trainable, updates), frozen, opt_state)
 
-    def switched(state: State, plan: Any, incoming: Any) -> tuple[State, dict[str, dl.Factors]]:
+    def switched(state: State, plan: Any, incoming: Any) -> tuple[State, dict[str, Any]]:
         params = state.params()
         incoming = dl.candidates(params, plan, start=start(config)) if incoming is None else incoming
         params, outgoing = dl.switch(params, plan, incoming=incoming)

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import dynlora_fn as dl
 from models.pretrain.config import Config
 from models.pretrain.learning_rate import dense_lr_scale
+
+_HEAD_MOMENTUM = 0.9  # as in arXiv:2506.16659
 
 
 class Optimizer(NamedTuple):
@@ -18,20 +20,30 @@ class Optimizer(NamedTuple):
     update: Callable[..., dl.optim.Updates]
 
 
-def make_optimizer(config: Config, inner: frozenset[str]) -> Optimizer:
+def make_optimizer(config: Config, inner: frozenset[str], model: nn.Module) -> Optimizer:
     """Return the optimizer.
 
     `inner` names the weights that are low-rank, or would be with another method than full. The optimizer takes their
-    learning rate and scales it for the others.
+    learning rate and scales it for the others. `model` says which of these are embeddings and heads.
     """
     weight_decay, moments, scale = config.optimization.weight_decay, config.precision.moments, dense_lr_scale(config)
     is_of_weights = config.decays_weights()
     decay_in_update = 0.0 if is_of_weights else weight_decay
-    optimizers = {"adamw": dl.optim.adamw(factor_decay=decay_in_update, moments=moments), "muon": dl.optim.muon()}
+    optimizers = {
+        "adamw": dl.optim.adamw(factor_decay=decay_in_update, moments=moments),
+        "muon": dl.optim.muon(moments=moments),
+    }
     rest = dl.optim.adamw(weight_decay=decay_in_update, moments=moments)
     # The labels are in the names of a checkpoint's tensors: another label makes older checkpoints unreadable.
     transforms = {"inner": optimizers[config.inner_optimizer()], "rest": rest}
-    both = dl.optim.multi_transform(transforms, lambda name, _: "inner" if name in inner else "rest")
+    matrices: dict[str, str] = {}
+    if config.optimization.dense_optimizer == "scale":
+        matrices = _embeddings_and_heads(model)
+        transforms["embedding"] = dl.optim.normalized_sgd(axis=-2, weight_decay=decay_in_update)
+        transforms["head"] = dl.optim.normalized_sgd(momentum=_HEAD_MOMENTUM, weight_decay=decay_in_update)
+    both = dl.optim.multi_transform(
+        transforms, lambda name, _: "inner" if name in inner else matrices.get(name, "rest")
+    )
 
     def rates(lr: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: lr if name in inner else lr * scale for name in names}
@@ -46,3 +58,9 @@ def make_optimizer(config: Config, inner: frozenset[str]) -> Optimizer:
         return both.update(grads, opt_state, trainable, lr=rates(lr, trainable))
 
     return Optimizer(both.init, decay, update)
+
+
+def _embeddings_and_heads(model: nn.Module) -> dict[str, str]:
+    """Return the label of each embedding and of each linear layer, which is a head if it is not inner."""
+    labels = {nn.Embedding: "embedding", nn.Linear: "head"}
+    return {f"{name}.weight": labels[type(module)] for name, module in model.named_modules() if type(module) in labels}

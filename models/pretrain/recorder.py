@@ -114,12 +114,9 @@ def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.Wire
 
 
 def _bytes_of_muon(run: Prepared) -> int:
-    """Return what Muon all-reduces for sharded factors.
-
-    These are four (rank, rank) matrices and four norms for each weight.
-    """
+    """Return what Muon all-reduces for sharded factors: four (rank, rank) matrices for each weight."""
     if run.config.inner_optimizer() != "muon":
         return 0
     leaves = run.method.state.trainable.values()
     sides = [leaf.b for leaf in leaves if isinstance(leaf, dl.parallel.ShardedFactors)]  # (*stack, rows, rank)
-    return sum(16 * b.shape[:-2].numel() * (b.shape[-1] ** 2 + 1) for b in sides)
+    return sum(16 * b.shape[:-2].numel() * b.shape[-1] ** 2 for b in sides)

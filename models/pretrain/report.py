@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from dynlora_fn import LowRank
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.parallel import WireBytes
+from dynlora_fn.switching import OneSidedFactors
 from models.pretrain.method import Method
 from models.pretrain.progress import duration
 
@@ -25,7 +27,7 @@ def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
     low_rank = [param for param in params.values() if isinstance(param, LowRank)]
     bases = [as_base(as_base(param.base).folded) for param in low_rank]
     total = sum(param.shape.numel() for param in params.values())
-    factors = sum(param.shape[:-2].numel() * _rank(param) * sum(param.shape[-2:]) for param in low_rank)
+    factors = sum(param.shape[:-2].numel() * _rank(param) * sum(_trained_sizes(param)) for param in low_rank)
     full_rank = [leaf for leaf in method.state.trainable.values() if isinstance(leaf, Tensor)]
     trainable = factors + sum(leaf.numel() for leaf in full_rank)
     return {
@@ -46,6 +48,11 @@ def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
         "reduced_bytes_per_step": wire.reduced + wire.scattered,
         "full_rank_reduced_bytes_per_step": 4 * total,
     }
+
+
+def _trained_sizes(param: LowRank) -> torch.Size:
+    """Return `out` and `in`, or only `out` if `a` is not trained."""
+    return param.shape[-2:-1] if isinstance(param.factors, OneSidedFactors) else param.shape[-2:]
 
 
 def _rank(param: LowRank) -> int:

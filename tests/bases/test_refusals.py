@@ -72,6 +72,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "shard, sharded": lambda: shard(sharded("int8"), dist.group.WORLD),
     "shard, nf4": lambda: whole("nf4")["w"].base.by_rows("w", Sharding("none", 2, 0, 64)),  # as for two processes
     "shard_factors, base": lambda: shard_factors(whole()),
+    "shard_factors, one side": lambda: shard_factors({"w": low_rank(Shape(64, 64, 4), trained="b")}),
+    "pool, one side": lambda: init_pool({"w": low_rank(Shape(64, 64, 4), trained="b")}),
     "pool, sharded factors": lambda: init_pool(shard_factors(sharded())),
     "dense gradients, sharded factors": lambda: dl.optim.compensate(
         shard_factors(sharded()), {"w": torch.ones(64, 64)}, lr=0.1

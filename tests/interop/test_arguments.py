@@ -35,6 +35,7 @@ def test_integers_of_numpy_make_the_same_parameters(changed: dict):
         ("seed", [0.0, False, None, "0", float("nan"), torch.tensor(0), np.float64(0)]),
         ("rank", [2.0, "2", True, None, {"*": 2.0}, {"weight": "2"}, [2], 0, -1]),
         ("start", ["zeros", "LoRA", None, False, ["lora"]]),
+        ("trained", ["a", "B", None, False, ["b"]]),
         ("dtype", ["float32", torch.int64, torch.float8_e4m3fn, None]),
         ("base_dtype", ["bfloat16", torch.int8, 16]),
         ("stack", [1, "yes", None]),

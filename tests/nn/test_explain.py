@@ -10,18 +10,19 @@ from dynlora_fn.optim import adamw
 from dynlora_fn.testing import normal
 
 
-def make() -> dict:
+def make(**settings: str) -> dict:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)), nn.Linear(64, 16))
-    return init(model, rank=8, seed=0, targets=["*.weight"])
+    return init(model, rank=8, seed=0, targets=["*.weight"], **settings)
 
 
 def size(tree) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree))
 
 
-def test_bytes_are_those_of_the_state():
-    params = make()
+@pytest.mark.parametrize("trained", ["both", "b"])
+def test_bytes_are_those_of_the_state(trained: str):
+    params = make(trained=trained)
     trainable, frozen = partition(params)
     costs = explain(params, tokens=256).costs
     assert [cost.name for cost in costs] == list(params)

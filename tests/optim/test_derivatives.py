@@ -21,6 +21,7 @@ from dynlora_fn.optim import (
     compensate,
     lion,
     multi_transform,
+    muon,
     sgd,
 )
 from dynlora_fn.testing import Shape, assert_same, assert_within, low_rank, normal, plan_of
@@ -51,6 +52,7 @@ SMOOTH = {
     "sgd": sgd(),
     "lion": lion(),
     "muon": OPTIMIZERS["muon"].transform,
+    "muon, coupled": OPTIMIZERS["muon, coupled"].transform,
     "clipped sgd": clipped(sgd()),
     "clipped adamw": clipped(adamw(eps=0.5)),
 }
@@ -95,7 +97,7 @@ def difference(function: Callable[[Any], Tensor], at: Any, direction: Any, by: f
 @pytest.mark.parametrize("is_lora", [False, True])
 @pytest.mark.parametrize("optimizer", SMOOTH.values(), ids=SMOOTH)
 def test_gradients_through_three_switched_steps_are_finite_differences(optimizer, is_lora):
-    if is_lora and optimizer in (SMOOTH["muon"], SMOOTH["lion"]):
+    if is_lora and optimizer in (SMOOTH["muon"], SMOOTH["muon, coupled"], SMOOTH["lion"]):
         pytest.skip("their updates jump where a gradient is zero; the next test covers them")
     param, trainable = start(is_lora=is_lora)
     loss = partial(after_steps, optimizer, param)
@@ -165,14 +167,17 @@ def test_a_norm_of_zero_has_the_derivative_zero():
         assert_same(grad(loss)(zeros)["w"], wanted)
 
 
-def test_moments_in_8_bits_must_not_be_differentiated():
-    optimizer, trainable = adamw(moments="8bit"), {"w": torch.ones(64, 64)}
+@pytest.mark.parametrize("optimizer", [adamw(moments="8bit"), muon(moments="8bit")], ids=["adamw", "muon"])
+def test_moments_in_8_bits_must_not_be_differentiated(optimizer: Transform):
+    trainable = {"w": torch.ones(64, 64)}
     opt_state = optimizer.init(trainable)
 
     def update(grads: Tensor) -> Tensor:
         return optimizer.update({"w": grads}, opt_state, trainable, lr=0.1).updates["w"]
 
-    refusal = pytest.raises(NotImplementedError, match=r"a moment of 'w' in 8 bits requires a gradient .*; use adamw")
+    refusal = pytest.raises(
+        NotImplementedError, match=r"a moment of 'w' in 8 bits requires a gradient .*; use moments="
+    )
     with refusal:
         grad(lambda grads: update(grads).sum())(torch.ones(64, 64))
     with refusal:

@@ -1,5 +1,7 @@
 """Moments in 8 bit: torchao's own bits, exact resets, and otherwise the same AdamW."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import Factors, Plan, SidePlan, apply_updates, compile_step, partition, project_optimizer_state
-from dynlora_fn.optim import Change, SignedMoment, UnsignedMoment, adamw
+from dynlora_fn.optim import Change, MomentumState, SignedMoment, UnsignedMoment, adamw, muon
 from dynlora_fn.optim._eight_bit import decode_moments, empty_moments, encode_moments
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal, plans, seeds, untouched
 
@@ -116,9 +118,42 @@ def test_moments_take_a_quarter():
     assert size(small.inner.mu) == size(plain.inner.mu) / 4 + 4 * 512 * 512 / 256
 
 
+@pytest.mark.parametrize("moments", ["8bit", "bfloat16"])
+def test_muon_with_a_small_moment_moves_by_the_moment_before_it_is_rounded(moments: Literal["8bit", "bfloat16"]):
+    trainable = {"w": TRAINABLE["w"], "head": TRAINABLE["head"]}
+    small, state = muon(moments=moments), muon(moments=moments).init(trainable)
+    for step in range(2):
+        dense = state._replace(inner=MomentumState(tree_map(torch.Tensor.float, decode_moments(state.inner.mu))))
+        grads = {name: some_grads(step)[name] for name in trainable}
+        with untouched(state):
+            got = small.update(grads, state, trainable, lr=0.01)
+        wanted = muon().update(grads, dense, trainable, lr=0.01)
+        assert_same(got.updates, wanted.updates)
+        assert_same(tree_map(torch.Tensor.numel, got.opt_state), tree_map(torch.Tensor.numel, state))
+        state = got.opt_state
+    mu, exact = decode_moments(state.inner.mu), wanted.opt_state.inner.mu
+    relative = 2**-8 if moments == "bfloat16" else 0.06  # torchao's codes have steps of up to 1 / 9
+    for side, like in zip(tree_leaves(mu), tree_leaves(exact), strict=True):
+        assert (side.float() - like).norm() <= relative * like.norm()
+    assert (type(state.inner.mu["head"]) is SignedMoment) == (moments == "8bit")
+
+
+@given(plans(PARAM))
+def test_a_small_moment_of_muon_is_reset_exactly(plan):
+    for moments in ("8bit", "bfloat16"):
+        optimizer, trainable = muon(moments=moments), {"w": TRAINABLE["w"]}
+        state = optimizer.update({"w": some_grads(0)["w"]}, optimizer.init(trainable), trainable, lr=0.01).opt_state
+        got = project_optimizer_state(state, {"w": plan})
+        dense = state._replace(inner=MomentumState(decode_moments(state.inner.mu)))
+        wanted = project_optimizer_state(dense, {"w": plan})
+        assert_same(decode_moments(got.inner.mu), wanted.inner.mu)
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="`moments` must be 'float32' or '8bit', got 'int8'"):
         adamw(moments="int8")
+    with pytest.raises(ValueError, match="`moments` must be 'float32', 'bfloat16' or '8bit', got 'int8'"):
+        muon(moments="int8")
 
 
 def test_a_moment_in_8_bit_is_pruned_exactly_and_not_transported():

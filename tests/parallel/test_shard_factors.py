@@ -1,5 +1,6 @@
 """Sharded factors and their optimizer state are those of unsharded factors, in shards."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,10 +180,11 @@ def _muon() -> None:
     def of(name, grad):
         return part(grad, sharded[name].sharding)
 
-    for lr in (1e-6, 1.0):  # where no step is too long, and where all are
-        expected = moved(dl.optim.muon(), unsharded, lr)
+    separate, coupled = dl.optim.muon(), dl.optim.muon(coefficients="polar_express_8", coupled=3)
+    for optimizer, lr in itertools.product((separate, coupled), (1e-6, 1.0)):  # no step is too long, and all are
+        expected = moved(optimizer, unsharded, lr)
         wanted = {name: of(name, leaf) for name, leaf in expected.items()}
-        got = moved(dl.optim.muon(), sharded, lr, of)
+        got = moved(optimizer, sharded, lr, of)
         assert all((wanted[name].b - sharded[name].b).abs().max() > 1e-3 * lr for name in wanted)
         torch.testing.assert_close(tree_leaves(got), tree_leaves(wanted), rtol=0, atol=1e-9 * lr)
 

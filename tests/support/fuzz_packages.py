@@ -34,6 +34,7 @@ SETTINGS = {
     "seed": (0, table.SEED),
     "targets": (table.TARGETS, table.TARGET_KIND),
     "start": ("lora", table.START),
+    "trained": ("both", kinds.choice(["both", "b"])),
     "dtype": (torch.float32, kinds.dtype()),
     "stack": (True, kinds.flag()),
 }

@@ -107,6 +107,9 @@ def loss_fn(tree: Any) -> Tensor:
 BETAS = kinds.among(
     [(1.0, 0.9), (0.9, -0.1), (0.9,), 0.9, None, (float("nan"), 0.9), ("a", "b"), (True, False), {0, 0.5}]
 )
+TABLES = kinds.among(
+    ["newton", "", [], None, 3, [1, 2, 3], [(1, 2)], [(1, 2, "3")], [(1, 2, float("nan"))], {}, b"jordan"]
+)
 RANK = kinds.among([0, -1, 2.0, "2", True, None, 99, [2], {"no name": 2}, {"*": 2.5}, {"*": True}, 1j, torch.tensor(2)])
 DECAY, POSITIVE = kinds.number(0, 1, ends="[)"), kinds.number(0, ends="(]")
 SEED, SIZE, COUNT = kinds.integer(), kinds.integer(1), kinds.integer(0)
@@ -190,7 +193,24 @@ OPTIM = {
         moments=("8bit", kinds.choice(["float32", "8bit"])),
     ),
     "sgd, settings": settings(dl.optim.sgd, momentum=(0.5, DECAY), weight_decay=(0.5, kinds.number(0))),
-    "muon, settings": settings(dl.optim.muon, momentum=(0.5, DECAY), weight_decay=(0.5, kinds.number(0))),
+    "muon, settings": settings(
+        dl.optim.muon,
+        momentum=(0.5, DECAY),
+        nesterov=(False, kinds.flag()),
+        coefficients=("polar_express_5", TABLES),
+        coupled=(1, COUNT),
+        weight_decay=(0.5, kinds.number(0)),
+        moments=("bfloat16", kinds.choice(["float32", "bfloat16", "8bit"])),
+    ),
+    "normalized_sgd, settings": settings(
+        lambda **values: dl.optim.multi_transform(
+            {"matrices": dl.optim.normalized_sgd(**values), "sgd": dl.optim.sgd()},
+            lambda name, leaf: "matrices" if isinstance(leaf, Tensor) and leaf.ndim > 1 else "sgd",
+        ),
+        axis=(-2, kinds.among([0, 1, -3, "-1", None, 1.5, True])),
+        momentum=(0.5, DECAY),
+        weight_decay=(0.5, kinds.number(0)),
+    ),
     "lion, settings": settings(dl.optim.lion, betas=((0.5, 0.5), BETAS), weight_decay=(0.5, kinds.number(0))),
     "init": of(
         lambda trainable: dl.optim.adamw().init(trainable), trainable=(TRAINABLE, kinds.tree(free=FREE, optional=True))

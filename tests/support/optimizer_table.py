@@ -17,13 +17,17 @@ class Entry(NamedTuple):
     has_first_moment: bool = True  # which "transport" needs
 
 
+def for_factors(transform: Transform) -> Transform:
+    """Return an optimizer that needs matrices, with SGD for all other tensors."""
+    return multi_transform(
+        {"muon": transform, "sgd": sgd()}, lambda name, leaf: "sgd" if isinstance(leaf, Tensor) else "muon"
+    )
+
+
 OPTIMIZERS = {
     "adamw": Entry(adamw()),
     "sgd": Entry(sgd()),
     "lion": Entry(lion()),
-    "muon": Entry(
-        multi_transform(
-            {"muon": muon(), "sgd": sgd()}, lambda name, leaf: "sgd" if isinstance(leaf, Tensor) else "muon"
-        )
-    ),
+    "muon": Entry(for_factors(muon())),
+    "muon, coupled": Entry(for_factors(muon(coefficients="polar_express_5", coupled=2))),
 }

@@ -193,7 +193,7 @@ def test_a_slice_of_another_shape_than_two_sizes_is_refused(shape):
 
 
 def test_an_unknown_start_is_refused():
-    with pytest.raises(ValueError, match="`start` must be 'switchlora' or 'lora', got 'zeros'"):
+    with pytest.raises(ValueError, match="`start` must be 'switchlora', 'lora' or 'orthonormal', got 'zeros'"):
         factors(0, Shape(2, 2, 1), start="zeros")
 
 

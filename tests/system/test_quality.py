@@ -142,6 +142,7 @@ VARIANTS = [
     Run("tiny", "switchlora", beta2=0.99, moments="8bit", gradients="bfloat16", interval=10),
     Run("tiny", "full", base="int8+bfloat16", moments="8bit", gradients="bfloat16"),
     Run("tiny", "full", optimizer="muon", base="int8+bfloat16"),
+    Run("tiny", "switchlora", 2, optimizer="muon", trained="b", interval=10),
 ]
 
 

@@ -79,13 +79,35 @@ def test_full_rank_training_decays_as_torch_does():
     assert distance(ours, weights_after(make_method(config("full", clip=1e9), MODEL))) > 1e-3
 
 
+def test_muon_has_moments_in_8_bit_where_all_have():
+    settings = replace(Config(), precision=replace(Config().precision, moments="8bit"))
+    assert settings.inner_optimizer() == "muon"
+    factors = {"w": dl.Factors(torch.ones(512, 8), torch.ones(8, 512))}
+    mu = make_optimizer(settings, frozenset(["w"]), MODEL).init(factors)["inner"].inner.mu
+    assert all(isinstance(side, dl.optim.SignedMoment) for side in mu["w"])
+
+
+@pytest.mark.parametrize("method", ["full", "switchlora"])
+def test_embedding_and_head_have_the_optimizer_of_the_option(method: str):
+    trained = make_method(config(method, dense_optimizer="scale"), MODEL)
+    before = trained.state.params()
+    state, _ = trained.step(trained.state, tokens(0), LR, None, None, torch.tensor(0.0))
+    states = state.opt_state
+    assert list(states["head"].inner.mu) == ["head.weight"]
+    assert states["embedding"].inner.mu == {}
+    assert all("norm" in name for name in states["rest"].inner.mu)
+    change = state.params()["embedding.weight"] - before["embedding.weight"]  # columns of one length
+    rate = LR * (16 if method == "switchlora" else 1)
+    torch.testing.assert_close(change.square().mean(0).sqrt(), rate.expand(change.shape[1]), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "relora", "switchlora"])
 def test_every_method_decays_weights_and_not_only_factors(method: str):
     settings = config(method, weight_decay=0.5)
     state = make_method(settings, MODEL).state
     params = state.params()
     inner = frozenset(name for name, param in params.items() if isinstance(param, dl.LowRank))
-    decayed = dl.materialize(make_optimizer(settings, inner).decay(params, state.trainable, LR))
+    decayed = dl.materialize(make_optimizer(settings, inner, MODEL).decay(params, state.trainable, LR))
     # The option `dense_lr` is 16 times `lr` beside muon.
     scales = {name: 1.0 if name in inner or method != "switchlora" else 16.0 for name in params}
     for name, weight in dl.materialize(params).items():
@@ -103,6 +125,6 @@ def test_fine_tuning_decays_factors(method: str, is_of_weights: bool):
         machine=replace(base.machine, device="cpu"),
     )
     state = make_method(settings, MODEL).state
-    params, optimizer = state.params(), make_optimizer(settings, frozenset(state.trainable))
+    params, optimizer = state.params(), make_optimizer(settings, frozenset(state.trainable), MODEL)
     decayed = optimizer.decay(params, state.trainable, LR)
     assert (distance(dl.materialize(decayed), dl.materialize(params)) > 0) == is_of_weights

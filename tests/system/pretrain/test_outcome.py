@@ -23,6 +23,7 @@ METHODS = [
     ["--method", "switchlora", "--candidates", "pool"],
     ["--method", "switchlora", "--compensate", "0.1"],
     ["--method", "switchlora", "--optimizer", "adamw"],
+    ["--method", "switchlora", "--trained", "b"],
     ["--method", "full", "--optimizer", "muon", "--dense-lr", "0.02"],
     ["--method", "lora", "--compensate", "0.1", "--base-dtype", "int8"],
     ["--method", "switchlora", "--base-dtype", "bfloat16", "--compute-dtype", "bfloat16"],

@@ -1,0 +1,105 @@
+"""Take Muon's step of a low-rank weight, through Gram matrices of factors and directions."""
+
+from collections.abc import Callable
+from functools import partial
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dynlora_fn._core._collectives import all_reduce
+from dynlora_fn._core._types import AnyFactors, ShardedFactors, alpha_of, divisor_of
+from dynlora_fn.optim._polynomial import Table, identity_like, polynomial_of_gram, trace, with_floor
+from dynlora_fn.optim._roots import square_root
+from dynlora_fn.optim._transform import Rate
+
+_DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent vectors do not move further
+_MAX_RELATIVE_STEP = 0.1  # of the sum of both factors' norms
+
+
+class Grams(NamedTuple):
+    """Store products of tall matrices.
+
+    The first of a pair is for the step of `b`, the second for that of `a`.
+    """
+
+    factors: Float[Tensor, "2 *stack rank rank"]  # a a.T, b.T b: the other side's Gram matrix
+    directions: Float[Tensor, "2 *stack rank rank"]  # M_b.T M_b, M_a M_a.T
+    mixed: Float[Tensor, "2 *stack rank rank"] | None = None  # b.T M_b, M_a a.T, for coupled steps
+
+
+class Steps(NamedTuple):
+    """Store what both sides are multiplied by: ``M_b X_b + b Y_b`` and ``X_a M_a + Y_a a``."""
+
+    of_directions: Float[Tensor, "2 *stack rank rank"]  # X_b, X_a
+    squares: Float[Tensor, "2 *stack 1 1"]  # of the steps' Frobenius norms
+    of_factors: Float[Tensor, "2 *stack rank rank"] | None = None  # Y_b, Y_a; None means zero
+
+
+def factor_updates(
+    directions: AnyFactors, factors: AnyFactors, rate: Rate, find_steps: Callable[[Grams], Steps], *, is_coupled: bool
+) -> AnyFactors:
+    """Return the updates of both factors. Their norms are limited.
+
+    Each tall matrix is read for its Gram matrix and for its product with a small matrix. The Gram matrices of sharded
+    factors are summed over the processes.
+    """
+    sharding = factors.sharding if isinstance(factors, ShardedFactors) else None
+    sum_over_processes = partial(all_reduce, group=sharding.group) if sharding else _identity
+    b, a = factors.b.to(directions.b.dtype), factors.a.to(directions.a.dtype)
+    products = [a @ a.mT, b.mT @ b, directions.b.mT @ directions.b, directions.a @ directions.a.mT]
+    if is_coupled:
+        products += [b.mT @ directions.b, directions.a @ a.mT]
+    summed = sum_over_processes(torch.stack(products))
+    grams = Grams(summed[:2], summed[2:4], summed[4:] if is_coupled else None)
+    steps = find_steps(grams)
+    shape = (sharding.rows, sharding.as_columns.rows) if sharding else (b.shape[-2], a.shape[-1])
+    scale = abs(divisor_of(a.shape[-2], alpha_of(factors))) * sqrt(max(shape))
+    for_b, for_a = _limit(grams, scale * square_root(steps.squares), rate) * (-rate * scale)
+    update_b, update_a = (
+        directions.b @ (for_b * steps.of_directions[0]),
+        (for_a * steps.of_directions[1]) @ directions.a,
+    )
+    if steps.of_factors is not None:
+        update_b = update_b + b @ (for_b * steps.of_factors[0])
+        update_a = update_a + (for_a * steps.of_factors[1]) @ a
+    return directions._replace(b=update_b, a=update_a)
+
+
+def separate_steps(grams: Grams, *, table: Table) -> Steps:
+    """Return the steps that orthogonalize each side by itself, whitened by the other factor's Gram matrix."""
+    whitening = whitening_of(grams.factors)
+    whitened = whitening @ with_floor(grams.directions) @ whitening.mT
+    steps = whitening.mT @ polynomial_of_gram(whitened, table) @ whitening  # symmetric
+    squares = (grams.directions @ steps * steps).sum((-2, -1), keepdim=True)
+    return Steps(steps, squares.clamp(min=0))
+
+
+def whitening_of(grams: Float[Tensor, "2 *stack rank rank"]) -> Float[Tensor, "2 *stack rank rank"]:
+    """Return S for both factors such that ``S.T S`` is the inverse of the damped Gram matrix."""
+    size = trace(grams) / grams.shape[-1]
+    # A factor that is zero is damped by the other side's size.
+    damping = _DAMPING * (size + _DAMPING * size.flip(0))
+    min_damping = torch.finfo(grams.dtype).eps ** 4  # keeps the sum invertible where both factors are zero
+    return inverse_triangle(grams + (damping + min_damping) * identity_like(grams))[1]
+
+
+def inverse_triangle(gram: Float[Tensor, "*stack n n"]) -> tuple[Tensor, Tensor]:
+    """Return the triangle L with ``L L.T = gram``, and its inverse."""
+    triangle: Tensor = torch.linalg.cholesky_ex(gram).L
+    identity = identity_like(gram).expand_as(triangle)
+    inverse: Tensor = torch.linalg.solve_triangular(triangle, identity, upper=False)
+    return triangle, inverse
+
+
+def _limit(grams: Grams, norms: Float[Tensor, "2 *stack 1 1"], rate: Rate) -> Float[Tensor, "2 *stack 1 1"]:
+    """Return by what the steps of these norms are multiplied, so that the updates are not too long."""
+    max_norm = _MAX_RELATIVE_STEP * square_root(trace(grams.factors)).sum(0) / rate
+    factor: Tensor = max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    return factor.clamp(max=1)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,138 @@
+"""Orthogonalize matrices by odd polynomials of their singular values, which need no decomposition."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dynlora_fn._core._check import check_number, described
+from dynlora_fn.optim._roots import divide, square_root
+
+# Rows (a, b, c) of polynomials ``a x + b x^3 + c x^5``, applied one after the other to singular values of at most 1
+Table: TypeAlias = tuple[tuple[float, float, float], ...]
+Preset: TypeAlias = Literal["jordan", "polar_express_5", "polar_express_8"]
+Coefficients: TypeAlias = Preset | Sequence[Sequence[float]]
+
+# Five times the coefficients of Jordan et al. (2024), which were chosen for their slope at zero.
+JORDAN: Table = ((3.4445, -4.7750, 2.0315),) * 5
+
+# Each row is the best polynomial of degree 5 for what the rows before it leave of [1e-3, 1]: the list that Amsel et al.
+# publish (arXiv:2505.16932, appendix G).
+_POLAR_EXPRESS: Table = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+_SAFETY = (
+    1.01  # by which Amsel et al. divide the argument of all rows but the last, so that rounding errors stay inside
+)
+_SAFE: Table = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1])
+
+PRESETS: dict[str, Table] = {
+    "jordan": JORDAN,
+    "polar_express_5": _SAFE[:5],
+    "polar_express_8": (*_SAFE, _POLAR_EXPRESS[-1]),
+}
+
+# Of the trace, in units of the precision. It is added to a Gram matrix, whose eigenvalues rounding may make negative: a
+# polynomial of a negative one diverges.
+_FLOOR = 4
+_NARROW = 1.5  # columns over rows from which polynomials of a Gram matrix take fewer FLOPs, for any number of steps
+
+
+def check_coefficients(coefficients: Any) -> Table:
+    """Return the table of a preset, or a table that is given as rows of three numbers."""
+    if isinstance(coefficients, str):
+        if coefficients not in PRESETS:
+            raise ValueError(
+                f"`coefficients` must be one of {', '.join(PRESETS)}, got {coefficients!r}; or pass rows of 3 numbers"
+            )
+        return PRESETS[coefficients]
+    rows = coefficients.tolist() if hasattr(coefficients, "tolist") else coefficients
+    is_table = isinstance(rows, list | tuple) and all(isinstance(row, list | tuple) and len(row) == 3 for row in rows)
+    if not is_table:
+        raise TypeError(f"`coefficients` is {described(coefficients)}; pass the name of a preset, or rows of 3 numbers")
+    if not rows:
+        raise ValueError("`coefficients` has no rows; pass one row of 3 numbers for each step")
+    a, b, c = zip(*([check_number("coefficients", number) for number in row] for row in rows), strict=True)
+    return tuple(zip(a, b, c, strict=True))
+
+
+def orthogonalize(matrix: Float[Tensor, "*stack out in"], table: Table = JORDAN) -> Float[Tensor, "*stack out in"]:
+    """Bring all singular values near 1, except zeros.
+
+    The singular vectors do not change. A narrow matrix is read twice: for its Gram matrix, and for its product with a
+    polynomial of that.
+    """
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if is_tall else matrix
+    if x.shape[-1] > _NARROW * x.shape[-2]:
+        x = polynomial_of_gram(with_floor(x @ x.mT), table) @ x
+    else:
+        x = polynomial(divide_by_norm(x, dim=(-2, -1)), table)
+    return x.mT if is_tall else x
+
+
+def polynomial(x: Float[Tensor, "*stack rows columns"], table: Table) -> Float[Tensor, "*stack rows columns"]:
+    """Apply a table to the singular values of a matrix with at most as many rows as columns."""
+    for first, third, fifth in table:
+        gram = x @ x.mT
+        x = first * x + (third * gram + fifth * gram @ gram) @ x
+    return x
+
+
+def polynomial_of_gram(gram: Float[Tensor, "*stack n n"], table: Table) -> Float[Tensor, "*stack n n"]:
+    """Return P such that ``P x`` orthogonalizes every x with ``x x.T = gram``.
+
+    Zeros stay zeros. Every step multiplies x by a polynomial of its Gram matrix, so that the product of all steps is
+    one.
+    """
+    square = trace(gram)
+    gram, identity = divide(gram, square), identity_like(gram)
+    steps: Tensor | None = None
+    for index, (first, third, fifth) in enumerate(table):
+        step = first * identity + third * gram + fifth * gram @ gram
+        steps = step if steps is None else step @ steps
+        if index + 1 < len(table):
+            gram = step @ gram @ step
+    inverse_norm: Tensor = divide((square > 0).to(gram.dtype), square_root(square))
+    assert steps is not None  # a table has rows
+    return inverse_norm * steps
+
+
+def with_floor(gram: Float[Tensor, "*stack n n"], relative: Tensor | float = 1.0) -> Float[Tensor, "*stack n n"]:
+    """Return a Gram matrix whose eigenvalues are positive in spite of rounding errors, unless it is zero.
+
+    `relative` is by how much the errors are larger than those of a product of a matrix with itself.
+    """
+    floor: Tensor = _FLOOR * torch.finfo(gram.dtype).eps * relative * trace(gram)
+    return gram + floor * identity_like(gram)
+
+
+def trace(gram: Float[Tensor, "*stack n n"]) -> Float[Tensor, "*stack 1 1"]:
+    """Return the sum of the diagonal."""
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+def identity_like(gram: Float[Tensor, "*stack n n"]) -> Float[Tensor, "n n"]:
+    """Return the identity in the size, dtype and device of a matrix."""
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def divide_by_norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """Divide by the norm along `dim`. Zeros stay zeros."""
+    quotient: Tensor = divide(matrix, norm(matrix, dim))
+    return quotient
+
+
+def norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """Return the norm along `dim`, which stays an axis of size 1."""
+    root: Tensor = square_root(matrix.square().sum(dim, keepdim=True))
+    return root

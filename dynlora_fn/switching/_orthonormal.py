@@ -1,0 +1,81 @@
+"""Generate the vectors of a side that is not trained: rows of an orthogonal matrix, from the basis seed.
+
+The matrix is a discrete cosine transform whose columns have random signs, as in randomized transforms (Ailon and
+Chazelle, "The fast Johnson-Lindenstrauss transform", 2009). A row costs as many operations as it has entries, and
+nothing is decomposed.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dynlora_fn._core._torch import are_immediate
+from dynlora_fn._core._types import LowRank, OneSidedFactors, SidePlan
+from dynlora_fn.switching._basis import Request
+
+
+def request_signs(seed: Int[Tensor, "*stack"], length: int) -> Request:
+    """Name the random numbers whose signs the columns of a basis have."""
+    return Request(seed, "a", torch.zeros(1, dtype=torch.int64, device=seed.device), length)
+
+
+def orthonormal_rows(
+    signs: Float[Tensor, "*stack 1 size"], indices: Int[Tensor, "*#stack count"]
+) -> Float[Tensor, "*stack count size"]:
+    """Return rows of the orthogonal matrix of a basis, in float64. Indices are taken modulo their number::
+
+        row[i, j] = sign[j] * sqrt(c / size) * cos(pi * (2 * j + 1) * i / (2 * size)),     c = 1 if i = 0 else 2
+
+    Numerics: The argument of the cosine is reduced in integers.
+    """
+    size = signs.shape[-1]
+    row = (indices % size)[..., None]
+    column = torch.arange(size, device=signs.device)
+    quarter_turns = (2 * column + 1) * row % (4 * size)
+    cosines = torch.cos(quarter_turns.to(torch.float64) * (math.pi / (2 * size))) * math.sqrt(2 / size)
+    cosines = torch.where(row == 0, cosines * math.sqrt(0.5), cosines)
+    return torch.where(signs < 0, -cosines, cosines)
+
+
+def row_length(rank: int, alpha: float) -> float:
+    """Return the length of the rows of `a`, ``sqrt(rank / alpha)``.
+
+    With it ``alpha / rank * b @ a`` is ``sqrt(alpha / rank) * b @ Q`` with orthonormal Q, so a step of AdamW moves the
+    weight equally far at every rank.
+    """
+    return math.sqrt(rank / abs(alpha))
+
+
+def indices_of(param: LowRank, plan: SidePlan) -> Int[Tensor, "*stack count"]:
+    """Return the indices of the vectors that a plan of side a names.
+
+    Vectors that are not trained must be distinct in all slots, whatever a plan names. So slot k only gets rows k,
+    k + rank, k + 2 * rank and so on of the orthogonal matrix, in turn. With the indices of `Schedule` they follow each
+    other.
+    """
+    if not isinstance(param.factors, OneSidedFactors):
+        return plan.indices
+    rank, size = param.factors.b.shape[-1], param.factors.fixed.columns
+    rows_of_slot = (size - 1 - plan.slots) // rank + 1
+    return plan.slots + rank * (plan.indices // rank % rows_of_slot)
+
+
+def check_orthogonal(name: str, factors: OneSidedFactors, plan: SidePlan) -> None:
+    """Raise ValueError if vectors of `a` that entered are not orthogonal to all others, or have another length.
+
+    `muon` takes the rows for orthogonal without reading them. While a step is traced, nothing is read.
+    """
+    a, (rank, slots) = factors.a, (factors.b.shape[-1], plan.slots)
+    if not are_immediate([a, slots]) or not slots.numel():
+        return
+    square, wide = row_length(rank, factors.fixed.alpha) ** 2, a.to(torch.float64)
+    slots = slots.expand(*a.shape[:-2], slots.shape[-1])
+    entered = wide.gather(-2, slots[..., None].expand(*slots.shape, a.shape[-1]))
+    wanted = square * (slots[..., None] == torch.arange(rank, device=a.device))
+    if bool(((entered @ wide.mT - wanted).abs() > 4 * square * torch.finfo(a.dtype).eps).any()):
+        raise ValueError(
+            f"`incoming.a` of {name!r}, of which only `b` is trained, has vectors that are not orthogonal to the others"
+            f" or not of length {math.sqrt(square):.6g}; leave `incoming` out, or pass what `candidates` returns"
+        )
