@@ -38,7 +38,7 @@ class StepByMethod(Options):
 
 
 class MuonOfTorch(torch.optim.Optimizer):
-    """`torch.optim.Muon` for the matrices inside the blocks, and fused AdamW for the rest."""
+    """`torch.optim.Muon` for matrices inside the blocks, and fused AdamW elsewhere."""
 
     def __init__(self, model: nn.Module):
         inner = [parameter for name, parameter in model.named_parameters() if is_inner(name)]

@@ -172,7 +172,10 @@ def compensation(found: Found, size: str) -> Rows:
 
 
 def one_side(found: Found, size: str) -> Rows:
-    """Compare both factors with one at twice the rank, which has as many trained numbers."""
+    """Compare both factors with one at twice the rank.
+
+    It has as many trained numbers.
+    """
     rows = full_rank_rows(found, size)
     for optimizer, name in (("muon", ", Muon"), ("adamw", "")):
         for both, one in ((4, 2), (2, 1)):

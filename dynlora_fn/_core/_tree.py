@@ -99,7 +99,10 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
 
 
 def trained_factors(factors: AnyFactors) -> AnyFactors:
-    """Return factors as they are in the trainable tree: without `a` where only `b` is trained."""
+    """Return factors in the form of the trainable tree.
+
+    It has no `a` where only `b` is trained.
+    """
     return factors._replace(a=()) if isinstance(factors, OneSidedFactors) else factors
 
 
@@ -211,7 +214,7 @@ def _low_rank(name: str, factors: AnyFactors, frozen: Frozen) -> LowRank:
     if is_one_sided == isinstance(frozen.a, tuple) or (is_one_sided and not isinstance(factors.a, tuple)):
         raise ValueError(
             f"`trainable` and `frozen` do not fit each other at {name!r}: exactly one of them must have `a`, and"
-            " `frozen` only where `b` alone is trained; pass both trees of one `partition`"
+            " `frozen` only where only `b` is trained; pass both trees of one `partition`"
         )
     if isinstance(factors, OneSidedFactors):
         factors = factors._replace(a=frozen.a)

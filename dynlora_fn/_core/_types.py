@@ -114,7 +114,7 @@ class ShardedFactors(NamedTuple):
 
 
 class OneSidedFactors(NamedTuple):
-    """The factors of a weight of which only `b` is trained.
+    """The factors of a weight that trains only `b`.
 
     The rows of `a` are orthogonal, and all have the length ``sqrt(rank / |alpha|)``. They come from the basis seed, and
     only a switch replaces them. `partition` moves `a` into the frozen tree and leaves ``()`` in its place, so that
@@ -133,7 +133,10 @@ AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors | OneSidedFacto
 
 
 def is_factors(leaf: Any) -> TypeGuard[AnyFactors]:
-    """Return whether a leaf of the trainable tree has factors, sharded or not, of one side or both."""
+    """Return whether a leaf of the trainable tree has factors.
+
+    They may be sharded, and of one side or both.
+    """
     return isinstance(leaf, Factors | ScaledFactors | ShardedFactors | OneSidedFactors)
 
 

@@ -101,13 +101,13 @@ REFUSALS = {
         "{name!r} of `params` must have whole factors to have a pool; shard only the base",
     ),
     "shard_factors, one side": Refusal(
-        "sharding the factors of a weight of which only `b` is trained",
+        "sharding the factors of a weight that trains only `b`",
         "`shard_factors`",
         "only `b` of {name!r} in `params` is trained, and such factors cannot be sharded; shard only the base, or make"
         " the parameters with trained='both'",
     ),
     "pool, one side": Refusal(
-        "a pool of candidates for a weight of which only `b` is trained",
+        "a pool of candidates for a weight that trains only `b`",
         "`init_pool`",
         "only `b` of {name!r} in `params` is trained, and vectors of a pool would not be orthogonal; leave out the"
         " pool, or make the parameters with trained='both'",

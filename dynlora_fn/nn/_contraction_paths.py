@@ -72,7 +72,7 @@ for _path, _omitted in _FOR_GRADIENT_OF_A.items():
 
 
 def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool = False) -> int:
-    """Return the FLOPs of a forward and backward pass along a path, or of ``"full"`` rank."""
+    """Return the FLOPs of both passes along a path, or of ``"full"`` rank."""
     return _total(path, _terms(tokens, out_features, in_features, rank), is_one_sided)
 
 

@@ -88,7 +88,7 @@ def _sides(argument: str, name: str, state: Any, leaf: Any) -> tuple[Any, ...]:
         return (state,)
     if len(sides_of(state)) != len(sides_of(leaf)):
         raise ValueError(
-            f"`{argument}` has {len(sides_of(state))} sides of {name!r}, of which {len(sides_of(leaf))} are trained in"
+            f"`{argument}` has {len(sides_of(state))} sides of {name!r}, but {len(sides_of(leaf))} are trained in"
             " `trainable`; pass the state of the same parameters"
         )
     return sides_of(state)

@@ -113,7 +113,10 @@ def _no_vectors_frozen(trainable: Trainable) -> dict[str, AnyFactors]:
 
 
 def _names_that_move(frozen_for: Mapping[str, AnyFactors]) -> set[str]:
-    """Return the names of weights whose counters are all zero, as far as the host can read that at once."""
+    """Return the names of weights whose counters are all zero.
+
+    Only counters that the host can read at once are looked at.
+    """
     sides = [(name, side) for name, counts in frozen_for.items() for side in sides_of(counts)]
     counts = [side for _, side in sides]
     if not counts or not all(can_read(side) for side in counts):

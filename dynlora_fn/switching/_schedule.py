@@ -240,7 +240,10 @@ def _idle(param: LowRank) -> int:
 
 
 def _is_one_sided(param: LowRank) -> bool:
-    """Return whether both sides of a slot are switched together, because only `b` is trained."""
+    """Return whether both sides of a slot are switched together.
+
+    They are where only `b` is trained.
+    """
     return isinstance(param.factors, OneSidedFactors)
 
 

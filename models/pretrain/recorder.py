@@ -114,7 +114,10 @@ def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.Wire
 
 
 def _bytes_of_muon(run: Prepared) -> int:
-    """Return what Muon all-reduces for sharded factors: four (rank, rank) matrices for each weight."""
+    """Return what Muon all-reduces for sharded factors.
+
+    These are four (rank, rank) matrices for each weight.
+    """
     if run.config.inner_optimizer() != "muon":
         return 0
     leaves = run.method.state.trainable.values()
