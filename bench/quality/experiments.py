@@ -33,7 +33,8 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
 
 
 SMALLER = {"medium": "small", "main": "medium", "large": "medium", "huge": "large"}
-PLAIN: tuple[dict[str, Any], ...] = ({"fraction": 4}, {"beta2": 0.999})  # a sweep of another value starts there
+# A sweep of another value starts where that of these ended.
+PLAIN: tuple[dict[str, Any], ...] = ({"coefficients": "jordan"}, {"coupled": 0}, {"fraction": 4}, {"beta2": 0.999})
 
 
 def sweep(found: Found, run: Run) -> Stage:

@@ -13,24 +13,27 @@ from bench.quality.experiments import Rows, stage_of, sweep
 from bench.quality.runs import SIZES, Run
 from bench.quality.store import Found
 
-LOW = {"base": "int8+bfloat16", "moments": "8bit", "gradients": "bfloat16"}
+MUON: dict[str, Any] = {"optimizer": "muon", "coefficients": "polar_express_8"}
+LOW: dict[str, Any] = {"base": "int8+bfloat16", "moments": "8bit", "gradients": "bfloat16"}
 
 
 def frontier(found: Found, size: str) -> Rows:
-    """Return full rank, and switched factors at three ranks and two precisions.
+    """Return full rank and switched factors at several ranks, of both sides and of one, in float32 and low precision.
 
-    The precisions are float32 and low precision. Rows in low precision have the rates of the same row in float32.
+    Rows in low precision have the rates of the same row in float32. "Muon" has Polar Express' coefficients here.
     """
     full, switched = Run(size, "full"), Run(size, "switchlora")
     rows = {
         "full rank": sweep(found, full),
         "full rank, beta2 0.99": sweep(found, replace(full, beta2=0.99)),
-        "full rank, Muon": sweep(found, replace(full, optimizer="muon")),
+        "full rank, Muon": sweep(found, replace(full, **MUON)),
         "switched, d/4": sweep(found, switched),
     }
     for fraction in (8, 4, 2):
-        run = replace(switched, fraction=fraction, optimizer="muon")
-        rows[f"switched, Muon, d/{fraction}"] = sweep(found, run)
+        rows[f"switched, Muon, d/{fraction}"] = sweep(found, replace(switched, fraction=fraction, **MUON))
+    for fraction in (4, 2, 1):
+        run = replace(switched, fraction=fraction, trained="b", **MUON)
+        rows[f"one side, Muon, d/{fraction}"] = sweep(found, run)
     low = {name: [replace(run, **LOW) for run in stage.runs] for name, stage in rows.items()}
     return rows | {f"{name}, low precision": stage_of(found, runs) for name, runs in low.items() if runs}
 

@@ -38,8 +38,9 @@ def optimizer_of(settings: OptimizerSettings) -> dl.optim.Transform:
     rest = dl.optim.adamw(**options)
     if settings.optimizer == "adamw" and settings.moments == "float32":
         return rest
+    muon = {"coefficients": settings.coefficients, "coupled": settings.coupled}
     is_muon = settings.optimizer == "muon"
-    inner = dl.optim.muon() if is_muon else dl.optim.adamw(**options, moments=settings.moments)
+    inner = (dl.optim.muon if is_muon else dl.optim.adamw)(**(muon if is_muon else options), moments=settings.moments)
     return dl.optim.multi_transform(
         {"inner": inner, "rest": rest}, lambda name, _: "inner" if is_inner(name) else "rest"
     )

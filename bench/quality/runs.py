@@ -54,6 +54,8 @@ class OptimizerSettings(NamedTuple):
     optimizer: Literal["adamw", "muon"]
     beta2: float
     moments: Literal["float32", "8bit"]
+    coefficients: str
+    coupled: int
 
 
 # Settings of a run that change vectors which must stay orthogonal, or both factors.
@@ -78,6 +80,8 @@ class Run:
     beta2: float = 0.999  # of every AdamW
     moments: Literal["float32", "8bit"] = "float32"  # of the optimizer of matrices or factors
     gradients: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are reduced
+    coefficients: str = "jordan"  # of Muon's polynomials
+    coupled: int = 0  # of Muon's step of factors
     seed: int = 0
     held_out: HeldOut = "validation"  # the text on which the loss is measured
 
@@ -114,7 +118,7 @@ class Run:
 
     def settings(self) -> OptimizerSettings:
         """Return what decides which optimizer is compiled."""
-        return OptimizerSettings(self.optimizer, self.beta2, self.moments)
+        return OptimizerSettings(self.optimizer, self.beta2, self.moments, self.coefficients, self.coupled)
 
     def sent_bytes(self) -> int:
         """Return the bytes of the gradients that a data-parallel step reduces.

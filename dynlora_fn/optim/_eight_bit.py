@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import ShardedFactors
+from dynlora_fn._core._types import ShardedFactors, is_factors, sides_of, with_sides
 from dynlora_fn.bases import _torchao
 from dynlora_fn.bases._torchao import decode_8bit, encode_8bit
 
@@ -99,7 +99,9 @@ def encode_moments(tree: Any, like: Any, name: str) -> Any:
             )
         return type(old)(*encode_8bit(leaf.contiguous(), _table(old), _BLOCK))
 
-    return tree_map(encode, like, tree, is_leaf=is_eight_bit)
+    if is_factors(like):  # two trees in one `tree_map` are what Dynamo of torch 2.11 cannot compare
+        return with_sides(tree, [*map(encode, sides_of(like), sides_of(tree))])
+    return encode(like, tree)
 
 
 def reset_moment(moment: _Moment, is_reset: Tensor) -> _Moment:

@@ -135,7 +135,7 @@ def muon(
         if moments == "8bit":
             return MomentumState({name: empty_moments(leaf, SignedMoment) for name, leaf in trainable.items()})
         mu = zero_moments(trainable)
-        return MomentumState(tree_map(lambda zeros: zeros.to(torch.bfloat16), mu) if moments == "bfloat16" else mu)
+        return MomentumState(_in_bfloat16(mu) if moments == "bfloat16" else mu)
 
     @elementwise(results=2)
     def next_mu(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
@@ -144,6 +144,12 @@ def muon(
         grad = grad.to(dtype)
         mu = momentum * mu.to(dtype) + grad
         return mu, grad + momentum * mu if nesterov else mu
+
+    def stored(mu: Tree, like: Tree) -> Tree:
+        """Return moments by name in the format of `moments`."""
+        if moments == "8bit":
+            return {name: encode_moments(leaf, like[name], name) for name, leaf in mu.items()}
+        return _in_bfloat16(mu) if moments == "bfloat16" else mu
 
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
@@ -158,20 +164,19 @@ def muon(
                 step = _matrix_direction(name, direction, table)
                 updates[name] = -rate * (step + weight_decay * leaf.to(step.dtype))
             elif isinstance(leaf, OneSidedFactors):
-                step = one_sided_direction(direction, leaf, table)
-                updates[name] = tree_map(lambda side, rate=rate: -rate * side, step)
+                one_sided = one_sided_direction(direction, leaf, table)
+                updates[name] = one_sided._replace(b=-rate * one_sided.b)
             else:
                 updates[name] = factor_updates(direction, leaf, rate, find_steps, is_coupled=coupled > 0)
-        return Updates(updates, MomentumState(_stored(mu, opt_state.mu)))
+        return Updates(updates, MomentumState(stored(mu, opt_state.mu)))
 
     return freeze_counterparts(Transform(init, update))
 
 
-def _stored(mu: Tree, like: Tree) -> Tree:
-    """Return moments by name in the dtypes of `like`, with codes wherever it has them."""
-    encoded = {name: encode_moments(leaf, like[name], name) for name, leaf in mu.items()}
-    stored: Tree = tree_map(lambda new, old: new.to(old.dtype), encoded, like)
-    return stored
+def _in_bfloat16(tree: Tree) -> Tree:
+    """Return moments in bfloat16."""
+    result: Tree = tree_map(lambda leaf: leaf.to(torch.bfloat16), tree)
+    return result
 
 
 def _matrix_direction(name: str, direction: Tensor, table: Table) -> Tensor:
