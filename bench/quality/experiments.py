@@ -33,7 +33,7 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
 
 
 SMALLER = {"medium": "small", "main": "medium", "large": "medium", "huge": "large"}
-# A sweep of another value starts where that of these ended.
+# A sweep of another value starts where the sweep of these ended.
 PLAIN: tuple[dict[str, Any], ...] = ({"coefficients": "jordan"}, {"coupled": 0}, {"fraction": 4}, {"beta2": 0.999})
 
 

@@ -18,9 +18,10 @@ LOW: dict[str, Any] = {"base": "int8+bfloat16", "moments": "8bit", "gradients": 
 
 
 def frontier(found: Found, size: str) -> Rows:
-    """Return full rank and switched factors at several ranks, of both sides and of one, in float32 and low precision.
+    """Return full rank, and switched factors at several ranks.
 
-    Rows in low precision have the rates of the same row in float32. "Muon" has Polar Express' coefficients here.
+    They have both sides or one, in float32 and in low precision. Rows in low precision have the rates of the same row
+    in float32. "Muon" has Polar Express' coefficients here.
     """
     full, switched = Run(size, "full"), Run(size, "switchlora")
     rows = {
