@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 PAGE = ROOT / "dynlora_fn" / "bases" / "FEATURES.md"
 FORMATS = ("plain", "bfloat16", "int8", "float8", "nf4", "nvfp4", "mxfp4")
 STORAGES = (("plain", None), *((base, "bfloat16") for base in FORMATS[1:]), ("int8", None))
-LAYOUTS = ("whole", "deferred", "sharded", "sharded, deferred", "sharded with factors")
+LAYOUTS = ("whole", "deferred", "sharded", "sharded, deferred", "sharded with factors", "only `b` trained")
 STACKS = ((), (2,))
 X = normal(0, 2, 3, 64, dtype=torch.float32)
 Params = dict[str, Any]
@@ -34,6 +34,8 @@ def params_of(base: str, residual: str | None, layout: str, stack: tuple[int, ..
     """Return one weight by name. The group has one process, so a shard has all rows."""
     shape = Shape(64, 64, 4)
     params: Params = {"weight": low_rank(shape, stack, base_dtype=torch.float32, factor_dtype=torch.float32)}
+    if layout == LAYOUTS[-1]:
+        params = dl.init({"weight": params["weight"].base}, rank=4, seed=0, targets=["weight"], trained="b")
     if base != "plain":
         params = dl.bases.quantize(params, base, residual=residual)
     if "sharded" in layout:
@@ -96,7 +98,8 @@ def mapped(params: Params) -> None:
 
 def tangent(params: Params) -> None:
     """Differentiate a product by its input in forward mode."""
-    torch.func.jvp(lambda x: dl.linear(x, params["weight"]), (X,), (X,))
+    model = product_with(params, is_transposed=True)
+    torch.func.jvp(lambda x: dl.call(model, params, x), (X,), (X,))
 
 
 def updated(make: Callable[[], dl.optim.Transform], params: Params) -> None:
@@ -128,7 +131,7 @@ FEATURES: dict[str, Callable[[Params], Any]] = {
     ),
     "`switching.init_pool`": dl.switching.init_pool,
     "`resize`": lambda params: dl.resize(params, rank=2),
-    "`bases.to_torchao`": lambda params: dl.bases.to_torchao(dl.unstack(params)),
+    "`bases.to_torchao`": dl.bases.to_torchao,
     "a compiled step": compiled,
     **OPTIMIZERS,
 }
@@ -192,7 +195,9 @@ def cell(found: dict[tuple[Any, ...], str], notes: list[str]) -> str:
     stacks = {storage[2] for storage in bad}
     of_stacks = {(2,): "stacks of ", (): "single "}[next(iter(stacks))] if len(stacks) == 1 else ""
     is_all = len(formats) == len({storage[0] for storage in found})
-    return f"not {of_stacks}{'weights' if is_all else ', '.join(formats)} ({numbers})"
+    is_low_precision = formats == list(FORMATS[1:])
+    which = "weights" if is_all else "low precision" if is_low_precision else ", ".join(formats)
+    return f"not {of_stacks}{which} ({numbers})"
 
 
 def rows(features: list[str], notes: list[str]) -> list[str]:
