@@ -1,4 +1,5 @@
-"""Answer one question with each program: ``python -m bench.NAME``.
+"""Answer one question with each program: ``python -m bench.NAME [--quick] [--json] [--out FILE]``."""
 
-Options are ``[--quick] [--json] [--out FILE]``.
-"""
+from models.program import hide_import_messages
+
+hide_import_messages()

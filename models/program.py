@@ -1,9 +1,24 @@
 """Errors in one line, and output for any terminal, in the smaller programs."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What torchao logs when `transformers` or PEFT import it, by the name of the logger: kernels for other devices,
+# and types that it registers in a way that torch deprecates.
+_MESSAGES = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum subclass "}
+
+
+def hide_import_messages() -> None:
+    """Let torchao's messages at its import not precede the output of this process. It is for programs."""
+    for name in _MESSAGES:
+        logging.getLogger(name).addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_MESSAGES[record.name])
 
 
 @contextmanager
@@ -12,6 +27,7 @@ def one_line_errors() -> Iterator[None]:
 
     `models.pretrain` does the same. An interrupt exits with code 130.
     """
+    hide_import_messages()
     try:
         yield
         sys.stdout.flush()

@@ -97,7 +97,7 @@ def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, de
         vocabulary = stored.shape(embedding)[0] if embedding in stored.chunks else None
         model = llama.Llama(llama.config(config.training.model, vocabulary))
         _load_checkpoint(source, stored, config, model, llama.TARGETS)
-    tokenizer = config.data.tokenizer
+    tokenizer = config.tokenizer()
     if tokenizer and _has_tokenizer(folder / "model"):  # also where the given one has moved
         tokenizer = str(folder / "model")
     return Trained(model.to(device).eval(), tokenizer, config.data.seq_len, config, source, folder)
@@ -116,7 +116,7 @@ def _load_weights(path: Path) -> llama.Llama:
 
 
 def _of_finetuning(folder: Path, config: finetune.Config, path: Path | None, device: torch.device) -> Trained:
-    tokenizer = config.data.tokenizer or config.training.model
+    tokenizer = config.tokenizer()
     if path is None and (folder / "model" / "config.json").is_file():
         trained = _pretrained(folder / "model", config, device)
         tokenizer = trained.tokenizer if _has_tokenizer(folder / "model") else tokenizer

@@ -15,6 +15,7 @@ from dynlora_fn._core._types import (
     Alpha,
     AnyFactors,
     Factors,
+    FixedSide,
     FrozenTensor,
     LowRank,
     OneSidedFactors,
@@ -43,6 +44,8 @@ def check_param(argument: str, name: str, param: Any) -> None:
     if _fits(param) if torch.compiler.is_dynamo_compiling() else _is_plain(param) and _fits(param):
         return
     check_factors(argument, name, param.factors)
+    if len(sides_of(param.factors)) == 1:
+        raise ValueError(f"`{argument}` has no `a` for {name!r}, which is in the frozen tree; use `combine`")
     b, seed, stack = param.factors.b, param.seed, tuple(param.shape[:-2])
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         raise TypeError(f"`{argument}` has {described(seed)} as seed of {name!r}; use an int64 tensor")
@@ -132,6 +135,10 @@ def check_factors(argument: str, name: str, factors: Any) -> None:
         raise ValueError(
             f"`{argument}` has factors of {name!r} of shapes {b} and {a}; use (*stack, out, rank) "
             "and (*stack, rank, in)"
+        )
+    if isinstance(factors, OneSidedFactors) and factors.fixed.columns != a[-1]:
+        raise ValueError(
+            f"`{argument}` has `fixed.columns` {factors.fixed.columns} for {name!r} with `a` of shape {a}; use {a[-1]}"
         )
     _check_device(argument, f"`a` of {name!r}", sides_of(factors)[-1], factors.b)
 
@@ -237,6 +244,8 @@ def check_alpha(argument: str, name: str, leaf: AnyFactors, like_argument: str, 
 def _check_is_alpha(argument: str, name: str, factors: AnyFactors) -> None:
     if isinstance(factors, ScaledFactors) and not isinstance(factors.alpha, Alpha):
         raise TypeError(f"`{argument}` has {described(factors.alpha)} as `alpha` of {name!r}; use an Alpha")
+    if isinstance(factors, OneSidedFactors) and not isinstance(factors.fixed, FixedSide):
+        raise TypeError(f"`{argument}` has {described(factors.fixed)} as `fixed` of {name!r}; use a FixedSide")
 
 
 def _is_like(leaf: Any, like: Any) -> bool:

@@ -29,7 +29,10 @@ class Patterns:
         self._lengths = sorted({len(start) for start in self._globs})
 
     def matching(self, names: Iterable[str]) -> list[str]:
-        """Return the patterns that are one of the names, or a glob of one, in order."""
+        """Return the patterns that are one of the names, or a glob that matches one, in their order."""
+        if not self._lengths:  # no globs
+            plain = {name for name in names if name in self._positions}
+            return [*plain] if len(plain) < 2 else sorted(plain, key=self._positions.__getitem__)
         found = set()
         for name in names:
             if name in self._positions:
@@ -52,6 +55,8 @@ def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[
         ValueError: If a pattern matches none of the names.
     """
     check_patterns(argument, patterns)
+    if not patterns:
+        return []
     names, prepared = list(names), Patterns(patterns)
     matching = {name: prepared.matching([name]) for name in names}
     used = {pattern for found in matching.values() for pattern in found}

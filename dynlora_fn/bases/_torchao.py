@@ -4,6 +4,9 @@ torchao takes a second to import, so each name is imported at its first use. The
 `tests/bases/test_torchao_names.py` fails with each name that has moved.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -27,12 +30,33 @@ NAMES = {
     "quantize_8bit_with_qmap": "torchao.optim.quant_utils",
     "scale_tensor": "torchao.optim.quant_utils",
 }
+# What an import of torchao logs that does not concern its caller, by the name of the logger: kernels for other devices,
+# and types that it registers in a way that torch deprecates.
+MESSAGES = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum subclass "}
 
 
 def __getattr__(name: str) -> Any:
     if name in NAMES:
-        return getattr(import_module(NAMES[name]), name)
+        with without_messages():
+            return getattr(import_module(NAMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@contextmanager
+def without_messages() -> Iterator[None]:
+    """Import torchao without `MESSAGES`. All else that is logged meanwhile is logged, and everything afterwards."""
+    loggers = [logging.getLogger(name) for name in MESSAGES]
+    for logger in loggers:
+        logger.addFilter(_is_for_the_caller)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_for_the_caller)
+
+
+def _is_for_the_caller(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(MESSAGES[record.name])
 
 
 # Dynamo traces the functions below. It can trace an import statement, but not `__getattr__` of a module.

@@ -132,7 +132,7 @@ def init(
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
         The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its
-        vectors of `b` are switched.
+        vectors of `b` are switched. With ``trained="b"`` the rows of `a` are orthogonal to the precision of `dtype`.
 
     Example:
         >>> params = init(nn.Linear(6, 4), rank=2, seed=0, targets=["weight"])
@@ -189,6 +189,8 @@ def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> T
 def _kind(name: str, parameters: Parameters) -> list[object]:
     """Return what all members of a stack must have in common."""
     tensor, is_frozen = parameters.tensors[name], name in parameters.frozen
+    if type(tensor) is Tensor:
+        return [tensor.shape, tensor.dtype, tensor.device, is_frozen]
     alone = name if is_frozen and is_opaque(tensor) else ""
     inner = [(leaf.shape, leaf.dtype, leaf.device) for leaf in inner_tensors(tensor)]
     return [type(tensor).__name__ if is_torchao(tensor) else "", tensor.shape, tensor.dtype, is_frozen, alone, *inner]

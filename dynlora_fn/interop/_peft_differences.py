@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import embedding, linear
 
-from dynlora_fn.interop._peft_layers import kind_of_layer
+from dynlora_fn.interop._peft_layers import kind_of_module
 
 # Layers whose weights these models read in a kernel. PEFT refuses them.
 _READ_BY_MAMBA = frozenset({"out_proj", "conv1d"})
@@ -36,13 +36,11 @@ class LayerCheck:
     """Checks of the layers of one model."""
 
     def __init__(self, model: nn.Module, *, owner: str, instead: str):
-        """Take the model, what has the low-rank weights, and what to do instead.
-
-        Error messages use the last two.
-        """
-        self._model, self._owner, self._instead = model, owner, instead
+        """Take the model, what has the low-rank weights, and what to do instead, for error messages."""
+        self._owner, self._instead = owner, instead
         self._model_type: object = getattr(getattr(model, "config", None), "model_type", None)
         self._rewritten = _rewritten(self._model_type)
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._places: dict[int, list[str]] = {}  # a child of a module that is registered twice has one place
         for path, parent in model.named_modules():
             for name, child in parent._modules.items():
@@ -56,8 +54,8 @@ class LayerCheck:
                 names the weight.
         """
         path = name.rpartition(".")[0]
-        kind = kind_of_layer(self._model, name, owner=self._owner, instead=self._instead)
-        layer = self._model.get_submodule(path)
+        layer = self._modules[path]
+        kind = kind_of_module(layer, name, owner=self._owner, instead=self._instead)
         reason = (
             self._if_used_otherwise(path, layer)
             or self._if_rewritten(path)
@@ -73,7 +71,7 @@ class LayerCheck:
         PEFT adapts it only while its module runs.
         """
         path = name.rpartition(".")[0]
-        module = self._model.get_submodule(path)
+        module = self._modules[path]
         self._refuse(name, module, self._if_used_otherwise(path, module))
 
     def _refuse(self, name: str, module: nn.Module, reason: str | None) -> None:
@@ -86,7 +84,7 @@ class LayerCheck:
         places = self._places.get(id(module), [])
         if len(places) > 1:
             return f"a module under the names {', '.join(map(repr, places))}; PEFT adapts only the first one"
-        parent = self._model.get_submodule(path.rpartition(".")[0])
+        parent = self._modules[path.rpartition(".")[0]]
         if isinstance(parent, nn.MultiheadAttention):
             return "whose forward `MultiheadAttention` never calls, so that an adapter of PEFT has no effect"
         if isinstance(parent, nn.TransformerEncoderLayer) and _has_fast_path(parent):

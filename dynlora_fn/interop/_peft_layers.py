@@ -43,13 +43,14 @@ class PairShapes(NamedTuple):
     down: tuple[int, ...]
 
 
-def aliases_of(model: nn.Module) -> dict[str, list[str]]:
-    """Return all names of each parameter, itself included."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+def aliases_of(model: nn.Module, *, with_buffers: bool = False) -> dict[str, list[str]]:
+    """Return all names of each parameter, and of each buffer if wanted, itself included."""
+    named = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False)) if with_buffers else {}
     names: dict[int, list[str]] = {}
-    for name, parameter in named.items():
-        names.setdefault(id(parameter), []).append(name)
-    return {name: names[id(parameter)] for name, parameter in named.items()}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in named.items()}
 
 
 def kind_of_layer(
@@ -72,8 +73,12 @@ def kind_of_layer(
     Raises:
         ValueError: If PEFT has no LoRA for the layer.
     """
-    prefix, _, leaf_name = name.rpartition(".")
-    layer = model.get_submodule(prefix)
+    return kind_of_module(model.get_submodule(name.rpartition(".")[0]), name, owner=owner, instead=instead)
+
+
+def kind_of_module(layer: nn.Module, name: str, *, owner: str, instead: str) -> str:
+    """Return what `kind_of_layer` returns, from the module that has the weight `name`."""
+    leaf_name = name.rpartition(".")[2]
     if leaf_name == "weight":
         if isinstance(layer, nn.Linear):
             return "linear"
@@ -131,7 +136,7 @@ def factors_of(kind: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
 
     Factors of a rank above min(out, in) are cut to that rank, without a change of their product.
     """
-    up, down = pair.up.flatten(1), pair.down.flatten(1)
+    up, down = (pair.up.flatten(1), pair.down.flatten(1)) if kind == "convolution" else pair
     if kind in ("experts", "transposed experts"):
         up = up.reshape(len(up), -1, shape[0]).movedim(-1, 0)
         down = down.reshape(shape[0], -1, down.shape[-1])

@@ -75,15 +75,17 @@ class _Wrapped:
         self.adapted = {path for path, module in self.modules.items() if is_adapted(self._first[id(module)])}
         if settings.get("ensure_weight_tying"):
             self._add_tied()
-        is_adapted = adapted_parameters(settings)
-        self.parameters = {
-            path: [
-                name
-                for name, _ in module.named_parameters(recurse=False)
-                if path and is_adapted(f"{self._first[id(module)]}.{name}")
-            ]
-            for path, module in self.modules.items()
-        }
+        self.parameters = {path: list[str]() for path in self.modules}
+        if settings.get("target_parameters"):
+            is_adapted = adapted_parameters(settings)
+            self.parameters = {
+                path: [
+                    name
+                    for name, _ in module.named_parameters(recurse=False)
+                    if path and is_adapted(f"{self._first[id(module)]}.{name}")
+                ]
+                for path, module in self.modules.items()
+            }
         self._refuse_both()
 
     def _add_tied(self) -> None:

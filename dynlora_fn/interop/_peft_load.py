@@ -44,6 +44,8 @@ def load_adapter(
     are selected by name as in PEFT. An adapter of experts (`target_parameters`) becomes a stack of factors. The
     pair of a `nn.MultiheadAttention` belongs to its `in_proj_weight`.
 
+    DoRA is refused: its magnitude and norm scale the frozen base too, so that no step changes only the factors.
+
     A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors and its scale
     ``alpha / rank`` stay the same. Steps of an optimizer on the shorter factors are those of that smaller rank, and
     differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on. Here that row
@@ -62,7 +64,9 @@ def load_adapter(
             Default None means no reports.
 
     Returns:
-        The parameters, as `init` returns them. Dropout of the adapter is not applied.
+        The parameters, as `init` returns them. Buffers of the file with other values than the model's, such as running
+        statistics, are a `FrozenTensor` under their names, which `call` uses in place of the model's. Dropout of the
+        adapter is not applied.
 
     Raises:
         ValueError: If the adapter is not plain LoRA, or does not fit the model. The message gives both shapes. Also if
@@ -90,7 +94,7 @@ def load_adapter(
     folder = Path(folder)
     settings = read_settings(folder)
     with open_weights(folder / WEIGHTS) as weights:
-        pairs, dense = find_tensors(model, settings, weights)
+        pairs, dense, changed_buffers = find_tensors(model, settings, weights)
         ranks = {name: pair.rank for name, pair in pairs.items()}
         model_bytes = sum(parameter.nbytes for parameter in model.parameters())
         factor_bytes = sum(pair.entries * dtype.itemsize for pair in pairs.values())
@@ -109,6 +113,9 @@ def load_adapter(
                 param = param._replace(factors=factors)  # noqa: PLW2901
                 report(sum(pairs[name].entries * dtype.itemsize for name in names))
             params[pattern] = param
+        buffers = dict(model.named_buffers())
+        for name, key in changed_buffers.items():
+            params[name] = FrozenTensor(weights[key].to(buffers[name], copy=True))
     if check is not None:
         check_outputs(model, params, folder, check)
     return params

@@ -162,10 +162,11 @@ def _refuse(params: Params, lost: Collection[str], aliases: Mapping[str, list[st
     The names are those that `partition` takes.
     """
     buffers = [name for name in lost if name not in aliases]
+    owner = "`params`" if set(buffers) & params.keys() else "`model`"
     parameters = {alias for name in lost for alias in aliases.get(name, [])}
     names = [name for name, param in params.items() if not parameters.isdisjoint(member_names(name, param.shape))]
     owners = [f"`params` has a changed {', '.join(map(repr, names))}"] if names else []
-    owners += [f"`model` has a changed buffer {', '.join(map(repr, buffers))}"] if buffers else []
+    owners += [f"{owner} has a changed buffer {', '.join(map(repr, buffers))}"] if buffers else []
     freeze = f"freeze it with `partition(params, frozen={names})`, " if names else ""
     raise ValueError(
         f"{' and '.join(owners)}, which PEFT cannot save beside an adapter; {freeze}"

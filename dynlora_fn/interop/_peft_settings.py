@@ -27,6 +27,15 @@ _UNSUPPORTED = frozenset(
         "monteclora_config", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
     }
 )  # fmt: skip
+# Why the weight is no sum of a frozen base and ``alpha / rank * B @ A``.
+_REASONS = {
+    "alora_invocation_tokens": "the product is added for some tokens only",
+    "layer_replication": "the model has other layers",
+    "lora_bias": "the product has a bias",
+    "trainable_token_indices": "rows of an embedding are replaced",
+    "use_dora": "its magnitude and norm scale the frozen base too, so that steps and folds would have to change both",
+    "use_qalora": "inputs are averaged in groups",
+}
 # Other values of `init_lora_weights`, such as "pissa", make PEFT change the base weights when it loads the adapter.
 _STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
@@ -66,8 +75,10 @@ def _check(name: str, value: Any) -> None:
         return
     is_off = value is None or value is False or (isinstance(value, str | list | dict) and not value)
     if not is_off and name in _UNSUPPORTED:
+        reason = f" ({_REASONS[name]})" if name in _REASONS else ""
         raise ValueError(
-            f"the adapter has {name} = {_short(value)}, which is not plain LoRA; merge it into the model with PEFT"
+            f"the adapter has {name} = {_short(value)}, which is not plain LoRA{reason}; merge it into the model with "
+            "PEFT"
         )
     if not is_off:
         raise ValueError(

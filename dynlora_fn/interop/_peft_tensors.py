@@ -44,6 +44,7 @@ class Tensors(NamedTuple):
 
     pairs: dict[str, PairInFile]
     dense: dict[str, str]  # the keys of other parameters, and of bases
+    buffers: dict[str, str]  # the keys of buffers with other values than the model's
 
 
 def _real(weights: Weights, key: str) -> Tensor:
@@ -70,7 +71,12 @@ def find_tensors(model: nn.Module, settings: Mapping[str, Any], weights: Weights
         )
     pairs = _pairs(model, settings, layout.slots, keys, weights)
     dense = _dense(model, settings, layout, keys, weights)
-    return Tensors(_merge_tied(model, weights, pairs), dense)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in dense}
+    changed = {
+        name: dense[name] for name, like in buffers.items() if not torch.equal(weights[dense[name]].to(like), like)
+    }
+    dense = {name: key for name, key in dense.items() if name not in buffers}
+    return Tensors(_merge_tied(model, weights, pairs), dense, changed)
 
 
 def _standard_keys(layout: Layout, weights: Weights) -> dict[str, str]:
@@ -155,46 +161,51 @@ def _check_shapes(slot: Slot, found: PairShapes, shape: tuple[int, ...], rank: i
 def _dense(
     model: nn.Module, settings: Mapping[str, Any], layout: Layout, keys: Mapping[str, str], weights: Weights
 ) -> dict[str, str]:
-    """Return the keys of the parameters that are replaced, by their first names."""
+    """Return the keys of the parameters and buffers that are replaced, by their first names."""
     found = {name: keys[key] for key, name in layout.dense.items() if key in keys}
-    layers = {slot.name.removesuffix(".weight") for slot in layout.slots}
-    biases = {name for name in layout.dense.values() if _is_bias_in_file(name, settings.get("bias"), layers)}
+    bias, layers = settings.get("bias") or "none", {slot.name.removesuffix(".weight") for slot in layout.slots}
+    biases = {name for name in layout.dense.values() if bias != "none" and _is_bias_in_file(name, bias, layers)}
     needed = layout.saved | biases
     if missing := sorted(needed - found.keys()):
         raise ValueError(
             f"the adapter has no tensor for {missing[0]!r}, which `modules_to_save` or `bias` of its settings selects; "
             "write all of them"
         )
-    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
+    if not found:
+        return {}
+    tensors = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
     for name, key in found.items():
-        tensor = parameters[name] if name in parameters else buffers.get(name)
-        if tensor is None:
-            continue  # another name of a buffer
-        if weights.shape(key) != tuple(tensor.shape):
-            raise ValueError(
-                f"the adapter has shape {weights.shape(key)} for {key!r}, but the model has {tuple(tensor.shape)}; "
-                "load it into the model that it was made for"
-            )
-        if name in buffers and not torch.equal(weights[key].to(tensor), tensor):
-            raise ValueError(
-                f"the adapter has other values than the model for {name!r}, a buffer, which is no parameter; "
-                "copy them into the model first"
-            )
-    return _first_names(model, layout, {name: key for name, key in found.items() if name in parameters}, weights)
+        _check_alike(key, weights, tensors[name])
+    return _first_names(model, layout, found, weights)
 
 
-def _is_bias_in_file(name: str, bias: str | None, layers: Container[str]) -> bool:
+def _check_alike(key: str, weights: Weights, like: Tensor) -> None:
+    if weights.shape(key) != tuple(like.shape):
+        raise ValueError(
+            f"the adapter has shape {weights.shape(key)} for {key!r}, but the model has {tuple(like.shape)}; "
+            "load it into the model that it was made for"
+        )
+    dtype = weights[key].dtype
+    if (dtype.is_floating_point, dtype.is_complex) != (like.is_floating_point(), like.is_complex()):
+        raise ValueError(
+            f"the adapter has dtype {dtype} for {key!r}, but the model has {like.dtype}; load it into the model that "
+            "it was made for"
+        )
+
+
+def _is_bias_in_file(name: str, bias: str, layers: Container[str]) -> bool:
     """Return whether PEFT writes a parameter for this value of the setting `bias`."""
     layer, _, leaf_name = name.rpartition(".")
     return leaf_name == "bias" and (bias == "all" or (bias == "lora_only" and layer in layers))
 
 
 def _first_names(model: nn.Module, layout: Layout, found: Mapping[str, str], weights: Weights) -> dict[str, str]:
-    """Return the keys by the first names of parameters.
+    """Return the keys by the first names of parameters and buffers.
 
-    A tied parameter in a module that is stored whole is copied by PEFT, so that all its names must have equal values.
+    A tied tensor in a module that is stored whole is copied by PEFT, so that all its names must have equal values.
     """
-    aliases, first_names = aliases_of(model), dict[str, str]()
+    aliases, first_names = aliases_of(model, with_buffers=True), dict[str, str]()
     for name, key in found.items():
         first_names.setdefault(aliases[name][0], key)
         if len(aliases[name]) == 1:
@@ -211,7 +222,7 @@ def _first_names(model: nn.Module, layout: Layout, found: Mapping[str, str], wei
 
 
 def _is_same_module(model: nn.Module, name: str, other: str) -> bool:
-    """Return whether two names of a parameter are those of one module under two paths."""
+    """Return whether two names of a tensor are those of one module under two paths."""
     one, two = (model.get_submodule(path.rpartition(".")[0]) for path in (name, other))
     return one is two
 

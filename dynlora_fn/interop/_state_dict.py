@@ -19,7 +19,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
     """Return the state dict that ``model.load_state_dict`` takes.
 
     Every weight is dense, in the shape and dtype of the model, and under all of its names. Tied weights are one tensor.
-    Buffers are taken from the model.
+    Buffers are taken from `params` where it has them, as `load_adapter` returns them, and from the model otherwise.
 
     Args:
         model: The model. Only names, shapes, dtypes and buffers are read. It may be on the meta device, except its
@@ -56,11 +56,12 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
     """
     check_module("model", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     weights: dict[int, LazyTensor] = {}
     for name, param in unstack(params).items():
-        if name not in parameters:
+        if name not in tensors:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
-        weights[id(parameters[name])] = _lazy_weight(name, param, parameters[name])
+        weights[id(tensors[name])] = _lazy_weight(name, param, tensors[name])
     for name, parameter in parameters.items():
         if id(parameter) not in weights:
             raise ValueError(

@@ -62,11 +62,12 @@ def select(
     match(all_names, list(fused), "fused")
     rank_of, alpha_of = _value_of("rank", rank, all_names), _value_of("alpha", alpha, all_names)
     fused_patterns = Patterns(fused)
+    modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
     for name in names:
         aliases, shape = parameters.aliases[name], tuple(parameters.tensors[name].shape)
         parts = next((fused[pattern] for pattern in fused_patterns.matching(aliases)), 1)
         count, axis = (parts, -2) if isinstance(parts, int) else parts
-        target = Target(0, count, axis, _is_spatial(model, name), _padding(model, aliases))
+        target = Target(0, count, axis, _is_spatial(modules, name), _padding(modules, aliases))
         _check_dtype(name, parameters.tensors[name])
         matrix = _matrix(name, shape, target)
         target_rank, target_alpha = rank_of(aliases, matrix), alpha_of(aliases, matrix)
@@ -189,14 +190,14 @@ def _value_of(argument: str, setting: Any, names: Sequence[str]) -> _FindSetting
     return value_of
 
 
-def _is_spatial(model: nn.Module | None, name: str) -> bool:
-    return model is not None and isinstance(model.get_submodule(name.rpartition(".")[0]), ConvNd)
+def _is_spatial(modules: Mapping[str, nn.Module], name: str) -> bool:
+    return isinstance(modules.get(name.rpartition(".")[0]), ConvNd)
 
 
-def _padding(model: nn.Module | None, aliases: Iterable[str]) -> int | None:
+def _padding(modules: Mapping[str, nn.Module], aliases: Iterable[str]) -> int | None:
     """Return the `padding_idx` of the embedding that a parameter is the weight of."""
     for prefix, _, leaf_name in (alias.rpartition(".") for alias in aliases):
-        module = model.get_submodule(prefix) if model is not None and leaf_name == "weight" else None
+        module = modules.get(prefix) if leaf_name == "weight" else None
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
             return module.padding_idx % module.num_embeddings
     return None

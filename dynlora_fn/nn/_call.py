@@ -35,7 +35,8 @@ def call(
     Args:
         model: Any module.
         params: Every parameter of the model by name, as `init` returns them. For tied parameters one name is enough.
-            Buffers are taken from the model.
+            Buffers are taken from the model, except those in `params`, as `load_adapter` returns them. What the model
+            writes to one of these in place is written into `params`.
         *args: The positional arguments of the model.
         fallback: What to do for an operation without a rule. "dense" forms the dense weight for it, through which
             gradients reach the factors, and warns once for each weight and operation. "raise" refuses it. A model that

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._tree import trained_factors
-from dynlora_fn._core._types import FrozenTensor, OneSidedFactors, Param, Params, sides_of
+from dynlora_fn._core._tree import tensor_of, trained_factors
+from dynlora_fn._core._types import FrozenTensor, LowRank, OneSidedFactors, Param, Params, sides_of
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._call import call_with
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
@@ -138,7 +138,10 @@ def _dense_uses(model: nn.Module, params: Params, args: tuple[Any, ...], kwargs:
     def record(name: str, operation: str) -> None:
         uses[DenseUse(name, operation)] = None
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # Copies, which the model may write to.
+    full_rank = {name: tensor_of(param) for name, param in params.items() if not isinstance(param, LowRank)}
+    buffers = {name: full_rank.get(name, buffer).clone() for name, buffer in model.named_buffers()}
+    params = {name: param for name, param in params.items() if name not in buffers}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         call_with(model, params, buffers, args, kwargs, fallback=record)
     return list(uses)

@@ -79,7 +79,8 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
             one. The tensor from before is put back.
     """
     refused: list[Slot] = []
-    attached = {id(slot.tensor) for slot in slots if slot.is_buffer and slot.tensor.requires_grad}
+    buffers = {slot.name: tensors.get(slot.name, slot.tensor) for slot in slots if slot.is_buffer}
+    attached = {name for name, buffer in buffers.items() if buffer.requires_grad}
     try:
         for slot in slots:
             if slot.name in tensors:
@@ -92,11 +93,11 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
                 slot.put(slot.tensor)
     if refused:
         refuse_assignment(refused[0])
-    for slot in slots if is_in_place_of_func() else []:
-        if slot.is_buffer and slot.tensor.requires_grad and id(slot.tensor) not in attached:
-            slot.tensor.detach_()
+    for name, buffer in buffers.items() if is_in_place_of_func() else ():
+        if buffer.requires_grad and name not in attached:
+            buffer.detach_()
             raise NotImplementedError(
-                f"`model` writes a value that requires a gradient into the buffer {slot.name!r}; `detach()` the value"
+                f"`model` writes a value that requires a gradient into the buffer {name!r}; `detach()` the value"
             )
 
 

@@ -70,14 +70,15 @@ def muon(
 
         updates_b = -lr * sqrt(rank / alpha) * sqrt(max(out, in)) * orthogonalize(direction_b)
 
-    A frozen vector does not move (see `freeze_counterparts`). One update moves a factor by at most a tenth of the sum
-    of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after a `merge`, the step of `a`
-    would otherwise have no limit. Embedding, head and norms do better with AdamW: see `multi_transform`.
+    A frozen vector does not move (see `freeze_counterparts`). Where both factors are trained, one update moves a factor
+    by at most a tenth of the sum of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after
+    a `merge`, the step of `a` would otherwise have no limit. Embedding, head and norms do better with AdamW: see
+    `multi_transform`.
 
     Cost: one moment, and for factors ``6 * rank**2 * (out + in) + 92 * rank**3`` FLOPs with five polynomials. Coupled
     steps take ``10 * rank**2 * (out + in) + (48 * n + 52) * rank**3``, where n is the number of polynomials and two for
     each projection after the first. For sharded factors four (rank, rank) matrices of each weight are all-reduced at
-    once, or six if coupled.
+    once, or six if coupled. Where only `b` is trained, an update costs that of a matrix (out, rank).
 
     Args:
         momentum: The decay rate of the moment, in [0, 1).
@@ -174,8 +175,8 @@ def muon(
 
 
 def _in_bfloat16(tree: Tree) -> Tree:
-    """Return moments in bfloat16."""
-    result: Tree = tree_map(lambda leaf: leaf.to(torch.bfloat16), tree)
+    """Return moments in bfloat16, except complex ones, which `update` refuses."""
+    result: Tree = tree_map(lambda leaf: leaf if leaf.is_complex() else leaf.to(torch.bfloat16), tree)
     return result
 
 

@@ -101,16 +101,17 @@ def polynomial_of_gram(gram: Float[Tensor, "*stack n n"], table: Table) -> Float
     one.
     """
     square = trace(gram)
-    gram, identity = divide(gram, square), identity_like(gram)
-    steps: Tensor | None = None
+    stacked = divide(gram, square).reshape(gram.shape[:-2].numel(), *gram.shape[-2:])  # for torch.baddbmm
+    steps = identity_like(stacked).expand_as(stacked)
     for index, (first, third, fifth) in enumerate(table):
-        step = first * identity + third * gram + fifth * gram @ gram
-        steps = step if steps is None else step @ steps
+        # The step is ``first + rest``. All matrices are polynomials of one, so their products are symmetric.
+        rest = torch.baddbmm(stacked, stacked, stacked, beta=third, alpha=fifth)
+        steps = torch.baddbmm(steps, rest, steps, beta=first) if index else first * steps + rest
         if index + 1 < len(table):
-            gram = step @ gram @ step
+            half = torch.baddbmm(stacked, rest, stacked, beta=first)
+            stacked = torch.baddbmm(half, half, rest, beta=first)
     inverse_norm: Tensor = divide((square > 0).to(gram.dtype), square_root(square))
-    assert steps is not None  # a table has rows
-    return inverse_norm * steps
+    return inverse_norm * steps.reshape(gram.shape)
 
 
 def with_floor(gram: Float[Tensor, "*stack n n"], relative: Tensor | float = 1.0) -> Float[Tensor, "*stack n n"]:

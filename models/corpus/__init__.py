@@ -7,6 +7,7 @@ read in pieces, and tokens can be in files, so that a text may be larger than me
 from models.corpus.documents import Document, TextFile
 from models.corpus.sources import dataset, python_sources, standard_library, text_files
 from models.corpus.split import VALIDATION_FRACTION, Split, split, without
+from models.corpus.stored import read_record, stored_corpus, write_record
 from models.corpus.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, pretrained_tokenizer
 from models.corpus.tokens import Corpus, Tokens, batch, tokenize, unigram_loss, validation_batches
 
@@ -24,11 +25,14 @@ __all__ = [
     "load_tokenizer",
     "pretrained_tokenizer",
     "python_sources",
+    "read_record",
     "split",
     "standard_library",
+    "stored_corpus",
     "text_files",
     "tokenize",
     "unigram_loss",
     "validation_batches",
     "without",
+    "write_record",
 ]

@@ -29,6 +29,11 @@ class Document(NamedTuple):
         """A hash of the text."""
         return hashlib.sha256(self.text.encode()).digest()
 
+    @property
+    def part_digest(self) -> bytes:
+        """A hash of the text, which is one part of a document or all of it."""
+        return self.digest
+
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces that end with a line where possible."""
         start = 0
@@ -61,6 +66,11 @@ class TextFile(NamedTuple):
     def text(self) -> str:
         """The text."""
         return "".join(self.pieces())
+
+    @property
+    def part_digest(self) -> bytes:
+        """A hash of the file and of the place of this text in it."""
+        return hashlib.sha256(self.digest + f"{self.start}:{self.stop}".encode()).digest()
 
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces that end with a line where possible.

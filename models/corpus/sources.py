@@ -12,7 +12,8 @@ from models.corpus.documents import Document, TextFile, scan
 from models.corpus.split import VALIDATION_FRACTION, Split
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-_HIDDEN, _DUPLICATE = "hidden", "the same text as another"
+_HIDDEN, _DUPLICATE, _JSON_LINES = "hidden", "the same text as another", "JSON lines, which --dataset reads"
+_HEAD = 1 << 16  # bytes by which a file of JSON lines is recognized
 _CONVERT = "; convert it with `iconv -f ENCODING -t UTF-8`"
 
 
@@ -34,14 +35,15 @@ def python_sources(root: Path) -> list[TextFile]:
 def text_files(paths: Sequence[Path], warn: Callable[[str], None] = lambda _: None) -> list[TextFile]:
     """Return the text of files, and of all text files in folders.
 
-    Hidden files and those that are no UTF-8 text are skipped in folders. Of equal texts, one is taken.
+    Hidden files, JSON lines and files that are no UTF-8 text are skipped in folders. Of equal texts, one is taken.
 
     Args:
         paths: The files and folders.
         warn: A function that is called with a line that names skipped files, for each reason.
 
     Raises:
-        ValueError: If a path does not exist, is no file of UTF-8 text, or if there is no text at all.
+        ValueError: If a path does not exist, is no file of UTF-8 text, contains JSON lines, or if there is no text at
+            all.
         OSError: If a file cannot be read.
     """
     skipped: dict[str, list[str]] = {}
@@ -68,6 +70,7 @@ def _in_folder(folder: Path, skipped: dict[str, list[str]]) -> Iterator[TextFile
             found = "a link to a folder"
         elif path.is_file():
             found = scan(path, name)
+            found = _JSON_LINES if isinstance(found, TextFile) and _is_json_lines(found) else found
         else:
             found = "a link to nothing" if path.is_symlink() else "a pipe or a device"
         if isinstance(found, str):
@@ -102,9 +105,26 @@ def _named_file(path: Path) -> TextFile:
     file = scan(path, path.name)
     if isinstance(file, str):
         advice = "" if file == "binary" else _CONVERT
-        hint = "; --dataset reads it" if path.suffix in _BUILDERS else advice
+        hint = "; --dataset reads it" if _suffix(path) in _BUILDERS else advice
         raise ValueError(f"`text` must be UTF-8 text, got the {file} file {str(path)!r}{hint}")
+    if _is_json_lines(file):
+        raise ValueError(
+            f"`text` must be plain text, got JSON lines in {str(path)!r}; --dataset reads their texts, and a name that "
+            "ends in .txt makes the JSON itself the text"
+        )
     return file
+
+
+def _is_json_lines(file: TextFile) -> bool:
+    """Return whether a file has a name of JSON, and its first lines are objects. A .json file has several."""
+    least = _OBJECTS.get(file.path.suffix)
+    if least is None:
+        return False
+    with file.path.open("rb") as stream:
+        stream.seek(file.start)
+        lines = stream.read(_HEAD).split(b"\n")[:2]
+    starts = [line[:1] for line in map(bytes.strip, lines) if line]
+    return len(starts) >= least and set(starts) == {b"{"}
 
 
 def _listed(names: list[str], most: int = 5) -> str:
@@ -113,7 +133,15 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 
 # The loaders of files in `datasets`, by the ends of names.
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+_OBJECTS = {".jsonl": 1, ".ndjson": 1, ".json": 2}  # the least number of lines with an object
 _COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
 
 
@@ -156,10 +184,15 @@ def _load(datasets: Any, name: str, config: str | None) -> Any:
     path = Path(name)
     if not path.is_file():
         return datasets.load_dataset(name, config, streaming=True)
-    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
+    suffix = _suffix(path)
     if suffix not in _BUILDERS:
         raise ValueError(f"its name must end in one of {', '.join(_BUILDERS)}")
     return datasets.load_dataset(_BUILDERS[suffix], data_files={"train": [str(path)]}, streaming=True)
+
+
+def _suffix(path: Path) -> str:
+    """Return the end of a name without that of a compression."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
 
 
 def _texts(stream: Iterable[dict[str, Any]], name: str, column: str, characters: int) -> Iterator[str]:

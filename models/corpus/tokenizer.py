@@ -1,5 +1,6 @@
 """Turn texts into tokens: bytes, or those of a tokenizer of `transformers`."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ class Tokenizer(NamedTuple):
     vocabulary: int
     between: tuple[int, ...] = ()  # tokens between two documents
     after: tuple[int, ...] = ()  # tokens after each document
+    identity: str | None = None  # equal only for tokenizers that give the same tokens; None if that is unknown
 
     def encode(self, documents: Iterable[AnyDocument]) -> np.ndarray:
         """Return the tokens of documents as one stream."""
@@ -98,7 +100,11 @@ def byte_tokenizer() -> Tokenizer:
 
     A zero byte, which no text contains, separates documents.
     """
-    return Tokenizer(lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts], 256, between=(0,))
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    return Tokenizer(encode, 256, between=(0,), identity="bytes")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -139,4 +145,15 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
         encoded: Sequence[Any] = tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
         return encoded
 
-    return Tokenizer(encode, len(tokenizer), after=end)
+    return Tokenizer(encode, len(tokenizer), after=end, identity=_identity(tokenizer))
+
+
+def _identity(tokenizer: Any) -> str | None:
+    """Return a hash of a tokenizer of the library `tokenizers`, with its version. Others are Python code."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    import tokenizers  # noqa: PLC0415, an optional extra
+
+    parts = [type(tokenizer).__qualname__, tokenizers.__version__, len(tokenizer), tokenizer.eos_token_id]
+    return hashlib.sha256(f"{parts}{backend.to_str()}".encode()).hexdigest()

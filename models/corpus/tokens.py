@@ -47,6 +47,21 @@ class Counted(NamedTuple):
     digest: bytes
 
 
+class TokenDigest:
+    """A hash of tokens, in blocks. It is that of the types in which tokens were stored before."""
+
+    def __init__(self, vocabulary: int):
+        self._hash, self._type = hashlib.sha256(), np.uint8 if vocabulary == 256 else np.int32
+
+    def update(self, tokens: np.ndarray) -> None:
+        """Add tokens."""
+        self._hash.update(np.ascontiguousarray(tokens, self._type))
+
+    def digest(self) -> bytes:
+        """Return the hash."""
+        return self._hash.digest()
+
+
 class Corpus(NamedTuple):
     train: Tokens  # one stream of tokens, of the smallest integer type
     validation: Tokens
@@ -89,12 +104,17 @@ def tokenize(
         parts = _announced(tokenizer.stream(texts), progress)
         path = None if folder is None else folder / f"{name}.bin"
         stream, counted[name] = _collect(parts, tokenizer, path)
-        if len(stream) < window:
-            raise ValueError(
-                f"the text must give at least {window} tokens for {name}, one more than `seq_len`, got {len(stream)}"
-            )
+        check_length(name, stream, window)
         tokens.append(stream)
     return Corpus(*tokens, tokenizer.vocabulary, counted)
+
+
+def check_length(part: str, stream: Tokens, window: int) -> None:
+    """Raise ValueError if a stream is shorter than a window."""
+    if len(stream) < window:
+        raise ValueError(
+            f"the text must give at least {window} tokens for {part}, one more than `seq_len`, got {len(stream)}"
+        )
 
 
 def _announced(parts: Iterable[Encoded], progress: Callable[[int], None]) -> Iterable[Encoded]:
@@ -105,15 +125,14 @@ def _announced(parts: Iterable[Encoded], progress: Callable[[int], None]) -> Ite
 
 def _collect(parts: Iterable[Encoded], tokenizer: Tokenizer, path: Path | None) -> tuple[Tokens, Counted]:
     """Write the parts of a stream to a file, or join them in memory."""
-    frequencies, digest, documents, text_bytes = np.zeros(tokenizer.vocabulary, np.int64), hashlib.sha256(), 0, 0
-    # Digests are those of the types in which tokens were stored before.
-    hashed = np.uint8 if tokenizer.vocabulary == 256 else np.int32
+    frequencies, digest = np.zeros(tokenizer.vocabulary, np.int64), TokenDigest(tokenizer.vocabulary)
+    documents = text_bytes = 0
     joined: list[np.ndarray] = []
     file = None if path is None else path.open("wb")
     try:
         for part in parts:
             frequencies += np.bincount(part.tokens, minlength=tokenizer.vocabulary)
-            digest.update(part.tokens.astype(hashed).tobytes())
+            digest.update(part.tokens)
             documents += part.documents
             text_bytes += part.text_bytes
             if file is None:

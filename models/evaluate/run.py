@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from models import corpus
 from models.codec import codec
+from models.corpus.tokens import TokenFile
 from models.pretrain.config import Config, computed
 from models.pretrain.device import compute_dtype, find_device
 from models.pretrain.run import perplexity
@@ -96,8 +97,10 @@ def _validation_text(trained: Trained) -> Text:
     if file is None or not file.is_file():
         raise ValueError("`text` must be given for a model without the tokens of a run, got none; pass --text PATH")
     tokenizer = codec(trained.tokenizer)
-    tokens = np.fromfile(file, np.min_scalar_type(tokenizer.vocabulary - 1))
-    return Text(tokens, max(1, len(tokenizer.decode(tokens.tolist()).encode())))
+    tokens = np.asarray(TokenFile(file, np.min_scalar_type(tokenizer.vocabulary - 1)))
+    record = corpus.read_record(file.parent)
+    size = record["parts"]["validation"]["text_bytes"] if record else len(tokenizer.decode(tokens.tolist()).encode())
+    return Text(tokens, max(1, size))
 
 
 def _batches(trained: Trained, tokens: np.ndarray, *, every_token: bool) -> Iterator[Tensor]:

@@ -89,6 +89,10 @@ class Config(pretrain.Config):
         *("model", "tokenizer", "export", "adapter_rank"),
     )
 
+    def tokenizer(self) -> str:
+        """Return the option `tokenizer`, or the folder of the model."""
+        return self.data.tokenizer or self.training.model
+
     def alpha(self) -> float:
         """Return the option `alpha`, or the rank."""
         return float(self.training.rank if self.training.alpha is None else self.training.alpha)

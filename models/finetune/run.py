@@ -25,7 +25,7 @@ from models.pretrain.folder import run_folder
 from models.pretrain.method import make_method
 from models.pretrain.prepared import Prepared, start_or_resume
 from models.pretrain.processes import SINGLE_PROCESS, Processes
-from models.pretrain.reading import load_corpus, tokens_beside
+from models.pretrain.reading import load_corpus, tokens_beside, tokens_of_resumed
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
@@ -41,14 +41,15 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     folder = Path(processes.from_first(run_folder(config)))
     processes.do_on_first(lambda: check_run_folder(config, folder))
     name = config.training.model
-    tokenizer_name = config.data.tokenizer or name
+    tokenizer_name = config.tokenizer()
     check_tokenizer_folder(Path(tokenizer_name))
     model, tokenizer = load_model(name), load_tokenizer(tokenizer_name)
     check_tokens(tokenizer, model, config.data.seq_len)
     model = model.to(run_device(config))
     model_digest = digest(Path(name)) if processes.is_first else ""
     with tokens_beside(folder, processes) as tokens:
-        corpus = load_corpus(replace(config.data, tokenizer=tokenizer_name), tokens, console, processes)
+        data, stored = replace(config.data, tokenizer=tokenizer_name), tokens_of_resumed(config, folder)
+        corpus = load_corpus(data, tokens, console, processes, stored=stored)
         export = Export(config, model, model_digest, tokenizer, corpus, folder, console)
         rest = partial(untrained_names, config)
         method = make_method(config, model, default_targets(model), rest, processes=processes)

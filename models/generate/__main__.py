@@ -8,12 +8,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import tyro
 
 from models.generate.run import Options, generate
+from models.pretrain.stopping import program
 from models.program import one_line_errors, print_text
 
 
 def main() -> None:
     """Run the command line."""
-    options = tyro.cli(Options, prog="python -m models.generate")
+    options = tyro.cli(Options, prog=" ".join(program("models.generate")))
     with one_line_errors():
         print_text(generate(options))
 

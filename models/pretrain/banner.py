@@ -46,7 +46,7 @@ def _rows(run: Prepared) -> Iterator[tuple[str, str]]:
     share = held_out / (tokens + held_out)
     yield (
         "tokens",
-        f"{tokens:,} to train on, {held_out:,} ({share:.1%}) for validation, {config.data.tokenizer or 'bytes'}",
+        f"{tokens:,} to train on, {held_out:,} ({share:.1%}) for validation, {config.tokenizer() or 'bytes'}",
     )
     data, steps = config.data, config.training.steps
     read = steps * data.grad_accum * data.batch_size * data.seq_len

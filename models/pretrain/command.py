@@ -31,6 +31,7 @@ from models.pretrain.stopping import (
     resume_command,
     what_is_left,
 )
+from models.program import hide_import_messages
 
 
 class Job(NamedTuple):
@@ -56,10 +57,11 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
         module: The name of the module that is run, for the usage line.
         files: The files that the run writes, for the last line.
     """
+    hide_import_messages()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a stream that replaces them in a notebook or a test
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files that are no UTF-8
-    with reported(SINGLE_PROCESS, ValueError, left=lambda: None):
+    with reported(SINGLE_PROCESS, ValueError, left=lambda _: None):
         config = parse(config_type, " ".join(program(module)))
     with join_processes() as processes:
         _run(config, Job(module, prepare, files), processes)
@@ -69,10 +71,14 @@ def _run(config: Config, job: Job, processes: Processes) -> None:
     console = Console(quiet=not processes.is_first)
     before = config.output.out if config.output.resume else None
     with raise_on_signals():
-        with reported(processes, ValueError, left=lambda: what_is_left(before, job.module, processes)):
+        with reported(processes, ValueError, left=lambda _: what_is_left(before, job.module, processes)):
             config = resume_after_restart(config) if processes.any(is_restarted()) else config
             run = job.prepare(config, console, processes)
-        left = lambda: what_is_left(run.folder, job.module, processes)  # noqa: E731
+
+        def left(error: BaseException) -> str:
+            has_diverged = isinstance(error, DivergedError)
+            return what_is_left(run.folder, job.module, processes, has_diverged=has_diverged)
+
         with reported(processes, DivergedError, DriftedError, SaveError, left=left):
             result = train(run, console)
             if isinstance(result, Stopped):
@@ -113,25 +119,27 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def reported(processes: Processes, *errors: type[Exception], left: Callable[[], str | None]) -> Iterator[None]:
+def reported(
+    processes: Processes, *errors: type[Exception], left: Callable[[BaseException], str | None]
+) -> Iterator[None]:
     """End the program with one line at these errors, those of files, and signals.
 
     Args:
         processes: The processes of the run. The first one prints, and each one prints errors of its files.
         errors: The types that are reported beside OSError. Others keep their traceback.
-        left: A function that returns what remains of the run, or None. This text ends the line of an error of files,
-            of training or of a signal.
+        left: A function of the error that returns what remains of the run, or None. This text ends the line of an error
+            of files, of training or of a signal.
     """
     try:
         yield
     except OSError as error:
-        _stop(_line(f"error: {described(error)}", left()), 2)
+        _stop(_line(f"error: {described(error)}", left(error)), 2)
     except errors as error:
         is_of_input = ValueError in errors
-        _stop(_line(f"error: {described(error)}", None if is_of_input else left()), 2, processes)
+        _stop(_line(f"error: {described(error)}", None if is_of_input else left(error)), 2, processes)
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
-        _stop(_line(f"stopped at once by {name_of(number)}", left()), 128 + number, processes)
+        _stop(_line(f"stopped at once by {name_of(number)}", left(interrupt)), 128 + number, processes)
 
 
 def _line(text: str, left: str | None) -> str:

@@ -235,6 +235,10 @@ class Config:
             return self.optimization.optimizer
         return "muon" if self.training.method == "switchlora" and not self.machine.shard_factors else "adamw"
 
+    def tokenizer(self) -> str | None:
+        """Return the name, folder or file of the tokenizer. None means that tokens are bytes."""
+        return self.data.tokenizer
+
     def alpha(self) -> float:
         """Return the alpha of the low-rank weights.
 

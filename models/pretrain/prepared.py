@@ -28,7 +28,7 @@ from models.pretrain.folder import (
 from models.pretrain.learning_rate import change_of_steps
 from models.pretrain.method import Method, State, make_method
 from models.pretrain.processes import SINGLE_PROCESS, Processes
-from models.pretrain.reading import load_corpus, tokens_beside
+from models.pretrain.reading import load_corpus, tokens_beside, tokens_of_resumed
 
 Export = Callable[[dict[str, Any]], None]  # writes the final parameters into the folder
 
@@ -74,10 +74,10 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     folder = Path(processes.from_first(run_folder(config)))
     processes.do_on_first(lambda: check_folder(config, folder))
     with tokens_beside(folder, processes) as tokens:
-        corpus = load_corpus(config.data, tokens, console, processes)
+        corpus = load_corpus(config.data, tokens, console, processes, stored=tokens_of_resumed(config, folder))
         model = llama.init_weights(llama.Llama(llama.config(name, corpus.vocabulary)), seed).to(run_device(config))
         method = make_method(config, model, processes=processes)
-        tokenizer = codec(config.data.tokenizer)
+        tokenizer = codec(config.tokenizer())
 
         def export(params: dict[str, Any]) -> None:
             description = {"name": name, "vocabulary": corpus.vocabulary}

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from models import corpus as text
 from models.corpus.tokens import TokenFile
-from models.pretrain.config import Data
+from models.pretrain.config import Config, Data
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 from models.pretrain.stopping import naming
 
@@ -20,7 +20,7 @@ _LARGE = 50_000_000  # characters, from which a line announces the encoding
 
 @contextmanager
 def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterator[Path]:
-    """Yield a temporary folder for tokens.
+    """Yield a temporary folder for tokens, which becomes `tokens` in the folder of the run if it contains any.
 
     It becomes `tokens` in the folder of the run. It is removed after an error, so that bad input leaves nothing.
     """
@@ -30,7 +30,7 @@ def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterat
         shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
-        if processes.is_first and temporary.is_dir():
+        if processes.is_first and any(temporary.glob("*.bin")):
             shutil.rmtree(folder / "tokens", ignore_errors=True)
             temporary.rename(folder / "tokens")
     finally:
@@ -38,11 +38,18 @@ def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterat
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def tokens_of_resumed(config: Config, folder: Path) -> Path | None:
+    """Return the folder with the tokens of a resumed run, or None for a new run."""
+    return folder / "tokens" if config.output.resume else None
+
+
 def load_corpus(
     data: Data,
     folder: Path | None = None,
     console: Console | None = None,
     processes: Processes = SINGLE_PROCESS,
+    *,
+    stored: Path | None = None,
 ) -> text.Corpus:
     """Return the tokens of the text that the options name. Collective.
 
@@ -52,6 +59,8 @@ def load_corpus(
             memory of each process.
         console: Where skipped files and progress are shown. Default None shows nothing.
         processes: The processes that read the tokens.
+        stored: The folder with the tokens of a resumed run. They are used where the text and the tokenizer are the same
+            as before. Default None means that there are none.
 
     Raises:
         ValueError: If the text or the tokenizer is invalid.
@@ -59,21 +68,33 @@ def load_corpus(
     """
     console = console or Console(quiet=True)
     if folder is None:
-        return _encode(data, None, console)
-    # Open files cannot be sent to other processes.
-    corpus = processes.do_on_first(lambda: _encode(data, folder, console)._replace(train=(), validation=()))
+        return _encode(data, None, console)[0]
+
+    def encode() -> tuple[text.Corpus, Path]:
+        corpus, used = _encode(data, folder, console, stored)
+        return corpus._replace(train=(), validation=()), used  # open files cannot be sent to other processes
+
+    corpus, folder = processes.do_on_first(encode)
     dtype = np.min_scalar_type(corpus.vocabulary - 1)
     return corpus._replace(**{part: TokenFile(folder / f"{part}.bin", dtype) for part in ("train", "validation")})
 
 
-def _encode(data: Data, folder: Path | None, console: Console) -> text.Corpus:
+def _encode(
+    data: Data, folder: Path | None, console: Console, stored: Path | None = None
+) -> tuple[text.Corpus, Path | None]:
+    """Return the tokens, and the folder that contains them."""
     if folder is not None:
         folder.mkdir()
-    documents = _documents(data, folder, console)
+    documents, window = _documents(data, folder, console), data.seq_len + 1
     tokenizer = text.pretrained_tokenizer(data.tokenizer) if data.tokenizer else text.byte_tokenizer()
+    if stored is not None and (found := text.stored_corpus(documents, tokenizer, window=window, folder=stored)):
+        return found, stored
     total = sum(map(_characters, documents))
     with naming(folder or Path(".")), _progress(total, console) as progress:
-        return text.tokenize(documents, tokenizer, window=data.seq_len + 1, folder=folder, progress=progress)
+        corpus = text.tokenize(documents, tokenizer, window=window, folder=folder, progress=progress)
+        if folder is not None:
+            text.write_record(corpus, documents, tokenizer, folder)
+    return corpus, folder
 
 
 def _documents(data: Data, folder: Path | None, console: Console) -> text.Split:

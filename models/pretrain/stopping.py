@@ -119,17 +119,19 @@ def last_checkpoint(folder: Path) -> int | None:
     return max((int(match[1]) for match in matches if match), default=None)
 
 
-def what_is_left(folder: Path | None, module: str, processes: Processes) -> str:
-    """Return the last checkpoint of a run and the command that continues from it.
+def what_is_left(folder: Path | None, module: str, processes: Processes, *, has_diverged: bool = False) -> str:
+    """Return the last checkpoint of a run and what to do, as the end of a sentence.
 
-    The text is the end of a sentence.
+    That is the command that continues from it. After divergence it would come to the same end.
     """
     if folder is None:
         return "no step was taken"
     step = last_checkpoint(folder)
-    if step is None:
-        return f"{folder} contains no checkpoint"
-    return f"the last checkpoint is step {step}; continue with {resume_command(module, folder, processes)}"
+    found = f"{folder} contains no checkpoint" if step is None else f"the last checkpoint is step {step}"
+    if has_diverged:
+        repeats = "" if step is None else ", and the same steps would follow"
+        return f"{found}{repeats}; start a new run with a lower --lr or --dense-lr, or a longer --warmup"
+    return found if step is None else f"{found}; continue with {resume_command(module, folder, processes)}"
 
 
 def program(module: str) -> list[str]:

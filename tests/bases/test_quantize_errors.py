@@ -1,5 +1,8 @@
 """What cannot be quantized is refused by name."""
 
+import itertools
+import re
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -12,27 +15,34 @@ from dynlora_fn.testing import Shape, low_rank, plan_of
 from tests.support.quantized import SHAPE, Net
 
 BAD = [torch.nan, torch.inf, -torch.inf]
+FINITE_ONLY = r".*; a base in low precision stores finite values only"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_not_finite_is_refused_by_name(kind, value):
-    params = {"layers.*.q": low_rank(SHAPE, (2,), base_dtype=torch.float32, factor_dtype=torch.float32)}
-    good, plan = quantize(params, kind), {"layers.*.q": plan_of(4, b=2, a=2)}
-    message = r"weight 'layers\.\*\.q' is not finite, .*; a base in low precision stores finite values only"
-    params["layers.*.q"].base[1, 3, 5] = value
-    with pytest.raises(ValueError, match=message):
-        quantize(params, kind)
-    bad = {"layers.*.q": good["layers.*.q"]._replace(factors=tree_map(torch.clone, good["layers.*.q"].factors))}
-    bad["layers.*.q"].factors.b[1, 3] = value
-    for function in (lambda: merge(bad), lambda: switch(bad, plan)):
-        with pytest.raises(ValueError, match=message):
-            function()
+def test_what_is_not_finite_is_refused_by_name():
+    """One graph has weights of all formats, so the error also names the one that is not finite among them."""
+    dense = {
+        f"layers.*.{kind}": low_rank(SHAPE, (2,), seed, base_dtype=torch.float32, factor_dtype=torch.float32)
+        for seed, kind in enumerate(FORMATS)
+    }
+    good = {name: quantize(param, kind) for (name, param), kind in zip(dense.items(), FORMATS, strict=True)}
+    plan = dict.fromkeys(good, plan_of(4, b=2, a=2))
     compiled = torch.compile(switch, backend="aot_eager", fullgraph=True)
     compiled(good, plan)
-    with pytest.raises(ValueError, match=message):
-        compiled(bad, plan)
+    for (kind, name), value in itertools.product(zip(FORMATS, good, strict=True), BAD):
+        refused = pytest.raises(ValueError, match=rf"weight '{re.escape(name)}' is not finite, {FINITE_ONLY}")
+        bad = dense[name]._replace(base=dense[name].base.clone())
+        bad.base[1, 3, 5] = value
+        with refused:
+            quantize({name: bad}, kind)
+        bad = good[name]._replace(factors=tree_map(torch.clone, good[name].factors))
+        bad.factors.b[1, 3] = value
+        with refused:
+            merge({name: bad})
+        with refused:
+            switch(good | {name: bad}, plan)
+        with torch.compiler.set_stance("fail_on_recompile"), refused:
+            compiled(good | {name: bad}, plan)
 
 
 @pytest.mark.parametrize("value", BAD)

@@ -18,16 +18,14 @@ X = normal(1, 5, 8, dtype=torch.float32)
 
 
 def rewritten(function, *args):
-    """Return the graph before and after the passes, and the count of each operation after them."""
+    """Return the results of the traced graph, the graph after the passes, and the count of each operation in it."""
     table = select_decomp_table()
-    before, after = (
-        make_fx(function, decomposition_table=table, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
-        for _ in range(2)
-    )
-    GraphPasses()(after.graph)
-    after.graph.lint()
-    after.recompile()
-    return before, after, Counter(node.target for node in after.graph.nodes)
+    graph = make_fx(function, decomposition_table=table, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    wanted = graph(*args)
+    GraphPasses()(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    return wanted, graph, Counter(node.target for node in graph.graph.nodes)
 
 
 def gradients(dtype: torch.dtype, stack: LowRank = STACK, path: str = "merged", is_transposed: bool = False):
@@ -48,8 +46,8 @@ def gradients(dtype: torch.dtype, stack: LowRank = STACK, path: str = "merged", 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_stay_bit_for_bit(dtype):
     args = STACK.factors, normal(2, 3, 8, dtype=torch.float32), X
-    before, after, count = rewritten(gradients(dtype), *args)
-    assert_same(after(*args), before(*args))
+    wanted, after, count = rewritten(gradients(dtype), *args)
+    assert_same(after(*args), wanted)
     ops = torch.ops.dynlora_fn
     # One merged weight forward and one backward for each layer; side b, side a and the vectors stacked in one each.
     assert count[ops.times_merged.default] == 6
@@ -67,13 +65,13 @@ def test_a_base_is_dequantized_within_its_products(kind, path, dtype, is_transpo
     stack = low_rank(Shape(16, 16, 2), (3,), base_dtype=torch.float32, factor_dtype=torch.float32)
     stack = quantize(stack, kind)
     args = stack.factors, normal(2, 3, 16, dtype=torch.float32), normal(1, 5, 16, dtype=torch.float32)
-    before, after, count = rewritten(gradients(dtype, stack, path, is_transposed), *args)
-    assert_same(after(*args), before(*args))
+    wanted, after, count = rewritten(gradients(dtype, stack, path, is_transposed), *args)
+    assert_same(after(*args), wanted)
     ops = torch.ops.dynlora_fn
     # Forward and backward for each layer; the gradient of the first input is used only with a merged weight.
-    wanted = 6 if path == "merged" and (kind == "bfloat16" or not is_transposed) else 5
+    products = 6 if path == "merged" and (kind == "bfloat16" or not is_transposed) else 5
     is_used_as_it_is = (kind, path, dtype) == ("bfloat16", "factored", torch.bfloat16)
-    assert count[ops.times_codes.default] == (0 if is_used_as_it_is else wanted)
+    assert count[ops.times_codes.default] == (0 if is_used_as_it_is else products)
     assert count[ops.dequantize.default] == 0
     assert count[torch.ops.aten.addmm.default] == 0
 
@@ -82,8 +80,8 @@ def test_a_base_is_dequantized_within_its_products(kind, path, dtype, is_transpo
 def test_a_bias_is_added_where_the_base_is_dequantized(path):
     param = quantize(low_rank(Shape(16, 8, 2), (), base_dtype=torch.float32, factor_dtype=torch.float32), "int8")
     bias = normal(3, 16, dtype=torch.float32)
-    before, after, count = rewritten(lambda x: linear(x, param, bias, path=path), X)
-    assert_same(after(X), before(X))
+    wanted, after, count = rewritten(lambda x: linear(x, param, bias, path=path), X)
+    assert_same(after(X), wanted)
     assert count[torch.ops.dynlora_fn.times_codes.default] == 1
     assert count[torch.ops.dynlora_fn.dequantize.default] == 0
 
@@ -127,8 +125,8 @@ def test_a_bias_is_added_where_the_base_is_dequantized(path):
     ],
 )
 def test_look_alikes_keep_their_values(function):
-    before, after, _ = rewritten(function, X)
-    assert_same(after(X), before(X))
+    wanted, after, _ = rewritten(function, X)
+    assert_same(after(X), wanted)
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -5,7 +5,7 @@ import torch
 
 import dynlora_fn as dl
 from dynlora_fn._core._torch import tree_leaves
-from dynlora_fn._core._types import OneSidedFactors, sides_of
+from dynlora_fn._core._types import FixedSide, OneSidedFactors, sides_of
 from dynlora_fn.testing import Shape, assert_same, low_rank
 
 PARAM = low_rank(Shape(6, 4, 2), alpha=3.0, trained="b")
@@ -53,6 +53,20 @@ def test_the_gradient_is_that_of_both_sides():
 def test_trees_that_do_not_fit_each_other_are_refused_by_name(trainable, frozen):
     with pytest.raises(ValueError, match="'w'"):
         dl.combine(trainable, frozen)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        PARAM.factors._replace(a=()),
+        PARAM.factors._replace(fixed=None),
+        PARAM.factors._replace(fixed=FixedSide(5)),
+        PARAM.factors._replace(a=None),
+    ],
+)
+def test_factors_that_are_no_weight_are_refused_by_name(factors):
+    with pytest.raises((ValueError, TypeError), match="'w'"):
+        dl.materialize({"w": PARAM._replace(factors=factors)})
 
 
 def test_a_state_of_both_sides_is_refused_by_name():

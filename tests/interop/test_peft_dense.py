@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynlora_fn import LowRank, call, init, partition, state_dict
-from dynlora_fn.interop import load_adapter, open_weights, save_adapter, save_merged
+from dynlora_fn import LowRank, call, combine, explain, init, partition, state_dict, value_and_grad
+from dynlora_fn.interop import FrozenTensor, load_adapter, open_weights, save_adapter, save_merged, save_weights
 from dynlora_fn.testing import normal
 from tests.support.zoo import LLAMA, TOKENS
 
@@ -155,21 +155,94 @@ def test_what_to_freeze_is_named_as_partition_takes_it(tmp_path: Path):
     assert "*.scale" not in partition(params, frozen=["*.scale"])[0]
 
 
-def test_changed_running_statistics_go_out_and_are_checked_on_the_way_in(tmp_path: Path):
+@pytest.fixture
+def normalized(tmp_path: Path) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """A trained model with running statistics, the one before, and the loaded parameters of its adapter."""
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
-    original = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model)
     params = changed(model, init(model, rank=2, seed=0, targets=["0.weight"]), [])
     model[1].running_mean += 2
     model[1].num_batches_tracked += 7
-    save_adapter(model, params, tmp_path, original=original, rank=4)
+    save_adapter(model, params, tmp_path, original=before.state_dict(), rank=4)
     assert_read_alike(model, params, tmp_path)
-    before = copy.deepcopy(model)
-    before.load_state_dict(original)
-    with pytest.raises(ValueError, match=r"the adapter has other values than the model for '1.running_mean', a buffer"):
-        load_adapter(before, tmp_path, seed=0)
+    expected = call(model, params, X)
+    loaded = load_adapter(before, tmp_path, seed=0, check=(X,))
+    torch.testing.assert_close(call(before, loaded, X), expected)
     with torch.no_grad():
-        theirs = peft.PeftModel.from_pretrained(before, tmp_path).eval()(X)
-    torch.testing.assert_close(theirs, call(model, params, X).detach())
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(before), tmp_path).eval()(X)
+    torch.testing.assert_close(theirs, expected.detach())
+    return model, before, loaded
+
+
+Normalized = tuple[nn.Module, nn.Module, dict[str, Any]]
+
+
+def test_changed_running_statistics_go_out_and_come_in(normalized: Normalized, tmp_path: Path):
+    model, before, loaded = normalized
+    frozen = {name for name, param in loaded.items() if isinstance(param, FrozenTensor)}
+    assert frozen == {"1.running_mean", "1.num_batches_tracked"}  # the variance has not changed
+    assert not before[1].running_mean.any()
+    assert frozen.isdisjoint(partition(loaded)[0])
+    weights = state_dict(before, loaded)
+    assert weights["1.num_batches_tracked"] == 7
+    assert torch.equal(weights["1.running_mean"], model[1].running_mean)
+    restored = copy.deepcopy(before)
+    restored.load_state_dict(weights)
+    torch.testing.assert_close(restored(X), call(before, loaded, X))
+    save_adapter(before, loaded, tmp_path / "again", original=before.state_dict(), rank=4)
+    save_adapter(before, loaded, tmp_path / "unchanged")
+    restored.load_state_dict(dict(open_weights(tmp_path / "unchanged" / "base")))
+    again, unchanged = (
+        load_adapter(before, tmp_path / "again", seed=0),
+        load_adapter(restored, tmp_path / "unchanged", seed=0),
+    )
+    for base, params in ((before, again), (restored, unchanged)):
+        torch.testing.assert_close(call(base, params, X), call(before, loaded, X))
+
+
+def test_loaded_statistics_go_on_with_training(normalized: Normalized):
+    model, before, loaded = normalized
+    statistics, x = model[1].running_mean.clone(), X * 3
+    before.train()
+    explain(loaded, tokens=5, model=before, args=(x,))
+    assert torch.equal(loaded["1.running_mean"].tensor, statistics)
+    trainable, frozen = partition(loaded)
+    for via in ("func", "autograd"):
+        value_and_grad(lambda tr: call(before, combine(tr, frozen), x).square().sum(), via=via)(trainable)
+    mean = (state_dict(before, loaded)["0.weight"] @ x.T).mean(1) + before[0].bias.detach()
+    expected = 0.81 * statistics + (0.09 + 0.1) * mean
+    torch.testing.assert_close(loaded["1.running_mean"].tensor, expected)
+    assert loaded["1.num_batches_tracked"].tensor == 9
+    assert not loaded["1.running_mean"].tensor.requires_grad
+    assert not before[1].running_mean.any()
+
+
+def test_tied_statistics_come_in_once_and_other_values_are_refused(tmp_path: Path):
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6)))
+    model[2].running_mean = model[1].running_mean
+    before = copy.deepcopy(model)
+    params = changed(model, init(model, rank=2, seed=0, targets=["0.weight"]), [])
+    model[1].running_mean += 2
+    save_adapter(model, params, tmp_path, original=before.state_dict(), rank=4)
+    loaded = load_adapter(before, tmp_path, seed=0)
+    assert "2.running_mean" not in loaded
+    torch.testing.assert_close(call(before, loaded, X), call(model, params, X))
+    file = tmp_path / "adapter_model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in open_weights(file).items()}
+    weights["base_model.model.2.running_mean"] += 1
+    save_weights(weights, file)
+    with pytest.raises(ValueError, match=r"other values for '1\.running_mean' than for '2\.running_mean'"):
+        load_adapter(before, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("1.weight", torch.int64), ("1.running_mean", torch.bool)])
+def test_a_tensor_of_another_kind_is_refused(name: str, dtype: torch.dtype, normalized: Normalized, tmp_path: Path):
+    file = tmp_path / "adapter_model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in open_weights(file).items()}
+    weights[f"base_model.model.{name}"] = weights[f"base_model.model.{name}"].to(dtype)
+    save_weights(weights, file)
+    with pytest.raises(ValueError, match=rf"the adapter has dtype {dtype} for 'base_model.model.{name}'"):
+        load_adapter(normalized[1], tmp_path, seed=0)
 
 
 def test_a_changed_buffer_beside_an_adapted_layer_is_refused(tmp_path: Path):

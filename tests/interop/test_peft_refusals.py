@@ -53,7 +53,10 @@ def test_every_setting_of_the_installed_peft_is_known():
             ({"init_lora_weights": value}, "'init_lora_weights`; use one of".replace("'", f"'{value}' as `"))
             for value in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "future")
         ],
-        ({"use_dora": True}, "the adapter has use_dora = True, which is not plain LoRA"),
+        (
+            {"use_dora": True},
+            r"the adapter has use_dora = True, which is not plain LoRA \(its magnitude and norm scale the frozen base",
+        ),
         ({"lora_bias": True}, "lora_bias = True"),
         ({"kasa_config": {"beta": 1}}, "kasa_config = {'beta': 1}"),
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens = \[1\]"),

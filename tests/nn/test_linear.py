@@ -139,17 +139,34 @@ def check_transform(name: str, stack: LowRank, path: str, is_compiled: bool) -> 
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-9)
 
 
+def spread(cases: list[str]) -> list[Any]:
+    """Return all transforms with all cases, eager and compiled. The suite compiles each transform with one case.
+
+    So all pairs of a transform, a case and a way to run occur. `--compositions` compiles all.
+    """
+    return [
+        pytest.param(
+            name,
+            case,
+            is_compiled,
+            id=f"{name}-{case}-{'compiled' if is_compiled else 'eager'}",
+            marks=[pytest.mark.compositions] if is_compiled and (row + column) % len(cases) else [],
+        )
+        for row, name in enumerate(TRANSFORMS)
+        for column, case in enumerate(cases)
+        for is_compiled in (False, True)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("path", ["merged", "dense"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(("name", "path", "is_compiled"), spread(["merged", "dense"]))
 def test_every_path_is_the_plain_one_under_transforms(name, path, is_compiled):
     check_transform(name, STACK, path, is_compiled)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("case", ["int8 factored", "int8 merged", "nf4 factored", "nf4 dense"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "case", "is_compiled"), spread(["int8 factored", "int8 merged", "nf4 factored", "nf4 dense"])
+)
 def test_every_path_of_a_quantized_base_is_that_of_the_dense_one_under_transforms(name, case, is_compiled):
     kind, path = case.split()
     check_transform(name, quantize(STACK, kind), path, is_compiled)

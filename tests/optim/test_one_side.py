@@ -45,13 +45,14 @@ def moved(param, optimizer, grad, lr):
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0, -2.0])
 @pytest.mark.parametrize("shape", [SHAPE, Shape(12, 8, 8), Shape(6, 9, 1)])
-def test_muon_takes_the_orthogonalized_step_within_the_rows(shape, alpha):
+@pytest.mark.parametrize("options", [{}, {"coefficients": "polar_express_8", "nesterov": False, "coupled": 1}])
+def test_muon_takes_the_orthogonalized_step_within_the_rows(options, shape, alpha):
     """Its singular values are those that muon gives a dense weight."""
-    param = low_rank(shape, alpha=alpha, trained="b")
+    param, optimizer = low_rank(shape, alpha=alpha, trained="b"), muon(**options)
     grad, rows = normal(5, *param.shape), param.factors.a * sqrt(abs(alpha) / shape.rank)
     within = {"w": grad @ rows.mT @ rows}
-    dense = muon().update(within, muon().init(within), within, lr=0.1)[0]["w"]
-    torch.testing.assert_close(moved(param, muon(), grad, 0.1), dense)
+    dense = optimizer.update(within, optimizer.init(within), within, lr=0.1)[0]["w"]
+    torch.testing.assert_close(moved(param, optimizer, grad, 0.1), dense, rtol=1e-6, atol=1e-8)
 
 
 def test_muon_takes_the_step_of_both_sides_for_b():

@@ -7,7 +7,7 @@ is checked against the annotations of its fields. Tests that compile are skipped
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import jaxtyping
 import pytest
@@ -31,24 +31,40 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     It is called again with arguments and result.
     """
     signature = inspect.signature(function)
-    hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    hints = {name: _Hint.of(parameter.annotation) for name, parameter in signature.parameters.items()}
+    returned = _Hint.of(signature.return_annotation)
 
     @wraps(function)
     def look(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             _check(f"{function.__qualname__}: {name}", value, hints[name])
-        _check(f"{function.__qualname__}: what it returns", result, signature.return_annotation)
+        _check(f"{function.__qualname__}: what it returns", result, returned)
         return result
 
     return look
 
 
-def _check(what: str, value: Any, hint: Any) -> None:
+class _Hint(NamedTuple):
+    """An annotation, and the annotations of tensors in it."""
+
+    annotation: Any
+    options: list[Any]
+
+    @classmethod
+    def of(cls, annotation: Any) -> "_Hint":
+        return cls(annotation, _options(annotation))
+
+
+def _check(what: str, value: Any, hint: _Hint) -> None:
     _look(value)
-    options = _options(hint)
-    if options and isinstance(value, Tensor) and not any(isinstance(value, option) for option in options):
-        raise ShapeError(f"{what} must be {hint}, got {value.dtype} {tuple(value.shape)}")
+    if hint.options and isinstance(value, Tensor) and not any(isinstance(value, option) for option in hint.options):
+        raise ShapeError(f"{what} must be {hint.annotation}, got {value.dtype} {tuple(value.shape)}")
+
+
+# Tuples that were checked last, by identity. A weight goes through hundreds of calls, and is checked at the first.
+_CHECKED: dict[int, tuple[Any, ...]] = {}
+_CHECKED_LIMIT = 64
 
 
 def _look(value: Any) -> None:
@@ -56,12 +72,25 @@ def _look(value: Any) -> None:
         for item in value.values():
             _look(item)
     elif isinstance(value, tuple | list):
+        if _CHECKED.get(id(value)) is value:
+            return
         is_from_library = type(value).__module__.startswith("dynlora_fn.") and hasattr(value, "_fields")
         if is_from_library and not isinstance(value, _pairs()):
             with jaxtyping.jaxtyped("context"):
                 _check_fields(value)
         for item in value:
             _look(item)
+        if is_from_library and _is_fixed(value):
+            _CHECKED[id(value)] = value
+            if len(_CHECKED) > _CHECKED_LIMIT:
+                del _CHECKED[next(iter(_CHECKED))]
+
+
+def _is_fixed(value: Any) -> bool:
+    """Return whether a value contains nothing that a later call could find changed."""
+    return isinstance(value, Tensor | int | float | str | None) or (
+        isinstance(value, tuple) and all(map(_is_fixed, value))
+    )
 
 
 def _check_fields(value: Any) -> None:

@@ -117,6 +117,29 @@ def test_a_file_that_is_not_text(tmp_path: Path, content: bytes, message: str):
         corpus.text_files([path])
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json"])
+def test_json_lines_are_no_text(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_text('\ufeff{"text": "a"}\n {"text": "b"}\n')
+    with pytest.raises(ValueError, match=rf"`text` must be plain text, got JSON lines in '.*{name}'; --dataset reads"):
+        corpus.text_files([path])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '{\n "name": "one object"\n}\n'),
+        ("a.json", '{"name": "one object"}\n'),
+        ("a.jsonl", "lines of text\n"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}\n'),
+    ],
+)
+def test_other_files_are_text_whatever_their_names(tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    for path in (tmp_path, tmp_path / name):
+        assert [document.text for document in corpus.text_files([path])] == [content]
+
+
 def test_a_file_that_is_not_there(tmp_path: Path):
     with pytest.raises(ValueError, match=r"`text` must name files or folders, got .*nowhere"):
         corpus.text_files([tmp_path / "nowhere"])
@@ -244,6 +267,7 @@ def test_files_that_are_skipped_are_named_with_the_reason(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe")  # whose reader would wait forever
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     lines: list[str] = []
     documents = corpus.text_files([tmp_path], lines.append)
     assert [document.name for document in documents] == ["copy.txt", "file0.txt"]
@@ -255,6 +279,7 @@ def test_files_that_are_skipped_are_named_with_the_reason(tmp_path: Path):
         "skipped 1 file (link): a link to nothing",
         "skipped 1 file (picture.png): binary",
         "skipped 1 file (pipe): a pipe or a device",
+        "skipped 1 file (rows.jsonl): JSON lines, which --dataset reads",
         "skipped 1 file (wide.txt): UTF-16",
     ]
 

@@ -1,13 +1,16 @@
 """The programs as console scripts, outside the repository."""
 
+import logging
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from models import scripts
+from models.program import hide_import_messages
 from tests.support.paths import ROOT
 
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -20,6 +23,19 @@ def test_every_script_has_its_program(name: str):
     assert (module, f"dynlora-{function}") == ("dynlora_models.scripts", name)
     assert callable(getattr(scripts, function))
     assert "def main() -> None:" in (ROOT / "models" / function / "__main__.py").read_text()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("is_script", [True, False], ids=["script", "module"])
+def test_the_usage_names_the_command_that_was_typed(
+    name: str, is_script: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    module = f"models.{name.removeprefix('dynlora-')}"
+    path, command = (f"/bin/{name}", name) if is_script else (f"{module}/__main__.py", f"python -m {module}")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        import_module(f"{module}.__main__").main()
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"usage: {command} [")
 
 
 def installed(folder: Path) -> Path:
@@ -65,3 +81,13 @@ def test_every_package_is_installed():
     names = {folder: name for name, folder in folders.items()}
     relative = [parent.relative_to(ROOT).parts for parent in parents]
     assert sorted(settings["packages"]) == sorted(".".join([names[first], *rest]) for first, *rest in relative)
+
+
+def test_what_imports_log_does_not_precede_the_output(caplog: pytest.LogCaptureFixture):
+    hide_import_messages()
+    logging.getLogger("torchao").warning("Failed to load kernels.so")
+    logging.getLogger("torch.utils._pytree").warning(
+        "%s is an Enum subclass and is now natively supported", "<enum 'KernelPreference'>"
+    )
+    logging.getLogger("torchao").warning("other")
+    assert [record.getMessage() for record in caplog.records] == ["other"]

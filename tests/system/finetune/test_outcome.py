@@ -55,6 +55,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(job, given, tmp_path):
 def test_every_method_runs(job, given, tmp_path, changed):
     outcome = job(*settings(given, tmp_path / "run", steps=10, export="merged", **changed), "--train-rest")
     assert outcome.code == 0, outcome.err
+    assert f"for validation, {given[0]}" in " ".join(outcome.out.split())
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model")
     before = transformers.LlamaForCausalLM.from_pretrained(given[0])
     assert not torch.equal(before.model.embed_tokens.weight, merged.model.embed_tokens.weight)

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +13,18 @@ import pytest
 from safetensors.torch import load_file, save
 
 from dynlora_fn.interop._checksums import join_sums, record_sum
+from models import corpus
+from models.pretrain.processes import SINGLE_PROCESS
 from models.pretrain.run import perplexity
 from tests.support.damage import damage_by_a_bit, damage_by_truncation
-from tests.support.paths import ROOT
-from tests.support.pretrain import SMALL, Job, contents, metrics
+from tests.support.pretrain import SMALL, Job, Outcome, contents, metrics
+from tests.support.pretrain_processes import job as run_job
+from tests.support.processes import in_processes, started
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "models.pretrain", *SMALL, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def _train(*arguments: object) -> Outcome:
+    """Run the command without a group, in a process that has imported what it needs."""
+    return run_job([*SMALL, *map(str, arguments)], processes=SINGLE_PROCESS)
 
 
 @pytest.mark.slow
@@ -34,31 +32,21 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     "options", ["--candidates seeded", "--candidates pool", "--base-dtype int8 --residual int8 --moments 8bit"]
 )
 def test_killed_run_continues_bit_for_bit(tmp_path: Path, text: Path, options: str):
-    arguments = [
-        "--text",
-        str(text),
-        "--steps",
-        "60",
-        "--save-every",
-        "10",
-        "--eval-every",
-        "20",
-        *options.split(),
-    ]
-    uninterrupted = start([*arguments, "--out", str(tmp_path / "whole")])
-    killed = start([*arguments, "--out", str(tmp_path / "killed")])
+    arguments = ["--text", text, "--steps", 60, "--save-every", 10, "--eval-every", 20, *options.split()]
+    killed = [*arguments, "--out", tmp_path / "killed"]
+    (uninterrupted,) = in_processes(1, _train, *arguments, "--out", tmp_path / "whole")
     lines = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 25) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    with started(1, _train, *killed) as ([process], _):
+        while not (lines.exists() and lines.read_bytes().count(b"\n") >= 25) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(metrics(tmp_path / "killed")) < 60, "the run ended before it was killed"
-    resumed = start([*arguments, "--out", str(tmp_path / "killed"), "--resume"])
-    output, _ = resumed.communicate()
-    assert resumed.returncode == 0, output
-    assert "continuing after step 0" not in output
-    assert uninterrupted.wait() == 0
+    (resumed,) = in_processes(1, _train, *killed, "--resume")
+    assert [uninterrupted.code, resumed.code] == [0, 0], (uninterrupted, resumed)
+    assert "continuing after step 0" not in resumed.out + resumed.err
     for name in ("metrics.jsonl", "model.safetensors", "checkpoints/step-00000060/state.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
@@ -105,12 +93,45 @@ def test_resume_with_another_configuration_says_in_what(job: Job, tmp_path: Path
     assert contents(tmp_path / "run") == before
 
 
+def test_a_resumed_run_uses_the_tokens_of_before(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "run"
+    job("--out", out, "--steps", 4, "--save-every", 2)
+    before, inode = contents(out), (out / "tokens" / "train.bin").stat().st_ino
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    monkeypatch.setattr(corpus, "tokenize", None)
+    outcome = job("--out", out, "--steps", 4, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert (out / "tokens" / "train.bin").stat().st_ino == inode
+    after = contents(out)
+    for name in before.keys() - {"summary.json", "loss.png"}:
+        assert after[name] == before[name], name
+
+
+@pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_a_bit, remove])
+@pytest.mark.parametrize("file", ["train.bin", "encoding.json"])
+def test_a_resumed_run_encodes_damaged_tokens_again(
+    job: Job, tmp_path: Path, damage: Callable[[Path], None], file: str
+):
+    out = tmp_path / "run"
+    job("--out", out, "--steps", 2)
+    before = contents(out)
+    damage(out / "tokens" / file)
+    outcome = job("--out", out, "--steps", 2, "--resume")
+    assert outcome.code == 0, outcome.err
+    after = contents(out)
+    assert after["tokens/train.bin"] == before["tokens/train.bin"]
+    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+    assert after["tokens/encoding.json"] == before["tokens/encoding.json"]
+
+
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(job: Job, tmp_path: Path):
     out = tmp_path / "run"
     high = ["--optimizer", "adamw", "--lr", "1e18", "--warmup", "40"]
     outcome = job("--out", out, "--steps", 60, "--save-every", 1, *high)
     assert outcome.code == 2
     assert "must be finite to go on, got" in outcome.err
+    assert "and the same steps would follow; start a new run with a lower --lr" in outcome.err
+    assert "--resume" not in outcome.err
     assert "Traceback" not in outcome.err
     saved = sorted((out / "checkpoints").glob("step-*/state.safetensors"))
     assert saved
