@@ -12,7 +12,10 @@ _MESSAGES = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum
 
 
 def hide_import_messages() -> None:
-    """Let torchao's messages at its import not precede the output of this process. It is for programs."""
+    """Let torchao's messages at its import not precede the output of this process.
+
+    It is for programs.
+    """
     for name in _MESSAGES:
         logging.getLogger(name).addFilter(_is_for_the_user)
 

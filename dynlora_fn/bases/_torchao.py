@@ -44,7 +44,10 @@ def __getattr__(name: str) -> Any:
 
 @contextmanager
 def without_messages() -> Iterator[None]:
-    """Import torchao without `MESSAGES`. All else that is logged meanwhile is logged, and everything afterwards."""
+    """Import torchao without `MESSAGES`.
+
+    All else that is logged meanwhile is logged, and everything afterwards.
+    """
     loggers = [logging.getLogger(name) for name in MESSAGES]
     for logger in loggers:
         logger.addFilter(_is_for_the_caller)

@@ -36,7 +36,10 @@ class LayerCheck:
     """Checks of the layers of one model."""
 
     def __init__(self, model: nn.Module, *, owner: str, instead: str):
-        """Take the model, what has the low-rank weights, and what to do instead, for error messages."""
+        """Take the model, what has the low-rank weights, and what to do instead.
+
+        Error messages use the last two.
+        """
         self._owner, self._instead = owner, instead
         self._model_type: object = getattr(getattr(model, "config", None), "model_type", None)
         self._rewritten = _rewritten(self._model_type)

@@ -44,7 +44,10 @@ class PairShapes(NamedTuple):
 
 
 def aliases_of(model: nn.Module, *, with_buffers: bool = False) -> dict[str, list[str]]:
-    """Return all names of each parameter, and of each buffer if wanted, itself included."""
+    """Return all names of each parameter, itself included.
+
+    Buffers are included if wanted.
+    """
     named = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False)) if with_buffers else {}
     names: dict[int, list[str]] = {}

@@ -161,7 +161,7 @@ def _check_shapes(slot: Slot, found: PairShapes, shape: tuple[int, ...], rank: i
 def _dense(
     model: nn.Module, settings: Mapping[str, Any], layout: Layout, keys: Mapping[str, str], weights: Weights
 ) -> dict[str, str]:
-    """Return the keys of the parameters and buffers that are replaced, by their first names."""
+    """Return the keys of replaced parameters and buffers, by their first names."""
     found = {name: keys[key] for key, name in layout.dense.items() if key in keys}
     bias, layers = settings.get("bias") or "none", {slot.name.removesuffix(".weight") for slot in layout.slots}
     biases = {name for name in layout.dense.values() if bias != "none" and _is_bias_in_file(name, bias, layers)}

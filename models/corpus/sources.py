@@ -116,7 +116,10 @@ def _named_file(path: Path) -> TextFile:
 
 
 def _is_json_lines(file: TextFile) -> bool:
-    """Return whether a file has a name of JSON, and its first lines are objects. A .json file has several."""
+    """Return whether a file has a name of JSON, and its first lines are objects.
+
+    A .json file has several.
+    """
     least = _OBJECTS.get(file.path.suffix)
     if least is None:
         return False
@@ -191,7 +194,7 @@ def _load(datasets: Any, name: str, config: str | None) -> Any:
 
 
 def _suffix(path: Path) -> str:
-    """Return the end of a name without that of a compression."""
+    """Return the end of a name without the end of a compression."""
     return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
 
 

@@ -149,7 +149,10 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
 
 
 def _identity(tokenizer: Any) -> str | None:
-    """Return a hash of a tokenizer of the library `tokenizers`, with its version. Others are Python code."""
+    """Return a hash of a tokenizer of the library `tokenizers`, with its version.
+
+    Others are Python code.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

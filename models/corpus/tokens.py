@@ -48,7 +48,10 @@ class Counted(NamedTuple):
 
 
 class TokenDigest:
-    """A hash of tokens, in blocks. It is that of the types in which tokens were stored before."""
+    """A hash of tokens, in blocks.
+
+    It is the hash of the types in which tokens were stored before.
+    """
 
     def __init__(self, vocabulary: int):
         self._hash, self._type = hashlib.sha256(), np.uint8 if vocabulary == 256 else np.int32

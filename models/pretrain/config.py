@@ -236,7 +236,10 @@ class Config:
         return "muon" if self.training.method == "switchlora" and not self.machine.shard_factors else "adamw"
 
     def tokenizer(self) -> str | None:
-        """Return the name, folder or file of the tokenizer. None means that tokens are bytes."""
+        """Return the name, folder or file of the tokenizer.
+
+        None means that tokens are bytes.
+        """
         return self.data.tokenizer
 
     def alpha(self) -> float:
