@@ -3,6 +3,7 @@
 ``weight = base + alpha / rank * b @ a``. See the README for a whole training loop.
 """
 
+import dynlora_fn._core._torch
 from dynlora_fn import bases as bases
 from dynlora_fn import interop as interop
 from dynlora_fn import nn as nn
@@ -36,3 +37,5 @@ from dynlora_fn.switching._candidates import candidates as candidates
 from dynlora_fn.switching._switch import switch as switch
 from dynlora_fn.switching._weight import materialize as materialize
 from dynlora_fn.switching._weight import merge as merge
+
+dynlora_fn._core._torch.let_dynamo_replace()  # when all named tuples are defined

@@ -154,14 +154,16 @@ def register_constant(kind: type) -> None:
     torch.serialization.add_safe_globals([kind])
 
 
-def let_dynamo_replace(kind: type) -> None:
-    """Let Dynamo of torch 2.11 pass the result of a named tuple's `_replace`.
+def let_dynamo_replace() -> None:
+    """Let Dynamo of torch before 2.13 trace `_replace` of the named tuples of the library.
 
-    It is passed to a function in the graph. `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo then sees a
-    tuple that it cannot pass on, which it can after a call of the class.
+    `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo of torch 2.11 returns an empty tuple then and cannot
+    pass it to a function in the graph. A call of the class has neither fault. Tuples of other packages stay.
     """
-    if is_older_than(2, 12):
-        kind._make = classmethod(lambda cls, values: cls(*values))  # type: ignore[attr-defined]
+    if is_older_than(2, 13):
+        for kind in tuple.__subclasses__():
+            if kind.__module__.startswith("dynlora_fn.") and hasattr(kind, "_make"):
+                kind._make = classmethod(lambda cls, values: cls(*values))
 
 
 def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":

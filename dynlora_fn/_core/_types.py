@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dynlora_fn._core._check import check_number
-from dynlora_fn._core._torch import let_dynamo_replace, register_constant
+from dynlora_fn._core._torch import register_constant
 
 Side: TypeAlias = Literal["b", "a"]
 
@@ -125,9 +125,6 @@ class OneSidedFactors(NamedTuple):
     a: Any  # (*stack, rank, in), or () in the trainable tree and in what mirrors it
     fixed: FixedSide
 
-
-for _kind in (Factors, ScaledFactors, ShardedFactors, OneSidedFactors):
-    let_dynamo_replace(_kind)
 
 AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors | OneSidedFactors
 

@@ -289,6 +289,8 @@ def every(steps: int, count: int | Literal["all"] = "all", *, freeze: int = 0, f
         >>> [every(3).switches(step, params) for step in range(6)]
         [0, 0, 8, 0, 0, 8]
     """
+    if not isinstance(count, str):  # None means a rate in `Schedule`
+        count = check_integer("count", count, least=1)
     return Schedule(every=check_integer("steps", steps, least=1), count=count, freeze=freeze, from_pool=from_pool)
 
 

@@ -173,7 +173,6 @@ def llama():
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
-@pytest.mark.slow
 def test_an_unmodified_llama_trains_its_low_rank_weights(llama):
     tokens = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0))
     params = init(llama, rank=4, seed=0, targets=["model.layers.*_proj.weight"], dtype=torch.float64)
@@ -193,7 +192,6 @@ def test_an_unmodified_llama_trains_its_low_rank_weights(llama):
     b, a = params[name].factors
     torch.testing.assert_close(grads[name].b, torch.stack(gradient) @ a.mT / 4, **tolerance)
     torch.testing.assert_close(grads[name].a, b.mT @ torch.stack(gradient) / 4, **tolerance)
-    torch.testing.assert_close(compiled_gradients(loss_fn, trainable, tokens), (loss, grads), **tolerance)
 
 
 @given(plain_params(stacks=st.just(()), storages=[Storage("float32")], factor_dtypes=st.just(torch.float32)), seeds)

@@ -15,7 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["models.pretrain.command", "torch.distributed.tensor", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(
+    ["models.pretrain.command", "torch.distributed.tensor", "torch._functorch.partitioners"]
+)
 SECONDS = 240  # enough for a busy machine
 
 
