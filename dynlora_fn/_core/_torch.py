@@ -155,7 +155,7 @@ def register_constant(kind: type) -> None:
 
 
 def let_dynamo_replace() -> None:
-    """Let Dynamo of torch before 2.13 trace `_replace` of the named tuples of the library.
+    """Let Dynamo of torch before 2.13 trace `_replace` of the library's tuples.
 
     `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo of torch 2.11 returns an empty tuple then and cannot
     pass it to a function in the graph. A call of the class has neither fault. Tuples of other packages stay.
