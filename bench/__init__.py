@@ -1,4 +1,7 @@
-"""Answer one question with each program: ``python -m bench.NAME [--quick] [--json] [--out FILE]``."""
+"""Answer one question with each program: ``python -m bench.NAME``.
+
+Options are ``[--quick] [--json] [--out FILE]``.
+"""
 
 from models.program import hide_import_messages
 

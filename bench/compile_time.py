@@ -1,4 +1,4 @@
-"""How does compile time grow with depth, and what overhead does a call of a compiled step have?
+"""How does compile time grow with depth, and what does a compiled call cost?
 
 Each case runs in a separate process without any cache, after a trivial function that loads the compiler.
 """
@@ -70,7 +70,10 @@ def measure(config: CompileTime) -> float:
 
 
 def measure_case(config: CompileTime, case: str, layers: int) -> float:
-    """Measure a case in a separate process. With `quick`, this process measures it, which is faster."""
+    """Measure a case in a separate process.
+
+    With `quick`, this process measures it, which is faster.
+    """
     if config.quick:
         return measure(replace(config, case=case, layers=layers))
     flags = ["--case", case, "--layers", str(layers), "--width", str(config.width), "--fraction", str(config.fraction)]

@@ -1,6 +1,7 @@
-"""How far does a weight in low precision drift over a run's switches? Varies base, residual and fold interval.
+"""How far does a weight in low precision drift over a run's switches?
 
-Only switches change the factors, so a copy of the weight in float64 is the exact result.
+Base, residual and fold interval vary. Only switches change the factors, so a copy of the weight in float64 is the exact
+result.
 
 - ``error`` is the error of the weight that products use.
 - ``over once`` is its ratio to the error of quantizing the exact base a single time.
@@ -54,7 +55,10 @@ def contenders(config: Drift, weight: dl.LowRank, vectors: int) -> dict[str, dl.
 
 
 def exact_weight(config: Drift) -> dl.LowRank:
-    """Return the weight with its base in float64. Folds change the base only, so the factors may stay in float32."""
+    """Return the weight with its base in float64.
+
+    Folds change the base only, so the factors may stay in float32.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(config.width, config.width, generator=generator, dtype=torch.float64)
     (param,) = dl.init({"w": weight.to(config.device)}, rank=config.rank, seed=0, targets=["w"]).values()
@@ -78,7 +82,10 @@ def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> Errors:
 
 
 def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, Errors]]]:
-    """Yield the number of folds and the errors of all contenders, after a quarter of the steps and at the end."""
+    """Yield the number of folds and the errors of all contenders.
+
+    They are measured after a quarter of the steps and at the end.
+    """
     exact = exact_weight(config)
     schedule = dl.schedules.switchlora(config.steps, every=every)
     first = schedule(0, {"w": exact})["w"]

@@ -1,7 +1,8 @@
-"""How much memory do eight LoRAs over one base take in one call, and do results equal those of separate calls?
+"""How much memory do eight LoRAs over one base take in one call?
 
-``forward`` is one call of all members. ``step`` is one training step of all members. Each runs in a separate process.
-The peak is the process's resident memory (Linux) on a CPU, and the allocator's on CUDA.
+Do results equal those of separate calls? ``forward`` is one call of all members. ``step`` is one training step of all
+members. Each runs in a separate process. The peak is the process's resident memory (Linux) on a CPU, and the
+allocator's on CUDA.
 """
 
 import json
@@ -35,7 +36,10 @@ class Ensemble(Options):
 
 
 def measure(config: Ensemble) -> dict[str, float]:
-    """Return bytes of the base, of what belongs to members, and at the peak, and the difference to separate calls."""
+    """Return bytes of the base, of members, and at the peak.
+
+    Return the difference to separate calls too.
+    """
     before = resident_bytes(config.device)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(config.width, config.width, bias=False) for _ in range(config.layers)))
@@ -90,7 +94,10 @@ def contender(
 
 
 def difference(config: Ensemble, model: nn.Module, trainable: Any, frozen: Any, x: Tensor, stacked: Any) -> float:
-    """Return the largest difference between a member's result and a separate call, over the largest result."""
+    """Return the largest difference of a member's result to a separate call.
+
+    It is divided by the largest result.
+    """
     of_member, largest = (forward if config.kind == "forward" else training_step)(model, frozen), 0.0
     for member in range(config.members):
         factors = tree_map(lambda leaf: leaf[member], trainable)  # noqa: B023, called at once

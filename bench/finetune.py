@@ -1,7 +1,8 @@
-"""Does fine-tuning with LoRA gain what PEFT gains at the same rate, and do PEFT and `transformers` open the results?
+"""Does fine-tuning with LoRA gain what PEFT gains at the same rate?
 
-Two models learn from the sources of Python's standard library. An encoder of sentences learns which docstring belongs
-to which function, among those of the batch. A causal model that was trained on Python learns the docstrings.
+Do PEFT and `transformers` open the results? Two models learn from the sources of Python's standard library. An encoder
+of sentences learns which docstring belongs to which function, among those of the batch. A causal model that was trained
+on Python learns the docstrings.
 
 Both contenders have the same alpha, rate, targets and batches, and draw their factors themselves.
 """
@@ -68,7 +69,7 @@ class Task(NamedTuple):
 
 
 def encoder_task(config: Finetune, documents: Sequence[Document]) -> Task:
-    """Return the search for the docstring of each function among those of the batch (InfoNCE)."""
+    """Return the search for each function's docstring in the batch (InfoNCE)."""
     pairs = [(name.replace("_", " "), text) for name, text in functions(documents)]
     if config.encoder is None:
         torch.manual_seed(0)
@@ -93,7 +94,10 @@ def encoder_task(config: Finetune, documents: Sequence[Document]) -> Task:
 
 
 def embedded(run: Callable[..., Any], tokens: dict[str, Tensor]) -> Tensor:
-    """Return the normalized mean of the last hidden states, as sentence-transformers does."""
+    """Return the normalized mean of the last hidden states.
+
+    sentence-transformers does the same.
+    """
     mask = tokens["attention_mask"][..., None]
     hidden = run(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
     return normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -184,7 +188,10 @@ def with_dynlora(config: Finetune, task: Task, seed: int) -> tuple[float, dict[s
 
 
 def errors_of_files(config: Finetune, task: Task, params: dict[str, Any]) -> dict[str, float]:
-    """Return how far the losses of the written adapter and model are from that of the parameters."""
+    """Return how far the losses of the written adapter and model are off.
+
+    They are compared with the loss of the parameters.
+    """
     loss = validation_loss(config, task, lambda *args, **kwargs: dl.call(task.model, params, *args, **kwargs))
     with tempfile.TemporaryDirectory() as folder:
         dl.interop.save_adapter(task.model, params, f"{folder}/adapter", original=task.model.state_dict())

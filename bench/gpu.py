@@ -1,7 +1,8 @@
-"""How do steps run on one GPU? Takes under ten minutes on an H100, and one line per part where a part fails.
+"""How do steps run on one GPU?
 
-Times are of whole steps with bfloat16 autocast: full rank, PEFT's LoRA, and this library. Memory is the allocator's
-beside `peak_memory`. The `gpu` tests run too.
+It takes under ten minutes on an H100, and prints one line for each part that fails. Times are of whole steps with
+bfloat16 autocast: full rank, PEFT's LoRA, and this library. Memory is the allocator's beside `peak_memory`. The `gpu`
+tests run too.
 
 Each part runs in a separate process. The parts of a width compile at the same time, and then measure one after the
 other.
@@ -58,7 +59,10 @@ class Gpu(Options):
         return StepSize(width, self.layers, self.batch, self.length, self.vocabulary, heads=max(width // 64, 1))
 
     def options(self, **compile_options: Any) -> dict[str, Any]:
-        """Return the options of `torch.compile`. With `quick`, there are none and nothing is compiled."""
+        """Return the options of `torch.compile`.
+
+        With `quick`, there are none and nothing is compiled.
+        """
         return {} if self.quick else {"mode": "default", **compile_options}
 
 
@@ -91,7 +95,7 @@ def switching(step: LibraryStep, name: str) -> Contenders:
 
 
 def factor_muon() -> dl.optim.Transform:
-    """Return Muon for factors, and AdamW for the rest."""
+    """Return Muon for factors, and AdamW for other parameters."""
     return muon(lambda _, leaf: not isinstance(leaf, torch.Tensor))
 
 
@@ -125,7 +129,10 @@ AT_ALL_WIDTHS = ("baselines", "adamw", "muon")
 
 
 def measure(config: Gpu, part: str) -> dict[str, Any]:
-    """Measure a part in this process: seconds of all repeats by contender, bytes, or the outcome of tests."""
+    """Measure a part in this process.
+
+    Results are seconds of all repeats by contender, bytes, or the outcome of tests.
+    """
     if part == "tests":
         return run_tests(config)
     name, width = part.rsplit(" ", 1)
@@ -144,7 +151,10 @@ def measure_memory(config: Gpu, width: int) -> dict[str, dict[str, float]]:
 
 
 def run_tests(config: Gpu) -> dict[str, str]:
-    """Run the `gpu` tests and return pytest's last line. With `quick`, only say which they are."""
+    """Run the `gpu` tests and return pytest's last line.
+
+    With `quick`, only say which they are.
+    """
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "tests/system/test_gpu.py"]
     command += ["--collect-only"] if config.quick else []
     environ = {**os.environ, "COLUMNS": "400"}  # so that pytest cuts no error
@@ -154,13 +164,19 @@ def run_tests(config: Gpu) -> dict[str, str]:
 
 
 def wait_for_turn() -> None:
-    """Say that all is compiled, and wait until the main process lets this part measure."""
+    """Say that all is compiled, and wait until this part may measure.
+
+    The main process decides it.
+    """
     print(_READY, flush=True)
     sys.stdin.readline()
 
 
 def parts(config: Gpu) -> list[list[str]]:
-    """Return the names of the parts of each width, which are in the GPU's memory at the same time."""
+    """Return the names of the parts of each width.
+
+    They are in the GPU's memory at the same time.
+    """
     first, *others = config.widths
     of_first = ["tests", *[f"{name} {first}" for name in STEPS], f"memory {first}"]
     return [of_first, *[[f"{name} {width}" for name in AT_ALL_WIDTHS] for width in others]]
@@ -180,7 +196,10 @@ class Process(NamedTuple):
         return cls(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=errors, text=True), errors)
 
     def until_ready(self) -> str:
-        """Wait until all is compiled, or the part has ended, and return the line that it printed."""
+        """Wait until all is compiled, or the part has ended.
+
+        Return the line that it printed.
+        """
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
@@ -195,7 +214,10 @@ class Process(NamedTuple):
 
 
 def results_of(config: Gpu, group: list[str]) -> dict[str, Any]:
-    """Return the results of a group. Parts measure in turn after all have compiled. With `quick`, this process does."""
+    """Return the results of a group.
+
+    Parts measure in turn after all have compiled. With `quick`, this process does.
+    """
     if config.quick:
         return {part: measure(config, part) for part in group}
     processes = {part: Process.start(part) for part in group}

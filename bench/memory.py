@@ -1,7 +1,8 @@
-"""How much memory does a step take at its peak, beyond the state? Compares with the prediction of `peak_memory`.
+"""How much memory does a step take at its peak, beyond the state?
 
-``gradients`` is the forward and backward pass. ``update`` is the switch and the optimizer, with gradients as inputs.
-Each case runs in a separate process. The peak is its resident memory (Linux) on a CPU, and the allocator's on CUDA.
+The prediction of `peak_memory` is compared. ``gradients`` is the forward and backward pass. ``update`` is the switch
+and the optimizer, with gradients as inputs. Each case runs in a separate process. The peak is its resident memory
+(Linux) on a CPU, and the allocator's on CUDA.
 """
 
 import json
@@ -38,7 +39,10 @@ class Memory(Options):
         return StepSize(width=width, layers=self.layers, length=64 if self.quick else 256)
 
     def options(self) -> dict[str, Any]:
-        """Return the options of `torch.compile`. With `quick`, there are none and nothing is compiled."""
+        """Return the options of `torch.compile`.
+
+        With `quick`, there are none and nothing is compiled.
+        """
         return {} if self.quick else {"mode": "default"}
 
 
@@ -91,7 +95,10 @@ def compiled(function: Callable, config: Memory, **options: Any) -> Callable:
 
 
 def measure(config: Memory) -> dict[str, float]:
-    """Return the measured and predicted bytes at the peak, beyond the state, and the bytes of the state."""
+    """Return the measured and predicted bytes at the peak, and of the state.
+
+    The peak is beyond the state.
+    """
     run, predict, state = contender(config, config.size(config.widths[0]))
     state_bytes = count_bytes(state)
     for _ in range(3):
@@ -104,7 +111,10 @@ def measure(config: Memory) -> dict[str, float]:
 
 
 def measure_kind(config: Memory, width: int, kind: str) -> dict[str, float]:
-    """Measure a kind in a separate process. With `quick`, this process measures it, except for full rank."""
+    """Measure a kind in a separate process.
+
+    With `quick`, this process measures it, except for full rank.
+    """
     if config.quick and kind != "full":
         return measure(replace(config, kind=kind, widths=(width,)))
     flags = ["--quick"] if config.quick else []

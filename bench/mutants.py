@@ -138,7 +138,10 @@ def _run_tests(mutant: Mutant | None, files: list[str], skipped: str) -> int:
 
 
 def run(mutant: Mutant | None, files: list[str], skipped: str, seconds: float) -> tuple[str, float]:
-    """Run the tests in a fork and return how they ended and the seconds that they took. None means no mutant."""
+    """Run the tests in a fork and return how they ended, and the seconds.
+
+    None means no mutant.
+    """
     start = time.monotonic()
     child = os.fork()
     if child == 0:

@@ -1,6 +1,7 @@
-"""How much quality does a base in low precision cost? Trains the main job with the same seeds on each base.
+"""How much quality does a base in low precision cost?
 
-Reports the validation loss in nats per token, and its ratio to the loss on the first base, over the seeds.
+The main job is trained with the same seeds on each base. Reports the validation loss in nats per token, and its ratio
+to the loss on the first base, over the seeds.
 """
 
 import tempfile

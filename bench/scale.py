@@ -1,7 +1,7 @@
-"""What would training take at large sizes: memory of a GPU, bytes sent, and time of a step?
+"""What would training take at large sizes?
 
-The figures are predictions (see `bench.support.gpu_model`). The check compares predicted and measured peaks of small
-models, each in a separate process.
+Memory of a GPU, bytes sent, and time of a step are computed. The figures are predictions (see
+`bench.support.gpu_model`). The check compares predicted and measured peaks of small models, each in a separate process.
 """
 
 import json
@@ -37,7 +37,10 @@ class Scale(Options):
 
 
 def paper_figures() -> dict[str, float]:
-    """Return the paper's figures at 1.3B: trainable parameters, and bytes reduced over those of full rank."""
+    """Return the paper's figures at 1.3B.
+
+    They are trainable parameters, and bytes reduced over those of full rank.
+    """
     model = MODELS["1.3B"]
 
     def reduced(params: dict[str, Any]) -> int:
@@ -53,7 +56,10 @@ def paper_figures() -> dict[str, float]:
 
 
 def checked(config: Scale) -> dict[str, dict[str, float]]:
-    """Return the measured and predicted peak beyond the state of compiled steps of small models."""
+    """Return the measured and predicted peak of compiled steps of small models.
+
+    Peaks are beyond the state.
+    """
     peaks = {}
     for name, base, kind in (("float32", None, "static"), ("int8", "int8", "static"), ("remat", None, "remat")):
         memory = Memory(quick=config.quick, threads=config.threads, layers=4, base=base, device=config.device)

@@ -1,7 +1,8 @@
-"""How long is a training step? Compares full rank, PEFT's LoRA, and this library with and without switching.
+"""How long is a training step?
 
-``switched`` is averaged over the schedule of a run of 40,000 steps. A step that switches is measured at the start of
-the schedule, where most vectors are switched. It is weighted with the fraction of steps that switch anything.
+Full rank, PEFT's LoRA, and this library with and without switching are compared. ``switched`` is averaged over the
+schedule of a run of 40,000 steps. A step that switches is measured at the start of the schedule, where most vectors are
+switched. It is weighted with the fraction of steps that switch anything.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""How long is a step of each method of the study? Other methods run from their packages.
+"""How long is a step of each method of the study?
 
 `--fractions 4 8 --json` also prints the ratios of Muon on factors of both ranks, `--methods muon` only what they need,
 and `--size.batch 32` steps of 8,192 tokens. Switching and the new projections of GaLore and APOLLO happen only in some
@@ -38,7 +38,7 @@ class StepByMethod(Options):
 
 
 class MuonOfTorch(torch.optim.Optimizer):
-    """`torch.optim.Muon` for the matrices inside the blocks, and fused AdamW for the rest."""
+    """`torch.optim.Muon` for matrices inside the blocks, and fused AdamW elsewhere."""
 
     def __init__(self, model: nn.Module):
         inner = [parameter for name, parameter in model.named_parameters() if is_inner(name)]

@@ -1,7 +1,8 @@
-"""How long does one switch take, and how many bytes per second does it move? Varies rank, width and count.
+"""How long does one switch take, and how many bytes per second does it move?
 
-The switch is compiled and donated: it generates vectors from the basis, folds the difference into the base in place,
-and projects the optimizer state. A copy of the base gives the least time that reading and writing the base takes.
+Rank, width and count vary. The switch is compiled and donated: it generates vectors from the basis, folds the
+difference into the base in place, and projects the optimizer state. A copy of the base gives the least time that
+reading and writing the base takes.
 """
 
 from dataclasses import dataclass

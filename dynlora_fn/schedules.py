@@ -1,7 +1,8 @@
-"""Schedules: which vectors are switched at which step, as pure functions of the step.
+"""Schedules: which vectors are switched at which step.
 
-A schedule maps a step and the parameters to a dict of plans, which `switch` executes. Every process derives the same
-plan, and a resumed run continues with the plans of the run that was interrupted.
+They are pure functions of the step. A schedule maps a step and the parameters to a dict of plans, which `switch`
+executes. Every process derives the same plan, and a resumed run continues with the plans of the run that was
+interrupted.
 """
 
 from dynlora_fn.switching._dithered import Dithered as Dithered

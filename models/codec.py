@@ -1,4 +1,4 @@
-"""Convert between text and the tokens of a model, and write a tokenizer for `transformers`."""
+"""Convert between text and tokens, and write a tokenizer for `transformers`."""
 
 import json
 from collections.abc import Callable, Sequence

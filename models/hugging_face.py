@@ -1,6 +1,6 @@
-"""Describe `models.llama` as `LlamaForCausalLM` of `transformers`: the names of its weights, and its configuration.
+"""Describe `models.llama` as `LlamaForCausalLM` of `transformers`.
 
-Both compute the same function, so the weights are only renamed.
+It has the names of its weights, and its configuration. Both compute the same function, so the weights are only renamed.
 """
 
 import json

@@ -58,9 +58,9 @@ def config(name: str, vocabulary: int | None = None) -> LlamaConfig:
 
 
 class LayerCache:
-    """Keys and values of the tokens that one layer has seen, (batch, heads, length, width / heads).
+    """Keys and values of one layer, (batch, heads, length, width / heads).
 
-    Attention appends those of each call to it.
+    They are those of the tokens so far. Attention appends those of each call to it.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,10 @@ class Attention(nn.Module):
 
 
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """Return which keys each query may see, (queries, keys). The queries are those of the last keys."""
+    """Return which keys each query may see, (queries, keys).
+
+    The queries are those of the last keys.
+    """
     queries, keys = query.shape[-2], key.shape[-2]
     return torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril(keys - queries)
 

@@ -1,6 +1,6 @@
 """Tensor parallelism for `models.llama` and `models.mlp`, by DTensor.
 
-The division of the weights is that of arXiv:1909.08053.
+The weights are divided as in arXiv:1909.08053.
 
 Attention is sharded by heads, and a feed-forward layer by its hidden units. The layers of a perceptron are sharded by
 rows and by columns in turn, and layers that are stacked by rows.
@@ -19,7 +19,7 @@ unchanged. A switch folds shards into shards and sends nothing. For the loss, `t
 sharded. Run a step under torch's `implicit_replication`, because positions and tokens are plain tensors.
 
 Quantize bases after they are sharded: ``dynlora_fn.quantize(shard(params, mesh), "int8")``. Each shard then has its
-scales, so that a fold needs no other shard. Each process dequantizes its shard, one weight at a time.
+scales, so that a fold needs only this shard. Each process dequantizes its shard, one weight at a time.
 """
 
 import re

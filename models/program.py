@@ -1,4 +1,4 @@
-"""What the smaller programs have in common: errors in one line, and output that any terminal can show."""
+"""Errors in one line, and output for any terminal, in the smaller programs."""
 
 import logging
 import os
@@ -12,7 +12,10 @@ _MESSAGES = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum
 
 
 def hide_import_messages() -> None:
-    """Let torchao's messages at its import not precede the output of this process. It is for programs."""
+    """Let torchao's messages at its import not precede the output of this process.
+
+    It is for programs.
+    """
     for name in _MESSAGES:
         logging.getLogger(name).addFilter(_is_for_the_user)
 
@@ -23,9 +26,9 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Report bad input in one line on stderr and exit with code 2, as `models.pretrain` does.
+    """Report bad input in one line on stderr and exit with code 2.
 
-    An interrupt exits with code 130.
+    `models.pretrain` does the same. An interrupt exits with code 130.
     """
     hide_import_messages()
     try:

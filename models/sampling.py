@@ -1,4 +1,7 @@
-"""Continue a sequence of tokens by drawing from a model's predictions, with a cache of keys and values."""
+"""Continue a sequence of tokens by drawing from a model's predictions.
+
+There is a cache of keys and values.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,7 @@
-"""Open the model that `models.pretrain` or `models.finetune` has trained, or any causal one of `transformers`."""
+"""Open a trained model of this package, or any causal one of `transformers`.
+
+`models.pretrain` and `models.finetune` train models.
+"""
 
 import json
 import os
@@ -154,7 +157,10 @@ def _headers(path: Path) -> Stored:
 def _load_checkpoint(
     path: Path, stored: Stored, config: pretrain.Config, model: nn.Module, targets: Sequence[str]
 ) -> None:
-    """Load the weights of a checkpoint into the model. The optimizer's state is not read."""
+    """Load the weights of a checkpoint into the model.
+
+    The optimizer's state is not read.
+    """
     _check_settings(path, stored, config)
     alone = replace(
         config,

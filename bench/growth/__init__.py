@@ -1,1 +1,4 @@
-"""How does the cost of everything around a compiled step grow with the size of the work, and what do others take?"""
+"""How does the cost of everything around a compiled step grow with its size?
+
+What do others take?
+"""

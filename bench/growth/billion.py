@@ -1,7 +1,7 @@
-"""A llama of 1.09 billion parameters through `init`, two steps, all files and a resume, in 24 GiB.
+"""Take a llama of 1.09 billion parameters through all steps, in 24 GiB.
 
-Each part runs in a separate process that starts from the model's file. The time and the peak of its work count, not
-those of its preparation.
+The steps are `init`, two steps, all files and a resume. Each part runs in a separate process that starts from the
+model's file. The time and the peak of its work count, not those of its preparation.
 """
 
 import gc
@@ -155,7 +155,10 @@ PARTS: dict[str, Part] = {
 
 
 def measure(part: str, dtype: str, folder: Path, quick: bool) -> dict[str, float]:
-    """Return seconds and peaks of a part: of its work beyond its preparation, and of the whole process."""
+    """Return seconds and peaks of a part.
+
+    The peaks are those of its work beyond its preparation, and of the process.
+    """
     run = Run(folder, getattr(torch, dtype), LLAMAS[1 if quick else 1090])
     work = PARTS[part](run)
     gc.collect()
@@ -170,7 +173,9 @@ def measure(part: str, dtype: str, folder: Path, quick: bool) -> dict[str, float
 
 
 def run(console: Console, folder: Path | None, quick: bool) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run all parts in both dtypes, print a table, and return the summary and all figures.
+    """Run all parts in both dtypes, and print a table.
+
+    Return the summary and all figures.
 
     Raises:
         SystemExit: If the disk has no room for the files of one dtype.
@@ -200,7 +205,10 @@ def run(console: Console, folder: Path | None, quick: bool) -> tuple[dict[str, f
 
 
 def _measure_all(folder: Path, dtype: str, quick: bool) -> dict[str, Any]:
-    """Write the model and measure all parts. With `quick`, this process measures them, and compiles nothing."""
+    """Write the model and measure all parts.
+
+    With `quick`, this process measures them, and compiles nothing.
+    """
     model = llama(1 if quick else 1090, getattr(torch, dtype))
     save_file(model.state_dict(), folder / "model.safetensors")
     llama.cache_clear()

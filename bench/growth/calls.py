@@ -1,4 +1,7 @@
-"""Rows of many weights that are not stacked: calls, gradients, updates, switches, and the first call of a step."""
+"""Rows of many weights that are not stacked.
+
+They are calls, gradients, updates, switches, and the first call of a step.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -104,7 +107,10 @@ def peft_merge(count: int) -> Contender:
 
 
 def first_call(count: int) -> Contender:
-    """Measure what a compiled step takes until its first result: gradients, a switch and an update."""
+    """Measure what a compiled step takes until its first result.
+
+    The step has gradients, a switch and an update.
+    """
     model, x, optimizer = chain(count), inputs(), dl.optim.adamw()
     params = params_of(model)
     plan, lr = dl.schedules.every(1, 1)(1, params), torch.tensor(1e-3)
@@ -124,7 +130,10 @@ def first_call(count: int) -> Contender:
 
 
 def peft_first_call(count: int) -> Contender:
-    """Measure the same of PEFT's model: the compiled forward and backward pass, and torch's update."""
+    """Measure the same of PEFT's model.
+
+    It has the compiled forward and backward pass, and torch's update.
+    """
     model, x = in_peft(chain(count), _RANK, _ALL_LAYERS), inputs()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
 

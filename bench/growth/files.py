@@ -1,4 +1,7 @@
-"""Rows of files: adapters by truncated decomposition, merged models, adapters of PEFT, and checkpoints."""
+"""Rows of files: adapters, merged models and checkpoints.
+
+Adapters are by truncated decomposition, or PEFT's.
+"""
 
 import hashlib
 import json
@@ -49,7 +52,7 @@ def svd_lowrank(width: int) -> Contender:
 
 
 def adapter_error(width: int) -> Contender:
-    """Return the error of the adapter in its file, over that of the best one."""
+    """Return the error of the adapter in its file, over the error of the best one."""
     contender = save_adapter(width)
 
     def error() -> float:
@@ -104,7 +107,10 @@ def load_adapter(millions: int) -> Contender:
 
 
 def load_and_copy(millions: int) -> Contender:
-    """Load the adapter with safetensors' `load_file` and copy the model, whose weights become the bases."""
+    """Load the adapter with safetensors and copy the model.
+
+    Its weights become the bases.
+    """
     model, file = llama(millions), peft_folder(millions) / ADAPTER
     return Contender(lambda: (load_file(file), [parameter.detach().clone() for parameter in model.parameters()]))
 
@@ -191,7 +197,10 @@ _STATES, _SMALL_STATES = (64, 256, 1024), (1, 2)
 
 
 def state_needs_at_most(most: float, name: str, *, copies: int = 0) -> Goal:
-    """Return the goal for a checkpoint. `copies` of the state are not counted: training goes on beside saving."""
+    """Return the goal for a checkpoint.
+
+    `copies` of the state are not counted: training goes on beside saving.
+    """
     return needs_at_most(most, name, lambda n: n * _MB, lambda n: n * _MB * (copies + 1 / _TENSORS))
 
 
@@ -206,7 +215,7 @@ ROWS = {
         rounds=3,
     ),
     "adapter_error": Row(
-        f"error of an adapter of rank {_RANK} over that of the best one",
+        f"error of an adapter of rank {_RANK} over the error of the best one",
         "width",
         (256, 512, 1024),
         (32, 64),

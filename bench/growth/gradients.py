@@ -1,4 +1,7 @@
-"""Rows of the memory of gradients, eager: through `torch.func` or autograd, with blocks recomputed or not."""
+"""Rows of the memory of gradients, eager.
+
+Gradients are through `torch.func` or autograd, with blocks recomputed or not.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -48,7 +51,10 @@ def unchanged(model: Llama) -> nn.Module:
 
 
 def llama_loss(tokens: int, wrap: Callable[[Llama], nn.Module]) -> tuple[Callable[..., Tensor], Any]:
-    """Return the loss of a llama on this many tokens as a function of the trainable tree, and that tree."""
+    """Return the loss of a llama on some tokens, and its trainable tree.
+
+    The loss is a function of the tree.
+    """
     length = min(tokens, 256)
     size = StepSize(width=_WIDTH if tokens > 256 else 64, layers=8, batch=tokens // length, length=length)
     model, batch = size.model("cpu"), size.tokens_on("cpu")
@@ -59,7 +65,10 @@ def llama_loss(tokens: int, wrap: Callable[[Llama], nn.Module]) -> tuple[Callabl
 
 
 def head_loss(vocabulary: int, tokens: int = 256) -> tuple[Callable[..., Tensor], Any]:
-    """Return the same of a model with this vocabulary and little else, whose embedding and head are full-rank."""
+    """Return the same of a model with this vocabulary and little else.
+
+    Its embedding and head are full-rank.
+    """
     model, batch = Head(vocabulary), torch.randint(vocabulary, (1, tokens + 1))
     params = dl.init(model, rank=8, seed=0, targets=[])
     return lambda tree: loss_of(dl.call(model, tree, batch[:, :-1]), batch), params

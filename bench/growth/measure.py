@@ -1,4 +1,7 @@
-"""Measure the contenders of a row: seconds of the processor in turns, and peaks each in a separate process."""
+"""Measure the contenders of a row.
+
+Seconds of the processor are in turns, and peaks are each in a separate process.
+"""
 
 import gc
 import time
@@ -12,7 +15,10 @@ _CPU = "cpu"
 
 
 def processor_seconds(contender: Contender) -> float:
-    """Return the seconds of the processor that one run takes, in all threads of this process."""
+    """Return the seconds of the processor that one run takes, in all threads.
+
+    The threads are those of this process.
+    """
     arguments = contender.before()
     gc.collect()
     start = time.process_time()
@@ -39,7 +45,10 @@ def seconds_of(row: Row, size: int, rounds: int, limit: float) -> dict[str, list
 
 
 def peak_of(row: Row, name: str, size: int) -> dict[str, float]:
-    """Return the peak of one run in this process and what stays in use after it, both beyond what was in use before."""
+    """Return the peak of one run and what stays in use after it.
+
+    Both are beyond what was in use before.
+    """
     contender = row.contenders[name](size)
     arguments = contender.before()
     gc.collect()

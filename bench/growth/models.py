@@ -1,4 +1,4 @@
-"""The models of the rows: llamas by millions of parameters, chains of linear layers, and both in PEFT."""
+"""The models of the rows: llamas, chains of linear layers, and both in PEFT."""
 
 import atexit
 import tempfile
@@ -30,7 +30,10 @@ LLAMAS = {  # by millions of parameters
 
 @lru_cache(maxsize=1)
 def llama(millions: int, dtype: torch.dtype = torch.float32) -> Llama:
-    """Return a llama of this size with random weights. The last one is kept for further contenders."""
+    """Return a llama of this size with random weights.
+
+    The last one is kept for further contenders.
+    """
     return init_weights(Llama(LLAMAS[millions]).to(dtype), 0)
 
 
@@ -46,7 +49,7 @@ def model_bytes(millions: int, dtype: torch.dtype = torch.float32) -> int:
 
 
 def largest_bytes(millions: int) -> int:
-    """Return the bytes of the largest stack of weights, or of the largest other parameter, in float32."""
+    """Return the bytes of the largest stack or other parameter in float32."""
     params = dl.init(meta_llama(LLAMAS[millions]), rank=1, seed=0, targets=[])
     return max(count_bytes(param) for param in params.values())
 
@@ -67,7 +70,10 @@ def in_peft(model: nn.Module, rank: int, layers: Sequence[str] | str = LAYERS) -
 
 
 def chain(count: int, width: int = WIDTH) -> nn.Sequential:
-    """Return linear layers that keep the norm of what passes through, however many there are."""
+    """Return linear layers that keep the norm of what passes through.
+
+    There may be any number of them.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
     for layer in model:

@@ -1,4 +1,7 @@
-"""Rows of what is looked up by name: many small weights in a model, in a file, in a list and in an adapter."""
+"""Rows of what is looked up by name.
+
+There are many small weights in a model, in a file, in a list and in an adapter.
+"""
 
 import json
 from functools import cache, partial

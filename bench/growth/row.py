@@ -1,4 +1,7 @@
-"""A row of the benchmark: contenders that do the same work at several sizes, and the goals that it is for."""
+"""A row of the benchmark: contenders with the same work, and their goals.
+
+The work has several sizes.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -46,13 +49,19 @@ class Row:
 
 
 def exponent(curve: Curve) -> float:
-    """Return the exponent of growth: the slope of a least-squares line through the logarithms."""
+    """Return the exponent of growth.
+
+    It is the slope of a least-squares line through the logarithms.
+    """
     points = [(math.log(size), math.log(max(value, _SMALLEST))) for size, value in curve.items()]
     return linear_regression(*zip(*points, strict=True)).slope
 
 
 def result_of(contender: str) -> str:
-    """Return the name of the curve of the bytes that stay in use after a contender of a "peak" row."""
+    """Return the name of the curve of the bytes that stay in use.
+
+    They stay after a contender of a "peak" row.
+    """
     return f"result of {contender}"
 
 
@@ -76,7 +85,10 @@ def at_most(most: float, name: str) -> Goal:
 
 
 def needs_at_most(most: float, name: str, unit: Callable[[int], float], allowed: Callable[[int], float]) -> Goal:
-    """Return the goal that a peak exceeds its result and what is allowed by at most `most` units, at every size."""
+    """Return the goal of a peak, which must hold at every size.
+
+    It may exceed its result and what is allowed by at most `most` units.
+    """
 
     def value(curves: Curves) -> float:
         peak, result = curves[name], curves[result_of(name)]

@@ -1,4 +1,7 @@
-"""Rows of what happens before a step and in a switch: `init`, draws from the basis, and folds."""
+"""Rows of what happens before a step and in a switch.
+
+They are `init`, draws from the basis, and folds.
+"""
 
 from collections.abc import Callable
 from functools import partial

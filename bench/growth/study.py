@@ -91,7 +91,10 @@ def measure(name: str, row: Row, config: Growth) -> Curves:
 
 
 def peaks(name: str, row: Row, size: int, config: Growth) -> dict[str, float]:
-    """Return the peak of each contender, each in a separate process. With `quick`, this process measures them."""
+    """Return the peak of each contender, each in a separate process.
+
+    With `quick`, this process measures them.
+    """
     found: dict[str, float] = {}
     for contender in row.contenders:
         if config.quick:

@@ -1,1 +1,4 @@
-"""Study whether switched factors train as well as full rank: ``python -m bench.quality EXPERIMENT``."""
+"""Study whether switched factors train as well as full rank.
+
+Run ``python -m bench.quality EXPERIMENT``.
+"""

@@ -1,4 +1,7 @@
-"""Train dense weights: full rank with AdamW or Muon, and GaLore and APOLLO from their packages."""
+"""Train dense weights by full rank, GaLore and APOLLO.
+
+Full rank has AdamW or Muon. The others are from their packages.
+"""
 
 from typing import Any
 
@@ -36,7 +39,10 @@ class FullRank:
         self._store(weights)
 
     def _store(self, weights: dict[str, Tensor]) -> None:
-        """Round the inner matrices to their format. Products see the codes, and updates the residuals too."""
+        """Round the inner matrices to their format.
+
+        Products see the codes, and updates the residuals too.
+        """
         self._seen = weights
         if self._run.base == "float32":
             return
@@ -85,7 +91,10 @@ def packaged(
 
 
 class Packaged:
-    """Train the same weights with an optimizer of another package. Each matrix of a stack is one parameter there."""
+    """Train the same weights with an optimizer of another package.
+
+    Each matrix of a stack is one parameter there.
+    """
 
     def __init__(self, job: Job, run: Run):
         self._run = run

@@ -23,7 +23,10 @@ class Method(Protocol):
         """Return the dense weights for the forward pass."""
 
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
-        """Take one step from the gradients of the dense weights, at `scale` times the peak rates."""
+        """Take one step from the gradients of the dense weights.
+
+        Rates are `scale` times the peak rates.
+        """
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes that the method stores beside the dense weights, by kind."""
@@ -33,7 +36,10 @@ class Method(Protocol):
 
 
 def execute(job: Job, run: Run, make_method: Callable[[Job, Run], Method]) -> dict[str, Any]:
-    """Return losses, bytes and measures of a run. A run that diverges ends at that step, with loss None."""
+    """Return losses, bytes and measures of a run.
+
+    A run that diverges ends at that step, with loss None.
+    """
     started, steps = time.perf_counter(), job.size.steps
     method, warmup = make_method(job, run), max(1, round(_WARMUP * steps))
     tracker = Tracker(method.weights())

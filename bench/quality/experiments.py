@@ -20,7 +20,7 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
     """Return the low-rank methods.
 
     A pool is left out: it gives the same vectors as seeds while a run switches fewer vectors than the pool has idle
-    ones. That holds here. `ablations` has runs that switch more.
+    ones. This is so here. `ablations` has runs that switch more.
     """
     switched = Run(size, "switchlora", fraction)
     return {
@@ -33,7 +33,7 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
 
 
 SMALLER = {"medium": "small", "main": "medium", "large": "medium", "huge": "large"}
-# A sweep of another value starts where that of these ended.
+# A sweep of another value starts where the sweep of these ended.
 PLAIN: tuple[dict[str, Any], ...] = ({"coefficients": "jordan"}, {"coupled": 0}, {"fraction": 4}, {"beta2": 0.999})
 
 
@@ -78,7 +78,10 @@ def ranks(found: Found, size: str) -> Rows:
 
 
 def test(found: Found, size: str) -> Rows:
-    """Compare all methods on a held-out text, not used for tuning, at the rates and seeds of `methods`."""
+    """Compare all methods on a held-out text, not used for tuning.
+
+    Rates and seeds are those of `methods`.
+    """
     finished = {name: stage.runs for name, stage in methods(found, size).items() if not stage.missing}
     return {name: stage_of(found, [replace(run, held_out="test") for run in runs]) for name, runs in finished.items()}
 
@@ -165,12 +168,15 @@ def compensation(found: Found, size: str) -> Rows:
     for run in baseline.runs[:1]:
         dense_lr, compensate = run.dense_lr / AT_REST, run.compensate / AT_REST
         at_rest = replace(run, lr=run.lr * AT_REST, dense_lr=dense_lr, compensate=compensate)
-        rows["alone, factors at rest"] = at_seeds(found, at_rest)
+        rows["only compensation, factors at rest"] = at_seeds(found, at_rest)
     return rows | ablated(found, baseline, COMPENSATIONS)
 
 
 def one_side(found: Found, size: str) -> Rows:
-    """Compare both factors with one at twice the rank, which has as many trained numbers."""
+    """Compare both factors with one at twice the rank.
+
+    It has as many trained numbers.
+    """
     rows = full_rank_rows(found, size)
     for optimizer, name in (("muon", ", Muon"), ("adamw", "")):
         for both, one in ((4, 2), (2, 1)):

@@ -1,4 +1,7 @@
-"""Compare loss, memory and traffic over methods, ranks and precisions: which are not beaten on both?"""
+"""Compare loss, memory and traffic over methods, ranks and precisions.
+
+It shows which are not beaten on both.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,9 +18,10 @@ LOW: dict[str, Any] = {"base": "int8+bfloat16", "moments": "8bit", "gradients": 
 
 
 def frontier(found: Found, size: str) -> Rows:
-    """Return full rank and switched factors at several ranks, of both sides and of one, in float32 and low precision.
+    """Return full rank, and switched factors at several ranks.
 
-    Rows in low precision have the rates of the same row in float32. "Muon" has Polar Express' coefficients here.
+    They have both sides or one, in float32 and in low precision. Rows in low precision have the rates of the same row
+    in float32. "Muon" has Polar Express' coefficients here.
     """
     full, switched = Run(size, "full"), Run(size, "switchlora")
     rows = {
@@ -56,14 +60,17 @@ def points_of(found: Found, rows: Rows) -> list[Point]:
 
 
 def memory(run: Run, line: Mapping[str, Any]) -> int:
-    """Return the bytes of weights, gradients and optimizer state. Embedding, head and norms are in float32."""
+    """Return the bytes of weights, gradients and optimizer state.
+
+    Embedding, head and norms are in float32.
+    """
     size, measured = SIZES[run.size], line["bytes"]
     bases = measured.get("bases", 4 * size.parameters())
     return bases + measured.get("factors", 0) + 4 * size.rest() + run.sent_bytes() + measured["state"]
 
 
 def unbeaten(points: list[Point], cost: str) -> list[Point]:
-    """Return the points for which no other has a lower loss at the same cost or less."""
+    """Return the points without a better one at the same cost or less."""
     by_cost = sorted(points, key=lambda point: (getattr(point, cost), point.loss))
     kept: list[Point] = []
     for point in by_cost:
@@ -91,7 +98,10 @@ def write_frontier(folder: Path, found: Found, by_size: Mapping[str, Rows]) -> N
 
 
 def plot(points: list[Point], path: Path) -> None:
-    """Plot the loss over memory and over traffic, with the line through what is unbeaten."""
+    """Plot the loss over memory and over traffic.
+
+    A line goes through what is unbeaten.
+    """
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
     figure, axes = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained", sharey=True)

@@ -30,7 +30,10 @@ def is_inner(name: str) -> bool:
 
 @cache
 def optimizer_of(settings: OptimizerSettings) -> dl.optim.Transform:
-    """Return the optimizer of a run. Embedding, head and norms always have AdamW with float32 moments."""
+    """Return the optimizer of a run.
+
+    Embedding, head and norms always have AdamW with float32 moments.
+    """
     options = {"betas": (0.9, settings.beta2)}
     rest = dl.optim.adamw(**options)
     if settings.optimizer == "adamw" and settings.moments == "float32":
@@ -67,7 +70,10 @@ class Job:
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-        """Return the compiled function (weights by name, tokens) -> (loss, gradients) of dense weights."""
+        """Return the compiled function that gives loss and gradients of dense weights.
+
+        Its arguments are weights by name, and tokens.
+        """
         value_and_grad = dl.value_and_grad(self.loss)
 
         def gradients(weights: Any, tokens: Tensor) -> tuple[Tensor, Any]:
@@ -76,7 +82,10 @@ class Job:
         return torch.compile(gradients, fullgraph=True, dynamic=False, backend=self._backend)
 
     def held_out(self, kind: HeldOut) -> Tensor:
-        """Return the validation text, used for tuning, or the test text, not used for tuning: the sources of torch."""
+        """Return the validation text, or the test text, which is not used for tuning.
+
+        The test text is the sources of torch.
+        """
         return self.corpus.validation if kind == "validation" else self._sources_of_torch
 
     @cached_property

@@ -9,16 +9,19 @@ from torch import Tensor
 
 
 def effective_rank(matrices: Tensor) -> Tensor:
-    """Return exp(entropy of the normalized singular values) of each matrix (Roy and Vetterli, EUSIPCO 2007)."""
+    """Return exp(entropy of the normalized singular values) of each matrix.
+
+    This is the effective rank of Roy and Vetterli, EUSIPCO 2007.
+    """
     values = torch.linalg.svdvals(matrices.double())
     weights = values / values.sum(-1, keepdim=True).clamp(min=1e-300)
     return (-torch.special.xlogy(weights, weights).sum(-1)).exp()
 
 
 def overlap(before: Tensor, after: Tensor) -> Tensor:
-    """Return how far the row spans of two matrices (*stack, rank, n) overlap, in [0, 1].
+    """Return how far the row spans of two matrices overlap, in [0, 1].
 
-    The same span gives 1. Random ones give rank / n on average.
+    Both are (*stack, rank, n). The same span gives 1. Random ones give rank / n on average.
     """
     first, second = (torch.linalg.qr(rows.double().mT).Q for rows in (before, after))
     return (first.mT @ second).square().sum((-1, -2)) / before.shape[-2]

@@ -16,7 +16,10 @@ _MARKERS = "os^DvPX"
 
 
 def points(losses: Mapping[str, Sequence[float]], held_out: HeldOut, path: Path) -> None:
-    """Plot the loss of every row at each seed, the mean of each row, and a line at the mean of the first row."""
+    """Plot the loss of every row at each seed, and the mean of each row.
+
+    A line is at the mean of the first row.
+    """
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(losses)), layout="constrained")

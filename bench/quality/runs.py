@@ -64,7 +64,10 @@ _ONLY_BOTH = ("side_lr", "candidates", "order", "incoming", "start_scale")
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of a run. Defaults are the paper's recipe (arXiv:2406.06564), with seeded candidates."""
+    """The settings of a run.
+
+    Defaults are the paper's recipe (arXiv:2406.06564), with seeded candidates.
+    """
 
     size: str
     method: str
@@ -118,10 +121,10 @@ class Run:
         return OptimizerSettings(self.optimizer, self.beta2, self.moments, self.coefficients, self.coupled)
 
     def sent_bytes(self) -> int:
-        """Return the bytes of the gradients that a data-parallel step reduces, as many as it stores.
+        """Return the bytes of the gradients that a data-parallel step reduces.
 
-        A compensated step reduces dense gradients in float32 only, since the gradients of the factors follow from them.
-        With dense gradients in int8 it reduces the gradients of the factors too.
+        A step stores as many. A compensated step reduces dense gradients in float32 only, since the gradients of the
+        factors follow from them. With dense gradients in int8 it reduces the gradients of the factors too.
         """
         size, rank = SIZES[self.size], self.rank()
         inner, rest = size.parameters(), size.rest()
@@ -138,7 +141,10 @@ class Run:
         return round(fraction * dense + (1 - fraction) * 4 * low) + 4 * rest
 
     def described(self) -> dict[str, Any]:
-        """Return the settings that differ from the defaults, and always size, method, fraction, rate and seed."""
+        """Return the settings that differ from the defaults.
+
+        Size, method, fraction, rate and seed are always included.
+        """
         always = {"size", "method", "fraction", "lr", "seed"}
         return {
             field.name: value

@@ -51,7 +51,10 @@ def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict
 
 @cache
 def origin() -> dict[str, Any]:
-    """Return commit, command and versions. Cached, since the loaded code does not change with the working tree."""
+    """Return commit, command and versions.
+
+    Cached, since the loaded code does not change with the working tree.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return {

@@ -1,4 +1,7 @@
-"""Run an experiment: print the plan and its time, do the missing runs, and write the tables and plots."""
+"""Run an experiment: do the missing runs, and write tables and plots.
+
+The plan and its time are printed first.
+"""
 
 import time
 from collections.abc import Sequence
@@ -87,7 +90,10 @@ def digest_of(corpus: text.Corpus) -> str:
 
 
 def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) -> list[Run]:
-    """Return the runs that are missing before the next ones can be chosen, and print them."""
+    """Return the runs that are missing before the next ones can be chosen.
+
+    They are printed.
+    """
     found = store.read(config.folder, digest_of(corpus))
     rows = EXPERIMENTS[config.experiment](found, size)
     if unknown := set(config.rows) - set(rows):

@@ -41,7 +41,10 @@ def _tabled(plain: dl.schedules.Schedule, run: Run, params: Mapping[str, Any]) -
 
 
 def both_sides(plan: dict[str, dl.Plan]) -> dict[str, dl.Plan]:
-    """Use the plan of side a for both sides, so that both vectors of a slot are switched at once."""
+    """Use the plan of side a for both sides.
+
+    So both vectors of a slot are switched at once.
+    """
     return {name: sides._replace(b=sides.a) for name, sides in plan.items()}
 
 
@@ -67,7 +70,10 @@ def at_random(
 
 
 def outside_span(incoming: dict[str, dl.Factors], params: Mapping[str, Any]) -> dict[str, dl.Factors]:
-    """Remove the part of the vectors inside the span of the factors. Their lengths stay."""
+    """Remove the part of the vectors inside the span of the factors.
+
+    Their lengths stay.
+    """
 
     def of_rows(vectors: Tensor, rows: Tensor) -> Tensor:
         basis = torch.linalg.qr(rows.mT).Q  # (*stack, n, rank)

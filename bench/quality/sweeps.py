@@ -1,4 +1,7 @@
-"""Find the learning rates of every method with the same search, then run it with all seeds."""
+"""Find the learning rates of every method with the same search.
+
+Then run the method with all seeds.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +14,7 @@ from bench.quality.store import Found
 SEEDS = (0, 1, 2)
 # The papers' rates, from which a sweep starts.
 CENTERS = {"full": 2e-3, "lora": 1e-2, "relora": 1e-2, "galore": 1e-2, "apollo": 1e-2, "switchlora": 2e-2}
-MUON = 2e-3  # rate of the dense weight, for full rank and for factors: that of full rank with AdamW
+MUON = 2e-3  # rate of the dense weight, for full rank and for factors: the rate of full rank with AdamW
 
 
 class Stage(NamedTuple):
@@ -51,7 +54,10 @@ def papers_rate(run: Run) -> float:
 
 
 def neighbors(run: Run) -> list[Run]:
-    """Change one of the two rates: the first by 2, the second by 4. `dense_lr` is relative to `lr`."""
+    """Change one of the two rates: the first by 2, the second by 4.
+
+    `dense_lr` is relative to `lr`.
+    """
     moves = [(2.0, 0.5), (0.5, 2.0), (1.0, 4.0), (1.0, 0.25)]
     return [replace(run, lr=run.lr * lr, dense_lr=run.dense_lr * dense) for lr, dense in moves]
 

@@ -42,7 +42,10 @@ class Row(NamedTuple):
 
 
 def rows_of(found: Found, rows: Rows) -> list[Row]:
-    """Return the rows that are run with all seeds. A run that diverged has an infinite loss."""
+    """Return the rows that are run with all seeds.
+
+    A run that diverged has an infinite loss.
+    """
     finished = {name: stage.runs for name, stage in rows.items() if stage.runs and not stage.missing}
     first: list[float] = []
     result = []
@@ -118,5 +121,5 @@ def write_report(folder: Path, experiment: str, found: Found, by_size: Mapping[s
                 plots.curves(found, rows, finished[0].held_out, path)
         open_rows = [name for name, stage in rows.items() if stage.missing or not stage.runs]
         if open_rows:
-            parts += [f"Still to be run at size {size}: {'; '.join(open_rows)}.", ""]
+            parts += [f"Still to be run at size {size}:", "", *(f"- {row}" for row in open_rows), ""]
     (folder / f"{experiment}.md").write_text("\n".join(parts))

@@ -1,1 +1,1 @@
-"""Share options, timing, memory measurement and training steps between the programs in `bench`."""
+"""Options, timing, memory and training steps for the programs in `bench`."""

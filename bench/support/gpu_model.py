@@ -194,7 +194,10 @@ def traced_peak(layers: int) -> int:
 
 
 def predictions(cluster: Cluster, model: Model) -> dict[str, Callable[[], Predicted]]:
-    """Return the prediction of each method, replicated and sharded. nf4 cannot store an odd number of rows."""
+    """Return the prediction of each method, replicated and sharded.
+
+    nf4 cannot store an odd number of rows.
+    """
     bases = [base for base in BASES if base != "nf4" or model.hidden % 2 == 0]
     result = {"full rank": partial(predict, cluster, model, None, is_sharded=False)}
     result["full rank, FSDP"] = partial(predict, cluster, model, None, is_sharded=True)
@@ -208,6 +211,9 @@ def predictions(cluster: Cluster, model: Model) -> dict[str, Callable[[], Predic
 
 
 def _divides(model: Model, gpus: int) -> bool:
-    """Return whether nf4's blocks, which share a scale, divide the shard of each process."""
+    """Return whether nf4's blocks divide the shard of each process.
+
+    Entries of a block share a scale.
+    """
     block = [leaf.shape for name, leaf in shapes(model).items() if name.startswith("layers.0.")]
     return all(rows % gpus == 0 and rows // gpus * columns % 2**14 == 0 for rows, *rest in block for columns in rest)

@@ -1,4 +1,4 @@
-"""Provide the options of every benchmark, its environment, and the output of its results."""
+"""Options of every benchmark, its environment, and the output of its results."""
 
 import json
 import os
@@ -53,7 +53,10 @@ def environment(options: Options) -> dict[str, Any]:
 
 
 def _program() -> str:
-    """Return the name of the benchmark, which is that of its folder if it is a package."""
+    """Return the name of the benchmark.
+
+    For a package it is the name of its folder.
+    """
     path = Path(sys.argv[0])
     return f"bench.{path.parent.name if path.stem == '__main__' else path.stem}"
 
@@ -77,7 +80,10 @@ def _commit() -> str:
 
 
 def start(options: Options) -> Console:
-    """Set the number of threads, print the environment, and return the console to print to."""
+    """Set the number of threads, print the environment, and return the console.
+
+    Print to this console.
+    """
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json, width=120)
     console.print(", ".join(f"{name} {value}" for name, value in environment(options).items()), highlight=False)
@@ -85,7 +91,10 @@ def start(options: Options) -> Console:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
-    """Return a table with the first column left-aligned and floats at four significant digits."""
+    """Return a table with floats at four significant digits.
+
+    The first column is left-aligned.
+    """
     result = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         result.add_column(column, justify="right" if index else "left")
@@ -95,7 +104,10 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
 
 
 def finish(options: Options, results: dict[str, Any], raw: Any) -> None:
-    """Write the results and raw numbers to `options.out` and print them as the options say."""
+    """Write the results and raw numbers to `options.out`, and print them.
+
+    The options say how they are printed.
+    """
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"environment": environment(options), **results, "raw": raw}
@@ -105,7 +117,10 @@ def finish(options: Options, results: dict[str, Any], raw: Any) -> None:
 
 
 def run_in_subprocess(program: str, flags: Sequence[str], variables: Mapping[str, str]) -> Any:
-    """Run ``python -m PROGRAM FLAGS`` with extra environment variables and return the JSON of its last line."""
+    """Run ``python -m PROGRAM FLAGS`` and return the JSON of its last line.
+
+    Extra environment variables are set.
+    """
     command = [sys.executable, "-m", program, *flags]
     environ = {**os.environ, **variables}
     output = subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout

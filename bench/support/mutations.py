@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class Mutant(NamedTuple):
-    """One change of one node: the `way`-th change of node `node` in the tree of the module."""
+    """One change of one node of a module.
+
+    It is the `way`-th change of node `node` in the tree.
+    """
 
     module: str
     node: int
@@ -79,7 +82,10 @@ def mutants_of(module: str) -> list[Mutant]:
 
 
 def _executable_nodes(tree: ast.AST) -> list[Any]:
-    """Return the nodes to change, without annotations, overloads, docstrings and error messages."""
+    """Return the nodes to change.
+
+    Annotations, overloads, docstrings and error messages are left out.
+    """
     nodes: list[Any] = []
 
     def visit(node: ast.AST) -> None:

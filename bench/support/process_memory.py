@@ -1,4 +1,7 @@
-"""Measure the memory of this process: resident memory (Linux) on a CPU, the allocator's on CUDA."""
+"""Measure the memory of this process.
+
+On a CPU it is resident memory (Linux), and on CUDA the allocator's.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -46,7 +46,10 @@ def interleave(
     device: str,
     when_warm: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every contender once a round, for `repeats` rounds after two rounds of warm-up and `when_warm`."""
+    """Time every contender once a round, for `repeats` rounds.
+
+    Two rounds of warm-up, and `when_warm`, come first.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repeats + _WARMUP_ROUNDS):
         if round_ == _WARMUP_ROUNDS:
@@ -59,6 +62,9 @@ def interleave(
 
 
 def weighted(common: Timing, occasional: Timing, fraction: float) -> Timing:
-    """Return the timing of a step that takes `occasional` in `fraction` of the cases and `common` otherwise."""
+    """Return the timing of a step that sometimes takes `occasional`.
+
+    It does in `fraction` of the cases, and takes `common` otherwise.
+    """
     pairs = zip(common.all, occasional.all, strict=True)
     return Timing.of([(1 - fraction) * usual + fraction * rare for usual, rare in pairs])

@@ -1,4 +1,4 @@
-"""Build training steps of a llama by each method, as functions that can be called repeatedly."""
+"""Build training steps of a llama by each method, as repeatable functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -78,7 +78,10 @@ def module_step(
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = fused_adamw,
     **compile_options: Any,
 ) -> Callable:
-    """Build the usual loop: `torch.compile` of the model, ``backward()``, and an optimizer that updates in place."""
+    """Build the usual loop with an optimizer that updates in place.
+
+    It is `torch.compile` of the model and ``backward()``.
+    """
     optimizer = make_optimizer(model)
     forward = torch.compile(model, fullgraph=True, dynamic=False, **compile_options) if compile_options else model
     tokens = size.tokens_on(device)
@@ -102,7 +105,7 @@ def full_step(size: StepSize, device: str, dtype: torch.dtype = torch.float32, *
 def peft_step(
     size: StepSize, rank: int, device: str, dtype: torch.dtype = torch.float32, **compile_options: Any
 ) -> Callable:
-    """Build a step of the package `peft`'s LoRA, which also trains embedding, norms and head."""
+    """Build a step of PEFT's LoRA, which also trains embedding, norms and head."""
     import peft  # noqa: PLC0415 (slow to import, and only this step needs it)
 
     layers = ["query", "key", "value", "output", "gate", "up", "down"]
@@ -182,10 +185,16 @@ class LibraryStep:
         return loss
 
     def first_plan(self) -> Any:
-        """Return the plan of the first step that switches, where the schedule switches most."""
+        """Return the plan of the first step that switches.
+
+        The schedule switches most there.
+        """
         return self.schedule(int(self.schedule.interval), self.params)
 
     def switching_fraction(self) -> float:
-        """Return the fraction of the steps of a run that switch anything. Weights of one shape switch together."""
+        """Return the fraction of the steps of a run that switch anything.
+
+        Weights of one shape switch together.
+        """
         by_shape = {str(param.shape): param for param in self.params.values() if isinstance(param, dl.LowRank)}
         return sum(self.schedule.switches(step, by_shape) > 0 for step in range(SCHEDULE_STEPS)) / SCHEDULE_STEPS

@@ -1,4 +1,4 @@
-"""Split lists into batches of limited size, so that what is computed together stays small."""
+"""Split lists into batches of limited size, which bounds temporary memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -7,7 +7,9 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item], size: Callable[[Item], int], *, most: int) -> Iterator[list[Item]]:
-    """Yield lists of items in their order, of at most `most` in all, or of one larger item.
+    """Yield lists of items in their order, of at most `most` in all.
+
+    A larger item is in a list without others.
 
     Example:
         >>> list(batches([2, 3, 9, 1], lambda item: item, most=5))

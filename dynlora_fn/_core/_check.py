@@ -90,9 +90,9 @@ def _interval(least: float | None, above: float | None, most: float | None, belo
 
 
 def check_rate(name: str, value: Any, *, most: float | None = None, of: str | None = None) -> None:
-    """Check a rate that may change while a step is compiled: a number of at least 0, or a 0-d tensor.
+    """Check a rate: a number of at least 0, or a 0-d tensor.
 
-    The value of a tensor is not read.
+    A rate may change while a step is compiled. The value of a tensor is not read.
 
     Raises:
         TypeError: If it is neither a real number nor a real tensor.
@@ -108,7 +108,9 @@ def check_rate(name: str, value: Any, *, most: float | None = None, of: str | No
 
 
 def check_step(name: str, step: Any) -> int | Tensor:
-    """Return a step: an integer of at least 0, or a 0-d tensor of one, whose value is not read.
+    """Return a step: an integer of at least 0, or a 0-d tensor of one.
+
+    The value of a tensor is not read.
 
     Raises:
         TypeError: If it is no integer.
@@ -124,7 +126,10 @@ def check_step(name: str, step: Any) -> int | Tensor:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = False) -> None:
-    """Raise ValueError if a value is not one of the words, or None where that is allowed."""
+    """Raise ValueError if a value is not one of the words.
+
+    None is accepted if `or_none` is True.
+    """
     if (value is None and or_none) or (isinstance(value, str) and value in choices):
         return
     words = [*map(repr, choices), *(["None"] if or_none else [])]
@@ -189,7 +194,10 @@ def check_by_name(name: str, value: Any, *, of: str) -> None:
 
 
 def check_patterns(name: str, value: Any) -> None:
-    """Raise TypeError if a value is no sequence of names or globs. A single text is none."""
+    """Raise TypeError if a value is no sequence of names or globs.
+
+    A single text is none.
+    """
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise TypeError(f"`{name}` is {described(value)}; pass a list of names or globs")
     for pattern in value:

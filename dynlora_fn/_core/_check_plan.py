@@ -1,4 +1,7 @@
-"""Check plans: their shapes and dtypes always, and their slots where the host can read them without waiting."""
+"""Check plans: their shapes and dtypes always, their slots on the host only.
+
+Slots are checked where the host can read them without waiting.
+"""
 
 from typing import Any
 

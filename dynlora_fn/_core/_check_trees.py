@@ -28,7 +28,9 @@ from dynlora_fn._core._types import (
 
 
 def check_param(argument: str, name: str, param: Any) -> None:
-    """Raise if a value is neither a tensor nor a low-rank weight whose tensors fit each other.
+    """Raise if a value is no tensor and no low-rank weight that is consistent.
+
+    The tensors of a weight must fit each other.
 
     Raises:
         TypeError: If a tensor, factors or a base have another type or a dtype that cannot be trained.
@@ -66,7 +68,10 @@ def check_param(argument: str, name: str, param: Any) -> None:
 
 
 def _is_plain(param: LowRank) -> bool:
-    """Return whether a weight consists of floating tensors on one device, none of them empty or of another class."""
+    """Return whether a weight has floating tensors on one device, none empty.
+
+    A tensor of another class counts as not plain.
+    """
     factors, base, seed = param.factors, param.base, param.seed
     if type(factors) is not Factors or not type(factors.b) is type(factors.a) is type(base) is type(seed) is Tensor:
         return False
@@ -101,7 +106,10 @@ def check_params(argument: str, params: Any) -> None:
 
 
 def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) -> None:
-    """Raise if a value is neither one weight nor a dict of parameters by name, as `check_param`."""
+    """Raise if a value is neither one weight nor a dict of parameters by name.
+
+    Each parameter is checked as in `check_param`.
+    """
     if isinstance(params, Mapping):
         check_params(argument, params)
     elif isinstance(params, LowRank) or (or_tensor and isinstance(params, Tensor | FrozenTensor)):
@@ -111,7 +119,10 @@ def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) ->
 
 
 def check_factors(argument: str, name: str, factors: Any) -> None:
-    """Raise if a value is no pair of floating tensors (*stack, out, rank) and (*stack, rank, in)."""
+    """Raise if a value is no pair of factors of a weight.
+
+    Factors are floating tensors (*stack, out, rank) and (*stack, rank, in).
+    """
     if not is_factors(factors):
         raise TypeError(f"`{argument}` has {described(factors)} in place of the factors of {name!r}; use Factors")
     _check_is_alpha(argument, name, factors)
@@ -174,7 +185,9 @@ def check_names(argument: str, names: Iterable[str], like_argument: str, like: I
 
 
 def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[str, Any]) -> None:
-    """Raise if a tree does not have the names, types, shapes and devices of the parameters.
+    """Raise if a tree does not mirror the parameters.
+
+    It must have their names, types, shapes and devices.
 
     Raises:
         TypeError: If a leaf is no tensor, or not real where the parameter is.
@@ -197,7 +210,7 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
         found = f"a {type(leaf).__name__}" if hasattr(leaf, "shape") or is_factors(leaf) else described(leaf)
         raise ValueError(
             f"`{argument}` has {found} for {name!r}, which is a {type(like).__name__} in `{like_argument}`; "
-            "pass that of the same parameters"
+            "pass the tree of the same parameters"
         )
     sides = sides_of(leaf) if is_factors(leaf) else (leaf,)
     wanted = sides_of(like) if is_factors(like) else (like,)
@@ -206,7 +219,9 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
             raise TypeError(f"`{argument}` has {described(side)} in {name!r}; use a tensor")
     if [side.shape for side in sides] != [side.shape for side in wanted]:
         got, right = (", ".join(str(tuple(side.shape)) for side in group) for group in (sides, wanted))
-        raise ValueError(f"`{argument}` has {name!r} of shape {got} for a parameter of shape {right}; pass that of it")
+        raise ValueError(
+            f"`{argument}` has {name!r} of shape {got} for a parameter of shape {right}; pass one of that shape"
+        )
     for side, other in zip(sides, wanted, strict=True):
         _check_is_floating(argument, repr(name), side)
         if side.is_complex() != other.is_complex():
@@ -222,7 +237,7 @@ def check_alpha(argument: str, name: str, leaf: AnyFactors, like_argument: str, 
     if alpha_of(leaf) != alpha_of(like):
         raise ValueError(
             f"`{argument}` has alpha {alpha_of(leaf)} for {name!r}, which has alpha {alpha_of(like)} in"
-            f" `{like_argument}`; pass that of the same parameters, with the type that `_replace` and `tree_map` keep"
+            f" `{like_argument}`; pass the same parameters' tree, with the type that `_replace` and `tree_map` keep"
         )
 
 
@@ -244,7 +259,7 @@ def _is_like(leaf: Any, like: Any) -> bool:
 
 
 def _check_is_floating(argument: str, what: str, tensor: Tensor) -> None:
-    """Raise TypeError for a tensor of integers or flags, in which sums would be rounded."""
+    """Raise TypeError for a tensor of integers or flags, whose sums would be rounded."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(f"`{argument}` has dtype {tensor.dtype} for {what}; use a floating dtype")
 

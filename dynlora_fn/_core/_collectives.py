@@ -1,6 +1,7 @@
-"""All-gather, reduce-scatter and all-reduce, as functional collectives that `torch.func` and Dynamo accept.
+"""Collectives that `torch.func` and Dynamo accept.
 
-Collective: every process of the group must call each function, in the same order.
+All-gather, reduce-scatter and all-reduce are functional: they return new tensors. Collective: every process of the
+group must call each function, in the same order.
 """
 
 import torch
@@ -68,9 +69,10 @@ def all_reduce(tensor: Tensor, group: str) -> Tensor:
 
 
 def weighted(tensor: Tensor, weight: float | Tensor) -> Tensor:
-    """Multiply a term of a mean over processes by the weight of its process, a number or a 0-d tensor.
+    """Multiply a term of a mean over processes by the weight of its process.
 
-    With weight 0 the result is zero, also where the term is NaN or infinite, as on a process without data.
+    The weight is a number or a 0-d tensor. With weight 0 the result is zero, also where the term is NaN or infinite, as
+    on a process without data.
     """
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, torch.zeros_like(tensor), tensor * weight)
@@ -78,7 +80,9 @@ def weighted(tensor: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def refuse_derivatives(tensor: Tensor) -> None:
-    """Refuse forward mode and `torch.func` through a collective. `torch.autograd` has formulas for its gradients.
+    """Refuse forward mode and `torch.func` through a collective.
+
+    `torch.autograd` has formulas for its gradients.
 
     Raises:
         NotImplementedError: If the tensor is differentiated.

@@ -14,7 +14,10 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor in a dtype. A conversion to the same dtype takes as long as a small product."""
+    """Return a tensor in a dtype.
+
+    A conversion to the same dtype takes as long as a small product.
+    """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -36,7 +39,10 @@ class Autocast(NamedTuple):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(device_type: str) -> bool:
-    """Return whether a device has autocast. Dynamo of torch 2.11 cannot trace the question."""
+    """Return whether a device has autocast.
+
+    Dynamo of torch 2.11 cannot trace the question.
+    """
     return torch.amp.is_autocast_available(device_type)
 
 

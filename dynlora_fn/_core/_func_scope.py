@@ -1,4 +1,7 @@
-"""Whether `torch.func` differentiates, or autograd does in its place and refuses what `torch.func` refuses."""
+"""Tell whether `torch.func` differentiates, or autograd does in its place.
+
+Autograd then refuses what `torch.func` refuses.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +33,10 @@ def in_place_of_func() -> Iterator[None]:
 
 
 def is_in_place_of_func() -> bool:
-    """Return whether autograd is running in place of `torch.func`. While Dynamo traces, it is not."""
+    """Return whether autograd is running in place of `torch.func`.
+
+    While Dynamo traces, it is not.
+    """
     return not torch.compiler.is_dynamo_compiling() and _IN_PLACE_OF_FUNC.get()
 
 

@@ -29,7 +29,7 @@ class Patterns:
         self._lengths = sorted({len(start) for start in self._globs})
 
     def matching(self, names: Iterable[str]) -> list[str]:
-        """Return the patterns that are one of the names, or a glob that matches one, in their order."""
+        """Return the patterns that are one of the names, or a glob of one, in order."""
         if not self._lengths:  # no globs
             plain = {name for name in names if name in self._positions}
             return [*plain] if len(plain) < 2 else sorted(plain, key=self._positions.__getitem__)

@@ -15,16 +15,16 @@ _FEW = 12
 def share_plans(count: int) -> bool:
     """Return whether so many weights share plans and what is computed from them.
 
-    In a compiled step of few weights, as stacks are, each weight has operations of its own, which a compiler fuses into
+    In a compiled step of few weights, as stacks are, each weight has separate operations, which a compiler fuses into
     those that read them. For many weights they would take long to trace.
     """
     return count > _FEW or not torch.compiler.is_compiling()
 
 
 def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return a function of sides of plans, and of numbers, that computes each result once.
+    """Return a function that computes each result once.
 
-    Sides are the same if their tensors are.
+    Its arguments are sides of plans, and numbers. Sides are the same if their tensors are.
     """
     results: dict[Any, Result] = {}
 

@@ -52,7 +52,7 @@ def find_stacks(keys: Mapping[str, Hashable], kinds: Mapping[str, object] | None
     for name in keys:
         if "*" in name or _first_axis(name):
             what = "a star" if "*" in name else "a range"
-            raise ValueError(f"parameter {name!r} contains {what}, which stands for the axis of a stack; rename it")
+            raise ValueError(f"parameter {name!r} contains {what}, which means the axis of a stack; rename it")
     finer = {name: (key, kinds[name] if kinds else None) for name, key in keys.items()}
     return dict(_group(list(keys), keys, finer, frozenset()))
 
@@ -94,7 +94,10 @@ def _group(
 
 
 def _named(members: list[str], values: Mapping[int, list[int]]) -> tuple[str, Stack]:
-    """Return a grid of names, with its name. `values` are the integers at each position that is not literal."""
+    """Return a grid of names, with its name.
+
+    `values` are the integers at each position that is not literal.
+    """
     axes = {at: _axis_name(axis) for at, axis in values.items()}
     shape = tuple(len(axis) for at, axis in values.items() if not _is_integer(axes[at]))
     return _replaced(members[0], axes), Stack(sorted(members, key=_integers), shape)
@@ -215,7 +218,7 @@ def member_names(pattern: str, shape: Sequence[int]) -> list[str]:
 
 
 def _first_axis(name: str) -> tuple[str, int, str] | None:
-    """Return the text before the first axis in a name, the first index along it, and the text after it."""
+    """Return the first index in a name, between the texts before and after it."""
     if "*" not in name and "{" not in name:
         return None
     parted = f".{name}."  # so that position `at` in the name follows position `at` here

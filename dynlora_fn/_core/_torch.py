@@ -1,6 +1,6 @@
-"""Every private name of torch that the library uses, checked on the version in `CHECKED`.
+"""Private names of torch that the library uses, checked on `CHECKED`.
 
-No other module imports a private name of torch, so a new version needs changes only here.
+Only this module imports private names of torch, so a new version needs changes only here.
 `tests/core/test_torch_names.py` fails with each name that has moved.
 """
 
@@ -146,13 +146,16 @@ is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_fu
 
 
 def register_constant(kind: type) -> None:
-    """Make a type a node without leaves in every tree, which ``torch.load(weights_only=True)`` reads too."""
+    """Make a type a node without leaves in every tree.
+
+    ``torch.load(weights_only=True)`` reads it too.
+    """
     register_pytree_constant(kind)
     torch.serialization.add_safe_globals([kind])
 
 
 def let_dynamo_replace() -> None:
-    """Let Dynamo of torch before 2.13 trace `_replace` of the named tuples of the library.
+    """Let Dynamo of torch before 2.13 trace `_replace` of the library's tuples.
 
     `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo of torch 2.11 returns an empty tuple then and cannot
     pass it to a function in the graph. A call of the class has neither fault. Tuples of other packages stay.
@@ -170,7 +173,10 @@ def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":
 
 
 def device_of_collectives(group: "torch.distributed.ProcessGroup") -> torch.device:
-    """Return a device whose tensors a group can send: the CPU if it can, else the current one of its kind."""
+    """Return a device whose tensors a group can send.
+
+    It is the CPU if the group can send from it, and otherwise the current device of the group's kind.
+    """
     devices: list[torch.device] = group._device_types
     return torch.device("cpu") if torch.device("cpu") in devices else devices[0]
 
@@ -178,7 +184,7 @@ def device_of_collectives(group: "torch.distributed.ProcessGroup") -> torch.devi
 def gloo_with_one_thread(
     store: Any, process: int, world_size: int, timeout: timedelta
 ) -> "torch.distributed.ProcessGroupGloo":
-    """Return a gloo backend with one worker thread, on the interfaces that torch uses by default."""
+    """Return a gloo backend with one worker thread, on torch's default interfaces."""
     gloo: Any = torch.distributed.ProcessGroupGloo
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     options = gloo._Options()
@@ -204,7 +210,10 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 
 def is_of_transform(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor belongs to a transform of `torch.func`, and must not be used after it."""
+    """Return whether a tensor belongs to a transform of `torch.func`.
+
+    Such a tensor must not be used after the transform.
+    """
     is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return is_wrapped
 
@@ -220,10 +229,10 @@ def can_read(tensor: torch.Tensor) -> bool:
 
 
 def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether operations on tensors run at once, and nothing traces, maps or records them.
+    """Return whether operations on tensors run at once.
 
-    A function may then compute its result block by block in newly allocated memory. For other tensors than plain ones
-    on a CPU or on CUDA, the answer is False.
+    Nothing traces, maps or records them. A function may then compute its result block by block in newly allocated
+    memory. For other tensors than plain ones on a CPU or on CUDA, the answer is False.
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
@@ -242,7 +251,10 @@ def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forward_levels() -> int:
-    """Return how many levels of forward mode are active: nested `torch.func.jvp`, or one of `torch.autograd`."""
+    """Return how many levels of forward mode are active.
+
+    They are nested calls of `torch.func.jvp`, or one of `torch.autograd`.
+    """
     functorch = torch._C._functorch
     levels = functorch.get_interpreter_stack()
     nested = sum(level.key() == functorch.TransformType.Jvp for level in levels) if levels else 0
@@ -250,9 +262,9 @@ def forward_levels() -> int:
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor requires a gradient or has a tangent, below other transforms too.
+    """Return whether a tensor requires a gradient or has a tangent.
 
-    While Dynamo traces, only gradients of the innermost level are seen.
+    Levels below other transforms count too. While Dynamo traces, only gradients of the innermost level are seen.
     """
     if torch.compiler.is_dynamo_compiling():
         return tensor.requires_grad and torch.is_grad_enabled()
@@ -274,7 +286,7 @@ def _has_tangent(tensor: torch.Tensor) -> bool:
     tensor = without_dead_levels(tensor)
     if functorch.peek_interpreter_stack() is None:
         return _is_dual(tensor)
-    # A level sees only its tangents, so lower levels are asked in turn.
+    # A level sees only its tangents, so lower levels are called in turn.
     interpreter = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
     if interpreter.key() == functorch.TransformType.Jvp and _is_dual(tensor):
         return True
@@ -290,7 +302,10 @@ def _is_dual(tensor: torch.Tensor) -> bool:
 
 
 def without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor without the wrappers of transforms that have ended, which a pullback saves."""
+    """Return a tensor without the wrappers of transforms that have ended.
+
+    A pullback saves such tensors.
+    """
     functorch: Any = torch._C._functorch
     while functorch.is_dead_tensor_wrapper(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -320,16 +335,20 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def is_differentiated(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Return whether anything may differentiate, map or record an operation on some tensors."""
+    """Return whether anything may differentiate, map or record an operation.
+
+    The operation is one on some tensors.
+    """
     if are_transforms_active() or forward_levels() > 0:
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether the current level of differentiation records operations on one of the tensors.
+    """Return whether the current level of differentiation records operations.
 
-    It is for the autograd kernel of an operation, which every level of reverse or forward mode calls.
+    The operations are those on one of the tensors. It is for the autograd kernel of an operation, which every level of
+    reverse or forward mode calls.
     """
     is_forward = torch._C._is_fwd_grad_enabled()
     return any(
@@ -340,7 +359,10 @@ def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def call_below_autograd(operation: Any, keys: Any, *args: Any) -> Any:
-    """Call an operation from its autograd kernel, without recording it. `keys` are those that the kernel got."""
+    """Call an operation from its autograd kernel, without recording it.
+
+    `keys` are those that the kernel got.
+    """
     with torch._C._AutoDispatchBelowAutograd():
         return operation.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
@@ -353,7 +375,7 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Let `torch.compiler.is_compiling` return True, as it does while Dynamo and `torch.export` trace."""
+    """Let `torch.compiler.is_compiling` return True, as while Dynamo traces."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
@@ -363,7 +385,10 @@ def compiling() -> Iterator[None]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return an integer that is the same for all tensors in one storage, fake tensors too, which have no addresses."""
+    """Return an integer that is the same for all tensors in one storage.
+
+    Fake tensors have no addresses, so an address would not serve.
+    """
     key: int = tensor.untyped_storage()._cdata
     return key
 

@@ -1,4 +1,4 @@
-"""Dicts of parameters: split into trainable and frozen trees, and map over their leaves."""
+"""Split dicts of parameters into trainable and frozen trees, and map over them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -99,7 +99,10 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
 
 
 def trained_factors(factors: AnyFactors) -> AnyFactors:
-    """Return factors as they are in the trainable tree: without `a` where only `b` is trained."""
+    """Return factors in the form of the trainable tree.
+
+    It has no `a` where only `b` is trained.
+    """
     return factors._replace(a=()) if isinstance(factors, OneSidedFactors) else factors
 
 
@@ -116,7 +119,10 @@ def _frozen(param: LowRank) -> Frozen:
 # Dynamo cannot trace globs.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _names_to_freeze(shapes: Mapping[str, Sequence[int]], trained: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Return those of the `trained` names that patterns match. `shapes` are those of all parameters."""
+    """Return those of the `trained` names that patterns match.
+
+    `shapes` are those of all parameters.
+    """
     members = {name: member_names(name, shape) for name, shape in shapes.items()}
     match(dict.fromkeys([*members, *(member for names in members.values() for member in names)]), patterns, "frozen")
     exact, globs = ([pattern for pattern in patterns if (pattern in members) is is_name] for is_name in (True, False))
@@ -208,7 +214,7 @@ def _low_rank(name: str, factors: AnyFactors, frozen: Frozen) -> LowRank:
     if is_one_sided == isinstance(frozen.a, tuple) or (is_one_sided and not isinstance(factors.a, tuple)):
         raise ValueError(
             f"`trainable` and `frozen` do not fit each other at {name!r}: exactly one of them must have `a`, and"
-            " `frozen` only where `b` alone is trained; pass both trees of one `partition`"
+            " `frozen` only where only `b` is trained; pass both trees of one `partition`"
         )
     if isinstance(factors, OneSidedFactors):
         factors = factors._replace(a=frozen.a)
@@ -270,7 +276,9 @@ def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: 
 
 
 def whole_factors(param: LowRank) -> tuple[Tensor, Tensor]:
-    """Return `b` and `a` of factors that are not sharded. Their product is divided by `param.divisor`.
+    """Return `b` and `a` of factors that are not sharded.
+
+    Their product is divided by `param.divisor`.
 
     Raises:
         ValueError: If they are sharded.

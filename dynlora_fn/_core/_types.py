@@ -29,7 +29,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Alpha:
-    """The alpha of a weight, which multiplies its product as in PEFT: ``alpha / rank * b @ a``.
+    """The alpha of a weight, as in PEFT: its product is ``alpha / rank * b @ a``.
 
     It is no tensor, so that a compiled step has it as a constant.
     """
@@ -90,10 +90,10 @@ register_constant(FixedSide)
 
 
 class ScaledFactors(NamedTuple):
-    """The factors of a weight whose alpha is not 1. With an alpha of 1 they are `Factors`.
+    """The factors of a weight whose alpha is not 1.
 
-    Gradients, moments and updates have this type too, because `torch.func` and `tree_map` keep it. So alpha cannot
-    differ between the forward pass, a switch and an update.
+    With an alpha of 1 they are `Factors`. Gradients, moments and updates have this type too, because `torch.func` and
+    `tree_map` keep it. So alpha cannot differ between the forward pass, a switch and an update.
     """
 
     b: Float[Tensor, "*stack out rank"]
@@ -102,7 +102,7 @@ class ScaledFactors(NamedTuple):
 
 
 class ShardedFactors(NamedTuple):
-    """The shards of factors that this process stores: some rows of `b` and some columns of `a`.
+    """The shards of factors of this process: rows of `b` and columns of `a`.
 
     Gradients, moments and updates of sharded factors have this type too, because `torch.func` and `tree_map` keep it.
     So whoever combines the entries of a factor sees that it has a part of them.
@@ -114,7 +114,7 @@ class ShardedFactors(NamedTuple):
 
 
 class OneSidedFactors(NamedTuple):
-    """The factors of a weight of which only `b` is trained.
+    """The factors of a weight that trains only `b`.
 
     The rows of `a` are orthogonal, and all have the length ``sqrt(rank / |alpha|)``. They come from the basis seed, and
     only a switch replaces them. `partition` moves `a` into the frozen tree and leaves ``()`` in its place, so that
@@ -130,7 +130,10 @@ AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors | OneSidedFacto
 
 
 def is_factors(leaf: Any) -> TypeGuard[AnyFactors]:
-    """Return whether a leaf of the trainable tree has factors, sharded or not, of one side or both."""
+    """Return whether a leaf of the trainable tree has factors.
+
+    They may be sharded, and of one side or both.
+    """
     return isinstance(leaf, Factors | ScaledFactors | ShardedFactors | OneSidedFactors)
 
 
@@ -205,7 +208,7 @@ class LowRank(NamedTuple):
 class Frozen(NamedTuple):
     """The frozen leaves of a `LowRank`, as `partition` returns them.
 
-    `combine` compares `alpha` with that of the factors. A step that builds new factors may lose it.
+    `combine` compares `alpha` with the alpha of the factors. A step that builds new factors may lose it.
     """
 
     base: Float[Tensor, "*stack out in"] | Any

@@ -1,6 +1,7 @@
-"""Frozen bases in low precision: quantize them, defer their folds, and convert them from and to torchao.
+"""Frozen bases in low precision, and their conversion from and to torchao.
 
-The formats are torchao's. A residual stores what the codes miss, so that errors of repeated folds do not add up.
+Quantize bases, or defer their folds. The formats are torchao's. A residual stores what the codes miss, so that errors
+of repeated folds do not add up.
 """
 
 from dynlora_fn.bases._defer import defer as defer

@@ -43,7 +43,10 @@ class Base(Protocol):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The least dtype in which sums with this base are computed: that of a dense base, float32 for others."""
+        """The least dtype in which sums with this base are computed.
+
+        It is the dtype of a dense base, and float32 for other bases.
+        """
 
     @property
     def sharding(self) -> Sharding | None:
@@ -62,7 +65,10 @@ class Base(Protocol):
         """The pending folds."""
 
     def with_folded(self, folded: StoredBase, *, divisor: float) -> StoredBase:
-        """Return `folded` as a base of the same kind, with nothing pending. `divisor` is that of the weight."""
+        """Return `folded` as a base of the same kind, with nothing pending.
+
+        `divisor` is the divisor of the weight.
+        """
 
     def map_folded(self, change: Any) -> StoredBase:
         """Apply `change` to the base without its pending folds, and keep those pending."""
@@ -77,10 +83,13 @@ class Base(Protocol):
         """
 
     def as_tensor(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense base that products read: a plain tensor unchanged, and codes in `dtype`."""
+        """Return the dense base that products read.
+
+        A plain tensor is returned unchanged, and codes are decoded to `dtype`.
+        """
 
     def exact(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense base with residual and pending folds, in newly allocated memory."""
+        """Return the dense base with residual and pending folds, in new memory."""
 
     def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> StoredBase:
         """Return ``base + left @ right / divisor`` in the storage format of this base.
@@ -100,7 +109,9 @@ class Base(Protocol):
         """
 
     def add(self, change: Tensor, *, name: str) -> StoredBase:
-        """Return ``base + change`` for a dense difference (*stack, out, in), which is never deferred.
+        """Return ``base + change`` for a dense difference (*stack, out, in).
+
+        The difference is never deferred.
 
         Raises:
             ValueError: If the new weight of a quantized base is not finite, in a compiled function too.
@@ -125,7 +136,7 @@ class Base(Protocol):
         """Apply `change` to every tensor that has the rows of the base."""
 
     def by_rows(self, name: str, sharding: Sharding) -> StoredBase:
-        """Return the base with the same values, in codes whose rows can be split over processes.
+        """Return the same base, in codes whose rows can be split over processes.
 
         Raises:
             ValueError: If that is impossible.
@@ -138,7 +149,10 @@ class Base(Protocol):
         """Return the base of the transposed weight, for one product."""
 
     def flatten(self) -> Flattened:
-        """Return the layout and the tensors that products read. `gather_codes` reverses it."""
+        """Return the layout and the tensors that products read.
+
+        `gather_codes` reverses it.
+        """
 
     def to_torchao(self) -> Tensor:
         """Return torchao's tensor with the codes of this base, and a dense base unchanged."""

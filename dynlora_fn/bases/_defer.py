@@ -23,7 +23,7 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
 
     The divisor is ``rank / alpha`` when the weight is deferred or resized. Forward and backward pass treat pending
     vectors as additional slots, at the cost of trained ones. If there is no room for a switch, the oldest vectors are
-    folded, so nothing is lost. With room for n switches, and `fold_pending` after every n switches, no other fold
+    folded, so nothing is lost. With room for n switches, and `fold_pending` after every n switches, no further fold
     happens.
 
     Args:

@@ -17,10 +17,11 @@ from dynlora_fn.bases._residual import Residual
 
 @dataclass(frozen=True)
 class Divisor:
-    """The divisor of pending folds: ``rank / alpha`` of their weight when it was deferred, resized or merged.
+    """The divisor of pending folds, ``rank / alpha``.
 
-    Pending folds keep it if the factors are replaced by others of another rank. It is no tensor, so a checkpoint only
-    compares it: after `resize` it is that of a weight which is deferred at the new rank.
+    It was set when the weight was deferred, resized or merged. Pending folds keep it if the factors are replaced by
+    others of another rank. It is no tensor, so a checkpoint only compares it: after `resize` it is the divisor of a
+    weight which is deferred at the new rank.
     """
 
     value: float
@@ -30,7 +31,10 @@ register_constant(Divisor)  # a node without leaves, so that the leaves of every
 
 
 class Deferred(NamedTuple):
-    """A base with pending folds: ``base + pending.b @ pending.a / divisor.value``, exactly."""
+    """A base with pending folds.
+
+    It is ``base + pending.b @ pending.a / divisor.value``, exactly.
+    """
 
     base: StoredBase
     pending: Factors  # b (*stack, out, vectors), a (*stack, vectors, in)

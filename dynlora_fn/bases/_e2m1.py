@@ -1,4 +1,4 @@
-"""What NVFP4 and MXFP4 share: 4-bit floating point (e2m1), in blocks along the rows.
+"""4-bit floating point (e2m1) in blocks along the rows, for NVFP4 and MXFP4.
 
 =======  ======================================================  =================================
 format   an entry is                                             in blocks of
@@ -53,7 +53,10 @@ def pack(units: Tensor) -> Tensor:
 
 
 def unpack(codes: Tensor, factors: Tensor) -> Tensor:
-    """Return the weight (*stack, out, in) in float32, with a factor for each block (*stack, out, blocks)."""
+    """Return the weight (*stack, out, in) in float32.
+
+    There is a factor for each block (*stack, out, blocks).
+    """
     indices = torch.stack([codes & 0b1111, codes >> 4], dim=-1)
     units = torch.tensor(_VALUES, dtype=torch.float32, device=indices.device)[indices.int()]
     values = units.reshape(*factors.shape, -1).mul_(factors[..., None])

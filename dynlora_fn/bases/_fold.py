@@ -66,8 +66,11 @@ def _fold(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write the result of `_fold` into a tensor, which may be the base, with a block or a product more in memory."""
-    if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # one product, because that of a block may have other bits
+    """Write the result of `_fold` into a tensor, which may be the base.
+
+    It needs the memory of one more block or product.
+    """
+    if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # one product, because the product of a block may have other bits
         with without_autocast(base.device.type):
             torch.add(base, left @ right, out=result)
         return
@@ -86,7 +89,10 @@ def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -
 
 
 def _blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
-    """Yield the members and the rows of each block of a stack: some members, or some rows of one."""
+    """Yield the members and the rows of each block of a stack.
+
+    A block has some members, or some rows of one.
+    """
     stack, out_features, in_features = shape
     members = max(_BLOCK // max(out_features * in_features, 1), 1)
     rows = max(_BLOCK // max(in_features, 1), 1)

@@ -31,11 +31,14 @@ class Format(Protocol):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The dtype of a plain tensor, and float32 for codes: the least dtype in which sums are computed."""
+        """The least dtype in which sums are computed: float32 for codes.
+
+        For a plain tensor it is the dtype of the tensor.
+        """
 
     @property
     def half_step(self) -> float:
-        """The largest half step of the codes, as a fraction of the largest entry of a weight."""
+        """The largest half step of the codes, over the largest entry of a weight."""
 
     @property
     def is_tied(self) -> bool:
@@ -43,7 +46,7 @@ class Format(Protocol):
 
     @property
     def keeps_half_precision(self) -> bool:
-        """Whether torchao's tensor of a weight in half precision has the dtype of that weight."""
+        """Whether torchao's tensor of a weight keeps half precision as its dtype."""
 
     @classmethod
     def dtype_of(cls, config: Any) -> torch.dtype | None:

@@ -31,7 +31,10 @@ _CHOICES = (
 
 
 def as_format(codes: Codes) -> Format:
-    """Return codes that answer for themselves. Only a plain tensor is not such codes already."""
+    """Return codes that answer for themselves.
+
+    Only a plain tensor is not such codes already.
+    """
     return Plain(codes) if isinstance(codes, Tensor) else codes
 
 
@@ -41,7 +44,7 @@ def stored(codes: Format) -> Codes:
 
 
 def codes_from_tensors(kind: str, tensors: Iterable[Tensor]) -> Format:
-    """Return the codes of a format that consist of these tensors, as `list` returns them."""
+    """Return the codes of a format from their tensors, as `list` returns them."""
     return BY_KIND[kind](*tensors)
 
 

@@ -101,7 +101,7 @@ class Int8Codes(NamedTuple):
 
 
 def _encode(weight: Tensor, steps: float, least_scale: float) -> Int8Codes:
-    """Encode a weight (out, in), with `steps` steps from zero to the largest magnitude of each row."""
+    """Encode a weight (out, in) with `steps` steps from zero to each row's maximum."""
     largest = weight.abs().amax(-1, keepdim=True)
     scale = (largest / steps).clamp(min=least_scale).to(torch.float32)
     codes = (weight * (1.0 / scale)).round_().clamp_(-128, 127)

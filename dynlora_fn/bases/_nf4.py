@@ -1,4 +1,7 @@
-"""NF4: 4-bit quantiles of a normal distribution (arXiv:2305.14314), in torchao's layout."""
+"""NF4: 4-bit quantiles of a normal distribution, in torchao's layout.
+
+The format is from arXiv:2305.14314.
+"""
 
 from dataclasses import replace
 from functools import lru_cache

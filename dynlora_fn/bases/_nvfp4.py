@@ -1,4 +1,7 @@
-"""NVFP4: e2m1 in blocks of 16, with scales in float8 and one float32 factor (see `_e2m1`)."""
+"""NVFP4: e2m1 in blocks of 16, with float8 scales and one float32 factor.
+
+See `_e2m1`.
+"""
 
 from typing import Any, NamedTuple
 
@@ -81,7 +84,10 @@ class NVFP4Codes(NamedTuple):
         return cls(codes, scale, weight.new_empty((), dtype=torch.float32))
 
     def encode(self, weight: Tensor, *, again: bool = False) -> "NVFP4Codes":
-        """Encode with the tiling of these codes, and with a factor for each row if they have them."""
+        """Encode with the tiling of these codes.
+
+        There is a factor for each row if these codes have one.
+        """
         blocks = weight.to(torch.float32).reshape(len(weight), -1, BLOCK)  # (out, blocks, 16)
         largest = blocks.abs().amax(-1)
         factor = largest.amax(-1, keepdim=True) if self.factor.ndim else largest.amax()

@@ -1,8 +1,9 @@
-"""Operations on codes that a compiler cannot look into, so that only one dense weight is alive at a time.
+"""Operations on codes that a compiler cannot look into.
 
-A compiler computes a weight that is dequantized by plain operations once for forward and backward pass, and keeps it
-alive in between. The whole model would then be in memory in full precision. These operations have no gradients:
-inputs that are differentiated are refused, and plain tensors take plain operations.
+So only one dense weight is in memory at a time. A compiler computes a weight that is dequantized by plain operations
+once for forward and backward pass, and keeps it alive in between. The whole model would then be in memory in full
+precision. These operations have no gradients: inputs that are differentiated are refused, and plain tensors take plain
+operations.
 """
 
 from typing import Any

@@ -15,13 +15,13 @@ def rank_with_pending(param: LowRank) -> int:
 
 
 def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> LowRank:
-    """Return the same weight with its pending folds as additional slots. Joined factors have an alpha of 1.
+    """Return the same weight with its pending folds as additional slots.
 
-    Sharded factors are gathered. Collective in that case: call it on every process.
+    Joined factors have an alpha of 1. Sharded factors are gathered. Collective in that case: call it on every process.
 
     Args:
         param: The weight.
-        dtype: The dtype of joined factors. A wide one does not round them. Default None means that of the factors.
+        dtype: The dtype of joined factors. A wide one does not round them. Default None means the dtype of the factors.
     """
     base, factors = as_base(param.base), param.factors
     if isinstance(factors, ShardedFactors):

@@ -1,4 +1,7 @@
-"""What is not supported, with the message of each error. `README.md` prints the table."""
+"""What is not supported, with the message of each error.
+
+`README.md` prints the table.
+"""
 
 from typing import Any, NamedTuple, Never
 
@@ -98,13 +101,13 @@ REFUSALS = {
         "{name!r} of `params` must have whole factors to have a pool; shard only the base",
     ),
     "shard_factors, one side": Refusal(
-        "sharding the factors of a weight of which only `b` is trained",
+        "sharding the factors of a weight that trains only `b`",
         "`shard_factors`",
         "only `b` of {name!r} in `params` is trained, and such factors cannot be sharded; shard only the base, or make"
         " the parameters with trained='both'",
     ),
     "pool, one side": Refusal(
-        "a pool of candidates for a weight of which only `b` is trained",
+        "a pool of candidates for a weight that trains only `b`",
         "`init_pool`",
         "only `b` of {name!r} in `params` is trained, and vectors of a pool would not be orthogonal; leave out the"
         " pool, or make the parameters with trained='both'",
@@ -169,7 +172,7 @@ REFUSALS = {
 
 
 def refuse(key: str, **values: Any) -> Never:
-    """Raise the error for a combination in `REFUSALS`, with these values in its message."""
+    """Raise the error of a combination in `REFUSALS`, with values in its message."""
     refusal = REFUSALS[key]
     raise refusal.error(refusal.message.format(**values))
 
@@ -184,6 +187,9 @@ def refuse_mapped(key: str, tensor: Tensor) -> None:
 
 
 def refuse_attached(key: str, tree: Any, **values: Any) -> None:
-    """Refuse tensors that require a gradient or have a tangent, before an operation that would drop it."""
+    """Refuse tensors that require a gradient or have a tangent.
+
+    The operation that follows would drop it.
+    """
     if is_attached(tree):
         refuse(key, **values)

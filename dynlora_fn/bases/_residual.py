@@ -20,7 +20,7 @@ _KINDS: dict[str, type[Int8Codes] | type[Plain]] = {"int8": Int8Codes, "bfloat16
 
 
 def check_residual(residual: object, device: object = None) -> None:
-    """Raise if `residual` is not the name of a residual's format or None, or `residual_device` no device."""
+    """Raise if `residual` is no format of a residual, or its device is no device."""
     check_device("residual_device", device, or_none=True)
     if residual is not None and not (isinstance(residual, str) and residual in _KINDS):
         raise ValueError(f"unknown `residual` {residual!r}; use 'int8', 'bfloat16' or None")
@@ -45,7 +45,7 @@ def residual_from_tensors(tensors: Sequence[Tensor]) -> Residual:
 
 
 def residual_codes(residual: Residual) -> Int8Codes | Plain | None:
-    """Return a residual as codes that answer for themselves, or None if there is no residual."""
+    """Return a residual as codes that answer for themselves, or None without one."""
     tensors = residual_tensors(residual)
     return None if not tensors else Plain(*tensors) if len(tensors) == 1 else Int8Codes(*tensors)
 
@@ -61,7 +61,7 @@ def scaled_residual(residual: Residual, factor: float | Tensor, key: Tensor) -> 
         residual: The residual.
         factor: A number or a 0-d tensor.
         key: Scales of the codes in float32, (*stack) or (*stack, out, 1). They choose the random bits, so the result is
-            a function of the arguments, and each row is rounded in the same way on one process and on several.
+            a function of the arguments. Each row is rounded in the same way on one process and on several.
     """
     codes = residual_codes(residual)
     if codes is None:
@@ -75,7 +75,10 @@ def scaled_residual(residual: Residual, factor: float | Tensor, key: Tensor) -> 
 
 
 def _round_at_random(exact: Tensor, key: Tensor) -> Tensor:
-    """Round a float32 tensor (*stack, out, in) to bfloat16, which has its upper 16 bits."""
+    """Round a float32 tensor (*stack, out, in) to bfloat16 at random.
+
+    bfloat16 has the upper 16 bits of float32.
+    """
     rows = key.reshape(*key.shape, *(1,) * (exact.ndim - key.ndim)).view(torch.int32)
     bits = rows + torch.arange(exact.shape[-1], dtype=torch.int32, device=exact.device) * _GOLDEN
     for shift, factor in _MIX:

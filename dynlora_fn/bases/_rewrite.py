@@ -1,7 +1,8 @@
-"""Change codes and residual together: add a difference, or scale a weight, and encode it again member by member.
+"""Change codes and residual together, member by member.
 
-These operations are as opaque to a compiler as those of `_ops`. They refuse whatever has a gradient, by the name of the
-weight, because rounding has none. Of a stack, one dense weight is alive at a time.
+Add a difference or scale a weight, then encode it again. These operations are as opaque to a compiler as those of
+`_ops`. They refuse whatever has a gradient, by the name of the weight, because rounding has none. Of a stack, one dense
+weight is alive at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -132,7 +133,10 @@ def _each_member(
     residual: list[Tensor],
     operands: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Call ``change(codes, residual, *operands)`` for each member of a stack, and return the new tensors."""
+    """Call ``change(codes, residual, *operands)`` for each member of a stack.
+
+    Return the new tensors.
+    """
     old, split = [*codes, *residual], len(codes)
     new = _empty_like(codes, kind, residual)
     stack = codes[0].shape[:-2]
@@ -222,7 +226,10 @@ def _mapped_scale(
 
 
 def _refuse_gradients(name: str) -> Callable[..., list[Tensor]]:
-    """Return the autograd kernel of an operation whose last argument is the name of the weight."""
+    """Return the autograd kernel of an operation on codes, which refuses gradients.
+
+    The last argument of the operation is the name of the weight.
+    """
 
     def kernel(keys: Any, *args: Any) -> list[Tensor]:
         if is_recorded([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]):

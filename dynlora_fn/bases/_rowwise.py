@@ -16,7 +16,10 @@ def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decode_rows_into(target: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Write ``codes * scale`` into `target`, without a temporary if `target` is in float32 or wider."""
+    """Write ``codes * scale`` into `target`.
+
+    There is no temporary if `target` is in float32 or wider.
+    """
     if target.dtype in (torch.float32, torch.float64):
         target.copy_(codes).mul_(scale)
     else:

@@ -1,4 +1,7 @@
-"""Gather sharded factors and scatter their gradients. `b` is sharded by rows, and `a` by columns."""
+"""Gather sharded factors and scatter their gradients.
+
+`b` is sharded by rows, and `a` by columns.
+"""
 
 from dataclasses import astuple
 from typing import Any, Never, TypeAlias
@@ -43,7 +46,7 @@ def _scatter(b: Tensor, a: Tensor, constants: Constants) -> tuple[Tensor, Tensor
 
 
 class _Collective(torch.autograd.Function):
-    """Refuse what torch would ask a collective for in forward mode and under `torch.vmap`."""
+    """A collective that refuses forward mode and `torch.vmap`."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Never:

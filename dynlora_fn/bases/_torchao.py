@@ -1,4 +1,4 @@
-"""Every name of torchao that the library uses, checked on the version in `CHECKED`.
+"""All names of torchao that the library uses, checked on `CHECKED`.
 
 torchao takes a second to import, so each name is imported at its first use. The prototypes may move or change.
 `tests/bases/test_torchao_names.py` fails with each name that has moved.
@@ -44,7 +44,10 @@ def __getattr__(name: str) -> Any:
 
 @contextmanager
 def without_messages() -> Iterator[None]:
-    """Import torchao without `MESSAGES`. All else that is logged meanwhile is logged, and everything afterwards."""
+    """Import torchao without `MESSAGES`.
+
+    All else that is logged meanwhile is logged, and everything afterwards.
+    """
     loggers = [logging.getLogger(name) for name in MESSAGES]
     for logger in loggers:
         logger.addFilter(_is_for_the_caller)

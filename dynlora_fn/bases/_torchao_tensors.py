@@ -78,7 +78,10 @@ def from_torchao(
 
 
 def _codes(tensor: Any) -> Format | None:
-    """Return codes with copies of the inner tensors of a matrix, or None if no format has this layout."""
+    """Return codes with copies of the inner tensors of a matrix.
+
+    Return None if no format has this layout.
+    """
     if tensor.ndim != 2:
         return None
     for format_type in FORMATS.values():

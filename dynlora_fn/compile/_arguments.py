@@ -1,4 +1,4 @@
-"""The arguments of a compiled step by name, and which of them let it compile again and again."""
+"""Arguments of a compiled step by name, and which of them make it compile again."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ _AS_SHAPE = (
 
 
 def named_leaves(step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of all arguments by name and path, such as ``batch['tokens']``."""
+    """Return the leaves of all arguments by path, such as ``batch['tokens']``."""
     try:
         arguments: Mapping[str, Any] = inspect.signature(step).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):  # a function without a signature, or other arguments than it takes
@@ -29,7 +29,7 @@ def named_leaves(step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 
 
 class Calls:
-    """The arguments of each call that was compiled, as far as the graph depends on them."""
+    """The arguments of each compiled call, as far as the graph depends on them."""
 
     def __init__(self, step: Callable[..., Any]):
         self._step = step
@@ -42,7 +42,10 @@ class Calls:
             self._compiled.append(described)
 
     def problem(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return the message for a call that exceeds the limit: the arguments that change, and what to do."""
+        """Return the message for a call that exceeds the limit of graphs.
+
+        It names the arguments that change, and says what to do.
+        """
         leaves, calls = named_leaves(self._step, args, kwargs), [*self._compiled, self._described(args, kwargs)]
         names = list(dict.fromkeys(name for call in calls for name in call))
         values = {name: list(dict.fromkeys(call.get(name, "absent") for call in calls)) for name in names}

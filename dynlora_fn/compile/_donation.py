@@ -19,9 +19,11 @@ class Consumed(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         consumed = next(leaf for leaf in (*args, *(kwargs or {}).values()) if isinstance(leaf, Consumed))
-        operation = getattr(func, "__name__", repr(func))
-        problem = f"state tensor at {consumed.__dict__['_name']} was written over by a step, and `{operation}` uses it"
-        raise RuntimeError(f"{problem}; use the state that the step returned")
+        name, operation = consumed.__dict__["_name"], getattr(func, "__name__", repr(func))
+        raise RuntimeError(
+            f"state tensor at {name} was written over by a step, and `{operation}` uses it; use the state that the step"
+            " returned"
+        )
 
 
 class Donated:
@@ -38,9 +40,9 @@ class Donated:
         """Return a tensor among the other arguments that is a view of the state, or None.
 
         Raises:
-            ValueError: If the state cannot be written over: two of its tensors share memory, an element of one is
-                stored once for several places, one requires a gradient, one was written over by an earlier step, or
-                something is no tensor.
+            ValueError: If the state cannot be written over. Then two of its tensors share memory, or an element of one
+                is stored once for several places. Or one requires a gradient, was written over by an earlier step, or
+                is no tensor.
         """
         leaves = fast_leaves(state)
         if not self._is_known(leaves):
@@ -62,7 +64,10 @@ class Donated:
 
 
 def fast_leaves(tree: Any) -> list[Any]:
-    """Return what `tree_leaves` returns, in a fraction of the time where dicts, lists and tuples contain tensors."""
+    """Return what `tree_leaves` returns, faster.
+
+    It is fast where dicts, lists and tuples contain tensors.
+    """
     found: list[Any] = []
     _collect(tree, found)
     return found
@@ -83,17 +88,23 @@ def _collect(node: Any, found: list[Any]) -> None:
 
 
 def consume(state: Any) -> Any:
-    """Return new tensors in the memory of the state, and turn the old tensors into `Consumed` ones."""
+    """Return new tensors in the memory of the state.
+
+    The old tensors become `Consumed` ones.
+    """
     leaves, structure = tree_flatten_with_path(state)
     new_leaves = [leaf.detach() for _, leaf in leaves]
     for path, leaf in leaves:
-        leaf.__dict__["_name"] = keystr(path)
+        leaf.__dict__["_name"] = keystr(path) or "its root"
         leaf.__class__ = Consumed
     return tree_unflatten(new_leaves, structure)
 
 
 def _fingerprint(leaf: Tensor) -> Any:
-    """Return what may change in a tensor that was checked: `leaf.data = other`, `leaf.requires_grad_()`, `consume`."""
+    """Return what may change in a tensor that was checked.
+
+    `leaf.data = other`, `leaf.requires_grad_()` and `consume` change it.
+    """
     kind = type(leaf)
     return (leaf.data_ptr(), leaf.requires_grad) if kind is Tensor or kind is Parameter else kind
 
@@ -135,7 +146,10 @@ def _starts(tensor: Tensor) -> list[int]:
 
 
 def _spans(leaf: Tensor) -> list[tuple[int, int]]:
-    """Return where each storage of a tensor begins and ends, without those of empty tensors and on "meta"."""
+    """Return where each storage of a tensor begins and ends.
+
+    Empty tensors, and those on "meta", have no entry.
+    """
     storages = [tensor.untyped_storage() for tensor in inner_tensors(leaf) if tensor.numel()]
     spans = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
     return [(start, start + size) for start, size in spans if start and size]

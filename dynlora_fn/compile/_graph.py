@@ -1,4 +1,7 @@
-"""How a compiler that fuses treats the nodes of a graph, and how a graph pass makes one of them wait for others."""
+"""Describe how a fusing compiler treats the nodes of a graph.
+
+With this, a graph pass makes a node wait for others.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -28,7 +31,10 @@ def is_operation(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Return whether the node shares the memory of its first input: a view, a reshape or `getitem`."""
+    """Return whether the node shares the memory of its first input.
+
+    Views, reshapes and `getitem` do.
+    """
     if not is_operation(node):
         return False
     schema = getattr(node.target, "_schema", None)
@@ -37,13 +43,16 @@ def is_view(node: Node) -> bool:
 
 
 def is_fused(node: Node) -> bool:
-    """Return whether the compiler can compute the node inside the kernels that read it."""
+    """Return whether the compiler can compute the node inside its readers' kernels."""
     tags = getattr(node.target, "tags", ())
     return is_operation(node) and (torch.Tag.pointwise in tags or node.target in _FUSED)
 
 
 def is_unfused(node: Node) -> bool:
-    """Return whether the node is a product, a reduction or another operation that always has a result in memory."""
+    """Return whether the result of the node is always in memory.
+
+    Results of products and reductions are.
+    """
     return is_operation(node) and not is_view(node) and not is_fused(node)
 
 
@@ -52,7 +61,7 @@ def is_reduction(node: Node) -> bool:
 
 
 def is_pure(node: Node) -> bool:
-    """Return whether the operation draws no random numbers and writes into none of its arguments."""
+    """Return whether the operation is free of random numbers and in-place writes."""
     target: Any = node.target
     return not (torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable)
 
@@ -74,10 +83,10 @@ def node_bytes(node: Node) -> int:
 
 
 def depths(nodes: list[Node]) -> dict[Node, int]:
-    """Return the depth of each node: the most unfused operations on a path that ends with it.
+    """Return the depth of each node.
 
-    Depths serve as times. They do not depend on the order in which the graph is written, which need not be the order
-    in which it runs.
+    It is the most unfused operations on a path that ends with the node. Depths serve as times. They do not depend on
+    the order in which the graph is written, which need not be the order in which it runs.
     """
     depth: dict[Node, int] = {}
     for node in nodes:
@@ -106,7 +115,10 @@ def read_depths(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[in
 
 
 def insert_wait(graph: Graph, node: Node, others: Iterable[Node]) -> Node:
-    """Insert a view of `node` that no kernel can read before `others` are computed, and return the view."""
+    """Insert a view of `node` that no kernel reads before `others` are computed.
+
+    Return the view.
+    """
     view = graph.call_function(_AFTER, (node, list(others)))
     view.meta["val"] = node.meta["val"]
     return view

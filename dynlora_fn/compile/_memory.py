@@ -1,4 +1,4 @@
-"""Which tensors share memory, also asked inside a function that Dynamo traces."""
+"""Which tensors share memory, also inside a function that Dynamo traces."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +11,11 @@ from dynlora_fn._core._tree import inner_tensors
 
 
 def sharing() -> Callable[[list[Tensor], list[Tensor]], Sequence[bool]]:
-    """Return a function of tensors and others that says which tensors share memory with any of the others.
+    """Return a function that finds tensors that share memory with others.
 
-    Identity is not enough: `detach`, an index, a transposition and `unbind` return other tensors in the same memory.
-    While Dynamo traces the function, it is answered from the fake tensors and adds nothing to the graph.
+    Its arguments are the tensors and the others. Identity is not enough: `detach`, an index, a transposition and
+    `unbind` return other tensors in the same memory. While Dynamo traces the function, it is answered from the fake
+    tensors and adds nothing to the graph.
     """
     from dynlora_fn._core._torch import comptime  # noqa: PLC0415 (Dynamo takes a second to import)
 

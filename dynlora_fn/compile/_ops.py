@@ -42,7 +42,7 @@ def _times_merged(
     with_b: bool,
     transposed: bool,
 ) -> Tensor:
-    """Return ``x @ (base + scale * b @ a)`` plus the bias, with the weight in the dtype of `x`.
+    """Return ``x @ (base + scale * b @ a)`` plus the bias, in the dtype of `x`.
 
     With `with_b`, the columns of `b` follow those of the weight. With `transposed`, all of that is transposed.
     """
@@ -77,9 +77,9 @@ _LIBRARY.impl("times_merged", _empty_times_merged, "Meta")
 
 
 def late(x: Tensor, other: Tensor) -> Tensor:
-    """Return a copy of `x` that is made after `other`; its gradient is that of the identity.
+    """Return a copy of `x` that is made after `other`.
 
-    The graph pass `order_remat_blocks` replaces the copy by a view.
+    Its gradient is the gradient of the identity. The graph pass `order_remat_blocks` replaces the copy by a view.
     """
     return _Late.apply(x, other)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -18,7 +18,7 @@ _WAIT_TENSOR = C10D.wait_tensor.default
 
 
 def order_all_gathers(graph: Graph) -> None:
-    """Make each all-gather wait for the last read of the weights that were gathered before it."""
+    """Make each all-gather wait for the last read of the weights gathered before."""
     place = {node: index for index, node in enumerate(graph.nodes)}
     readers = {gather: list(_readers(gather)) for gather in place if gather.target is _ALL_GATHER}
     first_reader = {gather: min(nodes, key=place.__getitem__) for gather, nodes in readers.items() if nodes}
@@ -31,7 +31,7 @@ def order_all_gathers(graph: Graph) -> None:
 
 
 def _readers(node: Node) -> Iterator[Node]:
-    """Yield the operations that read the gathered weight, through all that only passes it on."""
+    """Yield the operations that read the gathered weight, also through views."""
     for user in node.users:
         if _passes_on(user, node):
             yield from _readers(user)
@@ -53,7 +53,7 @@ def _move_before(reader: Node, node: Node) -> None:
 
 
 def _delay(graph: Graph, gather: Node, other: Node) -> None:
-    """Make the all-gather, and the padding of the shard that it sends, wait for the other node.
+    """Make the all-gather, and the padding of its shard, wait for the other node.
 
     Padded for all all-gathers at once, the shards would be copied as a whole.
     """
@@ -68,7 +68,10 @@ def _delay(graph: Graph, gather: Node, other: Node) -> None:
 
 
 def _preparation(gather: Node) -> list[Node]:
-    """Return the views and fused operations between the shard and its all-gather, from the first fused one on."""
+    """Return the views and fused operations between a shard and its all-gather.
+
+    They start with the first fused operation.
+    """
     nodes: list[Node] = []
     node = gather.all_input_nodes[0]
     while len(node.all_input_nodes) == 1 and (is_view(node) or is_fused(node)):

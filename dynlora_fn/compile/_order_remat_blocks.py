@@ -19,7 +19,10 @@ _LATE = torch.ops.dynlora_fn.late.default
 
 
 def order_remat_blocks(graph: Graph) -> None:
-    """Make each block wait for its output's gradient and for every result that depends on the next blocks."""
+    """Make each block wait for its output's gradient and for the next blocks.
+
+    A block waits for every result that depends on the next ones.
+    """
     inputs: dict[Node, list[Node]] = defaultdict(list)  # the marked inputs of each block, by its output's gradient
     for node in graph.nodes:
         if node.target is _LATE:
@@ -49,7 +52,7 @@ def _recomputed_blocks(graph: Graph, grads: list[Node]) -> dict[Node, int]:
 
 
 def _last_results(nodes: list[Node], grad: Node) -> list[Node]:
-    """Return the results among the nodes that neither `grad` nor another of the results depends on."""
+    """Return the results that neither `grad` nor another of the results depends on."""
     among = set(nodes)
     awaited, last = _with_inputs([grad], among), []
     for node in reversed(nodes):
@@ -77,7 +80,10 @@ def _is_result(node: Node) -> bool:
 
 
 def _move_before(graph: Graph, reader: Node, nodes: list[Node]) -> None:
-    """Move the nodes, and what they depend on, to before the reader: an input must precede its readers in a graph."""
+    """Move the nodes, and what they depend on, to before the reader.
+
+    In a graph, an input must precede its readers.
+    """
     order = list(graph.nodes)
     following = set(order[order.index(reader) :])
     moved = _with_inputs([node for node in nodes if node in following], following)

@@ -1,8 +1,9 @@
-"""The graph passes that `compile_step` adds to Inductor: they change a step's graph and keep its values.
+"""The graph passes that `compile_step` adds to Inductor.
 
-A step has its forward pass, backward pass and update in one graph, and every layer of a stack is a slice of one
-tensor. Without these passes Inductor generates a kernel for each slice, since the slice's offset is written into the
-code, so that compile time grows with depth. It also forms all merged weights first, where all are alive at once.
+They change the graph of a step and keep its values. A step has its forward pass, backward pass and update in one graph,
+and every layer of a stack is a slice of one tensor. Without these passes Inductor generates a kernel for each slice,
+since the slice's offset is written into the code, so that compile time grows with depth. It also forms all merged
+weights first, where all are alive at once.
 """
 
 from collections.abc import Callable, Collection
@@ -21,9 +22,10 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 
 
 def merge_in_products(graph: Graph) -> None:
-    """Form each merged weight ``base + scale * b @ a`` inside the product that reads it.
+    """Form each merged weight inside the product that reads it.
 
-    Outside, nothing would keep the scheduler from forming all of them long before they are read.
+    A merged weight is ``base + scale * b @ a``. Outside, nothing would keep the scheduler from forming all of them long
+    before they are read.
     """
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
         base, b, a = node.args
@@ -53,7 +55,10 @@ def _merge_in_product(graph: Graph, merged: Node, base: Node, b: Node, a: Node) 
 
 
 def _is_beside(joined: Node, weight: Node, b: Node) -> bool:
-    """Return whether the weight and `b` are joined by columns; `b` may be converted to the weight's dtype."""
+    """Return whether the weight and `b` are joined by columns.
+
+    `b` may be converted to the dtype of the weight.
+    """
     members = _members(joined)
     if len(members) != 2 or members[0] is not weight or joined.args[1:] not in ((1,), (-1,)):
         return False
@@ -62,7 +67,7 @@ def _is_beside(joined: Node, weight: Node, b: Node) -> bool:
 
 
 def dequantize_in_products(graph: Graph) -> None:
-    """Dequantize each base that is not part of a merged weight inside every product that reads it."""
+    """Dequantize each base without a merged weight inside every product with it."""
     for dense in graph.find_nodes(op="call_function", target=ops.dequantize.default):
         for user in list(dense.users):
             is_transposed = user.target is aten.permute.default
@@ -75,7 +80,10 @@ def dequantize_in_products(graph: Graph) -> None:
 
 
 def separate_vectors(graph: Graph) -> None:
-    """Copy each vector of a stack into memory without an offset, so that all layers share the kernels that read it."""
+    """Copy each vector of a stack into memory without an offset.
+
+    So all layers share the kernels that read it.
+    """
     for stack in graph.find_nodes(op="call_function", target=aten.unbind.int):
         for vector in list(stack.users):
             if vector.meta["val"].ndim <= 1:
@@ -93,7 +101,10 @@ def stack_in_one_copy(graph: Graph) -> None:
 
 
 def _is_stack(joined: Node) -> bool:
-    """Return whether a `cat` comes from `torch.stack`: it joins members of one shape by rows, and a view follows."""
+    """Return whether a `cat` comes from `torch.stack`.
+
+    It then joins members of one shape by rows, and a view follows.
+    """
     members, view = _members(joined), _only_user(joined, aten.view.default, aten.reshape.default)
     shapes = {member.meta["val"].shape for member in members}
     if view is None or joined.args[1:] not in ((), (0,)) or len(shapes) != 1:
@@ -119,7 +130,10 @@ def _stack_in_one_copy(graph: Graph, joined: Node) -> None:
 
 
 def _common_wrapper(members: list[Any]) -> tuple[Any, tuple[Any, ...]] | None:
-    """Return the operation that computes all members, with its further arguments, if there is such a one."""
+    """Return the operation that computes all members, with its other arguments.
+
+    Return None if there is no such operation.
+    """
     wrappers = {(member.target, str(member.args[1:])) for member in members}
     target, arguments = members[0].target, tuple(members[0].args[1:])
     is_movable = target in (aten.permute.default, aten.div.Tensor) and all(_only_user(member) for member in members)
@@ -129,7 +143,10 @@ def _common_wrapper(members: list[Any]) -> tuple[Any, tuple[Any, ...]] | None:
 
 
 def remove_dead_code(graph: Graph) -> None:
-    """Remove what the passes before have replaced: it would count as read, and take memory."""
+    """Remove what earlier passes have replaced.
+
+    It would count as read, and take memory.
+    """
     graph.eliminate_dead_code()
 
 
@@ -139,7 +156,10 @@ def _members(joined: Node) -> list[Any]:
 
 
 def _only_user(node: Node, *targets: Callable[..., Any]) -> Node | None:
-    """Return the only user of the node, if it has one, and if that calls one of `targets`. Default: any target."""
+    """Return the only user of the node, if that calls one of `targets`.
+
+    Return None if there is none. Default None for `targets` means any target.
+    """
     user = next(iter(node.users)) if len(node.users) == 1 else None
     return user if user and (not targets or user.target in targets) else None
 
@@ -168,7 +188,7 @@ _SOURCES = (__file__, *(module.__file__ for module in _MODULES))
 
 
 class GraphPasses(CustomGraphPass):
-    """All `PASSES` in their order, as a pass for Inductor's ``post_grad_custom_pre_pass``.
+    """All `PASSES` in their order, as ``post_grad_custom_pre_pass`` of Inductor.
 
     Args:
         skip: The names of passes to leave out, to find the one that causes a problem.

@@ -1,4 +1,7 @@
-"""The memory that a step takes at its peak, computed from its graph: nothing is run or allocated."""
+"""Compute the peak memory of a step from its graph.
+
+Nothing is run or allocated.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,12 +44,12 @@ class Peak(NamedTuple):
 
 
 def peak_memory(step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Peak:
-    """Compute the peak memory of ``compile_step(step)(*args, **kwargs)`` with a donated state.
+    """Compute the peak memory of ``compile_step(step)`` with a donated state.
 
-    The step is traced and changed by the same graph passes, but not compiled or run. Results are computed in the order
-    of the graph or each as early as possible, whichever takes less memory, and are alive until their last use. A fused
-    result takes no memory where a compiler computes it inside its readers, or writes it over the old state. What it is
-    computed from stays alive instead.
+    The arguments are those of the step. The step is traced and changed by the same graph passes, but not compiled or
+    run. Results are computed in the order of the graph or each as early as possible, whichever takes less memory, and
+    are alive until their last use. A fused result takes no memory where a compiler computes it inside its readers, or
+    writes it over the old state. What it is computed from stays alive instead.
 
     While the step is traced, `torch.compiler.is_compiling` returns True, so that models take the same branches as in
     the compiled step.
@@ -80,7 +83,10 @@ def peak_memory(step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Peak:
 
 
 def _trace(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
-    """Return the graph of a step on fake tensors with the shapes and dtypes of its arguments."""
+    """Return the graph of a step on fake tensors.
+
+    They have the shapes and dtypes of the arguments.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, compiling():
         fake = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         trace = make_fx(
@@ -104,7 +110,10 @@ def _decompositions() -> dict[Any, Any]:
 
 
 def _peak_in_order(nodes: list[Node]) -> int:
-    """Return the most bytes that are alive at once, beyond the arguments, if the nodes are computed in this order."""
+    """Return the most bytes that are alive at once, beyond the arguments.
+
+    The nodes are computed in this order.
+    """
     stored = _stored_results(nodes)
     last_use: dict[Node, int] = {}
     for position, node in enumerate(nodes):
@@ -124,7 +133,10 @@ def _peak_in_order(nodes: list[Node]) -> int:
 
 
 def _earliest_order(nodes: list[Node]) -> list[Node]:
-    """Sort the nodes by depth; what depends only on arguments comes right before its first use."""
+    """Sort the nodes by depth.
+
+    What depends only on arguments comes right before its first use.
+    """
     depth = depths(nodes)
     when: dict[Node, int] = {}
     for node in reversed(nodes):
@@ -135,7 +147,10 @@ def _earliest_order(nodes: list[Node]) -> list[Node]:
 
 
 def _stored_results(nodes: list[Node]) -> dict[Node, set[Node]]:
-    """Return the results in memory that each node's value is read from: the node itself if it is stored."""
+    """Return the stored results that each node's value is read from.
+
+    A node that is stored is read from itself.
+    """
     stored: dict[Node, set[Node]] = {}
     reads = read_depths(nodes, depths(nodes))
     for node in nodes:

@@ -29,10 +29,10 @@ _LARGE = 100  # a result smaller than this part of the largest one is not worth 
 
 
 def recompute_activations(graph: Graph) -> None:
-    """Recompute pointwise results for late reads, and compute results late that are only read late.
+    """Recompute pointwise results for late reads.
 
-    Values do not change. Less memory is alive between the forward and the backward pass: a result is recomputed only
-    from what stays alive about as long anyway.
+    Results that are only read late are computed late. Values do not change. Less memory is alive between the forward
+    and the backward pass: a result is recomputed only from what stays alive about as long anyway.
     """
     # Decide first, on the graph as it was traced: the changes below add nodes and readers, which have no times.
     times = _measure(graph)
@@ -62,7 +62,10 @@ class _Times(NamedTuple):
         return _LARGE * node_bytes(node) >= self.largest
 
     def latest(self, nodes: Iterable[Node]) -> Node:
-        """Return the result that is computed last among the nodes, or among what they are fused with or views of."""
+        """Return the result among the nodes that is computed last.
+
+        What nodes are fused with, or views of, counts too.
+        """
         node = max(nodes, key=lambda node: self.depth.get(node, 0))
         if is_unfused(node) or node.target is getitem or not node.all_input_nodes:
             return node
@@ -80,9 +83,9 @@ def _measure(graph: Graph) -> _Times:
 
 
 def _find_recomputable(times: _Times) -> dict[Node, set[Node]]:
-    """Return the results that can be recomputed until their last read, each with its sources.
+    """Return the results that can be recomputed until their last read.
 
-    Sources are arguments, and results that cannot be recomputed.
+    Each has its sources. Sources are arguments, and results that cannot be recomputed.
     """
     sources: dict[Node, set[Node]] = {}
     last_read: dict[Node, int] = {}  # of a copy of the node, by itself or by the copies that are made from it
@@ -103,7 +106,10 @@ def _find_recomputable(times: _Times) -> dict[Node, set[Node]]:
 
 
 def _find_delayable(times: _Times) -> dict[Node, Node]:
-    """Return the large results that are only read late, from inputs that are alive until then, each with its reader."""
+    """Return the large results that are only read late, each with its reader.
+
+    Their inputs are alive until then.
+    """
     return {node: _first_reader(times, node) for node in times.place if _is_delayable(times, node)}
 
 
@@ -117,7 +123,10 @@ def _is_delayable(times: _Times, node: Node) -> bool:
 
 
 def _first_reader(times: _Times, node: Node) -> Node:
-    """Return the first unfused operation that reads the node, or the last of its views and fused operations."""
+    """Return the first unfused operation that reads the node.
+
+    Without one, return the last of its views and fused operations.
+    """
     reader = min(node.users, key=lambda user: min(times.reads[user]) if is_view(user) else times.depth[user])
     return _first_reader(times, reader) if (is_view(reader) or is_fused(reader)) and reader.users else reader
 
@@ -132,7 +141,10 @@ def _delay_times(times: _Times, delayed: dict[Node, Node]) -> _Times:
 def _recompute_late_reads(
     graph: Graph, times: _Times, sources: dict[Node, set[Node]], delayed: dict[Node, Node]
 ) -> None:
-    """Let late readers of a recomputable result read a copy, which is computed right before the first of them."""
+    """Let late readers of a recomputable result read a copy.
+
+    The copy is computed right before the first of them.
+    """
     nodes = list(times.place)
     copies: dict[Node, Node] = {}
 
@@ -158,7 +170,10 @@ def _recompute_late_reads(
 
 
 def _is_worth_copying(times: _Times, sources: dict[Node, set[Node]], node: Node) -> bool:
-    """Return whether a recomputable result is large, has a large source, and has a first read that is not late."""
+    """Return whether it pays to recompute a result.
+
+    It is large, has a large source, and its first read is not late.
+    """
     has_large_source = any(is_operation(source) and times.is_large(source) for source in sources.get(node, ()))
     if not has_large_source or not times.is_large(node):
         return False
@@ -175,7 +190,10 @@ def _delay_results(graph: Graph, times: _Times, delayed: dict[Node, Node]) -> No
 
 
 def _awaited(times: _Times, delayed: dict[Node, Node], user: Node) -> Node:
-    """Return the last result that the user waits for; a delayed user waits for the other inputs of its reader."""
+    """Return the last result that the user waits for.
+
+    A delayed user waits for the other inputs of its reader.
+    """
     if reader := delayed.get(user):
         others = [node for node in reader.all_input_nodes if without_views(node) is not user]
         latest = times.latest(others) if others else user

@@ -65,10 +65,17 @@ def compile_step(
     Raises:
         TypeError: If `step` is no function, a flag neither True nor False, or `torch.compile` has no such option.
         ValueError: If ``fullgraph=False`` is passed. At a call, if the new state differs from the old one in structure,
-            shape or dtype, if two tensors of a donated state share memory, one is expanded or requires a gradient, if
-            another argument is a view of such a tensor, or if `aux` contains an object that may contain tensors. If
+            shape or dtype. If two tensors of a donated state share memory, or one is expanded or requires a gradient.
+            If another argument is a view of such a tensor, or `aux` contains an object that may contain tensors. If
             arguments change so often that torch stops to compile; the message names them.
         RuntimeError: With `debug`, if a consumed state is used.
+
+    Example: The new state is in the memory of the old one.
+        >>> step = compile_step(lambda state, lr: (state - lr, state.sum()), backend="aot_eager")
+        >>> state = torch.zeros(2)
+        >>> new, total = step(state, torch.tensor(0.5))
+        >>> new is state, new.tolist(), total.item()
+        (True, [-0.5, -0.5], 0.0)
     """
     from dynlora_fn._core._torch import FailOnRecompileLimitHit, comptime  # noqa: PLC0415 (Dynamo takes a second)
 
@@ -124,7 +131,9 @@ def compile_step(
 
 
 def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for `torch.compile`, with the graph passes added if the backend is Inductor.
+    """Return the options for `torch.compile`.
+
+    The graph passes are added if the backend is Inductor.
 
     Raises:
         TypeError: If `torch.compile` has no such option.
@@ -153,9 +162,9 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _problem_of_view(
     view: Tensor, donated: Donated, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str:
-    """Describe an argument that is a view of the state: a graph may write the one before it reads the other.
+    """Describe an argument that is a view of the state.
 
-    Dynamo recognizes the state's tensors themselves.
+    A graph may write the state before it reads the view. Dynamo recognizes the state's tensors themselves.
     """
     name = next(name for name, leaf in named_leaves(step, args, kwargs).items() if leaf is view)
     owner = donated.owner(view)
@@ -163,7 +172,10 @@ def _problem_of_view(
 
 
 def _unknown_object(aux: Any) -> str | None:
-    """Describe an object in `aux` that may contain tensors of the state, if there is one."""
+    """Describe an object in `aux` that may contain tensors of the state.
+
+    Return None if there is none.
+    """
     for index, leaf in enumerate(tree_leaves(aux)):
         if not isinstance(leaf, (Tensor, *_WITHOUT_TENSORS)):
             name = keystr(tree_flatten_with_path(aux)[0][index][0])
@@ -172,7 +184,10 @@ def _unknown_object(aux: Any) -> str | None:
 
 
 def _keep_values(aux: Any, old: list[Tensor], share_memory: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
-    """Clone those tensors of `aux` that share memory with the state, since the state is about to be written over."""
+    """Clone the tensors of `aux` that share memory with the state.
+
+    The step is about to write over the state.
+    """
     leaves, structure = tree_flatten(aux)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     is_shared = iter(share_memory(tensors, old))

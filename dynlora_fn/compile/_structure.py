@@ -15,9 +15,10 @@ Pair: TypeAlias = tuple[Any, Any]
 
 
 def pair_leaves(old: Any, new: Any, pairs: list[Pair]) -> bool:
-    """Append the leaves of two trees to `pairs`, and return whether the trees have the same structure.
+    """Append the leaves of two trees to `pairs`.
 
-    The structure is that of pytree: types, keys and their order, and constants.
+    Return whether the trees have the same structure. The structure is pytree's: types, keys and their order, and
+    constants.
     """
     if isinstance(old, Tensor) or type(old) is not type(new):
         pairs.append((old, new))

@@ -1,7 +1,8 @@
-"""Parameters from a model and back to it: `init`, `resize`, state dicts, safetensors files and PEFT adapters.
+"""Parameters from a model and back to it, from and to files.
 
-`init` turns a module or a dict of tensors into parameters, and `resize` changes their ranks. Everything else converts
-parameters to and from the formats of PyTorch, Hugging Face and PEFT.
+Files are state dicts, safetensors files, PEFT adapters and checkpoints. `init` turns a module or a dict of tensors into
+parameters, and `resize` changes their ranks. Everything else converts parameters to and from the formats of PyTorch,
+Hugging Face and PEFT.
 """
 
 from dynlora_fn.interop import _torch_load as _torch_load

@@ -1,4 +1,4 @@
-"""Work that several processes do together: all of them succeed, or all raise an error."""
+"""Work on several processes: all of them succeed, or all raise an error."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -13,7 +13,7 @@ _KINDS = (TypeError, ValueError, OSError, RuntimeError)  # of errors that are ra
 
 
 class Members(NamedTuple):
-    """This process among those of a group, or alone."""
+    """This process among those of a group, or without a group."""
 
     process: int = 0
     world_size: int = 1
@@ -27,9 +27,9 @@ class Members(NamedTuple):
         return values
 
     def agree(self, work: Callable[[], Result], *, first_only: bool = False) -> Result | None:
-        """Do the work on every process, or on the first one only, and return its result. Collective.
+        """Do the work on every process, or on the first one only, and return its result.
 
-        An error of one process is raised on all of them.
+        Collective. An error of one process is raised on all of them.
         """
         result, error, failure = None, None, None
         try:
@@ -48,7 +48,10 @@ class Members(NamedTuple):
 
 
 def members_of(group: "Group | None") -> Members:
-    """Return this process among those of a group or a mesh. Without one it is alone."""
+    """Return this process among those of a group or a mesh.
+
+    Without one it is the only process.
+    """
     if group is None:
         return Members()
     group = process_group(group)

@@ -19,7 +19,7 @@ from dynlora_fn.switching._weight import Start
 
 
 def check_settings(start: Any, base_dtype: Any, dtype: Any, **flags: Any) -> None:
-    """Raise if one of `init`'s settings has another type or value than its documentation gives."""
+    """Raise if a setting of `init` has a wrong type or value."""
     check_choice("start", start, get_args(Start))
     check_dtype("base_dtype", base_dtype, or_none=True)
     check_dtype("dtype", dtype)
@@ -37,7 +37,7 @@ def check_model(model: Any) -> None:
 
 
 def check_weights(weights: Any, model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Raise if weights are no dict of tensors by name, or have a name that the model does not have.
+    """Raise if weights are no dict of tensors by name, or not those of the model.
 
     Buffers of the model and further names of tied parameters may be among them.
     """
@@ -56,7 +56,7 @@ def _names_of(model: nn.Module) -> set[str]:
 
 
 def check_kind(name: str, weight: Any, like: Tensor) -> None:
-    """Raise TypeError if a weight is no tensor, or of integers where the model has floating numbers."""
+    """Raise TypeError if a weight is no tensor, or integers replace floats."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"`weights` has {described(weight)} for {name!r}; use a tensor")
     kinds = [(tensor.is_floating_point(), tensor.is_complex()) for tensor in (weight, like)]
@@ -67,7 +67,10 @@ def check_kind(name: str, weight: Any, like: Tensor) -> None:
 
 
 def check_targets(targets: Any) -> None:
-    """Raise TypeError if targets are no names, globs or types of modules, and no predicate."""
+    """Raise TypeError if targets are no names, globs or types, and no predicate.
+
+    Types are those of modules.
+    """
     if isinstance(targets, str | type):
         targets = [targets]
     if not isinstance(targets, Sequence):
@@ -80,7 +83,10 @@ def check_targets(targets: Any) -> None:
 
 
 def check_fused(fused: Any) -> None:
-    """Raise if the numbers of fused parts are no dict of integers, or of pairs of a number and an axis."""
+    """Raise if the numbers of fused parts are not a dict of valid numbers.
+
+    A number is an integer, or a pair of a number and an axis.
+    """
     if fused is None:
         return
     check_by_name("fused", fused, of="numbers of parts")
@@ -93,7 +99,10 @@ def check_fused(fused: Any) -> None:
 
 
 def check_tensors(argument: str, tensors: Any) -> None:
-    """Raise if a value is no dict of tensors by name. Values of a mapping that reads files are not read."""
+    """Raise if a value is no dict of tensors by name.
+
+    Values of a mapping that reads files are not read.
+    """
     check_by_name(argument, tensors, of="tensors")
     if not isinstance(tensors, dict):
         return

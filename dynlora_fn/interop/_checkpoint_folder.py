@@ -1,4 +1,4 @@
-"""The folder of all checkpoints: which names are checkpoints, and what is said about each."""
+"""The folder of all checkpoints: their names, and what is said about each."""
 
 import json
 import re

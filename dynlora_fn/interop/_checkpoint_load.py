@@ -58,11 +58,14 @@ def load_checkpoint(
         settings: Values by name, as for `save_checkpoint`. Those that both have must be equal. Default None compares
             none.
         group: The process group, or a mesh of one dimension. It may have more or fewer processes than have saved.
-            Default None means that this process reads alone.
+            Default None means that only this process reads.
         donate: Whether to read into the memory of `template`, which must not be used afterwards. Tensors that share
             memory are replaced. Without a checkpoint, `template` does not change.
         rename: A function from the path of a leaf in `template` to its path in a checkpoint of an older program, for
             checkpoints that have exactly those paths. Default None keeps all paths.
+
+    Returns:
+        A `Checkpoint` with the state, its step and the checkpoints that were refused, or None if there is none.
 
     Raises:
         TypeError: If a leaf of the template cannot be in a checkpoint.
@@ -169,12 +172,15 @@ def _read(path: Path, template: Any, members: Members, rename: Callable[[str], s
 
 
 def _fresh(leaf: Any) -> Any:
-    """Return a tensor in memory of its own. Any other leaf is returned as it is."""
+    """Return a tensor in separate memory. Any other leaf is returned unchanged."""
     return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
 def _distinct(tree: Any) -> Any:
-    """Return the tensors of a tree, with other memory for those that share theirs, or are not contiguous."""
+    """Return the tensors of a tree, contiguous and without shared memory.
+
+    Tensors that are not get other memory.
+    """
     addresses: set[int] = set()
 
     def distinct(leaf: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Read the tensors of a checkpoint into memory that exists already, however many processes have written them."""
+"""Read the tensors of a checkpoint into memory that exists already.
+
+Any number of processes may have written them.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -109,21 +112,21 @@ def _parse_description(file: str, text: str) -> dict[str, Any]:
 
 
 def find_mismatch(stored: Stored, contents: Contents) -> str | None:
-    """Return the first leaf of a state that a checkpoint does not have, or has in another kind, shape or dtype.
+    """Return the first leaf of a state that a checkpoint does not match.
 
-    A number or a text may have been None.
+    The checkpoint does not have it, or has another kind, shape or dtype. A number or a text may have been None.
     """
     found, wanted = stored.described(), contents.described()
     for path, text in wanted.items():
         if path not in found:
             if text == "None" and not stored.description:
                 continue
-            return f"it holds other tensors: {path or 'its root'}, {text}, is missing"
+            return f"it contains other tensors: {path or 'its root'}, {text}, is missing"
         kinds = {found[path], text}
         if len(kinds) > 1 and not ("None" in kinds and kinds <= {"None", "a flag", "a text", "a number"}):
             return f"{path or 'its root'} is {found[path]} instead of {text}"
     extra = next((path for path in found if path not in wanted), None)
-    return None if extra is None else f"it holds other tensors: {extra or 'its root'}, {found[extra]}, has no place"
+    return None if extra is None else f"it contains other tensors: {extra or 'its root'}, {found[extra]}, has no place"
 
 
 def read_into(piece: Piece, chunks: list[Chunk]) -> None:
@@ -150,7 +153,10 @@ def read_into(piece: Piece, chunks: list[Chunk]) -> None:
 
 
 def _runs(piece: Piece, chunk: Chunk) -> Iterator[tuple[int, int, int]]:
-    """Yield the runs of entries that are contiguous in both: place in the chunk, place in the piece, and length."""
+    """Yield the runs of entries that are contiguous in a chunk and in a piece.
+
+    A run is its place in the chunk, its place in the piece, and its length.
+    """
     shape = tuple(piece.tensor.shape)
     pairs = list(zip(chunk.offsets, chunk.shape, piece.offsets, shape, strict=True))
     starts = [max(first, other) for first, _, other, _ in pairs]
@@ -169,7 +175,10 @@ def _runs(piece: Piece, chunk: Chunk) -> Iterator[tuple[int, int, int]]:
 
 
 def _place(corner: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """Return the number of entries before a corner, in a box of a shape that starts at some offsets."""
+    """Return the number of entries before a corner of a box.
+
+    The box has a shape and starts at some offsets.
+    """
     place = 0
     for at, offset, count in zip(corner, offsets, shape, strict=True):
         place = place * count + at - offset

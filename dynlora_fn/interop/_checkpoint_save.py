@@ -46,7 +46,7 @@ def save_checkpoint(
             a checkpoint with others. Default None means none.
         keep: The number of checkpoints up to this step that stay. Older ones are deleted. Folders with other names,
             such as ``step-best``, are never deleted. Default None means that all stay.
-        group: The process group, or a mesh of one dimension. Default None means that this process writes alone.
+        group: The process group, or a mesh of one dimension. Default None means that only this process writes.
 
     Raises:
         TypeError: If a leaf cannot be stored, such as an object or a tensor of torchao. The message gives its path.
@@ -87,7 +87,10 @@ def save_checkpoint(
 
 
 def _prepare(folder: Path, temporary: Path) -> None:
-    """Create the folder that is written to. Those that a killed run has left are deleted."""
+    """Create the folder that is written to.
+
+    Those that a killed run has left are deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.iterdir():
         if UNFINISHED.fullmatch(unfinished.name) and is_folder(unfinished):
@@ -107,9 +110,10 @@ def _write(contents: Contents, temporary: Path, step: int, settings: dict[str, A
 
 
 def _assigned(contents: Contents, members: Members) -> list[str]:
-    """Return the paths that this process writes: its shards, and some of the tensors that all processes have.
+    """Return the paths that this process writes.
 
-    Each of those goes to the process with the fewest bytes so far, which every process finds out for itself.
+    They are its shards, and some of the tensors that all processes have. Each of those goes to the process with the
+    fewest bytes so far, which every process finds out for itself.
     """
     paths, loads = [], [0] * members.world_size
     for path, piece in contents.pieces.items():

@@ -1,4 +1,7 @@
-"""What a checkpoint stores of a state: tensors, numbers and texts by path, and constants of its types."""
+"""What a checkpoint stores of a state, by path.
+
+Tensors, numbers, texts, and constants of types are stored.
+"""
 
 from dataclasses import fields, is_dataclass
 from numbers import Integral
@@ -50,7 +53,7 @@ class Contents(NamedTuple):
     constants: dict[str, str]  # texts of nodes without leaves, such as the divisor of a deferred base
 
     def described(self) -> dict[str, str]:
-        """Return a text of each leaf, which is equal for leaves that can replace each other."""
+        """Return a text of each leaf, equal for leaves that can replace each other."""
         tensors = {path: describe_tensor(piece.shape, piece.tensor.dtype) for path, piece in self.pieces.items()}
         return tensors | {path: describe_value(value) for path, value in self.values.items()} | self.constants
 
@@ -102,12 +105,18 @@ def with_values(state: Any, values: dict[str, Value]) -> Any:
 
 
 def _is_constant(node: Any) -> bool:
-    """Return whether a node without leaves has a meaning for the state. How it is sharded has none."""
+    """Return whether a node without leaves has a meaning for the state.
+
+    How it is sharded has none.
+    """
     return is_constant_class(type(node)) and not isinstance(node, Sharding)
 
 
 def _text_of_constant(node: Any) -> str:
-    """Return a text that is equal for equal constants. So numbers are floats, because 2 equals 2.0."""
+    """Return a text that is equal for equal constants.
+
+    So numbers are floats, because 2 equals 2.0.
+    """
     if not is_dataclass(node):
         return repr(node)
     values = {field.name: getattr(node, field.name) for field in fields(node)}

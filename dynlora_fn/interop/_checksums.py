@@ -9,7 +9,10 @@ SUMS = "SHA256SUMS"  # in the format of `sha256sum --check`
 
 
 def record_sum(path: Path) -> None:
-    """Wait until the disk has a file, and write its line of `SUMS` to a file beside it, for `join_sums`."""
+    """Wait until the disk has a file, and record its checksum.
+
+    Write its line of `SUMS` to a file beside it, for `join_sums`.
+    """
     with path.open("r+b") as file:
         os.fsync(file.fileno())
     _write_durably(Path(f"{path}.sum"), f"{_digest(path)}  {path.name}\n".encode())

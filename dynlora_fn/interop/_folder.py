@@ -53,7 +53,10 @@ def _move(aside: Path, folder: Path) -> None:
 
 
 def _weights_of_earlier_models(folder: Path, files: list[Path]) -> list[Path]:
-    """Return the files that a reader would take for shards, index or single file of the new weights."""
+    """Return the files that a reader would take for files of the new weights.
+
+    These are shards, an index, or a single file.
+    """
     models = {(file.parent, match[1]) for file in files if (match := _SAFETENSORS.fullmatch(file.name))}
     return [
         path

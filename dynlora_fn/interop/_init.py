@@ -82,9 +82,9 @@ def init(
         model: The module, or its parameters by name. It is not changed. Targets may be torchao's tensors, as its
             ``quantize_`` makes them. They stay in their format, and with ``start="lora"`` their codes stay the same.
             Torchao's tensors that are not targets become dense.
-        rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, of
-            which the first that matches a target counts. A function maps the name and the shape (out, in) of a target
-            to its rank: ``lambda name, shape: min(16, *shape)`` clips it.
+        rank: The rank of the factors, from 1 to min(out, in) of every target. A dict maps names or globs to ranks, and
+            the first that matches a target counts. A function maps the name and the shape (out, in) of a target to its
+            rank: ``lambda name, shape: min(16, *shape)`` clips it.
         alpha: The alpha of the weights, which multiplies their products as in PEFT: a number that is not 0, a dict or
             function, as for `rank`. Default 1. With another alpha the factors are `ScaledFactors`, and at the same
             rate an optimizer such as AdamW moves the weight alpha times as far. With `start="lora"` and PEFT's rank and
@@ -124,11 +124,11 @@ def init(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype, such as a rank or seed that is no integer.
-        ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing; if a module of a type
-            in `targets` computes its weight by a parametrization; if a target is not a matrix, or is not finite in low
-            precision; if a rank, alpha or format does not fit; if a weight is missing from `weights`, has another
-            shape, or is none of the model; or if both `base` and `base_dtype` are passed. Also if a tensor is not a
-            leaf of autograd, or has a tangent.
+        ValueError: If an entry of `targets` selects nothing, or another pattern matches nothing. If a module of a type
+            in `targets` computes its weight by a parametrization. If a target is not a matrix, or is not finite in low
+            precision. If a rank, alpha or format does not fit. If a weight is missing from `weights`, has another
+            shape, or is none of the model. If both `base` and `base_dtype` are passed. If a tensor is not a leaf of
+            autograd, or has a tangent.
 
     Numerics: The base is rounded once. A base in low precision is quantized from the difference in the widest dtype.
         The row `padding_idx` of an embedding starts with zeros in `b`. It gets no gradient and does not move, until its

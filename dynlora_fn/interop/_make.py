@@ -89,7 +89,10 @@ class Task(NamedTuple):
 
     @property
     def is_opaque(self) -> bool:
-        """Whether it is passed unchanged, because a copy may lose what another library needs."""
+        """Whether the tensor is passed unchanged.
+
+        A copy may lose what another library needs.
+        """
         return self.target is None and self.is_frozen and is_opaque(self.like)
 
     @property
@@ -104,7 +107,10 @@ class Task(NamedTuple):
 def make(
     tasks: Iterable[Task], read: Callable[[str], Tensor], settings: Settings, report: Callable[[int], None]
 ) -> Iterator[tuple[str, Param]]:
-    """Yield each parameter with its name. `read` returns a weight of the model by its name."""
+    """Yield each parameter with its name.
+
+    `read` returns a weight of the model by its name.
+    """
     for batch in batches(tasks, lambda task: task.entries, most=_BATCH if settings.group is None else 0):
         yield from _make_batch(batch, read, settings, report)
 
@@ -116,9 +122,10 @@ def together(
     selected: Container[str],
     settings: Settings,
 ) -> dict[str, Stack]:
-    """Return the stacks to make: those that are wanted, and stacks of small targets of equal keys, which are split.
+    """Return the stacks to make.
 
-    Bases in low precision are made one by one, so that an error has the name of the weight.
+    Stacks of small targets with equal keys are made together, and split. Bases in low precision are made one by one, so
+    that an error has the name of the weight.
     """
     is_plain = settings.base is None and settings.group is None and settings.copy
     new, unfilled = dict[str, Stack](), dict[Hashable, Stack]()
@@ -192,7 +199,10 @@ def _full_rank(task: Task, member: Callable[[int], StoredBase], settings: Settin
 
 
 def _slice(task: Task, target: Target, first: StoredBase, settings: Settings) -> BasisSlice:
-    """Name the first vectors of a target, with a seed for each matrix from the name and the position in its weight."""
+    """Name the first vectors of a target.
+
+    The seed of each matrix comes from the name and its position in the weight.
+    """
     *inner, out_features, in_features = as_base(first).shape
     count = prod(inner)
     names = [name if count == 1 else f"{name}[{position}]" for name in task.stack.members for position in range(count)]
@@ -203,7 +213,10 @@ def _slice(task: Task, target: Target, first: StoredBase, settings: Settings) ->
 
 
 def _weight_seed(seed: int, name: str) -> int:
-    """Return 63 bits that depend on the name, and not on other targets or on the stacking."""
+    """Return 63 bits that depend on the name only.
+
+    Other targets and the stacking do not matter.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
@@ -217,7 +230,10 @@ def _without_padding(factors: Factors, target: Target) -> Factors:
 def _dense_base(
     task: Task, target: Target, member: Callable[[int], Tensor], factors: Factors, settings: Settings
 ) -> Tensor:
-    """Return the bases of all members, written into one tensor. Small members are folded together."""
+    """Return the bases of all members, written into one tensor.
+
+    Small members are folded together.
+    """
     dtype, count = settings.base_dtype or task.like.dtype, len(task.stack.members)
     if settings.is_zero and not (settings.copy or task.shape):
         return member(0).to(dtype).contiguous()

@@ -47,7 +47,7 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
 
 
 def detached(argument: str, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor without its gradient, which only a leaf such as a parameter may have.
+    """Return a tensor without its gradient, which only a leaf may have.
 
     Raises:
         ValueError: If a transform or a tensor that it was computed from would lose a derivative.
@@ -67,7 +67,10 @@ def _is_frozen(tensor: Tensor) -> bool:
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Return whether a tensor is of a type of another library, whose attributes a copy may lose."""
+    """Return whether a tensor has a type of another library.
+
+    A copy may lose its attributes.
+    """
     return type(tensor) not in (Tensor, nn.Parameter) and not is_torchao(tensor)
 
 

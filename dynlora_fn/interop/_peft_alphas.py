@@ -9,21 +9,28 @@ from dynlora_fn.interop._peft_names import ends_of, plain_name
 
 
 def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
-    """Return a function that gives the alpha of a layer by its name, from `alpha_pattern` or `lora_alpha`."""
+    """Return a function that gives the alpha of a layer by its name.
+
+    It reads `alpha_pattern` or `lora_alpha`.
+    """
     return by_pattern(config.get("alpha_pattern") or {}, config["lora_alpha"])
 
 
 def ranks(config: Mapping[str, Any]) -> Callable[[str], int]:
-    """Return a function that gives the rank of a layer by its name, from `rank_pattern` or `r`."""
+    """Return a function that gives the rank of a layer by its name.
+
+    It reads `rank_pattern` or `r`.
+    """
     rank_of = by_pattern(config.get("rank_pattern") or {}, config["r"])
     return lambda layer: int(rank_of(layer))
 
 
 def by_pattern(patterns: Mapping[str, float], default: float) -> Callable[[str], float]:
-    """Return a function that gives the value of the first pattern that matches the end of a name, behind a dot.
+    """Return a function that gives the value of the first pattern that matches.
 
-    Entries without operators of regular expressions, as `re.escape` writes names, are looked up without matching, so
-    that a model with an entry for each layer does not match each name with each entry.
+    A pattern matches the end of a name, behind a dot. Entries without operators of regular expressions, as `re.escape`
+    writes names, are looked up without matching. So a model with an entry for each layer does not match each name with
+    each entry.
     """
     names: dict[str, tuple[int, float]] = {}
     expressions: list[tuple[int, re.Pattern[str], float]] = []

@@ -17,7 +17,9 @@ _TOLERANCE = 1000  # roundings of the largest output
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, params: Params, folder: Path, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
-    """Raise ValueError if the outputs of PEFT's model with an adapter differ from those of `call`, in evaluation.
+    """Raise ValueError if the outputs of PEFT's model differ from `call`.
+
+    Both are in evaluation mode.
 
     Raises:
         ValueError: If they differ by more than roundings. The message gives the difference.

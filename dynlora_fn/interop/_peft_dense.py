@@ -1,8 +1,8 @@
-"""Tensors that are not low-rank in an adapter: biases of adapted layers, and PEFT's `modules_to_save`.
+"""Tensors of an adapter that are not low-rank.
 
-PEFT replaces every module whose name ends with an entry of `modules_to_save` by a copy, behind a dot or not. It needs
-all tensors of these modules in the file. So the names that PEFT takes are computed here as PEFT does, and a change is
-written only if PEFT reads exactly that.
+These are biases of adapted layers, and PEFT's `modules_to_save`. PEFT replaces every module whose name ends with an
+entry of `modules_to_save` by a copy, behind a dot or not. It needs all tensors of these modules in the file. So the
+names that PEFT takes are computed here as PEFT does, and a change is written only if PEFT reads exactly that.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -42,7 +42,7 @@ def dense_changes(
     Args:
         model: The model.
         weights: The state dict of the trained model.
-        original: That of the model that the adapter is for.
+        original: The state dict of the model that the adapter is for.
         adapted: All names of the weights that the adapter has factors of.
         skipped: The names of low-rank weights that are left out.
         aliases: All names of each parameter.
@@ -95,13 +95,13 @@ def tensor_of_original(original: Mapping[str, Tensor], names: Iterable[str]) -> 
 
 
 def _with_a_lost_tie(entries: Mapping[str, list[str]], refused: set[str], aliases: Mapping[str, list[str]]) -> set[str]:
-    """Return the further entries with a tensor that is tied to one that cannot be saved."""
+    """Return the further entries that are tied to one that cannot be saved."""
     lost = {alias for entry in refused for name in entries[entry] for alias in aliases.get(name, [name])}
     return {entry for entry, names in entries.items() if entry not in refused and not lost.isdisjoint(names)}
 
 
 class _Places:
-    """The names of the modules of a model, and what PEFT does with entries of `modules_to_save`."""
+    """The modules of a model, and what PEFT does with its `modules_to_save`."""
 
     def __init__(self, model: nn.Module, adapted: Collection[str]):
         self._model = model
@@ -124,7 +124,10 @@ class _Places:
         return {name for entry in entries for name in self._taken_by(entry)}
 
     def takes_only(self, entry: str) -> bool:
-        """Return whether PEFT can replace what it takes for an entry, with all layers adapted as before."""
+        """Return whether PEFT can replace what it takes for an entry.
+
+        All layers must be adapted as before.
+        """
         if not entry or "base_model.model".endswith(entry) or "base_model".endswith(entry):
             return False  # PEFT takes the model itself
         if any(part.endswith(entry) for part in _OF_PEFT):
@@ -141,7 +144,10 @@ class _Places:
         return {entry for entry in entries if entries.isdisjoint(paths_above(entry))}
 
     def entangled(self, entries: set[str]) -> set[str]:
-        """Return the entries for which PEFT would take a module that is inside of another that it takes."""
+        """Return the entries for which PEFT would take a module inside another one.
+
+        PEFT takes the other one too.
+        """
         outer = self.outermost(entries)
         taken = self.taken_by(outer)
         inner = {name for name in taken if not taken.isdisjoint(paths_above(name)) and self._has_tensors(name)}

@@ -36,7 +36,10 @@ class LayerCheck:
     """Checks of the layers of one model."""
 
     def __init__(self, model: nn.Module, *, owner: str, instead: str):
-        """Take the model, what has the low-rank weights, and what to do instead, for error messages."""
+        """Take the model, what has the low-rank weights, and what to do instead.
+
+        Error messages use the last two.
+        """
         self._owner, self._instead = owner, instead
         self._model_type: object = getattr(getattr(model, "config", None), "model_type", None)
         self._rewritten = _rewritten(self._model_type)
@@ -66,7 +69,10 @@ class LayerCheck:
         return kind
 
     def parameter(self, name: str) -> None:
-        """Raise ValueError if a parameter that PEFT adapts while its module runs is used at other times."""
+        """Raise ValueError if a parameter is used while its module does not run.
+
+        PEFT adapts it only while its module runs.
+        """
         path = name.rpartition(".")[0]
         module = self._modules[path]
         self._refuse(name, module, self._if_used_otherwise(path, module))
@@ -98,7 +104,7 @@ class LayerCheck:
 
 
 def _rewritten(model_type: object) -> frozenset[str]:
-    """Return the names of layers that PEFT replaces by fused experts in models of a type.
+    """Return the layers that PEFT replaces by fused experts, for a type of model.
 
     PEFT 0.21 does so for all layers of these names, shared experts and dense layers included, by a table of
     transformers.
@@ -138,7 +144,10 @@ def _if_options_differ(layer: nn.Module) -> str | None:
 
 
 def _if_forward_differs(layer: nn.Module, kind: str) -> str | None:
-    """Compare the layer with the product that PEFT adds to, if it has hooks or a forward method itself."""
+    """Compare the layer with the product that PEFT adds to.
+
+    This is needed if it has hooks or a forward method itself.
+    """
     is_hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
     plain = [base.forward for base in _PLAIN.get(kind, [type(layer)])]
     has_forward = "forward" in vars(layer) or type(layer).forward not in plain
@@ -167,7 +176,7 @@ _PRODUCTS = {
 
 @torch.no_grad()
 def _is_product(layer: nn.Module, product: _Product) -> bool:
-    """Return whether a layer with another weight gives what the product of its kind gives."""
+    """Return whether a layer with another weight gives the product of its kind."""
     tensors = {name: parameter.float() for name, parameter in layer.named_parameters(recurse=False)}
     weight = tensors["weight"]
     rows, columns = (torch.arange(1, size + 1, device=weight.device) for size in weight.shape)

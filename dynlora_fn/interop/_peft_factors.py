@@ -22,7 +22,10 @@ _ROUNDING = 4  # by how many roundings a weight that was split into base and pro
 
 
 class AdapterFactors:
-    """The factors of all weights of an adapter. Those of one weight are in memory at a time."""
+    """The factors of all weights of an adapter.
+
+    Those of one weight are in memory at a time.
+    """
 
     def __init__(self, model: nn.Module, original: Mapping[str, Tensor] | None, rank: int | None):
         """Take the arguments of `save_adapter`."""
@@ -37,7 +40,10 @@ class AdapterFactors:
         self._check = LayerCheck(model, owner="`params`", instead="freeze it, or write the model with `save_merged`")
 
     def check_layer(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
-        """Raise ValueError if PEFT has no adapter for a layer, or one that is no change of the weight, by any name."""
+        """Raise ValueError if PEFT has no exact adapter for a layer, by any name.
+
+        An adapter must be a change of the weight.
+        """
         view = view_of(name, param, self._model.get_parameter(name).shape)
         for alias in aliases:
             if is_adapted_by_name(self._model, view._replace(name=alias)):
@@ -85,7 +91,7 @@ class AdapterFactors:
         return entries
 
     def _matrices(self, name: str) -> tuple[int, ...]:
-        """Return (rows, columns) of the matrix that a weight is, or (stack, rows, columns)."""
+        """Return (rows, columns) of a weight's matrix, or (stack, rows, columns)."""
         shape = tuple(self._model.get_parameter(name).shape)
         return shape if name in self.parameters else (shape[0], prod(shape[1:]))
 
@@ -153,7 +159,10 @@ def _check_original(view: View, before: Tensor | None) -> None:
 
 
 def _unchanged(view: View) -> Pair:
-    """Return the factors, bit for bit in float32. The rank of a fused weight is the sum of the ranks of its parts."""
+    """Return the factors, bit for bit in float32.
+
+    The rank of a fused weight is the sum of the ranks of its parts.
+    """
     ups = [part.factors.b.float() for part in view.parts]
     downs = [part.factors.a.float() for part in view.parts]
     if view.axis == ROWS:
@@ -169,10 +178,10 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _change(view: View, before: Tensor, shape: tuple[int, ...], rank: int) -> tuple[Pair, float]:
-    """Return the change of a weight as two factors of a rank, and the relative error of cutting it to that rank.
+    """Return the change of a weight as two factors, and the relative error.
 
-    The weight is a matrix or a stack of matrices of a shape. What rounding adds to a weight that has not changed is no
-    change.
+    The error comes from cutting it to the rank. The weight is a matrix or a stack of matrices of a shape. What rounding
+    adds to a weight that has not changed is no change.
     """
     size, change = before.double().norm(), dense(view).double()
     change -= before.to(change.device)

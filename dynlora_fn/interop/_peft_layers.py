@@ -27,7 +27,10 @@ PREFIX = "base_model.model."
 
 
 class Pair(NamedTuple):
-    """Factors of a change ``up @ down`` of a weight (out, in), or of the transposed weight of an embedding."""
+    """Factors of a change ``up @ down`` of a weight (out, in).
+
+    For an embedding, the weight is transposed.
+    """
 
     up: Tensor  # (out, rank)
     down: Tensor  # (rank, in)
@@ -41,7 +44,10 @@ class PairShapes(NamedTuple):
 
 
 def aliases_of(model: nn.Module, *, with_buffers: bool = False) -> dict[str, list[str]]:
-    """Return all names of each parameter, and of each buffer if wanted, itself included."""
+    """Return all names of each parameter, itself included.
+
+    Buffers are included if wanted.
+    """
     named = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False)) if with_buffers else {}
     names: dict[int, list[str]] = {}
@@ -57,7 +63,9 @@ def kind_of_layer(
     owner: str = "`params`",
     instead: str = "merge it with `materialize` or write the model with `save_merged`",
 ) -> str:
-    """Return the kind of a layer that PEFT has LoRA for. A "transposed" layer has a weight (in, out).
+    """Return the kind of a layer that PEFT has LoRA for.
+
+    A "transposed" layer has a weight (in, out).
 
     Args:
         model: The model.
@@ -141,9 +149,10 @@ def factors_of(kind: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
 
 
 def _cut(up: Tensor, down: Tensor) -> Pair:
-    """Return factors of at most rank min(out, in) with the same product. They are computed in float64.
+    """Return factors of at most rank min(out, in) with the same product.
 
-    With ``up.mT = Q R`` and orthonormal columns of Q, ``up @ down = R.mT @ (Q.mT @ down)``, and the same for `down`.
+    They are computed in float64. With ``up.mT = Q R`` and orthonormal columns of Q, ``up @ down = R.mT @ (Q.mT @
+    down)``, and the same for `down`.
     """
     rows, columns = up.shape[-2], down.shape[-1]
     if up.shape[-1] <= min(rows, columns):

@@ -1,4 +1,6 @@
-"""Where a file of PEFT has the tensors of a model, from its settings and the names of modules.
+"""Where a file of PEFT has the tensors of a model.
+
+This follows from its settings and the names of modules.
 
 PEFT puts a wrapper in the place of each adapted module, whose child ``base_layer`` is the module itself. A module with
 several adapted parameters gets a wrapper for each, the first one innermost::
@@ -87,7 +89,10 @@ class _Wrapped:
         self._refuse_both()
 
     def _add_tied(self) -> None:
-        """Add the modules that `ensure_weight_tying` wraps: those whose weights are tied to a wrapped one."""
+        """Add the modules that `ensure_weight_tying` wraps.
+
+        Their weights are tied to a wrapped module's.
+        """
         aliases = aliases_of(self._model)
         for paths in (self.adapted, self.saved):
             for path in list(paths):
@@ -150,7 +155,7 @@ class _Wrapped:
         return any(path in self.saved for path in paths_above(name))
 
     def _path(self, path: str, *, inside: bool) -> str:
-        """Return the path of a module in PEFT's model, or of the outermost wrapper in its place."""
+        """Return the path of a module, or of its outermost wrapper, in PEFT's model."""
         parts, result = path.split("."), []
         for end in range(1, len(parts) + 1):
             here = ".".join(parts[:end])

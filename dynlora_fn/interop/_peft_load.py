@@ -36,20 +36,20 @@ def load_adapter(
 
         weight = base + alpha / rank * b @ a,    b = B,  a = A
 
-    Alpha is that of the layer in the file, with rslora times ``sqrt(rank)``. So gradients are PEFT's, and an optimizer
-    makes PEFT's step at the same rate: `adamw` with `factor_decay` as `torch.optim.AdamW` with `weight_decay`, any
-    optimizer written by hand, and after clipping by norm. `save_adapter` writes factors and alpha back.
+    Alpha is the alpha of the layer in the file, with rslora times ``sqrt(rank)``. So gradients are PEFT's, and an
+    optimizer makes PEFT's step at the same rate, also after clipping by norm. `adamw` with `factor_decay` makes the
+    step of `torch.optim.AdamW` with `weight_decay`. `save_adapter` writes factors and alpha back.
 
     Every tensor of the file is read, and every setting is known, or the adapter is refused. Layers, ranks and alphas
     are selected by name as in PEFT. An adapter of experts (`target_parameters`) becomes a stack of factors. The
-    pair of a `nn.MultiheadAttention` is that of its `in_proj_weight`.
+    pair of a `nn.MultiheadAttention` belongs to its `in_proj_weight`.
 
     DoRA is refused: its magnitude and norm scale the frozen base too, so that no step changes only the factors.
 
     A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors and its scale
     ``alpha / rank`` stay the same. Steps of an optimizer on the shorter factors are those of that smaller rank, and
-    differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on: here that row
-    contributes to no gradient, and in PEFT it contributes to that of `lora_embedding_B`.
+    differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on. Here that row
+    contributes to no gradient, and in PEFT it contributes to the gradient of `lora_embedding_B`.
 
     Args:
         model: The model that the adapter was made for. It is not changed.
@@ -57,7 +57,7 @@ def load_adapter(
         seed: The seed of the bases from which later switches draw, as in `init`.
         dtype: The dtype of the factors, as in `init`.
         stack: Whether repeated weights are stacked, as in `init`.
-        check: Arguments of the model, a tuple or a dict of names, with which its output must be that of PEFT, which
+        check: Arguments of the model, a tuple or a dict of names, with which its output must equal PEFT's, which
             must be installed. It finds what types cannot tell, such as a module that reads the weight of another.
             Default None means no check. A copy of the model is in memory meanwhile.
         progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
@@ -71,7 +71,7 @@ def load_adapter(
     Raises:
         ValueError: If the adapter is not plain LoRA, or does not fit the model. The message gives both shapes. Also if
             a setting or a tensor is unknown or missing, if PEFT's adapter is no change of the weight (a forward method
-            or hooks that scale the product, a module under two names, `MultiheadAttention.out_proj` alone), or if
+            or hooks that scale the product, a module under two names, only `MultiheadAttention.out_proj`), or if
             `check` finds another output.
         ImportError: If the extra `files` is not installed, or PEFT for `check`.
 
@@ -128,7 +128,10 @@ def _with_dense(
     originals: Mapping[str, Tensor],
     weights: Weights,
 ) -> Param:
-    """Return a parameter, or a low-rank weight with a base, that has the values of the file."""
+    """Return a parameter with the values of the file.
+
+    For a low-rank weight, its base has the values.
+    """
     members = [weights[dense[name]] if name in dense else originals[name] for name in names]
     like = originals[names[0]]
     tensor = torch.stack([member.to(like) for member in members])

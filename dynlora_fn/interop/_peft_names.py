@@ -4,7 +4,7 @@ import re
 
 
 def ends_of(path: str) -> list[str]:
-    """Return a path and all its ends, each of which starts after a dot.
+    """Return a path and all its ends that start after a dot.
 
     Example:
         >>> ends_of("layers.0.query")
@@ -15,7 +15,9 @@ def ends_of(path: str) -> list[str]:
 
 
 def paths_above(name: str) -> list[str]:
-    """Return the paths of the modules that contain a module or a tensor, the innermost first, without the model itself.
+    """Return the paths of the modules that contain a module or a tensor.
+
+    The innermost is first, and the model itself is left out.
 
     Example:
         >>> paths_above("layers.0.query")
@@ -26,6 +28,9 @@ def paths_above(name: str) -> list[str]:
 
 
 def plain_name(pattern: str) -> str | None:
-    """Return the only name that a regular expression matches, or None if it has operators."""
+    """Return the only name that a regular expression matches.
+
+    Return None if it has operators.
+    """
     name = re.sub(r"\\(\W)", r"\1", pattern)
     return name if re.escape(name) == pattern else None

@@ -1,4 +1,6 @@
-"""Parameters that PEFT adapts by their names (`target_parameters`): experts, and the fused weight of attention.
+"""Parameters that PEFT adapts by their names (`target_parameters`).
+
+These are experts, and the fused weight of attention.
 
 PEFT wraps the module, and a second time for a second parameter. The first parameter has the innermost wrapper::
 
@@ -16,7 +18,7 @@ from dynlora_fn.nn._view import View
 
 
 def is_adapted_by_name(model: nn.Module, view: View) -> bool:
-    """Return whether PEFT adapts a parameter itself and not the layer that it belongs to.
+    """Return whether PEFT adapts a parameter itself, and not its layer.
 
     These are stacks of matrices, such as experts, and `in_proj_weight` of `nn.MultiheadAttention`.
     """
@@ -30,7 +32,10 @@ def is_adapted_by_name(model: nn.Module, view: View) -> bool:
 
 
 def check_names(model: nn.Module, adapted: Collection[str]) -> None:
-    """Raise ValueError if PEFT, which compares names with ends of names, would adapt other parameters too."""
+    """Raise ValueError if PEFT would adapt other parameters too.
+
+    PEFT compares names with the ends of names.
+    """
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name not in adapted and (taken := [end for end in ends_of(name) if end in adapted]):
             raise ValueError(
@@ -40,7 +45,10 @@ def check_names(model: nn.Module, adapted: Collection[str]) -> None:
 
 
 def stem_of(model: nn.Module, name: str, adapted: Collection[str]) -> str:
-    """Return the path of the wrapper of a parameter in a file, when these parameters are adapted."""
+    """Return the path of a parameter's wrapper in a file.
+
+    These parameters are adapted.
+    """
     path, _, leaf_name = name.rpartition(".")
     names = [other for other, _ in model.get_submodule(path).named_parameters(recurse=False)]
     outer = [other for other in names[names.index(leaf_name) + 1 :] if f"{path}.{other}" in adapted]
@@ -48,7 +56,10 @@ def stem_of(model: nn.Module, name: str, adapted: Collection[str]) -> str:
 
 
 def in_file(model: nn.Module, name: str, pair: Pair) -> Pair:
-    """Return the factors of a parameter in PEFT's layout: A (stack * rank, in), B (out, rank * stack)."""
+    """Return the factors of a parameter in PEFT's layout.
+
+    They are A (stack * rank, in) and B (out, rank * stack).
+    """
     up, down = pair
     if up.ndim == 2:
         return pair

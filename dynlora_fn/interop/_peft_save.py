@@ -119,7 +119,7 @@ def save_adapter(
 def _check_arguments(
     model: Any, folder: Any, original: Any, rank: Any, skip_unsupported: Any, progress: Any
 ) -> tuple[Path, int | None]:
-    """Return the folder and the rank, or raise for a wrong type or value of an argument."""
+    """Return the folder and the rank, or raise if an argument is wrong."""
     check_module("model", model)
     check_path("folder", folder)
     if original is not None:
@@ -138,7 +138,10 @@ def _check_arguments(
 def _add_layers(
     factors: AdapterFactors, flat: Params, aliases: Mapping[str, list[str]], *, skip_unsupported: bool
 ) -> list[str]:
-    """Add the low-rank weights to the factors, and return all names of those that PEFT has no LoRA for."""
+    """Add the low-rank weights to the factors.
+
+    Return all names of those that PEFT has no LoRA for.
+    """
     skipped: list[str] = []
     for name, param in flat.items():
         if isinstance(param, LowRank):
@@ -154,7 +157,10 @@ def _add_layers(
 
 
 def _refuse(params: Params, lost: Collection[str], aliases: Mapping[str, list[str]]) -> None:
-    """Raise ValueError for tensors that PEFT cannot save, with the names that `partition` takes."""
+    """Raise ValueError for tensors that PEFT cannot save.
+
+    The names are those that `partition` takes.
+    """
     buffers = [name for name in lost if name not in aliases]
     owner = "`params`" if set(buffers) & params.keys() else "`model`"
     parameters = {alias for name in lost for alias in aliases.get(name, [])}
@@ -204,9 +210,9 @@ def _name_in_peft(name: str, parameters: Collection[str]) -> str:
 
 
 def _patterns(layers: Collection[str]) -> dict[str, str]:
-    """Return a regular expression for each layer, which PEFT matches with that layer only.
+    """Return a regular expression for each layer, which matches only that layer.
 
-    PEFT matches patterns with the ends of names, behind a dot, too.
+    PEFT matches it with the names of its modules. PEFT matches patterns with the ends of names, behind a dot, too.
     """
     ends = {end for layer in layers for end in ends_of(layer)[1:]}
     return {layer: ("^" if layer in ends else "") + re.escape(layer) for layer in layers}

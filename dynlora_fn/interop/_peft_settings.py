@@ -1,4 +1,7 @@
-"""Read the settings of a PEFT adapter. What has no entry here is refused, unless it is switched off."""
+"""Read the settings of a PEFT adapter.
+
+What has no entry here is refused, unless it is switched off.
+"""
 
 import math
 import re
@@ -125,7 +128,10 @@ def _is_name(value: object) -> bool:
 
 
 def _is_selection(value: object) -> bool:
-    """Return whether PEFT can select layers by a value. "all-linear" depends on the type of the model."""
+    """Return whether PEFT can select layers by a value.
+
+    "all-linear" depends on the type of the model.
+    """
     return (_is_expression(value) and str(value).lower() != "all-linear") or _list_of(_is_name)(value)
 
 

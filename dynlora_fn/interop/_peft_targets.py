@@ -1,4 +1,7 @@
-"""Which modules and parameters a configuration of PEFT selects. Names are matched as in PEFT 0.21."""
+"""Which modules and parameters a configuration of PEFT selects.
+
+Names are matched as in PEFT 0.21.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +13,10 @@ Selects: TypeAlias = Callable[[str], object]  # takes the path of a module, or t
 
 
 def adapted_modules(settings: Mapping[str, Any]) -> Selects:
-    """Return whether a module is adapted by itself: by `target_modules` and the settings that limit it."""
+    """Return whether a module is adapted by itself.
+
+    `target_modules` selects it, and other settings limit it.
+    """
     targets = settings.get("target_modules")
     is_target, is_excluded = _selection(targets), _selection(settings.get("exclude_modules"))
     in_layers = _in_layers(settings)
@@ -31,13 +37,19 @@ def adapted_parameters(settings: Mapping[str, Any]) -> Selects:
 
 
 def saved_modules(settings: Mapping[str, Any]) -> Selects:
-    """Return whether a module is stored whole: by `modules_to_save`, which PEFT compares with the end of a path."""
+    """Return whether a module is stored in full, by `modules_to_save`.
+
+    PEFT compares it with the end of a path.
+    """
     ends = tuple(settings.get("modules_to_save") or ())
     return lambda path: path.endswith(ends) if ends else False
 
 
 def _selection(names: str | list[str] | None) -> Selects:
-    """Return whether a path matches a regular expression, or ends with one of the names behind a dot."""
+    """Return whether a path matches a regular expression or one of the names.
+
+    A name matches the end of a path behind a dot.
+    """
     if not isinstance(names, str):
         return _ends_with(names or [])
     plain = [plain_name(pattern) for pattern in names.split("|")]
@@ -52,7 +64,10 @@ def _ends_with(names: list[str]) -> Selects:
 
 
 def _in_layers(settings: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return whether the first number in a path is one of `layers_to_transform`, behind one of `layers_pattern`."""
+    """Return whether the first number in a path is in `layers_to_transform`.
+
+    It must be behind one of `layers_pattern`.
+    """
     indices, lists = settings.get("layers_to_transform"), settings.get("layers_pattern")
     if indices is None or indices == []:
         return lambda path: True

@@ -1,4 +1,7 @@
-"""Find the meaning of each tensor in a file of PEFT. A tensor without one is refused, and so is one that is missing."""
+"""Find the meaning of each tensor in a file of PEFT.
+
+A tensor without one is refused, and so is one that is missing.
+"""
 
 import math
 import re
@@ -77,10 +80,11 @@ def find_tensors(model: nn.Module, settings: Mapping[str, Any], weights: Weights
 
 
 def _standard_keys(layout: Layout, weights: Weights) -> dict[str, str]:
-    """Return the keys of a file by what they are without the name of the adapter, or of PEFT's wrapper.
+    """Return the keys of a file by what they are without PEFT's additions.
 
-    With ``bias="all"`` PEFT writes the biases of a module that is stored whole three times: as such, below
-    ``modules_to_save``, and below ``original_module`` as they were, where it does not use them.
+    PEFT adds the name of the adapter and of its wrapper. With ``bias="all"`` PEFT writes the biases of a module that is
+    stored whole three times: as such, below ``modules_to_save``, and below ``original_module`` as they were, where it
+    does not use them.
     """
     known = {key for slot in layout.slots for key in (slot.up, slot.down)} | layout.dense.keys()
     keys: dict[str, str] = {}
@@ -122,10 +126,10 @@ def _pairs(
             continue
         for key, other in ((slot.down, slot.up), (slot.up, slot.down)):
             if key not in keys:
+                beside = f" beside {keys[other]!r}" if other in keys else ""
                 raise ValueError(
-                    f"the adapter has no {key!r}"
-                    + (f" beside {keys[other]!r}" if other in keys else "")
-                    + f", which its settings select; write both factors of {slot.name!r}"
+                    f"the adapter has no {key!r}{beside}, which its settings select;"
+                    f" write both factors of {slot.name!r}"
                 )
         shape, rank = tuple(parameters[slot.name].shape), rank_of(slot.layer)
         found = PairShapes(weights.shape(keys[slot.up]), weights.shape(keys[slot.down]))
@@ -157,7 +161,7 @@ def _check_shapes(slot: Slot, found: PairShapes, shape: tuple[int, ...], rank: i
 def _dense(
     model: nn.Module, settings: Mapping[str, Any], layout: Layout, keys: Mapping[str, str], weights: Weights
 ) -> dict[str, str]:
-    """Return the keys of the parameters and buffers that are replaced, by their first names."""
+    """Return the keys of replaced parameters and buffers, by their first names."""
     found = {name: keys[key] for key, name in layout.dense.items() if key in keys}
     bias, layers = settings.get("bias") or "none", {slot.name.removesuffix(".weight") for slot in layout.slots}
     biases = {name for name in layout.dense.values() if bias != "none" and _is_bias_in_file(name, bias, layers)}
@@ -224,7 +228,7 @@ def _is_same_module(model: nn.Module, name: str, other: str) -> bool:
 
 
 def _merge_tied(model: nn.Module, weights: Weights, pairs: dict[str, PairInFile]) -> dict[str, PairInFile]:
-    """Keep the first name of tied weights, whose layers must all have the same factors.
+    """Keep the first name of tied weights, whose factors must all be equal.
 
     PEFT adapts each layer; in `params` a tied weight is one parameter.
     """

@@ -117,7 +117,10 @@ class _Change(NamedTuple):
 
 
 def _resize_all(changes: Sequence[_Change], start: Start) -> Iterator[tuple[str, LowRank]]:
-    """Yield each resized weight with its name. Vectors are drawn for many weights together, as in `init`."""
+    """Yield each resized weight with its name.
+
+    Vectors are drawn for many weights together, as in `init`.
+    """
     by_device: dict[torch.device, list[_Change]] = defaultdict(list)
     for change in changes:
         by_device[change.param.seed.device].append(change)

@@ -30,11 +30,11 @@ class _OpenFile(NamedTuple):
 
 
 class Weights(Mapping[str, Tensor]):
-    """A mapping of names to tensors in safetensors files. Each access reads the tensor from its file again.
+    """A mapping of names to tensors in safetensors files.
 
-    Each file is opened once, at the first access, and stays open until `close`, the end of a ``with`` block, or the
-    deletion of this object. An access after `close` opens the file again, and so does one after the file was replaced.
-    A copy, also one in another process, opens the files again.
+    Each access reads the tensor from its file again. Each file is opened once, at the first access, and stays open
+    until `close`, the end of a ``with`` block, or the deletion of this object. An access after `close` opens the file
+    again, and so does one after the file was replaced. A copy, also one in another process, opens the files again.
     """
 
     def __init__(self, where: Mapping[str, Path]):
@@ -159,7 +159,10 @@ def _indexed(folder: Path) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    """Return whether a value is a plain file name, so that an index cannot point outside its folder."""
+    """Return whether a value is a plain file name.
+
+    So an index cannot point outside its folder.
+    """
     return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 

@@ -1,7 +1,7 @@
 """Write safetensors files, one tensor in memory at a time.
 
 The package `safetensors` writes tensors that are all in memory. Here it only writes the header, and the data follows
-tensor by tensor. The file equals that of ``safetensors.torch.save_file`` byte for byte.
+tensor by tensor. The file equals the one of ``safetensors.torch.save_file`` byte for byte.
 """
 
 import json
@@ -86,9 +86,10 @@ def write(
     read_back: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write tensors that are formed one at a time, in the order in which `safetensors` sorts them.
+    """Write tensors that are formed one at a time.
 
-    With `read_back`, all that was written is read and compared before the file appears.
+    They are in the order in which `safetensors` sorts them. With `read_back`, all that was written is read and compared
+    before the file appears.
 
     Raises:
         OSError: If the file has other tensors than were written.
@@ -110,7 +111,10 @@ def write(
 
 
 def _put(stream: BinaryIO, content: Any, *, read_back: bool) -> bool:
-    """Write a buffer, and return whether it is the same when it is read, a chunk at a time."""
+    """Write a buffer, and return whether it is read back the same.
+
+    It is read a chunk at a time.
+    """
     start = stream.tell()
     stream.write(content)
     if not read_back:
@@ -123,7 +127,10 @@ def _put(stream: BinaryIO, content: Any, *, read_back: bool) -> bool:
 
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return a function that reports the progress of one of several files, after `before` bytes of `total`."""
+    """Return a function that reports the progress of one of several files.
+
+    `before` bytes of `total` are done before this file.
+    """
     return None if progress is None else lambda done, _: progress(before + done, total)
 
 
@@ -137,7 +144,7 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     }
     header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
     if metadata:
-        header["__metadata__"] = dict(metadata)  # in this order; that of `safetensors` is another each time
+        header["__metadata__"] = dict(metadata)  # in this order; `safetensors` has another order each time
     names, end = [name for name in header if name != "__metadata__"], 0
     for name in names:
         start, end = end, end + weights[name].nbytes
@@ -147,7 +154,10 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
 
 
 def content_of(name: str, tensor: Tensor) -> Any:
-    """Return a buffer with a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
+    """Return a buffer with a tensor in row-major order.
+
+    There is no copy if it is contiguous and on the CPU.
+    """
     kinds = {
         f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
         f"of layout {tensor.layout}": tensor.layout != torch.strided,
@@ -161,7 +171,10 @@ def content_of(name: str, tensor: Tensor) -> Any:
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[BinaryIO]:
-    """Open a new file that replaces `file` once it is complete. After an error it is removed."""
+    """Open a new file that replaces `file` once it is complete.
+
+    After an error it is removed.
+    """
     if sys.byteorder != "little":
         raise NotImplementedError("safetensors files have little-endian numbers; write them on such a machine")
     target = Path(os.path.realpath(file))

@@ -27,9 +27,10 @@ _PICKLED = ("bin", "pt", "pth", "ckpt")  # endings of files of tensors by torch.
 
 @torch.no_grad()
 def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progress: Progress | None = None) -> None:
-    """Write the model with dense weights, for ``from_pretrained`` or ``load_state_dict``.
+    """Write the model with dense weights, for a reader without this library.
 
-    What was written is read back and compared before this function returns. The files appear complete, or not at all.
+    Read it with ``from_pretrained`` or ``load_state_dict``. What was written is read back and compared before this
+    function returns. The files appear complete, or not at all.
 
     ============================  =====================================================  ==================
     the model                     files                                                  in memory
@@ -104,7 +105,10 @@ def _write_copy(model: Any, weights: dict[str, LazyTensor], folder: Path, progre
 
 
 def _replacements(model: nn.Module, weights: dict[str, LazyTensor]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Return each parameter of the model and the one that replaces it in a copy, tied ones once."""
+    """Return each parameter of the model and its replacement in a copy.
+
+    Tied parameters are returned once.
+    """
     parameters = dict(model.named_parameters())
     if missing := [name for name in parameters if name not in weights]:
         raise ValueError(
@@ -121,7 +125,7 @@ def _content(name: str, tensor: Tensor) -> Content:
 
 
 def _contents(folder: Path) -> Iterator[Content]:
-    """Yield what the tensors in all files of a folder contain, whatever their names are."""
+    """Yield what the tensors in all files of a folder contain, without their names."""
     for file in sorted(folder.rglob("*.safetensors")):
         with open_weights(file) as weights:
             for name in weights:

@@ -30,7 +30,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         The tensors by name.
 
     Raises:
-        TypeError: If a parameter is integer, real or complex where that of the model is not.
+        TypeError: If a parameter is integer, real or complex where the parameter of the model is not.
         ValueError: If a parameter is missing, unknown to the model, or of another shape. The message gives the name and
             both shapes.
 
@@ -50,7 +50,7 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
 
 
 def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
-    """Return what `state_dict` returns, with weights that are formed when they are read.
+    """Return what `state_dict` returns, with weights that are formed when read.
 
     Tied weights are one lazy tensor. Everything is checked here, so that reading does not raise.
     """

@@ -1,4 +1,4 @@
-"""Select the parameters that become low-rank, their ranks, and the matrices that they consist of."""
+"""Select the parameters that become low-rank, their ranks and their matrices."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
@@ -108,7 +108,10 @@ def _names_by_predicate(parameters: Parameters, predicate: Callable[[str, Tensor
 
 
 def _names_by_type(model: nn.Module | None, names: Iterable[str], kind: type[nn.Module]) -> set[str]:
-    """Return the names of matrices, and of stacks of them, that modules of a type have themselves."""
+    """Return the names of matrices that modules of a type have themselves.
+
+    Stacks of matrices count too.
+    """
     if model is None:
         raise ValueError(
             f"`targets` has the type {kind.__name__}, but `model` is a dict of tensors; use names, globs or a predicate"
@@ -136,7 +139,7 @@ def _names_by_type(model: nn.Module | None, names: Iterable[str], kind: type[nn.
 
 
 def _refuse_parametrized(prefix: str, module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise if a matrix of a module is computed from other parameters, which are those of a submodule."""
+    """Raise if a matrix of a module is computed from parameters of a submodule."""
     if not is_parametrized(module):
         return
     parametrizations = module.parametrizations
@@ -163,7 +166,9 @@ _FindSetting: TypeAlias = Callable[[Sequence[str], tuple[int, int]], _Setting]
 
 
 def _value_of(argument: str, setting: Any, names: Sequence[str]) -> _FindSetting:
-    """Return a function that gives the rank or the alpha of a target, from its names and its matrices.
+    """Return a function that gives the rank or the alpha of a target.
+
+    Its arguments are the target's names and matrices.
 
     Raises:
         ValueError: If a pattern matches none of the names.
@@ -241,7 +246,10 @@ def _check_rank(name: str, shape: tuple[int, ...], rank: int, limit: int) -> Non
 
 
 def as_matrices(weight: Tensor, target: Target) -> Tensor:
-    """Return a weight as (out, in), with a leading axis for fused parts. The result is a view if possible."""
+    """Return a weight as (out, in), with a leading axis for fused parts.
+
+    The result is a view if possible.
+    """
     if target.is_spatial:
         return weight.flatten(1)
     if target.parts == 1:

@@ -25,7 +25,10 @@ Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Return whether a model is of `transformers` and is saved as `transformers` saves its models."""
+    """Return whether `transformers` saves a model in its usual way.
+
+    The model must be one of `transformers`.
+    """
     library = sys.modules.get("transformers.modeling_utils")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return False
@@ -33,7 +36,10 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def check_pretrained(model: Any) -> None:
-    """Raise ValueError if ``save_pretrained`` would write other weights than those that it is passed."""
+    """Raise ValueError if ``save_pretrained`` would write other weights.
+
+    It must write those that it is passed.
+    """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"`model` is a quantized {type(model).__name__}, whose `save_pretrained` writes the quantized weights and"
@@ -54,13 +60,13 @@ def write_pretrained(
     max_shard_size: int | str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write the files that ``model.save_pretrained(folder)`` writes for a model with other weights.
+    """Write the files of ``model.save_pretrained(folder)``, with other weights.
 
     Args:
         model: The model, whose weights are not read.
         weights: The weights under the names of the model.
         folder: An empty folder.
-        max_shard_size: The largest size of a file. Default None means that of ``save_pretrained``.
+        max_shard_size: The largest size of a file. Default None means the size of ``save_pretrained``.
         progress: As for `save_merged`.
 
     Raises:
@@ -92,7 +98,10 @@ def write_pretrained(
 
 
 def entries_of(model: Any, weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the tensors that ``save_pretrained`` writes: without tied names, and in the layout of the files."""
+    """Return the tensors that ``save_pretrained`` writes.
+
+    They are without tied names, and in the layout of the files.
+    """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict  # noqa: PLC0415, takes seconds
 
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()

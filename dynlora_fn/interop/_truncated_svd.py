@@ -51,10 +51,11 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 
 
 def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return orthonormal rows (k, columns) and their images ``rows @ matrix.T``, or None if k would be too large.
+    """Return orthonormal rows (k, columns) and their images ``rows @ matrix.T``.
 
-    The squared norm that they capture is the sum of the largest eigenvalues of ``images @ images.T``. Vectors are rows,
-    since a product with few rows is several times faster than one with few columns.
+    Return None if k would be too large. The squared norm that they capture is the sum of the largest eigenvalues of
+    ``images @ images.T``. Vectors are rows, since a product with few rows is several times faster than one with few
+    columns.
     """
     columns, width = matrix.shape[1], rank + OVERSAMPLING
     limit = columns // LARGEST_SUBSPACE
@@ -77,10 +78,11 @@ def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | No
 
 
 def _leading_eigenvectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the leading eigenvectors of ``matrix.T @ matrix`` as rows, and their images, or None if they are inexact.
+    """Return the leading right singular vectors as rows, and their images.
 
-    Rounding of the Gram matrix turns eigenvectors so that they capture less of the squared norm, by some 1e-16 of it.
-    This takes a third of the time of the full decomposition.
+    They are eigenvectors of ``matrix.T @ matrix``. Return None if they are inexact. Rounding of the Gram matrix turns
+    eigenvectors so that they capture less of the squared norm, by some 1e-16 of it. This takes a third of the time of
+    the full decomposition.
     """
     values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
     if values[:-rank].sum() < LEAST_RESIDUAL * values.sum():
@@ -90,9 +92,9 @@ def _leading_eigenvectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | 
 
 
 def _tolerance(total: float, captured: float) -> float:
-    """Return by how much a block must raise the squared norm that is captured, so that another one follows.
+    """Return the least gain of a block for which another block follows.
 
-    The second term is the rounding of `total` and `captured`.
+    The gain is in the squared norm that is captured. The second term is the rounding of `total` and `captured`.
     """
     return torch.finfo(torch.float32).eps / 4 * max(total - captured, 0) + 8 * torch.finfo(torch.float64).eps * total
 

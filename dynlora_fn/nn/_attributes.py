@@ -1,4 +1,4 @@
-"""Rules for what a module reads of its weight, for casts, and for multiples of a weight."""
+"""Rules for attributes, casts and multiples of a weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,10 @@ from dynlora_fn.nn._view import View, refuse
 
 
 def _strides(view: View, dim: int | None = None) -> Any:
-    """Return the strides of a contiguous tensor, which is what operations that need memory get."""
+    """Return the strides of a contiguous tensor.
+
+    Operations that need memory get such a tensor.
+    """
     strides = [1]
     for size in view.shape[:0:-1]:
         strides.insert(0, strides[0] * size)
@@ -25,7 +28,10 @@ def _is_contiguous(view: View, memory_format: Any = torch.contiguous_format) -> 
 
 
 def _requires_grad(view: View) -> bool:
-    """Return whether a gradient is taken through the weight, also in `torch.func.grad`, where its tensor has none."""
+    """Return whether a gradient is taken through the weight.
+
+    In `torch.func.grad` its tensor does not require one.
+    """
     leaves = [leaf for leaf in tree_leaves(view) if isinstance(leaf, Tensor)]
     if torch.compiler.is_dynamo_compiling():  # it answers right only for a view
         leaves = [leaf.view_as(leaf) for leaf in leaves]
@@ -44,7 +50,7 @@ def _placeholder(value: Any) -> Any:
 
 
 def _reads_attributes(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the rule of an operation that reads only shape, dtype and device of the weight."""
+    """Return the rule of an operation that reads only shape, dtype and device."""
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         named = {name: _placeholder(value) for name, value in kwargs.items()}
@@ -57,7 +63,10 @@ def _reads_attributes(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cast(view: View, dtype: torch.dtype) -> View:
-    """Cast the factors. The base stays as it is stored, and products read it in the dtype of their input."""
+    """Cast the factors.
+
+    The base stays in its storage format, and products read it in the dtype of their input.
+    """
     if dtype == view.dtype:
         return view
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -77,7 +86,10 @@ def _move(view: View, device: Any) -> View:
 
 
 def to(input: Any, *args: Any, **kwargs: Any) -> Any:
-    """Cast the weight or move it. A weight may also be the tensor whose dtype and device `input` takes."""
+    """Cast the weight or move it.
+
+    A weight may also be the tensor whose dtype and device `input` takes.
+    """
     if not isinstance(input, View):
         return _reads_attributes(Tensor.to)(input, *args, **kwargs)
     device, dtype, other = kwargs.get("device"), kwargs.get("dtype"), kwargs.get("other")
@@ -128,7 +140,10 @@ def _contiguous(view: View, memory_format: Any = torch.contiguous_format) -> Vie
 
 
 def multiply(input: Any, other: Any) -> View:
-    """Return a multiple of the weight by a Python number or a 0-d tensor, which gets its gradient."""
+    """Return a multiple of the weight by a Python number or a 0-d tensor.
+
+    The tensor gets its gradient.
+    """
     view, factor = (input, other) if isinstance(input, View) else (other, input)
     if not _is_scalar(factor):
         refuse(view, "mul", "a tensor")

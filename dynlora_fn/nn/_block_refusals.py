@@ -1,4 +1,7 @@
-"""What a block of `remat` may not do, because its recomputation would differ or drop a gradient."""
+"""What a block of `remat` may not do.
+
+Its recomputation would differ or drop a gradient.
+"""
 
 from typing import Any
 
@@ -10,7 +13,10 @@ from dynlora_fn._core._torch import TorchDispatchMode
 
 
 class RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuse random operations in a block. It is slow, so only the first call is checked, like a trace."""
+    """Refuse random operations in a block.
+
+    It is slow, so only the first call is checked, like a trace.
+    """
 
     def __init__(self, block: nn.Module):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,7 +32,10 @@ class RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether an attention drops nothing: its operators are tagged as random in any case."""
+    """Return whether an attention drops nothing.
+
+    Its operators are tagged as random in any case.
+    """
     names = [argument.name for argument in func._schema.arguments]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     return "dropout_p" in names and not arguments.get("dropout_p", 0)

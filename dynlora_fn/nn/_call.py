@@ -49,12 +49,12 @@ def call(
     Raises:
         RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
         NotImplementedError: If a low-rank weight is changed in place, or used in an operation without a rule under
-            ``fallback="raise"``. The message names both. Also if a base in low precision or a sharded one is
-            differentiated, if the model assigns a parameter in its forward pass, or a buffer under `torch.func` or
-            `torch.compile`, or if it returns a generator, which would run later with its own parameters.
-        ValueError: If `fallback` is unknown, if a weight does not fit the shape of its parameter, if two names of a
-            tied parameter have different weights, or if the model or a submodule is wrapped for data parallelism, which
-            `torch.func` bypasses, or is a `ScriptModule`.
+            ``fallback="raise"``. The message names both. If a base in low precision or a sharded one is differentiated.
+            If the model assigns a parameter in its forward pass, or a buffer under `torch.func` or `torch.compile`. If
+            it returns a generator, which would run later with the parameters of the model.
+        ValueError: If `fallback` is unknown, or a weight does not fit the shape of its parameter. If two names of a
+            tied parameter have different weights. If the model or a submodule is a `ScriptModule`, or is wrapped for
+            data parallelism, which `torch.func` bypasses.
 
     Example:
         >>> import torch
@@ -82,7 +82,10 @@ def call_with(
     fallback: Fallback,
     caller: Caller | None = None,
 ) -> Any:
-    """Run `call` with `buffers` in place of the model's buffers, for a `caller` as in `taking_turns`."""
+    """Run `call` with `buffers` in place of the model's buffers.
+
+    `caller` is as in `taking_turns`.
+    """
     for name, param in params.items():
         if isinstance(param, LowRank) and not isinstance(param.base, Tensor):
             layout, tensors = as_base(as_base(param.base).folded).flatten()
@@ -104,7 +107,10 @@ def call_with(
 def _call_traced(
     model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any], fallback: Fallback
 ) -> Any:
-    """Run `call_with` where Dynamo traces it. Dynamo knows that `functional_call` puts the parameters back."""
+    """Run `call_with` where Dynamo traces it.
+
+    Dynamo knows that `functional_call` puts the parameters back.
+    """
     slots = slots_of(model)
     tensors = _tensors_for(model, slots, params, fallback)
     result = functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
@@ -115,7 +121,7 @@ def _call_traced(
 
 
 def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallback: Fallback) -> dict[str, Tensor]:
-    """Return the tensor for each slot of a parameter, and of a buffer that is in `params`.
+    """Return the tensor for each slot of a parameter or a buffer in `params`.
 
     Tied parameters have one tensor. `params` may have any of their names.
     """
@@ -134,11 +140,10 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallba
     unexpected = [name for name in params if name not in named]
     missing = [slot.name for slot in slots if not slot.is_buffer and slot.tensor not in tensors]
     if unexpected or missing:
+        extra = f"Unexpected key(s): {', '.join(map(repr, unexpected))}. " if unexpected else ""
+        lacking = f"Missing key(s): {', '.join(map(repr, missing))}. " if missing else ""
         raise RuntimeError(
-            f"`params` does not fit {type(model).__name__}: "
-            + (f"Unexpected key(s): {', '.join(map(repr, unexpected))}. " if unexpected else "")
-            + (f"Missing key(s): {', '.join(map(repr, missing))}. " if missing else "")
-            + "Make `params` from this model"
+            f"`params` does not fit {type(model).__name__}: {extra}{lacking}Make `params` from this model"
         )
     return {slot.name: tensors[slot.tensor] for slot in slots if slot.tensor in tensors}
 
@@ -182,7 +187,10 @@ _KINDS: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
 # Dynamo cannot look at the bases of modules that it does not trace into (`allow_in_graph`).
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wrapper_of(module_type: type) -> str | None:
-    """Return the name of the wrapper that a type of modules is, or None. It is looked up once for each type."""
+    """Return the name of the wrapper that a type of modules is, or None.
+
+    It is looked up once for each type.
+    """
     if module_type not in _KINDS:
         names = [base.__name__ for base in module_type.__mro__ if base.__module__.startswith("torch.")]
         is_script = issubclass(module_type, torch.jit.ScriptModule)

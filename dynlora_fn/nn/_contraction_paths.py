@@ -1,4 +1,4 @@
-"""The products that a low-rank weight is multiplied by, and what they cost together with their gradients.
+"""The products with a low-rank weight, and what they cost with gradients.
 
 Full-rank training of a weight of d x d takes 6 d^2 FLOPs a token. A low-rank weight of rank r takes:
 
@@ -44,9 +44,9 @@ _FOR_GRADIENT_OF_A = {
 
 
 def _unit_flops(product: str) -> tuple[int, str]:
-    """Return the FLOPs of a product for sizes of 1, and the dimensions whose sizes multiply them.
+    """Return the FLOPs of a product for sizes of 1, and its dimensions.
 
-    opt_einsum counts 2 FLOPs for each multiplication with addition.
+    The sizes of these dimensions multiply the FLOPs. opt_einsum counts 2 FLOPs for each multiplication with addition.
     """
     dimensions = "".join(sorted(set(product) & set("nior")))
     return flop_count(dimensions, True, 2, dict.fromkeys(dimensions, 1)), dimensions
@@ -56,7 +56,10 @@ _DIMENSIONS = tuple(sorted({_unit_flops(product)[1] for products in PRODUCTS.val
 
 
 def _coefficients(products: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the FLOPs of some products for sizes of 1, by the dimensions in `_DIMENSIONS`."""
+    """Return the FLOPs of products for sizes of 1, by dimensions.
+
+    `_DIMENSIONS` lists them.
+    """
     units = [_unit_flops(product) for product in products]
     return tuple(sum(count for count, dimensions in units if dimensions == wanted) for wanted in _DIMENSIONS)
 
@@ -69,14 +72,17 @@ for _path, _omitted in _FOR_GRADIENT_OF_A.items():
 
 
 def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool = False) -> int:
-    """Return the FLOPs of a forward and backward pass along a path, or of ``"full"`` rank."""
+    """Return the FLOPs of both passes along a path, or of ``"full"`` rank."""
     return _total(path, _terms(tokens, out_features, in_features, rank), is_one_sided)
 
 
 def cheapest_path(
     *, tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool = False
 ) -> ContractionPath:
-    """Return the path with the fewest `flops`. Of equals, the first in `ContractionPath` is taken."""
+    """Return the path with the fewest `flops`.
+
+    Of equals, the first in `ContractionPath` is taken.
+    """
     sizes = (tokens, out_features, in_features, rank, is_one_sided)
     # Dynamo warns of a cache while it traces, and the sizes of a trace cannot be keys of one.
     is_static = not torch.compiler.is_dynamo_compiling() and all(type(size) in (int, bool) for size in sizes)

@@ -1,4 +1,7 @@
-"""Rules for products that are spelled in other ways, each in terms of a rule of `_products`, and for joined weights."""
+"""Rules for products that are spelled in other ways, and for joined weights.
+
+Each is written in terms of a rule of `_products`.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -52,7 +55,7 @@ def _product(left: Any, right: Any) -> Tensor:
 
 
 def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor:
-    """Return ``input1 @ weight[o] @ input2`` for each output o, from a stack of matrices."""
+    """Return ``input1 @ weight[o] @ input2`` for each matrix of a stack."""
     view = expect_weight("bilinear", weight, input1=input1, input2=input2, bias=bias)
     part = single(view, "bilinear")
     dtype = compute_dtype(input1)
@@ -78,7 +81,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> View:
 
 
 def transposed_convolution(dimensions: int) -> Callable[..., Tensor]:
-    """Return the rule of `F.conv_transpose1d`, `F.conv_transpose2d` or `F.conv_transpose3d`."""
+    """Return the rule of a transposed convolution in 1, 2 or 3 dimensions."""
     operation = f"conv_transpose{dimensions}d"
     convolution: Callable[..., Tensor] = getattr(functional, f"conv{dimensions}d")
     transposed: Callable[..., Tensor] = getattr(functional, operation)
@@ -93,7 +96,10 @@ def transposed_convolution(dimensions: int) -> Callable[..., Tensor]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Tensor:
-        """Convolve with the base, and with `b` (in, rank) as a 1x1 convolution followed by `a` (rank, out, *kernel)."""
+        """Convolve with the base, and with `b` and `a` one after the other.
+
+        `b` (in, rank) is a 1x1 convolution, and `a` (rank, out, *kernel) follows.
+        """
         view = expect_weight(operation, weight, input=input, bias=bias)
         if len(view.kernel) != dimensions or groups > 1:
             refuse(view, operation, f"{groups} groups and a weight of shape {view.shape}")

@@ -18,7 +18,7 @@ def dense(params: Params, names: Sequence[str], *, model: nn.Module | None = Non
     """Return the parameters with some weights as full-rank tensors.
 
     The weights do not change, except for one rounding. `partition` puts these tensors among the trainable ones, and
-    `switch` and `merge` leave them alone. It is for weights that a model uses in operations without a rule, for which
+    `switch` and `merge` do not change them. It is for weights that a model uses in operations without a rule, for which
     `call` would form the dense weight each time.
 
     Args:

@@ -1,4 +1,7 @@
-"""Gradients of a loss by `torch.autograd.grad`, which an outer level may differentiate again."""
+"""Gradients of a loss by `torch.autograd.grad`.
+
+An outer level may differentiate them again.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -84,7 +87,10 @@ def _zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _differentiable(leaf: Tensor, is_recording: bool, is_forward: bool) -> Tensor:
-    """Return a tensor to differentiate by. Gradients and tangents of an outer level pass through it to `leaf`."""
+    """Return a tensor to differentiate by.
+
+    Gradients and tangents of an outer level pass through it to `leaf`.
+    """
     if is_forward or (is_recording and leaf.requires_grad):
         view = leaf.view_as(leaf)  # not `leaf` itself, on which the loss may depend in other ways too
         return view if view.requires_grad else view.requires_grad_()
@@ -96,7 +102,10 @@ def _is_forward() -> bool:
 
 
 def _detached(leaf: Any, leaves: Sequence[Tensor], is_retained: bool) -> Any:
-    """Return a part of the result without a graph, except where an outer level differentiates it."""
+    """Return a part of the result without a graph.
+
+    It keeps its graph where an outer level differentiates it.
+    """
     if not isinstance(leaf, Tensor):
         return leaf
     is_outer = is_retained and (torch.compiler.is_dynamo_compiling() or _connections([leaf], leaves).on_others)
@@ -114,14 +123,20 @@ def _connections_of(loss: Tensor, leaves: Sequence[Tensor]) -> Connections:
 
 
 def _is_aux_outer(aux: Any, leaves: Sequence[Tensor]) -> bool:
-    """Return whether an outer level differentiates a part of `aux`. While Dynamo traces, it is not searched."""
+    """Return whether an outer level differentiates a part of `aux`.
+
+    While Dynamo traces, it is not searched.
+    """
     tensors = [leaf for leaf in tree_leaves(aux) if isinstance(leaf, Tensor)]
     return not torch.compiler.is_dynamo_compiling() and _connections(tensors, leaves).on_others
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _only_leaves(loss: Tensor, *leaves: Tensor) -> Tensor:
-    """Return the loss, and refuse one that depends on another tensor that requires a gradient."""
+    """Return the loss, or refuse it if another tensor requires a gradient.
+
+    It is refused only if it depends on that tensor.
+    """
     if loss.requires_grad and _connections([loss], leaves).on_others:
         raise ValueError(
             "`loss_fn` depends on a tensor outside its first argument that requires a gradient, which does not pass"
@@ -169,7 +184,10 @@ def _versions(leaves: Sequence[Tensor]) -> list[int]:
 
 
 def _check_versions(trainable: Any, leaves: Sequence[Tensor], versions: Sequence[int]) -> None:
-    """Raise if a leaf was changed in place: the gradient would be that of the changed tensor."""
+    """Raise if a leaf was changed in place.
+
+    The gradient would be the one of the changed tensor.
+    """
     for at, (leaf, version) in enumerate(zip(leaves, versions, strict=False)):
         if leaf._version != version:
             path = keystr(tree_flatten_with_path(trainable)[0][at][0]) or "its root"

@@ -64,7 +64,10 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Return ``bags of base + alpha / rank * (bags of b) @ a``, where bags are sums or means of rows."""
+    """Return sums or means of rows of the weight, from bags of base and `b`.
+
+    A bag is ``bag of base + alpha / rank * (bag of b) @ a``.
+    """
     view = expect_weight("embedding_bag", weight, input=input, per_sample_weights=per_sample_weights)
     part = single(view, "embedding_bag")
     if max_norm is not None or scale_grad_by_freq or mode not in ("sum", "mean"):

@@ -1,4 +1,4 @@
-"""The cost of a training step, weight by weight, with full-rank training for comparison."""
+"""The cost of a training step, weight by weight, beside full-rank training."""
 
 from collections.abc import Mapping
 from math import prod
@@ -20,7 +20,10 @@ _MOMENT_BYTES = 4  # for each entry of each of the two moments
 
 
 class Cost(NamedTuple):
-    """The FLOPs of a forward and backward pass and the bytes of one parameter, a stack counted in full."""
+    """The FLOPs of both passes and the bytes of one parameter.
+
+    A stack is counted in full.
+    """
 
     name: str
     shape: tuple[int, ...]  # shape of the weight, (*stack, out, in)

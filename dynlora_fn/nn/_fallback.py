@@ -1,4 +1,7 @@
-"""The dense weight for operations without a rule, said by a warning, and what is refused in any case."""
+"""The dense weight for operations without a rule, with a warning.
+
+Some operations are refused in any case.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +49,7 @@ def _dense_part(part: LowRank) -> Tensor:
 
 
 def permit(view: View, operation: str, refusal: NoRuleError) -> None:
-    """Raise, or say that the dense weight is formed, as `call` was asked to."""
+    """Raise, or say that the dense weight is formed, as `fallback` says."""
     if view.fallback == "raise":
         raise refusal
     if view.fallback == "dense":
@@ -86,7 +89,10 @@ def refuse_lost(view: View, operation: str, reason: str) -> Never:
 def why_lost(
     func: Any, operation: str, args: Sequence[Any], kwargs: Mapping[str, Any], has_weight: Callable[[Any], bool]
 ) -> str | None:
-    """Return why the effect of an operation on a temporary dense weight would be lost, or None."""
+    """Return why the effect of an operation on a temporary weight would be lost.
+
+    Return None if it would not.
+    """
     is_first = has_weight(args[0] if len(args) > 0 else list(kwargs.values())[:1])
     is_differentiated_by = func is torch.autograd.grad and has_weight(args[1] if len(args) > 1 else kwargs["inputs"])
     if (is_first and operation in _BOUND) or is_differentiated_by:
@@ -105,7 +111,10 @@ def why_lost(
 # Dynamo cannot trace schemas. It calls a function that is marked so while it traces.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _written(func: Any) -> list[tuple[int, str]]:
-    """Return the position and the name of each argument that an operator changes, from its schemas."""
+    """Return position and name of each argument that an operator changes.
+
+    They are read from its schemas.
+    """
     if isinstance(func, OpOverload):
         overloads = [func]
     elif isinstance(func, OpOverloadPacket):

@@ -1,4 +1,7 @@
-"""Rules for cutting a low-rank weight. Pieces stay low-rank, and single rows and columns become plain tensors."""
+"""Rules for cutting a low-rank weight.
+
+Pieces stay low-rank, and single rows and columns become plain tensors.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +39,10 @@ def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _span(view: View, operation: str, start: int, end: int) -> View:
-    """Return the parts from row or column `start` to `end`, which must not cut through a part."""
+    """Return the parts from row or column `start` to `end`.
+
+    The ends must not cut through a part.
+    """
     sizes = [matrix_shape(part)[view.axis] for part in view.parts]
     edges = [first for first, _ in _spans(sizes)] + [sum(sizes)]
     if start not in edges or end not in edges:
@@ -57,7 +63,10 @@ def unbind(view: View, dim: int = 0) -> tuple[Any, ...]:
 
 
 def get_item(view: View, index: Any) -> View | Tensor:
-    """Return members of a stack or slices of a matrix as low-rank weights, and single rows or columns as tensors."""
+    """Return members of a stack or slices of a matrix as low-rank weights.
+
+    Single rows and columns are returned as tensors.
+    """
     index = _one_per_axis(view, index if isinstance(index, tuple) else (index,))
     if any(entry is None for entry in index):
         return _with_new_axes(view, index)
@@ -103,7 +112,7 @@ def _with_new_axes(view: View, index: tuple[Any, ...]) -> View:
 
 
 def _of_kernel(view: View, index: tuple[Any, ...]) -> View:
-    """Return some rows of the weight of a convolution, or the weight without axes of size 1."""
+    """Return some rows of a convolution's weight, or it without axes of size 1."""
     rows, *others = index
     sizes = view.shape[1:]
     is_dropped = [type(entry) is int and size == 1 for entry, size in zip(others, sizes, strict=True)]

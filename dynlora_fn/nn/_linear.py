@@ -1,4 +1,7 @@
-"""Multiply an input by one low-rank weight, along one of the paths of `_contraction_paths`."""
+"""Multiply an input by one low-rank weight, along a path.
+
+The paths are in `_contraction_paths`.
+"""
 
 from dataclasses import astuple
 from math import prod
@@ -116,10 +119,10 @@ def _check_inputs(x: Any, param: LowRank, bias: Any) -> None:
 
 
 def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:
-    """Return the cheapest path for these shapes, for a sharded base without "factored".
+    """Return the cheapest path for these shapes.
 
-    Processes with different batches must run the same all-gathers. "merged" and "dense" always gather the base in the
-    backward pass. "factored" does not where the input needs no gradient.
+    For a sharded base, "factored" is left out. Processes with different batches must run the same all-gathers. "merged"
+    and "dense" always gather the base in the backward pass. "factored" does not where the input needs no gradient.
     """
     out_features, in_features = param.shape
     rank, tokens = rank_with_pending(param), prod(x.shape[:-1])

@@ -1,4 +1,7 @@
-"""The contraction's autograd functions: they save the input and the parameters, and no merged weight."""
+"""The autograd functions of the contraction, which save no merged weight.
+
+They save the input and the parameters.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +21,18 @@ from dynlora_fn.bases._sharded_factors import gather_factors, scatter_gradients
 
 
 def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the dense base, laid out as it is stored: transposed if `layout.is_transposed`."""
+    """Return the dense base in its stored layout.
+
+    It is transposed if `layout.is_transposed`.
+    """
     return dequantize(gather_codes(layout, codes), dtype)
 
 
 def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.mT + bias``, or ``x @ weight + bias`` for a weight that is stored transposed."""
+    """Return ``x @ weight.mT + bias``.
+
+    For a weight that is stored transposed it is ``x @ weight + bias``.
+    """
     if layout.is_transposed:
         return x @ weight if bias is None else x @ weight + bias
     if x.ndim != 3 or bias is None or not x.is_contiguous():
@@ -100,7 +109,10 @@ def times_merged(
 
 
 class _Merged(torch.autograd.Function):
-    """Compute ``linear(x, merged weight, bias)`` and save only the inputs for the backward pass."""
+    """Compute ``linear(x, merged weight, bias)`` and save only the inputs.
+
+    The backward pass forms the merged weight again.
+    """
 
     @staticmethod
     def forward(
@@ -183,7 +195,10 @@ def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
 
 
 class _TimesBase(torch.autograd.Function):
-    """Compute ``linear(x, base)`` in the dtype of `x`, and save the stored base instead of the dense one."""
+    """Compute ``linear(x, base)`` in the dtype of `x`, and save the stored base.
+
+    The dense base is not saved.
+    """
 
     @staticmethod
     def forward(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
@@ -219,7 +234,10 @@ def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: T
 
 
 def _separate_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same gradients for a weight that is stored transposed, to whose columns `b` cannot be appended."""
+    """Return the same gradients for a weight that is stored transposed.
+
+    `b` cannot be appended to its columns.
+    """
     return grad @ weight, grad.mT @ (x @ a.mT), (x.mT @ (grad @ b)).mT
 
 

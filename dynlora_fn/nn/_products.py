@@ -80,7 +80,10 @@ def matmul(left: Any, right: Any) -> Tensor:
 
 
 def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Return `addmm` or `baddbmm`. The Conv1D of Hugging Face calls `addmm` with a weight (in, out)."""
+    """Return `addmm` or `baddbmm`.
+
+    The Conv1D of Hugging Face calls `addmm` with a weight (in, out).
+    """
     expect_weight("addmm", right if isinstance(right, View) else left, input=input)
     if beta == alpha == 1 and input.ndim == 1 and isinstance(right, View):
         expect_weight("addmm", right, input=left)
@@ -90,7 +93,10 @@ def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: fl
 
 
 def einsum(equation: Any, *operands: Any) -> Tensor:
-    """Return, for example, ``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / divisor``."""
+    """Return an einsum with the base plus an einsum with `b` and `a`.
+
+    For example, it is ``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / divisor``.
+    """
     at = next(position for position, operand in enumerate(operands) if isinstance(operand, View))
     view = operands[at]
     for other in operands[at + 1 :]:
@@ -157,9 +163,10 @@ def convolve(dimensions: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        """Convolve with the base, and with `a` (rank, in, *kernel) followed by a 1x1 convolution with `b` (out, rank).
+        """Convolve with the base, and with `a` and `b` one after the other.
 
-        All groups share `a`, which is repeated for them.
+        `a` is (rank, in, *kernel), and `b` (out, rank) follows as a 1x1 convolution. All groups share `a`, which is
+        repeated for them.
         """
         view = expect_weight(operation, weight, input=input, bias=bias)
         if len(view.kernel) != dimensions:

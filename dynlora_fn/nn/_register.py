@@ -17,7 +17,7 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
 
     Args:
         operation: The function as the model calls it, for example `torch.kron`. A method such as `torch.Tensor.kron` is
-            another operation. That of a property is its getter, for example ``torch.Tensor.mH.__get__``.
+            another operation. The operation of a property is its getter, for example ``torch.Tensor.mH.__get__``.
         rule: A function that takes the arguments of the operation, with a `LowRank` in place of each low-rank weight.
             Its alpha is 1: another one is multiplied into `b`. It returns a tensor, a `LowRank` if the result is a
             low-rank weight again, or `NotImplemented` for arguments that it does not cover. If it is made of plain
@@ -55,7 +55,10 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
 
 
 def _as_param(value: Any, operation: str) -> Any:
-    """Return the low-rank weight of a view, which must be a single one. Its alpha is 1."""
+    """Return the low-rank weight of a view, which must be a single one.
+
+    Its alpha is 1.
+    """
     if not isinstance(value, View):
         return value
     part = single(value, operation)

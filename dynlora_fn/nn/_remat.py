@@ -1,4 +1,4 @@
-"""Blocks that save only their inputs for the backward pass and are recomputed in it."""
+"""Blocks that save only their inputs, and are recomputed in the backward pass."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +82,10 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
 
 
 def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a copy. A module at two paths has one copy, also if only one of its names is a block's."""
+    """Return a copy.
+
+    A module at two paths has one copy, also if only one of its names is a block's.
+    """
     if module in copies:
         return copies[module]
     new = copies[module] = copy.copy(module)
@@ -100,7 +103,7 @@ def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.
 
 
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
-    """Return the `context_fn` of `torch.utils.checkpoint.checkpoint` for a model that is run by `call`.
+    """Return the `context_fn` of `torch.utils.checkpoint` for a model of `call`.
 
     The recomputed blocks use the parameters of the call. Without it, a checkpoint recomputes its block after `call` has
     returned, with the parameters that the module has then: a wrong gradient, and no error.
@@ -167,7 +170,10 @@ class _Block(nn.Module):
 def _recompute(
     block_id: int, training: bool, inputs: tuple[Any, ...], autocast: Autocast | None, fallback: Fallback
 ) -> Any:
-    """Run a block. `inputs` are its parameters and buffers, its arguments and its keyword arguments."""
+    """Run a block.
+
+    `inputs` are its parameters and buffers, its arguments and its keyword arguments.
+    """
     leaves, structure = tree_flatten(inputs)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     # `run` outlives this call, and must not keep the tensors that the Function saves.
@@ -199,7 +205,10 @@ def _recompute(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Compute ``run(*tensors)`` and save only the tensors. The last `argument_count` of them are call arguments."""
+    """Compute ``run(*tensors)`` and save only the tensors.
+
+    The last `argument_count` of them are call arguments.
+    """
 
     @staticmethod
     def forward(run: Callable[..., Any], argument_count: int, *tensors: Tensor) -> Any:
@@ -238,7 +247,10 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _needs_func(grads: Sequence[Tensor]) -> bool:
-    """Return whether something differentiates, maps or traces the backward pass, as `is_grads_batched` does."""
+    """Return whether something looks into the backward pass.
+
+    It may differentiate, map or trace it, as `is_grads_batched` does.
+    """
     if torch.is_grad_enabled() or are_transforms_active() or forward_levels() > 0 or is_traced():
         return True
     return any(is_batched_gradient(grad) for grad in grads)
@@ -253,7 +265,10 @@ def _pull_back_in_func(
 
 
 def _pull_back(run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
-    """Return the gradients by the inputs of `run`. Unlike `torch.func.vjp`, autograd frees activations on its way."""
+    """Return the gradients by the inputs of `run`.
+
+    Unlike `torch.func.vjp`, autograd frees activations on its way.
+    """
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     with torch.enable_grad():
         outputs = run(*inputs)

@@ -1,7 +1,8 @@
-"""Rules for views of a low-rank weight that stay low-rank: transposed, in another shape, or with further axes.
+"""Rules for views of a low-rank weight that stay low-rank.
 
-A matrix in another shape keeps its rows and columns apart: `(heads, size, in)` is a stack, and `(out, in, *kernel)` the
-weight of a convolution. `_indexing.py` has the rules for cutting a weight.
+They transpose it, change its shape, or add axes. A matrix in another shape keeps its rows and columns apart: `(heads,
+size, in)` is a stack, and `(out, in, *kernel)` the weight of a convolution. `_indexing.py` has the rules for cutting a
+weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -111,7 +112,7 @@ def reshape(view: View, *shape: Any) -> View:
 
 
 def _in_stack(part: LowRank, stack: Sequence[int], *, reshape: bool) -> LowRank:
-    """Return the matrices of a weight in a stack of another shape, or the same ones repeated."""
+    """Return the matrices of a weight in a stack of another shape, or repeated."""
     b, a = whole_factors(part)
     change = Tensor.reshape if reshape else Tensor.expand
     base, b, a = (change(leaf, (*stack, *leaf.shape[-2:])) for leaf in (dense_base(part), b, a))

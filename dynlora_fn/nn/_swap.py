@@ -1,4 +1,7 @@
-"""Put other tensors in the place of a module's parameters and buffers, and put the module's back."""
+"""Put other tensors in the places of a module's, and put the module's back.
+
+The places are those of parameters and buffers.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +14,10 @@ from dynlora_fn._core._torch import is_of_transform
 
 
 class Slot(NamedTuple):
-    """A place of a tensor in a module. A module at two paths of a model has each place once, under its first path."""
+    """A place of a tensor in a module.
+
+    A module at two paths of a model has each place once, under its first path.
+    """
 
     name: str  # in the model
     module: nn.Module
@@ -48,7 +54,10 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers by name. Tied ones have an entry for each of their names."""
+    """Return the parameters and buffers by name.
+
+    Tied ones have an entry for each of their names.
+    """
     names: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -59,9 +68,10 @@ def names_of(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put `tensors` by name into a model, and put the model's back at the end, whatever happens.
+    """Put `tensors` by name into a model, and put the model's back at the end.
 
-    A buffer that the model assigns itself stays, as it does when the model is called directly.
+    They are put back whatever happens. A buffer that the model assigns itself stays, as it does when the model is
+    called directly.
 
     Raises:
         NotImplementedError: If the model assigns a tensor in the place of one of `tensors`. Under `torch.func`, and
@@ -92,7 +102,7 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
 
 
 def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
-    """Return whether the model has assigned a tensor in this place that cannot stay there."""
+    """Return whether the model has assigned a tensor here that cannot stay."""
     now = slot.now
     if placed is not None:
         return now is not placed

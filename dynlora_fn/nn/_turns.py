@@ -1,4 +1,7 @@
-"""Threads that call one model take turns, because `call` puts tensors into its modules."""
+"""Let threads that call one model take turns.
+
+`call` puts tensors into the modules of the model.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +11,10 @@ from torch import nn
 
 
 class Caller:
-    """A call that is not inside another one. Calls inside it, and its recomputations, go by the same caller."""
+    """A call that is not inside another one.
+
+    Calls inside it, and its recomputations, go by the same caller.
+    """
 
 
 _CHANGED = threading.Condition()
@@ -23,12 +29,12 @@ def current_caller() -> Caller | None:
 
 @contextmanager
 def taking_turns(model: nn.Module, caller: Caller | None = None) -> Iterator[None]:
-    """Wait until no other caller runs a module of a model.
+    """Wait until nobody else runs a module of a model.
 
     Args:
         model: The model.
         caller: The caller whose forward pass is computed again, maybe in a thread of autograd while that caller waits.
-            Default None means that of this thread, or another one.
+            Default None means the caller of this thread, or another one.
 
     Raises:
         RuntimeError: If this thread already runs another model, because two such threads could wait for each other.

@@ -109,7 +109,10 @@ def _needs_func(trainable: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _alias(leaf: Any) -> Any:
-    """Return an alias of a tensor, through which an in-place change leaves the graph of the tensor as it is."""
+    """Return an alias of a tensor.
+
+    An in-place change of it leaves the graph of the tensor unchanged.
+    """
     if type(leaf) is not Tensor or (leaf.requires_grad and torch.is_grad_enabled()):
         return leaf
     return leaf.detach()
@@ -142,7 +145,10 @@ def _check_leaves(trainable: Any) -> None:
 
 
 def _check_aux(aux: Any) -> None:
-    """Raise for what `torch.func` does not return, so that a loss works everywhere or nowhere."""
+    """Raise for what `torch.func` does not return.
+
+    So a loss works everywhere or nowhere.
+    """
     for path, leaf in tree_flatten_with_path(aux)[0]:
         if not isinstance(leaf, Tensor):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Views of a low-rank weight in the shape of a module's parameter, transposed or cut.
+"""Views of a low-rank weight in the shape of a parameter, transposed or cut.
 
 A view multiplies nothing. It copies nothing either, except that `dense_base` dequantizes a base in low precision.
 
@@ -41,7 +41,10 @@ class NoRuleError(NotImplementedError):
 
 
 class View(NamedTuple):
-    """One parameter of a module: a low-rank weight, or several that are adjacent along an axis."""
+    """One parameter of a module: adjacent low-rank weights along an axis.
+
+    Mostly there is only one weight.
+    """
 
     name: str  # name of the parameter
     parts: tuple[LowRank, ...]
@@ -49,7 +52,7 @@ class View(NamedTuple):
     kernel: tuple[int, ...] = ()  # sizes behind (out, in) of a convolution; the part has in * prod(kernel) columns
     scale: float | Tensor | None = None  # multiplies the whole weight; None for 1
     fallback: Fallback = "dense"
-    read_dtype: torch.dtype | None = None  # the dtype that the module reads, where it is not that of the factors
+    read_dtype: torch.dtype | None = None  # the dtype that the module reads, where the factors have another one
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,7 +73,10 @@ class View(NamedTuple):
 
 
 def matrix_shape(param: LowRank) -> tuple[int, ...]:
-    """Return (*stack, out, in), computed from the factors, since a base may be stored in any shape."""
+    """Return (*stack, out, in), computed from the factors.
+
+    A base may be stored in any shape.
+    """
     return tuple(param.shape)
 
 
@@ -110,7 +116,10 @@ def unbind_last(param: LowRank) -> tuple[LowRank, ...]:
 
 
 def dense_base(param: LowRank) -> Tensor:
-    """Return the base that products use as a dense tensor, dequantized if it is in low precision."""
+    """Return the base for products as a dense tensor.
+
+    It is dequantized if it is in low precision.
+    """
     return as_base(param.base).as_tensor(param.factors.b.dtype)
 
 
@@ -138,7 +147,7 @@ def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowR
 
 
 def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
-    """Return ``weight.view(*shape, in)`` of a matrix, as a stack whose members share `a`."""
+    """Return ``weight.view(*shape, in)`` of a matrix as a stack that shares `a`."""
     b, a = whole_factors(part)
     stack = shape[:-1]
     factors = part.factors._replace(b=b.reshape(*shape, b.shape[-1]), a=a.expand(*stack, *a.shape))
@@ -180,7 +189,10 @@ def refuse(view: View, operation: str, use: str) -> Never:
 
 
 def expect_weight(operation: str, weight: Any, **others: Any) -> View:
-    """Return the view in `weight`, and refuse views among the other arguments of the operation."""
+    """Return the view in `weight`.
+
+    Views among the other arguments of the operation are refused.
+    """
     for name, value in others.items():
         if isinstance(value, View):
             refuse(value, operation, f"a low-rank `{name}`")

@@ -1,4 +1,7 @@
-"""The tensor that replaces a low-rank weight in a module, and answers operations by their rules."""
+"""The tensor in place of a low-rank weight in a module.
+
+It answers operations by their rules.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,10 +43,10 @@ def weight_of(name: str, param: LowRank, like: Tensor, fallback: Fallback) -> Te
 
 
 def _is_read_as(param: LowRank, dtype: torch.dtype) -> bool:
-    """Return whether a module reads a weight in its dtype, and not in that of the factors.
+    """Return whether a module reads a weight in its dtype.
 
-    So the rows of an embedding fit the layers that read them. Factors are in float32 by default, whatever the model is
-    in. Other dtypes were asked for.
+    Otherwise it reads it in the dtype of the factors. So the rows of an embedding fit the layers that read them.
+    Factors are in float32 by default, whatever the model is in. Users choose other dtypes.
     """
     return param.factors.b.dtype == torch.float32 != dtype and as_base(param.base).weight_dtype == dtype
 
@@ -101,9 +104,10 @@ class _Wrapper(Weight):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Compute with the dense weight what C++ code does to it, below `__torch_function__`.
+        """Compute with the dense weight what C++ code does to it.
 
-        Autograd has recorded the operation, and passes the gradient of the weight to `_Attached`.
+        Such code is below `__torch_function__`. Autograd has recorded the operation, and passes the gradient of the
+        weight to `_Attached`.
         """
         for weight in _weights_in((args, kwargs)):
             if weight._has_tangent:
@@ -114,7 +118,7 @@ class _Wrapper(Weight):
 
 
 def _is_of_func(weight: Weight) -> bool:
-    """Return whether `torch.func` differentiates by a weight, or autograd in its place."""
+    """Return whether `torch.func`, or autograd for it, differentiates by a weight."""
     if is_in_place_of_func():
         return weight.requires_grad
     return any(is_functorch_wrapped(leaf) for leaf in tree_leaves(weight._view) if isinstance(leaf, Tensor))
@@ -143,7 +147,10 @@ def _missing(view: View) -> Tensor:
 
 
 def _attached(view: View) -> Weight:
-    """Return a weight through which gradients reach the factors, if autograd tracks them."""
+    """Return a weight through which gradients reach tracked factors.
+
+    Autograd must track them.
+    """
     tensors = _tensors_of(view) if torch.is_grad_enabled() and not are_transforms_active() else []
     leaves = [leaf for leaf in tensors if leaf.requires_grad]
     if not leaves:
@@ -168,9 +175,10 @@ def _wrapper(view: View) -> Weight:
 
 
 class _Attached(torch.autograd.Function):
-    """Return a weight whose gradient, as an `autograd.Function` or a C++ kernel returns it, reaches the factors.
+    """Return a weight whose gradient reaches the factors from any function.
 
-    Rules do not need it: their results depend on the factors themselves.
+    An `autograd.Function` or a C++ kernel may return it. Rules do not need it: their results depend on the factors
+    themselves.
     """
 
     @staticmethod
@@ -216,7 +224,10 @@ def _view_of(weight: Weight) -> View:
 
 
 def _is_in_reentrant_checkpoint() -> bool:
-    """Return whether `torch.utils.checkpoint` runs a block that it will recompute with the model's parameters."""
+    """Return whether `torch.utils.checkpoint` will recompute the running block.
+
+    It would recompute it with the parameters of the model.
+    """
     frame: FrameType | None = sys._getframe()
     while frame and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
@@ -273,9 +284,10 @@ def _weights_in(value: Any) -> list[Weight]:
 
 
 def _without_grad(result: Any, arguments: Sequence[Any]) -> Any:
-    """Return weights that a rule made under `torch.no_grad`, which have tangents and no gradients, as any tensor.
+    """Return weights that a rule made under `torch.no_grad`.
 
-    A rule may pass on the factors that it got, which require a gradient. What is an argument itself stays.
+    They have tangents and no gradients, as any tensor. A rule may pass on the factors that it got, which require a
+    gradient. What is an argument itself stays.
     """
     if type(result) is tuple:
         return tuple(_without_grad(element, arguments) for element in result)

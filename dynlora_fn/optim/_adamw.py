@@ -28,7 +28,10 @@ from dynlora_fn.optim._transform import (
 
 
 class AdamWState(NamedTuple):
-    """Store the state of `adamw` inside its `FreezeState`. All trees mirror the trainable parameters."""
+    """Store the state of `adamw` inside its `FreezeState`.
+
+    All trees mirror the trainable parameters.
+    """
 
     mu: Tree  # mean of the gradients: float32, the parameter's dtype if that is wider, or 8 bit
     nu: Tree  # mean of the squared gradients, in the same dtypes
@@ -145,7 +148,10 @@ def adamw(
 
 
 def _decay_factors(inner: Transform, factor_decay: float) -> Transform:
-    """Add the decay of each factor to the steps of `inner`, before both are multiplied by the learning rate."""
+    """Add the decay of each factor to the steps of `inner`.
+
+    Both are then multiplied by the learning rate.
+    """
 
     def update(
         grads: Trainable, opt_state: FreezeState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]

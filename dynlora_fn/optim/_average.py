@@ -83,7 +83,9 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
         raise ValueError("`averaged` is a dict, but `params` is one parameter; pass two dicts or two parameters")
     if averaged.keys() != params.keys():
         other = ", ".join(sorted(averaged.keys() ^ params.keys())[:4])
-        raise ValueError(f"`averaged` and `params` must have the same names, but only one has: {other}")
+        raise ValueError(
+            f"`averaged` and `params` must have the same names, but only one has: {other}; average the same parameters"
+        )
     return {name: _average(name, old, params[name], decay) for name, old in averaged.items()}
 
 

@@ -1,4 +1,7 @@
-"""Check that the state of an optimizer is one of these parameters, from the roles of its fields."""
+"""Check that the state of an optimizer fits its parameters.
+
+The roles of its fields say what they mean.
+"""
 
 from typing import Any
 
@@ -57,7 +60,10 @@ def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eig
 
 
 def _is_moment(state: Any, leaf: Any) -> bool:
-    """Return whether a state is the moment of a parameter, without a description of what is wrong."""
+    """Return whether a state is the moment of a parameter.
+
+    The answer does not say what is wrong.
+    """
     if is_factors(leaf):
         is_alike = is_factors(state) and alpha_of(state) == alpha_of(leaf)
         if not is_alike or len(sides_of(state)) != len(sides_of(leaf)):
@@ -82,7 +88,7 @@ def _sides(argument: str, name: str, state: Any, leaf: Any) -> tuple[Any, ...]:
         return (state,)
     if len(sides_of(state)) != len(sides_of(leaf)):
         raise ValueError(
-            f"`{argument}` has {len(sides_of(state))} sides of {name!r}, of which {len(sides_of(leaf))} are trained in"
+            f"`{argument}` has {len(sides_of(state))} sides of {name!r}, but {len(sides_of(leaf))} are trained in"
             " `trainable`; pass the state of the same parameters"
         )
     return sides_of(state)
@@ -97,7 +103,10 @@ def _shapes(leaf: Any, role: Role) -> list[tuple[int, ...]]:
 
 
 def _check_side(argument: str, name: str, side: Any, like: Any, role: Role, eight_bit: bool) -> None:
-    """Raise if the state of one side has a type, dtype or device that does not fit the parameter `like`."""
+    """Raise if the state of one side does not fit the parameter `like`.
+
+    Its type, dtype and device are compared.
+    """
     if is_eight_bit(side) and not eight_bit:
         raise ValueError(f"`{argument}` has {name!r} in 8 bit; update it with the optimizer that made the state")
     tensor = side.codes if is_eight_bit(side) else side

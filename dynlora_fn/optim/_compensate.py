@@ -198,9 +198,9 @@ def _check_gradient(name: str, grad: Any, param: Param) -> None:
 
 
 def _outside_span(factors: AnyFactors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
-    """Return ``(1 - P_b) grad (1 - P_a)``, or ``grad (1 - P_a)`` where only `b` is trained.
+    """Return ``(1 - P_b) grad (1 - P_a)``.
 
-    Rows that contain only rounding errors become zero.
+    Where only `b` is trained, return ``grad (1 - P_a)``. Rows that contain only rounding errors become zero.
     """
     wide = widest(grad.dtype, factors.b.dtype, factors.a.dtype)
     grad, columns, rows = grad.to(wide), _projection(factors.b.to(wide)), _projection(factors.a.to(wide).mT)

@@ -12,9 +12,10 @@ from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_up
 
 
 def in_real_numbers(inner: Transform) -> Transform:
-    """Wrap an optimizer that treats every entry separately, so that it sees real tensors only.
+    """Wrap an optimizer so that it sees real tensors only.
 
-    A complex tensor (*shape) is a real one (*shape, 2) for `inner` and in its state. Its update is complex.
+    The optimizer must treat every entry separately. A complex tensor (*shape) is a real one (*shape, 2) for `inner` and
+    in its state. Its update is complex.
     """
 
     def init(trainable: Trainable) -> Any:

@@ -38,7 +38,10 @@ def children(node: Any) -> list[tuple[Step, Any]] | None:
 
 
 def rebuild(node: Any, values: list[Any]) -> Any:
-    """Return a container of the type of `node` with other children, in the order of `children`."""
+    """Return a container of the type of `node` with other children, in order.
+
+    `children` gives the order.
+    """
     if isinstance(node, MutableMapping):
         return _rebuild_mapping(node, dict(zip(node, values, strict=True)))
     if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -66,7 +69,10 @@ def _rebuild_mapping(node: MutableMapping[Any, Any], entries: dict[Any, Any]) ->
 
 
 def contains_tensors(node: Any) -> bool:
-    """Return whether tensors can be reached through the attributes and containers of an object."""
+    """Return whether tensors can be reached from an object.
+
+    Its attributes and containers are searched.
+    """
     queue, visited = [node], set()
     while queue:
         item = queue.pop()

@@ -43,7 +43,10 @@ def coupled_steps(grams: Grams, *, table: Table, projections: int) -> Steps:
 
 
 def _remaining(grams: Grams, whitening: Tensor, core: Tensor) -> Float[Tensor, "2 *stack rank rank"]:
-    """Return ``R_u.T R_u`` and ``R_v.T R_v``, the Gram matrices of what `core` leaves of the directions."""
+    """Return ``R_u.T R_u`` and ``R_v.T R_v``.
+
+    They are the Gram matrices of what `core` leaves of the directions.
+    """
     whitened = whitening @ with_floor(grams.directions) @ whitening.mT
     inside = torch.stack([core[0].mT @ core[0], core[1] @ core[1].mT])
     # The difference has the errors of both, which a factor with nearly dependent vectors enlarges.

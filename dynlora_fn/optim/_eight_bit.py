@@ -105,7 +105,7 @@ def encode_moments(tree: Any, like: Any, name: str) -> Any:
 
 
 def reset_moment(moment: _Moment, is_reset: Tensor) -> _Moment:
-    """Set numbers to exactly zero where `is_reset`. No other bit changes.
+    """Set numbers to exactly zero where `is_reset`. All other bits stay.
 
     `is_reset` broadcasts against the codes.
     """

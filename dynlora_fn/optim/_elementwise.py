@@ -1,7 +1,8 @@
-"""Apply an elementwise formula to all tensors of trees by parameter name, in few operations.
+"""Apply an elementwise formula to all tensors of trees, in few operations.
 
-Where operations run at once, tensors are joined in `Leaves`, in batches of limited size, so that temporaries stay
-small. A larger tensor is split into blocks. Everywhere else the formula is applied to each tensor in turn.
+Trees are by parameter name. Where operations run at once, tensors are joined in `Leaves`, in batches of limited size,
+so that temporaries stay small. A larger tensor is split into blocks. Everywhere else the formula is applied to each
+tensor in turn.
 """
 
 from collections import defaultdict
@@ -26,10 +27,11 @@ _Column: TypeAlias = Sequence[Any]  # the leaves of a tree
 
 
 def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that makes a function of trees by parameter name from an elementwise formula.
+    """Return a decorator that applies an elementwise formula to trees.
 
-    The formula is called as ``formula(*settings, *operands, *small)``. It may use the operations that `Leaves` has, and
-    for `small` those of `FlatLeaves`. What it returns has the shape of the first operand.
+    Trees are by parameter name. The formula is called as ``formula(*settings, *operands, *small)``. It may use the
+    operations that `Leaves` has, and for `small` those of `FlatLeaves`. What it returns has the shape of the first
+    operand.
 
     The function is called as ``function(tree, *others, small=None, settings=None)``. `tree` and `others` are full-rank
     tensors or factors by name. So is `small`, whose tensors have few numbers, such as counts. `settings` is a function
@@ -81,7 +83,10 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
 
 
 def _is_traced(column: _Column) -> bool:
-    """Return whether Dynamo traces leaves that it can pass on, which those with constants, as shards, are not."""
+    """Return whether Dynamo traces leaves that it can pass on.
+
+    Leaves with constants, such as shards, are not such.
+    """
     others = [leaf for leaf in column if not isinstance(leaf, Tensor | Factors)]
     return torch.compiler.is_dynamo_compiling() and not others
 
@@ -109,7 +114,7 @@ def _rebuilt(column: _Column, results: Sequence[Tensor]) -> _Column:
 
 
 def _in_batches(formula: Callable[..., Any], rows: Sequence[_Row], operands: int, *, has_small: bool) -> list[Any]:
-    """Return the results of a formula for rows of tensors whose operations run at once.
+    """Return the results of a formula for rows of tensors at once.
 
     A row has settings, then `operands` tensors, then the small tensor if there is one. The first operand has the shape
     of the result.
@@ -134,7 +139,10 @@ def _in_batches(formula: Callable[..., Any], rows: Sequence[_Row], operands: int
 
 
 def _batches(rows: Sequence[_Row], first: int) -> Iterator[list[int]]:
-    """Yield positions of rows with equal settings, dtypes and devices, of limited size together."""
+    """Yield positions of rows with equal settings, dtypes and devices.
+
+    Together they are of limited size.
+    """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for position, row in enumerate(rows):
         groups[(*map(_key, row[:first]), row[first].device, *[tensor.dtype for tensor in row[first:]])].append(position)
@@ -152,7 +160,7 @@ def _most(tensor: Tensor) -> int:
 
 
 def _in_blocks(formula: Callable[..., Any], row: _Row, first: int) -> Any:
-    """Return the result of a formula for one tensor, computed in blocks if it is large."""
+    """Return the result of a formula for one tensor, in blocks if it is large."""
     like = row[first]
     if like.numel() <= _most(like):
         return formula(*row)

@@ -1,4 +1,7 @@
-"""Take Muon's step of a low-rank weight, through Gram matrices of factors and directions."""
+"""Take Muon's step of a low-rank weight, through Gram matrices.
+
+They are the Gram matrices of factors and directions.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +23,10 @@ _MAX_RELATIVE_STEP = 0.1  # of the sum of both factors' norms
 
 
 class Grams(NamedTuple):
-    """Store products of tall matrices. The first of a pair is for the step of `b`, the second for that of `a`."""
+    """Store products of tall matrices.
+
+    The first of a pair is for the step of `b`, the second for the step of `a`.
+    """
 
     factors: Float[Tensor, "2 *stack rank rank"]  # a a.T, b.T b: the other side's Gram matrix
     directions: Float[Tensor, "2 *stack rank rank"]  # M_b.T M_b, M_a M_a.T
@@ -28,7 +34,7 @@ class Grams(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Store what both sides are multiplied by: ``M_b X_b + b Y_b`` and ``X_a M_a + Y_a a``."""
+    """Store the multipliers of both sides: ``M_b X_b + b Y_b``, ``X_a M_a + Y_a a``."""
 
     of_directions: Float[Tensor, "2 *stack rank rank"]  # X_b, X_a
     squares: Float[Tensor, "2 *stack 1 1"]  # of the steps' Frobenius norms
@@ -66,7 +72,10 @@ def factor_updates(
 
 
 def separate_steps(grams: Grams, *, table: Table) -> Steps:
-    """Return the steps that orthogonalize each side by itself, whitened by the other factor's Gram matrix."""
+    """Return the steps that orthogonalize each side by itself.
+
+    The other factor's Gram matrix whitens each side.
+    """
     whitening = whitening_of(grams.factors)
     whitened = whitening @ with_floor(grams.directions) @ whitening.mT
     steps = whitening.mT @ polynomial_of_gram(whitened, table) @ whitening  # symmetric
@@ -75,7 +84,7 @@ def separate_steps(grams: Grams, *, table: Table) -> Steps:
 
 
 def whitening_of(grams: Float[Tensor, "2 *stack rank rank"]) -> Float[Tensor, "2 *stack rank rank"]:
-    """Return S for both factors such that ``S.T S`` is the inverse of the damped Gram matrix."""
+    """Return S for both factors, where ``S.T S`` inverts the damped Gram matrix."""
     size = trace(grams) / grams.shape[-1]
     # A factor that is zero is damped by the other side's size.
     damping = _DAMPING * (size + _DAMPING * size.flip(0))
@@ -92,7 +101,10 @@ def inverse_triangle(gram: Float[Tensor, "*stack n n"]) -> tuple[Tensor, Tensor]
 
 
 def _limit(grams: Grams, norms: Float[Tensor, "2 *stack 1 1"], rate: Rate) -> Float[Tensor, "2 *stack 1 1"]:
-    """Return by what the steps of these norms are multiplied, so that the updates are not too long."""
+    """Return by what the steps of these norms are multiplied.
+
+    So the updates are not too long.
+    """
     max_norm = _MAX_RELATIVE_STEP * square_root(trace(grams.factors)).sum(0) / rate
     factor: Tensor = max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)
     return factor.clamp(max=1)

@@ -85,7 +85,10 @@ def freeze_counterparts(inner: Transform) -> Transform:
 
 
 def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, AnyFactors], moving: Collection[str] = ()) -> Tree:
-    """Return gradients or updates with zeros for frozen vectors. No vector of the weights `moving` is frozen."""
+    """Return gradients or updates with zeros for frozen vectors.
+
+    No vector of the weights `moving` is frozen.
+    """
     factors = {name: leaf for name, leaf in tree.items() if is_factors(leaf) and name not in moving}
     return {**tree, **_zero_where_frozen(factors, small=frozen_for)}
 
@@ -110,7 +113,10 @@ def _no_vectors_frozen(trainable: Trainable) -> dict[str, AnyFactors]:
 
 
 def _names_that_move(frozen_for: Mapping[str, AnyFactors]) -> set[str]:
-    """Return the names of weights whose counters are all zero, as far as the host can read that at once."""
+    """Return the names of weights whose counters are all zero.
+
+    Only counters that the host can read at once are looked at.
+    """
     sides = [(name, side) for name, counts in frozen_for.items() for side in sides_of(counts)]
     counts = [side for _, side in sides]
     if not counts or not all(can_read(side) for side in counts):

@@ -28,7 +28,10 @@ from dynlora_fn._core._torch import (
 
 
 class Leaves:
-    """A list of tensors of one dtype. An operand is a number, a 0-d tensor, or as many tensors."""
+    """A list of tensors of one dtype.
+
+    An operand is a number, a 0-d tensor, or as many tensors.
+    """
 
     __slots__ = ("tensors",)
 
@@ -73,7 +76,10 @@ class Leaves:
 
 
 class _SpentLeaves(Leaves):
-    """Leaves whose memory takes the result of the next sum, product or quotient, if that has their dtype."""
+    """Leaves whose memory takes the result of the next operation.
+
+    It is a sum, product or quotient, and must have their dtype.
+    """
 
     __slots__ = ()
 
@@ -97,16 +103,16 @@ class _SpentLeaves(Leaves):
 
 
 def spent(result: Any) -> Any:
-    """Return a result that nothing else reads, so that the next operation on `Leaves` may overwrite it.
+    """Return a result that nothing else reads.
 
-    The result must be of an operation that allocates memory, not of `to`. Tensors are returned unchanged, so that a
-    formula has the same graph and derivatives.
+    So the next operation on `Leaves` may overwrite it. The result must be of an operation that allocates memory, not of
+    `to`. Tensors are returned unchanged, so that a formula has the same graph and derivatives.
     """
     return _SpentLeaves(result.tensors) if isinstance(result, Leaves) else result
 
 
 class FlatLeaves:
-    """A list of tensors of few numbers each, which are copied into one tensor for operations on them.
+    """A list of small tensors, which are copied into one for operations on them.
 
     It may be the divisor of `Leaves`. Equal numbers, as counts without switches are, become one.
     """

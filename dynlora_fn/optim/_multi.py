@@ -16,7 +16,7 @@ def multi_transform(
 ) -> Transform:
     """Create an optimizer that applies another transform to each parameter.
 
-    Every parameter gets the update that its transform would give it if there were no other parameters. The interface
+    Every parameter gets the update that its transform would give it if it were the only one. The interface
     is optax's `multi_transform`.
 
     Args:

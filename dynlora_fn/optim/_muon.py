@@ -78,7 +78,7 @@ def muon(
     Cost: one moment, and for factors ``6 * rank**2 * (out + in) + 92 * rank**3`` FLOPs with five polynomials. Coupled
     steps take ``10 * rank**2 * (out + in) + (48 * n + 52) * rank**3``, where n is the number of polynomials and two for
     each projection after the first. For sharded factors four (rank, rank) matrices of each weight are all-reduced at
-    once, or six if coupled. Where only `b` is trained, an update costs that of a matrix (out, rank).
+    once, or six if coupled. Where only `b` is trained, an update costs as much as of a matrix (out, rank).
 
     Args:
         momentum: The decay rate of the moment, in [0, 1).

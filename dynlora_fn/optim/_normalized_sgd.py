@@ -1,4 +1,7 @@
-"""Stochastic gradient descent whose gradients are normalized along one axis, for embeddings and heads."""
+"""Stochastic gradient descent with gradients normalized along one axis.
+
+It is for embeddings and heads.
+"""
 
 from collections.abc import Mapping
 from math import sqrt

@@ -1,4 +1,4 @@
-"""Muon for low-rank weights of which only `b` is trained."""
+"""Muon for low-rank weights that train only `b`."""
 
 from math import sqrt
 
@@ -7,7 +7,9 @@ from dynlora_fn.optim._polynomial import Table, orthogonalize
 
 
 def one_sided_direction(direction: OneSidedFactors, factors: OneSidedFactors, table: Table) -> OneSidedFactors:
-    """Return the direction of `b` that moves the weight by the orthogonalized dense gradient within the rows of `a`.
+    """Return the direction of `b` for the orthogonalized dense gradient.
+
+    The gradient is taken within the rows of `a`.
 
     With ``a = sqrt(rank / |alpha|) * Q`` and orthonormal rows of Q, for a positive alpha::
 

@@ -1,4 +1,7 @@
-"""Orthogonalize matrices by odd polynomials of their singular values, which need no decomposition."""
+"""Orthogonalize matrices by odd polynomials of their singular values.
+
+They need no decomposition.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
@@ -81,7 +84,10 @@ def orthogonalize(matrix: Float[Tensor, "*stack out in"], table: Table = JORDAN)
 
 
 def polynomial(x: Float[Tensor, "*stack rows columns"], table: Table) -> Float[Tensor, "*stack rows columns"]:
-    """Apply a table to the singular values of a matrix with at most as many rows as columns."""
+    """Apply a table to the singular values of a matrix.
+
+    It has at most as many rows as columns.
+    """
     for first, third, fifth in table:
         gram = x @ x.mT
         x = first * x + (third * gram + fifth * gram @ gram) @ x
@@ -89,9 +95,10 @@ def polynomial(x: Float[Tensor, "*stack rows columns"], table: Table) -> Float[T
 
 
 def polynomial_of_gram(gram: Float[Tensor, "*stack n n"], table: Table) -> Float[Tensor, "*stack n n"]:
-    """Return P such that ``P x`` orthogonalizes every x with ``x x.T = gram``. Zeros stay zeros.
+    """Return P such that ``P x`` orthogonalizes every x with ``x x.T = gram``.
 
-    Every step multiplies x by a polynomial of its Gram matrix, so that the product of all steps is one.
+    Zeros stay zeros. Every step multiplies x by a polynomial of its Gram matrix, so that the product of all steps is
+    one.
     """
     square = trace(gram)
     stacked = divide(gram, square).reshape(gram.shape[:-2].numel(), *gram.shape[-2:])  # for torch.baddbmm
@@ -108,9 +115,10 @@ def polynomial_of_gram(gram: Float[Tensor, "*stack n n"], table: Table) -> Float
 
 
 def with_floor(gram: Float[Tensor, "*stack n n"], relative: Tensor | float = 1.0) -> Float[Tensor, "*stack n n"]:
-    """Return a Gram matrix whose eigenvalues are positive in spite of rounding errors, unless it is zero.
+    """Return a Gram matrix with positive eigenvalues, unless it is zero.
 
-    `relative` is by how much the errors are larger than those of a product of a matrix with itself.
+    Rounding errors may have made them negative. `relative` is by how much the errors are larger than those of a product
+    of a matrix with itself.
     """
     floor: Tensor = _FLOOR * torch.finfo(gram.dtype).eps * relative * trace(gram)
     return gram + floor * identity_like(gram)

@@ -37,7 +37,10 @@ class Change(NamedTuple):
 
 
 def check_change(change: Any) -> None:
-    """Raise TypeError if a value is neither None nor a `Change` of two dicts of parameters."""
+    """Raise TypeError if a value is neither None nor a valid `Change`.
+
+    A `Change` has two dicts of parameters.
+    """
     if change is None:
         return
     if not isinstance(change, tuple) or len(change) != 2:
@@ -67,7 +70,7 @@ class Context(NamedTuple):
         return node
 
     def check_foreign(self, library: str, path: Path) -> None:
-        """All libraries with a table are supported."""
+        """Accept all libraries with a table."""
 
 
 def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> AnyFactors:
@@ -95,7 +98,10 @@ def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context
 
 
 def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], int]:
-    """Return the indices of `b` and `a` of each low-rank weight among all tensors, and the number of tensors."""
+    """Return the indices of `b` and `a` of each weight among all tensors.
+
+    Return the number of tensors too.
+    """
     indices, count = {}, 0
     for name, leaf in trainable.items():
         if is_factors(leaf):
@@ -106,16 +112,22 @@ def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], in
 
 
 def _refuse_one_side(name: str, leaf: AnyFactors) -> None:
-    """Raise for a weight whose tensors in a state of another library are not the two sides."""
+    """Raise for a weight whose tensors in a foreign state are not the two sides.
+
+    The state is one of another library.
+    """
     if len(sides_of(leaf)) == 1:
         raise ValueError(
             f"`trainable` has only `b` of {name!r}, and states of torch.optim and torchopt are only projected for"
-            " weights of which both sides are trained; use an optimizer of `dl.optim`"
+            " weights that train both sides; use an optimizer of `dl.optim`"
         )
 
 
 def _has_entries(leaf: AnyFactors, role: Role) -> bool:
-    """Return whether a leaf is a moment with an entry for each entry of the factors, not only for each vector."""
+    """Return whether a leaf is a moment with an entry for each entry of factors.
+
+    Other moments have one for each vector.
+    """
     b, *others = map(moment_shape, sides_of(leaf))
     is_per_vector = b[-2] == 1 and all(a[-1] == 1 for a in others)
     return role == "first_moment" or (role == "second_moment" and not is_per_vector)
@@ -162,7 +174,10 @@ def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:
 
 
 def _checked_shape(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> tuple[int, ...]:
-    """Return the shape of side b, and raise ValueError if the shapes do not fit the role."""
+    """Return the shape of side b, or raise ValueError if the shapes do not fit.
+
+    The role says which shapes fit.
+    """
     shapes = _shapes(leaf)
     b, a = shapes[0], shapes[-1]
     is_one_sided = len(shapes) == 1

@@ -101,7 +101,7 @@ def project_optimizer_state(
     check_choice("rule", rule, get_args(Rule))
     prune = check_number("prune", prune, least=0, most=1)
     if (rule == "transport") != (change is not None):
-        raise ValueError(f"`change` must be passed with rule 'transport' and with no other, got rule {rule!r}")
+        raise ValueError(f"`change` must be passed only with rule 'transport', got rule {rule!r}")
     check_change(change)
     if trainable is not None:
         check_trainable("trainable", trainable)

@@ -21,7 +21,9 @@ _EXPONENTS: dict[Role, int] = {"first_moment": 1, "second_moment": 2}
 def resize_state(
     opt_state: State, before: Mapping[str, LowRank], after: Mapping[str, LowRank], *, roles: Roles | None = None
 ) -> State:
-    """Return the state of weights at other ranks, as `dynlora_fn.interop.resize` describes it.
+    """Return the state of weights at other ranks.
+
+    `dynlora_fn.interop.resize` describes it.
 
     Args:
         opt_state: The state, with declared roles.
@@ -37,7 +39,10 @@ def resize_state(
     resizing = _Resizing(changes, roles or {}, set())
     resized: State = project_state(opt_state, resizing, ())
     if missing := sorted(set(changes) - resizing.visited):
-        raise ValueError(f"`opt_state` must have the factors of every resized weight, got none for {missing}")
+        raise ValueError(
+            f"`opt_state` must have the factors of every resized weight, got none for {missing}; pass the state of"
+            " these parameters"
+        )
     return resized
 
 
@@ -92,7 +97,10 @@ def _rank(param: LowRank) -> int:
 
 
 def _resized(side: Any, axis: int, ranks: Ranks, scale: float, name: str) -> Any:
-    """Return one side with the entries of the vectors that stay, times `scale`, and zeros for new ones."""
+    """Return one side with the entries of the vectors that stay, times `scale`.
+
+    New vectors get zeros.
+    """
     staying = decode_moments(side).narrow(axis, 0, min(ranks))
     staying = staying * scale if scale != 1 else staying
     shape = list(staying.shape)

@@ -1,4 +1,4 @@
-"""Declare which fields of an optimizer's state mirror the parameters, and what they mean."""
+"""Declare which fields of a state mirror the parameters, and what they mean."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -51,7 +51,9 @@ def register_state(kind: type, roles: Roles) -> None:
     check_roles(roles, f"`roles` of {kind.__name__}")
     known = set(_fields(kind))
     if unknown := sorted(set(roles) - known):
-        raise ValueError(f"`roles` names {unknown}, but the fields of {kind.__name__} are {sorted(known)}")
+        raise ValueError(
+            f"`roles` names {unknown}, but the fields of {kind.__name__} are {sorted(known)}; use their names"
+        )
     if _REGISTERED.get(kind, roles) != roles:
         raise ValueError(f"{kind.__name__} is registered with the roles {dict(_REGISTERED[kind])}; register it once")
     _REGISTERED[kind] = dict(roles)
@@ -75,7 +77,9 @@ def check_roles(roles: Any, argument: str) -> None:
         raise TypeError(f"{argument} is {described(roles)}; pass a dict of roles by field")
     for field, role in roles.items():
         if not isinstance(role, str) or role not in get_args(Role):
-            raise ValueError(f"{argument} must be some of {', '.join(get_args(Role))}, got {role!r} for {field!r}")
+            raise ValueError(
+                f"{argument} must be some of {', '.join(get_args(Role))}, got {role!r} for {field!r}; use one of them"
+            )
 
 
 def _fields(kind: type) -> tuple[str, ...]:

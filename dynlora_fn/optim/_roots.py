@@ -1,7 +1,7 @@
-"""Square roots and quotients that can be differentiated where a gradient or a moment is zero.
+"""Square roots and quotients with finite derivatives at zero.
 
-torch's derivatives are infinite there, and NaN after a product with zero. Tensors that are not differentiated take
-torch's operations, so a compiled step has the same graph as with these.
+Gradients and moments may be zero. torch's derivatives are infinite there, and NaN after a product with zero. Tensors
+that are not differentiated take torch's operations, so a compiled step has the same graph as with these.
 """
 
 from typing import Any
@@ -16,9 +16,10 @@ from dynlora_fn._core._attached import is_attached
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def square_root(square: Any) -> Any:
-    """Return the square root. Its derivative at zero is zero, as that of a norm or a magnitude.
+    """Return the square root.
 
-    It is also for `Leaves`, which are never differentiated.
+    Its derivative at zero is zero, as for a norm or a magnitude. It is also for `Leaves`, which are never
+    differentiated.
     """
     if not is_attached(square):
         return square.sqrt()
@@ -28,6 +29,9 @@ def square_root(square: Any) -> Any:
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def divide(matrix: Tensor, norm: Tensor) -> Tensor:
-    """Divide a matrix by its norm. Zeros stay zeros, and their derivative is zero, where the direction has none."""
+    """Divide a matrix by its norm.
+
+    Zeros stay zeros, and their derivative is zero, where the direction has none.
+    """
     divisor = norm.clamp(min=torch.finfo(matrix.dtype).tiny)
     return matrix / (torch.where(norm == 0, torch.inf, divisor) if is_attached(norm) else divisor)

@@ -56,7 +56,10 @@ def _project_child(parent: Any, declared: Roles, child: Any, context: Visitor, p
 
 
 def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name: str | None) -> Any:
-    """Project everything below a node in a field with a role. `name` is the key of the node in a dict, or None."""
+    """Project everything below a node in a field with a role.
+
+    `name` is the key of the node in a dict, or None.
+    """
     if is_factors(node) and name is not None:
         return context.visit(node, role, name, path)
     is_leaf = isinstance(node, Tensor) or is_eight_bit(node)
@@ -103,7 +106,10 @@ def _check_is_of_parameter(node: Any, name: Any, context: Visitor, path: Path, *
 
 
 def _is_by_name(node: Any) -> bool:
-    """Return whether a node is a dict by parameter name: one with factors, or one with nothing but leaves."""
+    """Return whether a node is a dict by parameter name.
+
+    It has factors, or nothing except leaves.
+    """
     if not isinstance(node, Mapping) or is_torch_optim(node):
         return False
     leaves = [_is_leaf(child) for child in node.values()]
@@ -115,7 +121,10 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _refuse_mixed(inside: list[tuple[Step, Any]], path: Path) -> None:
-    """Raise if something beside factors is a container: then it is unclear whether keys are parameters or fields."""
+    """Raise if something beside factors is a container.
+
+    It would be unclear whether keys are parameters or fields.
+    """
     for step, child in inside:
         if not _is_leaf(child):
             raise ValueError(

@@ -13,7 +13,7 @@ from dynlora_fn.optim._roles import Role
 
 
 def counterparts(plan_b: SidePlan, plan_a: SidePlan, rank: int) -> Factors:
-    """Return which vectors of each side are counterparts of those that a plan switches.
+    """Return which vectors of each side are counterparts of switched ones.
 
     The masks broadcast against the factors.
     """
@@ -58,7 +58,7 @@ def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -
 
 
 def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moments: Sequence[Tensor], share: float) -> Tensor:
-    """Return which entries are among the smallest of `moment` and of every first moment."""
+    """Return which entries are the smallest of `moment` and all first moments."""
     is_counterpart = is_counterpart.expand(moment.shape)
     is_small = is_counterpart & _is_small(moment, is_counterpart, share)
     for first_moment in first_moments:

@@ -67,7 +67,10 @@ def project_torch_optim(node: Mapping[str, Any], context: Visitor, path: Path) -
 
 
 def _role(field: str, role: Role, entry: Mapping[str, Any]) -> Role:
-    """Return the role of a field. RMSprop accumulates steps in its `momentum_buffer`, which are not linear."""
+    """Return the role of a field.
+
+    RMSprop accumulates steps in its `momentum_buffer`, which are not linear.
+    """
     return "second_moment" if field == "momentum_buffer" and "square_avg" in entry else role
 
 
@@ -87,7 +90,10 @@ def _check_fields(b: Mapping[str, Any], a: Mapping[str, Any], name: str, path: P
 
 
 def _check_shared(leaf: Factors, name: str, context: Visitor, path: Path) -> None:
-    """Raise if Adafactor's means over all vectors do not have the rows of `b` and the columns of `a`."""
+    """Raise if Adafactor's means over all vectors do not fit the factors.
+
+    They must have the rows of `b` and the columns of `a`.
+    """
     param = (context.trainable or {})[name]
     assert is_factors(param)
     if leaf.b.shape[:-1] != param.b.shape[:-1] or leaf.a.shape[-1:] != param.a.shape[-1:]:
@@ -113,12 +119,15 @@ def _indices(groups: Any, context: Visitor, path: Path) -> dict[str, tuple[Any, 
         by_name = dict(zip(names, indices, strict=True))
         wanted = [f"{name}.{side}" for name in sides if name in context.plan for side in "ba"]
         if missing := [name for name in wanted if name not in by_name]:
-            raise ValueError(f"`opt_state` must name the factors of planned weights, got no {', '.join(missing)}")
+            raise ValueError(
+                f"`opt_state` must name the factors of planned weights, got no {', '.join(missing)}; pass the state of"
+                " an optimizer over `trainable`"
+            )
         found = {name: (by_name.get(f"{name}.b"), by_name.get(f"{name}.a")) for name in sides}
         return {name: pair for name, pair in found.items() if None not in pair}
     if len(groups) != 1:
         raise ValueError(
-            f"`opt_state` has {len(groups)} parameter groups without names, whose order need not be that of `trainable`"
+            f"`opt_state` has {len(groups)} parameter groups without names, whose order may differ from `trainable`"
             "; create the optimizer with named tensors, such as ('w.b', b) and ('w.a', a) for the weight 'w'"
         )
     if len(indices) != count:

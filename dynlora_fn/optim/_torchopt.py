@@ -51,7 +51,9 @@ def torchopt_roles(node: Any, path: Path) -> Roles:
 
 
 def project_torchopt_list(tensors: Any, role: Role, context: Visitor, path: Path) -> Any:
-    """Project a list of all tensors of the parameters, in the order of optree: by sorted names, `b` before `a`.
+    """Project a list of all tensors of the parameters, in the order of optree.
+
+    It is by sorted names, with `b` before `a`.
 
     Raises:
         ValueError: If the list does not fit `trainable`.
@@ -70,7 +72,10 @@ def project_torchopt_list(tensors: Any, role: Role, context: Visitor, path: Path
     new = list(tensors)
     for name, (b, a) in sides.items():
         if not (isinstance(new[b], Tensor) and isinstance(new[a], Tensor)):
-            raise ValueError(f"`opt_state` has no tensors of {name!r} at {render(path)}[{b}] and [{a}]")
+            raise ValueError(
+                f"`opt_state` has no tensors of {name!r} at {render(path)}[{b}] and [{a}];"
+                " pass the state of `trainable`"
+            )
         where = (*path, Step(False, b))
         leaf = context.visit(Factors(new[b], new[a]), role, name, where)
         new[b], new[a] = leaf.b, leaf.a

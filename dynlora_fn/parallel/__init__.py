@@ -1,6 +1,7 @@
-"""Training on several processes: average gradients, shard bases and factors, check replicas, count bytes.
+"""Training on several processes: average, shard, compare, and count bytes.
 
-Switching needs no communication: every process derives the same plan and vectors from the seed and the step.
+Gradients are averaged, bases and factors sharded, and replicas compared. Switching needs no communication: every
+process derives the same plan and vectors from the seed and the step.
 """
 
 from dynlora_fn._core._types import ShardedFactors as ShardedFactors

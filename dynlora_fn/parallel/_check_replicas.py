@@ -66,7 +66,7 @@ _PASS_ALIKE, _RESUME = "pass the same state on every process, or resume from a c
 
 
 def _refuse(states: Sequence[tuple[Any, ...]], name_first: Callable[[Any, Any], str], advice: str) -> None:
-    """Raise the error that names the processes whose states differ, and the first difference.
+    """Raise the error that names processes whose states differ, and where.
 
     Args:
         states: The entries of the state of each process. Not all are equal.

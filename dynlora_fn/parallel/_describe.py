@@ -62,7 +62,10 @@ def _unsharded(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
 
 
 def _is_leaf(node: Any) -> bool:
-    """Return whether a node is described although it has no leaves: a constant, or a container such as `()`."""
+    """Return whether a node is described although it has no leaves.
+
+    Constants and containers such as `()` are.
+    """
     return isinstance(node, Alpha | Divisor) or _is_empty(node)
 
 
@@ -71,7 +74,10 @@ def _is_empty(node: Any) -> bool:
 
 
 def _text(leaf: Any) -> str | None:
-    """Return a text that is equal for equal constants and for tensors of equal dtype and shape, or None."""
+    """Return a text that is equal for equal constants, or for alike tensors.
+
+    Alike tensors have equal dtypes and shapes. Return None for anything else.
+    """
     if _is_empty(leaf):
         return f"empty {type(leaf).__name__}"
     if type(leaf) in _CONSTANTS:
@@ -91,7 +97,10 @@ def _parents(state: Any, path: Any) -> list[Any]:
 
 
 def _kind(node: Any) -> str:
-    """Return the type of a node, over how many processes it is sharded, and the alpha of sharded factors."""
+    """Return the type of a node, with its sharding and its alpha.
+
+    The sharding is the number of processes.
+    """
     sharding, kind = getattr(node, "sharding", None), type(node).__name__
     if not isinstance(sharding, Sharding):
         return kind

@@ -12,11 +12,12 @@ from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name
 
 
 def as_dtensors(tree: Any) -> dict[str, Tensor]:
-    """Return the tensors of a tree by path, every shard as a `DTensor`, in the same memory.
+    """Return the tensors of a tree by path, with shards as `DTensor`.
 
-    Pass the result to `torch.distributed.checkpoint`. It saves and loads a `DTensor` by its place in the unsharded
-    tensor, so a checkpoint of four processes can be loaded by three. Loading into the result changes the tensors of
-    `tree`. The result is flat, because `torch.distributed.checkpoint` looks into dicts and lists and pickles tuples.
+    They are in the same memory. Pass the result to `torch.distributed.checkpoint`. It saves and loads a `DTensor` by
+    its place in the unsharded tensor, so a checkpoint of four processes can be loaded by three. Loading into the result
+    changes the tensors of `tree`. The result is flat, because `torch.distributed.checkpoint` looks into dicts and lists
+    and pickles tuples.
 
     Args:
         tree: A tree of tensors, such as parameters or a complete training state. None is left out.

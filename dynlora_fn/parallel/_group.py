@@ -1,4 +1,4 @@
-"""The group that a collective runs over, how rows are sharded over it, and weights in a mean."""
+"""Groups of collectives, the sharding of rows over them, and weights of means."""
 
 from typing import TypeAlias
 
@@ -37,7 +37,10 @@ def process_group(group: Group) -> torch.distributed.ProcessGroup:
 
 
 def has_processes_of(group: torch.distributed.ProcessGroup, name: str) -> bool:
-    """Return whether a group has the same processes, in the same order, as the group with this name."""
+    """Return whether a group has the same processes as the group of a name.
+
+    Their order counts.
+    """
     ranks = torch.distributed.get_process_group_ranks
     return group.group_name == name or ranks(group) == ranks(resolve_process_group(name))
 

@@ -103,7 +103,10 @@ def _check_can_be_averaged(path: Any, leaf: Any) -> None:
 def _check_is_averaged(
     path: Any, sharding: Sharding, group: torch.distributed.ProcessGroup, weight: float | Tensor
 ) -> None:
-    """Check that the backward pass has averaged gradients of sharded factors as this call would."""
+    """Check that the backward pass has averaged gradients of sharded factors.
+
+    It must have done so as this call would.
+    """
     if isinstance(weight, Tensor) or weight != sharding.weight:
         raise ValueError(
             f"`weight` {weight} does not apply to the sharded factors at {name_of(path)}, whose gradients the backward"

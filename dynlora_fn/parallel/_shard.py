@@ -1,4 +1,4 @@
-"""Shard bases and factors over processes, gather them, and place them in `DTensor`s for checkpoints."""
+"""Shard bases and factors over processes, and gather them."""
 
 from dataclasses import replace
 from typing import overload

@@ -1,4 +1,7 @@
-"""The sharded nodes of a tree, and the place of each of their tensors in the unsharded tensor."""
+"""The sharded nodes of a tree, and where their tensors belong.
+
+The place of each is in the unsharded tensor.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +18,10 @@ ShardMap: TypeAlias = Callable[[Tensor, Sharding, int], Tensor]  # of a shard, i
 
 
 def is_sharded(node: Any) -> TypeGuard[Sharded | ShardedFactors]:
-    """Return whether a node of a tree has shards: a base, or factors with their gradients, moments and updates."""
+    """Return whether a node of a tree has shards.
+
+    Bases, and factors with their gradients, moments and updates, may have.
+    """
     return isinstance(node, Sharded | ShardedFactors)
 
 
@@ -53,7 +59,10 @@ def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> A
 
 
 def _map_side(change: ShardMap, side: Any, sharding: Sharding, axis: int) -> Any:
-    """Map one side of factors: a tensor, None, or a moment in 8 bit, whose scales become one row for each process."""
+    """Map one side of factors: a tensor, None, or a moment in 8 bits.
+
+    The scales of a moment become one row for each process.
+    """
     if side is None:
         return None
     if not hasattr(side, "codes"):

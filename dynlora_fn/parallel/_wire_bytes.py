@@ -138,7 +138,10 @@ def _check_arguments(trainable: Any, frozen: Any, plan: Any) -> None:
 
 
 def _gathered_bytes(base: Base) -> int:
-    """Return the bytes of a gather of a base, or 0 if it is not sharded. Residuals are not gathered."""
+    """Return the bytes of a gather of a base, or 0 if it is not sharded.
+
+    Residuals are not gathered.
+    """
     if not base.sharding:
         return 0
     sizes: list[int] = []
@@ -157,7 +160,10 @@ def _shard_bytes(name: str, factors: ShardedFactors) -> list[int]:
 
 
 def _count_into(sizes: list[int]) -> ShardMap:
-    """Return a map that appends the bytes of the shards of all processes, each padded to the largest."""
+    """Return a map that appends the bytes of all processes' shards.
+
+    Each is padded to the largest.
+    """
 
     def count(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
         padded = replace(sharding, rows=sharding.world_size * sharding.rows_per_process)

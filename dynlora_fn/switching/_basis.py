@@ -68,10 +68,11 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def _philox_of_grid(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Return the words of `philox` for counters and keys that broadcast to a grid, computed in few allocations.
+    """Return the words of `philox` for a grid of counters and keys.
 
-    Products wrap around in int64, which keeps their 64 bits: the low 32 and, above them, the high ones. A word that is
-    not multiplied next keeps bits above its 32 until a mask removes them.
+    Counters and keys are broadcast. There are few allocations. Products wrap around in int64, which keeps their 64
+    bits: the low 32 and, above them, the high ones. A word that is not multiplied next keeps bits above its 32 until a
+    mask removes them.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -139,11 +140,11 @@ def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count len
 
 
 def _draw(sizes: Sequence[tuple[int, int]], index: Tensor, side: Tensor, seed: Tensor) -> Tensor:
-    """Return four numbers for each block, from the index, side and seed of each vector.
+    """Return four numbers for each block of each vector.
 
-    `sizes` gives the number of vectors of each request and the number of blocks of each of its vectors. The index, side
-    and seed are looked up for each block. Storing their words for every block would take three times the memory of the
-    numbers.
+    They depend on the index, side and seed of the vector. `sizes` gives the number of vectors of each request and the
+    number of blocks of each of its vectors. The index, side and seed are looked up for each block. Storing their words
+    for every block would take three times the memory of the numbers.
     """
     vector, block = _positions(sizes, index.device)
     index, side, seed = index[vector], side[vector], seed[vector]
@@ -170,7 +171,10 @@ def _draw_in_tiles(sizes: Sequence[tuple[int, int]], index: Tensor, side: Tensor
 
 
 def _fill(tile: Tensor, vectors: Tensor, start: int) -> None:
-    """Draw the numbers (count, blocks, 4) of vectors, from the block `start` of each vector on."""
+    """Draw the numbers (count, blocks, 4) of vectors from a block on.
+
+    The block is the `start` of each vector.
+    """
     low, high, side, key0, key1 = (column[:, None] for column in vectors.unbind(-1))
     block = torch.arange(start, start + tile.shape[1], device=tile.device)
     for position, word in enumerate(_philox_of_grid((block, low, high, side), (key0, key1))):

@@ -101,7 +101,9 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
     check_params("params", params)
     total_steps = check_integer("total_steps", total_steps, least=1)
     if schedule.count is not None or schedule.every != 1:
-        raise ValueError(f"`schedule` must have count=None and every=1 to be dithered, got {schedule}")
+        raise ValueError(
+            f"`schedule` must have count=None and every=1 to be dithered, got {schedule}; create it with `switchlora`"
+        )
     generator = torch.Generator().manual_seed(check_integer("seed", seed))
     tables, ranks = {}, {}
     for name, param in params.items():

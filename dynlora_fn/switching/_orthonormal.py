@@ -1,8 +1,8 @@
-"""Generate the vectors of a side that is not trained: rows of an orthogonal matrix, from the basis seed.
+"""Generate the vectors of a side that is not trained.
 
-The matrix is a discrete cosine transform whose columns have random signs, as in randomized transforms (Ailon and
-Chazelle, "The fast Johnson-Lindenstrauss transform", 2009). A row costs as many operations as it has entries, and
-nothing is decomposed.
+They are rows of an orthogonal matrix, from the basis seed. The matrix is a discrete cosine transform whose columns have
+random signs, as in randomized transforms (Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform", 2009). A row
+costs as many operations as it has entries, and nothing is decomposed.
 """
 
 import math
@@ -24,7 +24,9 @@ def request_signs(seed: Int[Tensor, "*stack"], length: int) -> Request:
 def orthonormal_rows(
     signs: Float[Tensor, "*stack 1 size"], indices: Int[Tensor, "*#stack count"]
 ) -> Float[Tensor, "*stack count size"]:
-    """Return rows of the orthogonal matrix of a basis, in float64. Indices are taken modulo their number::
+    """Return rows of the orthogonal matrix of a basis, in float64.
+
+    Indices are taken modulo their number::
 
         row[i, j] = sign[j] * sqrt(c / size) * cos(pi * (2 * j + 1) * i / (2 * size)),     c = 1 if i = 0 else 2
 
@@ -63,9 +65,10 @@ def indices_of(param: LowRank, plan: SidePlan) -> Int[Tensor, "*stack count"]:
 
 
 def check_orthogonal(name: str, factors: OneSidedFactors, plan: SidePlan) -> None:
-    """Raise ValueError if vectors of `a` that entered are not orthogonal to all others, or have another length.
+    """Raise ValueError if vectors of `a` that entered are not orthonormal.
 
-    `muon` takes the rows for orthogonal without reading them. While a step is traced, nothing is read.
+    They must be orthogonal to all others, and have their length. `muon` takes the rows for orthogonal without reading
+    them. While a step is traced, nothing is read.
     """
     a, (rank, slots) = factors.a, (factors.b.shape[-1], plan.slots)
     if not are_immediate([a, slots]) or not slots.numel():
@@ -76,6 +79,6 @@ def check_orthogonal(name: str, factors: OneSidedFactors, plan: SidePlan) -> Non
     wanted = square * (slots[..., None] == torch.arange(rank, device=a.device))
     if bool(((entered @ wide.mT - wanted).abs() > 4 * square * torch.finfo(a.dtype).eps).any()):
         raise ValueError(
-            f"`incoming.a` of {name!r}, of which only `b` is trained, has vectors that are not orthogonal to the others"
+            f"`incoming.a` of {name!r}, which trains only `b`, has vectors that are not orthogonal to the others"
             f" or not of length {math.sqrt(square):.6g}; leave `incoming` out, or pass what `candidates` returns"
         )

@@ -12,7 +12,7 @@ from dynlora_fn._core._types import LowRank, Params, is_factors
 
 
 def check_planned(params: Any, plan: Any, incoming: Any = None) -> None:
-    """Raise if a plan is not one of the weights, or incoming vectors are not those of the plan.
+    """Raise if a plan does not fit the weights, or incoming vectors the plan.
 
     Args:
         params: One weight, or a dict of parameters by name.
@@ -45,7 +45,10 @@ def check_vectors_by_name(argument: str, vectors: Any, plan: Iterable[str]) -> N
 
 
 def check_vectors(argument: str, name: str, factors: Any) -> None:
-    """Raise TypeError if a value is no pair of floating tensors. Their shapes are compared with the plan elsewhere."""
+    """Raise TypeError if a value is no pair of floating tensors.
+
+    Their shapes are compared with the plan elsewhere.
+    """
     sides = (factors.b, factors.a) if is_factors(factors) else (None, None)
     if not all(isinstance(side, Tensor) and side.is_floating_point() for side in sides):
         raise TypeError(f"`{argument}` has {described(factors)} for {name!r}; use Factors of floating tensors")

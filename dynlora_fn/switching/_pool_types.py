@@ -27,7 +27,7 @@ class Pool(NamedTuple):
 
 
 def check_pools(pool: Any, plan: Any) -> None:
-    """Raise if a plan is not one of a pool, or a dict of plans not one of a dict of pools.
+    """Raise if a plan does not fit a pool, or plans by name do not fit pools.
 
     Raises:
         TypeError: If a type or dtype is wrong.
@@ -45,7 +45,10 @@ def check_pools(pool: Any, plan: Any) -> None:
 
 
 def check_outgoing(outgoing: Any, pool: Any, plan: Any) -> None:
-    """Raise if outgoing vectors are not those of a plan and a pool, which fit each other."""
+    """Raise if outgoing vectors do not fit a plan and a pool.
+
+    The plan and the pool fit each other.
+    """
     if not isinstance(pool, Mapping):
         _check_outgoing("param", outgoing, pool, plan)
         return
@@ -60,7 +63,9 @@ def _check_pool(name: str, pool: Any, plan: Any) -> None:
     check_plan("plan", name, plan)
     for side_name, side in (("b", pool.b), ("a", pool.a)):
         if not _is_side_pool(side):
-            raise TypeError(f"`pool` has {described(side)} as side {side_name} of {name!r}; pass that of `init_pool`")
+            raise TypeError(
+                f"`pool` has {described(side)} as side {side_name} of {name!r}; pass the pool of `init_pool`"
+            )
     held = pool.a.held
     check_fits("plan", name, plan, tuple(held.shape[:-1]), held.shape[-1])
 

@@ -111,7 +111,7 @@ class Schedule:
         """Whether a step must update first and switch then, as ReLoRA does.
 
         The gradient of a vector was computed with the counterpart that it had in the forward pass. A plan that freezes
-        the counterparts of what it switches lets no vector move by such a gradient, so the switch may come before the
+        the counterparts of what it switches lets no vector move by such a gradient. So the switch may come before the
         update, as in SwitchLoRA. A plan without a freeze must come after it.
         """
         return self.freeze == 0
@@ -148,7 +148,7 @@ class Schedule:
         return param.factors.a.shape[-2], most, idle, _is_one_sided(param)
 
     def _is_limited(self, param: LowRank) -> bool:
-        """Return whether there are fewer idle candidates than vectors that come due in `every` steps."""
+        """Return whether fewer candidates are idle than come due in `every` steps."""
         return param.factors.a.shape[-2] * self._decayed_steps(self.every) > _idle(param) * self.interval
 
     def switches(self, step: int, params: Params) -> int:
@@ -240,7 +240,10 @@ def _idle(param: LowRank) -> int:
 
 
 def _is_one_sided(param: LowRank) -> bool:
-    """Return whether both sides of a slot are switched together, because only `b` is trained."""
+    """Return whether both sides of a slot are switched together.
+
+    They are where only `b` is trained.
+    """
     return isinstance(param.factors, OneSidedFactors)
 
 

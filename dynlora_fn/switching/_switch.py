@@ -140,7 +140,10 @@ def _is_plain(param: LowRank) -> bool:
 
 
 def _switch_all(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, AnyFactors, AnyFactors]]:
-    """Return new base, new factors and outgoing vectors of weights. They share what is computed from one plan."""
+    """Return new base, new factors and outgoing vectors of weights.
+
+    They share what is computed from one plan.
+    """
     sources = remembered(_sources) if is_shared else _sources
     return [
         _switch_tensors(name, param.base, param.factors, plan, incoming, sources)
@@ -266,7 +269,10 @@ def _check_incoming(name: str, param: LowRank, plan: Plan, incoming: AnyFactors)
         ("a", incoming.a, (*stack, plan.a.slots.shape[-1], in_features)),
     ):
         if vectors.shape != wanted:
-            raise ValueError(f"`incoming.{side}` must have shape {wanted} for {name!r}, got {tuple(vectors.shape)}")
+            raise ValueError(
+                f"`incoming.{side}` must have shape {wanted} for {name!r}, got {tuple(vectors.shape)}; pass one vector"
+                " for each entry of the plan"
+            )
         if vectors.device != param.factors.a.device:
             raise ValueError(
                 f"`incoming.{side}` is on {vectors.device} for {name!r}; move it to {param.factors.a.device}"

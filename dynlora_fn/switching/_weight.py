@@ -136,7 +136,7 @@ def first_vectors(
     from_slot: int = 0,
     alpha: float = 1.0,
 ) -> Factors:
-    """Return the vectors that a weight starts with, in the slots from `from_slot` to its rank."""
+    """Return the vectors that a weight starts with, from `from_slot` on."""
     return vectors_of([first_slice(seed, shape, rank, start, dtype, from_slot=from_slot, alpha=alpha)])[0]
 
 
@@ -150,7 +150,7 @@ def first_slice(
     from_slot: int = 0,
     alpha: float = 1.0,
 ) -> BasisSlice:
-    """Name the vectors that a weight starts with, in the slots from `from_slot` to its rank."""
+    """Name the vectors that a weight starts with, from `from_slot` on."""
     slots = torch.arange(from_slot, max(rank, from_slot), device=seed.device)
     # Side b is switched half a cycle after side a, so that its vector 0 is in slot rank // 2 (see `Schedule`).
     b_indices = (slots - rank // 2) % rank
@@ -250,7 +250,7 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _sum_dtype(param: LowRank) -> torch.dtype:
-    """Return the dtype in which the factors are added to the base, pending ones included."""
+    """Return the dtype in which factors, pending ones too, are added to the base."""
     return widest(param.factors.b.dtype, as_base(as_base(param.base).folded).sum_dtype)
 
 

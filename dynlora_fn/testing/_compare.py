@@ -42,7 +42,9 @@ class ExceededBoundError(AssertionError):
 
 
 def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
-    """Assert that every entry of `got` is within `bound` of `wanted`, compared in float64.
+    """Assert that every entry of `got` is within `bound` of `wanted`.
+
+    They are compared in float64.
 
     Args:
         got: The tensor to check.
@@ -67,7 +69,10 @@ def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
 
 
 def difference(got: Any, wanted: Any) -> str | None:
-    """Describe how two trees differ, as `assert_same` does, or return None if they are the same."""
+    """Describe how two trees differ, or return None if they are the same.
+
+    They are the same as in `assert_same`.
+    """
     try:
         assert_same(got, wanted)
     except AssertionError as error:
@@ -77,6 +82,12 @@ def difference(got: Any, wanted: Any) -> str | None:
 
 def eps(dtype: torch.dtype) -> float:
     """Return the distance from 1 to the next number of a dtype.
+
+    Args:
+        dtype: The floating dtype.
+
+    Returns:
+        The distance, as a Python number.
 
     Example:
         >>> import torch
@@ -106,7 +117,10 @@ def bits(leaf: Tensor) -> Tensor:
 
 
 def differences(got: Tensor, wanted: Tensor) -> str:
-    """Describe where two tensors of one shape and dtype differ: how many entries, and the largest difference."""
+    """Describe where two tensors of one shape and dtype differ.
+
+    It says how many entries differ, and the largest difference.
+    """
     differs = (bits(got) != bits(wanted)).reshape(wanted.numel(), -1).any(-1)
     wide = torch.complex128 if wanted.is_complex() else torch.float64
     flat = [leaf.detach().reshape(-1) for leaf in (got, wanted)]
@@ -126,7 +140,7 @@ def _index(position: int, shape: torch.Size) -> tuple[int, ...]:
 
 @contextmanager
 def untouched(*trees: Any) -> Iterator[None]:
-    """Assert that a block neither changes the tensors of some trees nor writes into them.
+    """Assert that a block does not change or write into the tensors of trees.
 
     Args:
         *trees: The trees.

@@ -127,7 +127,10 @@ def _with_values(tree: Any, seed: int) -> Any:
 
 
 def _other_side(side: SidePlan, seed: int) -> SidePlan:
-    """Return a side plan with as many entries for slots of the same range, about half of them active."""
+    """Return a side plan with as many entries, about half of them active.
+
+    Slots have the same range.
+    """
     *stack, count = side.slots.shape
     rank = int(side.slots.max()) + 1 if side.slots.numel() else 0
     return side_plan(max(rank, count), count, tuple(stack), seed, share_active=0.5)

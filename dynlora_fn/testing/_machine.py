@@ -1,4 +1,7 @@
-"""The stateful machine: transforms in any order, on a small model beside its dense shadow in float64."""
+"""The stateful machine: transforms in any order, beside a dense shadow.
+
+The shadow of the small model is in float64.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,9 +51,10 @@ from dynlora_fn.testing._values import RESIDUALS, normal
 
 
 class TransformMachine(ShadowedModel):
-    """Run the library's transforms in any order, and compare with a dense model in float64 after each.
+    """Run transforms in any order, and compare with a dense model after each.
 
-    The transforms are init, step, switch, merge, quantize, defer, stack and unstack, save and load, shard and gather.
+    The dense model is in float64. The transforms are init, step, switch, merge, quantize, defer, stack and unstack,
+    save and load, shard and gather.
 
     The shadow changes only in optimizer steps, by the difference of the products of the factors. The weights may differ
     from it by the sum of what each fold may round (see `rounding`). Add a transform as a rule of a subclass::
@@ -145,7 +149,10 @@ class TransformMachine(ShadowedModel):
         assert_same(self.weights(), before)
 
     def _map_state(self, change: Callable[[Any], Any]) -> FreezeState:
-        """Return the state of the optimizer with `change` of each of its trees by parameter name."""
+        """Return the state of the optimizer with `change` of each of its trees.
+
+        The trees are by parameter name.
+        """
         inner, frozen_for = self.opt_state
         return FreezeState(AdamWState(*(change(tree) for tree in inner)), change(frozen_for))
 
@@ -163,7 +170,10 @@ class TransformMachine(ShadowedModel):
     @precondition(lambda self: not self.every(is_sharded))
     @rule()
     def shard(self) -> None:
-        """Shard over the default group, or over a group of only this process if there is none."""
+        """Shard over the default group, or over a group of only this process.
+
+        The second is for programs without a group.
+        """
         if not torch.distributed.is_initialized():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group(register_gloo(), store=store, rank=0, world_size=1)
@@ -178,5 +188,5 @@ class TransformMachine(ShadowedModel):
         assert_same(self._values(), before)
 
     def _values(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the exact weights and those that products use, gathered from all processes."""
+        """Return the exact weights and those of products, from all processes."""
         return [(exact_weight(param), seen_weight(param)) for param in self.weights().values()]

@@ -31,12 +31,13 @@ def check_state_projection(
     arguments: Arguments = None,
     examples: int | None = None,
 ) -> None:
-    """Check that a projection resets the state of switched vectors' counterparts and nothing else.
+    """Check that a projection resets the state of counterparts and nothing else.
 
-    For a slot k that is switched on side a, the state of ``b[:, k]`` becomes zero, moments and counts; for one on side
-    b, that of ``a[k]`` (arXiv:2406.06564, section 3.3). In a field ``frozen_for``, directly above the dict by parameter
-    name, the counterparts get the plan's number of updates. Statistics that all vectors of a side share must stay, as
-    Adafactor has them: fields with the role "unchanged", and sides with one entry for a weight of several vectors.
+    Counterparts are those of switched vectors. For a slot k that is switched on side a, the state of ``b[:, k]``
+    becomes zero, moments and counts. For one on side b it is the state of ``a[k]`` (arXiv:2406.06564, section 3.3). In
+    a field ``frozen_for``, directly above the dict by parameter name, the counterparts get the plan's number of
+    updates. Statistics that all vectors of a side share must stay, as Adafactor has them. These are fields with the
+    role "unchanged", and sides with one entry for a weight of several vectors.
 
     Args:
         project: A function ``(opt_state, plan) -> opt_state``, where the plan is a dict by name.
@@ -106,11 +107,14 @@ class _Collector(NamedTuple):
         return node
 
     def check_foreign(self, library: str, path: Path) -> None:
-        """All libraries with a table are supported."""
+        """Accept all libraries with a table."""
 
 
 def _by_name(state: Any, trainable: Trainable | None) -> Any:
-    """Return a state in which factors by name take the place of tensors that torch.optim and torchopt number."""
+    """Return a state with factors by name in place of numbered tensors.
+
+    torch.optim and torchopt number them.
+    """
 
     def is_foreign(node: Any) -> bool:
         return is_torch_optim(node) or is_torchopt(node)
@@ -126,7 +130,7 @@ def _by_name(state: Any, trainable: Trainable | None) -> Any:
 
 
 def _ranks(leaves: Sequence[tuple[Any, Any]]) -> dict[Any, int]:
-    """Return the number of vectors of each weight by name, which is the largest among its fields."""
+    """Return the number of vectors of each weight, the largest among its fields."""
     ranks: dict[Any, int] = {}
     for path, leaf in leaves:
         if is_factors(leaf) and path:
@@ -146,7 +150,10 @@ def _is_unchanged(state: Any, path: Sequence[Any], roles: Roles) -> bool:
 
 
 def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, value: int | None, rank: int) -> None:
-    """Compare vector by vector. The vectors of side b lie along the last axis, those of side a along the one before."""
+    """Compare vector by vector.
+
+    The vectors of side b lie along the last axis, those of side a along the one before.
+    """
     sides = zip("ba", sides_of(old), sides_of(new), (plan.a, plan.b), strict=False)
     for side, old_side, new_side, switched in sides:
         before, after = (old_side.mT, new_side.mT) if side == "b" else (old_side, new_side)
@@ -176,6 +183,6 @@ def _check_vector(where: str, old: Tensor, new: Tensor, value: int | None, *, is
     elif value is not None:
         wrong = new[new != value].tolist()
         assert not wrong, (
-            f"{where} is the counterpart of a switched vector and holds {wrong[0]} instead of {value} in "
+            f"{where} is the counterpart of a switched vector and has {wrong[0]} instead of {value} in "
             f"{len(wrong)} of {new.numel()} entries"
         )

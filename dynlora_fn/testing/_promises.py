@@ -28,7 +28,9 @@ class BrokenPromiseError(AssertionError):
 def hold(
     promise: str, check: Callable[..., None], arguments: Arguments, examples: int | None, *, is_slow: bool = False
 ) -> None:
-    """Run a check on examples, and raise if one fails. Different failures are all reported.
+    """Run a check on examples, and raise if one fails.
+
+    Different failures are all reported.
 
     Args:
         promise: The promise in words.
@@ -84,7 +86,10 @@ def as_tuple(arguments: Any) -> tuple[Any, ...]:
 
 
 def arguments_of(transform: Callable[..., Any], arguments: Arguments = None, **kinds: Any) -> Arguments:
-    """Return `arguments`, or by default a strategy for a weight, or for a weight and a plan for it."""
+    """Return `arguments`, or by default a strategy for a weight and its plan.
+
+    A transform of one argument gets only the weight.
+    """
     if arguments is not None:
         return arguments
     weights = low_rank_params(**kinds)

@@ -21,9 +21,10 @@ def check_resumes(
     load: Callable[[Any, Any], Any] | None = None,
     examples: int | None = None,
 ) -> None:
-    """Check that an interrupted and resumed run equals an uninterrupted one, bit for bit.
+    """Check that an interrupted and resumed run equals an uninterrupted one.
 
-    The run ends after any number of steps and goes on from its saved state, as in another process.
+    They are equal bit for bit. The run ends after any number of steps and goes on from its saved state, as in another
+    process.
 
     Args:
         make: A function ``() -> (state, step)`` that starts as a new process does. A step is called as

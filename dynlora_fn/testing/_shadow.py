@@ -1,4 +1,4 @@
-"""The weight in float64, computed from its definition, and the rounding errors that a transform may make."""
+"""The weight in float64 from its definition, and bounds on rounding errors."""
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ def exact_weight(param: LowRank) -> Tensor:
     Args:
         param: The weight, stacked or not.
 
+    Returns:
+        The weight (*stack, out, in).
+
     Example:
         >>> from dynlora_fn.testing import Shape, low_rank
         >>> exact_weight(low_rank(Shape(6, 4, 2))).shape
@@ -34,6 +37,9 @@ def seen_weight(param: LowRank) -> Tensor:
     Args:
         param: The weight, stacked or not.
 
+    Returns:
+        The weight (*stack, out, in).
+
     Example:
         >>> from dynlora_fn.testing import Shape, low_rank
         >>> param = low_rank(Shape(6, 4, 2))
@@ -45,17 +51,20 @@ def seen_weight(param: LowRank) -> Tensor:
 
 
 def magnitude(param: LowRank) -> Tensor:
-    """Return `exact_weight` with all terms positive. Rounding errors are relative to it, since terms may cancel."""
+    """Return `exact_weight` with all terms positive.
+
+    Rounding errors are relative to it, since terms may cancel.
+    """
     absolute = [(Factors(b.abs(), a.abs()), abs(divisor)) for (b, a), divisor in products(param)]
     return exact_base(as_base(param.base).folded).abs() + sum(product(*pair) for pair in absolute)
 
 
 def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
-    """Return the largest error of each entry of the exact weight after a transform that keeps it.
+    """Return the largest error of each entry after a transform keeps the weight.
 
-    An entry of the base is a sum of products in the widest of the dtypes, float32 at least. Each fold rounds it once,
-    to the dtype of the base or of the residual, and a residual is at most half a step of the codes. Pending folds are
-    rounded to the dtype of the factors.
+    The entries are those of the exact weight. An entry of the base is a sum of products in the widest of the dtypes,
+    float32 at least. Each fold rounds it once, to the dtype of the base or of the residual, and a residual is at most
+    half a step of the codes. Pending folds are rounded to the dtype of the factors.
 
     Args:
         before: The weight before the transform.
@@ -86,10 +95,11 @@ def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
 
 
 def factor_rounding(before: LowRank, after: LowRank) -> Tensor:
-    """Return by how much the product of new factors may miss the product that they were computed for.
+    """Return by how much the product of new factors may miss its target.
 
-    Each entry of a factor that has changed may be rounded twice to its dtype, in computing and in storing. Whatever
-    computes it (QR, an SVD, a rotation) rounds in float32 at least, relative to the largest entries of its vector.
+    The target is the product that they were computed for. Each entry of a factor that has changed may be rounded twice
+    to its dtype, in computing and in storing. Whatever computes it (QR, an SVD, a rotation) rounds in float32 at least,
+    relative to the largest entries of its vector.
 
     Args:
         before: The weight before the transform.
@@ -111,7 +121,7 @@ def factor_rounding(before: LowRank, after: LowRank) -> Tensor:
 
 
 def _largest_products(factors: Factors, divisor: float) -> Tensor:
-    """Return the sum over the vectors of their largest entries' products, over the divisor."""
+    """Return the sum over vectors of their largest products, over the divisor."""
     b, a = (leaf.double().abs() for leaf in factors)
     return (b.amax(-2, keepdim=True) @ a.amax(-1, keepdim=True)) / abs(divisor)
 
@@ -148,7 +158,10 @@ def product(factors: tuple[Tensor, Tensor], divisor: float) -> Tensor:
 
 
 def _fold_rounding(base: StoredBase, slack: Tensor) -> Tensor:
-    """Return the largest error of rounding a fold to the dtype of the base or of its residual."""
+    """Return the largest error of rounding a fold.
+
+    It is rounded to the dtype of the base or of its residual.
+    """
     gathered = as_base(base).gather()
     if isinstance(gathered, Tensor):
         return eps(gathered.dtype) / 2 * gathered.double().abs() * 1.01
@@ -162,7 +175,10 @@ def products(param: LowRank) -> list[tuple[tuple[Tensor, Tensor], float]]:
 
 
 def _mixed_products(before: LowRank, after: LowRank) -> Tensor | float:
-    """Return the products of old vectors with new ones, which a switch forms, with all terms positive."""
+    """Return the products of old vectors with new ones, with positive terms.
+
+    A switch forms these products.
+    """
     (b, a), (new_b, new_a) = whole_factors(before), whole_factors(after)
     if b.shape != new_b.shape:
         return 0.0

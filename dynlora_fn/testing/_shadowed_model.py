@@ -1,4 +1,7 @@
-"""The parameters of the stateful machine beside their dense shadow in float64, and the comparison of both."""
+"""The parameters of the stateful machine beside their shadow in float64.
+
+Both are compared here.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,7 +29,10 @@ from dynlora_fn.testing._values import STORAGES, Storage, normal
 
 
 class ShadowedModel(RuleBasedStateMachine):
-    """A machine without rules: it draws a model, and compares it with its shadow after every rule of a subclass."""
+    """A machine without rules, which compares a model with its shadow.
+
+    It draws the model, and compares after every rule of a subclass.
+    """
 
     storages: Sequence[Storage] = STORAGES  # a subclass may draw from others
     alphas: Sequence[float] = (1.0,)  # a subclass may draw from others
@@ -96,7 +102,10 @@ class ShadowedModel(RuleBasedStateMachine):
         return {name: param for name, param in unstack(self.params).items() if isinstance(param, LowRank)}
 
     def keeps(self, params: Mapping[str, Param], *, folds: int = 1, exact_factors: bool = False) -> None:
-        """Take new parameters whose weights are the same, except for roundings as in `check_preserves_weight`."""
+        """Take new parameters whose weights are the same, except for roundings.
+
+        The roundings are those of `check_preserves_weight`.
+        """
         before = self.weights()
         self.params = dict(params)
         for name, param in self.weights().items():
@@ -142,7 +151,10 @@ class ShadowedModel(RuleBasedStateMachine):
 
     @invariant()
     def compare(self) -> None:
-        """Compare weights with the shadow, what products use with the exact weights, and the state with `trainable`."""
+        """Compare weights with the shadow, and the state with `trainable`.
+
+        What products use is compared with the exact weights.
+        """
         for name, param in self.weights().items():
             weight = exact_weight(param)
             # The comparison itself rounds, too.

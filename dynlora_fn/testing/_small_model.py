@@ -1,4 +1,4 @@
-"""The model of the stateful machine, its dense counterpart in float64, and stacking of its parameters."""
+"""The model of the stateful machine, its dense counterpart, and its stacking."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -35,7 +35,10 @@ class Net(nn.Module):
 
 
 def dense(weights: Mapping[str, Tensor], x: Tensor, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the value ``(model(x) * cotangent).sum()`` and its gradients for dense weights."""
+    """Return ``(model(x) * cotangent).sum()`` and its gradients by weights.
+
+    The weights are dense.
+    """
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     hidden = x @ leaves[LAYERS[0]].T @ leaves[LAYERS[1]].T
     value = ((hidden @ leaves["head.weight"].T + leaves["head.bias"]) * cotangent).sum()

@@ -26,7 +26,9 @@ stacks: st.SearchStrategy[tuple[int, ...]] = st.sampled_from([(), (1,), (3,), (2
 
 @st.composite
 def shapes(draw: st.DrawFn, *, largest: int = 8) -> Shape:
-    """Draw matrices of any proportion, with any rank that fits, often 1 or min(out, in).
+    """Draw matrices of any proportion, with any rank that fits.
+
+    The rank is often 1 or min(out, in).
 
     Args:
         largest: The largest size of an axis.
@@ -59,7 +61,9 @@ def low_rank_params(
     alphas: st.SearchStrategy[float] | None = None,
     trained: Literal["both", "b"] = "both",
 ) -> LowRank:
-    """Draw weights with bases of every precision, with and without a residual and pending folds.
+    """Draw weights with bases of every precision.
+
+    Some have a residual and pending folds.
 
     Args:
         shapes: A strategy for shapes. Default None draws shapes that fit the storage.
@@ -186,7 +190,7 @@ def schedules(draw: st.DrawFn, *, kinds: Sequence[str] = ("rate", "count", "neve
 
 @st.composite
 def trees(draw: st.DrawFn, *, weights: st.SearchStrategy[LowRank] | None = None, largest: int = 3) -> dict[str, Param]:
-    """Draw parameters by name: low-rank weights, single and stacked, and full-rank tensors.
+    """Draw parameters by name: low-rank, stacked and full-rank ones.
 
     The names of stacked weights have a star for each stack axis.
 
@@ -213,7 +217,9 @@ def trees(draw: st.DrawFn, *, weights: st.SearchStrategy[LowRank] | None = None,
 def optimizer_states(
     draw: st.DrawFn, params: Params | Trainable, *, optimizer: Transform | None = None, most_steps: int = 3
 ) -> Any:
-    """Draw states of an optimizer before its first update and after some, with some vectors frozen.
+    """Draw states of an optimizer, before its first update and after some.
+
+    Some vectors are frozen.
 
     Args:
         params: The parameters, or only what is trained.

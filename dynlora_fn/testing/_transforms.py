@@ -26,7 +26,9 @@ def check_preserves_weight(
     arguments: Arguments = None,
     examples: int | None = None,
 ) -> None:
-    """Check that a transform does not change the weight, except for the roundings of its folds and new factors.
+    """Check that a transform does not change the weight, except for roundings.
+
+    Its folds and new factors may be rounded.
 
     Compared in float64 is the weight of the definition, with the residual of a base in codes and with pending folds::
 
@@ -62,9 +64,9 @@ def check_preserves_weight(
 
 
 def check_pure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
-    """Check that a transform does not change its arguments or draw global random numbers.
+    """Check that a transform changes no argument and draws no global numbers.
 
-    Writing into an argument is an error even if its values stay the same.
+    The numbers are random ones. Writing into an argument is an error even if its values stay the same.
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
@@ -89,9 +91,9 @@ def check_pure(transform: Transform, *, arguments: Arguments = None, examples: i
 
 
 def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
-    """Check that the new weight has the structure, shapes, dtypes and devices of the old one.
+    """Check that the new weight has the structure and the tensors of the old one.
 
-    It must also have no gradient attached.
+    Shapes, dtypes and devices are compared. It must also have no gradient attached.
 
     Args:
         transform: A function of a weight, or of a weight and a plan.

@@ -40,7 +40,10 @@ class Shape(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """The storage of a base: "float64" or "float32" for a plain tensor, or a format of `quantize`."""
+    """The storage of a base: a plain tensor, or a format of `quantize`.
+
+    A plain tensor is "float64" or "float32".
+    """
 
     kind: str
     residual: ResidualKind = None
@@ -96,7 +99,9 @@ def low_rank(
     alpha: float = 1.0,
     trained: Literal["both", "b"] = "both",
 ) -> LowRank:
-    """Return a weight whose base, factors and basis seeds are drawn from one generator.
+    """Return a weight that is drawn from one generator.
+
+    It draws base, factors and basis seeds.
 
     Args:
         shape: The shape of the weight.
@@ -140,7 +145,9 @@ def low_rank(
 def side_plan(
     rank: int, count: int, stack: tuple[int, ...] = (), seed: int = 0, *, share_active: float = 1.0
 ) -> SidePlan:
-    """Return a side plan of `count` distinct slots, with vectors from anywhere in the basis.
+    """Return a side plan of `count` distinct slots.
+
+    The vectors are from anywhere in the basis.
 
     Args:
         rank: The rank of the weight.

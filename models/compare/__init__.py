@@ -1,4 +1,4 @@
-"""Train several methods with the same settings and print their measurements side by side.
+"""Train several methods with the same settings, and print their measurements.
 
 `python -m models.compare --help` lists the options.
 """

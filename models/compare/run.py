@@ -1,4 +1,7 @@
-"""Train each method by `models.pretrain` in a process of its own, with the same options, and compare the results."""
+"""Train each method by `models.pretrain`, and compare the results.
+
+Each runs in a separate process, with the same options.
+"""
 
 import argparse
 import json
@@ -31,7 +34,10 @@ class Options(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The options and the summary of a run, and the peak of resident memory of the largest of its processes."""
+    """The options and the summary of a run, and its peak of resident memory.
+
+    The peak is the one of the largest of its processes.
+    """
 
     config: Config
     summary: dict[str, Any]
@@ -68,7 +74,10 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def compare(arguments: Sequence[str] | None = None) -> None:
-    """Run the comparison. The exit code of a run that fails becomes that of this program."""
+    """Run the comparison.
+
+    The exit code of a run that fails becomes the exit code of this program.
+    """
     options = parse(sys.argv[1:] if arguments is None else arguments)
     results = {method: train(config, options) for method, config in configs_of(options).items()}
     console = Console()
@@ -81,7 +90,9 @@ def compare(arguments: Sequence[str] | None = None) -> None:
 
 
 def configs_of(options: Options) -> dict[str, Config]:
-    """Return the options of each run. All are checked, so that none starts where a later one cannot.
+    """Return the options of each run.
+
+    All are checked, so that none starts where a later one cannot.
 
     Raises:
         ValueError: For the first option that is invalid.
@@ -110,7 +121,10 @@ def train(config: Config, options: Options) -> Result:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, Any]:
-    """Return the exit code of a process and what it used. An interrupt reaches it too, so that it ends by itself."""
+    """Return the exit code of a process and what it used.
+
+    An interrupt reaches it too, so that it ends by itself.
+    """
     is_interrupted = False
     while True:
         try:

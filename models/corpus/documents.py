@@ -44,7 +44,10 @@ class Document(NamedTuple):
         yield self.text[start:]
 
     def cut(self, at: int) -> tuple["Document", "Document"]:
-        """Return two parts, cut at the last end of a line before a character if the second one does not double."""
+        """Return two parts, cut at the last end of a line before a character.
+
+        They are cut elsewhere if the second part would double.
+        """
         cut = self.text.rfind("\n", max(0, 2 * at - len(self.text)), at) + 1 or at
         return Document(self.name, self.text[:cut]), Document(self.name, self.text[cut:])
 
@@ -92,7 +95,10 @@ class TextFile(NamedTuple):
                 rest = text[length:]
 
     def cut(self, at: int) -> tuple["TextFile", "TextFile"]:
-        """Return two parts, cut at the last end of a line before a character if the second one does not double."""
+        """Return two parts, cut at the last end of a line before a character.
+
+        They are cut elsewhere if the second part would double.
+        """
         byte = self._offset(at)
         with self.path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
             byte = content.rfind(b"\n", max(self.start, 2 * byte - self.stop), byte) + 1 or byte
@@ -124,7 +130,10 @@ AnyDocument = Document | TextFile
 
 
 def line_end(text: str) -> int:
-    """Return the length of a text up to its last end of a line, else its last blank, else all."""
+    """Return the length of a text up to its last end of a line.
+
+    Without one it ends at the last blank, or at the end.
+    """
     return text.rfind("\n") + 1 or text.rfind(" ") + 1 or len(text)
 
 

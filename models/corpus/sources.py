@@ -80,7 +80,9 @@ def _in_folder(folder: Path, skipped: dict[str, list[str]]) -> Iterator[TextFile
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and of those inside it, hidden folders as one entry, and links.
+    """Yield the files of a folder, of those inside it, and links.
+
+    A hidden folder is one entry.
 
     Raises:
         OSError: If a folder cannot be read.
@@ -114,7 +116,10 @@ def _named_file(path: Path) -> TextFile:
 
 
 def _is_json_lines(file: TextFile) -> bool:
-    """Return whether a file has a name of JSON, and its first lines are objects. A .json file has several."""
+    """Return whether a file has a name of JSON, and its first lines are objects.
+
+    A .json file has several.
+    """
     least = _OBJECTS.get(file.path.suffix)
     if least is None:
         return False
@@ -144,7 +149,7 @@ _COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
 
 
 def dataset(name: str, *, config: str | None, column: str, characters: int, folder: Path | None = None) -> Split:
-    """Stream the documents of a Hugging Face dataset, by its name, local folder or file.
+    """Stream the documents of a Hugging Face dataset by name, folder or file.
 
     The split called "validation" is for validation. Without one, the first twentieth of the documents is.
 
@@ -153,7 +158,7 @@ def dataset(name: str, *, config: str | None, column: str, characters: int, fold
         config: The configuration of the dataset. None means its default.
         column: The column that contains the text.
         characters: The largest number of characters to read for training.
-        folder: The folder for a temporary file with the texts. Default None means that of the system.
+        folder: The folder for a temporary file with the texts. Default None means the folder of the system.
 
     Raises:
         ValueError: If the dataset cannot be loaded, or has no split "train" or no such column.
@@ -189,7 +194,7 @@ def _load(datasets: Any, name: str, config: str | None) -> Any:
 
 
 def _suffix(path: Path) -> str:
-    """Return the end of a name without that of a compression."""
+    """Return the end of a name without the end of a compression."""
     return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
 
 
@@ -214,7 +219,7 @@ def _texts(stream: Iterable[dict[str, Any]], name: str, column: str, characters:
 
 
 class Rows(Sequence[Document]):
-    """Texts that are stored one after the other in a temporary file, which needs no removal."""
+    """Texts, one after the other, in a temporary file that needs no removal."""
 
     def __init__(self, texts: Iterable[str] = (), folder: Path | None = None):
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=1 << 20)  # noqa: SIM115, lives as long as the rows

@@ -19,8 +19,8 @@ def split(documents: Sequence[AnyDocument]) -> Split:
     """Split into training and validation text, by the hashes of names.
 
     Files are taken for validation until they make up a twentieth of the text. A file with which they would make up more
-    than a tenth is cut at the end of a line, and its end is for validation, so that they make up a twentieth. A single
-    file is cut as well, and its last tenth is for validation.
+    than a tenth is cut at the end of a line. Its end is for validation, so that they make up a twentieth. A single file
+    is cut as well, and its last tenth is for validation.
     """
     if len(documents) == 1:
         train, validation = documents[0].cut(documents[0].characters * 9 // 10)
@@ -39,6 +39,6 @@ def split(documents: Sequence[AnyDocument]) -> Split:
 
 
 def without(documents: Sequence[AnyDocument], others: Sequence[AnyDocument]) -> list[AnyDocument]:
-    """Return the documents whose text is not that of another."""
+    """Return the documents whose texts differ from all others."""
     digests = {document.digest for document in others}
     return [document for document in documents if document.digest not in digests]

@@ -1,4 +1,7 @@
-"""Record from what stored tokens were encoded, so that a resumed run can use them again."""
+"""Record what stored tokens were encoded from.
+
+So a resumed run can use them again.
+"""
 
 import hashlib
 import json
@@ -18,7 +21,10 @@ _BLOCK = 1 << 22  # tokens
 
 
 def write_record(corpus: Corpus, documents: Split, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write beside the tokens what they were encoded from. A tokenizer without an identity is not recorded."""
+    """Write beside the tokens what they were encoded from.
+
+    A tokenizer without an identity is not recorded.
+    """
     if tokenizer.identity is None:
         return
     parts = {
@@ -30,9 +36,9 @@ def write_record(corpus: Corpus, documents: Split, tokenizer: Tokenizer, folder:
 
 
 def stored_corpus(documents: Split, tokenizer: Tokenizer, *, window: int, folder: Path) -> Corpus | None:
-    """Return the tokens in a folder if they were encoded from these texts with this tokenizer, or None.
+    """Return the tokens in a folder, or None if they are of something else.
 
-    Tokens that have changed since are not returned.
+    They must be encoded from these texts with this tokenizer. Tokens that have changed since are not returned.
 
     Raises:
         ValueError: If a stream is shorter than `window`.
@@ -59,7 +65,10 @@ def stored_corpus(documents: Split, tokenizer: Tokenizer, *, window: int, folder
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of the tokens in a folder, or None if there is none, or a damaged one."""
+    """Return the record of the tokens in a folder.
+
+    Return None if there is none, or a damaged one.
+    """
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -85,7 +94,10 @@ def _digest(documents: Sequence[AnyDocument]) -> str:
 
 
 def _read(stream: TokenFile, tokenizer: Tokenizer) -> tuple[np.ndarray | None, bytes]:
-    """Return the frequencies of tokens, or None if there is a token beyond the vocabulary, and their digest."""
+    """Return the frequencies of tokens and their digest.
+
+    Return None in place of frequencies if there is a token beyond the vocabulary.
+    """
     frequencies, digest = np.zeros(tokenizer.vocabulary, np.int64), TokenDigest(tokenizer.vocabulary)
     for start in range(0, len(stream), _BLOCK):
         tokens = np.asarray(stream)[start : start + _BLOCK]

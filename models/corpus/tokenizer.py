@@ -108,7 +108,9 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer of `transformers` by its name, folder or file. No code that comes with it is run.
+    """Load a tokenizer of `transformers` by its name, folder or file.
+
+    No code that comes with it is run.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the tokenizer.
@@ -147,7 +149,10 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
 
 
 def _identity(tokenizer: Any) -> str | None:
-    """Return a hash of a tokenizer of the library `tokenizers`, with its version. Others are Python code."""
+    """Return a hash of a tokenizer of the library `tokenizers`, with its version.
+
+    Others are Python code.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

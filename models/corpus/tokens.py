@@ -1,4 +1,4 @@
-"""Streams of tokens, in memory or in files, and the batches that are drawn from them."""
+"""Streams of tokens, in memory or in files, and the batches drawn from them."""
 
 import hashlib
 import math
@@ -48,7 +48,10 @@ class Counted(NamedTuple):
 
 
 class TokenDigest:
-    """A hash of tokens, in blocks. It is that of the types in which tokens were stored before."""
+    """A hash of tokens, in blocks.
+
+    It is the hash of the types in which tokens were stored before.
+    """
 
     def __init__(self, vocabulary: int):
         self._hash, self._type = hashlib.sha256(), np.uint8 if vocabulary == 256 else np.int32

@@ -1,1 +1,4 @@
-"""Measure the loss of a trained model on a text. `python -m models.evaluate --help` lists the options."""
+"""Measure the loss of a trained model on a text.
+
+`python -m models.evaluate --help` lists the options.
+"""

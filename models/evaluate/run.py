@@ -29,8 +29,8 @@ _DEFAULTS = Config()  # for a model that is not of a run
 class Options:
     """Measure the loss of a trained model on a text.
 
-    By default the loss is that of evenly spaced windows, as many and as long as in the validation of the run. On the
-    run's validation text it is therefore the validation loss of the run.
+    By default the loss is measured on evenly spaced windows, as many and as long as in the validation of the run. On
+    the run's validation text it is therefore the validation loss of the run.
     """
 
     run: tyro.conf.Positional[Path]
@@ -54,7 +54,9 @@ class Text(NamedTuple):
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Return the loss in nats per token and bits per byte, the perplexity, and what was measured.
+    """Return the loss in nats per token and what follows from it.
+
+    These are bits per byte, the perplexity, and what was measured.
 
     Raises:
         ValueError: If an option is invalid, or the model or the text cannot be read.
@@ -125,7 +127,7 @@ def _tensor(windows: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(trained: Trained, batches: Iterable[Tensor], device: torch.device) -> tuple[float, int]:
-    """Return the mean loss in nats per token, and the number of tokens that were predicted.
+    """Return the mean loss in nats per token, and the number of predicted tokens.
 
     The activations have the type of those in the run.
     """

@@ -1,4 +1,7 @@
-"""Write a fine-tuned model for `transformers`, and its adapter for PEFT, each with the tokenizer."""
+"""Write a fine-tuned model for `transformers`, and its adapter for PEFT.
+
+Each has the tokenizer.
+"""
 
 import copy
 import json

@@ -1,4 +1,7 @@
-"""Load a causal language model in float32, and refuse one whose weights are not all from its files."""
+"""Load a causal language model in float32.
+
+A model whose weights are not all from its files is refused.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -49,7 +52,10 @@ def load_model(folder: str) -> nn.Module:
 
 @contextmanager
 def _captured(logging: Any) -> Iterator[list[str]]:
-    """Collect the warnings of `transformers` instead of printing them, such as the table of what does not fit."""
+    """Collect the warnings of `transformers` instead of printing them.
+
+    One is the table of what does not fit.
+    """
     warnings: list[str] = []
     handler = Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -63,7 +69,10 @@ def _captured(logging: Any) -> Iterator[list[str]]:
 
 
 def _unconverted(folder: str, warnings: Iterable[str]) -> str:
-    """Return which weight could not be joined from those of the files, from the table that has its name."""
+    """Return which weight could not be joined from those of the files.
+
+    The table that has its name says so.
+    """
     lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for text in warnings for line in text.splitlines())
     names = [line.split("|")[0].strip() for line in lines if re.search(r"\| *CONVERSION", line)]
     return f"the tensors for {names[0]!r} do not fit together{_hint(folder)}" if names else ""
@@ -100,7 +109,10 @@ def _check_complete(folder: str, found: dict[str, Any]) -> None:
 
 
 def _check_kinds(folder: str, model: nn.Module) -> None:
-    """Raise for the first weight that the files have as integers or booleans, which `transformers` would convert."""
+    """Raise for the first weight that the files have as integers or booleans.
+
+    `transformers` would convert it.
+    """
     if wrong := sorted(without_fractions(Path(folder)) & dict(model.named_parameters()).keys()):
         raise ValueError(
             f"`model` must have weights of floating point, got {folder!r} with integers or booleans as {_names(wrong)}"
@@ -113,7 +125,9 @@ def _names(names: list[str]) -> str:
 
 @torch.no_grad()
 def check_on_tokens(model: nn.Module, vocabulary: int, seq_len: int) -> None:
-    """Check by one forward pass that the model takes sequences of this length, and sees no later token.
+    """Check that the model takes sequences of this length, and sees no later token.
+
+    One forward pass shows it.
 
     Raises:
         ValueError: If the length is beyond the positions that the model was made for, or the forward pass fails, is not
@@ -142,7 +156,7 @@ def check_on_tokens(model: nn.Module, vocabulary: int, seq_len: int) -> None:
 
 
 def positions(config: Any) -> int | None:
-    """Return the largest number of tokens that a configuration is made for, or None without a limit.
+    """Return the most tokens that a configuration is for, or None without a limit.
 
     Scaled rotary positions reach beyond those of pre-training by their `factor`.
     """

@@ -1,4 +1,7 @@
-"""The folder of a model: what is refused before `transformers` reads it, its files and their dtype."""
+"""The folder of a model: what is refused, its files and their dtype.
+
+It is checked before `transformers` reads it.
+"""
 
 import hashlib
 import json
@@ -27,7 +30,9 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def check_folder(folder: Path) -> None:
-    """Check what `transformers` would answer with a question, random weights or another model.
+    """Check what `transformers` would answer with a question or other weights.
+
+    It would ask a question, draw random weights, or take another model.
 
     Raises:
         ValueError: If the folder needs code, is an adapter, is quantized, or has damaged or no weights. It names the
@@ -62,7 +67,9 @@ def check_tokenizer_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of the weights, those that `transformers` prefers if there are several kinds.
+    """Return the files of the weights.
+
+    If there are several kinds, they are those that `transformers` prefers.
 
     Raises:
         ValueError: If there are none, or one is missing or damaged. It names the file.
@@ -81,17 +88,23 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_dtypes(folder: Path) -> set[torch.dtype]:
-    """Return the dtypes of the floating-point tensors in the files. Formats of fewer than 16 bits count as float32."""
+    """Return the dtypes of the floating-point tensors in the files.
+
+    Formats of fewer than 16 bits count as float32.
+    """
     return {dtype for file in weight_files(folder) for dtype in _dtypes_of(file).values() if dtype is not None}
 
 
 def without_fractions(folder: Path) -> set[str]:
-    """Return the names of the tensors in the files that are not of floating point, such as positions."""
+    """Return the names of the tensors that are not of floating point.
+
+    Positions are such tensors.
+    """
     return {name for file in weight_files(folder) for name, dtype in _dtypes_of(file).items() if dtype is None}
 
 
 def _dtypes_of(file: Path) -> dict[str, torch.dtype | None]:
-    """Return the dtype of each tensor in a file, or None if it is not of floating point."""
+    """Return the dtype of each tensor in a file, or None if it is not floating."""
     if file.suffix == ".bin":
         tensors = torch.load(file, map_location="meta", weights_only=True).items()
         return {name: tensor.dtype if tensor.is_floating_point() else None for name, tensor in tensors}
@@ -102,7 +115,10 @@ def _dtypes_of(file: Path) -> dict[str, torch.dtype | None]:
 
 
 def left_out(folder: Path) -> str | None:
-    """Return the first name of a tensor that the numbers in the other names leave out, as of one of the experts."""
+    """Return the first tensor that the numbers in the other names leave out.
+
+    It may be one of the experts, for example.
+    """
     names = {name for file in weight_files(folder) if file.suffix != ".bin" for name in dl.interop.open_weights(file)}
     numbers = defaultdict(set)
     for name in names:

@@ -15,7 +15,10 @@ def drop_values(model: nn.Module) -> None:
 
 
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give a dtype to all parameters and saved buffers of floating point. Buffers that are not saved keep theirs."""
+    """Give a dtype to all parameters and saved buffers of floating point.
+
+    Buffers that are not saved keep theirs.
+    """
     _replace(model, lambda parameter: parameter.to(dtype) if parameter.is_floating_point() else parameter)
     for name, leaf in model.state_dict(keep_vars=True).items():
         if not isinstance(leaf, nn.Parameter) and leaf.is_floating_point():

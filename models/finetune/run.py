@@ -61,7 +61,9 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 
 
 def check_tokens(tokenizer: Any, model: nn.Module, seq_len: int) -> None:
-    """Check that the model takes all tokens of the tokenizer, and sequences of a length, on the CPU.
+    """Check that the model takes all tokens of the tokenizer, on the CPU.
+
+    It must take sequences of a length too.
 
     Raises:
         ValueError: As `check_on_tokens`, or if the tokenizer has more tokens than the model embeds.

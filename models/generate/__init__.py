@@ -1,1 +1,4 @@
-"""Continue a text with a trained model. `python -m models.generate --help` lists the options."""
+"""Continue a text with a trained model.
+
+`python -m models.generate --help` lists the options.
+"""

@@ -62,7 +62,9 @@ def generate(options: Options) -> str:
 
 
 def prompt_tokens(text: str, tokenizer: Codec) -> list[int]:
-    """Return the tokens of a text. A document begins after the token that ends the one before.
+    """Return the tokens of a text.
+
+    A document begins after the token that ends the one before.
 
     Raises:
         ValueError: If there are no tokens, and no token ends a document.

@@ -97,7 +97,10 @@ def _machine(run: Prepared, state_bytes: int) -> str:
 
 
 def _activations(run: Prepared) -> int:
-    """Return an estimate of the bytes that a backward pass stores, 0 for models of other libraries."""
+    """Return an estimate of the bytes that a backward pass stores.
+
+    It is 0 for models of other libraries.
+    """
     model = getattr(run.model, "config", None)
     if not isinstance(model, LlamaConfig):
         return 0

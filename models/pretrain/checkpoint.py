@@ -89,10 +89,10 @@ def load_checkpoint(
     settings: Mapping[str, Any] | None = None,
     donate: bool = False,
 ) -> dl.interop.Checkpoint | None:
-    """Return the newest undamaged checkpoint of the run, or None if there is none. Collective.
+    """Return the newest undamaged checkpoint of the run, or None if there is none.
 
-    In older checkpoints the optimizer's states have no `FreezeState` around them: ``.opt_state['rest'].mu`` there is
-    ``.opt_state['rest'].inner.mu`` here.
+    Collective. In older checkpoints the optimizer's states have no `FreezeState` around them: ``.opt_state['rest'].mu``
+    there is ``.opt_state['rest'].inner.mu`` here.
 
     Args:
         folder: The folder of all checkpoints.

@@ -95,7 +95,10 @@ def _announce(stopped: Stopped, run: Prepared, job: Job, console: Console) -> No
 
 
 def _conclude(summary: dict[str, Any], run: Prepared, job: Job, console: Console) -> None:
-    """Write the summary, except over that of a run which was finished before, and print it."""
+    """Write the summary and print it.
+
+    The summary of a run that was finished before is not replaced.
+    """
     path = run.folder / "summary.json"
     finished = _read_summary(path) if run.first_step == run.config.training.steps else None
     if finished is None:

@@ -1,4 +1,7 @@
-"""Whether a run compiles its step: on a GPU always, on a CPU where it wins back the time of compiling."""
+"""Whether a run compiles its step.
+
+It always does on a GPU. On a CPU it does where that wins back the time of compiling.
+"""
 
 import importlib.util
 import os
@@ -19,7 +22,9 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def with_choice(config: ConfigT, parameters: int, world_size: int) -> ConfigT:
-    """Return the options of a new run with the choice whether to compile, where the user made none.
+    """Return the options of a new run with the choice whether to compile.
+
+    A choice of the user is not changed.
 
     Args:
         config: The options.

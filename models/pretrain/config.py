@@ -14,7 +14,10 @@ import tyro
 
 
 def computed(text: str) -> Any:
-    """Return a mark for an option whose default depends on others. The help shows `text` as the default."""
+    """Return a mark for an option whose default depends on others.
+
+    The help shows `text` as the default.
+    """
     is_empty = ("", "''", "None").__contains__
     return tyro.conf.arg(help_behavior_hint=lambda label: f"(default: {text if is_empty(label) else label})")
 
@@ -28,7 +31,7 @@ class DefaultRates(NamedTuple):
 
 
 PAPER_RATES = {"full": 1e-3, "lora": 1e-2, "relora": 1e-2, "switchlora": 2e-2}
-# From `bench.quality methods`: the rate of Muon on this job's batch, that of dense weights at size medium.
+# From `bench.quality methods`: the rate of Muon on this job's batch, the rate of dense weights at size medium.
 PRETRAIN_RATES = DefaultRates(adamw=PAPER_RATES, muon=dict.fromkeys(PAPER_RATES, 2e-3), dense_with_muon=3.2e-2)
 
 
@@ -68,7 +71,7 @@ class Data:
     """Compute the validation loss on these files or folders. They are not trained on."""
     dataset: Annotated[str | None, computed("none")] = None
     """Train on a Hugging Face dataset instead: a name, a folder, or a file in JSON lines, Parquet or CSV."""
-    dataset_config: Annotated[str | None, computed("that of the dataset")] = None
+    dataset_config: Annotated[str | None, computed("the dataset's default")] = None
     """Use this configuration of the dataset."""
     text_column: str = "text"
     """Read the text from this column of the dataset."""
@@ -193,7 +196,7 @@ class Output:
     compare: Annotated[tuple[Path, ...], computed("none")] = ()
     """Draw the validation losses of the runs in these folders into the plot too."""
     tensorboard: bool = False
-    """Also write losses and rates for TensorBoard, to a folder in that of the run. It needs the extra `tensorboard`."""
+    """Also write losses and rates for TensorBoard, to a folder inside the run. It needs the extra `tensorboard`."""
 
 
 @dataclass(frozen=True)
@@ -233,11 +236,17 @@ class Config:
         return "muon" if self.training.method == "switchlora" and not self.machine.shard_factors else "adamw"
 
     def tokenizer(self) -> str | None:
-        """Return the name, folder or file of the tokenizer. None means that tokens are bytes."""
+        """Return the name, folder or file of the tokenizer.
+
+        None means that tokens are bytes.
+        """
         return self.data.tokenizer
 
     def alpha(self) -> float:
-        """Return the alpha of the low-rank weights, which are ``base + alpha / rank * b @ a``."""
+        """Return the alpha of the low-rank weights.
+
+        They are ``base + alpha / rank * b @ a``.
+        """
         return 1.0
 
     def decays_weights(self) -> bool:

@@ -68,10 +68,10 @@ def check_folder(config: Config, folder: Path) -> None:
 
 
 def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> int:
-    """Create the folder of a new run, or check the options of a resumed one. Return the number of steps before.
+    """Create the folder of a new run, or check the options of a resumed one.
 
-    The record in config.json is flat, one entry per option, whatever the groups of `Config` are. `digests` are
-    hashes of the files that some options name.
+    Return the number of steps before. The record in config.json is flat, one entry per option, whatever the groups of
+    `Config` are. `digests` are hashes of the files that some options name.
 
     Raises:
         ValueError: If the folder contains anything else, or other options. Nothing in it is changed.
@@ -102,13 +102,15 @@ def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> No
 
 
 def checkpoint_settings(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
-    """Return the options that a checkpoint must share with the run that resumes from it."""
+    """Return the options that a run must share with the checkpoint it resumes from."""
     record = _record(config, digests)
     return {name: record[name] for name in record if name not in (*config.free_to_change, *_NOT_IN_CHECKPOINTS)}
 
 
 def check_metrics(path: Path, step: int, steps: int) -> None:
-    """Check that a metrics file has what a run that resumes after `step` needs at its end.
+    """Check that a metrics file has what a resumed run needs at its end.
+
+    The run resumes after `step`.
 
     Raises:
         ValueError: If it does not have all steps up to this one. It names the file and what is missing.

@@ -9,7 +9,7 @@ from models.pretrain.config import Config
 def lr_at(config: Config, step: int) -> float:
     """Return the learning rate at a step, counted from 0.
 
-    It is that of the factors, or of the same matrices for full.
+    It is the rate of the factors, or of the same matrices for full.
 
     ReLoRA warms up again after each merge.
     """
@@ -48,7 +48,7 @@ def dense_lr_scale(config: Config) -> float:
 
 
 def change_of_steps(config: Config, before: int, done: int) -> str:
-    """Return what another number of steps than before changes in a run that has done some."""
+    """Return what another number of steps changes in a run that has done some."""
     steps = config.training.steps
     shorter = replace(config, training=replace(config.training, steps=before))
     rates = [lr_at(settings, done) for settings in (shorter, config)]

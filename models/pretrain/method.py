@@ -102,9 +102,10 @@ def init_params(
 
 
 def dense_weights(config: Config, model: nn.Module, params: dict[str, Any]) -> dict[str, Any]:
-    """Return all weights dense, in the shapes of the model, from bases whose product is still zero.
+    """Return all weights dense, in the shapes of the model.
 
-    So full-rank training has the stacks of the other methods, and their targets are what the inner optimizer trains.
+    The products of the bases are still zero. So full-rank training has the stacks of the other methods, and their
+    targets are what the inner optimizer trains.
 
     Raises:
         ValueError: If Muon would train a convolution. It would orthogonalize each kernel by itself.

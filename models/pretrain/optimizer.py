@@ -61,6 +61,9 @@ def make_optimizer(config: Config, inner: frozenset[str], model: nn.Module) -> O
 
 
 def _embeddings_and_heads(model: nn.Module) -> dict[str, str]:
-    """Return the label of each embedding and of each linear layer, which is a head if it is not inner."""
+    """Return the label of each embedding and of each linear layer.
+
+    A linear layer is a head if it is not inner.
+    """
     labels = {nn.Embedding: "embedding", nn.Linear: "head"}
     return {f"{name}.weight": labels[type(module)] for name, module in model.named_modules() if type(module) in labels}

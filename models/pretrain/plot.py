@@ -94,7 +94,10 @@ def compared_runs(folders: Sequence[Path]) -> dict[str, list[tuple[int, float]]]
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Return the running means of losses, over up to a fiftieth of them before and after each."""
+    """Return the running means of losses.
+
+    Each is over up to a fiftieth of them before and after.
+    """
     half = max(1, len(losses) // 50)
     sums = np.concatenate([[0.0], np.cumsum(losses)])
     places = np.arange(len(losses))
@@ -104,7 +107,10 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def validation_points(metrics: list[dict[str, Any]], before: float | None) -> list[tuple[int, float]]:
-    """Return the steps and validation losses of a run, that before the first step included."""
+    """Return the steps and validation losses of a run.
+
+    The one before the first step is included.
+    """
     points = [] if before is None else [(0, before)]
     points += [(line["step"], line["validation_loss"]) for line in metrics if "validation_loss" in line]
     return [(step, loss) for step, loss in points if math.isfinite(loss)]

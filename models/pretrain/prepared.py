@@ -93,7 +93,10 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 def save_pretrained(
     config: Config, architecture: llama.LlamaConfig, weights: Mapping[str, Tensor], tokenizer: Codec, folder: Path
 ) -> None:
-    """Write a folder that `LlamaForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` open."""
+    """Write a folder that `from_pretrained` of `transformers` opens.
+
+    `LlamaForCausalLM` and `AutoTokenizer` do.
+    """
     file = folder / "model.safetensors"
     dl.interop.save_weights(hugging_face.renamed(weights), file, metadata={"format": "pt"})
     hugging_face.save_config(architecture, folder, seq_len=config.data.seq_len, end=tokenizer.end)
@@ -136,7 +139,7 @@ def start_or_resume(
             console.print(f"refused {kind}: {path}: {reason}", soft_wrap=True, highlight=False, markup=False)
     if first_step > steps:
         raise ValueError(
-            f"`steps` must be at least that of the checkpoint in {str(folder)!r}, {first_step}, got {steps}"
+            f"`steps` must be at least the step of the checkpoint in {str(folder)!r}, {first_step}, got {steps}"
         )
     if resume:
         processes.do_on_first(lambda: check_metrics(folder / "metrics.jsonl", first_step, steps))

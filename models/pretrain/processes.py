@@ -50,9 +50,9 @@ class Processes(NamedTuple):
         return values[0]
 
     def do_on_first(self, action: Callable[[], Any]) -> Any:
-        """Call a function on the first process, and return its result on every process. Collective.
+        """Call a function on the first process, and return its result on every process.
 
-        A ValueError or an OSError of it is raised on every process.
+        Collective. A ValueError or an OSError of it is raised on every process.
         """
         result = error = None
         if self.is_first:

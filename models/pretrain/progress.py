@@ -65,7 +65,10 @@ def _parse(line: bytes, path: Path, line_number: int) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """Show a live bar in a terminal, elsewhere a line every half a minute, and one at each validation loss."""
+    """Show a live bar in a terminal, and lines elsewhere.
+
+    There is a line every half a minute, and one at each validation loss.
+    """
 
     def __init__(self, console: Console, steps: int, done: int, status: str = ""):
         self._console, self._steps = console, steps
@@ -124,13 +127,19 @@ def duration(seconds: float) -> str:
 
 
 def write_start(path: Path, validation_loss: float) -> None:
-    """Write the validation loss before the first step. metrics.jsonl has no line for it."""
+    """Write the validation loss before the first step.
+
+    metrics.jsonl has no line for it.
+    """
     with naming(path):
         path.write_text(json.dumps({"validation_loss": validation_loss}) + "\n")
 
 
 def read_start(path: Path) -> float | None:
-    """Return the validation loss before the first step, or None if the file is damaged or from an older version."""
+    """Return the validation loss before the first step.
+
+    Return None if the file is damaged or from an older version.
+    """
     try:
         loss = json.loads(path.read_bytes())["validation_loss"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -20,9 +20,10 @@ _LARGE = 50_000_000  # characters, from which a line announces the encoding
 
 @contextmanager
 def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterator[Path]:
-    """Yield a temporary folder for tokens, which becomes `tokens` in the folder of the run if it contains any.
+    """Yield a temporary folder for tokens.
 
-    It is removed after an error, so that bad input leaves nothing.
+    It becomes `tokens` in the folder of the run if it contains any. It becomes `tokens` in the folder of the run. It is
+    removed after an error, so that bad input leaves nothing.
     """
     parent = next(path for path in folder.absolute().parents if path.is_dir())
     temporary = parent / f".{folder.name}.encoding"
@@ -125,7 +126,7 @@ def _characters(documents: Sequence[text.Document | text.TextFile]) -> int:
 
 @contextmanager
 def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Yield a function of the characters that were encoded, which moves a bar in a terminal."""
+    """Yield a function of the encoded characters, which moves a bar in a terminal."""
     if total > _LARGE and not console.is_terminal:
         console.print(f"encoding {total:,} characters", highlight=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

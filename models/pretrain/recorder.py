@@ -68,7 +68,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Write the pending steps, and leave the time in this context out of the tokens per second."""
+        """Write the pending steps, and leave this time out of the tokens per second."""
         self.flush()
         yield
         self._since = time.perf_counter()
@@ -84,7 +84,10 @@ class Recorder:
         return f"{loss:.3f} ({self._corpus.bits_per_byte(loss, part):.3f} bits/byte)"
 
     def tokens_per_second(self) -> float | None:
-        """Return the median, which compilation and other work do not change. None means that no step was taken."""
+        """Return the median, which compilation and other work do not change.
+
+        None means that no step was taken.
+        """
         return median(self._rates) if self._rates else None
 
     def _line(self, step: int, metrics: Metrics, switched: int) -> dict[str, Any]:
@@ -111,7 +114,10 @@ def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.Wire
 
 
 def _bytes_of_muon(run: Prepared) -> int:
-    """Return what Muon all-reduces for sharded factors: four (rank, rank) matrices for each weight."""
+    """Return what Muon all-reduces for sharded factors.
+
+    These are four (rank, rank) matrices for each weight.
+    """
     if run.config.inner_optimizer() != "muon":
         return 0
     leaves = run.method.state.trainable.values()

@@ -64,7 +64,10 @@ def count_bytes(tree: Any) -> int:
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
-    """Return the summary as a table that compares the run with full-rank AdamW, whose column is computed."""
+    """Return the summary as a table that compares the run with full-rank AdamW.
+
+    The column of full-rank AdamW is computed.
+    """
     title = f"{summary['model']}, {summary['method']}, {summary['steps']} steps"
     table = Table("", "this run", "full-rank AdamW,\ncomputed", title=title)
     table.columns[1].justify = table.columns[2].justify = "right"

@@ -87,7 +87,10 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
 
 
 def _validate_first(run: Prepared, console: Console) -> None:
-    """Compute the validation loss before the first step, and estimate from its time that of the run."""
+    """Compute the validation loss before the first step.
+
+    Its time gives an estimate of the time of the run.
+    """
     started, output, steps = time.perf_counter(), run.config.output, run.config.training.steps
     loss = validation_loss(run.config, run.model, run.saved.state.params(), run.corpus, run.processes)
     forward = (time.perf_counter() - started) / output.eval_batches
@@ -103,7 +106,10 @@ def _validate_first(run: Prepared, console: Console) -> None:
 
 
 def _announce(console: Console, number: int) -> None:
-    """Say that a signal has arrived. Nothing can be printed once the terminal is closed."""
+    """Say that a signal has arrived.
+
+    Nothing can be printed once the terminal is closed.
+    """
     if name_of(number) == "SIGHUP":
         console.quiet = True
     again = "; press it again to stop at once" if number == signal.SIGINT else ""

@@ -16,7 +16,7 @@ _SAMPLING = Sampling(tokens=100)
 
 
 def sample(run: Prepared, state: State) -> str:
-    """Return the first tokens of the validation text and what the model adds to them, in one line.
+    """Return the first validation tokens and what the model adds, in one line.
 
     The draws have a generator of their own, so that the numbers of the run do not change. Collective: where bases are
     sharded, each token all-gathers them.

@@ -63,7 +63,10 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Raise `Interrupted` at SIGTERM, SIGHUP and Ctrl-C, so that unfinished files are removed."""
+    """Raise `Interrupted` at SIGTERM, SIGHUP and Ctrl-C.
+
+    So unfinished files are removed.
+    """
 
     def interrupt(number: int, _: FrameType | None) -> None:
         raise Interrupted(number)
@@ -73,7 +76,9 @@ def raise_on_signals() -> Iterator[None]:
 
 
 class Preemption:
-    """Record the request to stop after a checkpoint: SIGTERM, SIGHUP or a first Ctrl-C. A second Ctrl-C raises.
+    """Record the request to stop after a checkpoint.
+
+    SIGTERM, SIGHUP and a first Ctrl-C are such requests. A second Ctrl-C raises.
 
     Args:
         notify: A function that is called with the number of a signal that is recorded.
@@ -145,7 +150,10 @@ def resume_command(module: str, folder: Path, processes: Processes) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError that names no file name `path`. A full disk is reported without a name."""
+    """Let an OSError that names no file name `path`.
+
+    A full disk is reported without a name.
+    """
     try:
         yield
     except OSError as error:
@@ -155,7 +163,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def described(error: Exception) -> str:
-    """Return an error in one line. That of the system names its file last."""
+    """Return an error in one line. Errors of the system name their file last."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {str(error.filename)!r}"
     return " ".join(str(error).split()) or type(error).__name__

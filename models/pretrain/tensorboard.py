@@ -23,7 +23,10 @@ def summary_writer() -> Callable[..., Any]:
 
 
 class Scalars:
-    """Write the lines of metrics.jsonl for TensorBoard. A resumed run replaces later steps than its first one."""
+    """Write the lines of metrics.jsonl for TensorBoard.
+
+    A resumed run replaces later steps than its first one.
+    """
 
     def __init__(self, folder: Path, first_step: int):
         self._writer = summary_writer()(str(folder), purge_step=first_step + 1)

@@ -37,7 +37,7 @@ def test_drift_is_reported_by_name():
 
 @pytest.mark.slow
 def test_a_residual_keeps_drift_from_growing():
-    """After two thousand folds the error is that of one fold with a residual, and many times larger without."""
+    """After two thousand folds the error equals the one of one fold with a residual, and many times larger without."""
     weight = low_rank(Shape(64, 64, 16), base_dtype=torch.float64, factor_dtype=torch.float32)
     params = {"exact": weight} | {str(residual): quantize(weight, "int8", residual=residual) for residual in RESIDUALS}
     for seed in range(2000):

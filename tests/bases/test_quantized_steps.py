@@ -40,7 +40,7 @@ def test_compiled_equals_eager_without_a_recompile_over_plans():
 
 
 class Nets(nn.Module):
-    """Runs the same input through a net of each storage. What one of them learns depends on no other."""
+    """Runs the same input through a net of each storage. What one of them learns does not depend on the others."""
 
     def __init__(self, storages: Sequence[Storage]) -> None:
         super().__init__()

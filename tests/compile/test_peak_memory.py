@@ -1,4 +1,7 @@
-"""`peak_memory` traces what `compile_step` compiles. What it computes is tested beside `explain`."""
+"""`peak_memory` traces what `compile_step` compiles.
+
+What it computes is tested beside `explain`.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Trees of weights of which only `b` is trained."""
+"""Trees of weights that train only `b`."""
 
 import pytest
 import torch

@@ -42,12 +42,18 @@ def test_what_cannot_be_stored_is_refused_by_its_path(leaf: Any, message: str, t
     ("template", "message"),
     [
         (lambda: trained(rank=3), r"\['params'\]\['layers.\*.w'\].factors.b is \(2, 64, 32\) torch.float32 instead of"),
-        (lambda: trained(base="int8"), r"holds other tensors: \['params'\]\['layers.\*.w'\].base.codes.* is missing"),
+        (
+            lambda: trained(base="int8"),
+            r"contains other tensors: \['params'\]\['layers.\*.w'\].base.codes.* is missing",
+        ),
         (lambda: trained(dtype=torch.bfloat16), r"factors.b is .* torch.float32 instead of .* torch.bfloat16"),
-        (lambda: trained(optimizer=dl.optim.lion()), r"it holds other tensors: \['optimizer'\]"),
+        (lambda: trained(optimizer=dl.optim.lion()), r"it contains other tensors: \['optimizer'\]"),
         (lambda: trained(optimizer=dl.optim.adamw(moments="8bit")), r"\['optimizer'\].*mu.*codes.* is missing"),
-        (lambda: trained() | {"t": torch.tensor(0)}, r"it holds other tensors: \['t'\], \(\) torch.int64, is missing"),
-        (lambda: trained() | {"t": 0}, r"it holds other tensors: \['t'\], a number, is missing"),
+        (
+            lambda: trained() | {"t": torch.tensor(0)},
+            r"it contains other tensors: \['t'\], \(\) torch.int64, is missing",
+        ),
+        (lambda: trained() | {"t": 0}, r"it contains other tensors: \['t'\], a number, is missing"),
         (lambda: {"params": trained()["params"]}, r"\['optimizer'\].*, \(.*\) torch\..*, has no place"),
         (lambda: trained() | {"optimizer": 3}, r"\['optimizer'\], a number, is missing"),
     ],

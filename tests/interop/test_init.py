@@ -132,7 +132,7 @@ def test_init_is_deterministic_and_another_seed_gives_other_factors():
     first, same, other = (init(network(), rank=2, seed=seed, targets=TARGETS) for seed in (1, 1, 2))
     assert_same(first, same)
     assert not torch.equal(first["0.weight"].factors.a, other["0.weight"].factors.a)
-    assert not torch.equal(first["0.weight"].factors.a, first["3.weight"].factors.a)  # each weight has its own basis
+    assert not torch.equal(first["0.weight"].factors.a, first["3.weight"].factors.a)  # each weight has another basis
 
 
 def test_seeds_depend_on_the_name_alone():

@@ -1,4 +1,4 @@
-"""The alpha of a layer is that of the first pattern of PEFT's configuration that matches the end of its name."""
+"""A layer has the alpha of the first pattern of PEFT's configuration that matches the end of its name."""
 
 import re
 from itertools import permutations

@@ -1,4 +1,7 @@
-"""A plain base that is differentiated gets its gradient from every product. Other bases are refused by name."""
+"""A plain base that is differentiated gets its gradient from every product.
+
+Other bases are refused by name.
+"""
 
 import pytest
 import torch

@@ -124,7 +124,7 @@ def test_two_transforms_of_every_rule(name):
     ],
 )
 def test_nested_forward_mode_in_one_graph(names, path):
-    """In a process of its own: after many other graphs, tracing a second tangent may fail inside of torch."""
+    """In a separate process: after many other graphs, tracing a second tangent may fail inside of torch."""
     in_processes(1, _compare_in_one_graph, names, path)
 
 
@@ -155,7 +155,7 @@ def test_a_pullback_is_differentiated_in_forward_mode(name):
 
 
 def test_torch_gradcheck_accepts_every_path():
-    """With batched gradients and forward mode, which it takes by its own means."""
+    """With batched gradients and forward mode, which it takes by other means."""
     for path in ("factored", "merged", "dense", "recomputed"):
         g, _ = functions(path, INT8, "input and factors")
         assert torch.autograd.gradcheck(

@@ -22,7 +22,7 @@ def test_flops_are_those_of_the_table():
     [(2048, 128, "merged"), (2048, 384, "dense"), (16, 128, "factored"), (2048, 8, "merged"), (0, 8, "factored")],
 )
 def test_the_cheapest_path_is_taken(tokens, rank, path):
-    """High rank takes the dense gradient, few tokens take the factored form, and the rest the merged weight."""
+    """High rank takes the dense gradient, few tokens take the factored form, and all others the merged weight."""
     assert cheapest_path(tokens=tokens, out_features=512, in_features=512, rank=rank) == path
 
 

@@ -31,8 +31,9 @@ def test_adamw_equals_torch(dtype, options):
         theirs.step()
         updates, state = ours.update(grads, state, trainable, lr=torch.tensor(lr, dtype=torch.float64))
         trainable = apply_updates(trainable, updates)
-    # A moment is off by half an eps for each step before, of numbers up to 1.5 against a root of at least 0.5; the rest
-    # of an update of up to 3 * LR is some 10 roundings. The sum with a parameter below 8 rounds once a step.
+    # A moment is off by half an eps for each step before, of numbers up to 1.5 against a root of at least 0.5; the
+    # other errors of an update of up to 3 * LR are some 10 roundings. The sum with a parameter below 8 rounds once a
+    # step.
     bound = steps * ((6 * steps + 10) * 3 * LR + 8) * eps(dtype)
     for got, wanted in zip(tree_leaves(trainable), leaves, strict=True):
         assert got.dtype == dtype

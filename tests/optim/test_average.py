@@ -1,4 +1,4 @@
-"""An average of weights is that of the dense weights, whatever factors and bases both have."""
+"""An average of weights equals the average of the dense weights, whatever factors and bases both have."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What holds for every optimizer in the table, besides the rules for its state."""
+"""What is true for every optimizer in the table, besides the rules for its state."""
 
 from contextlib import nullcontext
 from typing import Any

@@ -1,4 +1,4 @@
-"""Optimizers of weights of which only `b` is trained."""
+"""Optimizers of weights that train only `b`."""
 
 from math import sqrt
 

@@ -1,4 +1,4 @@
-"""Every rule for the counterparts' state holds for every optimizer."""
+"""Every rule for the counterparts' state is right for every optimizer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
@@ -186,7 +186,7 @@ def test_torch_optim_takes_its_state_back():
         ({"rule": "prune", "prune": 1.5}, "`prune` is 1.5; use a number from 0 to 1"),
         (
             {"rule": "transport"},
-            "`change` must be passed with rule 'transport' and with no other, got rule 'transport'",
+            "`change` must be passed only with rule 'transport', got rule 'transport'",
         ),
         ({"change": Change({}, {})}, "`change` must be passed .* got rule 'reset'"),
     ],

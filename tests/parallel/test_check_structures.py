@@ -21,7 +21,7 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-# For each way to differ: the state of most processes, that of one, and the first difference in the error.
+# For each way to differ: the state of most processes, the state of one, and the first difference in the error.
 STRUCTURES = {
     "a number": ({"step": 3}, {"step": 4}, "['step']: int 4 in dict instead of ['step']: int 3"),
     "a bool and a number": ({"x": 1}, {"x": True}, "['x']: bool True in dict instead of ['x']: int 1"),

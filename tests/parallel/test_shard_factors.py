@@ -84,7 +84,7 @@ def _carried() -> None:
     moments = [tree for tree in tree_leaves(opt_state, is_leaf=_is_sharded) if _is_sharded(tree)]
     assert len(moments) == 2 * sum(map(_is_sharded, trainable.values()))
     assert all(leaf.sharding == trainable[name].sharding for name, leaf in scaled.items() if _is_sharded(leaf))
-    # Nobody passes the sharding, and yet the norm is that of the whole gradients.
+    # Nobody passes the sharding, and yet the norm is the one of the whole gradients.
     norms = [dl.optim.clip_by_global_norm(tree, 1.0).norm for tree in (grads, whole_grads)]
     torch.testing.assert_close(*norms)
     nested = dl.optim.clip_by_global_norm({"model": grads, "other": grads}, 1.0).norm

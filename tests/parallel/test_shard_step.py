@@ -1,4 +1,4 @@
-"""A step on sharded factors equals the step on unsharded ones, and so do the bytes that it holds and sends."""
+"""A step on sharded factors equals the step on unsharded ones, and so do the bytes that it stores and sends."""
 
 import pytest
 import torch

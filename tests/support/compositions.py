@@ -1,6 +1,7 @@
-"""Compositions of transforms over products with one low-rank weight, and the same products with the dense weight.
+"""Compositions of transforms over products with one low-rank weight.
 
-Every function here goes from three numbers to three numbers, so that transforms can follow each other in any order.
+The same products with the dense weight are beside them. Every function here goes from three numbers to three numbers,
+so that transforms can follow each other in any order.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,7 +63,10 @@ OUTERMOST = {"autograd": by_autograd, "dual": by_dual}  # what `torch.func` does
 
 
 def compositions(depth: int) -> Iterator[tuple[str, ...]]:
-    """Yield all compositions of `depth` transforms by their names, the outermost first."""
+    """Yield all compositions of `depth` transforms by their names.
+
+    The outermost is first.
+    """
     yield from product((*OUTERMOST, *TRANSFORMS), *[TRANSFORMS] * (depth - 1))
 
 
@@ -178,7 +182,7 @@ def waves(*shape: int) -> Tensor:
 
 
 def functions(name: str, storage: Storage, by: str, waiting: int = 0, alpha: float = 1.0) -> tuple[Function, Function]:
-    """Return a function of a low-rank weight, and that of the dense one.
+    """Return a function of a low-rank weight, and one of the dense weight.
 
     Args:
         name: The product.
@@ -221,7 +225,10 @@ POINT = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
 
 
 def error_of(names: tuple[str, ...], pair: tuple[Function, Function]) -> float | None:
-    """Return the largest relative error of a composition, or None if torch refuses it for the dense weight too."""
+    """Return the largest relative error of a composition.
+
+    Return None if torch refuses it for the dense weight too.
+    """
     low_rank_function, dense_function = pair
     try:
         wanted = composed(names, dense_function)(POINT)

@@ -22,7 +22,10 @@ def damage_by_a_bit(path: Path) -> None:
 
 
 class Damage:
-    """Spoils a file in a way drawn from a seed: its bytes, its JSON or its safetensors header."""
+    """Spoils a file in a way drawn from a seed.
+
+    It changes its bytes, its JSON or its safetensors header.
+    """
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)

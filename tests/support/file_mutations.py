@@ -1,4 +1,7 @@
-"""Changes of files that are drawn from a seed, and whether a reader can tell them from a valid file."""
+"""Changes of files that are drawn from a seed.
+
+They say whether a reader can tell the result from a valid file.
+"""
 
 import json
 import os

@@ -12,7 +12,10 @@ from dynlora_fn.testing import normal
 
 
 def torch_state(kind: Any, **settings: Any) -> Callable[[Any], Any]:
-    """Return a function that makes the state dict of one of torch's optimizers, in the order of the parameters."""
+    """Return a function that makes the state dict of one of torch's optimizers.
+
+    It is in the order of the parameters.
+    """
 
     def make(trainable: Any) -> Any:
         return stepped(kind(leaves_of(trainable), **{"lr": 0.1, **settings}))
@@ -25,7 +28,10 @@ def leaves_of(trainable: Any) -> list[Tensor]:
 
 
 def named_leaves(trainable: Any) -> dict[str, Tensor]:
-    """Return the tensors by the names that `project_optimizer_state` reads: "w.b", "w.a", "bias"."""
+    """Return the tensors by the names that `project_optimizer_state` reads.
+
+    They are "w.b", "w.a" and "bias".
+    """
     named: dict[str, Tensor] = {}
     for name, leaf in trainable.items():
         sides = {name: leaf} if isinstance(leaf, Tensor) else {f"{name}.b": leaf.b, f"{name}.a": leaf.a}
@@ -44,7 +50,10 @@ def stepped(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def torchopt_state(name: str, **settings: Any) -> Callable[[Any], Any]:
-    """Return a function that makes torchopt's state: lists of all leaves, in the order of sorted names."""
+    """Return a function that makes torchopt's state.
+
+    It has lists of all leaves, in the order of sorted names.
+    """
 
     def make(trainable: Any) -> Any:
         torchopt = pytest.importorskip("torchopt", reason="has no wheel for every version of Python")

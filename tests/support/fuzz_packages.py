@@ -1,4 +1,7 @@
-"""Further entries of the table of public functions: schedules, bases, processes, files, switching and `init`."""
+"""Further entries of the table of public functions.
+
+They are of schedules, bases, processes, files, switching and `init`.
+"""
 
 import tempfile
 from typing import Any

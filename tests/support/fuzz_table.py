@@ -1,4 +1,7 @@
-"""The table of public functions with valid arguments, and the kind of each argument that is changed."""
+"""The table of public functions with valid arguments.
+
+It has the kind of each argument that is changed.
+"""
 
 import tempfile
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""A dispatch mode that changes nothing, under which functions take the way that they take while they are traced."""
+"""A dispatch mode that changes nothing.
+
+Under it, functions take the way that they take while they are traced.
+"""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 

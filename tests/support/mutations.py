@@ -1,4 +1,7 @@
-"""Kinds of arguments: from a valid value of each, wrong values and values that mean the same, drawn at random."""
+"""Kinds of arguments, with wrong and equal values drawn at random.
+
+They start from a valid value of each.
+"""
 
 import cmath
 import math
@@ -12,7 +15,10 @@ from torch import Tensor, nn
 
 
 class Mutation(NamedTuple):
-    """A changed value of an argument. It must be refused, or mean the same as the valid value."""
+    """A changed value of an argument.
+
+    It must be refused, or mean the same as the valid value.
+    """
 
     story: str
     value: Any
@@ -38,7 +44,10 @@ def among(wrong: Sequence[Any], same: Sequence[Any] = ()) -> Kind:
 
 
 def integer(least: int | None = None, *, none: bool = False, also: Sequence[Any] = ()) -> Kind:
-    """Return the kind of an integer of at least `least`. `also` are further values that are not wrong."""
+    """Return the kind of an integer of at least `least`.
+
+    `also` are further values that are not wrong.
+    """
 
     def draw(random: Random, valid: Any) -> Mutation:
         too_small = [] if least is None else [least - 1, -7, np.int64(least - 1)]
@@ -147,7 +156,7 @@ def tree(
     Args:
         free: Top keys of tensors of any shape and dtype.
         optional: Whether missing and further keys are not wrong.
-        dtypes: The dtypes that are not wrong, beside that of each leaf.
+        dtypes: The dtypes that are not wrong, beside the dtype of each leaf.
         axes: Whether a further leading axis is wrong.
         none: Whether None may be in place of the tree.
     """

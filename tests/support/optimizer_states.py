@@ -11,7 +11,10 @@ from dynlora_fn.testing import Shape, low_rank, normal
 
 
 class Record(NamedTuple):
-    """A state whose `velocity` is declared a first moment, and whose other field is not declared."""
+    """A state whose `velocity` is declared a first moment.
+
+    Its other field is not declared.
+    """
 
     velocity: Any
     other: Any = None
@@ -37,7 +40,10 @@ def adamw_state(trainable: Any) -> FreezeState:
 
 
 def trees_of(opt_state: Any) -> dict[str, dict[str, Any]]:
-    """Return the trees of AdamW's state by field, joined over the labels of `multi_transform`."""
+    """Return the trees of AdamW's state by field.
+
+    They are joined over the labels of `multi_transform`.
+    """
     states = [opt_state] if isinstance(opt_state, FreezeState) else list(opt_state.values())
     trees = [{**state.inner._asdict(), "frozen_for": state.frozen_for} for state in states]
     return {field: {name: leaf for tree in trees for name, leaf in tree[field].items()} for field in trees[0]}

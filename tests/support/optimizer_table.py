@@ -1,4 +1,7 @@
-"""The table of optimizers. An entry gives an optimizer every test that is parametrized over the table."""
+"""The table of optimizers.
+
+An entry gives an optimizer every test that is parametrized over the table.
+"""
 
 from typing import NamedTuple
 

@@ -28,7 +28,10 @@ def some_trainable(dtype: torch.dtype = torch.float64, stack: tuple[int, ...] = 
 
 
 def some_grads(trainable: Any, step: int) -> Any:
-    """Return gradients of magnitudes 0.5 to 1.5, which bound the relative error of a moment's root."""
+    """Return gradients of magnitudes 0.5 to 1.5.
+
+    They bound the relative error of a moment's root.
+    """
     signs = tree_map(lambda leaf: normal(100 + step, *leaf.shape).sign(), trainable)
     return tree_map(
         lambda leaf, sign: (sign * (0.5 + normal(step, *leaf.shape).sin().abs())).to(leaf.dtype), trainable, signs

@@ -1,4 +1,7 @@
-"""The kinds of LoRA adapters that PEFT's tests build, on small models: what loads, and what is refused."""
+"""The kinds of LoRA adapters that PEFT's tests build, on small models.
+
+It says what loads, and what is refused.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

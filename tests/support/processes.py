@@ -1,4 +1,7 @@
-"""Several processes of one group, for tests: forked from one that has imported what they need."""
+"""Several processes of one group, for tests.
+
+They are forked from one that has imported what they need.
+"""
 
 import multiprocessing
 import os
@@ -19,7 +22,9 @@ SECONDS = 240  # enough for a busy machine
 
 
 def in_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Return what ``function(*args)`` returns on each process of a group on gloo with one thread.
+    """Return what ``function(*args)`` returns on each process of a group.
+
+    The group is on gloo with one thread.
 
     Raises:
         AssertionError: with the traceback of every process that fails.
@@ -34,7 +39,10 @@ def in_processes(world_size: int, function: Callable[..., Any], *args: Any) -> l
 
 @contextmanager
 def started(world_size: int, function: Callable[..., Any], *args: Any) -> Iterator[tuple[list[Any], list[Connection]]]:
-    """Start the processes, and yield them with the pipes of their results; at the end all are killed."""
+    """Start the processes, and yield them with the pipes of their results.
+
+    At the end all are killed.
+    """
     with TemporaryDirectory() as folder:
         pipes = [_CONTEXT.Pipe() for _ in range(world_size)]
         processes = [
@@ -83,7 +91,10 @@ def _work(
 
 @contextmanager
 def _counted() -> Iterator[None]:
-    """Count the lines that run, under `coverage`: a process is killed before it could save them by itself."""
+    """Count the lines that run, under `coverage`.
+
+    A process is killed before it could save them by itself.
+    """
     if "COVERAGE_RUN" not in os.environ:
         yield
         return

@@ -1,6 +1,7 @@
-"""One training step of arXiv:2406.06564, in float64 and in loops over slots: slow, and obviously right.
+"""One training step of arXiv:2406.06564, slow, and obviously right.
 
-It reads plans and parameters as plain data and calls nothing of the library. A step changes its state in place.
+It is in float64 and in loops over slots. It reads plans and parameters as plain data and calls nothing of the library.
+A step changes its state in place.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +25,10 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def uniform(seed: int, side: str, index: int, length: int) -> list[float]:
-    """Return a vector of a basis, in [-1, 1): four numbers for each value of the counter."""
+    """Return a vector of a basis, in [-1, 1).
+
+    Each value of the counter gives four numbers.
+    """
     numbers: list[float] = []
     for block in range(-(-length // 4)):
         counter = [block, index & MASK, index >> 32, "ba".index(side)]
@@ -33,7 +37,10 @@ def uniform(seed: int, side: str, index: int, length: int) -> list[float]:
 
 
 def bound(side: str, out_features: int, in_features: int, rank: int) -> float:
-    """Return half the width of the uniform distribution: sqrt(3) deviations (eq. 3, gain = 1 / sqrt(3))."""
+    """Return half the width of the uniform distribution.
+
+    It is sqrt(3) deviations (eq. 3, gain = 1 / sqrt(3)).
+    """
     std = {
         "b": (rank / (out_features * in_features) ** 0.5) ** 0.25,
         "a": (out_features**0.5 * rank / in_features**1.5) ** 0.25,
@@ -48,13 +55,19 @@ def weight(param: Any) -> Tensor:
 
 
 def magnitude(param: Any) -> Tensor:
-    """Return the same with all terms positive. Rounding errors are relative to this, since terms may cancel."""
+    """Return the same with all terms positive.
+
+    Rounding errors are relative to this, since terms may cancel.
+    """
     b, a = (factor.double().abs() for factor in param.factors)
     return param.base.double().abs() + torch.einsum("...or,...ri->...oi", b, a) / a.shape[-2]
 
 
 def working_dtype(param: Any) -> torch.dtype:
-    """Return the promised dtype of sums: the wider of base and factors, and at least float32."""
+    """Return the promised dtype of sums.
+
+    It is the wider of base and factors, and at least float32.
+    """
     return torch.promote_types(torch.promote_types(param.base.dtype, param.factors.b.dtype), torch.float32)
 
 
@@ -88,7 +101,10 @@ class Options:
 
 @dataclass
 class Weight:
-    """One low-rank weight. A vector is a view: `vectors("b")[k]` is column k of b, `vectors("a")[k]` row k of a."""
+    """One low-rank weight.
+
+    A vector is a view: `vectors("b")[k]` is column k of b, `vectors("a")[k]` row k of a.
+    """
 
     base: Tensor
     b: Tensor
@@ -110,7 +126,10 @@ class Weight:
         return bound(side, out_features, in_features, len(self.a)) * torch.tensor(numbers, dtype=torch.float64)
 
     def switch(self, side: str, slot: int, index: int, frozen_for: int) -> None:
-        """Replace a vector, keep the weight, reset and freeze the counterpart (steps 3 to 5)."""
+        """Replace a vector, keep the weight, reset and freeze the counterpart.
+
+        These are steps 3 to 5.
+        """
         vector, incoming = self.vectors(side)[slot], self.incoming(side, index)
         difference = vector - incoming
         left, right = (difference, self.a[slot]) if side == "b" else (self.b[:, slot], difference)
@@ -136,7 +155,10 @@ class State:
 
 
 def flat(state: State) -> dict[str, Tensor]:
-    """Return all tensors by name, vectors as rows: "w.base", "w.b", "w.b.mu", ..., "bias", "bias.mu", ..."""
+    """Return all tensors by name, vectors as rows.
+
+    Names are "w.base", "w.b", "w.b.mu", ..., "bias", "bias.mu", ...
+    """
     tensors = {}
     for name, weight in state.weights.items():
         tensors[f"{name}.base"] = weight.base
@@ -158,7 +180,10 @@ def flat(state: State) -> dict[str, Tensor]:
 
 
 def gradients(state: State, loss_fn: Callable[[dict[str, Tensor]], Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Return gradients (step 1) from the dense weights. Keys are tensor names, with ".b" and ".a" for factors."""
+    """Return gradients (step 1) from the dense weights.
+
+    Keys are tensor names, with ".b" and ".a" for factors.
+    """
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in state.dense.items()}
     tensors = dict(leaves)
     for name, weight in state.weights.items():

@@ -1,4 +1,7 @@
-"""The table of schedules. An entry gives a schedule every test that is parametrized over the table."""
+"""The table of schedules.
+
+An entry gives a schedule every test that is parametrized over the table.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any

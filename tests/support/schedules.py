@@ -18,7 +18,10 @@ def weight(out_features: int, in_features: int, rank: int, stack: tuple[int, ...
 
 
 def plans_of(schedule: Callable, param: LowRank, steps: int) -> Iterator[Plan]:
-    """Yield the plan of each step. Steps without a plan for the weight have an empty one."""
+    """Yield the plan of each step.
+
+    Steps without a plan for the weight have an empty one.
+    """
     nothing = SidePlan(*(torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool)))
     for step in range(steps):
         yield schedule(step, {"w": param}).get("w", Plan(nothing, nothing, torch.tensor(0)))

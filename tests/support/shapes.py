@@ -26,7 +26,10 @@ def install() -> None:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the checker that jaxtyping calls with each function's arguments, and with its arguments and result."""
+    """Return the checker that jaxtyping calls with each function's arguments.
+
+    It is called again with arguments and result.
+    """
     signature = inspect.signature(function)
     hints = {name: _Hint.of(parameter.annotation) for name, parameter in signature.parameters.items()}
     returned = _Hint.of(signature.return_annotation)
@@ -101,7 +104,10 @@ def _check_fields(value: Any) -> None:
 
 
 def _pairs() -> type:
-    """Return the type that also contains incoming vectors, counts and masks: only a weight fixes their shapes."""
+    """Return the type that also contains incoming vectors, counts and masks.
+
+    Only a weight fixes their shapes.
+    """
     from dynlora_fn._core._types import Factors  # noqa: PLC0415, once the hook is there
 
     return Factors
@@ -123,7 +129,10 @@ def _options(hint: Any) -> list[Any]:
 
 
 def _skipping_when_called(model: Any = None, **_: Any) -> Any:
-    """Replace `torch.compile`: packages decorate functions with it when they are imported."""
+    """Replace `torch.compile`, with which packages decorate functions.
+
+    They do so when they are imported.
+    """
     return _skipped if model is not None else lambda _: _skipped
 
 

@@ -33,10 +33,10 @@ def bytes_of(tree) -> int:
 
 
 class Gathered(TorchDispatchMode):
-    """Counts the bytes that are gathered, and the most of them that are in memory at once.
+    """Counts the bytes that are gathered, and the most of them at once.
 
-    A thread of gloo releases a result some time after it is complete. Bytes beyond `room` are therefore counted again
-    for up to a second. What the program itself references is still alive then.
+    They are in memory at once. A thread of gloo releases a result some time after it is complete. Bytes beyond `room`
+    are therefore counted again for up to a second. What the program itself references is still alive then.
     """
 
     def __init__(self, room: float = float("inf")):

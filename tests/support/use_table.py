@@ -1,4 +1,7 @@
-"""What a model may do with a weight, by name: the shapes of the parameter and of the matrix, and the use."""
+"""What a model may do with a weight, by name.
+
+There are the shapes of the parameter and of the matrix, and the use.
+"""
 
 import torch
 from torch import nn
@@ -14,7 +17,10 @@ lin = functional.linear
 
 
 class STE(torch.autograd.Function):
-    """A sign whose gradient is passed on, which no differentiation of the forward pass gives."""
+    """A sign whose gradient is passed on.
+
+    No differentiation of the forward pass gives it.
+    """
 
     @staticmethod
     def forward(w):

@@ -1,4 +1,7 @@
-"""A module that passes its weight to a function, and the dense weight that it must agree with."""
+"""A module that passes its weight to a function, and its dense weight.
+
+Both must agree.
+"""
 
 from collections.abc import Callable
 from math import prod

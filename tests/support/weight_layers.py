@@ -1,4 +1,7 @@
-"""A layer that passes its weight to a function first, to try what functions do with a low-rank weight."""
+"""A layer that passes its weight to a function first.
+
+It shows what functions do with a low-rank weight.
+"""
 
 import torch
 from torch import nn
@@ -27,7 +30,10 @@ def setting(use):
 
 
 def named(name, use):
-    """Return a model whose low-rank weight has a name of its own, since each is warned about once."""
+    """Return a model whose low-rank weight has another name each time.
+
+    Each name is warned about once.
+    """
 
     class Outer(nn.Module):
         def __init__(self):

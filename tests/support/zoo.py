@@ -1,4 +1,7 @@
-"""Models from their own packages, small and unmodified, and which of their weights become low-rank."""
+"""Models from their packages, small and unmodified.
+
+It says which of their weights become low-rank.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +33,10 @@ IMAGES, SEQUENCES, VOLUMES = (
 
 
 def of_transformers(name: str, **config: Any) -> Callable[[], nn.Module]:
-    """Return a model of `transformers` from a small configuration, with random weights."""
+    """Return a small model of `transformers` with random weights.
+
+    It has a small configuration.
+    """
 
     def make() -> nn.Module:
         import transformers  # noqa: PLC0415, takes seconds
@@ -104,7 +110,10 @@ def encoder() -> nn.Module:
 
 
 def convolutions() -> nn.Module:
-    """Return convolutions of one, two and three dimensions, with groups, strides and dilation."""
+    """Return convolutions of one, two and three dimensions.
+
+    They have groups, strides and dilation.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv3d(2, 4, (1, 3, 3), padding="same"),

@@ -21,7 +21,7 @@ def test_dithering_keeps_the_rate_on_average():
     wanted = math.fsum(64 / 40 * schedule.decay ** (step + 1) for step in range(steps))
     # Each step's number is rounded up or down, with a variance of at most 1/4: five standard deviations of the sum.
     assert (tables[-1] - wanted).abs().max() < 5 * math.sqrt(steps / 4)
-    assert tables[-1].unique().numel() > 1  # each member draws its own
+    assert tables[-1].unique().numel() > 1  # each member draws another one
 
 
 def test_dithering_holds_back_what_would_meet_a_frozen_vector():

@@ -1,4 +1,4 @@
-"""What holds for every schedule in the table."""
+"""What is true for every schedule in the table."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Switches, merges and vectors of weights of which only `b` is trained."""
+"""Switches, merges and vectors of weights that train only `b`."""
 
 from itertools import pairwise
 from math import sqrt

@@ -34,7 +34,7 @@ def test_merge_keeps_the_weight(param):
     assert_same(merged.seed, param.seed)
     kinds = [[(leaf.shape, leaf.dtype) for leaf in tree_leaves(tree)] for tree in (param, merged)]
     assert kinds[0] == kinds[1]
-    # As for `materialize`, and the base is rounded once more to its own dtype.
+    # As for `materialize`, and the base is rounded once more to its dtype.
     work = (param.factors.a.shape[-2] + 3) * eps(reference.working_dtype(param))
     bound = (work + eps(param.base.dtype)) * reference.magnitude(param)
     assert_within(reference.weight(merged), reference.weight(param), bound)

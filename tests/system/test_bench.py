@@ -68,3 +68,12 @@ def test_the_papers_figures_come_out_of_what_counts_the_bytes():
     assert round(found["trainable_at_512"] / 1e6, 1) == 609.7
     assert round(found["trainable_at_256"] / 1e6, 1) == 370.7
     assert round(found["reduced_over_full_rank"] - 1, 2) == -0.54
+
+
+def test_the_pictures_show_the_shapes(tmp_path):
+    figures = pytest.importorskip("bench.figures")
+    figures.main(tmp_path)
+    for name in ("weight", "step"):
+        text = (tmp_path / f"{name}.svg").read_text()
+        assert f"({figures.OUT}, {figures.IN})" in text
+        assert (figures.FOLDER / f"{name}.svg").is_file()

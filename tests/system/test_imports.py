@@ -119,7 +119,7 @@ def test_the_reader_of_imports_sees_all_forms():
 
 
 def test_models_are_plain_torch():
-    programs = {"pretrain", "finetune", "trained.py", "parallel.py", "recipes.py"}
+    programs = {"pretrain", "finetune", "guides", "trained.py", "parallel.py", "recipes.py"}
     files = [path for path in (ROOT / "models").rglob("*.py") if programs.isdisjoint(path.relative_to(ROOT).parts)]
     assert files
     for path in files:
@@ -165,6 +165,15 @@ def test_public_names_have_a_docstring(name: str, value: object):
     else:
         docstring = inspect.getdoc(value)
     assert docstring, f"`{name}` must say what it is"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, value in public_values() if inspect.isfunction(value)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_public_functions_have_an_example(name: str, value: object):
+    assert ">>> " in inspect.getdoc(value), f"`{name}` must show its guarantee in an example that runs"
 
 
 @pytest.mark.slow

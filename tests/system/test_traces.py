@@ -91,7 +91,7 @@ class Trace:
         }
 
     def plans(self, step: int) -> dict[str, Plan]:
-        """Return plans padded to one width, that of the step with the most switches."""
+        """Return plans padded to one width, the width of the step with the most switches."""
 
         def side(layer: str, letter: str) -> SidePlan:
             count = int(self.arrays[f"{layer}.n{letter}"].max())

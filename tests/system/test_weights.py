@@ -1,4 +1,4 @@
-"""What is promised of a weight holds for the weight, over a long run of every transform that changes weights.
+"""What is promised of a weight is true of the weight, over a long run of every transform that changes weights.
 
 A dense shadow gets the same changes of weights, in float64 and from their definitions.
 """

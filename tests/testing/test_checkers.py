@@ -133,9 +133,9 @@ def one_too_many(opt_state: Any, plan: Any) -> Any:
     [
         (
             switched_side,
-            r"slot 0 (is the counterpart of a switched vector and holds|has changed and is no counterpart)",
+            r"slot 0 (is the counterpart of a switched vector and has|has changed and is no counterpart)",
         ),
-        (no_moments, r"\.inner\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and holds"),
+        (no_moments, r"\.inner\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and has"),
         (one_too_many, r"\.inner\.count\['bias'\] has changed and belongs to no counterpart"),
         (
             lambda opt_state, plan: opt_state._replace(inner=opt_state.inner._replace(nu=opt_state.inner.mu)),

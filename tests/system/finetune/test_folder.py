@@ -112,7 +112,7 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(
     entry = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.Tokens", None]}
     file = "config.json" if kind == "model" else "tokenizer_config.json"
     change_json(broken.model / file, lambda options: options.update(auto_map=entry, model_type="unknown"))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
     assert f"`{kind}` must not have 'auto_map' in {file}" in refusal(job, broken, tmp_path / "run")
     assert not (tmp_path / "run-by-code").exists()
 
@@ -174,7 +174,7 @@ def test_a_length_beyond_the_positions_is_refused(job: Job, tmp_path: Path, make
 
 
 def test_positions_that_the_configuration_does_not_count_are_found_by_running(job: Job, tmp_path: Path):
-    """RoBERTa's first position is after that of the padding, so that it takes two tokens fewer."""
+    """RoBERTa's first position is after the one of the padding, so that it takes two tokens fewer."""
     torch.manual_seed(0)
     config = transformers.RobertaConfig(vocab_size=128, max_position_embeddings=18, is_decoder=True, **SIZES)
     given = save_given(transformers.RobertaForCausalLM(config), tmp_path)

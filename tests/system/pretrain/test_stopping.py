@@ -220,7 +220,7 @@ def test_a_longer_run_says_what_changes_and_keeps_its_options(uninterrupted: tup
     assert lines[20]["lr"] > lines[19]["lr"]
     refused = call(["--out", folder, "--resume", "--steps", 20])
     assert refused.code == 2
-    assert "`steps` must be at least that of the checkpoint" in refused.err
+    assert "`steps` must be at least the step of the checkpoint" in refused.err
     assert call(["--out", folder, "--resume"]).code == 0  # its record has 30 steps
 
 

@@ -24,17 +24,17 @@ def test_saved_by_four_at_sigterm_and_resumed_by_one_to_four(text: Path, tmp_pat
     options = {"base-dtype": "int8", "shard": True, "shard-factors": True, "save-every": 100, "steps": 10}
     uninterrupted = in_processes(4, job, arguments(text, tmp_path / "whole", **options))
     assert [outcome.code for outcome in uninterrupted] == [0] * 4, uninterrupted
-    asked = in_processes(4, job, arguments(text, tmp_path / "asked", **options), _ask_the_third)
+    asked = in_processes(4, job, arguments(text, tmp_path / "requested", **options), _ask_the_third)
     assert [outcome.code for outcome in asked] == [0] * 4, asked
     message = (
         "stopped by SIGTERM after a checkpoint of step 7: continue with torchrun --nproc-per-node 4 -m models.pretrain"
     )
     assert message in asked[0].out.replace("\n", " ")
-    (saved,) = (tmp_path / "asked" / "checkpoints").iterdir()
+    (saved,) = (tmp_path / "requested" / "checkpoints").iterdir()
     assert saved.name == "step-00000007"
     for size in (4, 3, 2, 1):
         out = tmp_path / f"on-{size}"
-        shutil.copytree(tmp_path / "asked", out)
+        shutil.copytree(tmp_path / "requested", out)
         outcomes = in_processes(size, job, arguments(text, out, **options, resume=True))
         assert [outcome.code for outcome in outcomes] == [0] * size, outcomes
         assert "continuing after step 7" in outcomes[0].out
@@ -55,16 +55,16 @@ def test_one_process_saves_at_sigterm_and_goes_on_bit_for_bit(text: Path, tmp_pa
     outcomes = in_processes(1, _alone, text, tmp_path)[0]
     assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
     assert "continuing after step 15" in outcomes[2].out
-    assert_same_run(tmp_path / "asked", tmp_path / "whole")
+    assert_same_run(tmp_path / "requested", tmp_path / "whole")
 
 
 def _alone(text: Path, folder: Path) -> list[Outcome]:
     draw = run.batch
     outcomes = [job(arguments(text, folder / "whole"), processes=SINGLE_PROCESS)]
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    outcomes.append(job(arguments(text, folder / "asked"), processes=SINGLE_PROCESS))
+    outcomes.append(job(arguments(text, folder / "requested"), processes=SINGLE_PROCESS))
     run.batch = draw
-    outcomes.append(job(arguments(text, folder / "asked", resume=True), processes=SINGLE_PROCESS))
+    outcomes.append(job(arguments(text, folder / "requested", resume=True), processes=SINGLE_PROCESS))
     return outcomes
 
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_holds_the_state_that_it_was_given(tmp_path: Path):
         torch.testing.assert_close(loaded.state, expected, rtol=0, atol=0)
         expected = {name: leaf + 1 for name, leaf in expected.items()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    with pytest.raises(ValueError, match="it holds other tensors"):
+    with pytest.raises(ValueError, match="it contains other tensors"):
         load_checkpoint(tmp_path, {"x": state["x"]}, SINGLE_PROCESS)
     with pytest.raises(ValueError, match=r"\['x'\] is \(100000,\) torch.float32 instead of \(4,\) torch.float32"):
         load_checkpoint(tmp_path, {**state, "x": torch.zeros(4)}, SINGLE_PROCESS)

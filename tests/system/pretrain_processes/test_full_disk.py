@@ -19,7 +19,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_one_clear_error(text: Path,
     _end_at_a_full_disk(text, tmp_path / "limited", tmp_path / "whole", _limit_the_second, "[Errno 27] File too large")
     checkpoints = tmp_path / "run" / "checkpoints"
     if not _can_mount(tmp_path):
-        pytest.skip("a disk of its own, to be filled, takes the right to mount one")
+        pytest.skip("a separate disk, to be filled, takes the right to mount one")
     fill = partial(_fill_the_disk, checkpoints)
     try:
         _end_at_a_full_disk(text, tmp_path / "run", tmp_path / "whole", fill, "[Errno 28] No space left on device")

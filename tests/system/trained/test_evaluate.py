@@ -39,7 +39,7 @@ def test_the_validation_loss_is_that_of_the_run(run: Path, validation: Path):
     assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] / math.log(2))
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]))
     assert found["tokens"] == found["bytes"] == len(validation.read_bytes())
-    assert evaluation(path) == found  # the validation text is that of the run by default
+    assert evaluation(path) == found  # by default it is the validation text of the run
 
 
 @pytest.mark.parametrize(
