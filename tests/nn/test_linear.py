@@ -268,8 +268,11 @@ def test_the_module_takes_the_cheapest_path(monkeypatch):
     calls = []
     monkeypatch.setattr(_linear, "cheapest_path", lambda **sizes: calls.append(sizes) or "dense")
     model = nn.Linear(6, 4)
-    dl.call(model, dl.init(model, rank=2, seed=0, targets=["weight"]), torch.ones(3, 5, 6))
-    assert calls == [{"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}]
+    for trained in ("both", "b"):
+        params = dl.init(model, rank=2, seed=0, targets=["weight"], trained=trained)
+        dl.call(model, params, torch.ones(3, 5, 6))
+    sizes = {"tokens": 15, "out_features": 4, "in_features": 6, "rank": 2}
+    assert calls == [sizes | {"is_one_sided": is_one_sided} for is_one_sided in (False, True)]
 
 
 def test_a_product_without_gradients_takes_no_function():
