@@ -143,7 +143,7 @@ class _Merged(torch.autograd.Function):
                 gradients = _dense_gradients if ctx.is_dense else _separate_gradients
             grad_bias = grad_rows.sum(0) if ctx.has_bias else None
             divisor = divisor_of(b.shape[-1], ctx.layout.alpha)
-            if not ctx.needs_input_grad[2]:
+            if not ctx.needs_input_grad[2] and ctx.layout.factor_sharding is None:
                 grad_x, grad_b = _one_sided_gradients(grad_rows, rows, weight, cast(a, x.dtype), ctx.is_dense)
                 gradients_of_b = grad_x.reshape(x.shape), cast(grad_b, b.dtype) / divisor, None, grad_bias
                 return *gradients_of_b, None, None, *(None for _ in codes)
