@@ -78,7 +78,8 @@ def resize(
         NotImplementedError: If factors of a quantized weight require a gradient or have a tangent.
 
     Numerics: The difference is formed in float32 or a wider dtype of factors and base. The base is then rounded once,
-    or quantized once (see `quantize`). 8-bit moments are encoded again.
+    or quantized once (see `quantize`). 8-bit moments are encoded again. A moment that was too small for codes stays
+    without them.
 
     Example:
         >>> import torch

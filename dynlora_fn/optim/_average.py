@@ -50,7 +50,8 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
             recompile a compiled step.
 
     Returns:
-        The new average, with the structure, shapes and dtypes of `averaged`.
+        The new average, with the structure, shapes and dtypes of `averaged`. No `FrozenTensor` changes:
+        buffers that the model writes, such as running statistics, are in `params`.
 
     Raises:
         TypeError: If `decay` is no real number, or a parameter neither a `LowRank` nor a tensor.

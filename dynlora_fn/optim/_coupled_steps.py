@@ -50,9 +50,11 @@ def _remaining(grams: Grams, whitening: Tensor, core: Tensor) -> Float[Tensor, "
     whitened = whitening @ with_floor(grams.directions) @ whitening.mT
     inside = torch.stack([core[0].mT @ core[0], core[1] @ core[1].mT])
     # The difference has the errors of both, which a factor with nearly dependent vectors enlarges.
-    condition = whitening.square().sum((-2, -1), keepdim=True) * trace(grams.factors) / whitening.shape[-1] ** 2
+    square = whitening.square().sum((-2, -1), keepdim=True)
+    condition = square * trace(grams.factors) / whitening.shape[-1] ** 2
     floor = with_floor(whitened, condition.sum(0)) - whitened
-    return whitened - inside + floor + torch.finfo(core.dtype).tiny * identity_like(core)
+    # Directions may be zero, and factors too, where the whitening is so large that its product would be infinite.
+    return whitened - inside + floor + torch.finfo(core.dtype).tiny * (1 + square) * identity_like(core)
 
 
 def _blocks(inside: Tensor, right: Tensor, below: Tensor) -> Float[Tensor, "*stack 2*rank 2*rank"]:

@@ -85,6 +85,8 @@ def decode_moments(tree: Any) -> Any:
 def encode_moments(tree: Any, like: Any, name: str) -> Any:
     """Return a moment of the parameter `name` with codes wherever `like` has them.
 
+    Scales are float32, whatever dtype the moment was computed in.
+
     Raises:
         NotImplementedError: If what becomes codes requires a gradient or has a tangent.
     """
@@ -97,7 +99,7 @@ def encode_moments(tree: Any, like: Any, name: str) -> Any:
                 f"a moment of {name!r} in 8 bits requires a gradient or has a tangent, which does not pass through"
                 " rounding; use moments='float32', or detach the gradients of the update"
             )
-        return type(old)(*encode_8bit(leaf.contiguous(), _table(old), _BLOCK))
+        return type(old)(*encode_8bit(leaf.float().contiguous(), _table(old), _BLOCK))
 
     if is_factors(like):  # two trees in one `tree_map` are what Dynamo of torch 2.11 cannot compare
         return with_sides(tree, [*map(encode, sides_of(like), sides_of(tree))])

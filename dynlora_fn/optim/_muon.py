@@ -109,7 +109,8 @@ def muon(
     smaller ones end below. Factors, and matrices with sides in a ratio above 1.5, are orthogonalized through Gram
     matrices. To those of directions, four units of the dtype's precision times the trace are added: in float32, a
     singular value of a thousandth of the norm ends 0.2 below 1. Those of factors are damped by a thousandth of their
-    mean diagonal.
+    mean diagonal. A direction whose squares leave the range of the dtype gets a shorter step or none, and above it
+    possibly NaN: in float32, entries below 1e-19 or above 1e18.
 
     Example:
         >>> import torch

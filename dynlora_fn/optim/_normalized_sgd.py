@@ -46,7 +46,8 @@ def normalized_sgd(*, axis: Literal[-1, -2] = -1, momentum: float = 0.0, weight_
             stack of them: factors and vectors need another optimizer, see `multi_transform`. In `update`, if `grads`
             does not have the names and shapes of `trainable`.
 
-    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider.
+    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider. A row whose squares
+    leave the range of the dtype gets a shorter step or none: in float32, entries below 1e-19 or above 1e18.
 
     Example: Embedding and head as SCALE trains them, norms with AdamW, factors with Muon.
         >>> import torch

@@ -118,9 +118,10 @@ def with_floor(gram: Float[Tensor, "*stack n n"], relative: Tensor | float = 1.0
     """Return a Gram matrix with positive eigenvalues, unless it is zero.
 
     Rounding errors may have made them negative. `relative` is by how much the errors are larger than those of a product
-    of a matrix with itself.
+    of a matrix with itself. Where squares lose digits below the smallest normal number, that number is added.
     """
-    floor: Tensor = _FLOOR * torch.finfo(gram.dtype).eps * relative * trace(gram)
+    size, limits = trace(gram), torch.finfo(gram.dtype)
+    floor: Tensor = _FLOOR * limits.eps * relative * size + limits.tiny * size.sign()
     return gram + floor * identity_like(gram)
 
 
@@ -135,8 +136,11 @@ def identity_like(gram: Float[Tensor, "*stack n n"]) -> Float[Tensor, "n n"]:
 
 
 def divide_by_norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
-    """Divide by the norm along `dim`. Zeros stay zeros."""
-    quotient: Tensor = divide(matrix, norm(matrix, dim))
+    """Divide by the norm along `dim`. Zeros stay zeros.
+
+    A norm whose square is no normal number counts as the least norm that has one, so that no quotient is above 1.
+    """
+    quotient: Tensor = divide(matrix, norm(matrix, dim), least=torch.finfo(matrix.dtype).tiny ** 0.5)
     return quotient
 
 

@@ -72,8 +72,7 @@ class _Resizing(NamedTuple):
             )
         self.visited.add(name)
         if isinstance(leaf, OneSidedFactors):  # all vectors of `a` are new
-            fresh = _resized(leaf.b, -1, Ranks(ranks.old, 0), 1.0, name)
-            return leaf._replace(b=_resized(fresh, -1, Ranks(0, ranks.new), 1.0, name))
+            return leaf._replace(b=_resized(leaf.b, -1, Ranks(0, ranks.new), 1.0, name))
         scale = (ranks.old / ranks.new) ** _EXPONENTS.get(role, 0)
         return leaf._replace(b=_resized(leaf.b, -1, ranks, scale, name), a=_resized(leaf.a, -2, ranks, scale, name))
 

@@ -28,10 +28,11 @@ def square_root(square: Any) -> Any:
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def divide(matrix: Tensor, norm: Tensor) -> Tensor:
-    """Divide a matrix by its norm.
+def divide(matrix: Tensor, norm: Tensor, least: float | None = None) -> Tensor:
+    """Divide a matrix by its norm, or by `least` if that is larger.
 
-    Zeros stay zeros, and their derivative is zero, where the direction has none.
+    Zeros stay zeros, and their derivative is zero, where the direction has none. Default None means the least normal
+    number.
     """
-    divisor = norm.clamp(min=torch.finfo(matrix.dtype).tiny)
+    divisor = norm.clamp(min=torch.finfo(matrix.dtype).tiny if least is None else least)
     return matrix / (torch.where(norm == 0, torch.inf, divisor) if is_attached(norm) else divisor)

@@ -76,8 +76,9 @@ def check_orthogonal(name: str, factors: OneSidedFactors, plan: SidePlan) -> Non
     square, wide = row_length(rank, factors.fixed.alpha) ** 2, a.to(torch.float64)
     slots = slots.expand(*a.shape[:-2], slots.shape[-1])
     entered = wide.gather(-2, slots[..., None].expand(*slots.shape, a.shape[-1]))
-    wanted = square * (slots[..., None] == torch.arange(rank, device=a.device))
-    if bool(((entered @ wide.mT - wanted).abs() > 4 * square * torch.finfo(a.dtype).eps).any()):
+    wanted = square * (slots[..., None] == torch.arange(rank, device=a.device)).to(wide.dtype)
+    precision = 4 * torch.finfo(a.dtype).eps + a.shape[-1] * torch.finfo(wide.dtype).eps  # of entries, and of sums
+    if bool(((entered @ wide.mT - wanted).abs() > square * precision).any()):
         raise ValueError(
             f"`incoming.a` of {name!r}, which trains only `b`, has vectors that are not orthogonal to the others"
             f" or not of length {math.sqrt(square):.6g}; leave `incoming` out, or pass what `candidates` returns"

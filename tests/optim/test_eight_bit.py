@@ -151,6 +151,15 @@ def test_a_small_moment_of_muon_is_reset_exactly(plan):
         assert_same(decode_moments(got.inner.mu), wanted.inner.mu)
 
 
+@pytest.mark.parametrize("optimizer", [adamw(moments="8bit"), muon(moments="8bit")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_update_keeps_the_dtypes_of_the_state(optimizer, dtype):
+    trainable = {"w": torch.ones(64, 64, dtype=dtype)}
+    state = optimizer.init(trainable)
+    new = optimizer.update(trainable, state, trainable, lr=0.1).opt_state
+    assert [leaf.dtype for leaf in tree_leaves(new)] == [leaf.dtype for leaf in tree_leaves(state)]
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="`moments` must be 'float32' or '8bit', got 'int8'"):
         adamw(moments="int8")

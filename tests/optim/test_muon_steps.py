@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dynlora_fn import Factors
+from dynlora_fn import Factors, partition
 from dynlora_fn.optim import muon
 from dynlora_fn.optim._polynomial import _POLAR_EXPRESS, PRESETS, check_coefficients, orthogonalize
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal
@@ -182,6 +182,32 @@ def test_no_direction_is_too_long_where_a_gram_matrix_is_singular(kind: str, nam
     longest = torch.linalg.svdvals(moved)[0]
     assert longest <= (2.01 if kind == "separate" else 1.2)  # a NaN is not
     assert longest == 0 if name == "no gradient" else longest > 0.5
+
+
+@pytest.mark.parametrize("scale", [1e-19, 1e-20, 1e-22, 1e-30, 1e-44])
+def test_no_step_is_too_long_where_squares_have_few_digits(scale: float):
+    """A Gram matrix of numbers below the smallest normal one is rounded to few digits, or to zero."""
+    factors, grad = edge("huge gradient", Shape(12, 16, 4))
+    small = (scale / 1e12) * gradients(factors, grad).b.double()
+    grads = Factors(small.float(), torch.zeros_like(factors.a))
+    trainable = partition({"w": low_rank(Shape(12, 16, 4), trained="b", factor_dtype=torch.float32)}).trainable
+    one_sided = trainable["w"]._replace(b=grads.b)
+    for kind in KINDS.values():
+        updates = updated(factors, grads, **kind)
+        wanted = updated(factors, Factors((small / scale).float(), grads.a), **kind)
+        assert updates.b.norm() <= 1.01 * wanted.b.norm()
+    optimizer = muon(coefficients="polar_express_8")
+    step = optimizer.update({"w": one_sided}, optimizer.init(trainable), trainable, lr=1.0).updates["w"].b
+    assert torch.linalg.matrix_norm(step, 2) <= 1.01 * (4 * 16) ** 0.5
+    for matrix in (grads.b, grads.b[:4], grads.b.double()):
+        assert torch.linalg.matrix_norm(orthogonalize(matrix, PRESETS["polar_express_8"]), 2) <= 1.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_factors_without_a_gradient_stay(kind: str, dtype: torch.dtype):
+    zeros = Factors(torch.zeros(4, 2, dtype=dtype), torch.zeros(2, 3, dtype=dtype))
+    assert_same(tree_map(torch.abs, updated(zeros, zeros, **KINDS[kind])), zeros)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,6 +48,14 @@ def test_an_output_without_a_gradient_stays():
     torch.testing.assert_close(updates[::2].square().mean(-1).sqrt(), torch.full((2,), LR, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-25, 1e-44])
+def test_no_step_is_too_long_where_squares_have_few_digits(scale: float):
+    params, optimizer = {"w": normal(0, 3, 4, dtype=torch.float32)}, normalized_sgd()
+    grads = {"w": (scale * normal(1, 3, 4)).float()}
+    updates = optimizer.update(grads, optimizer.init(params), params, lr=LR).updates["w"]
+    assert updates.square().mean(-1).sqrt().max() <= 1.001 * LR
+
+
 @pytest.mark.parametrize(
     ("leaf", "kind"),
     [

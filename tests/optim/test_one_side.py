@@ -5,6 +5,7 @@ from math import sqrt
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 import dynlora_fn as dl
 from dynlora_fn import materialize, partition
@@ -29,6 +30,10 @@ SHAPE = Shape(8, 12, 3)
 
 def grads_of(params, grad):
     return project_gradients({"w": grad}, params)
+
+
+def kinds(tree):
+    return tree_map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
 def with_both(param):
@@ -133,6 +138,17 @@ def test_a_resized_state_is_fresh(name):
     updates, _ = optimizer.update(grads, resized, trainable, lr=0.1)
     fresh, _ = optimizer.update(grads, optimizer.init(trainable), trainable, lr=0.1)
     assert_same(updates["w"], fresh["w"])
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_a_resized_state_in_8_bit_has_codes(rank):
+    """A step that is compiled for the new rank has the same state before and after."""
+    params = {"w": low_rank(Shape(1024, 16, 8), trained="b")}
+    for optimizer in (muon(moments="8bit"), dl.optim.adamw(moments="8bit")):
+        new, resized = dl.resize(params, optimizer_state(params, steps=1, optimizer=optimizer), rank=rank)
+        fresh = optimizer.init(partition(new).trainable)
+        assert kinds(resized.inner) == kinds(fresh.inner)
+        assert resized.inner.mu["w"].b.codes.unique().numel() == 1
 
 
 def test_gradients_are_clipped_by_the_norm_of_one_side():

@@ -158,6 +158,15 @@ def test_passed_vectors_must_be_orthogonal():
         switch({"w": param}, {"w": plan}, incoming={"w": dl.Factors(outgoing.b, outgoing.a.flip(-2) + outgoing.a)})
 
 
+@pytest.mark.parametrize("alpha", [1.0, 3.0, -0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_candidates_are_orthogonal_for_every_alpha(dtype, alpha):
+    for shape in (Shape(6, 6, 2), Shape(4, 1024, 4)):
+        param = low_rank(shape, trained="b", factor_dtype=dtype, alpha=alpha)
+        plan = every(1)(1, {"w": param})["w"]
+        assert_same(switch(param, plan, incoming=candidates(param, plan)), switch(param, plan))
+
+
 def test_a_pool_is_refused_by_name():
     with pytest.raises(ValueError, match="'w'"):
         init_pool({"w": low_rank(Shape(6, 6, 3), trained="b")})
