@@ -57,11 +57,11 @@ def _remaining(grams: Grams, whitening: Tensor, core: Tensor) -> Float[Tensor, "
     return whitened - inside + floor + torch.finfo(core.dtype).tiny * (1 + square) * identity_like(core)
 
 
-def _blocks(inside: Tensor, right: Tensor, below: Tensor) -> Float[Tensor, "*stack 2*rank 2*rank"]:
+def _blocks(inside: Tensor, right: Tensor, below: Tensor) -> Float[Tensor, "*stack twice_rank twice_rank"]:
     rows = [torch.cat([inside, right], -1), torch.cat([below, torch.zeros_like(below)], -1)]
     return torch.cat(rows, -2)
 
 
-def _split(matrix: Float[Tensor, "*stack 2*rank 2*rank"]) -> tuple[Tensor, Tensor, Tensor]:
+def _split(matrix: Float[Tensor, "*stack twice_rank twice_rank"]) -> tuple[Tensor, Tensor, Tensor]:
     rank = matrix.shape[-1] // 2
     return matrix[..., :rank, :rank], matrix[..., :rank, rank:], matrix[..., rank:, :rank]
