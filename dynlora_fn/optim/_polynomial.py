@@ -33,9 +33,8 @@ _POLAR_EXPRESS: Table = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-_SAFETY = (
-    1.01  # by which Amsel et al. divide the argument of all rows but the last, so that rounding errors stay inside
-)
+# By which Amsel et al. divide the argument of all rows but the last, so that rounding errors stay inside.
+_SAFETY = 1.01
 _SAFE: Table = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1])
 
 PRESETS: dict[str, Table] = {

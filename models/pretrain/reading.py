@@ -22,8 +22,8 @@ _LARGE = 50_000_000  # characters, from which a line announces the encoding
 def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterator[Path]:
     """Yield a temporary folder for tokens.
 
-    It becomes `tokens` in the folder of the run if it contains any. It becomes `tokens` in the folder of the run. It is
-    removed after an error, so that bad input leaves nothing.
+    It becomes `tokens` in the folder of the run if it contains any. It is removed after an error, so that bad input
+    leaves nothing.
     """
     parent = next(path for path in folder.absolute().parents if path.is_dir())
     temporary = parent / f".{folder.name}.encoding"
