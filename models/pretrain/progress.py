@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from models.pretrain.stopping import naming
 
@@ -73,13 +74,14 @@ class ProgressBar:
     def __init__(self, console: Console, steps: int, done: int, status: str = ""):
         self._console, self._steps = console, steps
         self._since = time.monotonic()
+        bars = [BarColumn(bar_width=None if console.width > 100 else 12)] if console.width >= 80 else []
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None if console.width > 100 else 12),
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
+            *bars,  # in a narrow terminal numbers matter more
+            TimeRemainingColumn(table_column=Column(min_width=len("0:00:00"))),
             TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
