@@ -74,7 +74,7 @@ def save_adapter(
         ImportError: If the extra `files` is not installed.
 
     Numerics: The change is formed and decomposed in float64, and written in float32. Only the vectors of `rank` are
-        computed. The error is the norm of what is cut. A full decomposition would lower it by at most 1e-7 of it.
+        computed. The error is the norm of what is cut, at most 1 + 1e-7 times the least possible error.
 
     Example:
         >>> import tempfile
