@@ -149,7 +149,7 @@ def test_combine_refuses_parts_that_do_not_belong_together():
     with pytest.raises(ValueError, match=r"`frozen` does not fit `trainable` at 'q\.weight': factors need a base"):
         combine(trainable, {})
     with pytest.raises(
-        ValueError, match=r"`frozen` does not fit `trainable` at 'norm\.weight': .* a tensor must have none"
+        ValueError, match=r"`frozen` does not fit `trainable` at 'norm\.weight': .* a tensor must not have one"
     ):
         combine(trainable, {**frozen, "norm.weight": frozen["q.weight"]})
     with pytest.raises(ValueError, match=r"`trainable` has no factors for the base 'q\.weight'"):

@@ -84,7 +84,7 @@ def test_a_star_within_a_name_is_a_letter():
 
 @pytest.mark.parametrize("name", ["*", "layers.*.w", "*.*"])
 def test_a_name_with_more_stars_than_axes_is_refused(name: str):
-    with pytest.raises(ValueError, match=f"`params` has {re.escape(repr(name))} of shape .* no axis for each star"):
+    with pytest.raises(ValueError, match=f"`params` has {re.escape(repr(name))} of shape .* leading axes for . stars"):
         unstack({name: made()["weight"]})
 
 
