@@ -1,4 +1,4 @@
-"""Arguments of a compiled step by name, and which of them make it compile again."""
+"""The arguments of a compiled step by name, and which of them recompile it."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -29,22 +29,25 @@ def named_leaves(step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 
 
 class Calls:
-    """The arguments of each compiled call, as far as the graph depends on them."""
+    """Descriptions of the arguments of each call that was compiled.
+
+    A description has what the graph depends on: the value of a Python number, and the shape and dtype of a tensor.
+    """
 
     def __init__(self, step: Callable[..., Any]):
         self._step = step
         self._compiled: list[dict[str, str]] = []
 
     def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note that a call is compiled. Dynamo may trace it more than once."""
+        """Record the arguments of a call that Dynamo compiles, once even if traced again."""
         described = self._described(args, kwargs)
         if described not in self._compiled:
             self._compiled.append(described)
 
     def problem(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return the message for a call that exceeds the limit of graphs.
+        """Return the error message for a call that exceeds torch's limit of graphs.
 
-        It names the arguments that change, and says what to do.
+        The message names the arguments that change, and says what to do.
         """
         leaves, calls = named_leaves(self._step, args, kwargs), [*self._compiled, self._described(args, kwargs)]
         names = list(dict.fromkeys(name for call in calls for name in call))

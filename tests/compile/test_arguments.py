@@ -190,7 +190,7 @@ def test_options_of_torch_are_accepted(options):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fullgraph": False}, ValueError, "`fullgraph` must be True, since a step is compiled into one graph"),
+        ({"fullgraph": False}, ValueError, "`fullgraph` is False, but a step must be compiled into one graph"),
         (
             {"donated": True},
             TypeError,
