@@ -56,8 +56,8 @@ class Calls:
         text = f"`step` was compiled {len(self._compiled)} times, and torch allows no more"
         if not changing:
             return (
-                f"{text}, and its arguments have not changed; pass as an argument whatever else it reads that changes, "
-                "and find it with TORCH_LOGS=recompiles"
+                f"{text}, and its arguments have not changed; find the cause with TORCH_LOGS=recompiles, such as a"
+                " global value that the step reads, and pass it as an argument"
             )
         are_tensors = [isinstance(leaves.get(name), Tensor) for name in changing]
         remedies = [_AS_TENSOR] * (not all(are_tensors)) + [_AS_SHAPE] * any(are_tensors)

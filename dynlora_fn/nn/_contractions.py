@@ -1,4 +1,4 @@
-"""Rules for other functions that are products, and for concatenated weights.
+"""Rules for further functions that compute products, and for concatenated weights.
 
 They call the rules of `_products` where possible.
 """

@@ -98,9 +98,10 @@ def explain(
 ) -> Explanation:
     """Return the FLOPs and bytes of a training step, weight by weight.
 
-    Bytes are counted from the tensors. FLOPs are opt_einsum's count for the path that `linear` takes if all tokens pass
-    through a weight in one call. Full-rank training is counted for comparison. Activations are not counted; for the
-    memory of a whole step see `peak_memory`.
+    Bytes are counted from the tensors. FLOPs are opt_einsum's count for the cheapest path, if all tokens pass through a
+    weight in one call. `linear` takes this path too, but may take another path for a sharded or deferred base.
+    Full-rank training is counted for comparison. Activations are not counted; for the memory of a whole step see
+    `peak_memory`.
 
     Args:
         params: The parameters by name, stacks or single weights. Only shapes and dtypes are read.

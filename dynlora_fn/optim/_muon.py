@@ -112,8 +112,13 @@ def muon(
         NotImplementedError: In `update`, if a moment that is stored in 8 bits requires a gradient or has a tangent.
 
     Numerics: Updates are in float32, or in the parameter's dtype if that is wider, and read the moment before it is
-        rounded. The table has the range to which `orthogonalize` brings singular values of at least the given part of
-        the matrix's norm. Smaller singular values end below this range.
+        rounded. Factors, and matrices with sides in a ratio above 1.5, are orthogonalized with Gram matrices. Four
+        units of the dtype's precision, times the trace, are added to the Gram matrix of directions. So in float32 a
+        singular value of a thousandth of the norm ends 0.2 below 1. The Gram matrices of factors are damped by a
+        thousandth of their mean diagonal. If the squares of a direction underflow, in float32 for entries below 1e-19,
+        its step is shorter or zero. If they overflow, for entries above 1e18, it may be NaN too. The table has the
+        range to which `orthogonalize` brings singular values of at least the given part of the matrix's norm. Smaller
+        singular values end below this range.
 
         =================  =================  ==================
         coefficients       part of the norm   range
@@ -122,12 +127,6 @@ def muon(
         "polar_express_5"  a thousandth       0.84 to 1.13
         "polar_express_8"  a thousandth       0.999 to 1.001
         =================  =================  ==================
-
-        Factors, and matrices with sides in a ratio above 1.5, are orthogonalized with Gram matrices. Four units of the
-        dtype's precision, times the trace, are added to the Gram matrix of directions. So in float32 a singular value
-        of a thousandth of the norm ends 0.2 below 1. The Gram matrices of factors are damped by a thousandth of their
-        mean diagonal. If the squares of a direction underflow, in float32 for entries below 1e-19, its step is shorter
-        or zero. If they overflow, for entries above 1e18, it may be NaN too.
 
     Example:
         >>> import torch

@@ -39,7 +39,7 @@ def resize_state(
     if missing := sorted(set(changes) - resizing.visited):
         raise ValueError(
             f"`opt_state` must have the factors of every resized weight, got none for {missing}; pass the state of"
-            " these parameters"
+            " these weights"
         )
     return resized
 
