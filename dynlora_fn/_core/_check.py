@@ -1,7 +1,7 @@
 """Check numbers, choices and flags in arguments.
 
-Every error names the argument and its value, and says what to do. Integers and floats of NumPy are accepted like those
-of Python, but True and False are not accepted as numbers. Checks read only types and Python values, so they add nothing
+Every error names the argument and its value, and says what to do. Integers and floats of NumPy are accepted as well as
+Python's, but True and False are not accepted as numbers. Checks read only types and Python values, so they add nothing
 to a compiled step.
 """
 

@@ -1,7 +1,7 @@
 """The table of storage formats, in torchao's layouts but with plain tensors.
 
 Codes are tuples of tensors, so they pass through every transform and can be donated. For a weight in float32, `encode`
-returns torchao's bits. The exception are rows and blocks of zeros, for which torchao returns NaN.
+returns torchao's bits. Rows and blocks of zeros are an exception, for which torchao returns NaN.
 """
 
 from collections.abc import Iterable

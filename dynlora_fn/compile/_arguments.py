@@ -31,7 +31,7 @@ def named_leaves(step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 class Calls:
     """Descriptions of the arguments of each call that was compiled.
 
-    A description has what the graph depends on: the value of a Python number, and the shape and dtype of a tensor.
+    A description has what the graph depends on: the value of a Python object, or shape, dtype and layout of a tensor.
     """
 
     def __init__(self, step: Callable[..., Any]):

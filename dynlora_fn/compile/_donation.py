@@ -145,7 +145,7 @@ def _starts(tensor: Tensor) -> list[int]:
 
 
 def _spans(leaf: Tensor) -> list[tuple[int, int]]:
-    """Return the first and last address of each storage of a tensor.
+    """Return the addresses at which each storage of a tensor starts and ends.
 
     Empty tensors and tensors on the meta device have no entry.
     """

@@ -67,7 +67,7 @@ def is_pure(node: Node) -> bool:
 
 
 def without_views(node: Node) -> Node:
-    """Return the node whose memory the node shares, if it is a view, or the node."""
+    """Return the node that a chain of views starts from, or the node if it is no view."""
     return without_views(node.all_input_nodes[0]) if is_view(node) else node
 
 

@@ -24,8 +24,8 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 def merge_in_products(graph: Graph) -> None:
     """Form each merged weight inside the product that reads it.
 
-    A merged weight is ``base + scale * b @ a``. As a separate operation, the scheduler could form all merged weights
-    long before they are read.
+    A merged weight is ``base + scale * b @ a``. If it were a separate operation, the scheduler could form all merged
+    weights long before they are read.
     """
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
         base, b, a = node.args

@@ -45,9 +45,9 @@ def compile_step(
 ) -> Callable[..., Step]:
     """Compile a step into one graph with `torch.compile`.
 
-    The compiled step computes the same values as the step. Everything that changes between calls must be a tensor, also
-    the learning rate and the step count. A Python number becomes a constant of the graph, so another number recompiles
-    the step.
+    The compiled step returns the same values as the step, to rounding. Everything that changes between calls must be a
+    tensor, also the learning rate and the step count. A Python number becomes a constant of the graph, so another
+    number recompiles the step.
 
     Args:
         step: A pure function ``(state, *args, **kwargs) -> (state, aux)``, where `state` is a tree of tensors.
@@ -146,7 +146,9 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(options) - known):
         raise TypeError(f"`compile_step` got the options {unknown}; `torch.compile` takes {', '.join(sorted(known))}")
     if not options.get("fullgraph", True):
-        raise ValueError("`fullgraph` is False, but a step must be compiled into one graph; remove the argument")
+        raise ValueError(
+            f"`fullgraph` is {options['fullgraph']!r}, but a step must be compiled into one graph; remove the argument"
+        )
     others = {
         name: value
         for name, value in options.items()

@@ -27,8 +27,8 @@ def call(
 ) -> Any:
     """Run ``model(*args, **kwargs)`` with `params` in place of its parameters.
 
-    The result is equal to the result with dense weights, to rounding. Each operation on a low-rank weight follows its
-    rule (dynlora_fn/nn/README.md), without forming the dense weight.
+    The result is equal to the result with dense weights, to rounding. Each operation on a low-rank weight follows a
+    rule (dynlora_fn/nn/README.md).
 
     After the call, also after an error, the model has its parameters again. The model uses its buffers, and values that
     it writes to them stay, as when it is called directly. Threads that call the same model take turns.

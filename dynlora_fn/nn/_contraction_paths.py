@@ -46,7 +46,7 @@ _FOR_GRADIENT_OF_A = {
 def _unit_flops(product: str) -> tuple[int, str]:
     """Return the FLOPs of a product for sizes of 1, and its dimensions.
 
-    The FLOPs for other sizes are this number times the size of each dimension. opt_einsum counts 2 FLOPs for a
+    The FLOPs for other sizes are this number times the product of the sizes. opt_einsum counts 2 FLOPs for a
     multiplication with addition.
     """
     dimensions = "".join(sorted(set(product) & set("nior")))

@@ -52,7 +52,7 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     attributes of the module that its forward pass reads must not change.
 
     Args:
-        model: The model, which is not changed. Pass the result to `call` instead of it:
+        model: The model, which is not changed. Pass the result to `call` instead of the model:
             ``call(remat(model, ["layers.*"]), params, x)``. Both share parameters and buffers.
         blocks: Names or globs of submodules, as in `nn.Module.named_modules`. Each of these must return a tensor or a
             tuple of tensors.
@@ -103,8 +103,9 @@ def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
     """Return the `context_fn` of `torch.utils.checkpoint` for a model under `call`.
 
-    Recomputed blocks then use the parameters of the call. Without it, a checkpoint recomputes its block after `call`
-    has returned, with the original parameters of the module. The gradient is then wrong, without an error.
+    With this `context_fn`, recomputed blocks use the parameters of the call. Otherwise a checkpoint recomputes its
+    block after `call` has returned, with the original parameters of the module. The gradient is then wrong, without an
+    error.
 
     For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
 

@@ -26,9 +26,9 @@ def value_and_grad(
 ) -> Callable[..., ValueAndGrad]:
     """Return a function that computes a loss and its gradients.
 
-    Both values of `via` give the same gradients, and never need more memory than `torch.autograd.grad`. The returned
-    function takes the arguments of `loss_fn` and returns a `ValueAndGrad`: the value, and the gradients with respect to
-    the first argument.
+    Both values of `via` give the same gradients, in the memory of `torch.autograd.grad`. The returned function takes
+    the arguments of `loss_fn` and returns a `ValueAndGrad`: the value, and the gradients with respect to the first
+    argument.
 
     The function can be differentiated again. Its results require a gradient if the loss depends on a tensor that
     requires one, such as a leaf of an outer `value_and_grad`. Then the backward pass is recorded and needs more memory,

@@ -51,7 +51,7 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
 
     Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9``, rounding
         keeps a bfloat16 tensor unchanged. A quantized base multiplies only its scales if its format allows it, so codes
-        are not rounded again. Its bfloat16 residual is then rounded at random (see `quantize`).
+        are not rounded again. A residual in bfloat16 is then rounded up or down at random.
 
     Example:
         >>> import torch

@@ -46,7 +46,7 @@ PRESETS: dict[str, Table] = {
 # This many units of the precision, times the trace, are added to a Gram matrix. Rounding may make its eigenvalues
 # negative, and a polynomial of a negative eigenvalue diverges.
 _FLOOR = 4
-_NARROW = 1.5  # if columns / rows is larger, polynomials of a Gram matrix take fewer FLOPs, for any number of rows
+_NARROW = 1.5  # if columns / rows is larger, polynomials of a Gram matrix take fewer FLOPs, for any table
 
 
 def check_coefficients(coefficients: Any) -> Table:
@@ -146,8 +146,8 @@ def identity_like(gram: Float[Tensor, "*stack n n"]) -> Float[Tensor, "n n"]:
 def divide_by_norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
     """Divide by the norm along `dim`. Zeros stay zeros.
 
-    A norm whose square would not be a normal number is replaced by the smallest norm whose square is one. So the norm
-    of the result is at most 1.
+    A norm is replaced by the square root of the smallest normal number if that is larger. So the norm of the result is
+    at most 1.
     """
     quotient: Tensor = divide(matrix, norm(matrix, dim), least=torch.finfo(matrix.dtype).tiny ** 0.5)
     return quotient
