@@ -176,8 +176,9 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
         >>> import dynlora_fn as dl
         >>> params = dl.init(nn.Linear(8, 8), rank=2, seed=0, targets=["weight"])
         >>> trainable, frozen = dl.partition(params)
-        >>> dl.combine(trainable, frozen)["weight"].factors.b.shape
-        torch.Size([8, 2])
+        >>> combined = dl.combine(trainable, frozen)
+        >>> list(combined) == list(params), combined["weight"].base is params["weight"].base
+        (True, True)
     """
     check_by_name("trainable", trainable, of="factors and tensors, such as `partition(params).trainable`")
     check_by_name("frozen", frozen, of="`partition`'s frozen leaves")

@@ -42,11 +42,15 @@ def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Para
         fold would use. In bfloat16 they are rounded.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> import dynlora_fn as dl
         >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
-        >>> dl.bases.defer(params, vectors=8)["weight"].base.pending.b.shape
+        >>> deferred = dl.bases.defer(params, vectors=8)
+        >>> deferred["weight"].base.pending.b.shape
         torch.Size([32, 8])
+        >>> torch.allclose(dl.materialize(deferred)["weight"], dl.materialize(params)["weight"], atol=1e-6)
+        True
     """
     vectors = check_integer("vectors", vectors, least=1)
     check_one_or_more("params", params)

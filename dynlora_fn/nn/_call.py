@@ -62,10 +62,11 @@ def call(
     Example:
         >>> import torch
         >>> import dynlora_fn as dl
-        >>> model = nn.Linear(6, 4)
+        >>> model, x = nn.Linear(6, 4), torch.ones(3, 6)
         >>> params = dl.init(model, rank=2, seed=0, targets=["weight"])
-        >>> call(model, params, torch.ones(3, 6)).shape
-        torch.Size([3, 4])
+        >>> dense = torch.func.functional_call(model, dl.materialize(params), x)
+        >>> torch.allclose(call(model, params, x), dense, atol=1e-6)
+        True
     """
     check_module("model", model)
     check_params("params", params)
@@ -112,7 +113,7 @@ def _call_traced(
 ) -> Any:
     """Run `call_with` while Dynamo traces it.
 
-    Dynamo supports `functional_call`, but not the in-place exchange of parameters that `swapped` does.
+    `functional_call` replaces `swapped` here, because Dynamo knows that it restores the parameters.
     """
     slots = slots_of(model)
     tensors = _tensors_for(model, slots, params, fallback)

@@ -61,9 +61,9 @@ def linear(
     Example:
         >>> import torch
         >>> import dynlora_fn as dl
-        >>> param = dl.init({"w": torch.ones(4, 6)}, rank=2, seed=0, targets=["w"])["w"]
-        >>> linear(torch.ones(3, 6), param).shape
-        torch.Size([3, 4])
+        >>> x, param = torch.ones(3, 6), dl.init({"w": torch.ones(4, 6)}, rank=2, seed=0, targets=["w"])["w"]
+        >>> torch.allclose(linear(x, param), x @ dl.materialize(param).T, atol=1e-5)
+        True
     """
     check_choice("path", path, get_args(ContractionPath), or_none=True)
     if not torch.compiler.is_dynamo_compiling():  # tracing a check takes as long as tracing the product

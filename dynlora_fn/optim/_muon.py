@@ -128,15 +128,13 @@ def muon(
         "polar_express_8"  a thousandth       0.999 to 1.001
         =================  =================  ==================
 
-    Example:
+    Example: The singular values of the update of a matrix (4, 2) are ``lr * sqrt(4)``.
         >>> import torch
-        >>> from dynlora_fn import Factors
-        >>> optimizer = muon(coefficients="polar_express_8", coupled=3)
-        >>> trainable = {"w": Factors(b=torch.eye(4, 2), a=torch.eye(2, 3))}
-        >>> grads = {"w": Factors(b=torch.ones(4, 2), a=torch.ones(2, 3))}
+        >>> optimizer = muon(coefficients="polar_express_8")
+        >>> trainable, grads = {"w": torch.zeros(4, 2)}, {"w": torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0]))[:, :2]}
         >>> updates, opt_state = optimizer.update(grads, optimizer.init(trainable), trainable, lr=0.01)
-        >>> updates["w"].b.shape
-        torch.Size([4, 2])
+        >>> torch.allclose(torch.linalg.svdvals(updates["w"]), torch.full((2,), 0.02), rtol=0.01)
+        True
     """
     momentum = check_number("momentum", momentum, least=0, below=1)
     check_flag("nesterov", nesterov)

@@ -59,8 +59,9 @@ def normalized_sgd(*, axis: Literal[-1, -2] = -1, momentum: float = 0.0, weight_
         >>> trainable = {"embedding": torch.ones(5, 2), "head": torch.ones(5, 2), "norm": torch.ones(2)}
         >>> labels = {"embedding": "embedding", "head": "head", "norm": "norms"}
         >>> optimizer = multi_transform(transforms, lambda name, _: labels.get(name, "factors"))
-        >>> list(optimizer.init(trainable)["head"].inner.mu)
-        ['head']
+        >>> updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable, lr=0.1)
+        >>> updates["head"][0]
+        tensor([-0.1000, -0.1000])
     """
     along = _checked_axis(axis)
     momentum = check_number("momentum", momentum, least=0, below=1)
