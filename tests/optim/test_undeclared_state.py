@@ -33,7 +33,7 @@ UNDECLARED = {
     "alone": (lambda tree: tree["w"], "has factors at its root"),
     "in a record": (lambda tree: Record(tree["w"]), r"has factors at \.velocity outside a dict by parameter name"),
     "matrix": (lambda tree: [tree["w"].b], r"has a tensor of shape \(5, 4\) at \[0\], whose role is not declared"),
-    "tensors": (lambda tree: Record([*tree["w"]]), r"a tensor of shape \(5, 4\) at \.velocity\[0\], in no dict"),
+    "tensors": (lambda tree: Record([*tree["w"]]), r"a tensor of shape \(5, 4\) at \.velocity\[0\] outside a dict"),
     "object": (
         lambda tree: (Record(tree), Hidden(tree)),
         r"has a Hidden with tensors at \[1\], which cannot be searched",
