@@ -138,7 +138,7 @@ def test_a_checkpoint_in_the_folder_of_another_step_is_refused(tmp_path: Path):
     loaded = load(tmp_path, TEMPLATE)
     assert loaded is not None
     assert (loaded.step, loaded.state["t"]) == (2, 2)
-    assert loaded.refused == [(tmp_path / "step-00000003", "it is of step 1, and not of that in its name", False)]
+    assert loaded.refused == [(tmp_path / "step-00000003", "it is of step 1, but its name has another step", False)]
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path):
