@@ -43,6 +43,6 @@ for check, function in ((testing.check_preserves_weight, rotate), (testing.check
     try:
         check(function)
     except testing.BrokenPromiseError as error:
-        print(error)  # promised: the weight is kept. happened: off by up to ... smallest example: rank=2, ...
+        print(error)  # promised: the weight does not change. happened: off by up to ... smallest example: rank=2, ...
     else:
         raise AssertionError(f"the bug in {function.__name__} was not found")
