@@ -56,7 +56,7 @@ def text_files(paths: Sequence[Path], warn: Callable[[str], None] = lambda _: No
     for reason, names in skipped.items():
         warn(f"skipped {_listed(names)}: {reason}")
     if not any(text.strip() for file in documents.values() for text in file.pieces()):
-        raise ValueError(f"`text` must hold some text, got none in {', '.join(map(str, paths))}")
+        raise ValueError(f"`text` must contain some text, got none in {', '.join(map(str, paths))}")
     return list(documents.values())
 
 

@@ -43,7 +43,7 @@ def load_model(folder: str) -> nn.Module:
             )
         except Exception as error:  # the library raises many types for files that are damaged or of another kind
             cause = _unconverted(folder, warnings) or reason(error)
-            raise ValueError(f"`model` must hold a causal language model, got {folder!r}: {cause}") from error
+            raise ValueError(f"`model` must contain a causal language model, got {folder!r}: {cause}") from error
     _check_complete(folder, found)
     _check_kinds(folder, model)
     evaluated: nn.Module = model.eval()

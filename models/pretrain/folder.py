@@ -57,7 +57,7 @@ def check_folder(config: Config, folder: Path) -> None:
         raise ValueError(f"`out` must be a name in UTF-8, got {str(folder)!a}") from error
     if config.output.resume:
         if not (folder / "config.json").is_file():
-            raise ValueError(f"`out` must hold a run to resume, got {str(folder)!r} without config.json")
+            raise ValueError(f"`out` must contain a run to resume, got {str(folder)!r} without config.json")
     elif folder.exists() and (not folder.is_dir() or any(entry.name != _TEMPORARY for entry in folder.iterdir())):
         raise ValueError(f"`out` must be new or empty, or come with --resume, got {str(folder)!r}, which is not empty")
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

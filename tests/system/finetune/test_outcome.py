@@ -85,7 +85,7 @@ def test_a_damaged_model_is_named(job, given, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     outcome = job(*settings(given, tmp_path / "run", model=tmp_path / "model", tokenizer=given[0]))
     assert outcome.code == 2
-    assert "`model` must hold a causal language model" in outcome.err
+    assert "`model` must contain a causal language model" in outcome.err
 
 
 def test_what_is_trained_beside_factors_has_their_rate_unless_told():
