@@ -17,7 +17,7 @@ from models.pretrain.progress import MetricsFile, ProgressBar
 from models.pretrain.tensorboard import Scalars
 
 _FLUSH_EVERY = 10  # the most steps between two reads of results from the device
-_FLUSH_SECONDS = 15.0  # the most seconds between two reads, except for the length of a step
+_FLUSH_SECONDS = 15.0  # seconds after which the next step leads to a read
 
 
 class DivergedError(ValueError):

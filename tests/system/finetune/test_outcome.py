@@ -115,7 +115,7 @@ def test_an_adapter_that_misses_something_says_what(job, given, tmp_path):
     line = next(line for line in outcome.out.splitlines() if line.startswith("adapter/ of rank 1"))
     adapted, trained = (float(number) for number in re.findall(r"\d\.\d{4}", line))
     assert adapted > trained
-    assert line.endswith("; a larger --adapter-rank misses less")
+    assert line.endswith("; a larger --adapter-rank is more accurate")
     assert trained == pytest.approx(
         json.loads((tmp_path / "run" / "summary.json").read_text())["validation_loss"], abs=1e-3
     )
