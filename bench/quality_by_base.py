@@ -1,7 +1,7 @@
 """How much quality does a base in low precision cost?
 
-The main job is trained with the same seeds on each base. Reports the validation loss in nats per token, and its ratio
-to the loss on the first base, over the seeds.
+The main job is trained on each base with the same seeds. The tables have the validation loss in nats per token, and its
+ratio to the loss on the first base.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ class QualityByBase(Options):
 
 
 def validation_loss(config: QualityByBase, contender: str, seed: int) -> float:
-    """Train on one base and return the validation loss at the end."""
+    """Train on one base, and return the validation loss at the end."""
     base, residual = contender.split("+")
     with tempfile.TemporaryDirectory() as folder:
         run: Any = Config(
