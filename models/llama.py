@@ -70,7 +70,7 @@ class LayerCache:
         return 0 if self.key is None else self.key.shape[-2]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens, and return those of all tokens."""
+        """Append keys and values of new tokens, and return the tensors of all tokens."""
         self.key = key if self.key is None else torch.cat([self.key, key], dim=-2)
         self.value = value if self.value is None else torch.cat([self.value, value], dim=-2)
         return self.key, self.value

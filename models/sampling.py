@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.llama import Llama
 
 Decoder = Callable[[Tensor], Tensor]
-"""A function from tokens (1, length), which follow those of earlier calls, to logits (1, length, vocabulary)."""
+"""A function from tokens (1, length), which follow the tokens of earlier calls, to logits (1, length, vocabulary)."""
 
 
 _CACHE_NAMES = ("cache", "past_key_values")  # of the argument and of the result; one of them in each `transformers`

@@ -122,7 +122,7 @@ def _candidates(folder: Path, step: int | None) -> list[Path]:
     if CHECKPOINT.fullmatch(folder.name) and list(folder.glob("*.safetensors")):
         raise ValueError(f"`folder` is {str(folder)!r}, which is one checkpoint; pass the folder that it is in")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` is {str(folder)!r}, which is no folder; pass the folder of all checkpoints")
+        raise ValueError(f"`folder` is {str(folder)!r}, which is not a folder; pass the folder of all checkpoints")
     paths = newest_first(folder)
     if step is None:
         return paths

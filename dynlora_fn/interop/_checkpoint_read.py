@@ -85,7 +85,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], Mapping[str, str], int]:
         with package.safe_open(file, framework="pt", backend="pread") as handle:
             metadata = handle.metadata() or {}
     except package.SafetensorError as error:
-        raise ValueError(f"{file.name} is no complete safetensors file ({error})") from error
+        raise ValueError(f"{file.name} is not a complete safetensors file ({error})") from error
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))

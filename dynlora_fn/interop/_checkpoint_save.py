@@ -130,7 +130,7 @@ def _finish(temporary: Path, target: Path, keep: int | None) -> None:
     sync_folder(temporary)
     replaced = folder / f".replaced-{target.name.removeprefix('step-')}"
     if (target.exists() or target.is_symlink()) and not is_folder(target):
-        raise FileExistsError(f"{str(target)!r} is no folder; move it away")
+        raise FileExistsError(f"{str(target)!r} is not a folder; move it away")
     if target.exists():
         target.rename(replaced)
     try:

@@ -33,11 +33,11 @@ def find_damage(folder: Path, *, process: int = 0, world_size: int = 1) -> str |
     """
     try:
         if folder.is_symlink() or not folder.is_dir():
-            return "it is no folder"
+            return "it is not a folder"
         names = sorted(entry.name for entry in folder.iterdir())
         for name in names:
             if not stat.S_ISREG((folder / name).lstat().st_mode):
-                return f"{name} is no regular file"
+                return f"{name} is not a regular file"
         files = [name for name in names if name != SUMS]
         sums = _read_sums(folder / SUMS)
         if files != sorted(sums):
@@ -58,12 +58,12 @@ def _read_sums(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no text: {error}") from error
+        raise ValueError(f"{path.name} is not text: {error}") from error
     sums = {}
     for line in lines:
         digest, separator, name = line.partition("  ")
         if not separator:
-            raise ValueError(f"{path.name} has the line {line[:60]!r}, which is no checksum")
+            raise ValueError(f"{path.name} has the line {line[:60]!r}, which is not a checksum")
         sums[name] = digest
     return sums
 

@@ -21,7 +21,7 @@ def filled(folder: Path) -> Iterator[Path]:
         ValueError: If `folder` exists and is not a folder, or a file would replace something that is not a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` is {str(folder)!r}, which exists and is no folder; pass the name of a folder")
+        raise ValueError(f"`folder` is {str(folder)!r}, which exists and is not a folder; pass the name of a folder")
     existed = folder.exists()
     aside = folder / f".writing-{secrets.token_hex(8)}"
     aside.mkdir(parents=True)
@@ -40,7 +40,7 @@ def _move(aside: Path, folder: Path) -> None:
     for file in files:
         if (folder / file).exists() and not (folder / file).is_file():
             raise ValueError(
-                f"`folder` has {str(file)!r}, which exists and is no regular file, in {str(folder)!r}; remove it"
+                f"`folder` has {str(file)!r}, which exists and is not a regular file, in {str(folder)!r}; remove it"
             )
     stale = _weights_of_earlier_models(folder, files)
     for file in files:

@@ -1,4 +1,4 @@
-"""Compare the outputs of PEFT's model with those of `call`."""
+"""Compare the outputs of PEFT's model with the outputs of `call`."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -184,7 +184,7 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
         raise NotImplementedError("safetensors files have little-endian numbers; write them on such a machine")
     target = Path(os.path.realpath(file))
     if target.exists() and not target.is_file():
-        raise ValueError(f"`file` is {str(file)!r}, which exists and is no regular file; pass the name of a file")
+        raise ValueError(f"`file` is {str(file)!r}, which exists and is not a regular file; pass the name of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".writing-{secrets.token_hex(8)}")
     try:

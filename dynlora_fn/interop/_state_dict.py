@@ -69,7 +69,7 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
             )
     leaves = model.state_dict(keep_vars=True)
     if other := [name for name, leaf in leaves.items() if not isinstance(leaf, Tensor)]:
-        raise ValueError(f"`model` has the extra state {first_names(other)}, which is no tensor; save it apart")
+        raise ValueError(f"`model` has the extra state {first_names(other)}, which is not a tensor; save it apart")
     return {name: weights[id(leaf)] if id(leaf) in weights else lazy(leaf) for name, leaf in leaves.items()}
 
 

@@ -151,7 +151,7 @@ def _refuse_parametrized(prefix: str, module: nn.Module, kind: type[nn.Module]) 
             originals = ", ".join(original for original, _ in parametrization.named_parameters(recurse=False))
             raise ValueError(
                 f"`targets` has the type {kind.__name__}, but {path!r} is computed from its parametrization "
-                f"({originals}), so that it is no parameter; call `torch.nn.utils.parametrize.remove_parametrizations`,"
+                f"({originals}), so it is not a parameter; call `torch.nn.utils.parametrize.remove_parametrizations`,"
                 " or select the other weights by name"
             )
 

@@ -39,8 +39,8 @@ def check_pretrained(model: Any) -> None:
     """Raise ValueError if ``save_pretrained`` does not write the weights it is passed."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"`model` is a quantized {type(model).__name__}, whose `save_pretrained` writes the quantized weights and"
-            " not those of `params`; pass the model that is not quantized"
+            f"`model` is a quantized {type(model).__name__}, whose `save_pretrained` writes the quantized weights"
+            " and not the weights of `params`; pass the model that is not quantized"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(

@@ -57,7 +57,7 @@ def as_dtensors(tree: Any) -> dict[str, Tensor]:
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"`tree` has {leaf!r} at {name_of(path)}, which is no tensor, so a checkpoint could not restore it;"
+                f"`tree` has {leaf!r} at {name_of(path)}, which is not a tensor, so a checkpoint could not restore it;"
                 " pass a 0-d tensor or remove it"
             )
     return {keystr(path): leaf for path, leaf in leaves}

@@ -89,7 +89,9 @@ def _checked(weight: float | Tensor) -> float | Tensor:
 
 def _check_can_be_averaged(path: Any, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"`tree` has {leaf!r} at {name_of(path)}, which is no tensor; pass a 0-d tensor or remove it")
+        raise TypeError(
+            f"`tree` has {leaf!r} at {name_of(path)}, which is not a tensor; pass a 0-d tensor or remove it"
+        )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise TypeError(
             f"`tree` has a tensor of dtype {leaf.dtype} at {name_of(path)}, in which a mean is rounded; convert it to a"

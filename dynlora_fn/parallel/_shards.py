@@ -44,7 +44,7 @@ def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> A
         if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[axis] != count:
             what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
             raise ValueError(
-                f"{what} in the {type(node).__name__} at {name} is no shard:"
+                f"{what} in the {type(node).__name__} at {name} is not a shard:"
                 f" this process has {count} entries along axis {axis}; pass it outside of the node"
             )
         return change(leaf, sharding, axis)

@@ -24,7 +24,7 @@ from dynlora_fn.switching._weight import BasisSlice, vectors_of
 def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str, Pool]:
     """Create a pool for every low-rank parameter.
 
-    A pool contains the first min(out, in) vectors of the basis, including those that the factors start from.
+    A pool contains the first min(out, in) vectors of the basis, including the vectors that the factors start from.
 
     Args:
         params: The parameters from `init`, before any switch.

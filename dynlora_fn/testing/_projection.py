@@ -182,7 +182,7 @@ def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, valu
 def _check_vector(where: str, old: Tensor, new: Tensor, value: int | None, *, is_counterpart: bool) -> None:
     if not is_counterpart:
         change = difference(new, old)
-        assert not change, f"{where} has changed and is no counterpart: {change}"
+        assert not change, f"{where} has changed and is not a counterpart: {change}"
     elif value is not None:
         wrong = new[new != value].tolist()
         assert not wrong, (

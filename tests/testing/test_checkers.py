@@ -133,7 +133,7 @@ def one_too_many(opt_state: Any, plan: Any) -> Any:
     [
         (
             switched_side,
-            r"slot 0 (is the counterpart of a switched vector and has|has changed and is no counterpart)",
+            r"slot 0 (is the counterpart of a switched vector and has|has changed and is not a counterpart)",
         ),
         (no_moments, r"\.inner\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and has"),
         (one_too_many, r"\.inner\.count\['bias'\] has changed and belongs to no counterpart"),
