@@ -128,7 +128,7 @@ def together(
 ) -> dict[str, Stack]:
     """Return the stacks to create, where small targets with equal keys form one stack.
 
-    It is split again afterwards. Bases in low precision are created one by one, so that an error can name the weight.
+    The stack is split afterwards. Bases in low precision are created one by one, so that an error can name the weight.
     """
     is_plain = settings.base is None and settings.group is None and settings.copy
     new, unfilled = dict[str, Stack](), dict[Hashable, Stack]()

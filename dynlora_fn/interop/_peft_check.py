@@ -19,7 +19,7 @@ _TOLERANCE = 1000  # times the rounding of the largest output
 def check_outputs(model: nn.Module, params: Params, folder: Path, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
     """Raise ValueError if the outputs of PEFT's model differ from `call`.
 
-    Both run in evaluation mode on a copy of the model.
+    Both outputs are computed in evaluation mode, from a copy of the model.
 
     Raises:
         TypeError: If `inputs` is not a sequence or a dict of arguments.

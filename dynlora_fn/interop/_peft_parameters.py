@@ -19,7 +19,7 @@ from dynlora_fn.nn._view import View
 def is_adapted_by_name(model: nn.Module, view: View) -> bool:
     """Return whether PEFT adapts a parameter by its name, and not its layer.
 
-    It does for stacks of matrices, such as experts, and for `in_proj_weight` of `nn.MultiheadAttention`.
+    PEFT does this for stacks of matrices, such as experts, and for `in_proj_weight` of `nn.MultiheadAttention`.
     """
     path, _, leaf_name = view.name.rpartition(".")
     module = model.get_submodule(path)

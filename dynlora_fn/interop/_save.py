@@ -89,8 +89,8 @@ def write(
 ) -> None:
     """Write tensors that are computed one at a time.
 
-    They get the order in which `safetensors` sorts them. With `read_back`, everything is read back and compared before
-    the file appears.
+    The tensors are in the order in which `safetensors` sorts them. With `read_back`, everything is read back and
+    compared before the file appears.
 
     Raises:
         OSError: If the file, read back, has other bytes than were written.

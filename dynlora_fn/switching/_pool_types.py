@@ -29,7 +29,7 @@ class Pool(NamedTuple):
 def check_pools(pool: Any, plan: Any) -> None:
     """Raise if a plan does not fit its pool.
 
-    Both may also be dicts by name.
+    Plan and pool may also be dicts by name.
 
     Raises:
         TypeError: If a type or dtype is wrong.

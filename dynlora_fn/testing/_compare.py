@@ -47,7 +47,7 @@ class ExceededBoundError(AssertionError):
 def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
     """Assert that every entry of `got` is within `bound` of `wanted`.
 
-    They are compared in float64.
+    The comparison is in float64.
 
     Args:
         got: The tensor to check.

@@ -94,7 +94,7 @@ def _states_and_plans(draw: st.DrawFn, optimizer: Transform | None) -> tuple[Any
 class _Collector(NamedTuple):
     """A visitor that takes the factors out of a state with numbered tensors.
 
-    It leaves zeros in their places.
+    Zeros take the places of the factors.
     """
 
     trainable: Trainable | None

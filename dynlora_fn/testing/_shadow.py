@@ -174,7 +174,7 @@ def products(param: LowRank) -> list[tuple[tuple[Tensor, Tensor], float]]:
 def _mixed_products(before: LowRank, after: LowRank) -> Tensor | float:
     """Return the product of the sums of old and new factors, with positive terms.
 
-    It bounds the products of old with new vectors, which a switch computes.
+    This is a bound of the products of old with new vectors, which a switch computes.
     """
     (b, a), (new_b, new_a) = whole_factors(before), whole_factors(after)
     if b.shape != new_b.shape:

@@ -115,7 +115,7 @@ def low_rank_params(
 def _fitting(storage: Storage, shape: Shape) -> Shape:
     """Return a shape that the blocks of the format divide.
 
-    It is computed from any drawn shape, so shrinking can replace the format by one without blocks.
+    It is computed from any drawn shape, so shrinking can replace the format by a format without blocks.
     """
     if storage.kind not in _BLOCKS:
         return shape

@@ -1,6 +1,6 @@
 """Create weights, plans and states from a few integers.
 
-So an example can be repeated, and the call that creates it describes it completely.
+The integers describe an example completely, so it can be repeated.
 """
 
 from typing import Any, Literal, NamedTuple
