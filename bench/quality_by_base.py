@@ -73,7 +73,7 @@ def main(config: QualityByBase) -> None:
         [name, mean(by_seed), stdev(by_seed), f"{mean(relative[name]):+.3%}", f"{max(relative[name]):+.3%}"]
         for name, by_seed in losses.items()
     ]
-    columns = ["base+residual", "validation loss", "std", f"over {config.contenders[0]}", "at most, of the seeds"]
+    columns = ["base+residual", "validation loss", "std", f"over {config.contenders[0]}", "largest of the seeds"]
     console.print(table(f"{config.model}, {config.steps} steps, {len(config.seeds)} seeds", columns, rows))
     results = {name: mean(values) for name, values in relative.items()}
     console.print(results)

@@ -197,7 +197,7 @@ def run(console: Console, folder: Path | None, quick: bool) -> tuple[dict[str, f
             ]
             for name, part in raw[dtype].items()
         ]
-        columns = ["part", "seconds", "of the processor", "before, MB", "peak, MB", "of the process, MB"]
+        columns = ["part", "seconds", "processor seconds", "before, MB", "peak, MB", "peak of the process, MB"]
         console.print(table(f"llama of {1 if quick else 1090} million parameters, {dtype}", columns, rows))
     peak = max(part["process"] for parts in raw.values() for part in parts.values())
     console.print(f"peak of all: {peak / 2**30:.2f} GiB, {'within' if peak <= _LIMIT else 'beyond'} 24 GiB")

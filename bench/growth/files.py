@@ -221,7 +221,7 @@ ROWS = {
         goals=(Goal("error over the best", 1.0001, lambda curves: max(curves["save_adapter"].values())),),
     ),
     "merged": Row(
-        "a merged model written, an adapter read",
+        "writing a merged model, reading an adapter",
         "million parameters",
         _LLAMAS,
         _SMALL,
@@ -233,7 +233,7 @@ ROWS = {
         rounds=3,
     ),
     "merged_memory": Row(
-        "peak of a merged model written, an adapter read",
+        "peak of writing a merged model, reading an adapter",
         "million parameters",
         _LLAMAS,
         _SMALL,

@@ -95,4 +95,4 @@ def needs_at_most(most: float, name: str, unit: Callable[[int], float], allowed:
         peak, result = curves[name], curves[result_of(name)]
         return max((peak[n] - result[n] - allowed(n)) / unit(n) for n in peak)
 
-    return Goal(f"{name}, beyond result and largest tensor, in models", most, value)
+    return Goal(f"{name}, peak beyond result and largest tensor, over model or state", most, value)

@@ -163,7 +163,7 @@ def _bytes(*names: str) -> Callable[[Result], str]:
 _WEIGHTS = ("base", "residual", "factors", "full_rank")
 _ROWS: dict[str, Callable[[Result], str]] = {
     "optimizer of the matrices": lambda result: result.config.inner_optimizer(),
-    "its peak learning rate": lambda result: f"{peak_lr(result.config):g}",
+    "peak learning rate of the matrices": lambda result: f"{peak_lr(result.config):g}",
     "validation loss, nats per token": lambda result: f"{result.summary['validation_loss']:.4f}",
     "validation perplexity": lambda result: f"{result.summary['perplexity']:.3f}",
     "seconds": lambda result: f"{result.summary['seconds']:,.0f}",
