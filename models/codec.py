@@ -88,7 +88,7 @@ def byte_characters() -> list[str]:
 
 def _byte_level_tokenizer() -> dict[str, object]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    # The token of the separator is the zero byte itself, which no text contains. So no text is encoded as it.
+    # The token of the separator is the zero byte. Texts do not contain it, so no text is encoded as this token.
     vocabulary = {"\0": _SEPARATOR} | {character: byte for byte, character in enumerate(byte_characters()) if byte}
     separator = {"id": _SEPARATOR, "content": "\0", "special": True, "normalized": False}
     return {

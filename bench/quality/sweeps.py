@@ -43,7 +43,7 @@ def swept(found: Found, run: Run, *, start: Run | None = None, seeds: Sequence[i
         near = [best, *neighbors(best)]
         if missing := [run for run in near if run not in found]:
             return Stage(missing, [])
-        better = min(near, key=lambda run: loss_of(found, run))  # the first of equal ones
+        better = min(near, key=lambda run: loss_of(found, run))  # the first run among equal losses
         if better == best:
             return at_seeds(found, best, seeds)
         best = better

@@ -188,7 +188,7 @@ def _fresh(leaf: Any) -> Any:
 def _distinct(tree: Any) -> Any:
     """Return a tree whose tensors are contiguous and share no memory.
 
-    Tensors that are not contiguous, or share memory with an earlier one, are replaced by new ones.
+    A tensor that is not contiguous, or shares memory with an earlier tensor, is replaced by a new tensor.
     """
     addresses: set[int] = set()
 

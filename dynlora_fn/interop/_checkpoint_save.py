@@ -109,7 +109,7 @@ def _write(contents: Contents, temporary: Path, step: int, settings: dict[str, A
 def _assigned(contents: Contents, members: Members) -> list[str]:
     """Return the paths that this process writes.
 
-    They are its shards, and some of the tensors that all processes have. Each tensor that all have goes to the process
+    These are its shards, and some of the tensors that all processes have. Each of the latter is assigned to the process
     with the fewest bytes so far. Every process computes the same assignment, so nothing is sent.
     """
     paths, loads = [], [0] * members.world_size

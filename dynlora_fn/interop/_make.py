@@ -69,7 +69,7 @@ class Settings(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One parameter to create, or several small ones that are created together."""
+    """One parameter to create, or several small parameters to create together."""
 
     name: str
     stack: Stack

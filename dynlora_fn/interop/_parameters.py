@@ -1,4 +1,4 @@
-"""The parameters of a model, with tied ones once, and which of them are frozen."""
+"""The parameters of a model, with tied parameters once, and which are frozen."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from dynlora_fn.bases._torchao_tensors import is_torchao
 
 
 class Parameters(NamedTuple):
-    """The parameters of a model, tied ones under their first name."""
+    """The parameters of a model, with tied parameters under their first name."""
 
     tensors: dict[str, Tensor]  # detached, except a frozen tensor of another library
     aliases: dict[str, list[str]]  # all names of each parameter, the first name included

@@ -52,8 +52,8 @@ def save_adapter(
 
     Args:
         model: The model, as for `call`. The kinds of its layers are read.
-        params: The parameters. Low-rank ones must belong to `nn.Linear`, `nn.Embedding`, convolutions without groups,
-            Conv1D of Hugging Face, or fused attention (`in_proj_weight`), or be stacks of experts.
+        params: The parameters. Low-rank weights must belong to `nn.Linear`, `nn.Embedding`, convolutions without
+            groups, Conv1D of Hugging Face, or fused attention (`in_proj_weight`), or be stacks of experts.
         folder: The folder, which is created if it does not exist.
         original: The state dict of the model that the adapter is for. Default None writes the factors.
         rank: The rank of the decompositions. Default None means the rank of each parameter. Nothing is lost at twice

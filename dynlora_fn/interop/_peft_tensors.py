@@ -203,8 +203,8 @@ def _is_bias_in_file(name: str, bias: str, layers: Container[str]) -> bool:
 def _first_names(model: nn.Module, layout: Layout, found: Mapping[str, str], weights: Weights) -> dict[str, str]:
     """Return the keys by the first names of parameters and buffers.
 
-    PEFT copies the tensors of a module that is stored whole, tied ones too. So all names of a tied tensor must have
-    equal values.
+    PEFT copies all tensors of a module that is stored completely, including tied tensors. So all names of a tied tensor
+    must have equal values.
     """
     aliases, first_names = aliases_of(model, with_buffers=True), dict[str, str]()
     for name, key in found.items():

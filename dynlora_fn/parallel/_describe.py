@@ -1,4 +1,4 @@
-"""Describe the structure of a state, so that processes can compare theirs."""
+"""Describe the structure of a state, so that processes can compare their states."""
 
 from typing import Any, NamedTuple
 

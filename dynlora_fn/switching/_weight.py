@@ -60,7 +60,7 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
         ValueError: If a `start` is unknown, or a size, rank or alpha is out of range.
 
     Numerics: Vectors are scaled in float32, or in the slice's dtype if that is wider, and rounded once to the dtype.
-    Orthonormal ones are computed in float64 first.
+    Orthonormal vectors are computed in float64 first.
 
     Example:
         >>> import torch
@@ -264,7 +264,7 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _sum_dtype(param: LowRank) -> torch.dtype:
-    """Return the dtype in which factors, pending ones too, are added to the base."""
+    """Return the dtype in which factors and pending folds are added to the base."""
     return widest(param.factors.b.dtype, as_base(as_base(param.base).folded).sum_dtype)
 
 

@@ -127,8 +127,8 @@ def plans(params: LowRank | Params) -> st.SearchStrategy[Any]:
     """Return a strategy for any plan of a weight, or of some low-rank weights by name.
 
     A plan names none, some or all slots of each side, and none, some or all of its entries are active. It applies to
-    the whole stack or has separate entries for each member. Both sides may name the same slots or different ones. It
-    freezes for 0 to 6 updates.
+    the whole stack or has separate entries for each member. The slots of the two sides may be equal or different. The
+    plan freezes for 0 to 6 updates.
 
     Args:
         params: A weight, or parameters by name. By name, any subset of the low-rank weights gets a plan.
@@ -200,7 +200,7 @@ def schedules(draw: st.DrawFn, *, kinds: Sequence[str] = ("rate", "count", "neve
 
 @st.composite
 def trees(draw: st.DrawFn, *, weights: st.SearchStrategy[LowRank] | None = None, largest: int = 3) -> dict[str, Param]:
-    """Draw parameters by name: low-rank, stacked and full-rank ones.
+    """Draw low-rank, stacked and full-rank parameters by name.
 
     The names of stacked weights have a star for each stack axis.
 

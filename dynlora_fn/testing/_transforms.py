@@ -93,7 +93,7 @@ def check_pure(transform: Transform, *, arguments: Arguments = None, examples: i
 def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
     """Check that the new weight has the structure and kinds of tensors of the old one.
 
-    Tensors must have the same shapes, dtypes and devices, and require a gradient only if the old ones do.
+    Each new tensor must have the shape, dtype and device of the old tensor, and the same `requires_grad`.
 
     Args:
         transform: A function of a weight, or of a weight and a plan.

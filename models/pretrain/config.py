@@ -141,7 +141,7 @@ class Precision:
     """Store the frozen bases in this format."""
     residual: Literal["none", "int8", "bfloat16"] = "bfloat16"
     """Store the rounding errors of bases below float32 in this format, so that they do not accumulate.
-    This takes 0, 1 or 2 bytes for each element. A float32 base has no residual."""
+    This takes 0 (none), 1 (int8) or 2 (bfloat16) bytes for each element. A float32 base has no residual."""
     residual_device: Annotated[str | None, computed("the device of the bases")] = None
     """Store the residuals on this device, such as cpu for host memory."""
     moments: Literal["float32", "8bit"] = "float32"
