@@ -1,6 +1,6 @@
-"""Open a trained model of this package, or any causal one of `transformers`.
+"""Open a model that `models.pretrain` or `models.finetune` has trained.
 
-`models.pretrain` and `models.finetune` train models.
+A folder of any causal language model of `transformers` can be opened too.
 """
 
 import json
@@ -40,11 +40,11 @@ class Trained(NamedTuple):
     """A model with dense weights, and how it was trained."""
 
     model: nn.Module
-    tokenizer: str | None  # name, folder or file of a tokenizer for `transformers`; None: tokens are bytes
+    tokenizer: str | None  # the name, folder or file of a tokenizer for `transformers`; None means bytes
     context: int  # the largest number of tokens that the model sees
-    config: pretrain.Config | None  # the options of the run; None for a model that is not of a run
+    config: pretrain.Config | None  # the options of the run; None for a model that is not from a run
     source: Path  # the file or folder with the weights
-    folder: Path | None  # of the run
+    folder: Path | None  # of the run; None for a model that is not from a run
 
 
 def open_trained(path: Path, device: torch.device) -> Trained:
@@ -52,11 +52,11 @@ def open_trained(path: Path, device: torch.device) -> Trained:
 
     Args:
         path: The folder of a run, a checkpoint in the run's folder checkpoints, or a model folder for `transformers`.
-            A run means its final model, or the newest checkpoint of a run that has not ended.
-        device: The device of the weights.
+            For a run, its final model is opened, or its newest checkpoint if it has not ended.
+        device: The device for the weights.
 
     Raises:
-        ValueError: If there is none of these, or a file is damaged. The message names it.
+        ValueError: If the path is none of these, or a file is damaged. The message names the file.
     """
     path = Path(os.path.abspath(path))  # `.` has no name
     is_checkpoint = path.parent.name == "checkpoints" and not (path / "config.json").is_file()
@@ -98,7 +98,7 @@ def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, de
         model = llama.Llama(llama.config(config.training.model, vocabulary))
         _load_checkpoint(source, stored, config, model, llama.TARGETS)
     tokenizer = config.tokenizer()
-    if tokenizer and _has_tokenizer(folder / "model"):  # also where the given one has moved
+    if tokenizer and _has_tokenizer(folder / "model"):  # the original tokenizer may have moved
         tokenizer = str(folder / "model")
     return Trained(model.to(device).eval(), tokenizer, config.data.seq_len, config, source, folder)
 
@@ -148,7 +148,11 @@ def _newest_checkpoint(folder: Path) -> Path:
 
 
 def _headers(path: Path) -> Stored:
-    """Return what a checkpoint contains, after a check of its files."""
+    """Verify the files of a checkpoint and return their headers.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
     if damage := find_damage(path, process=0, world_size=1):
         raise ValueError(f"`run` has a damaged checkpoint {str(path)!r}: {damage}")
     return read_headers(path)
@@ -157,9 +161,10 @@ def _headers(path: Path) -> Stored:
 def _load_checkpoint(
     path: Path, stored: Stored, config: pretrain.Config, model: nn.Module, targets: Sequence[str]
 ) -> None:
-    """Load the weights of a checkpoint into the model.
+    """Load the weights of a checkpoint into the model, without the optimizer's state.
 
-    The optimizer's state is not read.
+    Raises:
+        ValueError: If the checkpoint is not from the run in the same folder.
     """
     _check_settings(path, stored, config)
     alone = replace(
@@ -170,7 +175,7 @@ def _load_checkpoint(
     untrained = partial(untrained_names, config) if isinstance(config, finetune.Config) else lambda _: ()
     state = make_method(alone, model, targets, untrained).state._replace(opt_state=())
     for name, piece in contents_of("state", Saved(state, {}), members_of(None)).pieces.items():
-        # Bases that were sharded are one level deeper.
+        # In the paths of sharded bases there is one more `.base`.
         path_in_file = name if name in stored.chunks else _BASE.sub(r"\1.base", name)
         shape = stored.shape(path_in_file) if path_in_file in stored.chunks else None
         if shape != piece.shape:
@@ -184,7 +189,7 @@ def _load_checkpoint(
 
 
 def _check_settings(path: Path, stored: Stored, config: pretrain.Config) -> None:
-    """Check that a checkpoint is of the run. Those of older versions have no settings."""
+    """Check that a checkpoint is from the run. Older checkpoints have no settings."""
     settings = checkpoint_settings(config, {})
     for name, value in stored.description.get("settings", {}).items():
         if name in settings and settings[name] != value:

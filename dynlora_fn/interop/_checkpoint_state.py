@@ -1,6 +1,6 @@
-"""What a checkpoint stores of a state, by path.
+"""The contents of a state that a checkpoint stores, by path.
 
-Tensors, numbers, texts, and constants of types are stored.
+They are tensors, numbers, texts, and nodes without leaves such as the divisor of a deferred base.
 """
 
 from dataclasses import fields, is_dataclass
@@ -53,13 +53,13 @@ class Contents(NamedTuple):
     constants: dict[str, str]  # texts of nodes without leaves, such as the divisor of a deferred base
 
     def described(self) -> dict[str, str]:
-        """Return a text of each leaf, equal for leaves that can replace each other."""
+        """Return a text for each leaf, equal for leaves that can replace each other."""
         tensors = {path: describe_tensor(piece.shape, piece.tensor.dtype) for path, piece in self.pieces.items()}
         return tensors | {path: describe_value(value) for path, value in self.values.items()} | self.constants
 
 
 def describe_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Return shape and dtype as a text."""
+    """Return the shape and dtype of a tensor as a text."""
     return f"{shape} {dtype}"
 
 
@@ -72,11 +72,11 @@ def describe_value(value: Value) -> str:
 
 @torch.no_grad()
 def contents_of(argument: str, state: Any, members: Members) -> Contents:
-    """Return the contents of a state. Its tensors are in the same memory.
+    """Return the contents of a state, whose tensors share the memory of the state.
 
     Raises:
-        TypeError: If a leaf cannot be stored. It names the argument and the path.
-        ValueError: If two leaves have the same path, or shards are those of another group.
+        TypeError: If a leaf cannot be stored. The message names the argument and the path.
+        ValueError: If two leaves have the same path, or shards are from another group.
     """
     values: dict[str, Value] = {}
     constants: dict[str, str] = {}
@@ -98,16 +98,16 @@ def contents_of(argument: str, state: Any, members: Members) -> Contents:
 
 
 def with_values(state: Any, values: dict[str, Value]) -> Any:
-    """Return a state with other numbers and texts, by path."""
+    """Return a state with its numbers and texts replaced by `values`, by path."""
     return tree_map_with_path(
         lambda path, leaf: leaf if isinstance(leaf, Tensor) else values.get(keystr(path), leaf), state
     )
 
 
 def _is_constant(node: Any) -> bool:
-    """Return whether a node without leaves has a meaning for the state.
+    """Return whether a node has no leaves but must be equal in a checkpoint.
 
-    How it is sharded has none.
+    A `Sharding` may differ.
     """
     return is_constant_class(type(node)) and not isinstance(node, Sharding)
 
@@ -115,7 +115,7 @@ def _is_constant(node: Any) -> bool:
 def _text_of_constant(node: Any) -> str:
     """Return a text that is equal for equal constants.
 
-    So numbers are floats, because 2 equals 2.0.
+    Integers are written as floats, because 2 equals 2.0.
     """
     if not is_dataclass(node):
         return repr(node)

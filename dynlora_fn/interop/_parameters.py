@@ -1,4 +1,4 @@
-"""The parameters of a model: each tied one once, and which of them are frozen."""
+"""The parameters of a model, with tied parameters once, and which are frozen."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,23 +9,23 @@ from torch.nn.parameter import is_lazy
 from dynlora_fn._core._attached import is_attached
 from dynlora_fn._core._torch import is_of_transform
 from dynlora_fn._core._tree import inner_tensors
-from dynlora_fn._core._types import FrozenTensor as FrozenTensor  # noqa: PLC0414, the face of interop exports it
+from dynlora_fn._core._types import FrozenTensor as FrozenTensor  # noqa: PLC0414, `interop` exports it
 from dynlora_fn.bases._torchao_tensors import is_torchao
 
 
 class Parameters(NamedTuple):
-    """The parameters of a model, tied ones under their first name."""
+    """The parameters of a model, with tied parameters under their first name."""
 
     tensors: dict[str, Tensor]  # detached, except a frozen tensor of another library
-    aliases: dict[str, list[str]]  # all names of each, the first one included
-    frozen: frozenset[str]  # those that are not trained
+    aliases: dict[str, list[str]]  # all names of each parameter, the first name included
+    frozen: frozenset[str]  # the names of parameters that are not trained
 
 
 def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
     """Return the parameters of a module, or of a dict of tensors.
 
-    An `nn.Parameter` with ``requires_grad=False`` is frozen, and so is an integer. A plain tensor in a dict is not,
-    because it has no such setting.
+    An `nn.Parameter` with ``requires_grad=False`` is frozen, and so is a tensor of integers. A plain floating tensor in
+    a dict is not frozen, because it has no such setting.
 
     Raises:
         ValueError: If a parameter has no shape yet, or has the gradient of other tensors.
@@ -47,10 +47,10 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Parameters:
 
 
 def detached(argument: str, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor without its gradient, which only a leaf may have.
+    """Return a detached tensor. Only a leaf of autograd may require a gradient.
 
     Raises:
-        ValueError: If a transform or a tensor that it was computed from would lose a derivative.
+        ValueError: If detaching would lose the gradient of another tensor, or a tangent.
     """
     is_leaf = tensor.grad_fn is None and tensor.requires_grad and not is_of_transform(tensor)
     if is_attached(tensor) and not is_leaf:
@@ -67,9 +67,9 @@ def _is_frozen(tensor: Tensor) -> bool:
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Return whether a tensor has a type of another library.
+    """Return whether a tensor has a type of another library than torch and torchao.
 
-    A copy may lose its attributes.
+    A copy may lose attributes of such a tensor.
     """
     return type(tensor) not in (Tensor, nn.Parameter) and not is_torchao(tensor)
 

@@ -1,4 +1,4 @@
-"""Compare the outputs of PEFT's model with those of `call`."""
+"""Compare the outputs of PEFT's model with the outputs of `call`."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,19 @@ from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import Params
 from dynlora_fn.nn._call import call
 
-_TOLERANCE = 1000  # roundings of the largest output
+_TOLERANCE = 1000  # times the rounding of the largest output
 
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, params: Params, folder: Path, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
     """Raise ValueError if the outputs of PEFT's model differ from `call`.
 
-    Both are in evaluation mode.
+    Both outputs are computed in evaluation mode, from a copy of the model.
 
     Raises:
-        ValueError: If they differ by more than roundings. The message gives the difference.
+        TypeError: If `inputs` is not a sequence or a dict of arguments.
+        ValueError: If outputs differ by more than roundings, or no output is a floating tensor. The message gives the
+            difference.
         ImportError: If PEFT is not installed.
     """
     if not isinstance(inputs, Sequence | Mapping) or isinstance(inputs, str | Tensor):

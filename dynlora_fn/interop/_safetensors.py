@@ -1,4 +1,4 @@
-"""Read safetensors files, one or more, a tensor at a time."""
+"""Read one or more safetensors files, a tensor at a time."""
 
 import json
 from collections import defaultdict
@@ -12,7 +12,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_OPEN_FILES = 128  # of one model; an operating system allows a process about a thousand
+MOST_OPEN_FILES = 128  # by one `Weights`; an operating system allows a process about a thousand
 
 
 def safetensors() -> ModuleType:
@@ -32,13 +32,14 @@ class _OpenFile(NamedTuple):
 class Weights(Mapping[str, Tensor]):
     """A mapping of names to tensors in safetensors files.
 
-    Each access reads the tensor from its file again. Each file is opened once, at the first access, and stays open
-    until `close`, the end of a ``with`` block, or the deletion of this object. An access after `close` opens the file
-    again, and so does one after the file was replaced. A copy, also one in another process, opens the files again.
+    Each access reads the tensor from its file again. A file is opened at the first access, and stays open until
+    `close`, the end of a ``with`` block, or the deletion of this object. At most 128 files are open: for another one,
+    the file that was opened first is closed. An access after a file was closed or replaced opens it again. A copy of
+    this object, also in another process, opens the files again.
     """
 
     def __init__(self, where: Mapping[str, Path]):
-        """Map names to files. Call `open_weights` instead."""
+        """Map names to files. Users call `open_weights`."""
         self._paths = dict(where)
         self._open: dict[Path, _OpenFile] = {}
 
@@ -65,7 +66,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self._paths)
 
     def close(self) -> None:
-        """Close the files. Tensors that were read stay valid."""
+        """Close all files. Tensors that were read stay valid."""
         for file in self._open.values():
             file.handle.__exit__(None, None, None)
         self._open.clear()
@@ -103,17 +104,18 @@ class Weights(Mapping[str, Tensor]):
 def open_weights(path: Path | str) -> Weights:
     """Return the weights in a file or folder, each read when it is accessed.
 
-    A folder contains model.safetensors, or shards with an index. Only names are read here. With a model on the meta
-    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters. Files
-    are not mapped. Each is opened once and stays open, see `Weights.close`.
+    Only names are read here. Pass the result as `weights` to `init`, with a model on the meta device: then only one
+    stack of weights is in memory besides the parameters. Files are not mapped into memory. They stay open (see
+    `Weights.close`).
 
     Args:
-        path: The file or folder.
+        path: A safetensors file, or a folder with model.safetensors or with shards and their index.
 
     Returns:
         A mapping of names to tensors.
 
     Raises:
+        TypeError: If `path` is not a path.
         ValueError: If there are no weights, a file is damaged, or an index names a file or a tensor that is missing.
             The message names the file or tensor.
         ImportError: If the extra `files` is not installed.
@@ -159,9 +161,9 @@ def _indexed(folder: Path) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    """Return whether a value is a plain file name.
+    """Return whether a value is a file name without a folder.
 
-    So an index cannot point outside its folder.
+    Other values would let an index point outside its folder.
     """
     return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
@@ -170,7 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        ValueError: If the file contains none. The message names the file.
+        ValueError: If the file does not contain a JSON object. The message names the file.
     """
     try:
         content = json.loads(path.read_bytes())

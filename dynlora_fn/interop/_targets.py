@@ -23,8 +23,8 @@ class Target(NamedTuple):
 
     rank: int
     parts: int = 1  # number of fused parts
-    axis: int = -2  # along which the parts are adjacent
-    is_spatial: bool = False  # the weight of a convolution
+    axis: int = -2  # the axis along which the fused parts are adjacent
+    is_spatial: bool = False  # whether it is the weight of a convolution
     padding: int | None = None  # the row of an embedding that gets no gradient
     alpha: float = 1.0
 
@@ -45,12 +45,13 @@ def select(
     """Return the targets by name.
 
     Args:
-        model: The module that has the parameters. None if only tensors are known.
-        parameters: The parameters by name. Only shapes are read. A pattern may match any name of a tied one.
-        targets: As in `init`.
-        rank: As in `init`.
-        alpha: As in `init`.
-        fused: As in `init`.
+        model: The module that has the parameters. None means that only tensors are known.
+        parameters: The parameters by name. Only shapes and dtypes are read. A pattern may match any name of a tied
+            parameter.
+        targets: The argument `targets` of `init`.
+        rank: The argument `rank` of `init`.
+        alpha: The argument `alpha` of `init`.
+        fused: The argument `fused` of `init`.
 
     Raises:
         ValueError: If an entry of `targets` selects nothing, a pattern matches nothing, a target is not a matrix, or
@@ -108,7 +109,7 @@ def _names_by_predicate(parameters: Parameters, predicate: Callable[[str, Tensor
 
 
 def _names_by_type(model: nn.Module | None, names: Iterable[str], kind: type[nn.Module]) -> set[str]:
-    """Return the names of matrices that modules of a type have themselves.
+    """Return the names of the matrices in modules of a type, without submodules.
 
     Stacks of matrices count too.
     """
@@ -150,7 +151,7 @@ def _refuse_parametrized(prefix: str, module: nn.Module, kind: type[nn.Module]) 
             originals = ", ".join(original for original, _ in parametrization.named_parameters(recurse=False))
             raise ValueError(
                 f"`targets` has the type {kind.__name__}, but {path!r} is computed from its parametrization "
-                f"({originals}), so that it is no parameter; call `torch.nn.utils.parametrize.remove_parametrizations`,"
+                f"({originals}), so it is not a parameter; call `torch.nn.utils.parametrize.remove_parametrizations`,"
                 " or select the other weights by name"
             )
 
@@ -166,9 +167,9 @@ _FindSetting: TypeAlias = Callable[[Sequence[str], tuple[int, int]], _Setting]
 
 
 def _value_of(argument: str, setting: Any, names: Sequence[str]) -> _FindSetting:
-    """Return a function that gives the rank or the alpha of a target.
+    """Return a function that finds the rank or the alpha of a target.
 
-    Its arguments are the target's names and matrices.
+    Its arguments are the names of the target and the shape (out, in) of its matrices.
 
     Raises:
         ValueError: If a pattern matches none of the names.
@@ -195,7 +196,7 @@ def _is_spatial(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _padding(modules: Mapping[str, nn.Module], aliases: Iterable[str]) -> int | None:
-    """Return the `padding_idx` of the embedding that a parameter is the weight of."""
+    """Return the `padding_idx` of the embedding whose weight has one of these names."""
     for prefix, _, leaf_name in (alias.rpartition(".") for alias in aliases):
         module = modules.get(prefix) if leaf_name == "weight" else None
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:

@@ -232,7 +232,7 @@ def test_only_regular_files_are_replaced(tmp_path: Path):
     assert torch.equal(open_weights(tmp_path / "file")["w"], torch.zeros(2))
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="which exists and is no regular file"):
+        with pytest.raises(ValueError, match="which exists and is not a regular file"):
             save_weights({"w": torch.ones(2)}, path)
 
 

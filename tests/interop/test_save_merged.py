@@ -329,10 +329,10 @@ def test_a_file_in_place_of_the_folder_and_a_folder_in_place_of_a_file_are_refus
     model = nn.Sequential(nn.Linear(6, 4))
     params = trained(model, ["0.weight"])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"`folder` is '.*file', which exists and is no folder"):
+    with pytest.raises(ValueError, match=r"`folder` is '.*file', which exists and is not a folder"):
         save_merged(model, params, tmp_path / "file")
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(ValueError, match=r"`folder` has 'model.safetensors', which exists and is no regular file"):
+    with pytest.raises(ValueError, match=r"`folder` has 'model.safetensors', which exists and is not a regular file"):
         save_merged(model, params, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model.safetensors"]
 
@@ -371,5 +371,5 @@ def test_extra_state_is_refused_by_name(tmp_path: Path):
             pass
 
     model = nn.Sequential(WithState(6, 4))
-    with pytest.raises(ValueError, match=r"`model` has the extra state '0._extra_state', which is no tensor"):
+    with pytest.raises(ValueError, match=r"`model` has the extra state '0._extra_state', which is not a tensor"):
         save_merged(model, init(model, rank=2, seed=0, targets=["0.weight"]), tmp_path)

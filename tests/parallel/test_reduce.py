@@ -223,8 +223,8 @@ def _refused_means() -> None:
             r"a tensor of dtype torch.int64 at \['x'\]\[1\], in which a mean is rounded",
         ),
         (torch.tensor(True), r"a tensor of dtype torch.bool at \['x'\]\[1\]"),
-        (0.5, r"0.5 at \['x'\]\[1\], which is no tensor"),
-        (None, r"None at \['x'\]\[1\], which is no tensor"),
+        (0.5, r"0.5 at \['x'\]\[1\], which is not a tensor"),
+        (None, r"None at \['x'\]\[1\], which is not a tensor"),
     ):
         with pytest.raises(TypeError, match=f"`tree` has {error}"):
             dl.parallel.all_reduce_mean({"x": [torch.ones(2), leaf]}, group)

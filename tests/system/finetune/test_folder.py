@@ -77,7 +77,7 @@ OPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no number of heads": (
         lambda options: options.pop("num_attention_heads"),
-        "`model` must hold a causal language model",
+        "`model` must contain a causal language model",
     ),
     "fewer layers": (
         lambda options: options.update(num_hidden_layers=1),

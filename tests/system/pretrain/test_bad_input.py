@@ -21,7 +21,7 @@ BAD_INPUT = {
     "compensate": (["--compensate", "0.1", "--method", "full"], "`compensate` must be 0 for full"),
     "one side": (["--trained", "b", "--method", "full"], "`trained` must be 'both' for full"),
     "one side of a pool": (["--trained", "b", "--candidates", "pool"], "`candidates` must be 'seeded' with --trained"),
-    "resume": (["--out", "nowhere", "--resume"], "`out` must hold a run to resume, got 'nowhere'"),
+    "resume": (["--out", "nowhere", "--resume"], "`out` must contain a run to resume, got 'nowhere'"),
     "both": (["--dataset", "c4"], "`text` and `dataset` must not both be given"),
 }
 

@@ -106,7 +106,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path):
     (tmp_path / "empty.txt").write_text("")
     for arguments, message in (
         ([run, "--text", tmp_path / "none"], "which does not exist"),
-        ([run, "--text", tmp_path / "empty.txt"], "`text` must hold some text"),
+        ([run, "--text", tmp_path / "empty.txt"], "`text` must contain some text"),
         ([run, "--text", tmp_path / "short.txt"], "`text` must have at least 2 tokens, got 1"),
         ([tmp_path, "--text", tmp_path / "short.txt"], "which has no config.json"),
         ([run / "model"], "`text` must be given for a model without the tokens of a run, got none"),
