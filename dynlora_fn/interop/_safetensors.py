@@ -12,6 +12,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_END_OF_INDEX = ".safetensors.index.json"
 MOST_OPEN_FILES = 128  # of one model; an operating system allows a process about a thousand
 
 
@@ -103,12 +104,13 @@ class Weights(Mapping[str, Tensor]):
 def open_weights(path: Path | str) -> Weights:
     """Return the weights in a file or folder, each read when it is accessed.
 
-    A folder contains model.safetensors, or shards with an index. Only names are read here. With a model on the meta
-    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters. Files
-    are not mapped. Each is opened once and stays open, see `Weights.close`.
+    A folder contains model.safetensors, or shards with an index. If it has both, the single file is read, as
+    `transformers` does. Only names are read here. With a model on the meta device and these weights as `init`'s
+    `weights`, only one stack of weights is in memory beside the parameters. Files are not mapped. Each is opened once
+    and stays open, see `Weights.close`.
 
     Args:
-        path: The file or folder.
+        path: The file, the index or the folder.
 
     Returns:
         A mapping of names to tensors.
@@ -129,31 +131,33 @@ def open_weights(path: Path | str) -> Weights:
     """
     check_path("path", path)
     path = Path(path)
-    if path.is_dir() and (path / INDEX).is_file():
-        return Weights(_indexed(path))
+    if path.is_dir() and not (path / SINGLE).is_file() and (path / INDEX).is_file():
+        return Weights(_indexed(path / INDEX))
     file = path / SINGLE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             f"`path` has no {SINGLE} or {INDEX} in {str(path)!r}; pass a folder with one of them, or a file"
         )
+    if file.name.endswith(_END_OF_INDEX):
+        return Weights(_indexed(file))
     return Weights(dict.fromkeys(_names(file), file))
 
 
-def _indexed(folder: Path) -> dict[str, Path]:
-    files = read_json(folder / INDEX).get("weight_map")
+def _indexed(index: Path) -> dict[str, Path]:
+    folder, files = index.parent, read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
         raise ValueError(
-            f"{INDEX} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
+            f"{index.name} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
         )
     names: dict[str, set[str]] = defaultdict(set)
     for name, file in files.items():
         names[file].add(name)
     for file in sorted(names):
         if not (folder / file).is_file():
-            raise ValueError(f"{INDEX} names the file {file!r}, which is not in its folder; add the file")
+            raise ValueError(f"{index.name} names the file {file!r}, which is not in its folder; add the file")
         if missing := names[file].difference(_names(folder / file)):
             raise ValueError(
-                f"{INDEX} names the tensor {sorted(missing)[0]!r}, which is not in {file!r}; write both again"
+                f"{index.name} names the tensor {sorted(missing)[0]!r}, which is not in {file!r}; write both again"
             )
     return {name: folder / file for name, file in files.items()}
 
