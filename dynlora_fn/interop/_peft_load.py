@@ -59,7 +59,8 @@ def load_adapter(
         stack: Whether repeated weights are stacked, as in `init`.
         check: Arguments of the model, a tuple or a dict of names, with which its output must equal PEFT's, which
             must be installed. It finds what types cannot tell, such as a module that reads the weight of another.
-            Default None means no check. A copy of the model is in memory meanwhile.
+            Default None means no check. A copy of the model is in memory meanwhile. It is in float32 if the
+            model has 16 bits, whose roundings would hide differences.
         progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
             Default None means no reports.
 
@@ -93,6 +94,7 @@ def load_adapter(
     check_progress(progress)
     folder = Path(folder)
     settings = read_settings(folder)
+    _check_weights_file(folder)
     with open_weights(folder / WEIGHTS) as weights:
         pairs, dense, changed_buffers = find_tensors(model, settings, weights)
         ranks = {name: pair.rank for name, pair in pairs.items()}
@@ -119,6 +121,13 @@ def load_adapter(
     if check is not None:
         check_outputs(model, params, folder, check)
     return params
+
+
+def _check_weights_file(folder: Path) -> None:
+    if not (folder / WEIGHTS).is_file():
+        pickled = folder / WEIGHTS.replace(".safetensors", ".bin")
+        advice = "load and save it with PEFT, because a pickle is not read" if pickled.is_file() else "add the file"
+        raise ValueError(f"`folder` has no {WEIGHTS} in {str(folder)!r}; {advice}")
 
 
 def _with_dense(
