@@ -17,7 +17,7 @@ _FREEZE_STATE = re.compile(r"(\.opt_state\['\w+'\])\.inner\.")
 
 
 class SaveError(ValueError):
-    """A checkpoint could not be written. Older ones are unchanged."""
+    """A checkpoint or the model could not be written. Older checkpoints are unchanged."""
 
 
 class Saver:

@@ -68,7 +68,8 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
 
 
 def _run(config: Config, job: Job, processes: Processes) -> None:
-    console = Console(quiet=not processes.is_first)
+    # Names of files and samples may contain what rich takes for markup, or for the name of an emoji.
+    console = Console(quiet=not processes.is_first, markup=False, emoji=False)
     before = config.output.out if config.output.resume else None
     with raise_on_signals():
         with reported(processes, ValueError, left=lambda _: what_is_left(before, job.module, processes)):
