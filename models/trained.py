@@ -23,7 +23,7 @@ from dynlora_fn.interop._checkpoint_state import contents_of
 from dynlora_fn.interop._checksums import find_damage
 from models import llama
 from models.finetune import config as finetune
-from models.finetune.load import load_model, trained_positions
+from models.finetune.load import check_on_tokens, load_model, trained_positions
 from models.finetune.run import default_targets, embedded_tokens, untrained_names
 from models.pretrain import config as pretrain
 from models.pretrain.folder import checkpoint_settings
@@ -35,6 +35,7 @@ from models.pretrain.stopping import last_checkpoint
 WEIGHTS = "model.safetensors"
 _BASE = re.compile(r"(\.frozen\['[^']*'\]\.base)")
 _DEFAULT_CONTEXT = 1024  # of a model whose configuration does not limit its positions
+_CHECKED = 8  # tokens that show whether a model sees later ones
 
 
 class Trained(NamedTuple):
@@ -57,7 +58,7 @@ def open_trained(path: Path, device: torch.device) -> Trained:
         device: The device of the weights.
 
     Raises:
-        ValueError: If there is none of these, or a file is damaged. The message names it.
+        ValueError: If there is none of these, or a file is damaged. The message names it. If a model sees later tokens.
     """
     path = Path(os.path.abspath(path))  # `.` has no name
     is_checkpoint = path.parent.name == "checkpoints" and not (path / "config.json").is_file()
@@ -144,6 +145,7 @@ def _of_finetuning(folder: Path, config: finetune.Config, path: Path | None, dev
 
 def _pretrained(folder: Path, config: pretrain.Config | None, device: torch.device) -> Trained:
     model = load_model(str(folder))
+    check_on_tokens(model, embedded_tokens(model), min(_CHECKED, _context(model)))
     return Trained(model.to(device), str(folder), _context(model), config, folder, None)
 
 

@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -39,10 +39,12 @@ class Job(NamedTuple):
 
     module: str  # that is run by `python -m`
     prepare: Callable[..., Prepared]  # (config, console, processes): everything up to the first step
-    files: str  # what it writes, for the last line
+    files: Sequence[str]  # what it writes, for the last line
 
 
-def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: str) -> None:
+def run_command(
+    config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: Sequence[str]
+) -> None:
     """Parse the options, prepare the run and train.
 
     The exit code is 2 for bad input and for errors of files, with one line on stderr. A first Ctrl-C, SIGTERM or SIGHUP
@@ -55,7 +57,7 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
         prepare: A function of options, console and processes that does everything up to the first step. It raises
             ValueError for bad input.
         module: The name of the module that is run, for the usage line.
-        files: The files that the run writes, for the last line.
+        files: The files that the run writes. The last line names those that are there.
     """
     hide_import_messages()
     for stream in (sys.stdout, sys.stderr):
@@ -106,7 +108,8 @@ def _conclude(summary: dict[str, Any], run: Prepared, job: Job, console: Console
         with naming(path):
             path.write_text(json.dumps(summary, indent=1) + "\n")
     console.print(closing_table(finished or summary))
-    console.print(f"{run.folder}: {job.files}", highlight=False, soft_wrap=True, markup=False)
+    files = [name for name in job.files if (run.folder / name).exists()]
+    console.print(f"{run.folder}: {', '.join(files)}", highlight=False, soft_wrap=True, markup=False)
     if run.config.output.json:
         print(json.dumps(finished or summary))
 
