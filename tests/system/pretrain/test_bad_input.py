@@ -11,6 +11,11 @@ BAD_INPUT = {
     "rank": (["--rank", "33"], "`rank` is 33 for 'layers.0.attention.query.weight' of shape (32, 32)"),
     "targets": (["--targets", "blocks.*"], "`targets` contains 'blocks.*', which matches no name"),
     "device": (["--device", "cuda:9"], "`device` must be one that this machine has, got 'cuda:9'"),
+    "a device without values": (
+        ["--device", "meta"],
+        "`device` must be one that this machine has, got 'meta': it has no",
+    ),
+    "residuals without values": (["--residual-device", "meta"], "`residual_device` must be one that this machine has"),
     "no such device": (["--device", "toaster"], "`device` must be one that this machine has, got 'toaster'"),
     "model": (["--model", "llama-2m"], "`model` must be one of"),
     "steps": (["--steps", "0"], "`steps` must be at least 1, got 0"),
