@@ -93,8 +93,9 @@ def is_opaque(tensor: Tensor) -> bool:
 
 def _identity(tensor: Tensor) -> object:
     """Return a key that is equal for tied parameters."""
-    if tensor.numel() == 0 or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):  # without an address
-        return id(tensor)
+    has_values = tensor.numel() > 0 and tensor.device.type != "meta"
+    if not has_values or isinstance(tensor, FakeTensor) or is_of_transform(tensor):
+        return id(tensor)  # it has no address
     memory = inner_tensors(tensor)[0]  # a tensor of torchao has no memory itself
     values = memory.dtype, memory.is_conj(), memory.is_neg()  # others are read from the same memory
     return memory.data_ptr(), memory.stride(), tensor.shape, tensor.device, *values

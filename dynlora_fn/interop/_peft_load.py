@@ -167,5 +167,5 @@ def _read_factors(
         factors_of(pair.kind, pair.read(weights), tuple(originals[name].shape))
         for pair, name in zip(pairs, names, strict=True)
     ]
-    b, a = (torch.stack(side).to(like.b.dtype) for side in zip(*read, strict=True))
+    b, a = (torch.stack(side).to(like.b) for side in zip(*read, strict=True))  # on the device of the model too
     return like._replace(b=b.reshape(like.b.shape), a=a.reshape(like.a.shape))

@@ -19,7 +19,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_by_name, check_path, described
 from dynlora_fn._core._dtypes import byte_view
 from dynlora_fn._core._progress import Progress, check_progress, reporter
-from dynlora_fn._core._torch import is_traceable_wrapper_subclass
+from dynlora_fn._core._torch import is_of_transform, is_traceable_wrapper_subclass
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
 from dynlora_fn.interop._safetensors import safetensors
@@ -183,6 +183,7 @@ def content_of(name: str, tensor: Tensor) -> Any:
         f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
         f"of layout {tensor.layout}": tensor.layout != torch.strided,
         "on the meta device": tensor.device.type == "meta",
+        "inside of a transform of `torch.func`": is_of_transform(tensor),
     }
     if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
         raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")

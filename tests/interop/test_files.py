@@ -261,3 +261,11 @@ def test_what_a_file_cannot_have_is_refused_by_name(weights: Any, error: type, m
     with pytest.raises(error, match=f"`weights` {message}"):
         save_weights(weights, tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_of_a_transform_is_not_written(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"`weights` has 'w' inside of a transform of `torch\.func`, which has no bytes"
+    ):
+        torch.vmap(lambda w: save_weights({"w": w}, tmp_path / "file"))(torch.ones(2, 3))
+    assert not list(tmp_path.iterdir())

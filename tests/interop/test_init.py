@@ -356,3 +356,10 @@ def test_fake_parameters_of_one_shape_are_not_tied():
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         params = init(model, rank=1, seed=0, targets=["*.weight"], stack=False)
     assert params.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("options", [{}, {"start": "lora", "copy": False}, {"trained": "b"}])
+def test_vmap_makes_parameters_of_each_model(options):
+    models = {"w": normal(0, 2, 3, 4), "v": normal(1, 2, 3, 4)}
+    mapped = torch.vmap(lambda model: materialize(init(model, rank=2, seed=0, targets=["w"], **options)))(models)
+    torch.testing.assert_close(mapped, models, rtol=0, atol=32 * eps(torch.float64))
