@@ -115,7 +115,7 @@ def relora(
     opt_state = optimizer.init(trainable)
     for step, batch in enumerate(batches):
         grads = dl.value_and_grad(loss_of(model, loss, frozen))(trainable, batch).grads
-        rate = lr * min(1.0, (step % every + 1) / warmup)
+        rate = lr * min(1.0, (step % every + 1) / max(1, warmup))
         updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=rate)
         params = dl.combine(dl.apply_updates(trainable, updates), frozen)
         if schedule.switches(step, params):

@@ -45,13 +45,16 @@ def new_decoder(model: nn.Module, call: Callable[..., Any]) -> Decoder:
 
 def _decoder_with_cache(name: str, call: Callable[..., Any]) -> Decoder:
     cache = None
+    before: list[Tensor] = []  # for models that return no cache, such as an encoder with a head
 
     def decode(tokens: Tensor) -> Tensor:
         nonlocal cache
-        output = call(tokens, **{name: cache}, use_cache=True)
-        cache = getattr(output, name)
+        before.append(tokens)
+        given = torch.cat(before, dim=-1) if cache is None else tokens
+        output = call(given, **{name: cache}, use_cache=True)
+        cache = getattr(output, name, None)
         logits: Tensor = output.logits
-        return logits
+        return logits[:, -tokens.shape[-1] :]
 
     return decode
 

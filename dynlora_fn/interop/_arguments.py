@@ -1,6 +1,7 @@
 """Check the arguments of `init` and `resize`, before anything is read or computed."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def check_targets(targets: Any) -> None:
     """Raise TypeError if targets are neither names, globs or types nor a predicate."""
     if isinstance(targets, str | type):
         targets = [targets]
-    if not isinstance(targets, Sequence):
+    if not isinstance(targets, Sequence | AbstractSet):
         if not callable(targets):
             raise TypeError(f"`targets` is {described(targets)}; pass a list of names, globs or types, or a predicate")
         return

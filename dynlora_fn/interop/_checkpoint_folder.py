@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_fn._core._check import check_integer, described
+from dynlora_fn.interop._checksums import SUMS
 
 CHECKPOINT, UNFINISHED = re.compile(r"step-[0-9]{8}"), re.compile(r"\.(writing|replaced)-[0-9]{8}")
 _LARGEST_STEP = 10**8 - 1
@@ -20,6 +21,14 @@ def is_folder(path: Path) -> bool:
 def newest_first(folder: Path) -> list[Path]:
     """Return the paths that have the name of a checkpoint, the largest step first."""
     return sorted((path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)), reverse=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Put back checkpoints that a killed run has moved away, but not replaced."""
+    for path in folder.glob(".replaced-*"):
+        target = folder / f"step-{path.name.removeprefix('.replaced-')}"
+        if UNFINISHED.fullmatch(path.name) and (path / SUMS).is_file() and not target.exists():
+            path.rename(target)
 
 
 def step_of(path: Path) -> int:

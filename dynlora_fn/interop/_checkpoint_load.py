@@ -1,6 +1,7 @@
 """Load checkpoints of a training state, after every file has been verified."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,14 @@ from torch import Tensor
 from dynlora_fn._core._check import check_callable, check_flag, check_path, described
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn.interop._agree import Members, members_of
-from dynlora_fn.interop._checkpoint_folder import CHECKPOINT, checked_settings, checked_step, newest_first, step_of
+from dynlora_fn.interop._checkpoint_folder import (
+    CHECKPOINT,
+    checked_settings,
+    checked_step,
+    newest_first,
+    restore_replaced,
+    step_of,
+)
 from dynlora_fn.interop._checkpoint_read import find_mismatch, read_headers, read_into
 from dynlora_fn.interop._checkpoint_state import Contents, contents_of, with_values
 from dynlora_fn.interop._checksums import find_damage
@@ -123,6 +131,8 @@ def _candidates(folder: Path, step: int | None) -> list[Path]:
         raise ValueError(f"`folder` is {str(folder)!r}, which is one checkpoint; pass the folder that it is in")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}, which is not a folder; pass the folder of all checkpoints")
+    with suppress(OSError):  # the folder may be readable only
+        restore_replaced(folder)
     paths = newest_first(folder)
     if step is None:
         return paths

@@ -140,7 +140,7 @@ def read_into(piece: Piece, chunks: list[Chunk]) -> None:
     """
     target = piece.tensor
     is_direct = target.is_contiguous() and target.device.type == "cpu"
-    buffer = target if is_direct else torch.empty(target.shape, dtype=target.dtype)
+    buffer = target if is_direct else torch.empty(target.shape, dtype=target.dtype, device="cpu")
     content: Any = byte_view(buffer).numpy()
     for chunk in chunks:
         with chunk.file.open("rb") as file:

@@ -8,7 +8,14 @@ from typing import Any
 
 from dynlora_fn._core._check import check_integer, check_path
 from dynlora_fn.interop._agree import Members, members_of
-from dynlora_fn.interop._checkpoint_folder import UNFINISHED, checked_settings, checked_step, is_folder, newest_first
+from dynlora_fn.interop._checkpoint_folder import (
+    UNFINISHED,
+    checked_settings,
+    checked_step,
+    is_folder,
+    newest_first,
+    restore_replaced,
+)
 from dynlora_fn.interop._checkpoint_read import DESCRIPTION, OFFSETS
 from dynlora_fn.interop._checkpoint_state import Contents, contents_of
 from dynlora_fn.interop._checksums import join_sums, record_sum, sync_folder
@@ -89,6 +96,7 @@ def save_checkpoint(
 def _prepare(folder: Path, temporary: Path) -> None:
     """Create the temporary folder, and delete folders that a killed run has left."""
     folder.mkdir(parents=True, exist_ok=True)
+    restore_replaced(folder)
     for unfinished in folder.iterdir():
         if UNFINISHED.fullmatch(unfinished.name) and is_folder(unfinished):
             shutil.rmtree(unfinished)

@@ -4,6 +4,7 @@ They are tensors, numbers, texts, and nodes without leaves such as the divisor o
 """
 
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
@@ -98,10 +99,15 @@ def contents_of(argument: str, state: Any, members: Members) -> Contents:
 
 
 def with_values(state: Any, values: dict[str, Value]) -> Any:
-    """Return a state with its numbers and texts replaced by `values`, by path."""
-    return tree_map_with_path(
-        lambda path, leaf: leaf if isinstance(leaf, Tensor) else values.get(keystr(path), leaf), state
-    )
+    """Return a state with other numbers and texts, by path."""
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf
+        value = values.get(keystr(path), leaf)
+        return type(leaf)(value) if isinstance(leaf, Enum) and value is not None else value
+
+    return tree_map_with_path(replaced, state)
 
 
 def _is_constant(node: Any) -> bool:
@@ -138,7 +144,7 @@ def _check_tensor(argument: str, name: str, tensor: Tensor) -> None:
 def _value(argument: str, name: str, leaf: Any) -> Value:
     if leaf is None or isinstance(leaf, bool):
         return leaf
-    for kind, plain in ((str, str), (Integral, int), (float, float)):
+    for kind, plain in ((str, str.__str__), (Integral, int), (float, float)):  # an `Enum` of texts has another `str`
         if isinstance(leaf, kind):
             return plain(leaf)
     raise TypeError(

@@ -16,14 +16,13 @@ from dynlora_fn.bases._residual import Device, ResidualKind, check_residual
 from dynlora_fn.bases._torchao_tensors import is_torchao
 from dynlora_fn.interop._arguments import (
     check_fused,
-    check_kind,
     check_model,
     check_settings,
     check_targets,
     check_weights,
 )
 from dynlora_fn.interop._make import Settings, Task, make, together
-from dynlora_fn.interop._parameters import Parameters, detached, is_opaque, parameters_of
+from dynlora_fn.interop._parameters import Parameters, changed_buffers, is_opaque, parameters_of, read_weight
 from dynlora_fn.interop._targets import Alphas, Rank, Targets, select
 from dynlora_fn.parallel._group import Group
 from dynlora_fn.switching._weight import Start, Vectors
@@ -103,7 +102,9 @@ def init(
             each. Write 3 for queries, keys and values above each other (3 * out, in), and ``(3, -1)`` for columns
             side by side. Default None means that no target is fused.
         weights: The weights by name, to use instead of those in the module, which may then be on the meta device. They
-            are read one stack at a time. Default None uses those in the module.
+            are read one stack at a time, in the dtypes of the module. Saved buffers among them, such as running
+            statistics, are in the result if they differ from those in the module. Default None uses those in the
+            module.
         base_dtype: The dtype of the bases. Default None means the dtype of each weight.
         base: The format of bases in low precision, as in `quantize`. Default None means dense bases.
         residual: The residual of a base in low precision, as in `quantize`.
@@ -121,7 +122,8 @@ def init(
 
     Returns:
         A dict by name: a `LowRank` for each target, and a tensor for every other parameter, or a `FrozenTensor` for one
-        that is not trained. No tensor requires a gradient.
+        that is not trained. No tensor requires a gradient. A buffer that `weights` changes is a `FrozenTensor` too,
+        which `call` uses in place of the buffer of the module.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype, such as a rank or seed that is not an integer.
@@ -159,7 +161,7 @@ def init(
     parameters = parameters_of(model)
     tensors = parameters.tensors
     selected = select(module, parameters, targets, rank, alpha, fused or {})
-    read = tensors.__getitem__ if weights is None else partial(_read, weights, parameters)
+    read = tensors.__getitem__ if weights is None else partial(read_weight, weights, parameters)
     vectors: Vectors = "orthonormal" if trained == "b" else start
     settings = Settings(seed, vectors, base_dtype, base, residual, residual_device, dtype, copy, group)
     keys = {name: (selected.get(name), *_kind(name, parameters)) for name in tensors}
@@ -172,30 +174,10 @@ def init(
         for first in layers.members[:1]
     ]
     params = dict(make(tasks, read, settings, reporter(progress, sum(task.bytes for task in tasks))))
-    return {name: params[name] for name in stacks}
-
-
-def _read(weights: Mapping[str, Tensor], parameters: Parameters, name: str) -> Tensor:
-    """Return a parameter's value from `weights`.
-
-    A tied parameter may have any of its names there.
-
-    Raises:
-        TypeError: If it is not a tensor of the parameter's kind.
-        ValueError: If it is missing or has another shape, or would lose a derivative.
-    """
-    shape = tuple(parameters.tensors[name].shape)
-    for alias in parameters.aliases[name]:
-        if alias in weights:
-            weight = weights[alias]
-            check_kind(alias, weight, parameters.tensors[name])
-            if tuple(weight.shape) != shape:
-                raise ValueError(
-                    f"`weights` has shape {tuple(weight.shape)} for {alias!r}, but the model has {shape}; "
-                    "pass the weights of this model"
-                )
-            return detached("weights", alias, weight)
-    raise ValueError(f"`weights` has no {name!r} of shape {shape}; pass every parameter of the model")
+    params = {name: params[name] for name in stacks}
+    if module is None or weights is None:
+        return params
+    return params | changed_buffers(module, weights)
 
 
 def _kind(name: str, parameters: Parameters) -> list[object]:

@@ -182,7 +182,9 @@ def _read(task: Task, name: str, read: Callable[[str], Tensor], settings: Settin
     if task.target is None:
         if task.is_opaque:
             return tensor
-        return from_torchao(tensor, name=name).dequantize(tensor.dtype) if is_torchao(tensor) else tensor.detach()
+        if is_torchao(tensor):
+            tensor = from_torchao(tensor, name=name).dequantize(tensor.dtype)
+        return tensor.detach().to(task.like.dtype)  # `weights` may have another one
     if not is_torchao(tensor):
         return as_matrices(tensor.detach(), task.target)
     if task.target.parts > 1 or task.target.is_spatial:

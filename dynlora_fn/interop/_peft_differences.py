@@ -165,9 +165,14 @@ class _Product(NamedTuple):
     multiply: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # of the layer, inputs, weight and bias
 
 
+def _counted(like: Tensor, count: int) -> Tensor:
+    """Return 0, 1, ... in float32, whatever the default dtype is."""
+    return torch.arange(count, dtype=torch.float32, device=like.device)
+
+
 _PRODUCTS = {
     "linear": _Product(
-        lambda layer, weight: torch.arange(2 * weight.shape[1], device=weight.device).sin().reshape(2, -1),
+        lambda layer, weight: _counted(weight, 2 * weight.shape[1]).sin().reshape(2, -1),
         lambda layer, x, weight, bias: linear(x, weight, bias),
     ),
     "embedding": _Product(
@@ -185,7 +190,7 @@ def _is_product(layer: nn.Module, product: _Product) -> bool:
     """
     tensors = {name: parameter.float() for name, parameter in layer.named_parameters(recurse=False)}
     weight = tensors["weight"]
-    rows, columns = (torch.arange(1, size + 1, device=weight.device) for size in weight.shape)
+    rows, columns = (_counted(weight, size) + 1 for size in weight.shape)
     weight = tensors["weight"] = (rows[:, None] + 1.3 * columns).cos()
     x = product.inputs(layer, weight)
     expected = product.multiply(layer, x, weight, tensors.get("bias"))

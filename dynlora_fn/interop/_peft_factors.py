@@ -87,8 +87,12 @@ class AdapterFactors:
             for alias in aliases:
                 for key, tensor in self._of_layer(alias, Pair(up, down), shape).items():
                     read = partial(self._read, name, self._params[name], alias, key)
-                    entries[key] = LazyTensor(tuple(tensor.shape), torch.float32, read)
+                    entries[key] = LazyTensor(tuple(tensor.shape), self._dtype(name), read)
         return entries
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of factors in the file."""
+        return torch.float32 if self._original is not None else widest(self._params[name].factors.b.dtype)
 
     def _matrices(self, name: str) -> tuple[int, ...]:
         """Return (rows, columns) of a weight's matrix, or (stack, rows, columns)."""
@@ -160,12 +164,14 @@ def _check_original(view: View, before: Tensor | None) -> None:
 
 
 def _unchanged(view: View) -> Pair:
-    """Return the factors of a weight in float32, with their bits unchanged.
+    """Return the factors of a weight in float32 or float64, with their bits unchanged.
 
     The rank of a fused weight is the sum of the ranks of its parts.
     """
-    ups = [part.factors.b.float() for part in view.parts]
-    downs = [part.factors.a.float() for part in view.parts]
+    ups, downs = (
+        [side.to(widest(side.dtype)) for side in sides]
+        for sides in zip(*((part.factors.b, part.factors.a) for part in view.parts), strict=True)
+    )
     if view.axis == ROWS:
         return Pair(_block_diagonal(ups), torch.cat(downs, dim=-2))
     return Pair(torch.cat(ups, dim=-1), _block_diagonal(downs))
@@ -199,7 +205,8 @@ def _change(view: View, before: Tensor, shape: tuple[int, ...], rank: int) -> tu
         )
     if norm <= _ROUNDING * torch.finfo(widest(view.dtype, torch.float32)).eps * size:
         *stack, rows, columns = shape
-        return Pair(torch.zeros(*stack, rows, rank), torch.zeros(*stack, rank, columns)), 0.0
+        shapes = (*stack, rows, rank), (*stack, rank, columns)
+        return Pair(*(torch.zeros(sizes, dtype=torch.float32) for sizes in shapes)), 0.0
     factors = [_cut(matrix, rank) for matrix in change.reshape(-1, *shape[-2:]).unbind()]
     up, down = (torch.stack(side).reshape(*shape[:-2], *side[0].shape) for side in zip(*factors, strict=True))
     return Pair(up, down), (change.norm() / norm).item()

@@ -59,8 +59,9 @@ def load_adapter(
         dtype: The dtype of the factors, as in `init`.
         stack: Whether repeated weights are stacked, as in `init`.
         check: Arguments of the model, as a tuple or a dict by name. The output of `call` must equal the output of
-            PEFT's model, for which PEFT must be installed and a copy of the model is in memory. This finds differences
-            that types cannot show, such as a module that reads the weight of another. Default None means no check.
+            PEFT's model, for which PEFT must be installed and a copy of the model is in memory. The copy is in float32
+            if the model has 16 bits, since their roundings would hide differences. The check finds differences that
+            types cannot show, such as a module that reads the weight of another. Default None means no check.
         progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
             Default None means no reports.
 
@@ -95,6 +96,7 @@ def load_adapter(
     check_progress(progress)
     folder = Path(folder)
     settings = read_settings(folder)
+    _check_weights_file(folder)
     with open_weights(folder / WEIGHTS) as weights:
         pairs, dense, changed_buffers = find_tensors(model, settings, weights)
         ranks = {name: pair.rank for name, pair in pairs.items()}
@@ -121,6 +123,13 @@ def load_adapter(
     if check is not None:
         check_outputs(model, params, folder, check)
     return params
+
+
+def _check_weights_file(folder: Path) -> None:
+    if not (folder / WEIGHTS).is_file():
+        pickled = folder / WEIGHTS.replace(".safetensors", ".bin")
+        advice = "load and save it with PEFT, because a pickle is not read" if pickled.is_file() else "add the file"
+        raise ValueError(f"`folder` has no {WEIGHTS} in {str(folder)!r}; {advice}")
 
 
 def _with_dense(
@@ -161,5 +170,5 @@ def _read_factors(
         factors_of(pair.kind, pair.read(weights), tuple(originals[name].shape))
         for pair, name in zip(pairs, names, strict=True)
     ]
-    b, a = (torch.stack(side).to(like.b.dtype) for side in zip(*read, strict=True))
+    b, a = (torch.stack(side).to(like.b) for side in zip(*read, strict=True))  # on the device of the model too
     return like._replace(b=b.reshape(like.b.shape), a=a.reshape(like.a.shape))

@@ -73,7 +73,9 @@ def find_tensors(model: nn.Module, settings: Mapping[str, Any], weights: Weights
     dense = _dense(model, settings, layout, keys, weights)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in dense}
     changed = {
-        name: dense[name] for name, like in buffers.items() if not torch.equal(weights[dense[name]].to(like), like)
+        name: dense[name]
+        for name, like in buffers.items()
+        if like.is_meta or not torch.equal(weights[dense[name]].to(like), like)
     }
     dense = {name: key for name, key in dense.items() if name not in buffers}
     return Tensors(_merge_tied(model, weights, pairs), dense, changed)

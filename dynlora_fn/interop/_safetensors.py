@@ -12,6 +12,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_END_OF_INDEX = ".safetensors.index.json"
 MOST_OPEN_FILES = 128  # by one `Weights`; an operating system allows a process about a thousand
 
 
@@ -106,10 +107,11 @@ def open_weights(path: Path | str) -> Weights:
 
     Only names are read here. Pass the result as `weights` to `init`, with a model on the meta device: then only one
     stack of weights is in memory besides the parameters. Files are not mapped into memory. They stay open (see
-    `Weights.close`).
+    `Weights.close`). If a folder contains model.safetensors and an index, the single file is read, as in
+    `transformers`.
 
     Args:
-        path: A safetensors file, or a folder with model.safetensors or with shards and their index.
+        path: A safetensors file, an index, or a folder with model.safetensors or with shards and their index.
 
     Returns:
         A mapping of names to tensors.
@@ -131,31 +133,33 @@ def open_weights(path: Path | str) -> Weights:
     """
     check_path("path", path)
     path = Path(path)
-    if path.is_dir() and (path / INDEX).is_file():
-        return Weights(_indexed(path))
+    if path.is_dir() and not (path / SINGLE).is_file() and (path / INDEX).is_file():
+        return Weights(_indexed(path / INDEX))
     file = path / SINGLE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             f"`path` has no {SINGLE} or {INDEX} in {str(path)!r}; pass a folder with one of them, or a file"
         )
+    if file.name.endswith(_END_OF_INDEX):
+        return Weights(_indexed(file))
     return Weights(dict.fromkeys(_names(file), file))
 
 
-def _indexed(folder: Path) -> dict[str, Path]:
-    files = read_json(folder / INDEX).get("weight_map")
+def _indexed(index: Path) -> dict[str, Path]:
+    folder, files = index.parent, read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
         raise ValueError(
-            f"{INDEX} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
+            f"{index.name} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
         )
     names: dict[str, set[str]] = defaultdict(set)
     for name, file in files.items():
         names[file].add(name)
     for file in sorted(names):
         if not (folder / file).is_file():
-            raise ValueError(f"{INDEX} names the file {file!r}, which is not in its folder; add the file")
+            raise ValueError(f"{index.name} names the file {file!r}, which is not in its folder; add the file")
         if missing := names[file].difference(_names(folder / file)):
             raise ValueError(
-                f"{INDEX} names the tensor {sorted(missing)[0]!r}, which is not in {file!r}; write both again"
+                f"{index.name} names the tensor {sorted(missing)[0]!r}, which is not in {file!r}; write both again"
             )
     return {name: folder / file for name, file in files.items()}
 

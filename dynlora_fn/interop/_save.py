@@ -19,11 +19,12 @@ from torch import Tensor
 from dynlora_fn._core._check import check_by_name, check_path, described
 from dynlora_fn._core._dtypes import byte_view
 from dynlora_fn._core._progress import Progress, check_progress, reporter
-from dynlora_fn._core._torch import is_traceable_wrapper_subclass
+from dynlora_fn._core._torch import is_of_transform, is_traceable_wrapper_subclass
 from dynlora_fn.interop._arguments import check_tensors
 from dynlora_fn.interop._lazy import LazyTensor, bytes_of, lazy
 from dynlora_fn.interop._safetensors import safetensors
 
+_METADATA = "__metadata__"
 _CHUNK = 1 << 17  # bytes that are read back at once; larger buffers are allocated each time, which is slower
 
 
@@ -67,7 +68,9 @@ def save_weights(
     check_path("file", file)
     _check_metadata(metadata)
     check_progress(progress)
-    write({name: lazy(weight) for name, weight in weights.items()}, file, metadata=metadata, progress=progress)
+    tensors = dict(weights)
+    check_tensors("weights", tensors)  # also those of a mapping that reads them
+    write({name: lazy(weight) for name, weight in tensors.items()}, file, metadata=metadata, progress=progress)
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -144,15 +147,33 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     empty = {
         name: torch.empty((0, *weight.shape), dtype=weight.dtype, device="cpu") for name, weight in weights.items()
     }
-    header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+    if _METADATA in weights:
+        raise ValueError(f"`weights` has the name {_METADATA!r}, which is no tensor in a safetensors file; rename it")
+    try:
+        header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+    except Exception:  # of several types, for names and dtypes
+        _name_refused(empty)
+        raise
     if metadata:
-        header["__metadata__"] = dict(metadata)  # in this order, while the order of `safetensors` varies
-    names, end = [name for name in header if name != "__metadata__"], 0
+        header[_METADATA] = dict(metadata)  # in this order, while the order of `safetensors` varies
+    names, end = [name for name in header if name != _METADATA], 0
     for name in names:
         start, end = end, end + weights[name].nbytes
         header[name] |= {"shape": header[name]["shape"][1:], "data_offsets": [start, end]}
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return content + b" " * (-len(content) % 8), names
+
+
+def _name_refused(tensors: Mapping[str, Tensor]) -> None:
+    """Raise TypeError for the first tensor that `safetensors` refuses."""
+    for name, tensor in tensors.items():
+        try:
+            safetensors().torch.save({name: tensor})
+        except Exception as error:
+            raise TypeError(
+                f"`weights` has {name!r} of dtype {tensor.dtype}, which a safetensors file cannot have ({error}); "
+                "convert or rename it"
+            ) from error
 
 
 def content_of(name: str, tensor: Tensor) -> Any:
@@ -167,6 +188,7 @@ def content_of(name: str, tensor: Tensor) -> Any:
         f"of type {type(tensor).__name__}": is_traceable_wrapper_subclass(tensor),
         f"of layout {tensor.layout}": tensor.layout != torch.strided,
         "on the meta device": tensor.device.type == "meta",
+        "inside of a transform of `torch.func`": is_of_transform(tensor),
     }
     if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
         raise ValueError(f"`weights` has {name!r} {kind}, which has no bytes to write; use a dense tensor with data")

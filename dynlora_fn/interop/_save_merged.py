@@ -89,8 +89,9 @@ def _write_copy(model: Any, weights: dict[str, LazyTensor], folder: Path, progre
     replacements = _replacements(model, weights)
     changed = {
         name: content
-        for name, (parameter, replacement) in replacements.items()
-        if (content := _content(name, replacement)) != (None if parameter.is_meta else _content(name, parameter))
+        for name, (tensor, replacement) in replacements.items()
+        if not replacement.is_meta  # a buffer without values
+        and (content := _content(name, replacement)) != (None if tensor.is_meta else _content(name, tensor))
     }
     try:
         copied = copy.deepcopy(model, {id(old): new for old, new in replacements.values()})
@@ -109,8 +110,8 @@ def _write_copy(model: Any, weights: dict[str, LazyTensor], folder: Path, progre
     report(bytes_of(weights))
 
 
-def _replacements(model: nn.Module, weights: dict[str, LazyTensor]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Return each parameter of the model with its replacement in a copy, by name.
+def _replacements(model: nn.Module, weights: dict[str, LazyTensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each parameter and saved buffer with its replacement in a copy, by name.
 
     A tied parameter is included once.
     """
@@ -119,7 +120,9 @@ def _replacements(model: nn.Module, weights: dict[str, LazyTensor]) -> dict[str,
         raise ValueError(
             f"`model` has {first_names(missing)}, which its state dict leaves out; write all parameters into it"
         )
-    return {
+    saved = [(name, buffer) for name, buffer in model.named_buffers() if name in weights]
+    buffers = {name: (buffer, weights[name].read().clone()) for name, buffer in saved}
+    return buffers | {
         name: (parameter, nn.Parameter(weights[name].read().clone(), parameter.requires_grad))
         for name, parameter in parameters.items()
     }

@@ -32,7 +32,8 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         TypeError: If `model` is not a module, or a parameter has another kind than the model's: integer, real or
             complex.
         ValueError: If a parameter is missing, unknown to the model, or of another shape. The message gives the name and
-            both shapes. Also if the model has extra state that is not a tensor.
+            both shapes. Also if the model has extra state that is not a tensor, two names of a tied parameter have
+            different weights, or a hook of the model puts other tensors in the place of its parameters.
 
     Numerics: A weight is computed in the wider dtype of base and factors, at least float32, and rounded once to the
     dtype of the model.
@@ -58,9 +59,15 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     weights: dict[int, LazyTensor] = {}
+    given: dict[int, tuple[str, Param]] = {}
     for name, param in unstack(params).items():
         if name not in tensors:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
+        first, first_param = given.setdefault(id(tensors[name]), (name, param))
+        if first_param is not param:
+            raise ValueError(
+                f"`params` has different weights for {first!r} and {name!r}, which are tied; pass only one"
+            )
         weights[id(tensors[name])] = _lazy_weight(name, param, tensors[name])
     for name, parameter in parameters.items():
         if id(parameter) not in weights:
@@ -70,6 +77,14 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
     leaves = model.state_dict(keep_vars=True)
     if other := [name for name, leaf in leaves.items() if not isinstance(leaf, Tensor)]:
         raise ValueError(f"`model` has the extra state {first_names(other)}, which is not a tensor; save it apart")
+    known, saved = set(map(id, tensors.values())), set(map(id, leaves.values()))
+    lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
+    others = [name for name, leaf in leaves.items() if id(leaf) not in known]
+    if lost and others:
+        raise ValueError(
+            f"`model` has a `state_dict` without its {first_names(lost)}, but with the tensors {first_names(others)},"
+            " so that what was trained would be lost; remove the hook or the method that replaces the parameters"
+        )
     return {name: weights[id(leaf)] if id(leaf) in weights else lazy(leaf) for name, leaf in leaves.items()}
 
 

@@ -1,6 +1,7 @@
 """Select the parameters that become low-rank, their ranks and their matrices."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +14,13 @@ from dynlora_fn._core._torch import ConvNd
 from dynlora_fn._core._types import divisor_of
 from dynlora_fn.interop._parameters import Parameters
 
-Targets: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, Tensor], bool]
+Targets: TypeAlias = (
+    str
+    | type[nn.Module]
+    | Sequence[str | type[nn.Module]]
+    | AbstractSet[str | type[nn.Module]]
+    | Callable[[str, Tensor], bool]
+)
 Rank: TypeAlias = int | Mapping[str, int] | Callable[[str, tuple[int, int]], int]
 Alphas: TypeAlias = float | Mapping[str, float] | Callable[[str, tuple[int, int]], float]
 
@@ -67,7 +74,7 @@ def select(
     for name in names:
         aliases, shape = parameters.aliases[name], tuple(parameters.tensors[name].shape)
         parts = next((fused[pattern] for pattern in fused_patterns.matching(aliases)), 1)
-        count, axis = (parts, -2) if isinstance(parts, int) else parts
+        count, axis = map(int, parts) if isinstance(parts, tuple | list) else (int(parts), -2)  # maybe of NumPy
         target = Target(0, count, axis, _is_spatial(modules, name), _padding(modules, aliases))
         _check_dtype(name, parameters.tensors[name])
         matrix = _matrix(name, shape, target)
@@ -82,7 +89,7 @@ def select(
 def _target_names(model: nn.Module | None, parameters: Parameters, targets: Targets) -> list[str]:
     if isinstance(targets, str | type):
         targets = [targets]
-    if not isinstance(targets, Sequence):
+    if not isinstance(targets, Sequence | AbstractSet):
         return _names_by_predicate(parameters, targets)
     first_names = {alias: name for name, aliases in parameters.aliases.items() for alias in aliases}
     patterns = [pattern for pattern in targets if isinstance(pattern, str)]
@@ -208,6 +215,11 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(
             f"`targets` matches {name!r} of dtype {tensor.dtype}; match only floating-point matrices, and exclude it"
+        )
+    if tensor.dtype.itemsize < 2:
+        raise ValueError(
+            f"`targets` matches {name!r} of dtype {tensor.dtype}, in which no sums are computed; convert it to at least"
+            " 16 bits, multiplied by its scale if it has one"
         )
 
 

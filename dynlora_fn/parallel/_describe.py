@@ -79,7 +79,8 @@ def _text(leaf: Any) -> str | None:
         return f"empty {type(leaf).__name__}"
     if type(leaf) in _CONSTANTS:
         return f"{type(leaf).__name__} {leaf!r}"
-    if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not is_traceable_wrapper_subclass(leaf):
+    is_plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_quantized
+    if is_plain and not is_traceable_wrapper_subclass(leaf):
         return f"{leaf.dtype} {tuple(leaf.shape)}"
     return None
 

@@ -92,10 +92,12 @@ def _check_can_be_averaged(path: Any, leaf: Any) -> None:
         raise TypeError(
             f"`tree` has {leaf!r} at {name_of(path)}, which is not a tensor; pass a 0-d tensor or remove it"
         )
-    if not (leaf.is_floating_point() or leaf.is_complex()):
+    if leaf.layout != torch.strided:
+        raise TypeError(f"`tree` has a tensor of layout {leaf.layout} at {name_of(path)}; pass a dense one")
+    if not (leaf.is_floating_point() or leaf.is_complex()) or leaf.dtype.itemsize < 2:
         raise TypeError(
             f"`tree` has a tensor of dtype {leaf.dtype} at {name_of(path)}, in which a mean is rounded; convert it to a"
-            " floating dtype"
+            " floating dtype of at least 16 bits"
         )
     if forward_levels() or (is_in_func() and is_attached(leaf)):
         raise NotImplementedError(

@@ -81,7 +81,7 @@ def compare(arguments: Sequence[str] | None = None) -> None:
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
     results = {method: train(config, options) for method, config in configs_of(options).items()}
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table(results))
     record = {method: {**result.summary, "peak_bytes": result.peak_bytes} for method, result in results.items()}
     (options.out / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -20,7 +20,7 @@ from models.corpus.tokens import TokenFile
 from models.pretrain.config import Config, computed
 from models.pretrain.device import compute_dtype, find_device
 from models.pretrain.run import perplexity
-from models.trained import Trained, open_trained
+from models.trained import Trained, check_tokens, open_trained
 
 _DEFAULTS = Config()  # the options for a model that does not come from a run
 
@@ -68,6 +68,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     text = _validation_text(trained) if documents is None else _encoded(trained, documents)
     if len(text.tokens) < 2:
         raise ValueError(f"`text` must have at least 2 tokens, got {len(text.tokens)}; the first is not predicted")
+    check_tokens(trained, int(text.tokens.max()))
     loss, predicted = mean_loss(trained, _batches(trained, text.tokens, every_token=options.every_token), device)
     return {
         "source": str(trained.source),

@@ -156,17 +156,21 @@ def check_on_tokens(model: nn.Module, vocabulary: int, seq_len: int) -> None:
         )
 
 
+def trained_positions(config: Any) -> int | None:
+    """Return the most tokens that a configuration names, or None without a limit."""
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limits = (getattr(config.get_text_config(), name, None) for name in names)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
 def positions(config: Any) -> int | None:
     """Return the longest sequence for a configuration, or None without a limit.
 
     Scaled rotary positions multiply the length in pre-training by their `factor`.
     """
-    config = config.get_text_config()
-    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-    limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0]
-    if not limits:
+    most, config = trained_positions(config), config.get_text_config()
+    if most is None:
         return None
-    most = limits[0]
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scaled = [
         int(entry["factor"] * (entry.get("original_max_position_embeddings") or most))

@@ -3,6 +3,7 @@
 At its end the run writes files for `transformers` and PEFT.
 """
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from models.codec import codec
 from models.corpus import load_tokenizer
 from models.finetune.config import Config, check
 from models.finetune.export import Export
-from models.finetune.load import check_on_tokens, load_model
+from models.finetune.load import check_on_tokens, load_model, reason
 from models.finetune.model_folder import check_tokenizer_folder, digest
 from models.finetune.parameters import drop_values
 from models.pretrain.device import run_device
@@ -45,6 +46,8 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     check_tokenizer_folder(Path(tokenizer_name))
     model, tokenizer = load_model(name), load_tokenizer(tokenizer_name)
     check_tokens(tokenizer, model, config.data.seq_len)
+    if config.output.export != "adapter":
+        processes.do_on_first(lambda: check_can_be_saved(model, tokenizer))
     model = model.to(run_device(config))
     model_digest = digest(Path(name)) if processes.is_first else ""
     with tokens_beside(folder, processes) as tokens:
@@ -75,6 +78,22 @@ def check_tokens(tokenizer: Any, model: nn.Module, seq_len: int) -> None:
             f"`tokenizer` must have at most as many tokens as the model embeds, {vocabulary}, got {largest + 1}"
         )
     check_on_tokens(model, vocabulary, seq_len)
+
+
+def check_can_be_saved(model: Any, tokenizer: Any) -> None:
+    """Check that `transformers` can write the configurations after the training.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # of many types
+            raise ValueError(
+                f"`model` must be one that `save_pretrained` can write, got {type(model).__name__}: {reason(error)}"
+            ) from error
 
 
 def embedded_tokens(model: nn.Module) -> int:

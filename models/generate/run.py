@@ -12,7 +12,7 @@ import tyro
 from models.codec import Codec, codec
 from models.pretrain.device import find_device
 from models.sampling import Sampling, check_sampling, continue_tokens, new_decoder
-from models.trained import open_trained
+from models.trained import check_tokens, open_trained
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def generate(options: Options) -> str:
     trained = open_trained(options.run, device)
     tokenizer = codec(trained.tokenizer)
     prompt = prompt_tokens(options.prompt, tokenizer)
+    check_tokens(trained, max(prompt))
     if len(prompt) > trained.context:
         print(
             f"the prompt has {len(prompt):,} tokens; the model sees the last {trained.context:,}, as in its training",

@@ -14,7 +14,7 @@ from models.pretrain.prepared import prepare
 
 def main() -> None:
     """Run the command line."""
-    files = "model.safetensors, model/, loss.png, metrics.jsonl, summary.json, checkpoints/"
+    files = "model.safetensors", "model/", "loss.png", "metrics.jsonl", "summary.json", "checkpoints/"
     run_command(Config, prepare, module="models.pretrain", files=files)
 
 

@@ -17,7 +17,10 @@ _FREEZE_STATE = re.compile(r"(\.opt_state\['\w+'\])\.inner\.")
 
 
 class SaveError(ValueError):
-    """An error of writing a checkpoint, which leaves older checkpoints unchanged."""
+    """An error of writing a checkpoint or the model.
+
+    Older checkpoints are unchanged.
+    """
 
 
 class Saver:

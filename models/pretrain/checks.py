@@ -41,6 +41,10 @@ def _check_ranges(config: Config) -> None:
     for name in _NOT_NEGATIVE:
         if not options[name] >= 0:  # also refuses nan
             raise ValueError(f"`{name}` must not be negative, got {options[name]}")
+        if options[name] == math.inf:
+            raise ValueError(f"`{name}` must be finite, got inf")
+    if options["seed"] >= 2**63:
+        raise ValueError(f"`seed` must be less than 2**63, got {options['seed']}")
     for name in _POSITIVE:
         value = options[name]
         if value is not None and not (value > 0 and math.isfinite(value)):

@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -39,10 +39,12 @@ class Job(NamedTuple):
 
     module: str  # the name after `python -m`
     prepare: Callable[..., Prepared]  # a function of (config, console, processes) up to the first step
-    files: str  # the names of the files that it writes, for the last line
+    files: Sequence[str]  # the names of the files that it writes, for the last line
 
 
-def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: str) -> None:
+def run_command(
+    config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: Sequence[str]
+) -> None:
     """Parse the options, prepare the run and train.
 
     Bad input and errors of files print one line on stderr, with the exit code 2. If `torchrun` has started several
@@ -59,7 +61,7 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
         prepare: A function of options, console and processes that does everything up to the first step. It raises
             ValueError for bad input.
         module: The name of the module that is run, for the usage line.
-        files: The names of the files that the run writes, for the last line.
+        files: The names of the files that the run writes. The last line has those that exist.
     """
     hide_import_messages()
     for stream in (sys.stdout, sys.stderr):
@@ -72,7 +74,8 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
 
 
 def _run(config: Config, job: Job, processes: Processes) -> None:
-    console = Console(quiet=not processes.is_first)
+    # Names of files and samples may contain what rich takes for markup, or for the name of an emoji.
+    console = Console(quiet=not processes.is_first, markup=False, emoji=False)
     before = config.output.out if config.output.resume else None
     with raise_on_signals():
         with reported(processes, ValueError, left=lambda _: what_is_left(before, job.module, processes)):
@@ -109,7 +112,8 @@ def _conclude(summary: dict[str, Any], run: Prepared, job: Job, console: Console
         with naming(path):
             path.write_text(json.dumps(summary, indent=1) + "\n")
     console.print(closing_table(finished or summary))
-    console.print(f"{run.folder}: {job.files}", highlight=False, soft_wrap=True, markup=False)
+    files = [name for name in job.files if (run.folder / name).exists()]
+    console.print(f"{run.folder}: {', '.join(files)}", highlight=False, soft_wrap=True, markup=False)
     if run.config.output.json:
         print(json.dumps(finished or summary))
 

@@ -17,6 +17,7 @@ from models.pretrain.stopping import naming
 _NOT_IN_CHECKPOINTS = ("tokenizer", "device", "compile")
 
 _TEMPORARY = "config.writing"
+ENCODING = ".encoding"  # the folder of tokens that are not complete
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -59,7 +60,9 @@ def check_folder(config: Config, folder: Path) -> None:
     if config.output.resume:
         if not (folder / "config.json").is_file():
             raise ValueError(f"`out` must contain a run to resume, got {str(folder)!r} without config.json")
-    elif folder.exists() and (not folder.is_dir() or any(entry.name != _TEMPORARY for entry in folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {_TEMPORARY, ENCODING}
+    ):
         raise ValueError(f"`out` must be new or empty, or come with --resume, got {str(folder)!r}, which is not empty")
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not parent.is_dir():

@@ -62,10 +62,10 @@ def plot(
         label = f"validation: {points[-1][1]:.3f} at the end"
         losses.plot(*zip(*points, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
     for color, (name, others) in zip(cycle(_COLORS), compared.items(), strict=False):
-        label = f"validation, {name}: {others[-1][1]:.3f} at the end"
+        label = f"validation, {_literal(name)}: {others[-1][1]:.3f} at the end"
         losses.plot(*zip(*others, strict=True), color=color, marker=".", markersize=4, linewidth=1, label=label)
     losses.axhline(unigram_loss, color="grey", linestyle="--", label=f"unigram model, validation: {unigram_loss:.3f}")
-    losses.set(ylabel="loss (nats per token)", title=title)
+    losses.set(ylabel="loss (nats per token)", title=_literal(title))
     losses.legend(frameon=False)
     bits = losses.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
     bits.set_ylabel("bits per byte")
@@ -76,6 +76,11 @@ def plot(
     with naming(path):
         figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _literal(text: str) -> str:
+    """Return a text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
 
 
 def compared_runs(folders: Sequence[Path]) -> dict[str, list[tuple[int, float]]]:

@@ -57,7 +57,7 @@ def read_metrics(path: Path, *, up_to: int | None = None) -> list[dict[str, Any]
 def _parse(line: bytes, path: Path, line_number: int) -> dict[str, Any]:
     try:
         metrics = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         metrics = None
     if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
         raise ValueError(

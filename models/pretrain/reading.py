@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from models import corpus as text
 from models.corpus.tokens import TokenFile
 from models.pretrain.config import Config, Data
+from models.pretrain.folder import ENCODING
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 from models.pretrain.stopping import naming
 
@@ -23,10 +25,11 @@ def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterat
     """Yield the path of a temporary folder for tokens.
 
     At the end, a folder that contains tokens becomes the folder `tokens` of the run. After an error it is removed, so
-    that bad input leaves no files.
+    that bad input leaves no files. It is inside the output folder if that exists, since only this folder may be
+    writable, or be on another disk.
     """
     parent = next(path for path in folder.absolute().parents if path.is_dir())
-    temporary = parent / f".{folder.name}.encoding"
+    temporary = folder / ENCODING if folder.is_dir() else parent / f".{folder.name}{ENCODING}"
     if processes.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -106,7 +109,7 @@ def _documents(data: Data, folder: Path | None, console: Console) -> text.Split:
 
     if data.dataset:
         column, characters = data.text_column, data.dataset_characters
-        with naming(folder or Path(".")), console.status(f"reading {data.dataset}"):
+        with naming(folder or Path(".")), console.status(Text(f"reading {data.dataset}")):
             parts = text.dataset(
                 data.dataset, config=data.dataset_config, column=column, characters=characters, folder=folder
             )

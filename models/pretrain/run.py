@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dynlora_fn as dl
 from models import corpus as text
 from models.pretrain.banner import show
-from models.pretrain.checkpoint import Saver
+from models.pretrain.checkpoint import SaveError, Saver
 from models.pretrain.config import Config
 from models.pretrain.device import compute_dtype, run_device
 from models.pretrain.learning_rate import lr_at
@@ -39,7 +39,7 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
     Raises:
         DivergedError: If the loss or the gradient is not finite any more. The checkpoints before remain.
         DriftedError: If processes have different states.
-        SaveError: If a checkpoint could not be written.
+        SaveError: If a checkpoint or the model could not be written.
         OSError: If another file could not be written. The error names the file.
     """
     config, started = run.config, time.perf_counter()
@@ -176,8 +176,11 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
     params = dl.parallel.unshard(state.params())
     if not run.processes.is_first:
         return {}
-    with naming(run.folder):
-        run.export(params)
+    try:
+        with naming(run.folder):
+            run.export(params)
+    except ValueError as error:
+        raise SaveError(f"the model could not be written: {error}") from error
     metrics = read_metrics(run.folder / "metrics.jsonl")
     unigram_loss = text.unigram_loss(run.corpus)
     bits_per_nat = run.corpus.bits_per_byte(1.0)

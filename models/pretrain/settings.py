@@ -59,7 +59,7 @@ def read_options(file: Path) -> dict[str, Any]:
     try:
         content = file.read_text()
         options = tomllib.loads(content) if file.suffix == ".toml" else json.loads(content)
-    except ValueError as error:  # the errors of json, tomllib and of decoding are of this type
+    except (ValueError, RecursionError) as error:  # the errors of json, tomllib and of decoding are ValueErrors
         raise ValueError(f"`config` must name options in JSON or TOML, got {str(file)!r}: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"`config` must name an object of options, got {options!r:.80} in {str(file)!r}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn import LowRank, call, init, merge, state_dict
+from dynlora_fn.interop import FrozenTensor, _transformers, open_weights, save_merged, save_weights
 from dynlora_fn.interop import _save as saving
-from dynlora_fn.interop import _transformers, open_weights, save_merged, save_weights
 from dynlora_fn.interop._lazy import LazyTensor
 from dynlora_fn.interop._state_dict import lazy_state_dict
 from dynlora_fn.testing import assert_same
@@ -237,6 +237,16 @@ def test_other_models_save_a_copy_with_the_trained_weights(tmp_path: Path):
     assert_same(weights, {name: expected[name] for name in weights})
     assert len(contents(tmp_path)) == 4
     assert_same(dict(model.state_dict()), dict(before))
+
+
+def test_buffers_of_the_parameters_are_in_a_copy(tmp_path: Path):
+    model = OfDiffusers()
+    params = trained(model, ["first.weight"]) | {"norm.running_mean": FrozenTensor(torch.full((6,), 7.0))}
+    save_merged(model, params, tmp_path)
+    files = [file for file in contents(tmp_path) if file.endswith(".safetensors")]
+    weights = {name: tensor for file in files for name, tensor in open_weights(tmp_path / file).items()}
+    assert weights["norm.running_mean"].unique() == 7
+    assert model.norm.running_mean.unique() == 3
 
 
 def test_a_model_that_pickles_its_weights_is_read_back(tmp_path: Path):
