@@ -39,7 +39,7 @@ KEEPS_CODES = ("int8", "float8", "nf4", "nvfp4")
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
     """Run each test in a group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(dl.parallel.register_gloo(), store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
+from dynlora_fn.parallel import register_gloo
 from tests.support.feature_matrix import FEATURES, PAGE, page, rows
 
 LINES = PAGE.read_text().split("\n")
@@ -13,7 +14,7 @@ LINES = PAGE.read_text().split("\n")
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
     """Run each test in a group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(register_gloo(), store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

@@ -23,7 +23,7 @@ from tests.support.torchao_tensors import dense
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
     """Run each test in a group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(dl.parallel.register_gloo(), store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

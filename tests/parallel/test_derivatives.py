@@ -19,7 +19,7 @@ X = normal(0, 3, 8, dtype=torch.float32)
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
     """Run each test in a group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(dl.parallel.register_gloo(), store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

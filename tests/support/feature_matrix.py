@@ -229,7 +229,7 @@ NOTES = ["## Notes", ""]
 
 def main() -> None:
     """Write the page."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(dl.parallel.register_gloo(), store=dist.HashStore(), rank=0, world_size=1)
     PAGE.write_text(page(list(FEATURES)))
     dist.destroy_process_group()
 

@@ -31,7 +31,7 @@ NOT_DRAWN = {  # functions without arguments, and types
 
 @pytest.fixture(scope="module")
 def entries() -> Iterator[dict[str, Entry]]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(dl.parallel.register_gloo(), store=dist.HashStore(), rank=0, world_size=1)
     yield {
         **fuzz_table.CORE,
         **fuzz_table.OPTIM,

@@ -135,7 +135,7 @@ def test_an_adapter_has_the_factors_unchanged(tmp_path: Path):
 @pytest.fixture
 def group() -> Iterator[None]:
     """Start a group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(dl.parallel.register_gloo(), store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
