@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch.distributed import _functional_collectives
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -116,6 +117,7 @@ def __getattr__(name: str) -> Any:
 
 
 ConvNd = _ConvNd
+NormBase = _NormBase
 functional_collectives = _functional_collectives
 # Functional collectives. The operations are called directly because torch's wrappers fail under `torch.func`.
 C10D: Any = torch.ops._c10d_functional
