@@ -64,10 +64,10 @@ def compile_step(
 
     Raises:
         TypeError: If `step` is no function, a flag neither True nor False, or `torch.compile` has no such option.
-        ValueError: If ``fullgraph=False`` is passed. At a call, if the new state differs from the old one in structure,
-            shape or dtype. If two tensors of a donated state share memory, or one is expanded or requires a gradient.
-            If another argument is a view of such a tensor, or `aux` contains an object that may contain tensors. If
-            arguments change so often that torch stops to compile; the message names them.
+        ValueError: If ``fullgraph=False`` is passed. At a call, if `step` returns no pair, or if the new state differs
+            from the old one in structure, shape or dtype. If two tensors of a donated state share memory, or one is
+            expanded or requires a gradient. If another argument is a view of such a tensor, or `aux` contains an object
+            that may contain tensors. If arguments change so often that torch stops to compile; the message names them.
         RuntimeError: With `debug`, if a consumed state is used.
 
     Example: The new state is in the memory of the old one.
@@ -87,13 +87,19 @@ def compile_step(
 
     def run(state: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
         comptime(note_call)
-        new_state, aux = step(state, *args, **kwargs)
+        result = step(state, *args, **kwargs)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            return f"`step` returned a {type(result).__name__}, but must return a pair; return `(state, aux)`", None
+        new_state, aux = result
         if not donate:
             return None, Step(new_state, aux)
         # An exception raised here would reach the caller as an error of the compiler.
         pairs: list[Pair] = []
         if not pair_leaves(state, new_state, pairs):
-            return "`step` changes the structure of its state; return the same structure, or pass donate=False", None
+            return (
+                "`step` changes the structure of its state; return the same types and keys in the same order, or pass "
+                "donate=False"
+            ), None
         if problem := mismatch(state, pairs) or _unknown_object(aux):
             return problem, None
         aux = _keep_values(aux, [old for old, _ in pairs], share_memory)
