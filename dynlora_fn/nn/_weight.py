@@ -208,6 +208,8 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
         result = rule(*views, **named)
     except NoRuleError as refusal:
         return _fall_back(func, args, kwargs, refusal)
+    except IndexError:  # of a dim or an index that torch refuses with its message
+        return _fall_back(func, args, kwargs, None)
     return _as_weights(result if torch.is_grad_enabled() else _without_grad(result, views))
 
 
