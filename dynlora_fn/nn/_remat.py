@@ -39,6 +39,7 @@ from dynlora_fn.nn._block_refusals import (
     without_alias,
 )
 from dynlora_fn.nn._call import call_with
+from dynlora_fn.nn._checkpoints import permitting_checkpoint
 from dynlora_fn.nn._swap import slots_of, swapped
 from dynlora_fn.nn._turns import Caller, current_caller, taking_turns
 from dynlora_fn.nn._view import Fallback
@@ -121,7 +122,8 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
     """Return the `context_fn` of `torch.utils.checkpoint` for a model of `call`.
 
     The recomputed blocks use the parameters of the call. Without it, a checkpoint recomputes its block after `call` has
-    returned, with the parameters that the module has then: a wrong gradient, and no error.
+    returned, with the parameters that the module has then. A low-rank weight in such a block is refused. A block that
+    has only full-rank weights gets a wrong gradient, and no error.
 
     For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
 
@@ -143,7 +145,7 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
     check_module("model", model)
 
     def contexts() -> tuple[AbstractContextManager[None], ...]:
-        return nullcontext(), _recomputation(model)
+        return permitting_checkpoint(), _recomputation(model)
 
     return contexts
 
