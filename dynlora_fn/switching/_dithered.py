@@ -1,4 +1,4 @@
-"""Dither a schedule at random, as SwitchLoRA's implementation does."""
+"""Round the rate of a schedule at random, as SwitchLoRA's implementation does."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ from dynlora_fn.switching._schedule import Schedule
 
 @dataclass(frozen=True)
 class Dithered:
-    """Plan numbers of switches that were drawn at random. Created by `dithered`."""
+    """A schedule whose numbers of switches were drawn at random by `dithered`."""
 
     schedule: Schedule
-    switched: dict[str, Int[Tensor, "steps *stack"]]  # vectors switched on each side before each step; on the host
-    ranks: dict[str, int]  # of the weights when the numbers were drawn
+    switched: dict[str, Int[Tensor, "steps *stack"]]  # vectors of a side switched before each step and in all; on CPU
+    ranks: dict[str, int]  # of each weight when the numbers were drawn
 
     @property
     def follows_update(self) -> bool:
@@ -36,12 +36,20 @@ class Dithered:
         return sum(2 * int((table[step + 1] - table[step]).sum()) for table in self.switched.values())
 
     def _checked(self, step: int | Tensor, params: Params) -> int | Tensor:
-        """Return the step, and raise for one after the run or for other parameters."""
+        """Return the step.
+
+        Raises:
+            TypeError: If the step or a parameter has a wrong type.
+            ValueError: If the step is negative or after the run, or a dithered weight is missing.
+        """
         step = check_step("step", step)
         check_params("params", params)
         for name, table in self.switched.items():
             if not isinstance(step, Tensor) and step >= len(table) - 1:
-                raise ValueError(f"`step` is {step}, but the schedule was dithered for {len(table) - 1} steps; use one")
+                raise ValueError(
+                    f"`step` is {step}, but the schedule was dithered for {len(table) - 1} steps, counted from 0; use a"
+                    " smaller one, or dither the schedule for more"
+                )
             if not isinstance(params.get(name), LowRank):
                 raise ValueError(f"`params` has no low-rank {name!r}, for which the schedule was dithered; pass it")
         return step
@@ -69,24 +77,28 @@ class Dithered:
 def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int) -> Dithered:
     """Round the rate of a schedule up or down at random at each step.
 
-    SwitchLoRA's implementation does this (arXiv:2406.06564). All random numbers are drawn when this function is called,
-    so that a plan stays a pure function of the step. Each weight, and each member of a stack, draws its numbers. Both
-    sides switch the same number of vectors, and side b runs ``rank // 2`` slots ahead. A switch that would meet a
-    frozen vector is dropped. Small ranks therefore fall short of the schedule's rate, and rank 1 never switches.
+    All random numbers are drawn when this function is called, so a plan stays a pure function of the step. SwitchLoRA's
+    implementation rounds in the same way (arXiv:2406.06564). With u uniform in [0, 1), each side switches::
+
+        count(step) = floor(rank / interval * decay ** (step + 1) + u)
+
+    Each weight, and each member of a stack, has separate random numbers. Side b runs ``rank // 2`` slots ahead. With a
+    freeze, a switch that would meet a frozen vector is dropped. Small ranks then fall short of the schedule's rate, and
+    rank 1 never switches.
 
     Args:
-        schedule: The schedule, with a rate instead of a `count`, and with ``every=1``.
-        params: The parameters by name. Only names, shapes and stacks are read.
+        schedule: The schedule, with ``count=None`` and ``every=1``.
+        params: The parameters by name. Only names and shapes are read.
         total_steps: The number of steps of the run.
         seed: The seed of the random numbers.
 
     Returns:
-        The dithered schedule. It is called like `schedule`.
+        The dithered schedule. Call it as you would call `schedule`.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If `schedule` has a `count`, or an `every` other than 1. When it is called, if a rank has changed,
-            or the step is not of the run.
+        ValueError: If `schedule` has a `count`, or an `every` other than 1. A call of the result raises it if the step
+            is negative or not below `total_steps`, if a weight is missing, or if its rank has changed.
 
     Example:
         >>> import torch
@@ -115,7 +127,8 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
 
 
 def _count_switches(schedule: Schedule, param: LowRank, draws: Tensor) -> Tensor:
-    limit = param.factors.a.shape[-2] // 2  # in any `freeze` steps, or one side would switch a frozen vector
+    """Return how many vectors of a side are switched before each step and in all."""
+    limit = param.factors.a.shape[-2] // 2  # more in any `freeze` steps would switch a frozen vector
     rate = float(schedule.due(1, param)) / schedule.decay
     switched = torch.zeros(len(draws) + 1, *param.seed.shape, dtype=torch.int64)
     for step, draw in enumerate(draws):
