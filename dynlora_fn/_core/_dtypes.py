@@ -56,6 +56,16 @@ def autocast_now(device_type: str) -> Autocast | None:
     return Autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype of a product with an input.
+
+    Autocast takes neither float64 nor complex inputs, as in torch.
+    """
+    autocast = autocast_now(x.device.type)
+    is_cast = autocast is not None and autocast.enabled and x.dtype != torch.float64 and not x.dtype.is_complex
+    return autocast.dtype if is_cast and autocast is not None else x.dtype
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Disable autocast on a device that supports it."""
     if device_type != "cpu" and not _has_autocast(device_type):

@@ -163,7 +163,8 @@ def unstack(params: Params) -> dict[str, Param]:
 
     Raises:
         TypeError: If a value is neither a weight nor a tensor.
-        ValueError: If a parameter has fewer leading axes than its name has stars and ranges.
+        ValueError: If a parameter has fewer leading axes than its name has stars and ranges, or a weight has
+            an entry by its name and is in a stack.
 
     Example:
         >>> import torch
@@ -180,7 +181,16 @@ def unstacked(params: Params) -> dict[str, Param]:
     """Return `unstack(params)` of parameters that were checked before."""
     for pattern, param in params.items():
         _check_axes(pattern, param)
-    return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
+    members: dict[str, Param] = {}
+    for pattern, param in params.items():
+        for name, member in _members(pattern, param):
+            if name in members:
+                raise ValueError(
+                    f"`params` has {name!r} by its name and in a stack, and one would be ignored; remove one of "
+                    "them, or make the parameters with `init(..., stack=False)`"
+                )
+            members[name] = member
+    return members
 
 
 def _check_axes(pattern: str, param: Param) -> None:

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch.distributed import _functional_collectives
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -66,6 +67,7 @@ USED = (
     "torch._C._distributed_c10d.ProcessGroup._device_types",
     "torch._C._distributed_c10d._resolve_process_group",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._autograd._top_saved_tensors_default_hooks",
     "torch._C._functorch.TransformType",
     "torch._C._functorch.get_interpreter_stack",
     "torch._C._functorch.get_unwrapped",
@@ -119,6 +121,7 @@ def __getattr__(name: str) -> Any:
 
 
 ConvNd = _ConvNd
+NormBase = _NormBase
 functional_collectives = _functional_collectives
 # Functional collectives. The library calls these operations because torch's wrappers fail under `torch.func`.
 C10D: Any = torch.ops._c10d_functional
@@ -143,6 +146,7 @@ make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 set_forward_enabled: Callable[[bool], AbstractContextManager[None]] = torch.autograd.forward_ad._set_fwd_grad_enabled
+saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 is_forward_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor

@@ -21,7 +21,7 @@ class Consumed(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        consumed = next(leaf for leaf in (*args, *(kwargs or {}).values()) if isinstance(leaf, Consumed))
+        consumed = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Consumed))
         name, operation = consumed.__dict__["_name"], getattr(func, "__name__", repr(func))
         raise RuntimeError(
             f"state tensor at {name} was written over by a step, and `{operation}` uses it; use the state that the step"

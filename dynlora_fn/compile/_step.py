@@ -69,10 +69,10 @@ def compile_step(
         TypeError: If `step` is not a function, `donate` or `debug` is not a flag, or `torch.compile` does not take an
             option.
         ValueError: If ``fullgraph=False`` is passed. At a call, if torch has recompiled the step as often as it allows;
-            the message names the arguments that change. At a call with a donated state, if the new state differs from
-            the old state in structure, shape or dtype. Also if tensors of the state share memory, or one of them is
-            expanded, requires a gradient or was written over before. Also if another argument is a view of the state,
-            or `aux` contains an object that may contain tensors.
+            the message names the arguments that change. Also if `step` returns no pair. At a call with a donated state,
+            if the new state differs from the old state in structure, shape or dtype. Also if tensors of the state share
+            memory, or one of them is expanded, requires a gradient or was written over before. Also if another argument
+            is a view of the state, or `aux` contains an object that may contain tensors.
         RuntimeError: With `debug`, if a consumed state is used.
 
     Example: The new state is in the memory of the old state.
@@ -92,13 +92,19 @@ def compile_step(
 
     def run(state: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
         comptime(note_call)
-        new_state, aux = step(state, *args, **kwargs)
+        result = step(state, *args, **kwargs)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            return f"`step` returned a {type(result).__name__}, but must return a pair; return `(state, aux)`", None
+        new_state, aux = result
         if not donate:
             return None, Step(new_state, aux)
         # An exception raised here would reach the caller as an error of the compiler.
         pairs: list[Pair] = []
         if not pair_leaves(state, new_state, pairs):
-            return "`step` changes the structure of its state; return the same structure, or pass donate=False", None
+            return (
+                "`step` changes the structure of its state; return the same types and keys in the same order, or pass "
+                "donate=False"
+            ), None
         if problem := mismatch(state, pairs) or _unknown_object(aux):
             return problem, None
         aux = _keep_values(aux, [old for old, _ in pairs], share_memory)

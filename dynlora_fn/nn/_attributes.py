@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._dtypes import cast as rounded
+from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn.nn._view import View, refuse
 
@@ -48,7 +50,7 @@ def _placeholder(value: Any) -> Any:
     Other values are returned unchanged.
     """
     if isinstance(value, View):
-        return value.parts[0].factors.b.detach().new_empty(()).expand(value.shape)
+        return value.parts[0].factors.b.detach().new_empty((), dtype=value.dtype).expand(value.shape)
     return value
 
 
@@ -147,6 +149,8 @@ def multiply(input: Any, other: Any) -> View:
     view, factor = (input, other) if isinstance(input, View) else (other, input)
     if not _is_scalar(factor):
         refuse(view, "mul", "a tensor")
+    if isinstance(factor, Tensor):  # its product with other factors is not rounded to its dtype
+        factor = rounded(factor, widest(view.dtype, factor.dtype))
     return view._replace(scale=factor if view.scale is None else view.scale * factor)
 
 
@@ -157,7 +161,7 @@ def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> View:
         refuse(view, "div", "a tensor or a rounding mode")
     if not isinstance(other, Tensor) and other == 0:
         refuse(view, "div", "zero")
-    return multiply(view, 1 / other)
+    return multiply(view, 1 / (rounded(other, widest(view.dtype, other.dtype)) if isinstance(other, Tensor) else other))
 
 
 def _is_scalar(value: Any) -> bool:

@@ -16,6 +16,7 @@ from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._flatten import refuse_differentiated
+from dynlora_fn.nn._checkpoints import permitting_checkpoint
 from dynlora_fn.nn._swap import Slot, names_of, refuse_assignment, slots_of, swapped
 from dynlora_fn.nn._turns import Caller, taking_turns
 from dynlora_fn.nn._view import Fallback
@@ -96,7 +97,7 @@ def call_with(
             refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
     if torch.compiler.is_dynamo_compiling():
         return _call_traced(model, {**buffers, **unstacked(params)}, args, kwargs, fallback)
-    with taking_turns(model, caller):
+    with taking_turns(model, caller), permitting_checkpoint():
         slots = slots_of(model)
         with swapped(slots, _tensors_for(model, slots, {**buffers, **unstacked(params)}, fallback)):
             result = model(*args, **kwargs)

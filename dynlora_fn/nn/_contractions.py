@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dynlora_fn._core._dtypes import product_dtype, without_autocast
 from dynlora_fn._core._tree import whole_factors
-from dynlora_fn.nn._products import compute_dtype, einsum, linear, matmul
+from dynlora_fn.nn._products import einsum, linear, matmul
 from dynlora_fn.nn._view import View, dense_base, expect_weight, refuse, scaled, single
 
 
 def inner(input: Any, other: Any) -> Tensor:
     """Return ``input @ other.mT`` for a matrix."""
     view = other if isinstance(other, View) else input
-    if len(view.shape) > 2:
-        refuse(view, "inner", f"shape {view.shape}")
+    if len(view.shape) > 2 or not input.shape or not other.shape:
+        refuse(view, "inner", f"shapes {tuple(input.shape)} and {tuple(other.shape)}")
     if isinstance(other, View):
         return linear(input, other)
     output: Tensor = linear(other, input).movedim(-1, 0)
@@ -58,17 +59,21 @@ def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor:
     """Return ``input1 @ weight[o] @ input2`` for each matrix o of a stack."""
     view = expect_weight("bilinear", weight, input1=input1, input2=input2, bias=bias)
     part = single(view, "bilinear")
-    dtype = compute_dtype(input1)
+    dtype = input1.dtype  # autocast does not cast it to a narrow dtype
     input1, input2, base, b, a = (
         leaf.to(dtype) for leaf in (scaled(input1, view), input2, dense_base(part), *whole_factors(part))
     )
-    left, right = torch.einsum("...i,oir->...or", input1, b), torch.einsum("...j,orj->...or", input2, a)
-    return functional.bilinear(input1, input2, base, bias) + (left * right).sum(-1) / part.divisor
+    bias = None if bias is None else bias.to(dtype)
+    with without_autocast(b.device.type):
+        left, right = torch.einsum("...i,oir->...or", input1, b), torch.einsum("...j,orj->...or", input2, a)
+        return functional.bilinear(input1, input2, base, bias) + (left * right).sum(-1) / part.divisor
 
 
 def cat(tensors: Sequence[Any], dim: int = 0) -> View:
     """Concatenate low-rank matrices along rows or columns into one fused weight."""
     view = next(tensor for tensor in tensors if isinstance(tensor, View))
+    if not -2 <= dim < 2:
+        refuse(view, "cat", f"dim {dim}")
     axis = dim if dim < 0 else dim - 2
     for tensor in tensors:
         is_matrix = isinstance(tensor, View) and len(tensor.shape) == 2 and tensor.scale is None
@@ -104,7 +109,7 @@ def transposed_convolution(dimensions: int) -> Callable[..., Tensor]:
         if len(view.kernel) != dimensions or groups > 1:
             refuse(view, operation, f"{groups} groups and a weight of shape {view.shape}")
         (part,) = view.parts
-        dtype = compute_dtype(input)
+        dtype = product_dtype(input)
         input, base, b, a = (leaf.to(dtype) for leaf in (scaled(input, view), dense_base(part), *whole_factors(part)))
         bias = None if bias is None else bias.to(dtype)
         settings = (stride, padding, output_padding, groups, dilation)

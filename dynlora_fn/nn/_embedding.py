@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynlora_fn._core._dtypes import cast, widest, without_autocast
+from dynlora_fn._core._torch import can_read
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.nn._view import View, dense_base, expect_weight, refuse, scaled, single
@@ -33,9 +34,14 @@ def embedding(
         refuse(view, "embedding", "`max_norm` or `scale_grad_by_freq`")
     if part.factors.b.ndim != 2:
         refuse(view, "embedding", f"a weight of shape {view.shape}")
+    rows_count = view.shape[0]
+    if input.dtype not in (torch.int64, torch.int32) or (can_read(input) and input.numel() and input.min() < 0):
+        refuse(view, "embedding", f"indices of {input.dtype}, or negative ones")
+    if padding_idx is not None and not -rows_count <= padding_idx < rows_count:
+        refuse(view, "embedding", f"`padding_idx` {padding_idx}")
     rows = rows_of(view, part, input)
     if padding_idx is not None:
-        is_padding = input == padding_idx % view.shape[0]
+        is_padding = input == padding_idx % rows_count
         rows = torch.where(is_padding[..., None], rows.detach(), rows)
     return rows
 
@@ -73,6 +79,7 @@ def embedding_bag(
     if max_norm is not None or scale_grad_by_freq or mode not in ("sum", "mean"):
         refuse(view, "embedding_bag", f"`max_norm`, `scale_grad_by_freq` or mode {mode!r}")
     b, a = whole_factors(part)
+    sample_weights = None if per_sample_weights is None else cast(per_sample_weights, b.dtype)
 
     def bags(rows: Tensor) -> Tensor:
         return functional.embedding_bag(
@@ -80,12 +87,13 @@ def embedding_bag(
             rows,
             offsets,
             mode=mode,
-            per_sample_weights=per_sample_weights,
+            per_sample_weights=sample_weights,
             include_last_offset=include_last_offset,
             padding_idx=padding_idx,
         )
 
-    rows = bags(dense_base(part).to(b.dtype)) + bags(b) @ a.to(b.dtype) / part.divisor
+    with without_autocast(b.device.type):
+        rows = bags(dense_base(part).to(b.dtype)) + bags(b) @ a.to(b.dtype) / part.divisor
     return scaled(cast(rows, view.dtype), view)
 
 

@@ -19,6 +19,8 @@ def split(view: View, split_size: int | Sequence[int], dim: int = 0) -> tuple[Vi
     """Split the weight along any axis, but a fused weight only between its parts."""
     size = view.shape[dim]
     if isinstance(split_size, int):
+        if split_size < 1:
+            refuse(view, "split", f"size {split_size}")
         split_size = [min(split_size, size - start) for start in range(0, size, split_size)]
     axis = dim if dim < 0 else dim - len(view.shape)
     if len(view.parts) > 1:
@@ -52,12 +54,14 @@ def _span(view: View, operation: str, start: int, end: int) -> View:
 
 def chunk(view: View, chunks: int, dim: int = 0) -> tuple[View, ...]:
     """Split the weight into at most `chunks` pieces, as `torch.chunk` does."""
+    if chunks < 1:
+        refuse(view, "chunk", f"{chunks} chunks")
     return split(view, -(-view.shape[dim] // chunks), dim)
 
 
 def unbind(view: View, dim: int = 0) -> tuple[Any, ...]:
     """Return the members of a stack, or the rows of a matrix."""
-    if dim % len(view.shape):
+    if dim not in (0, -len(view.shape)):
         refuse(view, "unbind", f"axis {dim}")
     return tuple(get_item(view, member) for member in range(view.shape[0]))
 
@@ -91,6 +95,9 @@ def get_item(view: View, index: Any) -> View | Tensor:
 
 def _one_per_axis(view: View, index: tuple[Any, ...]) -> tuple[Any, ...]:
     """Complete an index, so that it has an entry for each axis and each new axis."""
+    index = tuple(list(entry) if isinstance(entry, tuple | range) else entry for entry in index)
+    if any(isinstance(entry, list) and not all(isinstance(element, int) for element in entry) for entry in index):
+        refuse(view, "__getitem__", f"the index {index}")  # torch takes a list of lists for a tuple
     if any(isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.ndim != 1 for entry in index):
         refuse(view, "__getitem__", "a mask over several axes")
     taken = sum(entry is not None and entry is not Ellipsis for entry in index)
@@ -161,7 +168,11 @@ def index_select(view: View, dim: int, index: Tensor) -> View | Tensor:
 
 def narrow(view: View, dim: int, start: Any, length: int) -> View | Tensor:
     """Return a slice along one axis, as `torch.narrow` does."""
-    start = start if isinstance(start, Tensor) else start % view.shape[dim]
+    size = view.shape[dim]
+    if not isinstance(start, Tensor):
+        start = start + size if start < 0 else start
+        if start < 0 or length < 0 or start + length > size:
+            refuse(view, "narrow", f"{length} from {start} of {size}")
     return _at(view, dim, slice(start, start + length))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_choice, described
 from dynlora_fn._core._check_trees import check_param
-from dynlora_fn._core._dtypes import autocast_now, cast
+from dynlora_fn._core._dtypes import cast, product_dtype
 from dynlora_fn._core._types import LowRank, OneSidedFactors
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._pending import rank_with_pending, with_pending
@@ -83,8 +83,7 @@ def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: Con
     layout, tensors = as_base(param.base).flatten()
     layout = layout if alpha == 1 else layout._replace(alpha=alpha)
     layout = layout._replace(factor_sharding=astuple(sharding)) if sharding else layout
-    autocast = autocast_now(x.device.type)
-    dtype = autocast.dtype if autocast and autocast.enabled else x.dtype
+    dtype = product_dtype(x)
     x, bias = cast(x, dtype), None if bias is None else cast(bias, dtype)
     if path == "factored":
         return times_factored(x, factors.b, factors.a, bias, layout, *tensors)
@@ -106,6 +105,8 @@ def _check_inputs(x: Any, param: LowRank, bias: Any) -> None:
     out_features, in_features = param.shape
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"`x` is {described(x)}; use a tensor of a floating dtype")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"`x` is a tensor of layout {x.layout}, sparse or nested; use a dense tensor")
     if x.shape[-1:] != (in_features,):
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but the weight has {in_features} columns; use (*batch, in)")
     if bias is not None and not (isinstance(bias, Tensor) and bias.is_floating_point()):

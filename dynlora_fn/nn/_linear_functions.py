@@ -132,6 +132,7 @@ class _Merged(torch.autograd.Function):
         b, a = _gather_if_sharded(b, a, ctx.layout)
         with without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            rows = rows.conj() if x.is_complex() else rows
             grad_rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             weight = _merge(x, b, a, ctx.layout, codes)
             gradients = _dense_gradients if ctx.is_dense else _low_rank_gradients

@@ -11,19 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynlora_fn._core._dtypes import autocast_now
+from dynlora_fn._core._dtypes import product_dtype
 from dynlora_fn._core._torch import grouped_mm as torch_grouped_mm
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.bases._pending import with_pending
 from dynlora_fn.nn._linear import contract
 from dynlora_fn.nn._view import ROWS, View, dense_base, expect_weight, matrix_shape, refuse, scaled, single, transposed
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    autocast = autocast_now(x.device.type)
-    return autocast.dtype if autocast and autocast.enabled else x.dtype
-
 
 # --- products, each computed as `x @ weight.mT` of a view or of its transpose
 
@@ -35,6 +29,8 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
     """
     if view.kernel:
         refuse(view, operation, f"the weight of a convolution of shape {view.shape}")
+    if not torch.compiler.is_dynamo_compiling():  # tracing a check takes as long as tracing the product
+        _check_operands(x, view, operation, bias)
     x = scaled(x, view)
     if len(view.parts) == 1:
         return _times_part(x, view.parts[0], bias)
@@ -48,12 +44,25 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
     return sum((_times_part(columns, part) for columns, part in zip(inputs[1:], view.parts[1:], strict=True)), first)
 
 
+def _check_operands(x: Any, view: View, operation: str, bias: Any) -> None:
+    """Refuse operands that `linear` does not take.
+
+    torch takes them with the dense weight, or refuses them with its message.
+    """
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+        refuse(view, operation, "no dense tensor")
+    if not (x.is_floating_point() or x.is_complex()):
+        refuse(view, operation, f"an input of dtype {x.dtype}")
+    if isinstance(bias, Tensor) and bias.ndim != 1:
+        refuse(view, operation, f"a bias of shape {tuple(bias.shape)}")
+
+
 def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
     if part.factors.b.ndim == 2:
         return contract(x, part, bias)
     part = with_pending(part)  # gathers sharded factors; `contract` does this for a matrix
     b, a = whole_factors(part)
-    dtype = compute_dtype(x)
+    dtype = product_dtype(x)
     x, base, b, a = (leaf.to(dtype) for leaf in (x, dense_base(part), b, a))
     rows = x[None] if x.ndim == 1 else x  # for a vector, the product with a stack of `a` would be one matrix
     output: Tensor = rows @ base.mT + (rows @ a.mT / part.divisor) @ b.mT
@@ -88,8 +97,8 @@ def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: fl
     if beta == alpha == 1 and input.ndim == 1 and isinstance(right, View):
         expect_weight("addmm", right, input=left)
         return _times(left, transposed(right), "addmm", input)
-    total: Tensor = beta * input + alpha * matmul(left, right)
-    return total
+    product: Tensor = alpha * matmul(left, right)
+    return product if beta == 0 else beta * input + product  # as in torch, NaN in an input without weight is no result
 
 
 def einsum(equation: Any, *operands: Any) -> Tensor:
@@ -105,9 +114,9 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     part = single(view, "einsum")
     terms, arrow, result = equation.replace(" ", "").partition("->")
     terms = terms.split(",")
-    *stack, row, column = terms[at]
-    if not (row + column).isalpha() or len(operands) != len(terms):
+    if len(operands) != len(terms) or not terms[at][-2:].isalpha() or len(terms[at]) < 2:
         refuse(view, "einsum", f"the equation {equation!r}")
+    *stack, row, column = terms[at]
     if not arrow:
         letters = "".join(terms).replace(".", "")
         result = "..." * ("..." in equation) + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
@@ -115,7 +124,8 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     stack_letters = "".join(stack)
     b, a = whole_factors(part)
     others = [*operands[:at], *operands[at + 1 :]]
-    dtype = compute_dtype(others[0]) if others else b.dtype
+    floating = [other for other in others if other.is_floating_point() or other.is_complex()]  # others may be masks
+    dtype = product_dtype(floating[0]) if floating else b.dtype
     base, b, a, *others = (leaf.to(dtype) for leaf in (dense_base(part), b, a, *others))
     low_rank_terms = [
         *terms[:at],
@@ -176,7 +186,7 @@ def convolve(dimensions: int) -> Callable[..., Tensor]:
         if len(view.kernel) != dimensions:
             refuse(view, operation, f"a weight of shape {view.shape} that is not low-rank as (out, in * prod(kernel))")
         (part,) = view.parts
-        dtype = compute_dtype(input)
+        dtype = product_dtype(input)
         input, b, a = (leaf.to(dtype) for leaf in (scaled(input, view), *whole_factors(part)))
         bias = None if bias is None else bias.to(dtype)
         out_features, *inner_shape = view.shape

@@ -43,16 +43,29 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
     name = getattr(operation, "__name__", repr(operation))
 
     def on_views(*args: Any, **kwargs: Any) -> Any:
-        views = [value for value in (*args, *kwargs.values()) if isinstance(value, View)]
-        if not views:
-            return NotImplemented
-        named = {keyword: _as_param(value, name) for keyword, value in kwargs.items()}
-        result = rule(*[_as_param(value, name) for value in args], **named)
+        views: list[View] = []
+        arguments, named = _with_params((args, kwargs), name, views)
+        result = rule(*arguments, **named)
         if result is NotImplemented:
             refuse(views[0], name, "these arguments")
         return views[0]._replace(parts=(result,), scale=None) if isinstance(result, LowRank) else result
 
     REGISTERED[operation] = on_views
+
+
+def _with_params(value: Any, operation: str, views: list[View]) -> Any:
+    """Return an argument, which may be nested, with a `LowRank` in place of each view.
+
+    The views are appended to `views`.
+    """
+    if isinstance(value, View):
+        views.append(value)
+        return _as_param(value, operation)
+    if type(value) in (tuple, list):
+        return type(value)([_with_params(element, operation, views) for element in value])
+    if type(value) is dict:
+        return {key: _with_params(element, operation, views) for key, element in value.items()}
+    return value
 
 
 def _as_param(value: Any, operation: str) -> Any:

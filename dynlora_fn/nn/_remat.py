@@ -1,7 +1,8 @@
 """`remat` and `checkpoint_contexts`: recompute blocks in the backward pass."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import compress, count
 from typing import Any
@@ -26,10 +27,21 @@ from dynlora_fn._core._torch import (
 )
 from dynlora_fn._core._types import LowRank
 from dynlora_fn.compile._ops import late
-from dynlora_fn.nn._block_refusals import RefuseRandom, refuse_attached_attributes
+from dynlora_fn.nn._block_refusals import (
+    Before,
+    RefuseRandom,
+    refuse_attached_attributes,
+    refuse_changes,
+    refuse_hidden_gradients,
+    refuse_hidden_results,
+    refuse_written,
+    running_statistics,
+    without_alias,
+)
 from dynlora_fn.nn._call import call_with
+from dynlora_fn.nn._checkpoints import permitting_checkpoint
 from dynlora_fn.nn._swap import slots_of, swapped
-from dynlora_fn.nn._turns import current_caller, taking_turns
+from dynlora_fn.nn._turns import Caller, current_caller, taking_turns
 from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import fallback_of, params_of
 
@@ -37,7 +49,7 @@ from dynlora_fn.nn._weight import fallback_of, params_of
 def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     """Return a model whose `blocks` save only their inputs for the backward pass.
 
-    Values, gradients and parameter names stay the same.
+    Values, gradients, parameter names and what blocks write to their buffers stay the same.
 
     The activations of a block are freed after the forward pass and computed once more in the backward pass. This takes
     the time of one more forward pass, and only the activations of one block are in memory at a time (arXiv:1604.06174).
@@ -49,13 +61,13 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     it at once: the peak memory is up to a tenth lower, at some cost in time.
 
     In a compiled graph a block is traced once for training and once for evaluation. Except for `training`, the
-    attributes of the module that its forward pass reads must not change.
+    attributes of the module that its forward pass reads must not change. Its hooks run again in the recomputation.
 
     Args:
         model: The model, which is not changed. Pass the result to `call` instead of the model:
             ``call(remat(model, ["layers.*"]), params, x)``. Both share parameters and buffers.
-        blocks: Names or globs of submodules, as in `nn.Module.named_modules`. Each of these must return a tensor or a
-            tuple of tensors.
+        blocks: Names or globs of submodules, as in `nn.Module.named_modules`. They return tensors and constants, also
+            in tuples, lists and dicts. Compiled, they return no dicts.
 
     Returns:
         A copy of the model, with the same tensors.
@@ -65,7 +77,8 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
         ValueError: If a pattern matches no submodule.
         NotImplementedError: In a call of the model, if a block draws random numbers, since they would differ in the
             recomputation. This is checked at the first call in training and in evaluation. Also if an attribute of a
-            block that is not a parameter or buffer is differentiated, because its gradient would be lost.
+            block that is not a parameter or buffer is differentiated, or tensors in an object that is passed or
+            returned, because their gradients would be lost. If a block changes its arguments, such as a cache of keys.
 
     Example:
         >>> import torch
@@ -88,12 +101,15 @@ def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.
         return copies[module]
     new = copies[module] = copy.copy(module)
     if module in blocks:
-        # A subclass of the module's type, so that `isinstance` and attributes work as before.
-        new.__class__ = type(type(module).__name__, (_Block, type(module)), {})
-        # In `__dict__`, because the parameters of a submodule would be found twice.
-        block_id = next(_BLOCK_IDS)
-        new.__dict__.update(_block=module, _block_id=block_id)
-        _BLOCKS[block_id] = module
+        # `_block` runs its hooks and a forward pass of the instance, which must not run a second time.
+        new.__dict__.pop("forward", None)
+        new.__dict__.update({name: OrderedDict() for name in _CALL_HOOKS}, _is_full_backward_hook=None)
+        # In `__dict__` and not as a submodule, whose parameters would be found twice.
+        new.__dict__["_block"] = module
+        # A subclass, so that the block still has its type and attributes.
+        kinds = (type(module),) if isinstance(module, _Block) else (_Block, type(module))
+        new.__class__ = type(type(module).__name__, kinds, {})
+        _register(new)
         return new
     children = {key: child and _copy(child, blocks, copies) for key, child in module._modules.items()}
     new.__dict__["_modules"] = children
@@ -104,8 +120,8 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
     """Return the `context_fn` of `torch.utils.checkpoint` for a model under `call`.
 
     With this `context_fn`, recomputed blocks use the parameters of the call. Otherwise a checkpoint recomputes its
-    block after `call` has returned, with the original parameters of the module. The gradient is then wrong, without an
-    error.
+    block after `call` has returned, with the original parameters of the module. A low-rank weight in such a block is
+    refused. A block that has only full-rank weights gets a wrong gradient, without an error.
 
     For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
 
@@ -130,7 +146,7 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
     check_module("model", model)
 
     def contexts() -> tuple[AbstractContextManager[None], ...]:
-        return nullcontext(), _recomputation(model)
+        return permitting_checkpoint(), _recomputation(model)
 
     return contexts
 
@@ -150,19 +166,44 @@ def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
 
 # A compiled graph can contain integers, but not modules, so blocks are found by an integer.
 _BLOCK_IDS = count()
-_WATCHED: set[tuple[int, bool]] = set()
 _BLOCKS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+# The positions of the buffers that a block writes, by its number and its flag `training`, from its first call.
+_WRITTEN: dict[tuple[int, bool], set[int]] = {}
+_CALL_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_pre_hooks", "_backward_hooks"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+
+
+def _register(block: nn.Module) -> None:
+    block_id = block.__dict__["_block_id"] = next(_BLOCK_IDS)
+    _BLOCKS[block_id] = block.__dict__["_block"]
 
 
 class _Block(nn.Module):
     _block: nn.Module
     _block_id: int
 
+    # What a subclass of `nn.Module` does in its call, `_block` does.
+    __call__ = nn.Module.__call__
+
+    @property
+    def training(self) -> bool:
+        """Whether the block trains, which is a flag of the module that is computed."""
+        return self._block.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._block.training = mode
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _register(self)  # a copy computes the module that was copied with it
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         params = {name: tuple(leaf) if isinstance(leaf, LowRank) else leaf for name, leaf in params_of(self).items()}
-        device_type = next(leaf.device.type for leaf in tree_leaves((params, args)) if isinstance(leaf, Tensor))
-        buffers = dict(self.named_buffers())
-        inputs = (params, buffers, args, kwargs)
+        inputs = (params, dict(self.named_buffers()), args, kwargs)
+        device_type = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
         return _recompute(self._block_id, self.training, inputs, autocast_now(device_type), fallback_of(self))
 
 
@@ -176,76 +217,123 @@ def _recompute(
 
     `inputs` are the parameters, buffers, arguments and keyword arguments of the block.
     """
-    leaves, structure = tree_flatten(inputs)
-    is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-    # `run` outlives this call, so it must not keep the tensors alive that the Function saves.
-    constants = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
     block, caller = _BLOCKS[block_id], current_caller()
-    watch = nullcontext() if (block_id, training) in _WATCHED else RefuseRandom(block)
+    if forward_levels() or not torch.is_grad_enabled():  # a Function has tangents of one level at most
+        return _run_block(block, inputs, autocast, fallback, caller)
+    leaves, structure = tree_flatten(inputs)
+    # `run` outlives this call, and must not keep the tensors that the Function saves.
+    constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    refuse_hidden_gradients(block, constants)
+    written = _WRITTEN.get((block_id, training))
+    watch = RefuseRandom(block) if written is None else nullcontext()
+    results: list[Any] = []  # what the block returns, without its tensors
+    structures: list[Any] = []
 
-    def run(*tensors: Tensor) -> Any:
-        remaining = iter(tensors)
-        filled = [next(remaining) if tensor else leaf for leaf, tensor in zip(constants, is_tensor, strict=True)]
-        params, *buffers_and_arguments = tree_unflatten(filled, structure)
-        params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
-        with torch.autocast(*autocast) if autocast else nullcontext(), watch:
-            return call_with(block, params, *buffers_and_arguments, fallback=fallback, caller=caller)
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        filled = tree_unflatten(_filled(constants, tensors), structure)
+        with watch, refuse_changes(block, filled[2:]):
+            output = _run_block(block, filled, autocast, fallback, caller)
+        outputs, output_structure = tree_flatten(output)
+        refuse_hidden_results(block, outputs)
+        results[:] = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in outputs]
+        structures[:] = [output_structure]
+        return tuple(without_alias(leaf, tensors) for leaf in outputs if isinstance(leaf, Tensor))
 
-    def run_again(*tensors: Tensor) -> Any:
+    def run_again(*tensors: Tensor) -> tuple[Tensor, ...]:
         output = run(*tensors)
         refuse_attached_attributes(block)
         return output
 
-    tensors = compress(leaves, is_tensor)
-    if forward_levels():  # a Function supports tangents of only one level
-        output = run(*tensors)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    params, buffers, *arguments = (sum(isinstance(leaf, Tensor) for leaf in tree_leaves(part)) for part in inputs)
+    if written is None:
+        before = Before(tensors, range(params, params + buffers))
+        before.note(params + at for at in running_statistics(block, list(inputs[1])))
     else:
-        argument_count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
-        output = _Recomputed.apply(run_again, argument_count, *tensors)  # type: ignore[no-untyped-call]
-    _WATCHED.add((block_id, training))
-    return output
+        before = Before(tensors, written)
+        before.note(written)
+    output = _Recomputed.apply(run_again, before, sum(arguments), *tensors)  # type: ignore[no-untyped-call]
+    changed = before.changed()
+    refuse_written(block, list(inputs[1]), [at - params for at in changed if at not in before.copies])
+    _WRITTEN.setdefault((block_id, training), changed)
+    return tree_unflatten(_filled(results, output), structures[0])
+
+
+_TENSOR = object()  # the place of a tensor among the leaves of a tree
+
+
+def _filled(leaves: Sequence[Any], tensors: Iterable[Tensor]) -> list[Any]:
+    """Return the leaves of a tree with tensors in their places."""
+    remaining = iter(tensors)
+    return [next(remaining) if leaf is _TENSOR else leaf for leaf in leaves]
+
+
+def _run_block(
+    block: nn.Module,
+    inputs: Sequence[Any],
+    autocast: Autocast | None,
+    fallback: Fallback,
+    caller: Caller | None,
+) -> Any:
+    params, *buffers_and_arguments = inputs
+    params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
+    with torch.autocast(*autocast) if autocast else nullcontext():
+        return call_with(block, params, *buffers_and_arguments, fallback=fallback, caller=caller)
 
 
 class _Recomputed(torch.autograd.Function):
     """Compute ``run(*tensors)`` and save only the tensors.
 
-    The backward pass computes it again. The last `argument_count` tensors are arguments of the call, and the others
-    parameters and buffers.
+    Of a buffer that `run` writes, the value from before is saved, and a copy is written when `run` is computed again.
+    The last `argument_count` of the tensors are call arguments.
     """
 
     @staticmethod
-    def forward(run: Callable[..., Any], argument_count: int, *tensors: Tensor) -> Any:
+    def forward(run: Callable[..., Any], before: Before, argument_count: int, *tensors: Tensor) -> Any:
         return run(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.run, ctx.argument_count, *tensors = inputs
+        ctx.run, before, ctx.argument_count, *tensors = inputs
+        ctx.written = [at for at in before.changed() if at in before.copies]
+        for at in ctx.written:
+            tensors[at] = before.copies[at]
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # `torch.func.vjp` does not accept tensors that were saved inside a transform that has ended.
-        tensors, is_needed = [without_dead_levels(tensor) for tensor in ctx.saved_tensors], ctx.needs_input_grad[2:]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # `torch.func.vjp` inside a pullback does not take what a transform that has ended saved.
+        tensors, is_needed = [without_dead_levels(tensor) for tensor in ctx.saved_tensors], ctx.needs_input_grad[3:]
+        first_grad = next(grad for grad in grads if grad is not None)
         # `late` makes the arguments depend on a gradient. In one graph of both passes, a compiler could otherwise
         # recompute the block during the forward pass.
         for position in range(len(tensors) - ctx.argument_count, len(tensors)):
-            tensors[position] = late(tensors[position], grads[0])
+            tensors[position] = late(tensors[position], first_grad)
+        for position in ctx.written:
+            tensors[position] = tensors[position].clone()
 
         def run(*differentiated: Tensor) -> Any:
             remaining = iter(differentiated)
             filled = (next(remaining) if needed else t for t, needed in zip(tensors, is_needed, strict=True))
-            return ctx.run(*filled)
+            return tuple(compress(ctx.run(*filled), is_differentiable))
 
-        pull_back = _pull_back_in_func if _needs_func(grads) else _pull_back
-        gradients = iter(pull_back(run, list(compress(tensors, is_needed)), grads))
-        return None, None, *(next(gradients) if needed else None for needed in is_needed)
+        is_differentiable = [grad is not None and grad.dtype.is_floating_point | grad.is_complex() for grad in grads]
+        outgoing: tuple[Tensor, ...] = tuple(grad for grad in compress(grads, is_differentiable) if grad is not None)
+        pull_back = _pull_back_in_func if _needs_func(outgoing) else _pull_back
+        gradients = iter(pull_back(run, list(compress(tensors, is_needed)), outgoing))
+        return None, None, None, *(next(gradients) if needed else None for needed in is_needed)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], run: Callable[..., Any], argument_count: int, *tensors: Tensor
+        info: Any,
+        in_dims: tuple[Any, ...],
+        run: Callable[..., Any],
+        before: Before,
+        argument_count: int,
+        *tensors: Tensor,
     ) -> Any:
-        batched = torch.vmap(run, in_dims=in_dims[2:], randomness=info.randomness)
-        output = _Recomputed.apply(batched, argument_count, *tensors)  # type: ignore[no-untyped-call]
+        batched = torch.vmap(run, in_dims=in_dims[3:], randomness=info.randomness)
+        output = _Recomputed.apply(batched, before, argument_count, *tensors)  # type: ignore[no-untyped-call]
         return output, tree_map(lambda leaf: 0, output)
 
 
@@ -263,7 +351,7 @@ def _pull_back_in_func(
     run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]
 ) -> Sequence[Tensor | None]:
     _, pull_back = torch.func.vjp(run, *inputs)  # type: ignore[misc]
-    gradients: tuple[Tensor, ...] = pull_back(grads if len(grads) > 1 else grads[0])
+    gradients: tuple[Tensor, ...] = pull_back(grads)
     return gradients
 
 
@@ -275,7 +363,6 @@ def _pull_back(run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[T
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     with torch.enable_grad():
         outputs = run(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     attached = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
     if not attached:
         return [None] * len(inputs)

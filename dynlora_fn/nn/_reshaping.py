@@ -30,7 +30,10 @@ from dynlora_fn.nn._view import (
 
 def permute(view: View, *dims: Any) -> View:
     """Swap rows and columns, or reorder the axes of a stack."""
-    order = [dim % len(view.shape) for dim in _sizes(dims)]
+    axes = len(view.shape)
+    if not all(-axes <= dim < axes for dim in _sizes(dims)):
+        refuse(view, "permute", f"dims {_sizes(dims)} of shape {view.shape}")
+    order = [dim % axes for dim in _sizes(dims)]
     same = list(range(len(view.shape)))
     if order == same:
         return view
@@ -88,7 +91,7 @@ def _sizes(shape: Sequence[Any]) -> tuple[Any, ...]:
 def reshape(view: View, *shape: Any) -> View:
     """Split rows into heads or columns into a kernel, or reshape the axes of a stack."""
     shape = _sizes(shape)
-    if not all(isinstance(size, int) for size in shape):
+    if not all(isinstance(size, int) for size in shape) or (-1 in shape and 0 in shape):
         refuse(view, "view", f"{shape}")
     if -1 in shape:
         known_size = -prod(shape)
@@ -140,6 +143,8 @@ def squeeze(view: View, dim: Any = None) -> View:
 def unsqueeze(view: View, dim: int) -> View:
     """Add an axis of size 1, as `reshape` does."""
     shape = list(view.shape)
+    if not -len(shape) <= dim + 1 <= len(shape) + 1:
+        refuse(view, "unsqueeze", f"dim {dim}")
     shape.insert(dim % (len(shape) + 1), 1)
     return reshape(view, *shape)
 
@@ -147,6 +152,8 @@ def unsqueeze(view: View, dim: int) -> View:
 def expand(view: View, *shape: Any) -> View:
     """Repeat the weight along axes of a stack."""
     shape = _sizes(shape)
+    if len(shape) < len(view.shape):
+        refuse(view, "expand", f"shape {shape} of {view.shape}")
     padded = (*(1 for _ in range(len(shape) - len(view.shape))), *view.shape)
     shape = tuple(old if size == -1 else size for old, size in zip(padded, shape, strict=True))
     part = single(view, "expand")

@@ -77,7 +77,8 @@ RULES: dict[Any, Callable[..., Any]] = {
 def _keywords_of(rule: Callable[..., Any]) -> frozenset[str] | None:
     parameters = signature(rule).parameters
     takes_all = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return None if takes_all else frozenset(parameters)
+    names = [name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_POSITIONAL]
+    return None if takes_all else frozenset(names)
 
 
 # The keywords that a rule takes, or None for all. A call with another keyword, such as `out`, has no rule.

@@ -29,6 +29,7 @@ from dynlora_fn._core._torch import (
 from dynlora_fn._core._types import LowRank, Param
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._attributes import METADATA
+from dynlora_fn.nn._checkpoints import is_in_other_checkpoint
 from dynlora_fn.nn._fallback import dense_weight, permit, refuse_lost, why_lost
 from dynlora_fn.nn._rules import find_rule
 from dynlora_fn.nn._view import Fallback, NoRuleError, View, gathered, no_rule, view_of
@@ -210,6 +211,8 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
         result = rule(*views, **named)
     except NoRuleError as refusal:
         return _fall_back(func, args, kwargs, refusal)
+    except IndexError:  # of a dim or an index that torch refuses with its message
+        return _fall_back(func, args, kwargs, None)
     return _as_weights(result if torch.is_grad_enabled() else _without_grad(result, views))
 
 
@@ -221,6 +224,11 @@ def _view_of(weight: Weight) -> View:
             f"low-rank weight {weight._view.name!r} is used in `torch.utils.checkpoint` with use_reentrant=True, which"
             " recomputes with the parameters of the model, so that its gradient would be lost; use `remat`, or"
             " use_reentrant=False with `checkpoint_contexts`"
+        )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_in_other_checkpoint():
+        raise NotImplementedError(
+            f"low-rank weight {weight._view.name!r} is used in `torch.utils.checkpoint`, which recomputes with the "
+            "parameters of the model; pass `context_fn=checkpoint_contexts(model)` to it, or use `remat`"
         )
     return weight._view
 

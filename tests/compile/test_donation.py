@@ -70,6 +70,16 @@ def test_a_consumed_state_is_caught():
         assert new["x"].data_ptr() == memory
 
 
+@pytest.mark.parametrize("use", [lambda x: torch.stack([x, x]), lambda x: torch.cat(tensors=(x, x))])
+def test_a_consumed_tensor_in_a_list_is_refused_by_name(use):
+    state = {"x": torch.zeros(2)}
+    counting()(state)
+    with pytest.raises(
+        RuntimeError, match=r"state tensor at \['x'\] was written over by a step, and `(stack|cat)` uses"
+    ):
+        use(state["x"])
+
+
 def test_what_a_step_reports_with_debug_keeps_its_values():
     step = compile_step(lambda state: ({"x": state["x"] + 1}, state["x"][0]), debug=True, backend="aot_eager")
     state, first = step({"x": torch.zeros(2)})

@@ -60,6 +60,22 @@ def test_a_step_that_changes_the_kind_of_its_state_is_refused(step, message):
         compile_step(step, backend="aot_eager")({"x": torch.zeros(2)})
 
 
+@pytest.mark.parametrize("donate", [True, False])
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        (lambda state: {"x": state["x"], "y": state["y"] + 1}, "dict"),
+        (lambda state: (state, state["x"], state["y"]), "tuple"),
+        (lambda state: torch.stack([state["x"], state["y"]]), "Tensor"),
+        (lambda state: None, "NoneType"),
+    ],
+)
+def test_a_step_that_returns_no_pair_is_refused(step, kind, donate):
+    state = {"x": torch.zeros(2), "y": torch.zeros(2)}
+    with pytest.raises(ValueError, match=rf"`step` returned a {kind}, but must return a pair; return `\(state, aux\)`"):
+        compile_step(step, donate=donate, backend="aot_eager")(state)
+
+
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_a_step_that_switches_equals_eager_with_inductor():

@@ -153,3 +153,10 @@ def test_a_name_with_a_range_is_refused():
 def test_a_name_with_a_star_is_refused():
     with pytest.raises(ValueError, match=r"parameter 'layers\.\*\.w' contains a star"):
         find_stacks({"layers.*.w": "8x8", "head": "8x8"})
+
+
+@pytest.mark.parametrize("names", [["w.*", "w.0"], ["w.1", "w.*"], ["w.*", "w.{1..2}"]])
+def test_a_weight_by_its_name_and_in_a_stack_is_refused(names):
+    params = {name: torch.zeros((2, 3) if name[2:] in ("*", "{1..2}") else 3) for name in names}
+    with pytest.raises(ValueError, match=r"`params` has 'w\.[01]' by its name and in a stack"):
+        unstack(params)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from dynlora_fn import call, init, materialize, partition
 from dynlora_fn.nn import dense, register_rule
 from dynlora_fn.nn._register import REGISTERED
-from dynlora_fn.testing import normal
+from dynlora_fn.testing import assert_same, normal
 from tests.support.weight_layers import EPS, setting
 
 
@@ -64,6 +64,22 @@ def test_a_rule_for_a_method_written_in_python_applies_in_compiled_code():
     wanted = functional.linear(x, (base.norm(dim=0) + b.sum()).expand(6, 4), params["bias"])
     torch.testing.assert_close(eager, wanted, rtol=0, atol=64 * EPS)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=64 * EPS)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_rule_gets_the_weights_in_a_list():
+    class Stacks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.zeros(4, 4).double()) for _ in range(2))
+
+        def forward(self):
+            return torch.vstack([self.first, self.second])
+
+    model = Stacks()
+    params = init(model, rank=2, seed=0, targets=["first", "second"], stack=False, dtype=torch.float64)
+    register_rule(torch.vstack, lambda weights: torch.cat([materialize(weight) for weight in weights]))
+    assert_same(call(model, params, fallback="raise"), torch.cat([materialize(param) for param in params.values()]))
 
 
 @pytest.mark.parametrize(("argument", "values"), [("operation", ("exp", abs)), ("rule", (torch.exp, None))])

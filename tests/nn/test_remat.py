@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from dynlora_fn import call, combine, compile_step, init, linear, partition, remat, value_and_grad
+from dynlora_fn import call, checkpoint_contexts, combine, compile_step, init, linear, partition, remat, value_and_grad
 from dynlora_fn.nn import _products
 from dynlora_fn.testing import assert_same, normal
 from tests.support.blocks import Block, make
@@ -80,6 +80,35 @@ def test_random_blocks_are_refused(backend):
 def test_a_block_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"`blocks` contains 'blocks\.\*', which matches no name"):
         remat(make()[0], ["blocks.*"])
+
+
+def test_a_checkpoint_without_contexts_is_refused_by_name():
+    """It would be recomputed with the parameters of the model."""
+    x = torch.ones(2, 4, dtype=torch.float64)
+
+    settings = {}
+
+    class Checkpointed(torch.nn.Linear):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False, **settings)
+
+    model = Checkpointed(4, 4).double()
+    trainable, frozen = partition(init(model, rank=2, seed=0, targets=["weight"], dtype=torch.float64))
+
+    def gradients_by(function):
+        return value_and_grad(lambda tree: function(tree).square().sum(), via="autograd")(trainable).grads
+
+    with pytest.raises(NotImplementedError, match=r"'weight' is used in `torch.utils.checkpoint`, .*contexts"):
+        gradients_by(lambda tree: call(model, combine(tree, frozen), x))
+    settings["context_fn"] = checkpoint_contexts(model)
+    got = gradients_by(lambda tree: call(model, combine(tree, frozen), x))
+    plain = torch.nn.Linear(4, 4).double()
+    around = gradients_by(
+        lambda tree: checkpoint(lambda tree: call(plain, combine(tree, frozen), x), tree, use_reentrant=False)
+    )
+    wanted = gradients_by(lambda tree: call(plain, combine(tree, frozen), x))
+    assert_same(got, wanted)
+    assert_same(around, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
