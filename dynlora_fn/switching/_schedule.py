@@ -145,7 +145,7 @@ class Schedule:
     def _pace(self, param: LowRank, most: int) -> tuple[int | None, ...]:
         """Return what a plan depends on beside the step and the device."""
         idle = _idle(param) if self._is_limited(param) else None
-        return param.factors.a.shape[-2], most, idle, _is_one_sided(param)
+        return param.factors.a.shape[-2], most, idle, is_one_sided(param)
 
     def _is_limited(self, param: LowRank) -> bool:
         """Return whether fewer candidates are idle than come due in `every` steps."""
@@ -214,11 +214,11 @@ class Schedule:
         rank = param.factors.a.shape[-2]
         if self.count is not None:
             counted = self.most(param) * (steps // self.every)
-            return Turn(b=counted if _is_one_sided(param) else counted + rank // 2, a=counted)
+            return Turn(b=counted if is_one_sided(param) else counted + rank // 2, a=counted)
         if isinstance(steps, Tensor):
             steps = steps.to(torch.float64)
         halves = _floor(2 * self.due(steps - steps % self.every, param))
-        return Turn(b=halves // 2 if _is_one_sided(param) else (halves + rank) // 2, a=halves // 2)
+        return Turn(b=halves // 2 if is_one_sided(param) else (halves + rank) // 2, a=halves // 2)
 
     def _plan(self, step: int | Tensor, param: LowRank, most: int) -> Plan:
         device, rank = param.factors.a.device, param.factors.a.shape[-2]
@@ -230,7 +230,7 @@ class Schedule:
             return SidePlan(slots=ordinal % rank, indices=ordinal - ahead + rank, active=ordinal < end)
 
         frozen_for = torch.tensor(self.freeze, dtype=torch.int32, device=device)
-        ahead = 0 if _is_one_sided(param) else rank // 2
+        ahead = 0 if is_one_sided(param) else rank // 2
         return Plan(b=side(before.b, after.b, ahead), a=side(before.a, after.a, 0), frozen_for=frozen_for)
 
 
@@ -239,7 +239,7 @@ def _idle(param: LowRank) -> int:
     return min(param.shape[-2:]) - param.factors.a.shape[-2]
 
 
-def _is_one_sided(param: LowRank) -> bool:
+def is_one_sided(param: LowRank) -> bool:
     """Return whether both sides of a slot are switched together.
 
     They are where only `b` is trained.
@@ -321,7 +321,6 @@ def switchlora(
         >>> round(schedule.decay**100, 3)
         0.3
     """
-    check_integer("total_steps", total_steps, least=1)
-    check_number("ratio", ratio, above=0)
-    check_number("decay", decay, above=0, most=1)
+    total_steps = check_integer("total_steps", total_steps, least=1)
+    ratio, decay = check_number("ratio", ratio, above=0), check_number("decay", decay, above=0, most=1)
     return Schedule(interval=interval, decay=decay ** (1 / (ratio * total_steps)), freeze=freeze, every=every)
