@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dynlora_fn._core._types import is_factors
-from dynlora_fn.optim._containers import Path, Step, children, contains_tensors, rebuild, render
+from dynlora_fn.optim._containers import Path, Step, children, contains_tensors, hidden_attributes, rebuild, render
 from dynlora_fn.optim._eight_bit import is_eight_bit
 from dynlora_fn.optim._roles import Role, Roles, declared_roles
 from dynlora_fn.optim._torch_optim import is_torch_optim, project_torch_optim
@@ -30,6 +30,7 @@ def project_state(node: Any, context: Visitor, path: Path) -> Any:
     inside = children(node)
     if inside is None:
         return _without_tensors(node, path)
+    _refuse_hidden(node, path)
     if is_torchopt(node):
         context.check_foreign("torchopt", path)
     declared = torchopt_roles(node, path) if is_torchopt(node) else declared_roles(node)
@@ -72,6 +73,7 @@ def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name:
         raise ValueError(f"`opt_state` has {_describe(node)} at {render(path)}, in no dict by parameter name; use one")
     _check_is_of_parameter(node, name, context, path, is_leaf=is_leaf)
     inside = None if is_leaf else children(node)
+    _refuse_hidden(node, path)
     if inside is None:
         return node if is_leaf else _without_tensors(node, path)
     is_dict = isinstance(node, Mapping)
@@ -140,6 +142,19 @@ def _without_tensors(node: Any, path: Path) -> Any:
             "searched; use dicts, lists, tuples or dataclasses"
         )
     return node
+
+
+def _refuse_hidden(node: Any, path: Path) -> None:
+    """Raise if a container has tensors in an attribute that is no field.
+
+    They would stay without an error.
+    """
+    for name, value in hidden_attributes(node).items():
+        if contains_tensors(value):
+            raise ValueError(
+                f"`opt_state` has a {type(node).__name__} at {render(path) or 'its root'} with tensors in its attribute"
+                f" {name!r}, which is no field and would not change; store them in a field"
+            )
 
 
 def _refuse_undeclared(node: Any, path: Path) -> None:
