@@ -105,8 +105,8 @@ def _limit(grams: Grams, norms: Float[Tensor, "2 *stack 1 1"], rate: Rate) -> Fl
 
     So the updates are not too long.
     """
-    max_norm = _MAX_RELATIVE_STEP * square_root(trace(grams.factors)).sum(0) / rate
-    factor: Tensor = max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    max_norm = _MAX_RELATIVE_STEP * square_root(trace(grams.factors)).sum(0)
+    factor: Tensor = max_norm / (rate * norms).clamp(min=torch.finfo(norms.dtype).tiny)
     return factor.clamp(max=1)
 
 

@@ -162,5 +162,5 @@ def _operand(other: Any, tensors: Sequence[Tensor]) -> Any:
     dtype = tensors[0].dtype
     is_exact = dtype.is_floating_point == isinstance(other, float) and dtype.itemsize > 2  # narrow ones would round it
     if isinstance(other, int | float) and is_exact and tensors[0].is_cpu:
-        return torch.tensor(other, dtype=dtype)  # torch would make it for each tensor of the list again
+        return torch.tensor(other, dtype=dtype, device="cpu")  # torch would make it for each tensor of the list again
     return other

@@ -76,7 +76,8 @@ def project_optimizer_state(
         TypeError: If a part of a plan or of `trainable` has a wrong type or dtype.
         ValueError: If `plan` is not by name, `rule` or a role is unknown, or `prune` is not in [0, 1]. If `change` is
             missing for "transport" or passed with another rule. If a place in the state has factors, a matrix or an
-            unknown object without a role, or factors whose shapes do not fit their role. If the state has no factors
+            unknown object without a role, tensors in an attribute that is no field, or factors whose shapes do not fit
+            their role. If the plan is on another device than the state, or the state has no factors
             of a planned parameter, for "prune" no moment, or for "transport" no first moment or one in 8 bit. For
             "prune" and "transport", if factors are sharded.
 

@@ -4,7 +4,7 @@ The table was checked with torch 2.13. A field that it does not have is refused 
 and of optimizers outside of torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +36,9 @@ _KNOWN = _OF_TENSORS.union(*_MIRRORED)
 
 def is_torch_optim(node: Any) -> bool:
     """Return whether a node is the state dict of a `torch.optim.Optimizer`."""
-    return isinstance(node, Mapping) and "state" in node and "param_groups" in node
+    if not (isinstance(node, Mapping) and isinstance(node.get("state"), Mapping)):
+        return False
+    return isinstance(node.get("param_groups"), Sequence) and not hasattr(node["param_groups"], "_fields")
 
 
 def project_torch_optim(node: Mapping[str, Any], context: Visitor, path: Path) -> Any:
