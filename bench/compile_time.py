@@ -1,8 +1,10 @@
 """How does compile time grow with depth, and what does a compiled call cost?
 
-Each case runs in a separate process without any cache, after a trivial function that loads the compiler.
+Each case runs in a separate process without any cache, after a trivial function that loads the compiler. A second start
+has the caches that the first one has filled.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +31,8 @@ class CompileTime(Options):
     """Depths at which compiling the update is compared."""
     layers: int = 8
     """Number of layers of the model in a whole training step."""
+    deep_step: int | None = None
+    """Also compile whole steps without a switch of a model with this many layers."""
     repeats: int = 2
     case: str | None = None
     """Compile only this case, with `layers` layers, in this process, and print the seconds."""
@@ -76,9 +80,19 @@ def measure_case(config: CompileTime, case: str, layers: int) -> float:
     """
     if config.quick:
         return measure(replace(config, case=case, layers=layers))
+    return _in_process(config, case, layers, {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
+
+
+def measure_second_start(config: CompileTime, case: str, layers: int) -> float:
+    """Measure a case in a process whose caches another process has filled."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [_in_process(config, case, layers, {"TORCHINDUCTOR_CACHE_DIR": folder}) for _ in range(2)][-1]
+
+
+def _in_process(config: CompileTime, case: str, layers: int, variables: dict[str, str]) -> float:
     flags = ["--case", case, "--layers", str(layers), "--width", str(config.width), "--fraction", str(config.fraction)]
     flags += ["--device", config.device, "--threads", str(config.threads)]
-    return float(run_in_subprocess("bench.compile_time", flags, {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}))
+    return float(run_in_subprocess("bench.compile_time", flags, variables))
 
 
 def call_overhead(config: CompileTime) -> float:
@@ -112,10 +126,14 @@ def main(config: CompileTime) -> None:
     cases = [("update", config.shallow), ("update", config.deep), ("plain", config.layers)]
     cases += [] if config.quick else [("static", config.layers)]
     cases += [("switching", config.layers)]
+    cases += [(case, config.deep_step) for case in ("plain", "static") if config.deep_step]
     times: dict[str, list[float]] = {f"{case} {layers}": [] for case, layers in cases}
     for _ in range(config.repeats):
         for case, layers in cases:
             times[f"{case} {layers}"].append(measure_case(config, case, layers))
+        for case in () if config.quick else ("plain", "static", "switching"):
+            second = measure_second_start(config, case, config.layers)
+            times.setdefault(f"{case} {config.layers}, second start", []).append(second)
     seconds = {name: median(values) for name, values in times.items()}
     rows = [[name, value, times[name]] for name, value in seconds.items()]
     console.print(table("seconds to compile", ["case, layers", "median", "all"], rows))
@@ -124,6 +142,7 @@ def main(config: CompileTime) -> None:
         "compile_deep_over_shallow": seconds[f"update {config.deep}"] / seconds[f"update {config.shallow}"],
         "compile_switching_over_plain": seconds[f"switching {layers}"] / plain,
         "compile_static_over_plain": seconds.get(f"static {layers}", 0.0) / plain,
+        "second_start_seconds": seconds.get(f"switching {layers}, second start", 0.0),
         "call_overhead_ms": 1e3 * call_overhead(config),
     }
     console.print(results)

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from bench.support.harness import Options, finish, start, table
-from bench.support.timing import Timing, interleave, weighted
+from bench.support.timing import Ratio, Timing, interleave, intervals, values, weighted
 from bench.support.training_steps import LibraryStep, StepSize, full_step, peft_step
 
 
@@ -58,11 +58,11 @@ def measure(config: Step) -> dict[str, Timing]:
     return timings
 
 
-def ratios(timings: dict[str, Timing], fractions: tuple[int, ...], bases: tuple[str, ...]) -> dict[str, float]:
+def ratios(timings: dict[str, Timing], fractions: tuple[int, ...], bases: tuple[str, ...]) -> dict[str, Ratio]:
     """Return the ratios of medians that the benchmark reports."""
 
-    def ratio(name: str, other: str) -> float:
-        return timings[name].median / timings[other].median
+    def ratio(name: str, other: str) -> Ratio:
+        return Ratio.of(timings[name], timings[other])
 
     first, last = fractions[0], fractions[-1]
     return {
@@ -86,9 +86,11 @@ def main(config: Step) -> None:
     kind = "eager" if config.eager else "compiled"
     title = f"one {kind} step in ms, {config.dtype}, {config.size.tokens} tokens, width {config.size.width}"
     console.print(table(title, ["", "lower quartile", "median", "upper quartile", "over full"], rows))
-    results = ratios(timings, config.fractions, config.bases)
-    console.print(results)
-    finish(config, results, {name: timing.all for name, timing in timings.items()})
+    found = ratios(timings, config.fractions, config.bases)
+    console.print(found)
+    finish(
+        config, {**values(found), "intervals": intervals(found)}, {name: timing.all for name, timing in timings.items()}
+    )
 
 
 if __name__ == "__main__":

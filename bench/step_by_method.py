@@ -18,7 +18,7 @@ import dynlora_fn as dl
 from bench.quality.dense_methods import packaged
 from bench.quality.job import is_inner
 from bench.support.harness import Options, finish, start, table
-from bench.support.timing import Timing, interleave, weighted
+from bench.support.timing import Ratio, Timing, interleave, intervals, values, weighted
 from bench.support.training_steps import LR, LibraryStep, StepSize, full_step
 
 GAP = 200  # steps between new projections, as in the study
@@ -130,12 +130,15 @@ def measure(config: StepByMethod) -> dict[str, Timing]:
     return timings
 
 
-def muon_ratios(timings: dict[str, Timing]) -> dict[str, float]:
+def muon_ratios(timings: dict[str, Timing]) -> dict[str, Ratio]:
     """Return the time of a step with Muon on switched factors over those of full rank."""
-    ours, full, full_muon = (timings[name].median for name in ("switched, Muon", "full rank", "full rank, Muon"))
-    ratios = {"muon_over_full": ours / full, "muon_over_full_muon": ours / full_muon}
+    ours, full = timings["switched, Muon"], timings["full rank"]
+    ratios = {
+        "muon_over_full": Ratio.of(ours, full),
+        "muon_over_full_muon": Ratio.of(ours, timings["full rank, Muon"]),
+    }
     if "switched, Muon at d/8" in timings:
-        ratios["muon_over_full_eighth"] = timings["switched, Muon at d/8"].median / full
+        ratios["muon_over_full_eighth"] = Ratio.of(timings["switched, Muon at d/8"], full)
     return ratios
 
 
@@ -149,8 +152,11 @@ def main(config: StepByMethod) -> None:
     rows = [[name, *(1e3 * value for value in timing[:3]), timing.median / full] for name, timing in timings.items()]
     title = f"one step in ms, {config.size.tokens} tokens, width {config.size.width}, {config.size.layers} layers"
     console.print(table(title, ["", "lower quartile", "median", "upper quartile", "over full"], rows))
-    results = {name: timing.median / full for name, timing in timings.items()}
-    finish(config, {**results, **muon_ratios(timings)}, {name: timing.all for name, timing in timings.items()})
+    over_full = {name: Ratio.of(timing, timings["full rank"]) for name, timing in timings.items()}
+    found = over_full | muon_ratios(timings)
+    console.print(found)
+    raw = {name: timing.all for name, timing in timings.items()}
+    finish(config, {**values(found), "intervals": intervals(found)}, raw)
 
 
 if __name__ == "__main__":

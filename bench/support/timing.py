@@ -1,13 +1,15 @@
 """Time functions in turn, so that noise of the machine falls on all of them alike."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
 
 _WARMUP_ROUNDS = 2  # in which functions are compiled and caches are filled
+_RESAMPLES = 2_000
 
 
 class Timing(NamedTuple):
@@ -22,6 +24,41 @@ class Timing(NamedTuple):
     def of(cls, times: list[float]) -> "Timing":
         """Return the quartiles of `times`."""
         return cls(*quantiles(times, n=4, method="inclusive"), times)
+
+
+class Ratio(NamedTuple):
+    """A ratio of medians with its 95 % confidence interval."""
+
+    lower: float
+    value: float
+    upper: float
+
+    @classmethod
+    def of(cls, timing: Timing, other: Timing) -> "Ratio":
+        """Return the ratio of two functions that were timed in the same rounds.
+
+        The interval is the percentile bootstrap over rounds: a resample takes both times of a round.
+        """
+        pairs = list(zip(timing.all, other.all, strict=True))
+        draw = random.Random(0)
+        ratios = sorted(_ratio_of_medians(draw.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
+        tail = _RESAMPLES // 40
+        return cls(ratios[tail], _ratio_of_medians(pairs), ratios[-1 - tail])
+
+
+def values(ratios: Mapping[str, Ratio]) -> dict[str, float]:
+    """Return the ratios of medians."""
+    return {name: ratio.value for name, ratio in ratios.items()}
+
+
+def intervals(ratios: Mapping[str, Ratio]) -> dict[str, list[float]]:
+    """Return the ends of the confidence intervals."""
+    return {name: [ratio.lower, ratio.upper] for name, ratio in ratios.items()}
+
+
+def _ratio_of_medians(pairs: list[tuple[float, float]]) -> float:
+    times, others = zip(*pairs, strict=True)
+    return median(times) / median(others)
 
 
 def synchronize(device: str) -> None:

@@ -38,6 +38,8 @@ def outputs(result: Any) -> torch.Tensor:
 def test_it_gives_the_outputs_of_peft_or_is_refused(kind, dtype, tmp_path):
     if dtype == torch.float64 and not kind.is_wide:
         pytest.skip("PEFT makes it in float32 only")
+    if tuple(map(int, peft.__version__.split(".")[:2])) < kind.since:
+        pytest.skip(f"PEFT {peft.__version__} does not have it")
     theirs = saved(kind, tmp_path, dtype)
     model = kind.make().to(dtype)
     inputs = [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in kind.inputs]

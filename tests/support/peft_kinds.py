@@ -90,6 +90,7 @@ class Kind(NamedTuple):
     settings: dict[str, Any]
     refused: str = ""  # what the error names, a regular expression; empty if the adapter loads
     is_wide: bool = True  # whether PEFT makes it in float64 too
+    since: tuple[int, int] = (0, 0)  # the version of PEFT that introduced it
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -219,18 +220,21 @@ def narrow(kind: Kind) -> Kind:
     return kind._replace(is_wide=False)
 
 
+def new(kind: Kind) -> Kind:
+    return kind._replace(since=(0, 21))
+
+
 def tokens(make: Callable[[], nn.Module], refused: str = "", **settings: Any) -> Kind:
     return Kind(make, (TOKENS,), settings, refused)
 
 
 def kinds() -> dict[str, Kind]:
     """Return the kinds by name. PEFT is imported here, which takes seconds."""
-    from peft.tuners.lora.config import (  # noqa: PLC0415
-        BdLoraConfig,
-        KasaConfig,
-        MontecloraConfig,
-        VeloraConfig,
-    )
+    from peft.tuners.lora import config  # noqa: PLC0415
+
+    def part(name: str, **settings: Any) -> Any:
+        """Return a part of a configuration, or its settings if this PEFT does not have it."""
+        return getattr(config, name, dict)(**settings)
 
     both = ["lin0", "lin1"]
     usual = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
@@ -248,18 +252,18 @@ def kinds() -> dict[str, Kind]:
         "biases of all layers": mlp(bias="all", modules_to_save=["lin1"]),
         "biases of adapted layers": mlp(bias="lora_only"),
         "DoRA, linear layer": mlp("use_dora", use_dora=True),
-        "KaSA": mlp("kasa_config", kasa_config=KasaConfig(), r=4),
-        "MiCA": narrow(mlp(init_lora_weights="mica", r=4)),
+        "KaSA": new(mlp("kasa_config", kasa_config=part("KasaConfig"), r=4)),
+        "MiCA": new(narrow(mlp(init_lora_weights="mica", r=4))),
         "PiSSA": narrow(mlp("init_lora_weights", init_lora_weights="pissa", r=4)),
         "OLoRA": narrow(mlp("init_lora_weights", init_lora_weights="olora", r=4)),
         "orthogonal start": mlp(init_lora_weights="orthogonal", r=4),
         "Gaussian start": mlp(init_lora_weights="gaussian"),
-        "VeLoRA": mlp("velora_config", velora_config=VeloraConfig(num_groups=2, init_type="random")),
-        "MonteCLoRA": mlp("monteclora_config", monteclora_config=MontecloraConfig(num_samples=2)),
+        "VeLoRA": new(mlp("velora_config", velora_config=part("VeloraConfig", num_groups=2, init_type="random"))),
+        "MonteCLoRA": new(mlp("monteclora_config", monteclora_config=part("MontecloraConfig", num_samples=2))),
         "BD-LoRA": mlp(
             "use_bdlora",
             target_modules=both,
-            use_bdlora=BdLoraConfig(target_modules_bd_a=["lin0"], target_modules_bd_b=["lin1"], nblocks=2),
+            use_bdlora=part("BdLoraConfig", target_modules_bd_a=["lin0"], target_modules_bd_b=["lin1"], nblocks=2),
         ),
         "bias of the factors, linear layer": mlp("lora_bias", target_modules=both, lora_bias=True, lora_alpha=32),
         "parameter of any module": mlp(make=Parameters, target_modules=[], target_parameters=["lin0.weight"]),
