@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dynlora_fn._core._types import is_factors
@@ -149,6 +150,8 @@ def _refuse_hidden(node: Any, path: Path) -> None:
 
     They would stay without an error.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return  # Dynamo cannot trace the question
     for name, value in hidden_attributes(node).items():
         if contains_tensors(value):
             raise ValueError(

@@ -60,8 +60,6 @@ def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -
 def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moments: Sequence[Tensor], share: float) -> Tensor:
     """Return which entries are the smallest of `moment` and all first moments."""
     is_counterpart = is_counterpart.expand(moment.shape)
-    if not share:
-        return torch.zeros_like(is_counterpart)
     is_small = is_counterpart & _is_small(moment, is_counterpart, share)
     for first_moment in first_moments:
         is_small = is_small & _is_small(first_moment, is_counterpart, share)

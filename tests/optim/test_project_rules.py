@@ -219,9 +219,3 @@ def test_autocast_does_not_round_what_is_transported():
     wanted = project_optimizer_state(state, plan, rule="transport", change=change)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(project_optimizer_state(state, plan, rule="transport", change=change), wanted)
-
-
-def test_a_share_of_zero_prunes_nothing():
-    trainable, plan, optimizer = partition(weights()).trainable, one_switch(**SWITCH), adamw()
-    state = optimizer.update(trainable, optimizer.init(trainable), trainable, lr=0.1).opt_state
-    assert_same(project_optimizer_state(state, plan, rule="prune", prune=0), state)
