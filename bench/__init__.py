@@ -1,6 +1,6 @@
 """Answer one question with each program: ``python -m bench.NAME``.
 
-Options are ``[--quick] [--json] [--out FILE]``.
+Most programs have the options ``[--quick] [--json] [--out FILE]``.
 """
 
 from models.program import hide_import_messages

@@ -1,7 +1,7 @@
-"""How does compile time grow with depth, and what does a compiled call cost?
+"""How does compile time grow with depth, and how long does a compiled call take?
 
-Each case runs in a separate process without any cache, after a trivial function that loads the compiler. A second start
-has the caches that the first one has filled.
+Each case runs in a separate process without any cache. A trivial function is compiled before, which loads the compiler.
+A second start uses the caches that the first start has filled.
 """
 
 import tempfile
@@ -27,15 +27,16 @@ class CompileTime(Options):
     fraction: int = 4
     """Width over rank."""
     shallow: int = 4
+    """Number of layers of the shallow update that is compiled."""
     deep: int = 32
-    """Depths at which compiling the update is compared."""
+    """Number of layers of the deep update that is compiled."""
     layers: int = 8
     """Number of layers of the model in a whole training step."""
     deep_step: int | None = None
     """Also compile whole steps without a switch of a model with this many layers."""
     repeats: int = 2
     case: str | None = None
-    """Compile only this case, with `layers` layers, in this process, and print the seconds."""
+    """Compile only this case with `layers` layers, in this process, and print the seconds."""
 
     def size(self) -> StepSize:
         """Return the size of the measured step."""
@@ -62,7 +63,7 @@ def compiled(config: CompileTime) -> Callable[[], Any]:
 
 
 def measure(config: CompileTime) -> float:
-    """Return the seconds of the first call less those of the second."""
+    """Return the seconds of the first call minus the seconds of the second call."""
     torch.compile(lambda x: x + 1, **config.options())(torch.zeros(3, device=config.device))
     function = compiled(config)
     started = time.perf_counter()
@@ -76,7 +77,7 @@ def measure(config: CompileTime) -> float:
 def measure_case(config: CompileTime, case: str, layers: int) -> float:
     """Measure a case in a separate process.
 
-    With `quick`, this process measures it, which is faster.
+    With `quick`, it is measured in this process, which is faster.
     """
     if config.quick:
         return measure(replace(config, case=case, layers=layers))
@@ -96,7 +97,7 @@ def _in_process(config: CompileTime, case: str, layers: int, variables: dict[str
 
 
 def call_overhead(config: CompileTime) -> float:
-    """Return the seconds of a call of a step that has almost no work."""
+    """Return the seconds of one call of a step that does almost no work."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(config.device)
     params = dl.init(model, rank=2, seed=0, targets=["*.weight"])
     optimizer, x = dl.optim.adamw(), torch.randn(4, 8, device=config.device)

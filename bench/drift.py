@@ -1,10 +1,10 @@
-"""How far does a weight in low precision drift over a run's switches?
+"""How far does a weight in low precision drift over the switches of a run?
 
-Base, residual and fold interval vary. Only switches change the factors, so a copy of the weight in float64 is the exact
-result.
+The format of the base, its residual and the interval between folds vary. A copy of the weight in float64 is switched
+too, and gives the exact result.
 
 - ``error`` is the error of the weight that products use.
-- ``over once`` is its ratio to the error of quantizing the exact base a single time.
+- ``over once`` is this error over the error of quantizing the exact base a single time.
 - ``kept`` is the error of codes and residual together, from which later folds start.
 - ``deferred`` contenders store the differences of several folds exactly, as vectors, and fold them together.
 """
@@ -29,20 +29,26 @@ class Drift(Options):
     width: int = 512
     rank: int = 128
     steps: int = 40_000
-    """Steps of the schedule."""
+    """Number of steps of the schedule."""
     every: tuple[int, ...] = (1, 8, 20)
-    """Intervals between two folds, in steps."""
+    """Numbers of steps between two folds, each measured separately."""
     bases: tuple[str, ...] = BASES
     residuals: tuple[str, ...] = RESIDUALS
     deferred: int = 8
     """Number of folds that the deferred contenders fold together. 0 leaves these contenders out."""
 
 
-Errors = dict[str, float]  # of one contender, by kind
+Errors = dict[str, float]  # the errors of one contender, by kind
 
 
 def contenders(config: Drift, weight: dl.LowRank, vectors: int) -> dict[str, dl.LowRank]:
-    """Return the weight in every format. Each fold adds `vectors` vectors."""
+    """Return the weight in every format.
+
+    Args:
+        config: The options.
+        weight: The weight in float64.
+        vectors: The number of vectors that each fold adds.
+    """
     params = {"float32+none": weight._replace(base=weight.base.float())}
     for base in config.bases:
         for residual in config.residuals:
@@ -55,9 +61,9 @@ def contenders(config: Drift, weight: dl.LowRank, vectors: int) -> dict[str, dl.
 
 
 def exact_weight(config: Drift) -> dl.LowRank:
-    """Return the weight with its base in float64.
+    """Build the weight with its base in float64.
 
-    Folds change the base only, so the factors may stay in float32.
+    Factors may remain in float32, because folds round only the base.
     """
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(config.width, config.width, generator=generator, dtype=torch.float64)
@@ -66,7 +72,7 @@ def exact_weight(config: Drift) -> dl.LowRank:
 
 
 def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> Errors:
-    """Return relative errors in Frobenius norms."""
+    """Return the errors of a weight, relative in the Frobenius norm."""
     dense = dl.materialize(exact)
     stored = as_base(param.base).map_folded(lambda base: as_base(base).exact(torch.float64))
     error = dl.bases.drift(param, dense).item()
@@ -84,7 +90,7 @@ def errors(param: dl.LowRank, exact: dl.LowRank, name: str) -> Errors:
 def run(config: Drift, every: int) -> Iterator[tuple[int, dict[str, Errors]]]:
     """Yield the number of folds and the errors of all contenders.
 
-    They are measured after a quarter of the steps and at the end.
+    It yields twice: after a quarter of the steps and at the end.
     """
     exact = exact_weight(config)
     schedule = dl.schedules.switchlora(config.steps, every=every)

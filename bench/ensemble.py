@@ -1,8 +1,8 @@
 """How much memory do eight LoRAs over one base take in one call?
 
-Do results equal those of separate calls? ``forward`` is one call of all members. ``step`` is one training step of all
-members. Each runs in a separate process. The peak is the process's resident memory (Linux) on a CPU, and the
-allocator's on CUDA.
+The results are also compared with separate calls. ``forward`` is one call of all members, and ``step`` is one training
+step of all members. Each runs in a separate process. The peak is the resident memory of the process (Linux) on a CPU,
+and the memory of the allocator on CUDA.
 """
 
 import json
@@ -36,9 +36,9 @@ class Ensemble(Options):
 
 
 def measure(config: Ensemble) -> dict[str, float]:
-    """Return bytes of the base, of members, and at the peak.
+    """Return the bytes of the base, of the members and at the peak.
 
-    Return the difference to separate calls too.
+    The result also has the difference to separate calls.
     """
     before = resident_bytes(config.device)
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def loss(run: Callable[..., Any], batch: Tensor) -> Tensor:
 
 
 def training_step(model: nn.Module, frozen: Any) -> Callable[[Any, Tensor], Any]:
-    """Return a step of AdamW of one member."""
+    """Return a training step of one member with AdamW."""
     optimizer, gradients = dl.optim.adamw(), torch.func.grad(loss_of(model, loss, frozen))
 
     def step(trainable: Any, x: Tensor) -> Any:
@@ -84,9 +84,10 @@ def forward(model: nn.Module, frozen: Any) -> Callable[[Any, Tensor], Any]:
 def contender(
     config: Ensemble, model: nn.Module, trainable: Any, frozen: Any, x: Tensor
 ) -> tuple[Callable[[], Any], float]:
-    """Return the function to measure, and the bytes that belong to the members.
+    """Return the function to measure, and the bytes of the tensors of all members.
 
-    A call has factors. An eager step also has gradients, two moments before and after, updates and new factors.
+    In a call these are factors. In an eager step they are also gradients, updates, new factors, and two moments before
+    and after the update.
     """
     of_member = (forward if config.kind == "forward" else training_step)(model, frozen)
     copies = 1 if config.kind == "forward" else 8
@@ -94,9 +95,9 @@ def contender(
 
 
 def difference(config: Ensemble, model: nn.Module, trainable: Any, frozen: Any, x: Tensor, stacked: Any) -> float:
-    """Return the largest difference of a member's result to a separate call.
+    """Return the largest difference between a member's result and a separate call.
 
-    It is divided by the largest result.
+    The difference is divided by the largest element of the result.
     """
     of_member, largest = (forward if config.kind == "forward" else training_step)(model, frozen), 0.0
     for member in range(config.members):
@@ -118,7 +119,7 @@ def main(config: Ensemble) -> None:
         config = Ensemble(**{**vars(config), **SMALL})
     if config.kind:
         torch.set_num_threads(config.threads)
-        # A small run loads the libraries that are loaded at first use. Their memory is not the ensemble's.
+        # A small run first loads the libraries that are loaded at first use. Their memory must not count.
         measure(Ensemble(**{**vars(config), **SMALL}))
         print(json.dumps(measure(config)))
         return
@@ -140,7 +141,7 @@ def main(config: Ensemble) -> None:
 
 
 def peak_ratio(case: dict[str, float]) -> float:
-    """Return the peak over the base and what belongs to the members."""
+    """Return the peak over the bytes of the base and of the members."""
     return case["measured"] / (case["base"] + case["held"])
 
 

@@ -1,6 +1,7 @@
-"""Draw the two pictures of the README from real shapes: one weight, and one step.
+"""Draw the two pictures of the README, of one weight and of one step.
 
-``python -m bench.figures`` writes them into `bench/results/figures`. It needs the extra `train`.
+``python -m bench.figures`` writes them to `bench/results/figures`. It needs the extra `train`. The shapes and bytes in
+the pictures come from a real weight.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def params_of_figure() -> dict[str, dl.LowRank]:
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str = "") -> None:
-    """Draw a rectangle whose lower left corner is (x, y), with a text in its middle."""
+    """Draw a rectangle with its lower left corner at (x, y) and a text in its middle."""
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="#37474f", linewidth=0.8))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
 
@@ -50,7 +51,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend
 def draw_weight(axes: Axes) -> None:
     """Draw the base, the factors, and what a switch of one slot moves.
 
-    All are in proportion, and the slot is one of side a.
+    All shapes are in proportion. The switch is of side a.
     """
     param = params_of_figure()["weight"]
     (out, inner), rank = param.base.shape, param.factors.a.shape[0]
@@ -84,7 +85,7 @@ def draw_weight(axes: Axes) -> None:
 
 
 def draw_step(axes: Axes) -> None:
-    """Draw what one compiled step reads, sends and writes, with the bytes."""
+    """Draw what one compiled step reads, sends and writes, in bytes."""
     params = params_of_figure()
     trainable, frozen = dl.partition(params)
     opt_state = dl.optim.adamw().init(trainable)
@@ -129,7 +130,10 @@ def draw_step(axes: Axes) -> None:
 
 
 def save(draw: Callable[[Axes], None], path: Path, size: tuple[float, float]) -> None:
-    """Write a picture. The same versions give the same bytes."""
+    """Write a picture.
+
+    The same versions of the libraries write the same bytes.
+    """
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "figures", "font.family": "sans-serif"})
     figure, axes = subplots(figsize=size)
     axes.set_axis_off()

@@ -1,10 +1,10 @@
-"""Does fine-tuning with LoRA gain what PEFT gains at the same rate?
+"""Does fine-tuning with LoRA gain as much as PEFT at the same learning rate?
 
-Do PEFT and `transformers` open the results? Two models learn from the sources of Python's standard library. An encoder
-of sentences learns which docstring belongs to which function, among those of the batch. A causal model that was trained
+It also checks that PEFT and `transformers` open the results. Two models learn from the sources of Python's standard
+library. A sentence encoder learns which docstring in a batch belongs to which function. A causal model that was trained
 on Python learns the docstrings.
 
-Both contenders have the same alpha, rate, targets and batches, and draw their factors themselves.
+This library and PEFT have the same alpha, learning rate, targets and batches. Each draws its initial factors itself.
 """
 
 import ast
@@ -37,7 +37,7 @@ TEMPERATURE = 0.05
 @dataclass(frozen=True)
 class Finetune(Options):
     encoder: Path | None = None
-    """Folder of a pre-trained encoder such as MiniLM. Default None takes a small BERT without training."""
+    """Folder of a pre-trained encoder such as MiniLM. Default None uses a small BERT with random weights."""
     models: tuple[Literal["encoder", "causal"], ...] = ("encoder", "causal")
     steps: int = 200
     seeds: int = 3
@@ -49,27 +49,27 @@ class Finetune(Options):
     causal_batch: int = 8
     causal_tokens: int = 64
     pretrain_steps: int = 300
-    """Steps of the causal model on Python sources, before it is fine-tuned."""
+    """Number of steps that train the causal model on Python sources, before it is fine-tuned."""
     eval_batches: int = 32
 
 
 class Task(NamedTuple):
-    """A model, the weights that become low-rank, a loss, and where batches come from."""
+    """A model with its loss and its batches."""
 
     name: str
     model: nn.Module
     loss: Loss
-    batch: Callable[[int, int], Any]  # of a seed and a step; seed -1 is for validation
+    batch: Callable[[int, int], Any]  # a function of seed and step; seed -1 is for validation
     kind: Any  # the class that opens the merged model
 
     def targets(self) -> list[str]:
-        """Return the weights of all linear layers except the head."""
+        """Return the names of the weights of all linear layers except the head."""
         linear = {name for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
         return [f"{name}.weight" for name in sorted(linear - {"lm_head", "pooler.dense"})]
 
 
 def encoder_task(config: Finetune, documents: Sequence[Document]) -> Task:
-    """Return the search for each function's docstring in the batch (InfoNCE)."""
+    """Build the task to find the docstring of each function in the batch (InfoNCE)."""
     pairs = [(name.replace("_", " "), text) for name, text in functions(documents)]
     if config.encoder is None:
         torch.manual_seed(0)
@@ -96,7 +96,7 @@ def encoder_task(config: Finetune, documents: Sequence[Document]) -> Task:
 def embedded(run: Callable[..., Any], tokens: dict[str, Tensor]) -> Tensor:
     """Return the normalized mean of the last hidden states.
 
-    sentence-transformers does the same.
+    This is the embedding of sentence-transformers.
     """
     mask = tokens["attention_mask"][..., None]
     hidden = run(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
@@ -104,7 +104,7 @@ def embedded(run: Callable[..., Any], tokens: dict[str, Tensor]) -> Tensor:
 
 
 def causal_task(config: Finetune, documents: Sequence[Document]) -> Task:
-    """Return the next byte of docstrings, for a LLaMA that was trained on whole files."""
+    """Build the task to predict docstrings, for a LLaMA trained on whole files."""
     torch.manual_seed(0)
     options = transformers.LlamaConfig(vocab_size=256, use_cache=False, **SIZES)
     model = transformers.LlamaForCausalLM(options).to(config.device)
@@ -188,9 +188,9 @@ def with_dynlora(config: Finetune, task: Task, seed: int) -> tuple[float, dict[s
 
 
 def errors_of_files(config: Finetune, task: Task, params: dict[str, Any]) -> dict[str, float]:
-    """Return how far the losses of the written adapter and model are off.
+    """Return the errors of the losses of the written adapter and the merged model.
 
-    They are compared with the loss of the parameters.
+    The correct loss is the validation loss of the parameters.
     """
     loss = validation_loss(config, task, lambda *args, **kwargs: dl.call(task.model, params, *args, **kwargs))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""How do steps run on one GPU?
+"""How long do steps take on one GPU, and how much memory?
 
-It takes under ten minutes on an H100, and prints one line for each part that fails. Times are of whole steps with
-bfloat16 autocast: full rank, PEFT's LoRA, and this library. Memory is the allocator's beside `peak_memory`. The `gpu`
-tests run too.
+Whole steps with bfloat16 autocast are timed: full rank, PEFT's LoRA, and this library. The peak of the allocator is
+compared with `peak_memory`. The `gpu` tests run too. All this takes under ten minutes on an H100. At the end, the parts
+that failed are printed with their errors.
 
 Each part runs in a separate process. The parts of a width compile at the same time, and then measure one after the
 other.
@@ -30,10 +30,10 @@ from bench.support.process_memory import MB
 from bench.support.timing import Timing, interleave
 from bench.support.training_steps import LibraryStep, StepSize, full_step, peft_step
 
-_DTYPE = torch.bfloat16  # of the products, by autocast
+_DTYPE = torch.bfloat16  # dtype of the products, by autocast
 _FRACTION = 4  # width over rank
 _MEMORY_KINDS = ("static", "switching", "remat")
-_READY = "ready"  # what a part prints when all is compiled
+_READY = "ready"  # the line that a part prints when everything is compiled
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Gpu(Options):
     products: Literal["highest", "high", "medium"] = "high"
     """Precision of float32 products, as in `torch.set_float32_matmul_precision`.
 
-    Autocast does not apply to the sum of a base and its factors, nor to the gradients of factors.
+    Autocast does not apply to the products that form a weight from its base and factors, nor to the gradients of
+    factors.
     """
     part: str | None = None
-    """Measure only this part in this process, after a line on standard input, and print it."""
+    """Measure only this part, in this process, and print it. It starts to measure after a line on standard input."""
     limit: float = 540
     """Seconds after which a part ends with an error."""
 
@@ -70,7 +71,7 @@ Contenders = dict[str, Callable[[], Any]]
 
 
 def baselines(config: Gpu, width: int) -> Contenders:
-    """Return steps at full rank and of PEFT."""
+    """Return the steps of full rank and of PEFT."""
     size, device, options = config.size(width), config.device, config.options()
     of_inner = muon(lambda name, _: is_inner(name))
     full_muon = LibraryStep(size, width // _FRACTION, device, _DTYPE, targets=(), optimizer=of_inner, **options)
@@ -113,7 +114,7 @@ def offloaded(config: Gpu, width: int) -> Contenders:
 
 
 def graphs(config: Gpu, width: int) -> Contenders:
-    """Return steps that replay CUDA graphs over donated state."""
+    """Return a step that replays CUDA graphs over donated state."""
     return {"ours, reduce-overhead": library(config, width, compile_options={"mode": "reduce-overhead"}).run}
 
 
@@ -131,7 +132,7 @@ AT_ALL_WIDTHS = ("baselines", "adamw", "muon")
 def measure(config: Gpu, part: str) -> dict[str, Any]:
     """Measure a part in this process.
 
-    Results are seconds of all repeats by contender, bytes, or the outcome of tests.
+    Results are the seconds of all repeats of each contender, or bytes, or the outcome of the tests.
     """
     if part == "tests":
         return run_tests(config)
@@ -151,31 +152,31 @@ def measure_memory(config: Gpu, width: int) -> dict[str, dict[str, float]]:
 
 
 def run_tests(config: Gpu) -> dict[str, str]:
-    """Run the `gpu` tests and return pytest's last line.
+    """Run the `gpu` tests, and return pytest's last line and the failed tests.
 
-    With `quick`, only say which they are.
+    With `quick`, the tests are only collected.
     """
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "tests/system/test_gpu.py"]
     command += ["--collect-only"] if config.quick else []
-    environ = {**os.environ, "COLUMNS": "400"}  # so that pytest cuts no error
+    environ = {**os.environ, "COLUMNS": "400"}  # otherwise pytest shortens errors
     output = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False).stdout
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return {"outcome": output.strip().splitlines()[-1], "failed": "; ".join(failed)}
 
 
 def wait_for_turn() -> None:
-    """Say that all is compiled, and wait until this part may measure.
+    """Print that everything is compiled, and wait until this part may measure.
 
-    The main process decides it.
+    The main process then writes a line to standard input.
     """
     print(_READY, flush=True)
     sys.stdin.readline()
 
 
 def parts(config: Gpu) -> list[list[str]]:
-    """Return the names of the parts of each width.
+    """Return groups of the names of parts, one group for each width.
 
-    They are in the GPU's memory at the same time.
+    The parts of a group are in the memory of the GPU at the same time.
     """
     first, *others = config.widths
     of_first = ["tests", *[f"{name} {first}" for name in STEPS], f"memory {first}"]
@@ -196,7 +197,7 @@ class Process(NamedTuple):
         return cls(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=errors, text=True), errors)
 
     def until_ready(self) -> str:
-        """Wait until all is compiled, or the part has ended.
+        """Wait until the part has compiled everything or has ended.
 
         Return the line that it printed.
         """
@@ -216,7 +217,7 @@ class Process(NamedTuple):
 def results_of(config: Gpu, group: list[str]) -> dict[str, Any]:
     """Return the results of a group.
 
-    Parts measure in turn after all have compiled. With `quick`, this process does.
+    After all parts have compiled, they measure one after the other. With `quick`, this process measures them.
     """
     if config.quick:
         return {part: measure(config, part) for part in group}
@@ -226,13 +227,13 @@ def results_of(config: Gpu, group: list[str]) -> dict[str, Any]:
 
 
 def step_rows(results: dict[str, Any], width: int) -> dict[str, Timing]:
-    """Return the timings of a width, by contender."""
+    """Return the timings of all contenders at a width."""
     seconds = {name: values for part in STEPS for name, values in results.get(f"{part} {width}", {}).items()}
     return {name: Timing.of(values) for name, values in seconds.items() if name != "error"}
 
 
 def report(config: Gpu, results: dict[str, Any]) -> dict[str, float]:
-    """Print the tables and return the ratios to full rank, by contender and width."""
+    """Print the tables, and return the ratio of each contender to full rank."""
     console, ratios = start(config), {}
     for width in config.widths:
         timings = step_rows(results, width)

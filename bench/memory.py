@@ -1,8 +1,8 @@
 """How much memory does a step take at its peak, beyond the state?
 
-The prediction of `peak_memory` is compared. ``gradients`` is the forward and backward pass. ``update`` is the switch
-and the optimizer, with gradients as inputs. Each case runs in a separate process. The peak is its resident memory
-(Linux) on a CPU, and the allocator's on CUDA.
+The measured peak is compared with the prediction of `peak_memory`. ``gradients`` is the forward and backward pass.
+``update`` is the switch and the optimizer, with gradients as inputs. Each case runs in a separate process. The peak is
+the resident memory of the process (Linux) on a CPU, and the memory of the allocator on CUDA.
 """
 
 import json
@@ -30,9 +30,9 @@ class Memory(Options):
     base: Literal["bfloat16", "int8", "float8", "nf4"] | None = None
     """Format of the bases. Default None means float32."""
     residual: Literal["int8", "bfloat16"] | None = "bfloat16"
-    """Format of the residual of such a base."""
+    """Format of the residuals of bases in low precision."""
     kind: str | None = None
-    """Measure only this kind, at the first width, in this process, and print three figures."""
+    """Measure only this kind at the first width, in this process, and print the bytes."""
 
     def size(self, width: int) -> StepSize:
         """Return the size of the measured step."""
@@ -71,14 +71,14 @@ def contender(config: Memory, size: StepSize) -> Contender:
 
 
 def gradients_contender(config: Memory, step: LibraryStep) -> Contender:
-    """Return the forward and backward pass."""
+    """Build the contender of the forward and backward pass."""
     run, state = compiled(step.gradients, config, donate=False), step.state
     predict = lambda: dl.peak_memory(step.gradients, state, step.tokens).step  # noqa: E731
     return Contender(lambda: run(state, step.tokens), predict, state)
 
 
 def update_contender(config: Memory, step: LibraryStep) -> Contender:
-    """Return the switch and the optimizer, with gradients as inputs."""
+    """Build the contender of the switch and the optimizer, with gradients as inputs."""
     plan, grads = step.first_plan(), dl.partition(step.params).trainable
     run = compiled(step.update, config)
 
@@ -90,14 +90,17 @@ def update_contender(config: Memory, step: LibraryStep) -> Contender:
 
 
 def compiled(function: Callable, config: Memory, **options: Any) -> Callable:
-    """Compile a function as a step. With `quick`, it is returned unchanged."""
+    """Compile a function as a step.
+
+    With `quick`, the function is returned unchanged.
+    """
     return function if config.quick else dl.compile_step(function, **config.options(), **options)
 
 
 def measure(config: Memory) -> dict[str, float]:
-    """Return the measured and predicted bytes at the peak, and of the state.
+    """Return the measured and the predicted peak, and the size of the state, in bytes.
 
-    The peak is beyond the state.
+    Peaks are beyond the state.
     """
     run, predict, state = contender(config, config.size(config.widths[0]))
     state_bytes = count_bytes(state)
@@ -113,7 +116,7 @@ def measure(config: Memory) -> dict[str, float]:
 def measure_kind(config: Memory, width: int, kind: str) -> dict[str, float]:
     """Measure a kind in a separate process.
 
-    With `quick`, this process measures it, except for full rank.
+    With `quick`, it is measured in this process, except for full rank.
     """
     if config.quick and kind != "full":
         return measure(replace(config, kind=kind, widths=(width,)))
@@ -139,7 +142,7 @@ def main(config: Memory) -> None:
         return
     console = start(config)
     last = config.widths[-1]
-    # The widths before the last only check the prediction of a step, with and without `remat`.
+    # At widths other than the last, only the prediction of a step is checked, with and without `remat`.
     cases = [(width, kind) for width in config.widths for kind in KINDS if width == last or kind in ("static", "remat")]
     raw = {(width, kind): measure_kind(config, width, kind) for width, kind in cases}
     rows = []

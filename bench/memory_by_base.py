@@ -1,7 +1,7 @@
 """How much memory does a training step take on bases of each format?
 
-It is the state, and the peak beyond it. The default is a llama with 101 million parameters in linear layers.
-`bench.memory` measures each case in a separate process. ``codes`` and ``residual`` are bytes per element of a base.
+The state and the peak beyond it are measured with `bench.memory`, each case in a separate process. The default model is
+a llama with 101 million parameters in linear layers. ``codes`` and ``residual`` are bytes per element of a base.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def storage_options(base: str) -> dict[str, Any]:
 def bytes_per_element(config: MemoryByBase, base: str) -> dict[str, float]:
     """Return the bytes of codes and residual per element.
 
-    They are from the shapes of one layer's weights.
+    They are counted on a model with one layer.
     """
     model = StepSize(width=config.width, layers=1).model("cpu")
     params = dl.init(model, rank=config.width // config.fraction, seed=0, targets=TARGETS, **storage_options(base))

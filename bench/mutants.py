@@ -1,8 +1,8 @@
 """How many small faults in the core do the tests notice?
 
 Each mutant changes one expression of one module, in memory. A process that has imported torch, but not the package,
-forks for each mutant. The child imports the package with the mutant and runs the module's tests until one fails.
-Mutants that run out of time are counted separately.
+forks for each mutant. The child imports the package with the mutant, and runs the tests of the module until one fails.
+Mutants whose tests take too long are counted separately.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from bench.support.mutations import ROOT, Mutant, mutants_of, mutated, path_of
 
-# The tests of each module, fast ones first, and the tests that take too long for a mutant.
+# The test files of each module, with fast files first.
 TESTS = {
     "switching._basis": ["switching/test_basis", "switching/test_weight", "interop/test_init"],
     "bases._fold": [
@@ -88,8 +88,9 @@ TESTS = {
     "testing._projection": ["testing/test_shared_statistics", "testing/test_checkers"],
     "testing._promises": ["testing/test_checkers", "testing/test_new_factors"],
 }  # fmt: skip
+# Tests with these words in their names take too long for a mutant.
 SLOW = ("inductor", "donated", "growing", "llama", "one_graph", "compiled_equals")
-READ_EXAMPLES = {"testing/test_checkers", "testing/test_new_factors"}  # smallest ones, which take time to find
+READ_EXAMPLES = {"testing/test_checkers", "testing/test_new_factors"}  # files that need hypothesis to shrink examples
 SKIPPED = " and ".join(f"not {name}" for name in SLOW)
 PRELOADED = (
     "hypothesis", "hypothesis.stateful", "jaxtyping", "numpy", "opt_einsum", "pytest", "torch", "torch._dynamo",
@@ -99,7 +100,7 @@ PRELOADED = (
 
 
 class Outcome(NamedTuple):
-    """What the tests said about a mutant."""
+    """The result of the tests of a mutant."""
 
     mutant: Mutant
     how: str  # "killed", "timeout" or "survived"
@@ -110,7 +111,7 @@ class Outcome(NamedTuple):
 
 
 class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import the mutant in place of its module."""
+    """An importer that loads the mutant in place of its module."""
 
     def __init__(self, mutant: Mutant):
         self.name, self.source = f"dynlora_fn.{mutant.module}", mutated(mutant)
@@ -138,9 +139,13 @@ def _run_tests(mutant: Mutant | None, files: list[str], skipped: str) -> int:
 
 
 def run(mutant: Mutant | None, files: list[str], skipped: str, seconds: float) -> tuple[str, float]:
-    """Run the tests in a fork and return how they ended, and the seconds.
+    """Run the tests in a fork, and return their outcome and the seconds they took.
 
-    None means no mutant.
+    Args:
+        mutant: The mutant. None runs the tests without a mutant.
+        files: The test files.
+        skipped: The expression for the option ``-k`` of pytest.
+        seconds: The time after which the tests are stopped.
     """
     start = time.monotonic()
     child = os.fork()
@@ -167,7 +172,7 @@ def run(mutant: Mutant | None, files: list[str], skipped: str, seconds: float) -
 
 
 def arguments() -> argparse.Namespace:
-    """Return the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", default=[*TESTS], choices=[*TESTS])
     parser.add_argument("--every", type=int, default=1, metavar="N", help="run every N-th mutant")

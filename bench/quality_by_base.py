@@ -1,7 +1,7 @@
 """How much quality does a base in low precision cost?
 
-The main job is trained with the same seeds on each base. Reports the validation loss in nats per token, and its ratio
-to the loss on the first base, over the seeds.
+The main job is trained on each base with the same seeds. The tables have the validation loss in nats per token, and its
+ratio to the loss on the first base.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ class QualityByBase(Options):
 
 
 def validation_loss(config: QualityByBase, contender: str, seed: int) -> float:
-    """Train on one base and return the validation loss at the end."""
+    """Train on one base, and return the validation loss at the end."""
     base, residual = contender.split("+")
     with tempfile.TemporaryDirectory() as folder:
         run: Any = Config(
@@ -73,7 +73,7 @@ def main(config: QualityByBase) -> None:
         [name, mean(by_seed), stdev(by_seed), f"{mean(relative[name]):+.3%}", f"{max(relative[name]):+.3%}"]
         for name, by_seed in losses.items()
     ]
-    columns = ["base+residual", "validation loss", "std", f"over {config.contenders[0]}", "at most, of the seeds"]
+    columns = ["base+residual", "validation loss", "std", f"over {config.contenders[0]}", "largest of the seeds"]
     console.print(table(f"{config.model}, {config.steps} steps, {len(config.seeds)} seeds", columns, rows))
     results = {name: mean(values) for name, values in relative.items()}
     console.print(results)

@@ -1,7 +1,7 @@
-"""What would training take at large sizes?
+"""How much memory, traffic and time would training take at large sizes?
 
-Memory of a GPU, bytes sent, and time of a step are computed. The figures are predictions (see
-`bench.support.gpu_model`). The check compares predicted and measured peaks of small models, each in a separate process.
+All figures are predictions for one GPU and one step (see `bench.support.gpu_model`). The check compares predicted and
+measured peaks of small models, each in a separate process.
 """
 
 import json
@@ -37,9 +37,9 @@ class Scale(Options):
 
 
 def paper_figures() -> dict[str, float]:
-    """Return the paper's figures at 1.3B.
+    """Return the figures that the paper reports for 1.3B, computed with this library.
 
-    They are trainable parameters, and bytes reduced over those of full rank.
+    They are numbers of trainable parameters, and the bytes reduced in a step over the bytes of full rank.
     """
     model = MODELS["1.3B"]
 
@@ -56,7 +56,7 @@ def paper_figures() -> dict[str, float]:
 
 
 def checked(config: Scale) -> dict[str, dict[str, float]]:
-    """Return the measured and predicted peak of compiled steps of small models.
+    """Return the measured and predicted peaks of compiled steps of small models.
 
     Peaks are beyond the state.
     """

@@ -1,8 +1,8 @@
-"""How long is a training step?
+"""How long does a training step take?
 
-Full rank, PEFT's LoRA, and this library with and without switching are compared. ``switched`` is averaged over the
-schedule of a run of 40,000 steps. A step that switches is measured at the start of the schedule, where most vectors are
-switched. It is weighted with the fraction of steps that switch anything.
+Full rank, PEFT's LoRA, and this library with and without switching are compared. ``switched`` is an average over a run
+of 40,000 steps: a step that switches is weighted with the fraction of such steps. It is measured at the start of the
+schedule, where most vectors are switched.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ class Step(Options):
     """Also measure bases in low precision at the first rank, each as BASE+RESIDUAL (``int8+bfloat16``)."""
     repeats: int = 20
     eager: bool = False
-    """Compile nothing."""
+    """Do not compile."""
     mode: str = "default"
     """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
 

@@ -1,9 +1,10 @@
-"""How long is a step of each method of the study?
+"""How long does a step of each method of the study take?
 
-`--fractions 4 8 --json` also prints the ratios of Muon on factors of both ranks, `--methods muon` only what they need,
-and `--size.batch 32` steps of 8,192 tokens. Switching and the new projections of GaLore and APOLLO happen only in some
-steps, so their time is averaged over a run. The optimizer's time is included. `bench.step` compares more settings, all
-with AdamW.
+`--fractions 4 8 --json` also prints the ratios of Muon on factors of both ranks. `--methods muon` measures only the
+methods that these ratios need. `--size.batch 32` measures steps of 8,192 tokens.
+
+Switches, and new projections of GaLore and APOLLO, happen only in some steps, so their time is averaged over a run. The
+time of the optimizer is included. `bench.step` compares more settings, all with AdamW.
 """
 
 from collections.abc import Callable
@@ -29,9 +30,9 @@ COMPENSATE = 0.1
 class StepByMethod(Options):
     size: StepSize = field(default_factory=lambda: StepSize(layers=4))
     fractions: tuple[int, ...] = (4,)
-    """Width over rank. After the first, only the methods of this library with factors are timed again."""
+    """Width over rank. Full rank, GaLore and APOLLO are timed only at the first."""
     methods: Literal["all", "muon"] = "all"
-    """Time all methods, or those that the ratios of Muon need."""
+    """Time all methods, or only the methods that the ratios of Muon need."""
     repeats: int = 9
     mode: str = "default"
     """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
@@ -57,7 +58,7 @@ class MuonOfTorch(torch.optim.Optimizer):
 
 
 def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Return a function that makes GaLore's or APOLLO's optimizer of a model."""
+    """Return a function that builds the optimizer of GaLore or APOLLO for a model."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         named = dict(model.named_parameters())
@@ -77,12 +78,15 @@ def muon(choose: Callable[[str, Any], bool]) -> dl.optim.Transform:
 
 
 class Contenders:
-    """Steps by name, and those that another step replaces now and then."""
+    """The steps to time, by name.
+
+    `occasional` has steps that take the place of another step in a fraction of a run.
+    """
 
     def __init__(self, config: StepByMethod) -> None:
         self.config, self.options = config, {} if config.quick else {"mode": config.mode}
         self.steps: dict[str, Callable[[], Any]] = {}
-        self.occasional: dict[str, tuple[str, float]] = {}  # the other step, and in which fraction of the steps
+        self.occasional: dict[str, tuple[str, float]] = {}  # the occasional step and its fraction, by the usual step
 
     def add_full_rank(self) -> None:
         size, device = self.config.size, self.config.device
@@ -131,7 +135,7 @@ def measure(config: StepByMethod) -> dict[str, Timing]:
 
 
 def muon_ratios(timings: dict[str, Timing]) -> dict[str, Ratio]:
-    """Return the time of a step with Muon on switched factors over those of full rank."""
+    """Return the ratios of a step with Muon on switched factors to full rank."""
     ours, full = timings["switched, Muon"], timings["full rank"]
     ratios = {
         "muon_over_full": Ratio.of(ours, full),

@@ -1,8 +1,8 @@
 """How long does one switch take, and how many bytes per second does it move?
 
-Rank, width and count vary. The switch is compiled and donated: it generates vectors from the basis, folds the
-difference into the base in place, and projects the optimizer state. A copy of the base gives the least time that
-reading and writing the base takes.
+Rank, width and the number of vectors vary. The switch is compiled, and its state is donated. It generates vectors from
+the basis, folds the difference into the base in place, and projects the optimizer state. A copy of the base shows how
+long it takes at least to read and write the base.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Switch(Options):
     fractions: tuple[int, ...] = (4, 8)
     """The ranks, each as width over rank."""
     counts: tuple[int, ...] = (1, 4, 16)
-    """Number of vectors switched on each side of each weight."""
+    """Numbers of vectors that are switched on each side of each weight, each measured separately."""
     layers: int = 8
     repeats: int = 20
 

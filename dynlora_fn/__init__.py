@@ -1,6 +1,7 @@
-"""Low-rank training whose factors change: pure functions over plain tuples.
+"""Train low-rank weights and switch vectors of their factors into the base.
 
-``weight = base + alpha / rank * b @ a``. See the README for a whole training loop.
+Every function is pure and works on plain tuples of tensors. A weight is ``base + alpha / rank * b @ a``. The README has
+a complete training loop.
 """
 
 import dynlora_fn._core._torch

@@ -11,17 +11,17 @@ _SEPARATOR = 0  # the byte between documents
 
 
 class Codec(NamedTuple):
-    """Both directions of a tokenizer."""
+    """A tokenizer in both directions."""
 
-    encode: Callable[[str], list[int]]  # without tokens that begin or end a document
-    decode: Callable[[Sequence[int]], str]  # without such tokens; bytes that are no UTF-8 become U+FFFD
-    vocabulary: int  # number of tokens
+    encode: Callable[[str], list[int]]  # adds no tokens that begin or end a document
+    decode: Callable[[Sequence[int]], str]  # skips such tokens; bytes that are not UTF-8 become U+FFFD
+    vocabulary: int  # the number of tokens
     end: int | None  # the token that ends a document
-    save: Callable[[Path], None]  # writes the files that `AutoTokenizer.from_pretrained` reads into a folder
+    save: Callable[[Path], None]  # writes the files for `AutoTokenizer.from_pretrained` into a folder
 
 
 def codec(name: str | None) -> Codec:
-    """Return the codec of a tokenizer of `transformers`, or of bytes for None.
+    """Return the codec of a tokenizer of `transformers`, or for None the byte codec.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the tokenizer.
@@ -32,7 +32,7 @@ def codec(name: str | None) -> Codec:
 def byte_codec() -> Codec:
     """Return the codec whose tokens are the bytes of the text in UTF-8."""
     return Codec(
-        # A command line passes bytes that are no UTF-8 as surrogates.
+        # On a command line, Python passes bytes that are not UTF-8 as surrogates.
         encode=lambda text: list(text.encode("utf-8", "surrogateescape")),
         decode=lambda tokens: bytes(token for token in tokens if token != _SEPARATOR).decode("utf-8", "replace"),
         vocabulary=256,
@@ -77,9 +77,9 @@ def save_byte_tokenizer(folder: Path) -> None:
 
 
 def byte_characters() -> list[str]:
-    """Return the character by which byte-level tokenizers write each byte.
+    """Return the character for each byte in byte-level tokenizers, as in GPT-2.
 
-    Printable bytes of Latin-1 are their own characters, and the others those from U+0100 on (GPT-2).
+    A printable byte of Latin-1 has the character of its code point. The other bytes have those from U+0100 on.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -88,7 +88,7 @@ def byte_characters() -> list[str]:
 
 def _byte_level_tokenizer() -> dict[str, object]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    # The separator is written as the zero byte itself, which no text contains, so that no text is taken for it.
+    # The token of the separator is the zero byte. Texts do not contain it, so no text is encoded as this token.
     vocabulary = {"\0": _SEPARATOR} | {character: byte for byte, character in enumerate(byte_characters()) if byte}
     separator = {"id": _SEPARATOR, "content": "\0", "special": True, "normalized": False}
     return {

@@ -1,6 +1,6 @@
-"""Describe `models.llama` as `LlamaForCausalLM` of `transformers`.
+"""Convert the weights and the configuration of `models.llama` for `transformers`.
 
-It has the names of its weights, and its configuration. Both compute the same function, so the weights are only renamed.
+`LlamaForCausalLM` computes the same function as `models.llama.Llama`, so the weights are only renamed.
 """
 
 import json
@@ -30,7 +30,7 @@ _OTHER_NAMES = {
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a `Llama` by the names of `LlamaForCausalLM`."""
+    """Return the weights of a `Llama` under the names of `LlamaForCausalLM`."""
     return {_renamed(name): weight for name, weight in weights.items()}
 
 
@@ -46,9 +46,9 @@ def save_config(config: LlamaConfig, folder: Path, *, seq_len: int, end: int | N
 
     Args:
         config: The configuration of the model.
-        folder: The folder, which exists.
-        seq_len: The number of tokens in a sequence of the training.
-        end: The token that ends a document, or None.
+        folder: The folder. It must exist.
+        seq_len: The number of tokens in a training sequence, which becomes the largest number of positions.
+        end: The token that ends a document, or None if there is none.
     """
     tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
     model = {

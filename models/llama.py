@@ -1,9 +1,7 @@
 """A LLaMA-style decoder in one file (arXiv:2302.13971).
 
-It has RMSNorm, rotary positions, SwiGLU and no biases.
-
-The configurations have the names and sizes of the experiments of ReLoRA and SwitchLoRA (arXiv:2307.05695,
-arXiv:2406.06564).
+It has RMSNorm, rotary positions, SwiGLU and no biases. The configurations have the names and sizes from the experiments
+of ReLoRA (arXiv:2307.05695) and SwitchLoRA (arXiv:2406.06564).
 """
 
 from collections.abc import Sequence
@@ -50,7 +48,7 @@ def config(name: str, vocabulary: int | None = None) -> LlamaConfig:
     """Return a configuration by its name. Default None means T5-base's vocabulary.
 
     Raises:
-        ValueError: If there is none with that name.
+        ValueError: If no configuration has that name.
     """
     if name not in CONFIGS:
         raise ValueError(f"`model` must be one of {', '.join(CONFIGS)}, got {name!r}")
@@ -58,9 +56,9 @@ def config(name: str, vocabulary: int | None = None) -> LlamaConfig:
 
 
 class LayerCache:
-    """Keys and values of one layer, (batch, heads, length, width / heads).
+    """The keys and values of one layer for all tokens so far.
 
-    They are those of the tokens so far. Attention appends those of each call to it.
+    Their shape is (batch, heads, length, width / heads). Attention appends the keys and values of each call.
     """
 
     def __init__(self) -> None:
@@ -72,7 +70,7 @@ class LayerCache:
         return 0 if self.key is None else self.key.shape[-2]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all tokens, with these as the last."""
+        """Append keys and values of new tokens, and return the tensors of all tokens."""
         self.key = key if self.key is None else torch.cat([self.key, key], dim=-2)
         self.value = value if self.value is None else torch.cat([self.value, value], dim=-2)
         return self.key, self.value
@@ -101,9 +99,9 @@ class Attention(nn.Module):
 
 
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """Return which keys each query may see, (queries, keys).
+    """Return which keys each query may attend to, as flags (queries, keys).
 
-    The queries are those of the last keys.
+    The queries and the last keys belong to the same tokens.
     """
     queries, keys = query.shape[-2], key.shape[-2]
     return torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril(keys - queries)
@@ -112,7 +110,7 @@ def causal_mask(query: Tensor, key: Tensor) -> Tensor:
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + half]) by the angle of its position.
 
-    `rotation` is (2, length, half).
+    `rotation` has the cosines and sines of the angles, (2, length, half).
     """
     cos, sin = rotation.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
@@ -146,9 +144,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Map tokens (batch, length) to logits (batch, length, vocabulary).
+    """A decoder from tokens (batch, length) to logits (batch, length, vocabulary).
 
-    With a cache, the tokens follow those of the calls before with the same cache.
+    With a cache, the tokens follow the tokens of earlier calls with the same cache.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -185,9 +183,9 @@ class Llama(nn.Module):
 
 
 def init_weights(model: Llama, seed: int) -> Llama:
-    """Draw all matrices from N(0, 0.02**2) in place, as in the experiments above.
+    """Draw all matrices from N(0, 0.02**2) in place, and return the model.
 
-    Norms stay 1.
+    This is the initialization of the experiments named at the top. The weights of norms stay 1.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

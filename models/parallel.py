@@ -1,9 +1,7 @@
-"""Tensor parallelism for `models.llama` and `models.mlp`, by DTensor.
+"""Tensor parallelism for `models.llama` and `models.mlp`, with DTensor.
 
-The weights are divided as in arXiv:1909.08053.
-
-Attention is sharded by heads, and a feed-forward layer by its hidden units. The layers of a perceptron are sharded by
-rows and by columns in turn, and layers that are stacked by rows.
+The weights are sharded as in arXiv:1909.08053: attention by heads, and a feed-forward layer by its hidden units. The
+layers of a perceptron are sharded by `out` and by `in` in turn, and layers that are stacked by `out`.
 
 ==================  =====================================  =========  ==========  ==========
 sharded             weights                                base       b           a
@@ -14,12 +12,12 @@ rows of `x W^T`     output, down; layers.1, layers.3, ...  by `in`    replicated
 nothing             embedding, norms, head, biases         the weight is replicated
 ==================  =====================================  =========  ==========  ==========
 
-A state contains plain tensors, the shards of this process, so that optimizers and switches of `dynlora_fn` work on it
-unchanged. A switch folds shards into shards and sends nothing. For the loss, `to_dtensors` adds how each tensor is
-sharded. Run a step under torch's `implicit_replication`, because positions and tokens are plain tensors.
+A state contains plain tensors, the shards of this process, so optimizers and switches of `dynlora_fn` work on it
+unchanged. A switch folds shards into shards and sends nothing. For the loss, `to_dtensors` converts the shards to
+DTensors. Run a step under torch's `implicit_replication`, because positions and tokens are plain tensors.
 
-Quantize bases after they are sharded: ``dynlora_fn.quantize(shard(params, mesh), "int8")``. Each shard then has its
-scales, so that a fold needs only this shard. Each process dequantizes its shard, one weight at a time.
+Quantize bases after they are sharded: ``dynlora_fn.bases.quantize(shard(params, mesh), "int8")``. Each shard then has
+separate scales, so a fold needs only this shard. Each process dequantizes its shard, one weight at a time.
 """
 
 import re
@@ -66,11 +64,11 @@ def _map_sides(change: Callable[[Any, int | None], Any], factors: Any, axes: Map
 
 
 def shard(params: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """Return this process's shards of parameters with bases in full precision.
+    """Return this process's shards of parameters with dense bases.
 
     Raises:
         ValueError: If a size is not a multiple of the number of processes, if a base is quantized or already sharded,
-            or if only one factor is trained. It names the weight.
+            or if only one factor is trained. The message names the weight.
     """
     shards: dict[str, Any] = {}
     for name, param in params.items():
@@ -110,9 +108,12 @@ def _dequantize_placements(codes: Any, kind: str, dtype: torch.dtype) -> list[An
 
 
 def _base_to_dtensors(name: str, base: Any, axis: int | None, mesh: DeviceMesh) -> Any:
-    """Convert the codes.
+    """Convert a dense base, or the codes of a quantized one, to DTensors.
 
     The residual stays a plain tensor, because no product reads it.
+
+    Raises:
+        ValueError: If the base is deferred, or in nf4 or nvfp4.
     """
     if isinstance(base, Tensor):
         return _to_dtensor(base, axis, mesh)
@@ -131,7 +132,7 @@ def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     `shards` may also be one of the trees that `dynlora_fn.partition` returns.
 
     Raises:
-        ValueError: If a base is deferred, or in nf4 or nvfp4, whose rows share a factor. It names the weight.
+        ValueError: If a base is deferred, or in nf4 or nvfp4, whose rows share a factor. The message names the weight.
     """
 
     def convert(name: str, leaf: Any) -> Any:
@@ -151,9 +152,9 @@ def to_dtensors(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def local_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
-    """Return this process's shards of gradients that are DTensors.
+    """Convert gradients from DTensors to this process's shards.
 
-    Gradients of replicated tensors are summed.
+    Gradients of replicated tensors are summed over processes.
     """
 
     def to_shard(leaf: DTensor, axis: int | None) -> Tensor:
@@ -168,13 +169,13 @@ def local_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_and_grad(loss_fn: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., dl.nn.ValueAndGrad]:
-    """Apply `dynlora_fn.value_and_grad` to DTensors.
+    """Return `dynlora_fn.value_and_grad` for a function of DTensors.
 
-    Return the loss and this process's shards of the gradients.
+    The result returns the loss and this process's shards of the gradients.
     """
 
     def function(trainable: Mapping[str, Any], *args: Any) -> dl.nn.ValueAndGrad:
-        # On a CPU DTensor supports only this kernel of attention.
+        # On a CPU, DTensor supports only this kernel of attention.
         with sdpa_kernel(SDPBackend.MATH) if mesh.device_type == "cpu" else nullcontext():
             loss, grads = dl.value_and_grad(loss_fn)(trainable, *args)
         return dl.nn.ValueAndGrad(loss.full_tensor(), local_gradients(grads))
@@ -183,9 +184,9 @@ def value_and_grad(loss_fn: Callable[..., Tensor], mesh: DeviceMesh) -> Callable
 
 
 def full_shapes(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """Return parameters of full shape without memory, for schedules and candidates.
+    """Return parameters with full shapes that take no memory.
 
-    Those read only shapes and seeds.
+    They are for schedules and `candidates`, which read only shapes and seeds.
     """
 
     def expand(leaf: Tensor, axis: int | None) -> Tensor:
@@ -207,9 +208,9 @@ def full_shapes(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def switch(shards: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceMesh) -> dict[str, Any]:
-    """Apply `dynlora_fn.switch` to shards.
+    """Apply `dynlora_fn.switch` to shards, and return the new shards.
 
-    Every process generates all vectors and takes its shards of them.
+    Every process generates all incoming vectors and uses its shards of them, so nothing is sent.
     """
     incoming = {
         name: _map_sides(lambda leaf, axis: _shard(leaf, axis, mesh), vectors, _axes(name))
@@ -219,7 +220,7 @@ def switch(shards: Mapping[str, Any], plan: Mapping[str, dl.Plan], mesh: DeviceM
 
 
 def gather(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """Return the full parameters, with bases in full precision.
+    """Return the full parameters, with dense bases.
 
     Collective: call it on every process.
     """
@@ -228,9 +229,9 @@ def gather(shards: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def in_full_precision(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters with bases in full precision.
+    """Return the parameters with dense bases.
 
-    A quantized base is replaced by the sum of its codes and its residual, in float32.
+    A quantized base becomes the sum of its codes and its residual, in float32.
     """
 
     def dequantize(param: Any) -> Any:

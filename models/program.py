@@ -1,4 +1,4 @@
-"""Errors in one line, and output for any terminal, in the smaller programs."""
+"""Errors in one line, and output for any terminal, for the smaller programs."""
 
 import logging
 import os
@@ -6,15 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What torchao logs when `transformers` or PEFT import it, by the name of the logger: kernels for other devices,
-# and types that it registers in a way that torch deprecates.
+# The beginnings of what torchao logs when `transformers` or PEFT import it, by the name of the logger: kernels for
+# other devices, and types that it registers in a way that torch deprecates.
 _MESSAGES = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum subclass "}
 
 
 def hide_import_messages() -> None:
-    """Let torchao's messages at its import not precede the output of this process.
+    """Drop the messages that torchao logs when it is imported.
 
-    It is for programs.
+    Programs call it, so that the messages do not precede their output.
     """
     for name in _MESSAGES:
         logging.getLogger(name).addFilter(_is_for_the_user)
@@ -28,13 +28,13 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 def one_line_errors() -> Iterator[None]:
     """Report bad input in one line on stderr and exit with code 2.
 
-    `models.pretrain` does the same. An interrupt exits with code 130.
+    An interrupt exits with code 130. `models.pretrain` behaves in the same way.
     """
     hide_import_messages()
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has closed, as `head` does after its lines
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:
@@ -45,6 +45,6 @@ def one_line_errors() -> Iterator[None]:
 
 
 def print_text(text: str) -> None:
-    """Print a text. Characters that the encoding of stdout lacks are replaced."""
+    """Print a text, with a replacement for characters that stdout cannot encode."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding))

@@ -1,6 +1,7 @@
 """Low-rank methods as training loops over the same transforms. Copy what you need.
 
-Each takes a module, a loss function of (model as a function, batch) and batches, and returns the trained parameters.
+Each loop takes a module, a loss function and batches, and returns the trained parameters. The loss is a function of the
+model, as a function of its inputs, and a batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ def loss_of(model: nn.Module, loss: Loss, frozen: Any) -> Callable[[Any, Any], T
 
 
 def full_rank(model: nn.Module, loss: Loss, batches: Iterable[Any], *, lr: float) -> dict[str, Any]:
-    """Train every weight."""
+    """Train every weight at full rank with AdamW."""
     trainable, frozen = dl.partition(dl.init(model, rank=1, seed=0, targets=[]))
     return descend(model, loss, batches, trainable, frozen, lr=lr)
 
@@ -42,9 +43,9 @@ def lora(
     alpha: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Fine-tune from the model's weights (arXiv:2106.09685).
+    """Fine-tune the factors only, from the model's weights (arXiv:2106.09685).
 
-    At first ``b = 0``, and only factors are trained. With PEFT's rank, alpha and rate, a step is as long as PEFT's.
+    Training starts with ``b = 0``. With PEFT's rank, alpha and rate, a step is as long as PEFT's.
     """
     params = dl.init(model, rank=rank, alpha=alpha, seed=seed, targets=targets, start="lora")
     trainable, frozen = dl.partition(params, frozen=full_rank_names(params))
@@ -52,14 +53,14 @@ def lora(
 
 
 def full_rank_names(params: dict[str, Any]) -> list[str]:
-    """Return the names of the parameters that are plain tensors."""
+    """Return the names of the full-rank parameters, to be frozen by `partition`."""
     return [name for name, param in params.items() if isinstance(param, Tensor)]
 
 
 def descend(
     model: nn.Module, loss: Loss, batches: Iterable[Any], trainable: Any, frozen: Any, *, lr: float
 ) -> dict[str, Any]:
-    """Take one step of AdamW per batch."""
+    """Take one step of AdamW per batch, and return the parameters."""
     optimizer, value_and_grad = dl.optim.adamw(), dl.value_and_grad(loss_of(model, loss, frozen))
     opt_state = optimizer.init(trainable)
     for batch in batches:
@@ -80,16 +81,15 @@ def chain_of_lora(
 ) -> dict[str, Any]:
     """Train, merge and start again, `links` times (arXiv:2401.04151).
 
-    Each time factors and optimizer state are new.
+    Each link starts with new factors and a new optimizer state.
     """
     params = dl.init(model, rank=rank, seed=0, targets=targets, start="lora")
     length = -(-len(batches) // links)
     for link in range(links):
         trainable, frozen = dl.partition(params)
         params = descend(model, loss, batches[link * length : (link + 1) * length], trainable, frozen, lr=lr)
-        plan = dl.schedules.every(1)(
-            link, params
-        )  # all vectors: the product is folded into the base, `a` redrawn, b = 0
+        # Switch all vectors: the product is folded into the base, `a` is drawn again, and b = 0.
+        plan = dl.schedules.every(1)(link, params)
         params, _ = dl.switch(params, plan, incoming=dl.candidates(params, plan, start="lora"))
     return params
 
@@ -106,16 +106,16 @@ def relora(
     warmup: int,
     prune: float = 0.99,
 ) -> dict[str, Any]:
-    """Merge and redraw the factors every few steps (arXiv:2307.05695).
+    """Merge and redraw the factors every `every` steps (arXiv:2307.05695).
 
-    Each time most of the optimizer state is pruned, and the rate is warmed up again.
+    Each merge prunes most of the optimizer state, and the rate then warms up again over `warmup` steps.
     """
     schedule, optimizer = dl.schedules.every(every), dl.optim.adamw()
     trainable, frozen = dl.partition(dl.init(model, rank=rank, seed=0, targets=targets, start="lora"))
     opt_state = optimizer.init(trainable)
     for step, batch in enumerate(batches):
         grads = dl.value_and_grad(loss_of(model, loss, frozen))(trainable, batch).grads
-        rate = lr * min(1.0, (step % every + 1) / warmup)
+        rate = lr * min(1.0, (step % every + 1) / max(1, warmup))
         updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=rate)
         params = dl.combine(dl.apply_updates(trainable, updates), frozen)
         if schedule.switches(step, params):
@@ -139,7 +139,7 @@ def switchlora(
 ) -> dict[str, Any]:
     """Switch a few vectors at each step (arXiv:2406.06564).
 
-    They are generated from a seed, or drawn from a pool.
+    The vectors that enter are generated from a seed, or with `is_pooled` taken from a pool.
     """
     schedule, optimizer = dl.schedules.switchlora(len(batches), interval=interval), dl.optim.adamw()
     params = dl.init(model, rank=rank, seed=0, targets=targets)
@@ -172,9 +172,9 @@ def accumulated(value_and_grad: Callable[..., dl.nn.ValueAndGrad], trainable: An
 
 
 def per_sample_gradients(model: nn.Module, loss: Loss, params: dict[str, Any], samples: Any) -> Any:
-    """Return the gradients of each sample along the first axis, in one call.
+    """Return the gradients for each sample, along a new first axis.
 
-    Each sample is a batch of size 1.
+    All samples are computed in one call. The loss gets each sample as a batch of size 1.
     """
     trainable, frozen = dl.partition(params)
     gradients = torch.func.grad(loss_of(model, loss, frozen))
@@ -191,7 +191,7 @@ def ensemble(
     seeds: Sequence[int],
     lrs: Sequence[float],
 ) -> tuple[Any, Any]:
-    """Train LoRA from several seeds or at several rates over one base.
+    """Train several LoRAs over one base, from different seeds or at different rates.
 
     Return the trainable tree, with the members along the first axis of each leaf, and the frozen tree that they share.
     """
@@ -211,7 +211,7 @@ def ensemble(
 
 
 def lora_factors(params: dict[str, Any], seed: int) -> dict[str, dl.Factors]:
-    """Return LoRA's initial factors, ``b = 0``, from a basis that `seed` selects."""
+    """Return LoRA's initial factors with ``b = 0``, from a basis that `seed` selects."""
     low_rank = {name: param for name, param in params.items() if isinstance(param, dl.LowRank)}
     reseeded = {name: param._replace(seed=param.seed + seed) for name, param in low_rank.items()}
     plan = dl.schedules.every(1)(0, reseeded)

@@ -1,6 +1,6 @@
 """Continue a sequence of tokens by drawing from a model's predictions.
 
-There is a cache of keys and values.
+A cache of keys and values lets each call compute only the new tokens.
 """
 
 import inspect
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from models.llama import Llama
 
 Decoder = Callable[[Tensor], Tensor]
-"""A function of tokens (1, length) that follow those of its calls before. It returns logits (1, length, vocabulary)."""
+"""A function from tokens (1, length), which follow the tokens of earlier calls, to logits (1, length, vocabulary)."""
 
 
-_CACHE_NAMES = ("cache", "past_key_values")  # of the argument and the result, in newer and older versions
+_CACHE_NAMES = ("cache", "past_key_values")  # of the argument and of the result; one of them in each `transformers`
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn."""
+    """The settings with which tokens are drawn."""
 
-    tokens: int = 200  # the largest number of tokens
-    temperature: float = 0.8  # 0: the most probable token each time
-    top_p: float = 0.95  # only the most probable tokens that together have this probability; at least one
+    tokens: int = 200  # the largest number of tokens to draw
+    temperature: float = 0.8  # divides the logits; 0 takes the most probable token each time
+    top_p: float = 0.95  # draw only from the most probable tokens that together have this probability; at least one
     seed: int = 0
 
 
@@ -33,7 +33,7 @@ def new_decoder(model: nn.Module, call: Callable[..., Any]) -> Decoder:
 
     Args:
         model: A `Llama`, or a causal language model of `transformers`.
-        call: A function of the model's arguments that returns what the model does, such as the model.
+        call: A function with the arguments and the result of the model, such as the model itself.
     """
     if isinstance(model, Llama):
         layers = model.new_cache()
@@ -45,13 +45,16 @@ def new_decoder(model: nn.Module, call: Callable[..., Any]) -> Decoder:
 
 def _decoder_with_cache(name: str, call: Callable[..., Any]) -> Decoder:
     cache = None
+    before: list[Tensor] = []  # for models that return no cache, such as an encoder with a head
 
     def decode(tokens: Tensor) -> Tensor:
         nonlocal cache
-        output = call(tokens, **{name: cache}, use_cache=True)
-        cache = getattr(output, name)
+        before.append(tokens)
+        given = torch.cat(before, dim=-1) if cache is None else tokens
+        output = call(given, **{name: cache}, use_cache=True)
+        cache = getattr(output, name, None)
         logits: Tensor = output.logits
-        return logits
+        return logits[:, -tokens.shape[-1] :]
 
     return decode
 
@@ -73,18 +76,18 @@ def continue_tokens(
 ) -> Iterator[int]:
     """Yield the tokens that follow a prompt. Equal arguments give equal tokens.
 
-    The model sees the last `context` tokens. Where there are more, it goes on from half as many, because their
-    positions change.
+    The model sees at most the last `context` tokens. When there are more, it starts again from the last half of them,
+    because the positions of all tokens change.
 
     Args:
         start: A function that returns a decoder that has seen no tokens.
-        prompt: The tokens before, at least one.
-        sampling: How tokens are drawn.
+        prompt: The tokens to continue, at least one.
+        sampling: The settings with which tokens are drawn.
         context: The largest number of tokens that the model sees.
         device: The device of the model.
 
     Raises:
-        ValueError: If a logit is not finite.
+        ValueError: If the largest logit is not finite.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     window, decode, seen = list(prompt)[-context:], start(), 0
@@ -99,10 +102,10 @@ def continue_tokens(
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return a token drawn from the softmax of logits, (vocabulary,).
+    """Return a token drawn from the softmax of logits (vocabulary,).
 
-    Candidates are the most probable tokens, up to the one at which their probabilities add up to `top_p`
-    (arXiv:1904.09751). There is at least one.
+    It is one of the most probable tokens, up to the token at which their probabilities add up to `top_p`
+    (arXiv:1904.09751).
 
     Raises:
         ValueError: If the largest logit is not finite.
@@ -123,10 +126,10 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Check the ranges.
+    """Check that each setting is in its range.
 
     Raises:
-        ValueError: For the first value that is invalid. It names the option, the requirement and the value.
+        ValueError: For the first invalid value. The message names the option, the requirement and the value.
     """
     if sampling.tokens < 1:
         raise ValueError(f"`tokens` must be at least 1, got {sampling.tokens}")

@@ -1,8 +1,8 @@
 """Run the programs in `models` as console scripts, outside the repository.
 
-The folder `models` is installed as `dynlora_models`, because a package with so common a name as `models` would collide
-with others in an environment. Its modules import each other as `models`, the name that they have in the repository. So
-the process of a script gives the package this name too.
+The folder `models` is installed as `dynlora_models`, because a package called `models` would collide with others in an
+environment. Its modules import each other as `models`, their name in the repository. So the process of a script gives
+the package this name too.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Open a trained model of this package, or any causal one of `transformers`.
+"""Open a model that `models.pretrain` or `models.finetune` has trained.
 
-`models.pretrain` and `models.finetune` train models.
+A folder of any causal language model of `transformers` can be opened too.
 """
 
 import json
@@ -23,28 +23,30 @@ from dynlora_fn.interop._checkpoint_state import contents_of
 from dynlora_fn.interop._checksums import find_damage
 from models import llama
 from models.finetune import config as finetune
-from models.finetune.load import load_model
-from models.finetune.run import default_targets, untrained_names
+from models.finetune.load import check_on_tokens, load_model, trained_positions
+from models.finetune.run import default_targets, embedded_tokens, untrained_names
 from models.pretrain import config as pretrain
 from models.pretrain.folder import checkpoint_settings
 from models.pretrain.method import make_method
 from models.pretrain.prepared import Saved
 from models.pretrain.settings import with_options
+from models.pretrain.stopping import last_checkpoint
 
 WEIGHTS = "model.safetensors"
 _BASE = re.compile(r"(\.frozen\['[^']*'\]\.base)")
 _DEFAULT_CONTEXT = 1024  # of a model whose configuration does not limit its positions
+_CHECKED = 8  # tokens that show whether a model sees later ones
 
 
 class Trained(NamedTuple):
     """A model with dense weights, and how it was trained."""
 
     model: nn.Module
-    tokenizer: str | None  # name, folder or file of a tokenizer for `transformers`; None: tokens are bytes
+    tokenizer: str | None  # the name, folder or file of a tokenizer for `transformers`; None means bytes
     context: int  # the largest number of tokens that the model sees
-    config: pretrain.Config | None  # the options of the run; None for a model that is not of a run
+    config: pretrain.Config | None  # the options of the run; None for a model that is not from a run
     source: Path  # the file or folder with the weights
-    folder: Path | None  # of the run
+    folder: Path | None  # of the run; None for a model that is not from a run
 
 
 def open_trained(path: Path, device: torch.device) -> Trained:
@@ -52,11 +54,12 @@ def open_trained(path: Path, device: torch.device) -> Trained:
 
     Args:
         path: The folder of a run, a checkpoint in the run's folder checkpoints, or a model folder for `transformers`.
-            A run means its final model, or the newest checkpoint of a run that has not ended.
-        device: The device of the weights.
+            For a run, its final model is opened, or its newest checkpoint if it has not ended.
+        device: The device for the weights.
 
     Raises:
-        ValueError: If there is none of these, or a file is damaged. The message names it.
+        ValueError: If the path is none of these, a file is damaged, or a model sees later tokens. The message names the
+            file.
     """
     path = Path(os.path.abspath(path))  # `.` has no name
     is_checkpoint = path.parent.name == "checkpoints" and not (path / "config.json").is_file()
@@ -70,6 +73,20 @@ def open_trained(path: Path, device: torch.device) -> Trained:
     return _of_pretraining(folder, with_options(pretrain.Config(), options, file), checkpoint_path, device)
 
 
+def check_tokens(trained: Trained, largest: int) -> None:
+    """Raise ValueError if the model does not embed all tokens of a text.
+
+    `largest` is the largest of them.
+    """
+    model: Any = trained.model
+    count = model.config.vocabulary if isinstance(model, llama.Llama) else embedded_tokens(model)
+    if largest >= count:
+        raise ValueError(
+            f"`run` must embed the tokens of its tokenizer, got the token {largest} for a model that embeds {count}; "
+            "resize its embeddings, or use the tokenizer that it was trained with"
+        )
+
+
 def _read_options(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
@@ -79,7 +96,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
         )
     try:
         options = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`run` has no valid JSON in {str(path)!r}: {error}") from error
     if not isinstance(options, dict) or not options.keys() & {"model_type", "corpus"}:
         raise ValueError(f"`run` has {str(path)!r}, which is neither of a run nor of a model of `transformers`")
@@ -87,7 +104,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
 
 
 def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, device: torch.device) -> Trained:
-    is_final = path is None and (folder / WEIGHTS).is_file()
+    is_final = path is None and (folder / WEIGHTS).is_file() and not _goes_on(folder, config)
     source = folder / WEIGHTS if is_final else path or _newest_checkpoint(folder)
     if is_final:
         model = _load_weights(source)
@@ -98,7 +115,7 @@ def _of_pretraining(folder: Path, config: pretrain.Config, path: Path | None, de
         model = llama.Llama(llama.config(config.training.model, vocabulary))
         _load_checkpoint(source, stored, config, model, llama.TARGETS)
     tokenizer = config.tokenizer()
-    if tokenizer and _has_tokenizer(folder / "model"):  # also where the given one has moved
+    if tokenizer and _has_tokenizer(folder / "model"):  # the original tokenizer may have moved
         tokenizer = str(folder / "model")
     return Trained(model.to(device).eval(), tokenizer, config.data.seq_len, config, source, folder)
 
@@ -117,7 +134,7 @@ def _load_weights(path: Path) -> llama.Llama:
 
 def _of_finetuning(folder: Path, config: finetune.Config, path: Path | None, device: torch.device) -> Trained:
     tokenizer = config.tokenizer()
-    if path is None and (folder / "model" / "config.json").is_file():
+    if path is None and (folder / "model" / "config.json").is_file() and not _goes_on(folder, config):
         trained = _pretrained(folder / "model", config, device)
         tokenizer = trained.tokenizer if _has_tokenizer(folder / "model") else tokenizer
         return trained._replace(tokenizer=tokenizer, folder=folder)
@@ -129,11 +146,12 @@ def _of_finetuning(folder: Path, config: finetune.Config, path: Path | None, dev
 
 def _pretrained(folder: Path, config: pretrain.Config | None, device: torch.device) -> Trained:
     model = load_model(str(folder))
+    check_on_tokens(model, embedded_tokens(model), min(_CHECKED, _context(model)))
     return Trained(model.to(device), str(folder), _context(model), config, folder, None)
 
 
 def _context(model: nn.Module) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
+    return trained_positions(model.config) or _DEFAULT_CONTEXT
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -147,8 +165,25 @@ def _newest_checkpoint(folder: Path) -> Path:
     return checkpoints[-1]
 
 
+def _goes_on(folder: Path, config: pretrain.Config) -> bool:
+    """Return whether a run that had ended goes on with more steps.
+
+    Its final model is then an older one.
+    """
+    try:
+        steps = json.loads((folder / "summary.json").read_bytes())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    last = last_checkpoint(folder)
+    return isinstance(steps, int) and steps < config.training.steps and last is not None and last > steps
+
+
 def _headers(path: Path) -> Stored:
-    """Return what a checkpoint contains, after a check of its files."""
+    """Verify the files of a checkpoint and return their headers.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
     if damage := find_damage(path, process=0, world_size=1):
         raise ValueError(f"`run` has a damaged checkpoint {str(path)!r}: {damage}")
     return read_headers(path)
@@ -157,20 +192,22 @@ def _headers(path: Path) -> Stored:
 def _load_checkpoint(
     path: Path, stored: Stored, config: pretrain.Config, model: nn.Module, targets: Sequence[str]
 ) -> None:
-    """Load the weights of a checkpoint into the model.
+    """Load the weights of a checkpoint into the model, without the optimizer's state.
 
-    The optimizer's state is not read.
+    Raises:
+        ValueError: If the checkpoint is not from the run in the same folder.
     """
     _check_settings(path, stored, config)
-    alone = replace(
+    alone = replace(  # this machine may have neither the processes nor the devices of the run
         config,
-        machine=replace(config.machine, shard=False, shard_factors=False),
+        machine=replace(config.machine, shard=False, shard_factors=False, device="cpu"),
+        precision=replace(config.precision, residual_device=None),
         switching=replace(config.switching, candidates="seeded"),
     )
     untrained = partial(untrained_names, config) if isinstance(config, finetune.Config) else lambda _: ()
     state = make_method(alone, model, targets, untrained).state._replace(opt_state=())
     for name, piece in contents_of("state", Saved(state, {}), members_of(None)).pieces.items():
-        # Bases that were sharded are one level deeper.
+        # In the paths of sharded bases there is one more `.base`.
         path_in_file = name if name in stored.chunks else _BASE.sub(r"\1.base", name)
         shape = stored.shape(path_in_file) if path_in_file in stored.chunks else None
         if shape != piece.shape:
@@ -184,7 +221,7 @@ def _load_checkpoint(
 
 
 def _check_settings(path: Path, stored: Stored, config: pretrain.Config) -> None:
-    """Check that a checkpoint is of the run. Those of older versions have no settings."""
+    """Check that a checkpoint is from the run. Older checkpoints have no settings."""
     settings = checkpoint_settings(config, {})
     for name, value in stored.description.get("settings", {}).items():
         if name in settings and settings[name] != value:

@@ -1,4 +1,4 @@
 """How does the cost of everything around a compiled step grow with its size?
 
-What do others take?
+Each row also measures other libraries with the same work.
 """

@@ -1,7 +1,7 @@
-"""Take a llama of 1.09 billion parameters through all steps, in 24 GiB.
+"""Take a llama of 1.09 billion parameters through a whole run, in 24 GiB.
 
-The steps are `init`, two steps, all files and a resume. Each part runs in a separate process that starts from the
-model's file. The time and the peak of its work count, not those of its preparation.
+The parts are `init`, an eager and a compiled step, all files, and a resume. Each part runs in a separate process that
+starts from the file of the model. Only the work of a part is timed, without its preparation.
 """
 
 import gc
@@ -29,12 +29,12 @@ from models.pretrain.processes import SINGLE_PROCESS
 
 _RANK, _TOKENS, _THREADS = 32, 64, 2
 _LIMIT = 24 * 2**30
-_FILES = 20e9  # bytes of the files of one dtype
+_FILES = 20e9  # bytes of the files for one dtype
 _DTYPES = ("float32", "bfloat16")
 
 
 class Run(NamedTuple):
-    """Where the files of a run are, and the model that they are of."""
+    """The folder and the model of a run."""
 
     folder: Path
     dtype: torch.dtype
@@ -42,16 +42,16 @@ class Run(NamedTuple):
 
     @property
     def model(self) -> Llama:
-        """The model without memory."""
+        """The model on the meta device."""
         return meta_llama(self.config, self.dtype)
 
     def init(self) -> dict[str, Any]:
-        """Return the parameters of the model in the file."""
+        """Initialize the parameters from the file of the model."""
         weights = dl.interop.open_weights(self.folder / "model.safetensors")
         return dl.init(self.model, weights=weights, rank=_RANK, seed=0, targets=TARGETS)
 
     def state(self) -> Any:
-        """Return the state of a training run."""
+        """Return the initial state of a training run."""
         trainable, frozen = dl.partition(self.init())
         return trainable, frozen, dl.optim.adamw().init(trainable)
 
@@ -63,7 +63,7 @@ class Run(NamedTuple):
         return model
 
 
-Part = Callable[[Run], Callable[[], Any]]  # prepares, and returns what is measured
+Part = Callable[[Run], Callable[[], Any]]  # a function that prepares a part and returns the function to measure
 
 
 def init(run: Run) -> Callable[[], Any]:
@@ -103,7 +103,7 @@ def eager_step(run: Run) -> Callable[[], Any]:
 
 
 def compiled_step(run: Run) -> Callable[[], Any]:
-    """Measure the first call, which compiles, and a second one."""
+    """Measure two calls. The first one compiles."""
     arguments, step = arguments_of(run), dl.compile_step(step_of(run))
 
     def twice() -> Any:
@@ -155,9 +155,10 @@ PARTS: dict[str, Part] = {
 
 
 def measure(part: str, dtype: str, folder: Path, quick: bool) -> dict[str, float]:
-    """Return seconds and peaks of a part.
+    """Return the seconds and the peaks of a part.
 
-    The peaks are those of its work beyond its preparation, and of the process.
+    ``peak`` is the peak of its work, and ``process`` also includes the preparation. ``state`` is the memory in use
+    before the work.
     """
     run = Run(folder, getattr(torch, dtype), LLAMAS[1 if quick else 1090])
     work = PARTS[part](run)
@@ -178,7 +179,7 @@ def run(console: Console, folder: Path | None, quick: bool) -> tuple[dict[str, f
     Return the summary and all figures.
 
     Raises:
-        SystemExit: If the disk has no room for the files of one dtype.
+        SystemExit: If the disk has not enough space for the files of one dtype.
     """
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if free < _FILES and not quick:
@@ -196,7 +197,7 @@ def run(console: Console, folder: Path | None, quick: bool) -> tuple[dict[str, f
             ]
             for name, part in raw[dtype].items()
         ]
-        columns = ["part", "seconds", "of the processor", "before, MB", "peak, MB", "of the process, MB"]
+        columns = ["part", "seconds", "processor seconds", "before, MB", "peak, MB", "peak of the process, MB"]
         console.print(table(f"llama of {1 if quick else 1090} million parameters, {dtype}", columns, rows))
     peak = max(part["process"] for parts in raw.values() for part in parts.values())
     console.print(f"peak of all: {peak / 2**30:.2f} GiB, {'within' if peak <= _LIMIT else 'beyond'} 24 GiB")
@@ -205,9 +206,9 @@ def run(console: Console, folder: Path | None, quick: bool) -> tuple[dict[str, f
 
 
 def _measure_all(folder: Path, dtype: str, quick: bool) -> dict[str, Any]:
-    """Write the model and measure all parts.
+    """Write the model, and measure all parts.
 
-    With `quick`, this process measures them, and compiles nothing.
+    With `quick`, they are measured in this process, without the compiled step.
     """
     model = llama(1 if quick else 1090, getattr(torch, dtype))
     save_file(model.state_dict(), folder / "model.safetensors")

@@ -1,6 +1,6 @@
-"""Rows of many weights that are not stacked.
+"""Rows of models with many weights that are not stacked.
 
-They are calls, gradients, updates, switches, and the first call of a step.
+They measure calls, gradients, updates, switches, and the first call of a compiled step.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from bench.growth.models import WIDTH, chain, in_peft
 from bench.growth.row import Contender, Row, at_most_times, grows_at_most
 
 _RANK, _TOKENS = 8, 64
-_ALL_LAYERS = r"\d+"  # of a chain, as a regular expression for PEFT
+_ALL_LAYERS = r"\d+"  # a regular expression for PEFT that matches all layers of a chain
 
 
 def inputs() -> Tensor:
@@ -24,7 +24,7 @@ def inputs() -> Tensor:
 
 
 def params_of(model: nn.Module) -> dict[str, Any]:
-    """Return low-rank weights without stacking them."""
+    """Return low-rank weights that are not stacked."""
     return dl.init(model, rank=_RANK, seed=0, targets=["*.weight"], stack=False)
 
 
@@ -107,9 +107,9 @@ def peft_merge(count: int) -> Contender:
 
 
 def first_call(count: int) -> Contender:
-    """Measure what a compiled step takes until its first result.
+    """Measure a compiled step until its first result.
 
-    The step has gradients, a switch and an update.
+    The step computes gradients, a switch and an update.
     """
     model, x, optimizer = chain(count), inputs(), dl.optim.adamw()
     params = params_of(model)
@@ -130,9 +130,9 @@ def first_call(count: int) -> Contender:
 
 
 def peft_first_call(count: int) -> Contender:
-    """Measure the same of PEFT's model.
+    """Measure a step of PEFT's model until its first result.
 
-    It has the compiled forward and backward pass, and torch's update.
+    The forward and backward pass is compiled. The update is by torch.
     """
     model, x = in_peft(chain(count), _RANK, _ALL_LAYERS), inputs()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])

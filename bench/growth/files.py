@@ -1,7 +1,4 @@
-"""Rows of files: adapters, merged models and checkpoints.
-
-Adapters are by truncated decomposition, or PEFT's.
-"""
+"""Rows of files: adapters, merged models and checkpoints."""
 
 import hashlib
 import json
@@ -22,18 +19,18 @@ from models.pretrain.checkpoint import Saver, load_checkpoint
 from models.pretrain.processes import SINGLE_PROCESS
 
 _RANK = 8
-_TENSORS = 16  # of a state that is saved
+_TENSORS = 16  # number of tensors of a state
 _MB = 10**6
 
 
-# --- adapters of a change with a slowly falling spectrum, which is the hardest to cut
+# --- adapters of a change with a slowly falling spectrum, which is the hardest to approximate
 def change_of(width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(width, width, generator=generator) * torch.arange(1, width + 1).rsqrt()
 
 
 def changed_model(width: int) -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
-    """Return a model, parameters that differ from it by `change_of`, and its weights."""
+    """Return a model, parameters that differ by `change_of`, and the model's weights."""
     model = nn.Sequential(nn.Linear(width, width, bias=False))
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = {name: tensor + change_of(width) for name, tensor in original.items()}
@@ -52,7 +49,7 @@ def svd_lowrank(width: int) -> Contender:
 
 
 def adapter_error(width: int) -> Contender:
-    """Return the error of the adapter in its file, over the error of the best one."""
+    """Measure the error of the adapter in its file over the error of the best one."""
     contender = save_adapter(width)
 
     def error() -> float:
@@ -107,9 +104,9 @@ def load_adapter(millions: int) -> Contender:
 
 
 def load_and_copy(millions: int) -> Contender:
-    """Load the adapter with safetensors and copy the model.
+    """Measure loading the adapter with safetensors and copying the model's weights.
 
-    Its weights become the bases.
+    `load_adapter` copies the weights too, because they become the bases.
     """
     model, file = llama(millions), peft_folder(millions) / ADAPTER
     return Contender(lambda: (load_file(file), [parameter.detach().clone() for parameter in model.parameters()]))
@@ -145,7 +142,7 @@ def load_state(megabytes: int) -> Contender:
 
 
 def synced(file: Path) -> None:
-    """Wait until the disk has a file."""
+    """Wait until a file is on the disk."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
 
@@ -197,9 +194,9 @@ _STATES, _SMALL_STATES = (64, 256, 1024), (1, 2)
 
 
 def state_needs_at_most(most: float, name: str, *, copies: int = 0) -> Goal:
-    """Return the goal for a checkpoint.
+    """Return a goal for the peak of a checkpoint, in bytes of the state.
 
-    `copies` of the state are not counted: training goes on beside saving.
+    `copies` of the state are not counted. Saving needs one copy, because training continues meanwhile.
     """
     return needs_at_most(most, name, lambda n: n * _MB, lambda n: n * _MB * (copies + 1 / _TENSORS))
 
@@ -224,7 +221,7 @@ ROWS = {
         goals=(Goal("error over the best", 1.0001, lambda curves: max(curves["save_adapter"].values())),),
     ),
     "merged": Row(
-        "a merged model written, an adapter read",
+        "writing a merged model, reading an adapter",
         "million parameters",
         _LLAMAS,
         _SMALL,
@@ -236,7 +233,7 @@ ROWS = {
         rounds=3,
     ),
     "merged_memory": Row(
-        "peak of a merged model written, an adapter read",
+        "peak of writing a merged model, reading an adapter",
         "million parameters",
         _LLAMAS,
         _SMALL,

@@ -1,6 +1,6 @@
-"""Rows of the memory of gradients, eager.
+"""Rows of the memory of eager gradients.
 
-Gradients are through `torch.func` or autograd, with blocks recomputed or not.
+Gradients are computed with `torch.func` or autograd, with and without recomputed blocks.
 """
 
 from collections.abc import Callable
@@ -51,10 +51,7 @@ def unchanged(model: Llama) -> nn.Module:
 
 
 def llama_loss(tokens: int, wrap: Callable[[Llama], nn.Module]) -> tuple[Callable[..., Tensor], Any]:
-    """Return the loss of a llama on some tokens, and its trainable tree.
-
-    The loss is a function of the tree.
-    """
+    """Return the loss of a llama as a function of its trainable tree, and this tree."""
     length = min(tokens, 256)
     size = StepSize(width=_WIDTH if tokens > 256 else 64, layers=8, batch=tokens // length, length=length)
     model, batch = size.model("cpu"), size.tokens_on("cpu")
@@ -65,9 +62,9 @@ def llama_loss(tokens: int, wrap: Callable[[Llama], nn.Module]) -> tuple[Callabl
 
 
 def head_loss(vocabulary: int, tokens: int = 256) -> tuple[Callable[..., Tensor], Any]:
-    """Return the same of a model with this vocabulary and little else.
+    """Return the loss of a model of an embedding and a head, and its parameters.
 
-    Its embedding and head are full-rank.
+    The loss is a function of the parameters. They are full-rank.
     """
     model, batch = Head(vocabulary), torch.randint(vocabulary, (1, tokens + 1))
     params = dl.init(model, rank=8, seed=0, targets=[])
@@ -88,7 +85,7 @@ def ours(build: Build, via: Via) -> Callable[[int], Contender]:
 
 
 def plain(build: Build) -> Callable[[int], Contender]:
-    """Measure `torch.autograd.grad` by tensors that require a gradient."""
+    """Measure `torch.autograd.grad` with tensors that require a gradient."""
 
     def make(size: int) -> Contender:
         loss_fn, trainable = build(size)
@@ -111,7 +108,7 @@ def adamw(vocabulary: int) -> Contender:
 
 
 def torch_adamw(vocabulary: int) -> Contender:
-    """Measure torch's fused update of the same in place."""
+    """Measure torch's fused update of an embedding and a head, in place."""
     model = Head(vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():

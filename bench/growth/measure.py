@@ -1,6 +1,6 @@
 """Measure the contenders of a row.
 
-Seconds of the processor are in turns, and peaks are each in a separate process.
+Contenders take turns in one process for processor time. Each peak is measured in a separate process.
 """
 
 import gc
@@ -15,9 +15,9 @@ _CPU = "cpu"
 
 
 def processor_seconds(contender: Contender) -> float:
-    """Return the seconds of the processor that one run takes, in all threads.
+    """Return the processor time of one run, in seconds.
 
-    The threads are those of this process.
+    It is the sum over all threads of this process.
     """
     arguments = contender.before()
     gc.collect()
@@ -29,9 +29,9 @@ def processor_seconds(contender: Contender) -> float:
 
 
 def seconds_of(row: Row, size: int, rounds: int, limit: float) -> dict[str, list[float]]:
-    """Return the seconds of each run of each contender, which take turns.
+    """Return the seconds of every run of every contender.
 
-    After `limit` seconds no further round is started.
+    In each round, every contender runs once. No further round is started after `limit` seconds.
     """
     contenders = {name: make(size) for name, make in row.contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -45,9 +45,9 @@ def seconds_of(row: Row, size: int, rounds: int, limit: float) -> dict[str, list
 
 
 def peak_of(row: Row, name: str, size: int) -> dict[str, float]:
-    """Return the peak of one run and what stays in use after it.
+    """Return the peak of one run, and the memory that stays in use after it.
 
-    Both are beyond what was in use before.
+    Both are in bytes, beyond the memory in use before the run.
     """
     contender = row.contenders[name](size)
     arguments = contender.before()
@@ -70,6 +70,6 @@ def warm_up(row: Row, names: Any) -> None:
 
 
 def medians(times: dict[int, dict[str, list[float]]]) -> dict[str, Curve]:
-    """Return the curve of each contender: the median at each size."""
+    """Return the curve of each contender, with the median at each size."""
     names = list(next(iter(times.values())))
     return {name: {size: median(of_size[name]) for size, of_size in times.items()} for name in names}

@@ -16,8 +16,8 @@ from bench.support.process_memory import count_bytes
 from models.llama import CONFIGS, Llama, LlamaConfig, init_weights
 
 LAYERS = ["query", "key", "value", "output", "gate", "up", "down"]
-WIDTH = 64  # of the layers of a chain
-LLAMAS = {  # by millions of parameters
+WIDTH = 64  # width of the layers of a chain
+LLAMAS = {  # configurations by millions of parameters
     1: replace(CONFIGS["llama-9m"], vocabulary=1024),
     2: replace(CONFIGS["llama-9m"], vocabulary=1024, layers=8),
     8: replace(CONFIGS["llama-20m"], vocabulary=4096, layers=8),
@@ -30,15 +30,15 @@ LLAMAS = {  # by millions of parameters
 
 @lru_cache(maxsize=1)
 def llama(millions: int, dtype: torch.dtype = torch.float32) -> Llama:
-    """Return a llama of this size with random weights.
+    """Build a llama of this size with random weights.
 
-    The last one is kept for further contenders.
+    The cache keeps the last llama for further contenders.
     """
     return init_weights(Llama(LLAMAS[millions]).to(dtype), 0)
 
 
 def meta_llama(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Llama:
-    """Return a llama without memory."""
+    """Build a llama on the meta device."""
     with torch.device("meta"):
         return Llama(config).to(dtype)
 
@@ -55,14 +55,20 @@ def largest_bytes(millions: int) -> int:
 
 
 def fresh(model: Llama) -> Llama:
-    """Return other modules with the same tensors, since PEFT replaces modules."""
+    """Return new modules with the same tensors.
+
+    PEFT replaces modules, so it must not get the modules that other contenders use.
+    """
     copy = meta_llama(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)
     return copy
 
 
 def in_peft(model: nn.Module, rank: int, layers: Sequence[str] | str = LAYERS) -> Any:
-    """Return PEFT's model with LoRA in these layers, which are replaced."""
+    """Return PEFT's model with LoRA.
+
+    PEFT replaces the layers in `model`.
+    """
     import peft  # noqa: PLC0415 (slow to import)
 
     layers = layers if isinstance(layers, str) else list(layers)
@@ -70,9 +76,9 @@ def in_peft(model: nn.Module, rank: int, layers: Sequence[str] | str = LAYERS) -
 
 
 def chain(count: int, width: int = WIDTH) -> nn.Sequential:
-    """Return linear layers that keep the norm of what passes through.
+    """Build a chain of linear layers.
 
-    There may be any number of them.
+    Their weights are orthogonal, so that the norm of the activations is the same after any number of layers.
     """
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))

@@ -1,7 +1,4 @@
-"""Rows of what is looked up by name.
-
-There are many small weights in a model, in a file, in a list and in an adapter.
-"""
+"""Rows of lookups by name, in models and files with many small weights."""
 
 import json
 from functools import cache, partial
@@ -29,7 +26,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 @cache
 def weights_file(count: int) -> Path:
-    """Return a file of the weights."""
+    """Write the weights to a file and return its path."""
     file = scratch() / f"weights-{count}.safetensors"
     save_file(weights_of(model_of(count)), file)
     return file
@@ -37,7 +34,7 @@ def weights_file(count: int) -> Path:
 
 @cache
 def adapter_folder(count: int) -> Path:
-    """Return the folder of an adapter of rank 1 as PEFT writes it."""
+    """Write an adapter of rank 1 as PEFT does, and return its folder."""
     folder = scratch() / f"adapter-{count}"
     folder.mkdir()
     shapes = {"A": (1, _WIDTH), "B": (_WIDTH, 1)}

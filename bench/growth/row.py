@@ -1,6 +1,6 @@
 """A row of the benchmark: contenders with the same work, and their goals.
 
-The work has several sizes.
+The work is measured at several sizes.
 """
 
 import math
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from statistics import linear_regression
 from typing import Any, Literal, NamedTuple
 
-Curve = Mapping[int, float]  # a value at each size
-Curves = Mapping[str, Curve]  # of each contender
-_SMALLEST = 1e-9  # a peak of zero bytes has no logarithm
+Curve = Mapping[int, float]  # the value at each size
+Curves = Mapping[str, Curve]  # the curve of each contender
+_SMALLEST = 1e-9  # used in place of zero, which has no logarithm
 
 
 class Contender(NamedTuple):
-    """A function to measure, at one size."""
+    """A function to measure at one size."""
 
     run: Callable[..., Any]
-    before: Callable[[], tuple[Any, ...]] = tuple  # makes the arguments of each run, which is not measured
+    before: Callable[[], tuple[Any, ...]] = tuple  # builds the arguments of each run, which is not measured
 
 
 class Goal(NamedTuple):
-    """The most that a value may be. Values are computed from the curves of a row."""
+    """A limit of a value that is computed from the curves of a row."""
 
     text: str
     most: float
@@ -31,15 +31,19 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured at which sizes.
+    """A measurement of several contenders at several sizes.
 
-    "seconds" are those of the processor. "peak" is the memory beyond what was in use before, in bytes, and the curve
-    ``result of NAME`` has the bytes that stay in use. "value" is what a contender returns.
+    There are three kinds of measurements.
+
+    - "seconds" is the processor time.
+    - "peak" is the peak of memory in bytes, beyond the memory in use before. The curve ``result of NAME`` has the bytes
+      that stay in use afterwards.
+    - "value" is the number that a contender returns.
     """
 
     title: str
     size: str
-    """What the sizes count."""
+    """The unit of the sizes."""
     sizes: tuple[int, ...]
     quick: tuple[int, ...]
     contenders: Mapping[str, Callable[[int], Contender]]
@@ -49,24 +53,21 @@ class Row:
 
 
 def exponent(curve: Curve) -> float:
-    """Return the exponent of growth.
+    """Return the exponent of the growth of a curve.
 
-    It is the slope of a least-squares line through the logarithms.
+    It is the slope of the least-squares line through the logarithms of sizes and values.
     """
     points = [(math.log(size), math.log(max(value, _SMALLEST))) for size, value in curve.items()]
     return linear_regression(*zip(*points, strict=True)).slope
 
 
 def result_of(contender: str) -> str:
-    """Return the name of the curve of the bytes that stay in use.
-
-    They stay after a contender of a "peak" row.
-    """
+    """Return the name of the curve of the bytes that stay in use after a contender."""
     return f"result of {contender}"
 
 
 def at_most_times(most: float, ours: str, peer: str) -> Goal:
-    """Return the goal that `ours` is at most `most` times the peer at every size."""
+    """Return the goal that `ours` is at most `most` times `peer` at every size."""
 
     def value(curves: Curves) -> float:
         return max(curves[ours][n] / max(curves[peer][n], _SMALLEST) for n in curves[ours])
@@ -85,13 +86,13 @@ def at_most(most: float, name: str) -> Goal:
 
 
 def needs_at_most(most: float, name: str, unit: Callable[[int], float], allowed: Callable[[int], float]) -> Goal:
-    """Return the goal of a peak, which must hold at every size.
+    """Return the goal that a peak needs little memory beyond its result at every size.
 
-    It may exceed its result and what is allowed by at most `most` units.
+    It may exceed the sum of the bytes that stay in use and of `allowed` by at most `most` units.
     """
 
     def value(curves: Curves) -> float:
         peak, result = curves[name], curves[result_of(name)]
         return max((peak[n] - result[n] - allowed(n)) / unit(n) for n in peak)
 
-    return Goal(f"{name}, beyond result and largest tensor, in models", most, value)
+    return Goal(f"{name}, peak beyond result and largest tensor, over model or state", most, value)

@@ -1,7 +1,4 @@
-"""Rows of what happens before a step and in a switch.
-
-They are `init`, draws from the basis, and folds.
-"""
+"""Rows of `init`, draws from the basis, folds and switches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +15,8 @@ from models.llama import TARGETS
 _STARTS = ("switchlora", "lora")
 _RANKS = (8, 32)
 _COUNTS = (8, 32, 33)
-_STACK = 4  # weights that are folded into at once
-_LENGTH = 4096  # of a vector that is drawn
+_STACK = 4  # number of weights in the stack that is folded into
+_LENGTH = 4096  # length of a drawn vector
 
 
 def init(rank: int, start: dl.switching.Start, dtype: torch.dtype = torch.float32) -> Callable[[int], Contender]:

@@ -1,4 +1,4 @@
-"""Measure all rows, or one, and say which goals are met."""
+"""Measure all rows or one, and print which goals are met."""
 
 import gc
 import json
@@ -25,14 +25,14 @@ class Growth(Options):
     row: str | None = None
     """Measure only this row."""
     limit: float = 120
-    """Seconds after which no further round of a size is started."""
+    """Seconds after which no further round at a size is started."""
     size: int | None = None
     contender: str | None = None
     """Measure only the peak of this contender of `row` at `size`, in this process, and print it."""
     billion: bool = False
-    """Take a llama of 1.09 billion parameters through everything, on two threads, in place of the rows."""
+    """Take a llama of 1.09 billion parameters through a whole run, on two threads, instead of measuring the rows."""
     folder: Path | None = None
-    """Where `billion` writes its files, 20 GB. Default None means a temporary folder."""
+    """The folder for the files of `billion`, which take 20 GB. Default None means a temporary folder."""
     part: str | None = None
     """Measure only this part of `billion` with the files in `folder`, in this process, and print it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -77,7 +77,8 @@ def main(config: Growth) -> None:
 
 def measure(name: str, row: Row, config: Growth) -> Curves:
     """Return the curves of a row."""
-    gc.freeze()  # the objects of libraries, over which each collection before a run would otherwise take half a second
+    # Without this, each collection before a run would take half a second for the objects of the libraries.
+    gc.freeze()
     sizes = row.quick if config.quick else row.sizes
     if row.kind == "peak":
         of_size = {size: peaks(name, row, size, config) for size in sizes}
@@ -91,9 +92,9 @@ def measure(name: str, row: Row, config: Growth) -> Curves:
 
 
 def peaks(name: str, row: Row, size: int, config: Growth) -> dict[str, float]:
-    """Return the peak of each contender, each in a separate process.
+    """Return the peak of each contender, each measured in a separate process.
 
-    With `quick`, this process measures them.
+    With `quick`, they are measured in this process.
     """
     found: dict[str, float] = {}
     for contender in row.contenders:
@@ -115,6 +116,6 @@ def report(console: Console, row: Row, curves: Curves) -> None:
 
 
 def goals_of(row: Row, curves: Curves) -> Iterator[tuple[str, float, float]]:
-    """Yield the text of each goal, the most that it allows, and what was found."""
+    """Yield the text of each goal, its limit, and the measured value."""
     for goal in row.goals:
         yield goal.text, goal.most, goal.value(curves)

@@ -1,6 +1,6 @@
-"""Train dense weights by full rank, GaLore and APOLLO.
+"""Train dense weights at full rank, with AdamW or Muon, or with GaLore or APOLLO.
 
-Full rank has AdamW or Muon. The others are from their packages.
+The optimizers of GaLore and APOLLO come from the packages of their authors.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from bench.support.process_memory import count_bytes
 
 
 class FullRank:
-    """Train every weight with AdamW, or the inner matrices with Muon.
+    """A run that trains every weight with AdamW, or the inner matrices with Muon.
 
-    Inner matrices have rate `lr`. Embedding, head and norms have `lr * dense_lr`. A `base` in low precision is what
-    the inner matrices are stored in between steps.
+    The learning rate of inner matrices is `lr`, and `lr * dense_lr` is the rate of embedding, head and norms. If `base`
+    is a format in low precision, the inner matrices are stored in this format between steps.
     """
 
     def __init__(self, job: Job, run: Run):
@@ -41,7 +41,7 @@ class FullRank:
     def _store(self, weights: dict[str, Tensor]) -> None:
         """Round the inner matrices to their format.
 
-        Products see the codes, and updates the residuals too.
+        Products use only the codes, and updates also use the residuals.
         """
         self._seen = weights
         if self._run.base == "float32":
@@ -62,7 +62,7 @@ class FullRank:
 
 
 def quantized(weight: Tensor, base: str) -> tuple[Any, Tensor]:
-    """Return a matrix in the format of a base, and what products see of it."""
+    """Return a matrix in the format of a base, and the matrix that products use."""
     codes, residual = base.split("+")
     *stack, rows, columns = weight.shape
     factors = dl.Factors(b=weight.new_zeros(*stack, rows, 1), a=weight.new_zeros(*stack, 1, columns))
@@ -74,9 +74,9 @@ def quantized(weight: Tensor, base: str) -> tuple[Any, Tensor]:
 def packaged(
     method: str, low: list[nn.Parameter], rest: list[nn.Parameter], *, lr: float, rank: int, gap: int = 200
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of `method` with the settings of its README.
+    """Build the optimizer of `method` with the settings of its README.
 
-    The gradients of `low` are projected, with `gap` steps between new projections.
+    The gradients of `low` are projected. Projections are replaced every `gap` steps.
     """
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "no_deprecation_warning": True}
     low_rank = {"params": low, "rank": rank, "update_proj_gap": gap, "proj_type": "std", "kind": "low"}
@@ -91,9 +91,9 @@ def packaged(
 
 
 class Packaged:
-    """Train the same weights with an optimizer of another package.
+    """A run that trains dense weights with the optimizer of GaLore or APOLLO.
 
-    Each matrix of a stack is one parameter there.
+    Each matrix of a stack is one parameter of this optimizer.
     """
 
     def __init__(self, job: Job, run: Run):

@@ -12,12 +12,12 @@ from bench.quality.measures import Tracker
 from bench.quality.runs import Run
 from models.pretrain.learning_rate import warmup_cosine
 
-EVALUATIONS = 8  # in a run
-_WARMUP = 0.05  # part of the run
+EVALUATIONS = 8  # number of evaluations in a run
+_WARMUP = 0.05  # warm-up as a fraction of the run
 
 
 class Method(Protocol):
-    """A method and its state in a run."""
+    """A method with its state in a run."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return the dense weights for the forward pass."""
@@ -25,20 +25,20 @@ class Method(Protocol):
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
         """Take one step from the gradients of the dense weights.
 
-        Rates are `scale` times the peak rates.
+        Learning rates are `scale` times their peaks.
         """
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes that the method stores beside the dense weights, by kind."""
 
     def measures(self) -> dict[str, Any]:
-        """Return what the method has measured in the run."""
+        """Return the measurements of the method in the run."""
 
 
 def execute(job: Job, run: Run, make_method: Callable[[Job, Run], Method]) -> dict[str, Any]:
-    """Return losses, bytes and measures of a run.
+    """Execute a run, and return its losses, bytes and measurements.
 
-    A run that diverges ends at that step, with loss None.
+    A run whose loss is not finite ends at this step. Its result has the loss None.
     """
     started, steps = time.perf_counter(), job.size.steps
     method, warmup = make_method(job, run), max(1, round(_WARMUP * steps))

@@ -1,4 +1,4 @@
-"""Define the experiments: rows of a table, each swept and then run with all seeds."""
+"""Define the experiments: tables whose rows are swept and then run with all seeds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,19 +8,19 @@ from bench.quality.runs import Run
 from bench.quality.store import Found
 from bench.quality.sweeps import Stage, at_seeds, swept
 
-Rows = dict[str, Stage]  # by name in the table; the others are compared with the first
+Rows = dict[str, Stage]  # by their names in the table; all rows are compared with the first
 Experiment = Callable[[Found, str], Rows]
 
 
-COMPENSATE = 0.1  # times the factors' rate of 2e-2 gives 2e-3, the papers' rate for full rank
+COMPENSATE = 0.1  # 0.1 times 2e-2, the factors' rate, is 2e-3, the papers' rate for full rank
 NAMES = {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOLLO"}
 
 
 def contenders(size: str, fraction: int) -> dict[str, Run]:
-    """Return the low-rank methods.
+    """Return the runs of the low-rank methods.
 
-    A pool is left out: it gives the same vectors as seeds while a run switches fewer vectors than the pool has idle
-    ones. This is so here. `ablations` has runs that switch more.
+    None of them draws from a pool. A pool gives the same vectors as the seed until a run has switched as many vectors
+    as the pool has idle vectors. These runs switch fewer vectors. `ablations` has runs that switch more.
     """
     switched = Run(size, "switchlora", fraction)
     return {
@@ -33,15 +33,16 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
 
 
 SMALLER = {"medium": "small", "main": "medium", "large": "medium", "huge": "large"}
-# A sweep of another value starts where the sweep of these ended.
+# The sweep of another setting starts from the rates that the sweep of these settings has found.
 PLAIN: tuple[dict[str, Any], ...] = ({"coefficients": "jordan"}, {"coupled": 0}, {"fraction": 4}, {"beta2": 0.999})
 
 
 def sweep(found: Found, run: Run) -> Stage:
     """Sweep the rates of a method.
 
-    The smallest size starts from the papers' rates. Larger sizes start where the next smaller size ended, and other
-    settings where the plain one ended, which takes half as many runs. Until that sweep has ended the stage is empty.
+    The sweep of the smallest size starts from the papers' rates. Sweeps of larger sizes start from the result of the
+    next smaller size, and sweeps of other settings from the result of the plain settings. This takes half as many runs.
+    Until such a result is known, the stage has no runs.
     """
     for plain in (replace(run, **settings) for settings in PLAIN):
         if plain != run:
@@ -54,7 +55,7 @@ def sweep(found: Found, run: Run) -> Stage:
 
 
 def full_rank_rows(found: Found, size: str) -> Rows:
-    """Return full rank with AdamW and with Muon."""
+    """Return the rows of full rank with AdamW and with Muon."""
     full = Run(size, "full")
     return {"full rank": sweep(found, full), "full rank, Muon": sweep(found, replace(full, optimizer="muon"))}
 
@@ -78,9 +79,9 @@ def ranks(found: Found, size: str) -> Rows:
 
 
 def test(found: Found, size: str) -> Rows:
-    """Compare all methods on a held-out text, not used for tuning.
+    """Compare all methods on a held-out text that was not used for tuning.
 
-    Rates and seeds are those of `methods`.
+    Rates and seeds are the same as in `methods`.
     """
     finished = {name: stage.runs for name, stage in methods(found, size).items() if not stage.missing}
     return {name: stage_of(found, [replace(run, held_out="test") for run in runs]) for name, runs in finished.items()}
@@ -92,7 +93,7 @@ def stage_of(found: Found, runs: Sequence[Run]) -> Stage:
 
 
 def ablated(found: Found, baseline: Stage, changes: dict[str, dict]) -> Rows:
-    """Return the baseline and each single change of it, at the baseline's rates."""
+    """Return the baseline, and the baseline with each single change, at equal rates."""
     rows = {"baseline": baseline}
     if baseline.missing:
         return rows
@@ -144,7 +145,7 @@ def ablations(found: Found, size: str) -> Rows:
     return ablated(found, sweep(found, Run(size, "switchlora")), {**SCHEDULES, **MOMENTS_AND_VECTORS})
 
 
-AT_REST = 2.0**-40  # times the factors' rate, so that only the base, embedding, head and norms learn
+AT_REST = 2.0**-40  # a multiple of the factors' rate with which only the base, embedding, head and norms learn
 COMPENSATIONS = {
     "never switched": {"method": "lora", "start": "switchlora"},
     "every 4th step": {"compensate_every": 4},
@@ -173,9 +174,9 @@ def compensation(found: Found, size: str) -> Rows:
 
 
 def one_side(found: Found, size: str) -> Rows:
-    """Compare both factors with one at twice the rank.
+    """Compare training both factors with training one factor at twice the rank.
 
-    It has as many trained numbers.
+    Both train about as many parameters.
     """
     rows = full_rank_rows(found, size)
     for optimizer, name in (("muon", ", Muon"), ("adamw", "")):

@@ -1,6 +1,6 @@
 """Compare loss, memory and traffic over methods, ranks and precisions.
 
-It shows which are not beaten on both.
+The tables mark a row as unbeaten if all rows with the same or less memory, or traffic, have more loss.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ LOW: dict[str, Any] = {"base": "int8+bfloat16", "moments": "8bit", "gradients": 
 
 
 def frontier(found: Found, size: str) -> Rows:
-    """Return full rank, and switched factors at several ranks.
+    """Return the rows of full rank, and of switched factors at several ranks.
 
-    They have both sides or one, in float32 and in low precision. Rows in low precision have the rates of the same row
-    in float32. "Muon" has Polar Express' coefficients here.
+    Both sides or one side are trained, in float32 and in low precision. A row in low precision has the rates of the
+    same row in float32. "Muon" has the coefficients of Polar Express here.
     """
     full, switched = Run(size, "full"), Run(size, "switchlora")
     rows = {
@@ -40,7 +40,7 @@ def frontier(found: Found, size: str) -> Rows:
 
 
 class Point(NamedTuple):
-    """What a row costs and brings."""
+    """The loss and the costs of a row."""
 
     name: str
     loss: float
@@ -49,7 +49,7 @@ class Point(NamedTuple):
 
 
 def points_of(found: Found, rows: Rows) -> list[Point]:
-    """Return the rows that are run with all seeds and did not diverge."""
+    """Return the points of the rows that have run with all seeds without diverging."""
     result = []
     for name, stage in rows.items():
         lines = [found[run] for run in stage.runs if run in found and found[run]["loss"] is not None]
@@ -70,7 +70,7 @@ def memory(run: Run, line: Mapping[str, Any]) -> int:
 
 
 def unbeaten(points: list[Point], cost: str) -> list[Point]:
-    """Return the points without a better one at the same cost or less."""
+    """Return the points that have less loss than all points of the same or less cost."""
     by_cost = sorted(points, key=lambda point: (getattr(point, cost), point.loss))
     kept: list[Point] = []
     for point in by_cost:
@@ -80,7 +80,7 @@ def unbeaten(points: list[Point], cost: str) -> list[Point]:
 
 
 def write_frontier(folder: Path, found: Found, by_size: Mapping[str, Rows]) -> None:
-    """Write FRONTIER.md's table of each size and its plot."""
+    """Write frontier.md with a table of each size, and a plot of each size."""
     parts = ["# `python -m bench.quality frontier`", ""]
     for size, rows in by_size.items():
         points = points_of(found, rows)
@@ -100,7 +100,7 @@ def write_frontier(folder: Path, found: Found, by_size: Mapping[str, Rows]) -> N
 def plot(points: list[Point], path: Path) -> None:
     """Plot the loss over memory and over traffic.
 
-    A line goes through what is unbeaten.
+    A line goes through the points that are not beaten.
     """
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 

@@ -1,7 +1,7 @@
-"""Share corpus, model and compiled functions between the runs of one size.
+"""Share text, model and compiled functions between the runs of one size.
 
-Every method starts from the gradient of the dense weight, which low-rank factors project. So one compiled function
-serves all methods, ranks and settings, and all methods see the same arithmetic.
+Every method starts from the gradients of dense weights. Low-rank methods project them onto their factors. One compiled
+function can therefore compute the gradients for all methods, ranks and settings, with the same rounding.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,13 +24,13 @@ CLIP = 1.0
 
 
 def is_inner(name: str) -> bool:
-    """Return whether a weight is a matrix that the low-rank methods factorize."""
+    """Return whether the low-rank methods train factors of this weight."""
     return ".attention." in name or ".feed_forward." in name
 
 
 @cache
 def optimizer_of(settings: OptimizerSettings) -> dl.optim.Transform:
-    """Return the optimizer of a run.
+    """Build the optimizer of a run.
 
     Embedding, head and norms always have AdamW with float32 moments.
     """
@@ -55,11 +55,11 @@ class Job:
         self._updates: dict[tuple[OptimizerSettings, int | None, str], Callable[..., Any]] = {}
 
     def initial(self, seed: int) -> Llama:
-        """Return a model with the initial weights of a seed."""
+        """Build a model with initial weights from a seed."""
         return init_weights(Llama(self.size.config()), seed).to(self.device)
 
     def batch(self, seed: int, step: int) -> Tensor:
-        """Return the tokens of a step. Every method gets the same ones."""
+        """Return the tokens of a step, which are the same for every method."""
         window = self.size.length + 1
         return text.batch(self.corpus.train, (self.size.batch,), window=window, seed=seed, step=step).to(self.device)
 
@@ -70,9 +70,9 @@ class Job:
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-        """Return the compiled function that gives loss and gradients of dense weights.
+        """The compiled function of loss and gradients.
 
-        Its arguments are weights by name, and tokens.
+        Its arguments are the dense weights by name, and the tokens.
         """
         value_and_grad = dl.value_and_grad(self.loss)
 
@@ -82,9 +82,9 @@ class Job:
         return torch.compile(gradients, fullgraph=True, dynamic=False, backend=self._backend)
 
     def held_out(self, kind: HeldOut) -> Tensor:
-        """Return the validation text, or the test text, which is not used for tuning.
+        """Return the tokens of the validation text or of the test text.
 
-        The test text is the sources of torch.
+        The test text, which is not used for tuning, is the sources of torch.
         """
         return self.corpus.validation if kind == "validation" else self._sources_of_torch
 
@@ -101,10 +101,10 @@ class Job:
         return torch.stack([self.loss(weights, tokens.to(self.device)) for tokens in windows]).mean().item()
 
     def update(self, settings: OptimizerSettings, rank: int | None = None, trained: str = "both") -> Callable[..., Any]:
-        """Return clipping and optimizer in one graph.
+        """Return the compiled function that clips gradients and updates weights.
 
-        Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has a rate
-        for each name, or `Factors` with a rate for each side of a weight.
+        Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has for each
+        name either one rate, or `Factors` with a rate for each side.
         """
         if (settings, rank, trained) not in self._updates:
             self._updates[settings, rank, trained] = self._updater(optimizer_of(settings))
@@ -124,6 +124,6 @@ class Job:
 
 
 def rounded(grads: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return gradients as they come back from a reduction in a dtype."""
+    """Round gradients as an all-reduce in another dtype does."""
     to = getattr(torch, dtype)
     return tree_map(lambda leaf: leaf.to(to).to(leaf.dtype), grads)

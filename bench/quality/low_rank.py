@@ -1,4 +1,4 @@
-"""Train factors of a frozen base: LoRA, ReLoRA and switched factors."""
+"""Train factors on a frozen base with LoRA, ReLoRA or SwitchLoRA."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from bench.quality.runs import SIZES, Run
 from bench.support.process_memory import count_bytes
 from models.llama import TARGETS
 
-_MEASURED_SWITCHES = 16  # switches before and after which the loss is measured, evenly over a run
+_MEASURED_SWITCHES = 16  # number of switches around which the loss is measured, evenly spaced in a run
 _PRUNE = 0.99  # fraction of the moments that ReLoRA prunes (arXiv:2307.05695)
 
 
@@ -82,7 +82,7 @@ class LowRankMethod:
 
     def _rates(self, step: int, scale: float) -> dict[str, Any]:
         run = self._run
-        if run.method == "relora":  # the rate warms up again after each merge, over a twentieth of the interval
+        if run.method == "relora":  # the warm-up is repeated after each merge, over a twentieth of the interval
             every = max(1, round(run.merge_every * SIZES[run.size].steps))
             warmup = max(1, round(every / 20))
             scale *= min(1.0, (step % every + 1) / warmup) if step >= every else 1.0
@@ -143,7 +143,7 @@ class LowRankMethod:
         jumps = [abs(after - before) for _, before, after, _ in self._jumps]
         return {
             "switched": self._switched,
-            # The step, then the losses on its batch: before the switch, after the switch, after the update.
+            # The step, and the losses on its batch before the switch, after the switch and after the update.
             "losses_around_switches": self._jumps,
             "largest_jump": max(jumps, default=0.0),
             "overlaps": self._overlaps,
@@ -162,7 +162,7 @@ def in_int8(grad: Tensor) -> Tensor:
 
 
 def _scaled(param: Any, scale: float) -> Any:
-    """Return the same weight with its factors multiplied by `scale`."""
+    """Multiply the factors by `scale` and adapt the base, so that the weight is equal."""
     if not isinstance(param, dl.LowRank):
         return param
     factors = dl.Factors(*(leaf * scale for leaf in param.factors))

@@ -1,4 +1,4 @@
-"""Measure what a run does to the weights."""
+"""Measure how a run changes the weights."""
 
 from collections.abc import Mapping
 from statistics import mean
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def effective_rank(matrices: Tensor) -> Tensor:
-    """Return exp(entropy of the normalized singular values) of each matrix.
+    """Return the effective rank of each matrix (Roy and Vetterli, EUSIPCO 2007).
 
-    This is the effective rank of Roy and Vetterli, EUSIPCO 2007.
+    It is the exponential of the entropy of the normalized singular values.
     """
     values = torch.linalg.svdvals(matrices.double())
     weights = values / values.sum(-1, keepdim=True).clamp(min=1e-300)
@@ -19,16 +19,16 @@ def effective_rank(matrices: Tensor) -> Tensor:
 
 
 def overlap(before: Tensor, after: Tensor) -> Tensor:
-    """Return how far the row spans of two matrices overlap, in [0, 1].
+    """Return the overlap of the row spans of two matrices, from 0 to 1.
 
-    Both are (*stack, rank, n). The same span gives 1. Random ones give rank / n on average.
+    Both have the shape (*stack, rank, n). Equal spans give 1, and random spans give rank / n on average.
     """
     first, second = (torch.linalg.qr(rows.double().mT).Q for rows in (before, after))
     return (first.mT @ second).square().sum((-1, -2)) / before.shape[-2]
 
 
 class Tracker:
-    """Record the changes of the inner matrices over a run."""
+    """A recorder of the changes of the inner matrices over a run."""
 
     def __init__(self, weights: Mapping[str, Tensor]):
         self._first = self._inner(weights)
@@ -45,12 +45,12 @@ class Tracker:
         self._last = now
 
     def measures(self) -> dict[str, Any]:
-        """Return the effective rank and the norm of the change, over the run."""
+        """Return the effective rank and the norm of the change over the run."""
         changes = {name: leaf - self._first[name] for name, leaf in self._last.items()}
         fractions = [effective_rank(change) / min(change.shape[-2:]) for change in changes.values()]
         return {
             "effective_rank_share": mean(fraction.mean().item() for fraction in fractions),
-            "update_norm": _norm(changes) / _norm(self._first),  # change over the run, relative to the initial weights
+            "update_norm": _norm(changes) / _norm(self._first),  # relative to the norm of the initial weights
             "norms_between_evaluations": self._moved,
         }
 

@@ -18,7 +18,7 @@ _MARKERS = "os^DvPX"
 def points(losses: Mapping[str, Sequence[float]], held_out: HeldOut, path: Path) -> None:
     """Plot the loss of every row at each seed, and the mean of each row.
 
-    A line is at the mean of the first row.
+    A vertical line marks the mean of the first row.
     """
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 

@@ -1,6 +1,6 @@
-"""Describe a run: size, method and settings. Equal runs are done once.
+"""Describe a run by its size, method and settings.
 
-The names of the fields of `Run` are those of recorded runs.
+Equal runs are executed only once. The names of the fields of `Run` are also in the files of recorded runs.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +14,7 @@ METHODS = ("full", "lora", "relora", "galore", "apollo", "switchlora")
 
 @dataclass(frozen=True)
 class RunSize:
-    """The model, and the number and size of the steps."""
+    """The sizes of the model, and the number and size of the steps."""
 
     width: int
     hidden: int
@@ -58,7 +58,7 @@ class OptimizerSettings(NamedTuple):
     coupled: int
 
 
-# Settings of a run that change vectors which must stay orthogonal, or both factors.
+# Settings that are invalid with `trained` "b": they change `a`, whose rows must stay orthogonal, or need both factors.
 _ONLY_BOTH = ("side_lr", "candidates", "order", "incoming", "start_scale")
 
 
@@ -66,7 +66,7 @@ _ONLY_BOTH = ("side_lr", "candidates", "order", "incoming", "start_scale")
 class Run:
     """The settings of a run.
 
-    Defaults are the paper's recipe (arXiv:2406.06564), with seeded candidates.
+    The defaults are the recipe of the paper (arXiv:2406.06564), with seeded candidates.
     """
 
     size: str
@@ -76,7 +76,7 @@ class Run:
     dense_lr: float = 1.0  # rate of embedding, head and norms over `lr`
     side_lr: float = 1.0  # rate of `b` over the rate of `a`, whose geometric mean is `lr`
     optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; everything else has AdamW
-    trained: Literal["both", "b"] = "both"  # factors; with "b" the rows of `a` are orthogonal, and only switched
+    trained: Literal["both", "b"] = "both"  # with "b" the rows of `a` are orthogonal, and only switches change them
     beta2: float = 0.999  # of every AdamW
     moments: Literal["float32", "8bit"] = "float32"  # of the optimizer of matrices or factors
     gradients: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are reduced
@@ -87,9 +87,9 @@ class Run:
 
     # switches
     interval: float = 40
-    ratio: float = 0.1  # part of the run after which the switching rate has fallen to 0.3; 0 means no decay
-    floor: float = 0.0  # smallest switching rate over the initial one
-    until: float = 1.0  # part of the run after which nothing is switched
+    ratio: float = 0.1  # fraction of the run in which the switching rate falls by the factor 0.3; 0 means no decay
+    floor: float = 0.0  # smallest switching rate over the initial rate
+    until: float = 1.0  # fraction of the run after which nothing is switched
     freeze: int = 5
     every: int = 1  # steps between folds
     rule: str = "reset"
@@ -97,12 +97,12 @@ class Run:
     order: Literal["sequential", "random"] = "sequential"
     incoming: Literal["both", "zero"] = "both"  # zero: incoming vectors of side b are 0
     start: Literal["switchlora", "lora"] = "switchlora"
-    start_scale: float = 1.0  # factor on `b` and `a` at the start and on all candidates
-    merge_every: float = 0.125  # ReLoRA's interval between merges, as a part of the run
+    start_scale: float = 1.0  # multiplies the initial `b` and `a`, and all candidates
+    merge_every: float = 0.125  # ReLoRA's interval between merges, as a fraction of the run
     base: str = "float32"
 
-    # compensation: the update that the factors cannot represent, folded into the base
-    compensate: float = 0.0  # its rate over `lr`; 0 means none
+    # compensation, which folds the update that the factors cannot represent into the base
+    compensate: float = 0.0  # its rate over `lr`; 0 means no compensation
     compensate_every: int = 1
     normalize: Literal["spectrum", "rows"] = "spectrum"
     reduced: Literal["float32", "int8"] = "float32"  # dtype in which dense gradients are reduced
@@ -117,14 +117,14 @@ class Run:
         return SIZES[self.size].width // self.fraction
 
     def settings(self) -> OptimizerSettings:
-        """Return what decides which optimizer is compiled."""
+        """Return the settings of the optimizer."""
         return OptimizerSettings(self.optimizer, self.beta2, self.moments, self.coefficients, self.coupled)
 
     def sent_bytes(self) -> int:
-        """Return the bytes of the gradients that a data-parallel step reduces.
+        """Return the bytes of the gradients that a data-parallel step reduces and stores.
 
-        A step stores as many. A compensated step reduces dense gradients in float32 only, since the gradients of the
-        factors follow from them. With dense gradients in int8 it reduces the gradients of the factors too.
+        A compensated step reduces dense gradients in float32, and derives the gradients of the factors from them. With
+        dense gradients in int8, it also reduces the gradients of the factors.
         """
         size, rank = SIZES[self.size], self.rank()
         inner, rest = size.parameters(), size.rest()
@@ -137,7 +137,7 @@ class Run:
         if not self.compensate:
             return entry * (low + rest)
         dense = inner + 4 * low if self.reduced == "int8" else 4 * inner
-        fraction = 1 / self.compensate_every  # of the steps that compensate
+        fraction = 1 / self.compensate_every  # the fraction of the steps that compensate
         return round(fraction * dense + (1 - fraction) * 4 * low) + 4 * rest
 
     def described(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Store finished runs, one JSON object per line. A stored run is not done again."""
+"""Store finished runs, one JSON object per line.
+
+A run that is stored is not executed a second time.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ Found = dict[Run, dict[str, Any]]
 
 
 def read(folder: Path, corpus: str) -> Found:
-    """Return the runs of every experiment in the folder on a corpus."""
+    """Return the runs of all experiments in the folder that trained on a corpus."""
     found: Found = {}
     for path in sorted(folder.glob("*.jsonl")):
         for text in _lines(path):
@@ -33,12 +36,15 @@ def sizes_in(path: Path) -> set[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file, without a last line that was not written completely."""
+    """Return the lines of a file, without an incomplete last line."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict[str, Any]:
-    """Append a run and return its line. An incomplete last line is removed first."""
+    """Append a run and return its line.
+
+    An incomplete last line is removed first.
+    """
     line = {"run": run.described(), "corpus": corpus, **result, **origin()}
     if path.exists() and not (old := path.read_bytes()).endswith(b"\n"):
         path.write_bytes(old[: old.rfind(b"\n") + 1])  # a process was killed while it wrote
@@ -53,7 +59,7 @@ def append(path: Path, run: Run, result: Mapping[str, Any], corpus: str) -> dict
 def origin() -> dict[str, Any]:
     """Return commit, command and versions.
 
-    Cached, since the loaded code does not change with the working tree.
+    They are cached, because the working tree may change after the code was loaded.
     """
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

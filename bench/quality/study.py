@@ -1,6 +1,6 @@
-"""Run an experiment: do the missing runs, and write tables and plots.
+"""Run an experiment: execute the missing runs, and write tables and plots.
 
-The plan and its time are printed first.
+The missing runs and their estimated time are printed first.
 """
 
 import time
@@ -28,7 +28,7 @@ from bench.quality.tables import write_report
 from models import corpus as text
 
 EXPERIMENTS = {**COMPARISONS, "frontier": frontier}
-# Seconds that a run takes on one core, about. Used for the plan when no run of the size is recorded.
+# Estimated seconds of a run on one core, for the plan when no run of a size is recorded.
 _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 200.0, "huge": 700.0}
 
 
@@ -39,23 +39,23 @@ class Quality:
     ]
     sizes: tuple[Literal["tiny", "small", "medium", "main", "large", "huge"], ...] = ("small",)
     rows: tuple[str, ...] = ()
-    """Rows of the experiment's table to run. Default () means all."""
+    """Rows of the table to run. Default () means all rows."""
     text: tuple[Path, ...] = ()
     """Files or folders to train on. Default () means the sources of the standard library."""
     folder: Path = Path("bench/results/quality")
-    """Folder of the results. Results of other experiments in it are used too."""
+    """Folder of the results. Runs of other experiments in this folder are used too."""
     threads: int = 1
     plan: bool = False
-    """Only print the plan and write the report of the runs so far."""
+    """Only print the plan, and write the report of the runs so far."""
     minutes: float = float("inf")
-    """Stop after this time. The same command continues later."""
+    """Stop after this time. The same command then continues."""
     backend: str = "inductor"
     """Backend of `torch.compile`."""
     device: str = "cpu"
 
 
 def make_method(job: Job, run: Run) -> Method:
-    """Return the method of a run at its start."""
+    """Build the method of a run in its initial state."""
     if run.method == "full":
         return FullRank(job, run)
     return Packaged(job, run) if run.method in ("galore", "apollo") else LowRankMethod(job, run)
@@ -85,14 +85,14 @@ def main(config: Quality) -> None:
 
 
 def digest_of(corpus: text.Corpus) -> str:
-    """Return the digest by which recorded runs name their corpus."""
+    """Return the name of the corpus in recorded runs."""
     return corpus.digest()[:12]
 
 
 def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) -> list[Run]:
-    """Return the runs that are missing before the next ones can be chosen.
+    """Return the missing runs that must be executed next, and print them.
 
-    They are printed.
+    Further runs may be chosen after them, from their results.
     """
     found = store.read(config.folder, digest_of(corpus))
     rows = EXPERIMENTS[config.experiment](found, size)

@@ -1,4 +1,4 @@
-"""Decide when the low-rank methods switch, and which vectors enter."""
+"""Choose when the low-rank methods switch, and which vectors enter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 import dynlora_fn as dl
 from bench.quality.runs import SIZES, Run
 
-_DECAY = 0.3  # the switching rate over the initial one, after `ratio` of the run (arXiv:2406.06564)
+_DECAY = 0.3  # factor of the switching rate in every fraction `ratio` of the run (arXiv:2406.06564)
 
 
 def schedule_of(run: Run, params: Mapping[str, Any]) -> dl.schedules.Schedule | dl.schedules.Dithered:
-    """Return the schedule of a run."""
+    """Build the schedule of a run."""
     steps = SIZES[run.size].steps
     if run.method == "lora":
         return dl.schedules.never()
@@ -26,7 +26,7 @@ def schedule_of(run: Run, params: Mapping[str, Any]) -> dl.schedules.Schedule | 
 
 
 def _tabled(plain: dl.schedules.Schedule, run: Run, params: Mapping[str, Any]) -> dl.schedules.Dithered:
-    """Return a schedule whose rate has a floor or an end."""
+    """Build a schedule whose switching rate has a floor or an end."""
     steps = SIZES[run.size].steps
     at = torch.arange(1, steps + 1, dtype=torch.float64)
     rate = (plain.decay**at).clamp(min=run.floor) * (at <= run.until * steps)
@@ -43,7 +43,7 @@ def _tabled(plain: dl.schedules.Schedule, run: Run, params: Mapping[str, Any]) -
 def both_sides(plan: dict[str, dl.Plan]) -> dict[str, dl.Plan]:
     """Use the plan of side a for both sides.
 
-    So both vectors of a slot are switched at once.
+    Both vectors of a slot are then switched at once.
     """
     return {name: sides._replace(b=sides.a) for name, sides in plan.items()}
 
@@ -51,7 +51,7 @@ def both_sides(plan: dict[str, dl.Plan]) -> dict[str, dl.Plan]:
 def at_random(
     plan: dict[str, dl.Plan], pool: Mapping[str, dl.switching.Pool], generator: torch.Generator
 ) -> dict[str, dl.Plan]:
-    """Let the plan draw idle rows of the pool at random instead of in turn."""
+    """Change a plan to draw idle rows of the pool at random instead of in turn."""
 
     def side(plan: dl.SidePlan, pool: dl.switching.SidePool) -> dl.SidePlan:
         is_idle = torch.ones(pool.vectors.shape[:-1]).scatter(-1, pool.held, 0.0)
@@ -72,7 +72,7 @@ def at_random(
 def outside_span(incoming: dict[str, dl.Factors], params: Mapping[str, Any]) -> dict[str, dl.Factors]:
     """Remove the part of the vectors inside the span of the factors.
 
-    Their lengths stay.
+    The vectors keep their lengths.
     """
 
     def of_rows(vectors: Tensor, rows: Tensor) -> Tensor:

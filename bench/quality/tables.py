@@ -1,4 +1,4 @@
-"""Write the results of an experiment so far: Markdown tables and plots."""
+"""Write the results of an experiment so far, as Markdown tables and plots."""
 
 import math
 from collections.abc import Mapping
@@ -35,16 +35,16 @@ class Row(NamedTuple):
     held_out: HeldOut
     losses: list[float]
     over_first: float  # mean difference to the first row of the table, seed by seed
-    p: float  # of a two-sided paired t-test of that difference
+    p: float  # p-value of a two-sided paired t-test of `over_first`
     state: int  # bytes of optimizer state and projections
     sent: int  # bytes per step
     measures: Mapping[str, Any]
 
 
 def rows_of(found: Found, rows: Rows) -> list[Row]:
-    """Return the rows that are run with all seeds.
+    """Return the rows that have run with all seeds.
 
-    A run that diverged has an infinite loss.
+    The loss of a run that has diverged is infinite.
     """
     finished = {name: stage.runs for name, stage in rows.items() if stage.runs and not stage.missing}
     first: list[float] = []
@@ -73,7 +73,7 @@ def rows_of(found: Found, rows: Rows) -> list[Row]:
 
 
 def paired_p(differences: list[float]) -> float:
-    """Return the p-value of a two-sided t-test that the mean difference is zero."""
+    """Return the p-value of a two-sided t-test for a mean difference of zero."""
     from scipy.stats import ttest_1samp  # noqa: PLC0415, an optional extra
 
     if not all(map(math.isfinite, differences)) or not any(differences):

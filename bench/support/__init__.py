@@ -1,1 +1,1 @@
-"""Options, timing, memory and training steps for the programs in `bench`."""
+"""Options, timing, memory and training steps that the programs in `bench` share."""

@@ -1,7 +1,7 @@
 """Predict memory, bytes sent and time of a step on many GPUs.
 
-The library builds parameters, bases and optimizer states on the meta device, so their bytes are counted as in a run.
-Activations are extrapolated from the graphs of steps of two small models.
+Parameters, bases and optimizer states are built with the library on the meta device, so their bytes are exact.
+Activations are extrapolated from the graphs of two small models.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ class Model(NamedTuple):
     width: int
     hidden: int
     layers: int
-    key_width: int  # of keys and values, less than the width where heads share them
+    key_width: int  # width of keys and values, which is less than `width` if heads share them
     vocabulary: int
     rank: int
 
 
 MODELS = {
-    "1.3B": Model(2048, 5461, 24, 2048, 32_100, 512),  # the paper's
+    "1.3B": Model(2048, 5461, 24, 2048, 32_100, 512),  # the model of the paper
     "7B": Model(4096, 11008, 32, 4096, 32_000, 1024),
     "13B": Model(5120, 13824, 40, 5120, 32_000, 1280),
     "70B": Model(8192, 28672, 80, 1024, 32_000, 2048),
@@ -42,21 +42,21 @@ _WIDTH_AND_HIDDEN = 256 + 688
 
 
 class Cluster(NamedTuple):
-    """The processes, and what each of them does per step and second."""
+    """The number of GPUs, the tokens of a step, and the speed of each GPU."""
 
     gpus: int
-    tokens: int  # of each GPU in a step
+    tokens: int  # tokens of each GPU in a step
     flops: float  # FLOP/s that a GPU reaches
     bandwidth: float  # bytes that a GPU sends per second
 
 
 class Predicted(NamedTuple):
-    """What one GPU stores, sends and computes in a step."""
+    """The bytes and times of one GPU in a step."""
 
-    state: float  # bytes: weights, bases, moments
+    state: float  # bytes of weights, bases and moments
     gradients: float
     activations: float
-    gathered: float  # the largest all-gathered tensor
+    gathered: float  # bytes of the largest all-gathered tensor
     reduced: float  # bytes of the gradients that are reduced in a step
     wire: float  # bytes that a GPU sends in a step
     seconds_computing: float
@@ -64,12 +64,12 @@ class Predicted(NamedTuple):
 
     @property
     def memory(self) -> float:
-        """Return the bytes in memory."""
+        """The bytes in memory."""
         return self.state + self.gradients + self.activations + self.gathered
 
 
 def shapes(model: Model) -> dict[str, Tensor]:
-    """Return the weights on the meta device."""
+    """Build the weights on the meta device."""
     width, hidden, narrow = model.width, model.hidden, model.key_width
     block = {
         "attention.query": (width, width),
@@ -89,7 +89,7 @@ def shapes(model: Model) -> dict[str, Tensor]:
 
 @cache
 def params_of(model: Model, base: str | None) -> dict[str, Any]:
-    """Return low-rank parameters on a base, or full-rank parameters if `base` is None."""
+    """Build low-rank parameters on a base, or full-rank parameters if it is None."""
     if base is None:
         return dl.init(shapes(model), rank=model.rank, seed=0, targets=[])
     storage, residual = BASES[base]
@@ -101,8 +101,8 @@ def params_of(model: Model, base: str | None) -> dict[str, Any]:
 def computing_flops(params: dict[str, Any], model: Model, tokens: int, *, is_full: bool) -> float:
     """Return the FLOPs of a step that computes the forward pass of each block twice.
 
-    Counts linear layers as `explain` does, and the head. Attention's products of activations are left out for every
-    method. At full rank, a step without `remat` has 3/4 of these FLOPs.
+    Linear layers are counted with `explain`, and the head is added. The products of activations in attention are left
+    out for every method. At full rank, a step without `remat` has 3/4 of these FLOPs.
     """
     costs = dl.explain(params, tokens=tokens).costs
     linear = sum((cost.full_flops if is_full else cost.flops) or 0 for cost in costs)
@@ -113,7 +113,10 @@ def computing_flops(params: dict[str, Any], model: Model, tokens: int, *, is_ful
 def predict(
     cluster: Cluster, model: Model, base: str | None, *, is_sharded: bool, shards_factors: bool = False
 ) -> Predicted:
-    """Predict what one GPU takes. `base` None means full rank."""
+    """Predict the bytes and times of one GPU.
+
+    `base` None means full rank.
+    """
     params = params_of(model, base)
     low_rank = params if base else params_of(model, "float32")
     trainable, frozen = dl.partition(params)
@@ -124,14 +127,14 @@ def predict(
     if is_sharded and base:
         state -= bases * ring
         codes = sum(_gathered_bytes(param.base) for param in params.values() if isinstance(param, dl.LowRank))
-        gathered, sent = _largest(params), sent + 3 * ring * codes  # forward, again for `remat`, and backward
+        gathered, sent = _largest(params), sent + 3 * ring * codes  # for forward, recomputation and backward
         if shards_factors:
             factors = [leaf for leaf in trainable.values() if isinstance(leaf, dl.Factors)]
             factor_bytes = count_bytes(factors)
             state -= 3 * factor_bytes * ring  # factors and two moments
             gradients -= factor_bytes * ring
             reduced -= factor_bytes
-            # Factors are gathered three times, their gradients are reduce-scattered, and a switch sends its rows.
+            # Factors are all-gathered three times, their gradients are reduce-scattered, and switched rows are sent.
             sent += 2 * ring * factor_bytes + ring * _switched(params)
             gathered += max(count_bytes(leaf) // leaf.b.shape[:-2].numel() for leaf in factors)
     elif is_sharded:  # full rank: weights, gradients and moments in shards
@@ -158,7 +161,7 @@ def _switched(params: dict[str, Any]) -> int:
 
 
 def _gathered_bytes(base: Any) -> int:
-    """Return the bytes of a base without its residual, which is not gathered."""
+    """Return the bytes of a base without its residual, which is not all-gathered."""
     return count_bytes(as_base(base).flatten().tensors)
 
 
@@ -175,8 +178,8 @@ def _block_bytes(model: Model) -> int:
 def activations(model: Model, tokens: int) -> float:
     """Return the bytes of activations in float32 with `remat` of each block.
 
-    These are the inputs of all blocks and what one block saves. The latter is proportional to tokens and to width plus
-    hidden width, so it is read from the graph of a small model.
+    They are the inputs of all blocks, and the activations inside one block. The activations inside a block are
+    proportional to the number of tokens, and to width plus hidden width. They are scaled from a small model.
     """
     one_layer, two_layers = (traced_peak(layers) for layers in (1, 2))
     block = (2 * one_layer - two_layers) / (_TRACED.tokens * _WIDTH_AND_HIDDEN)
@@ -187,16 +190,16 @@ def activations(model: Model, tokens: int) -> float:
 
 @cache
 def traced_peak(layers: int) -> int:
-    """Return the peak of forward and backward pass with `remat`, less the gradients."""
+    """Return the peak of forward and backward pass with `remat`, minus the gradients."""
     size = StepSize(width=_TRACED.width, heads=_TRACED.heads, layers=layers)
     step = LibraryStep(size, size.width // 4, "cpu", wrap=lambda model: dl.remat(model, ["layers.*"]))
     return dl.peak_memory(step.gradients, step.state, step.tokens).step - count_bytes(step.state[0])
 
 
 def predictions(cluster: Cluster, model: Model) -> dict[str, Callable[[], Predicted]]:
-    """Return the prediction of each method, replicated and sharded.
+    """Return a function for each method, replicated and sharded, that predicts it.
 
-    nf4 cannot store an odd number of rows.
+    nf4 is left out for models with an odd number of rows, which it cannot store.
     """
     bases = [base for base in BASES if base != "nf4" or model.hidden % 2 == 0]
     result = {"full rank": partial(predict, cluster, model, None, is_sharded=False)}
@@ -211,9 +214,9 @@ def predictions(cluster: Cluster, model: Model) -> dict[str, Callable[[], Predic
 
 
 def _divides(model: Model, gpus: int) -> bool:
-    """Return whether nf4's blocks divide the shard of each process.
+    """Return whether the shard of each process consists of complete blocks of nf4.
 
-    Entries of a block share a scale.
+    The entries of a block have a common scale.
     """
     block = [leaf.shape for name, leaf in shapes(model).items() if name.startswith("layers.0.")]
     return all(rows % gpus == 0 and rows // gpus * columns % 2**14 == 0 for rows, *rest in block for columns in rest)

@@ -1,4 +1,4 @@
-"""Options of every benchmark, its environment, and the output of its results."""
+"""The options that all benchmarks share, their environment, and their output."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from typing import Any
 
 # OpenMP reads this when torch is loaded. A waiting OpenMP thread spins and takes the core from threads that have work.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Some virtual machines report AMX but forbid it. oneDNN's bfloat16 products then die of an illegal instruction.
+# Some virtual machines report AMX but forbid its use. The bfloat16 products of oneDNN then crash with an illegal
+# instruction.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import torch
@@ -27,7 +28,7 @@ class Options:
     """The options that every benchmark has."""
 
     quick: bool = False
-    """Use small sizes and few repeats (under a minute). Shows that the benchmark runs; the figures mean nothing."""
+    """Use small sizes and few repeats (under a minute). This only shows that the benchmark runs."""
     json: bool = False
     """Print one JSON object on the last line."""
     out: Path | None = None
@@ -53,10 +54,7 @@ def environment(options: Options) -> dict[str, Any]:
 
 
 def _program() -> str:
-    """Return the name of the benchmark.
-
-    For a package it is the name of its folder.
-    """
+    """Return the module name of the benchmark."""
     path = Path(sys.argv[0])
     return f"bench.{path.parent.name if path.stem == '__main__' else path.stem}"
 
@@ -80,9 +78,9 @@ def _commit() -> str:
 
 
 def start(options: Options) -> Console:
-    """Set the number of threads, print the environment, and return the console.
+    """Set the number of threads, print the environment, and return a console.
 
-    Print to this console.
+    All output of the benchmark is printed to this console. With `json`, it is on stderr.
     """
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json, width=120)
@@ -91,9 +89,9 @@ def start(options: Options) -> Console:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
-    """Return a table with floats at four significant digits.
+    """Build a table that shows floats with four significant digits.
 
-    The first column is left-aligned.
+    The first column is left-aligned, and the others are right-aligned.
     """
     result = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
@@ -104,9 +102,9 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
 
 
 def finish(options: Options, results: dict[str, Any], raw: Any) -> None:
-    """Write the results and raw numbers to `options.out`, and print them.
+    """Write the results and raw numbers to `options.out`, if it is given.
 
-    The options say how they are printed.
+    With `json`, the results are also printed as one JSON object.
     """
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +117,7 @@ def finish(options: Options, results: dict[str, Any], raw: Any) -> None:
 def run_in_subprocess(program: str, flags: Sequence[str], variables: Mapping[str, str]) -> Any:
     """Run ``python -m PROGRAM FLAGS`` and return the JSON of its last line.
 
-    Extra environment variables are set.
+    `variables` are added to the environment of the process.
     """
     command = [sys.executable, "-m", program, *flags]
     environ = {**os.environ, **variables}

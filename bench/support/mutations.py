@@ -10,14 +10,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class Mutant(NamedTuple):
-    """One change of one node of a module.
-
-    It is the `way`-th change of node `node` in the tree.
-    """
+    """One change of one node in the syntax tree of a module."""
 
     module: str
-    node: int
-    way: int
+    node: int  # index of the node
+    way: int  # index of the change among all changes of the node
     line: int
     before: str
     after: str
@@ -82,9 +79,9 @@ def mutants_of(module: str) -> list[Mutant]:
 
 
 def _executable_nodes(tree: ast.AST) -> list[Any]:
-    """Return the nodes to change.
+    """Return the nodes that may be changed.
 
-    Annotations, overloads, docstrings and error messages are left out.
+    Annotations, overloads, imports, assertions and errors are left out.
     """
     nodes: list[Any] = []
 

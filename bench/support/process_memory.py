@@ -1,6 +1,6 @@
 """Measure the memory of this process.
 
-On a CPU it is resident memory (Linux), and on CUDA the allocator's.
+On a CPU it is the resident memory (Linux), and on CUDA the memory of the allocator.
 """
 
 from pathlib import Path
@@ -12,12 +12,15 @@ from torch.utils._pytree import tree_leaves
 from bench.support.timing import synchronize
 
 MB = 1e6
-# glibc then returns freed memory to the system at once. Otherwise resident memory would include freed memory.
+# With these variables, glibc returns freed memory to the system at once. Otherwise resident memory would include it.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def count_bytes(tree: Any) -> int:
-    """Return the bytes of the tensors in `tree`. Tensors on the meta device count too."""
+    """Return the bytes of the tensors in `tree`.
+
+    Tensors on the meta device count too.
+    """
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
@@ -34,7 +37,7 @@ def peak_bytes(device: str) -> int:
 
 
 def reset_peak(device: str) -> None:
-    """Let the peak start from what is in use now."""
+    """Reset the peak to the bytes that are in use now."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     else:

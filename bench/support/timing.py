@@ -1,4 +1,4 @@
-"""Time functions in turn, so that noise of the machine falls on all of them alike."""
+"""Time functions in turn, so that noise of the machine affects all equally."""
 
 import random
 import time
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_WARMUP_ROUNDS = 2  # in which functions are compiled and caches are filled
+_WARMUP_ROUNDS = 2  # rounds in which functions are compiled and caches are filled
 _RESAMPLES = 2_000
 
 
@@ -83,9 +83,9 @@ def interleave(
     device: str,
     when_warm: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every contender once a round, for `repeats` rounds.
+    """Time every contender once in each of `repeats` rounds.
 
-    Two rounds of warm-up, and `when_warm`, come first.
+    Two rounds of warm-up and a call of `when_warm` come first.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repeats + _WARMUP_ROUNDS):
@@ -99,9 +99,9 @@ def interleave(
 
 
 def weighted(common: Timing, occasional: Timing, fraction: float) -> Timing:
-    """Return the timing of a step that sometimes takes `occasional`.
+    """Return the average timing of two kinds of steps.
 
-    It does in `fraction` of the cases, and takes `common` otherwise.
+    A fraction `fraction` of the steps takes `occasional`, and the other steps take `common`.
     """
     pairs = zip(common.all, occasional.all, strict=True)
     return Timing.of([(1 - fraction) * usual + fraction * rare for usual, rare in pairs])

@@ -1,4 +1,4 @@
-"""Build training steps of a llama by each method, as repeatable functions."""
+"""Build training steps of a llama with each method."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ import dynlora_fn as dl
 from models.llama import CONFIGS, TARGETS, Llama, LlamaConfig, init_weights
 
 LR = 1e-3
-SCHEDULE_STEPS = 40_000  # length of the paper's run, which sets how often a step switches
+SCHEDULE_STEPS = 40_000  # length of the run in the paper, from which the schedule follows
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepSize:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of a step."""
+        """The number of tokens of a step."""
         return self.batch * self.length
 
     def config(self) -> LlamaConfig:
@@ -44,11 +44,11 @@ class StepSize:
         )
 
     def model(self, device: str) -> Llama:
-        """Return the model with initial weights."""
+        """Build the model with initial weights."""
         return init_weights(Llama(self.config()), 0).to(device)
 
     def tokens_on(self, device: str) -> Tensor:
-        """Return random tokens (batch, length + 1)."""
+        """Draw random tokens of shape (batch, length + 1)."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.vocabulary, (self.batch, self.length + 1), generator=generator).to(device)
 
@@ -78,9 +78,9 @@ def module_step(
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = fused_adamw,
     **compile_options: Any,
 ) -> Callable:
-    """Build the usual loop with an optimizer that updates in place.
+    """Build a usual training step, with an optimizer that updates in place.
 
-    It is `torch.compile` of the model and ``backward()``.
+    It consists of `torch.compile` of the model, ``backward()`` and an update.
     """
     optimizer = make_optimizer(model)
     forward = torch.compile(model, fullgraph=True, dynamic=False, **compile_options) if compile_options else model
@@ -118,7 +118,7 @@ def peft_step(
 
 
 class LibraryStep:
-    """A training step of this library with its state and its schedule."""
+    """A training step of this library, with its state and schedule."""
 
     def __init__(
         self,
@@ -180,21 +180,24 @@ class LibraryStep:
         self.step = dl.compile_step(step, donate=donate, **compile_options) if compile_options else step
 
     def run(self, plan: Any = None) -> Tensor:
-        """Take one step, which switches if a plan is given, and return its loss."""
+        """Take one step and return its loss.
+
+        With a plan, the step switches.
+        """
         self.state, loss = self.step(self.state, self.tokens, self.lr, plan)
         return loss
 
     def first_plan(self) -> Any:
-        """Return the plan of the first step that switches.
+        """Return the plan of a step at the start of the schedule.
 
-        The schedule switches most there.
+        The schedule switches most vectors there.
         """
         return self.schedule(int(self.schedule.interval), self.params)
 
     def switching_fraction(self) -> float:
         """Return the fraction of the steps of a run that switch anything.
 
-        Weights of one shape switch together.
+        Weights of one shape switch in the same steps, so only one of each shape is counted.
         """
         by_shape = {str(param.shape): param for param in self.params.values() if isinstance(param, dl.LowRank)}
         return sum(self.schedule.switches(step, by_shape) > 0 for step in range(SCHEDULE_STEPS)) / SCHEDULE_STEPS

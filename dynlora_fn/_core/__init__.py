@@ -1,4 +1,4 @@
-"""Internal: types, trees, stacks, dtypes and collectives for all packages.
+"""Internal types and helpers for all packages: trees, stacks, dtypes, collectives.
 
-Nothing here is public. Public names are re-exported by `dynlora_fn` and its packages.
+Import public names from `dynlora_fn` and its packages, which re-export them.
 """

@@ -1,4 +1,7 @@
-"""Tell whether derivatives by tensors are tracked, so that no step loses them."""
+"""Detect tensors that are being differentiated.
+
+A function without a derivative refuses such tensors instead of dropping their gradients.
+"""
 
 from typing import Any
 
@@ -10,10 +13,10 @@ from dynlora_fn._core._torch import is_tracked, tree_leaves
 def is_attached(tree: Any) -> bool:
     """Return whether a tensor in `tree` requires a gradient or has a tangent.
 
-    Every level of every transform counts. A tensor that `torch.func.grad` passes on without differentiating by it is
-    not attached. Under `torch.no_grad` no tensor requires a gradient.
+    All levels of nested transforms are checked. A tensor that passes through `torch.func.grad` but is not
+    differentiated is not attached. Under `torch.no_grad` no tensor requires a gradient.
 
-    Dynamo cannot trace the whole question. While it traces, the answer is about the innermost level. In a function
-    that `torch.compiler.allow_in_graph` marks, the answer is complete.
+    While Dynamo traces, only the innermost level is checked, because Dynamo cannot trace the full check. Call this in a
+    function marked with `torch.compiler.allow_in_graph` to check all levels in a compiled function too.
     """
     return any(is_tracked(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -7,9 +7,14 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item], size: Callable[[Item], int], *, most: int) -> Iterator[list[Item]]:
-    """Yield lists of items in their order, of at most `most` in all.
+    """Yield lists of consecutive items whose sizes sum to at most `most`.
 
-    A larger item is in a list without others.
+    An item larger than `most` gets a list to itself.
+
+    Args:
+        items: The items, in the order of the result.
+        size: A function that returns the size of an item.
+        most: The largest sum of sizes in one list.
 
     Example:
         >>> list(batches([2, 3, 9, 1], lambda item: item, most=5))

@@ -1,7 +1,8 @@
 """Check numbers, choices and flags in arguments.
 
-Every error names the argument and its value, and says what to do. NumPy's integers and floats are taken where Python's
-are. Flags are no numbers. Only types and Python values are read, so that a check adds nothing to a compiled step.
+Every error names the argument and its value, and says what to do. Integers and floats of NumPy are accepted as well as
+Python's, but True and False are not accepted as numbers. Checks read only types and Python values, so they add nothing
+to a compiled step.
 """
 
 import math
@@ -18,7 +19,7 @@ from dynlora_fn._core._torch import can_read
 
 
 def described(value: Any) -> str:
-    """Return a short text of a value, for error messages."""
+    """Return a short description of a value for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     text = " ".join(repr(value).split())
@@ -26,21 +27,21 @@ def described(value: Any) -> str:
 
 
 def check_integer(name: str, value: Any, *, least: int | None = None, of: str | None = None) -> int:
-    """Return an integer as a Python number.
+    """Check an integer and return it as a Python int.
 
     Args:
-        name: The name of the argument.
-        value: The value.
-        least: The least integer that is allowed.
-        of: The name of the parameter that the value belongs to.
+        name: The name of the argument, for the error message.
+        value: The value of the argument.
+        least: The smallest integer that is allowed. Default None means any integer.
+        of: The name of the parameter that the value belongs to, for the error message.
 
     Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is less than `least`.
+        TypeError: If `value` is not an integer.
+        ValueError: If `value` is less than `least`.
     """
     at_least = "" if least is None else f" of at least {least}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"`{name}` is {described(value)}{_of(of)}, which is no integer; use an integer{at_least}")
+        raise TypeError(f"`{name}` is {described(value)}{_of(of)}, which is not an integer; use an integer{at_least}")
     if least is not None and value < least:
         raise ValueError(f"`{name}` is {value}{_of(of)}; use an integer{at_least}")
     return value if isinstance(value, int) else int(value)
@@ -57,15 +58,25 @@ def check_number(
     finite: bool = True,
     of: str | None = None,
 ) -> float:
-    """Return a real number as a Python number.
+    """Check a real number and return it as a Python int or float.
+
+    Args:
+        name: The name of the argument, for the error message.
+        value: The value of the argument.
+        least: The smallest number that is allowed.
+        above: A number that the value must exceed.
+        most: The largest number that is allowed.
+        below: A number that the value must stay below.
+        finite: Whether to refuse infinities.
+        of: The name of the parameter that the value belongs to, for the error message.
 
     Raises:
-        TypeError: If it is no real number.
-        ValueError: If it is NaN, outside of the interval, or infinite where it must be `finite`.
+        TypeError: If `value` is not a real number.
+        ValueError: If `value` is NaN, is outside the interval, or is infinite although `finite` is True.
     """
     wanted = _interval(least, above, most, below)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` is {described(value)}{_of(of)}, which is no real number; use {wanted}")
+        raise TypeError(f"`{name}` is {described(value)}{_of(of)}, which is not a real number; use {wanted}")
     number = value if isinstance(value, int | float) else float(value)
     is_inside = (
         number == number  # noqa: PLR0124, NaN differs from itself
@@ -81,7 +92,7 @@ def check_number(
 
 
 def _interval(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
-    """Return the numbers of an interval as a text."""
+    """Describe the numbers of an interval for an error message."""
     if (least, above, most, below) == (None, None, None, None):
         return "a finite number"
     if most is None and below is None:
@@ -95,11 +106,11 @@ def _interval(least: float | None, above: float | None, most: float | None, belo
 def check_rate(name: str, value: Any, *, most: float | None = None, of: str | None = None) -> float | Tensor:
     """Return a rate, as `plain_rate`: a number of at least 0, or a 0-d tensor.
 
-    A rate may change while a step is compiled. The value of a tensor is not read.
+    The value of a tensor is not read. A rate that changes between the calls of a compiled step must be a tensor.
 
     Raises:
-        TypeError: If it is neither a real number nor a real tensor.
-        ValueError: If a number is outside of the interval, or a tensor is not 0-d.
+        TypeError: If the rate is neither a real number nor a real tensor.
+        ValueError: If a number is outside the interval, or a tensor is not 0-d.
     """
     if not isinstance(value, Tensor):
         return check_number(name, value, least=0, most=most, of=of)
@@ -121,13 +132,13 @@ def plain_rate(rate: Any) -> float | Tensor:
 
 
 def check_step(name: str, step: Any) -> int | Tensor:
-    """Return a step: an integer of at least 0, or a 0-d int64 tensor of one.
+    """Check a step and return it: an integer of at least 0, or a 0-d int64 tensor.
 
     A tensor of another integer dtype is converted. Its value is read where the host need not wait for it.
 
     Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is negative, or a tensor with axes.
+        TypeError: If the step is not an integer.
+        ValueError: If the step is negative, or a tensor that is not 0-d.
     """
     if not isinstance(step, Tensor):
         return check_integer(name, step, least=0)
@@ -141,9 +152,9 @@ def check_step(name: str, step: Any) -> int | Tensor:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = False) -> None:
-    """Raise ValueError if a value is not one of the words.
+    """Raise ValueError if a value is not one of the choices.
 
-    None is accepted if `or_none` is True.
+    With `or_none`, None is a choice too.
     """
     if (value is None and or_none) or (isinstance(value, str) and value in choices):
         return
@@ -158,7 +169,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_dtype(name: str, value: Any, *, or_none: bool = False) -> None:
-    """Raise TypeError if a value is no dtype that sums are computed in."""
+    """Raise TypeError if a value is not a floating dtype of at least 16 bits."""
     if value is None and or_none:
         return
     if not (isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1):
@@ -168,7 +179,12 @@ def check_dtype(name: str, value: Any, *, or_none: bool = False) -> None:
 
 
 def check_device(name: str, value: Any, *, or_none: bool = False) -> None:
-    """Raise if a value is no device, or the text of none."""
+    """Raise if a value is neither a device nor the name of one.
+
+    Raises:
+        TypeError: If the value is neither a device nor a string.
+        ValueError: If the string does not name a device.
+    """
     if isinstance(value, torch.device) or (value is None and or_none):
         return
     if not isinstance(value, str):
@@ -176,17 +192,17 @@ def check_device(name: str, value: Any, *, or_none: bool = False) -> None:
     try:
         torch.device(value)
     except RuntimeError as error:
-        raise ValueError(f"`{name}` is {value!r}, which is no device; use one such as 'cpu' or 'cuda:0'") from error
+        raise ValueError(f"`{name}` is {value!r}, which is not a device; use one such as 'cpu' or 'cuda:0'") from error
 
 
 def check_path(name: str, value: Any) -> None:
-    """Raise TypeError if a value is no path."""
+    """Raise TypeError if a value is not a path."""
     if not isinstance(value, str | PathLike):
         raise TypeError(f"`{name}` is {described(value)}; pass a path")
 
 
 def check_module(name: str, value: Any) -> None:
-    """Raise TypeError if a value is no module."""
+    """Raise TypeError if a value is not a module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"`{name}` is {described(value)}; pass an nn.Module")
 
@@ -198,20 +214,20 @@ def check_callable(name: str, value: Any) -> None:
 
 
 def check_by_name(name: str, value: Any, *, of: str) -> None:
-    """Raise ValueError if a value is no dict with texts as keys."""
+    """Raise ValueError if a value is not a dict with strings as keys."""
     if not isinstance(value, Mapping):
         raise ValueError(f"`{name}` must be by parameter name, got {_kind(value)}; pass a dict of {of}")
     if torch.compiler.is_dynamo_compiling():
         return  # tracing a check takes as long as tracing an operation
     for key in value:
         if not isinstance(key, str):
-            raise ValueError(f"`{name}` has the key {described(key)}, which is no name; use names of parameters")
+            raise ValueError(f"`{name}` has the key {described(key)}, which is not a name; use names of parameters")
 
 
 def check_patterns(name: str, value: Any) -> None:
-    """Raise TypeError if a value is no sequence of names or globs.
+    """Raise TypeError if a value is not a sequence or set of names and globs.
 
-    A single text is none.
+    A single string is refused, because its characters would be read as patterns.
     """
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise TypeError(f"`{name}` is {described(value)}; pass a list of names or globs")
@@ -221,13 +237,13 @@ def check_patterns(name: str, value: Any) -> None:
 
 
 def first_names(names: Iterable[str]) -> str:
-    """Return the first names as a text, for error messages."""
+    """Return the first four names as one string for an error message."""
     names = [repr(name) for name in names]
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _kind(value: Any) -> str:
-    """Return what a value is in place of a dict: "a single Plan", or its text."""
+    """Describe a value that is not a dict, such as "a single Plan"."""
     return f"a single {type(value).__name__}" if hasattr(value, "_fields") else described(value)
 
 

@@ -1,6 +1,6 @@
-"""Check plans: their shapes and dtypes always, their slots on the host only.
+"""Check the types, shapes and dtypes of plans, and their slots where possible.
 
-Slots are checked where the host can read them without waiting.
+Slots are checked only if they are on the CPU, since reading them from another device would wait for it.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ _DTYPES = {"slots": torch.int64, "indices": torch.int64, "active": torch.bool}
 
 
 def check_plan(argument: str, name: str, plan: Any, param: LowRank | None = None) -> None:
-    """Raise if a value is no plan, or not one of this weight.
+    """Raise if a value is not a plan, or does not fit the weight.
 
     Args:
-        argument: The name of the argument.
-        name: The name of the weight.
-        plan: The value.
-        param: The weight. Default None means that it is unknown.
+        argument: The name of the argument, for the error message.
+        name: The name of the weight, for the error message.
+        plan: The plan.
+        param: The weight. Default None checks the plan without a weight.
 
     Raises:
         TypeError: If a type or dtype is wrong.
@@ -46,7 +46,7 @@ def check_plan(argument: str, name: str, plan: Any, param: LowRank | None = None
 
 
 def check_plans(argument: str, plans: Any) -> None:
-    """Raise if a value is no dict of plans by name, as `check_plan`."""
+    """Raise if a value is not a dict of plans by name, as `check_plan` checks each."""
     check_by_name(argument, plans, of="plans")
     for name, plan in plans.items():
         check_plan(argument, name, plan)
@@ -55,8 +55,8 @@ def check_plans(argument: str, plans: Any) -> None:
 def check_fits(argument: str, name: str, plan: Plan, stack: tuple[int, ...], rank: int) -> None:
     """Raise ValueError if a plan has stack axes or slots that the factors do not have.
 
-    Inactive entries must name valid slots too. Slots on other devices, or inside `torch.vmap`, are not read. Nothing is
-    checked while Dynamo traces.
+    Inactive entries need valid slots too. Slots that are not on the CPU, or are mapped by `torch.vmap`, are not read.
+    While Dynamo traces, nothing is checked.
     """
     if torch.compiler.is_dynamo_compiling():
         return
@@ -101,7 +101,7 @@ def _check_device(where: str, field: str, tensor: Tensor, device: torch.device) 
 
 
 def _broadcasts(axes: tuple[int, ...], stack: tuple[int, ...]) -> bool:
-    """Return whether leading axes can be expanded to those of a stack."""
+    """Return whether leading axes broadcast to the axes of a stack."""
     if len(axes) > len(stack):
         return False
     last = stack[len(stack) - len(axes) :]

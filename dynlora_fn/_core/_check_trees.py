@@ -1,7 +1,7 @@
 """Check weights and trees that mirror the trainable parameters, such as gradients.
 
-Only types, shapes, dtypes and devices are read, so that a check adds nothing to a compiled step. A tensor of another
-shape would be broadcast without an error.
+Without these checks, a tensor of a wrong shape could be broadcast silently. Checks read only types, shapes, dtypes and
+devices, so they add nothing to a compiled step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,19 +28,22 @@ from dynlora_fn._core._types import (
 
 
 def check_param(argument: str, name: str, param: Any) -> None:
-    """Raise if a value is no tensor and no low-rank weight that is consistent.
+    """Raise if a value is neither a tensor nor a consistent low-rank weight.
 
-    The tensors of a weight must fit each other.
+    Args:
+        argument: The name of the argument, for the error message.
+        name: The name of the weight, for the error message.
+        param: The weight or tensor.
 
     Raises:
-        TypeError: If a tensor, factors or a base have another type or a dtype that cannot be trained.
-        ValueError: If the shapes or devices of the tensors of a weight do not fit.
+        TypeError: If the value or one of its tensors has a wrong type or dtype.
+        ValueError: If the shapes or devices of the tensors do not fit together.
     """
     if not isinstance(param, LowRank):
         if not isinstance(param.tensor if isinstance(param, FrozenTensor) else param, Tensor):
             raise TypeError(f"`{argument}` has {described(param)} for {name!r}; use a LowRank or a tensor")
         return
-    # In as few operations as possible, since each takes time to trace, and in eager mode every step checks each weight.
+    # The fast path has few operations: Dynamo takes time to trace each, and an eager step checks every weight.
     if _fits(param) if torch.compiler.is_dynamo_compiling() else _is_plain(param) and _fits(param):
         return
     check_factors(argument, name, param.factors)
@@ -68,9 +71,9 @@ def check_param(argument: str, name: str, param: Any) -> None:
 
 
 def _is_plain(param: LowRank) -> bool:
-    """Return whether a weight has floating tensors on one device, none empty.
+    """Return whether a weight has only plain floating tensors on one device.
 
-    A tensor of another class counts as not plain.
+    A weight with a tensor subclass or an empty factor is not plain, so it takes the slower checks.
     """
     factors, base, seed = param.factors, param.base, param.seed
     if type(factors) is not Factors or not type(factors.b) is type(factors.a) is type(base) is type(seed) is Tensor:
@@ -95,9 +98,10 @@ def _fits(param: LowRank) -> bool:
 
 
 def check_params(argument: str, params: Any) -> None:
-    """Raise if a value is no dict of parameters by name, as `check_param`.
+    """Raise if a value is not a dict of parameters by name.
 
-    While Dynamo traces, only `combine` checks each weight: tracing a check takes as long as tracing an operation.
+    `check_param` checks each parameter, except while Dynamo traces: tracing a check takes as long as tracing an
+    operation. In a compiled step only `combine` checks each weight.
     """
     check_by_name(argument, params, of="parameters")
     if not torch.compiler.is_dynamo_compiling():
@@ -108,7 +112,7 @@ def check_params(argument: str, params: Any) -> None:
 def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) -> None:
     """Raise if a value is neither one weight nor a dict of parameters by name.
 
-    Each parameter is checked as in `check_param`.
+    `check_param` checks each parameter. With `or_tensor`, a single full-rank tensor is accepted too.
     """
     if isinstance(params, Mapping):
         check_params(argument, params)
@@ -119,9 +123,9 @@ def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) ->
 
 
 def check_factors(argument: str, name: str, factors: Any) -> None:
-    """Raise if a value is no pair of factors of a weight.
+    """Raise if a value is not the factors of a weight.
 
-    Factors are floating tensors (*stack, out, rank) and (*stack, rank, in).
+    Factors are floating tensors `b` (*stack, out, rank) and `a` (*stack, rank, in).
     """
     if not is_factors(factors):
         raise TypeError(f"`{argument}` has {described(factors)} in place of the factors of {name!r}; use Factors")
@@ -144,21 +148,21 @@ def check_factors(argument: str, name: str, factors: Any) -> None:
 
 
 def _sizes(factors: AnyFactors) -> tuple[int, ...]:
-    """Return `out` and `in`. A shard may have no rows."""
+    """Return the sizes that must not be 0: `out` and `in`, or none for shards."""
     return () if isinstance(factors, ShardedFactors) else (factors.b.shape[-2], _shape_of_a(factors)[-1])
 
 
 def _shape_of_a(factors: AnyFactors) -> tuple[int, ...]:
-    """Return the shape of `a`, which is in the frozen tree if it is not trained."""
+    """Return the shape of `a`, also if `a` is not trained and is in the frozen tree."""
     if isinstance(factors, OneSidedFactors) and len(sides_of(factors)) == 1:
         return (*factors.b.shape[:-2], factors.b.shape[-1:].numel(), factors.fixed.columns)
     return tuple(factors.a.shape)
 
 
 def check_trainable(argument: str, trainable: Any) -> None:
-    """Raise if a value is no dict of factors and floating tensors by name.
+    """Raise if a value is not a dict of factors and floating tensors by name.
 
-    While Dynamo traces, only `combine` checks each leaf, as for `check_params`.
+    While Dynamo traces, the leaves are not checked here; `combine` checks them.
     """
     check_by_name(argument, trainable, of="factors and tensors, such as `partition(params).trainable`")
     if torch.compiler.is_dynamo_compiling():
@@ -176,7 +180,7 @@ def check_trainable(argument: str, trainable: Any) -> None:
 
 
 def check_names(argument: str, names: Iterable[str], like_argument: str, like: Iterable[str]) -> None:
-    """Raise ValueError with the names that only one of two trees has."""
+    """Raise ValueError if two trees have different names."""
     if differing := sorted(set(names) ^ set(like)):
         raise ValueError(
             f"`{argument}` must have the names of `{like_argument}`, but only one of them has {differing}; "
@@ -185,13 +189,21 @@ def check_names(argument: str, names: Iterable[str], like_argument: str, like: I
 
 
 def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[str, Any]) -> None:
-    """Raise if a tree does not mirror the parameters.
+    """Raise if a tree differs from the parameters in names, types or shapes.
 
-    It must have their names, types, shapes and devices.
+    Devices must be equal too. Dtypes may differ, but a real parameter needs a real leaf, and a complex one a complex
+    leaf.
+
+    Args:
+        argument: The name of the argument `tree`, for error messages.
+        tree: The tree, such as gradients.
+        like_argument: The name of the argument `like`, for error messages.
+        like: The trainable parameters by name.
 
     Raises:
-        TypeError: If a leaf is no tensor, or not real where the parameter is.
-        ValueError: If names, types of nodes, shapes or devices differ.
+        TypeError: If a side of factors is not a tensor, a leaf has an integer dtype, or one of leaf and parameter is
+            complex and the other is real.
+        ValueError: If names, types, shapes or devices differ.
     """
     check_by_name(argument, tree, of=f"the names of `{like_argument}`")
     check_names(argument, tree, like_argument, like)
@@ -202,7 +214,7 @@ def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[st
 def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, like: Any) -> None:
     """Raise if one leaf does not have the type, shape and device of a parameter."""
     if torch.compiler.is_dynamo_compiling() and _is_like(leaf, like):
-        return  # in as few operations as possible, since each takes time to trace
+        return  # the fast path has few operations, because Dynamo takes time to trace each
     if is_factors(leaf) and is_factors(like):
         check_alpha(argument, name, leaf, like_argument, like)
     is_alike = type(leaf) is type(like) if is_factors(like) else isinstance(leaf, Tensor)
@@ -232,7 +244,7 @@ def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, l
 
 
 def check_alpha(argument: str, name: str, leaf: AnyFactors, like_argument: str, like: AnyFactors) -> None:
-    """Raise if factors or their gradients do not have the alpha of a parameter."""
+    """Raise if factors, or gradients of factors, differ from a parameter in alpha."""
     _check_is_alpha(argument, name, leaf)
     if alpha_of(leaf) != alpha_of(like):
         raise ValueError(
@@ -259,7 +271,7 @@ def _is_like(leaf: Any, like: Any) -> bool:
 
 
 def _check_is_floating(argument: str, what: str, tensor: Tensor) -> None:
-    """Raise TypeError for a tensor of integers or flags, whose sums would be rounded."""
+    """Raise TypeError for integers and booleans, whose updates would be rounded."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(f"`{argument}` has dtype {tensor.dtype} for {what}; use a floating dtype")
 

@@ -1,7 +1,6 @@
-"""Collectives that `torch.func` and Dynamo accept.
+"""All-gather, reduce-scatter and all-reduce as functions that return new tensors.
 
-All-gather, reduce-scatter and all-reduce are functional: they return new tensors. Collective: every process of the
-group must call each function, in the same order.
+Dynamo can trace them. Every process of the group must call each function, in the same order.
 """
 
 import torch
@@ -18,13 +17,17 @@ from dynlora_fn._core._types import Sharding
 def gather(shard: Shaped[Tensor, "*stack rows in"], sharding: Sharding) -> Shaped[Tensor, "*stack out in"]:
     """All-gather the rows of all processes.
 
-    The bits of every row are kept. No gradient passes through: frozen tensors have none, so the backward pass needs no
-    reduce-scatter. Collective: call it on every process.
+    Every row keeps its bits. Callers refuse or detach a shard that requires a gradient, since bases are frozen and the
+    backward pass needs no reduce-scatter. Collective: call it on every process.
+
+    Args:
+        shard: The rows of this process.
+        sharding: The process group, and the number of rows on all processes.
     """
     rows = shard.movedim(-2, 0)
     dtype = rows.dtype
     if dtype.itemsize == 1:
-        rows = rows.view(torch.uint8)  # some backends and operations do not support 8-bit formats
+        rows = rows.view(torch.uint8)  # some backends and operations do not support float8
     missing = sharding.rows_per_process - len(rows)
     if missing:
         rows = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing))
@@ -35,7 +38,7 @@ def gather(shard: Shaped[Tensor, "*stack rows in"], sharding: Sharding) -> Shape
 def scatter(tensor: Float[Tensor, "*stack out n"], sharding: Sharding) -> Float[Tensor, "*stack rows n"]:
     """Sum a tensor over all processes and return the rows of this process.
 
-    It is one functional reduce-scatter. Collective: call it on every process.
+    This is one reduce-scatter. Collective: call it on every process.
     """
     rows = tensor.movedim(-2, 0)
     missing = sharding.world_size * sharding.rows_per_process - len(rows)
@@ -52,7 +55,7 @@ def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
     """Concatenate the tensors of all processes along the first axis.
 
     Args:
-        tensor: The tensor of this process, of one shape on all processes.
+        tensor: The tensor of this process. Its shape must be the same on all processes.
         size: The number of processes.
         group: The name of the process group.
     """
@@ -62,7 +65,10 @@ def all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """Sum a tensor over all processes of the group with this name."""
+    """Sum a tensor over all processes of the group with this name.
+
+    Collective: call it on every process.
+    """
     refuse_derivatives(tensor)
     reduced: Tensor = C10D.wait_tensor(C10D.all_reduce(tensor, "sum", group))
     return reduced
@@ -71,8 +77,11 @@ def all_reduce(tensor: Tensor, group: str) -> Tensor:
 def weighted(tensor: Tensor, weight: float | Tensor) -> Tensor:
     """Multiply a term of a mean over processes by the weight of its process.
 
-    The weight is a number or a 0-d tensor. With weight 0 the result is zero, also where the term is NaN or infinite, as
-    on a process without data.
+    With weight 0 the result is zero even where the term is NaN or infinite, as it may be on a process without data.
+
+    Args:
+        tensor: The term of this process.
+        weight: The weight of this process, a number or a 0-d tensor.
     """
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, torch.zeros_like(tensor), tensor * weight)
@@ -80,12 +89,12 @@ def weighted(tensor: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def refuse_derivatives(tensor: Tensor) -> None:
-    """Refuse forward mode and `torch.func` through a collective.
+    """Refuse a tensor that forward mode or `torch.func` differentiates.
 
-    `torch.autograd` has formulas for its gradients.
+    Collectives have gradient formulas for `torch.autograd` only.
 
     Raises:
-        NotImplementedError: If the tensor is differentiated.
+        NotImplementedError: If the tensor is differentiated in forward mode or by `torch.func`.
     """
     if is_attached(tensor) and (is_in_func() or forward_levels()):
         raise NotImplementedError(

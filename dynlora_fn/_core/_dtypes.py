@@ -1,4 +1,4 @@
-"""The dtype that sums are computed in, autocast, and bytes."""
+"""The dtype to compute sums in, and helpers for casts, autocast and bytes."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,14 +9,14 @@ import torch
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype to compute sums in: the widest of these, and at least float32."""
+    """Return the dtype to compute sums in: the widest dtype, but at least float32."""
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor in a dtype.
+    """Convert a tensor to a dtype, or return it if it has that dtype.
 
-    A conversion to the same dtype takes as long as a small product.
+    Calling `tensor.to` with the same dtype changes nothing, but takes as long as a small product.
     """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
@@ -24,7 +24,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return a flat view of the bytes of a contiguous tensor.
 
-    A tensor with one entry is contiguous whatever its strides are, but torch views bytes only of stride 1.
+    Torch views bytes only of a tensor with stride 1, and a contiguous tensor with one entry may have any stride.
     """
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
@@ -39,17 +39,17 @@ class Autocast(NamedTuple):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(device_type: str) -> bool:
-    """Return whether a device has autocast.
+    """Return whether a device type supports autocast.
 
-    Dynamo of torch 2.11 cannot trace the question.
+    The result is a constant while Dynamo traces, because Dynamo of torch 2.11 cannot trace `is_autocast_available`.
     """
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_now(device_type: str) -> Autocast | None:
-    """Return the current setting of autocast, or None on a device without it.
+    """Return the current setting of autocast, or None on a device without autocast.
 
-    The meta device is one.
+    The meta device is an example.
     """
     if device_type != "cpu" and not _has_autocast(device_type):
         return None
@@ -57,7 +57,7 @@ def autocast_now(device_type: str) -> Autocast | None:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Disable autocast on a device, if the device has it."""
+    """Disable autocast on a device that supports it."""
     if device_type != "cpu" and not _has_autocast(device_type):
         return nullcontext()
     if not torch.compiler.is_dynamo_compiling() and not torch.is_autocast_enabled(device_type):
@@ -67,9 +67,9 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def without_cached_casts() -> Iterator[None]:
-    """Let autocast cast a tensor at each use.
+    """Disable the cache of autocast, so that a tensor is cast at each use.
 
-    Its cache keeps the cast of each leaf until the outermost autocast ends, so that new leaves in a loop fill it.
+    The cache keeps the cast of each leaf until the outermost autocast ends. A loop that creates leaves would fill it.
     """
     is_cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

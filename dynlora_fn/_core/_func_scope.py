@@ -1,6 +1,6 @@
-"""Tell whether `torch.func` differentiates, or autograd does in its place.
+"""Detect whether `torch.func` is running, or autograd in place of it.
 
-Autograd then refuses what `torch.func` refuses.
+In place of `torch.func`, autograd must refuse the same programs.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,10 @@ _NO_HOOKS = (
 
 @contextmanager
 def in_place_of_func() -> Iterator[None]:
-    """Refuse what `torch.func` refuses, while autograd computes in its place.
+    """Refuse saved-tensor hooks while autograd runs in place of `torch.func`.
 
-    A checkpoint is recomputed after `call` has put the parameters of the model back, so its gradient would be wrong.
+    `torch.func` refuses them too. `torch.utils.checkpoint` uses such hooks. It would recompute a block after `call` has
+    restored the parameters of the model, and the gradient would be wrong.
     """
     token = _IN_PLACE_OF_FUNC.set(True)
     try:
@@ -35,11 +36,11 @@ def in_place_of_func() -> Iterator[None]:
 def is_in_place_of_func() -> bool:
     """Return whether autograd is running in place of `torch.func`.
 
-    While Dynamo traces, it is not.
+    While Dynamo traces, the result is False.
     """
     return not torch.compiler.is_dynamo_compiling() and _IN_PLACE_OF_FUNC.get()
 
 
 def is_in_func() -> bool:
-    """Return whether a transform of `torch.func` is running, or autograd in its place."""
+    """Return whether `torch.func` is running, or autograd in place of it."""
     return is_transformed() or is_in_place_of_func()

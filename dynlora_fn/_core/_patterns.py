@@ -11,10 +11,10 @@ _FIRST_GLOB = re.compile(r"[*?[]")
 
 
 class Patterns:
-    """Names and globs that are prepared once.
+    """Names and globs, prepared so that many names can be matched quickly.
 
-    A name is looked up among the names, and is compared only with those globs that start as it does. So with a pattern
-    for each weight, or a glob for each layer, the time does not grow with the square of their number.
+    An exact name is found in a dict. A glob is tried only on names that start with the glob's text before the first
+    wildcard. With one pattern for each weight or layer, the time does not grow with the square of their number.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
@@ -29,7 +29,7 @@ class Patterns:
         self._lengths = sorted({len(start) for start in self._globs})
 
     def matching(self, names: Iterable[str]) -> list[str]:
-        """Return the patterns that are one of the names, or a glob of one, in order."""
+        """Return the patterns that match at least one of the names, in pattern order."""
         if not self._lengths:  # no globs
             plain = {name for name in names if name in self._positions}
             return [*plain] if len(plain) < 2 else sorted(plain, key=self._positions.__getitem__)
@@ -48,10 +48,11 @@ def match(names: Iterable[str], patterns: Sequence[str], argument: str) -> list[
 
     Args:
         names: The names to select from.
-        patterns: Names or globs.
+        patterns: The names or globs to select by.
         argument: The name of the caller's argument, for the error message.
 
     Raises:
+        TypeError: If `patterns` is not a sequence of strings.
         ValueError: If a pattern matches none of the names.
     """
     check_patterns(argument, patterns)

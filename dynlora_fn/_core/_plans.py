@@ -1,4 +1,4 @@
-"""Compute once what many weights need from one plan."""
+"""Share one plan between many weights, and cache what is computed from it."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,18 +13,19 @@ _FEW = 12
 
 
 def share_plans(count: int) -> bool:
-    """Return whether so many weights share plans and what is computed from them.
+    """Return whether `count` weights share plans and the results computed from plans.
 
-    In a compiled step of few weights, as stacks are, each weight has separate operations, which a compiler fuses into
-    those that read them. For many weights they would take long to trace.
+    In eager mode they always do. In a compiled step of up to 12 weights or stacks, each weight gets separate
+    operations, which the compiler fuses into their readers. More separate operations would take too long to trace.
     """
     return count > _FEW or not torch.compiler.is_compiling()
 
 
 def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return a function that computes each result once.
+    """Return a function with a cache. Its arguments are plan sides and integers.
 
-    Its arguments are sides of plans, and numbers. Sides are the same if their tensors are.
+    Two sides are equal if they contain the same tensor objects as `slots` and `active`. The result must not depend on
+    `indices`.
     """
     results: dict[Any, Result] = {}
 

@@ -9,20 +9,20 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 
 def check_progress(progress: Any) -> None:
-    """Raise TypeError if a value is neither a function nor None."""
+    """Raise TypeError if `progress` is neither a function nor None."""
     if progress is not None and not callable(progress):
         raise TypeError(f"`progress` is {described(progress)}; pass a function of the bytes done and in total, or None")
 
 
 def reporter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Return a function that adds bytes to those done, and reports them.
+    """Return a function that counts the bytes done and reports them to `progress`.
 
     ``progress(0, total)`` is called at once, so that a bar can be shown before the first bytes are done.
 
     Args:
-        progress: The caller's function, which gets the bytes done so far and the bytes in total. None reports nothing.
-            What it raises stops the work.
-        total: The bytes in total.
+        progress: The caller's function ``progress(done, total)`` of the bytes done so far and the total bytes. An
+            exception that it raises stops the work. None means no reports.
+        total: The total number of bytes.
 
     Example:
         >>> report = reporter(lambda done, total: print(f"{done} of {total}"), 12)

@@ -1,7 +1,8 @@
 """Stack repeated weights of one shape in one tensor, and unstack them.
 
-``layers.0.q.weight``, ``layers.1.q.weight``, ... become ``layers.*.q.weight`` with a leading axis for each star. Where
-the numbers do not start at zero, the name has their range as a shell writes it: ``{1..8}.q.weight``.
+``layers.0.q.weight``, ``layers.1.q.weight``, ... become ``layers.*.q.weight`` with a leading axis for each star. If the
+numbers do not start at zero, the name contains a range in shell notation instead of a star: ``{1..8}.q.weight``.
+
 Graph size, compile time and the number of kernels of an update or a switch then do not depend on the model's depth.
 """
 
@@ -18,7 +19,7 @@ from dynlora_fn._core._types import LowRank, Param, Params
 
 
 class Stack(NamedTuple):
-    """The names of the parameters that form one stack."""
+    """The names of the parameters in one stack, and the shape of its leading axes."""
 
     members: list[str]  # in row-major order
     shape: tuple[int, ...]  # the leading axes; () for a parameter that is not stacked
@@ -27,17 +28,17 @@ class Stack(NamedTuple):
 def find_stacks(keys: Mapping[str, Hashable], kinds: Mapping[str, object] | None = None) -> dict[str, Stack]:
     """Group names that differ only in integers into stacks.
 
-    Every name is in exactly one stack. Names form a stack if their keys are equal and their integers form a full grid
-    without gaps. Integers with a gap form a stack for each run of them.
+    Every name is in exactly one stack. Names form a stack if their keys are equal and their integers form a full grid.
+    If the integers have gaps, each run of consecutive integers forms a stack.
 
     Args:
         keys: The key of each name, such as a shape. Only names with equal keys are stacked.
-        kinds: The kind of each name, such as the type of its module. Names that do not form a grid from zero are only
-            stacked if their kinds are equal too. Default None means that all are of one kind.
+        kinds: The kind of each name, such as the type of its module. Names whose grid does not start at zero are
+            stacked only if their kinds are equal too. Default None means that all names have the same kind.
 
     Returns:
-        The stacks by name. The name has a star for each integer that varies from zero, and a range such as ``{1..8}``
-        for each that varies from another number.
+        The stacks by name. A name has a star for an axis of integers that starts at zero, and a range such as
+        ``{1..8}`` for an axis that starts at another integer.
 
     Raises:
         ValueError: If a name contains a star or a range.
@@ -60,12 +61,14 @@ def find_stacks(keys: Mapping[str, Hashable], kinds: Mapping[str, object] | None
 def _group(
     names: list[str], keys: Mapping[str, Hashable], finer: Mapping[str, Hashable], literal: frozenset[int]
 ) -> Iterator[tuple[str, Stack]]:
-    """Make axes of all integers except those at the positions `literal`.
+    """Yield the stacks of some names, with an axis for each integer not in `literal`.
 
-    Where the integers form no grid, the first of them becomes literal. Where they form one that does not start at zero,
-    names are grouped by the finer keys. Where one has gaps, each run is grouped again.
+    `literal` has the positions of the integers that stay in the name. If the integers of a group do not form a full
+    grid, the first integer becomes literal. If a grid does not start at zero, its names are grouped by the finer keys.
+    If an axis has gaps, each of its runs is grouped again.
 
-    Two stacks never share a name: both would contain the name with zero for each star and the start of each range.
+    Two stacks cannot have the same name. Both would contain the parameter with the first index of each axis, and every
+    parameter is in one stack.
     """
     groups: dict[tuple[str, Hashable], list[str]] = defaultdict(list)
     for name in names:
@@ -94,9 +97,9 @@ def _group(
 
 
 def _named(members: list[str], values: Mapping[int, list[int]]) -> tuple[str, Stack]:
-    """Return a grid of names, with its name.
+    """Return the name and the stack of members that form a full grid.
 
-    `values` are the integers at each position that is not literal.
+    `values` has the sorted integers at each position that is not literal.
     """
     axes = {at: _axis_name(axis) for at, axis in values.items()}
     shape = tuple(len(axis) for at, axis in values.items() if not _is_integer(axes[at]))
@@ -125,7 +128,10 @@ def _integers(name: str) -> tuple[int, ...]:
 
 
 def _is_integer(part: str) -> bool:
-    """Return whether `unstack` would write the same text: no leading zero."""
+    """Return whether a part is an integer that `unstack` writes the same way.
+
+    A part with a leading zero is not.
+    """
     return part.isascii() and part.isdecimal() and str(int(part)) == part
 
 
@@ -134,7 +140,7 @@ def _starred(name: str, literal: frozenset[int]) -> str:
 
 
 def _replaced(name: str, texts: Mapping[int, str]) -> str:
-    """Replace the integers at some positions of a name, counted among its integers."""
+    """Replace integers of a name by texts. Position k is the k-th integer of the name."""
     parts, position = name.split("."), 0
     for at, part in enumerate(parts):
         if _is_integer(part):
@@ -146,8 +152,8 @@ def _replaced(name: str, texts: Mapping[int, str]) -> str:
 def unstack(params: Params) -> dict[str, Param]:
     """Return each weight of every stack under its name in the model.
 
-    The results are views of the stacks, so nothing is copied. The backward pass is one stack operation for each stack.
-    Only the number of views in the graph grows with the depth of the model.
+    The results are views of the stacks, so nothing is copied. The backward pass has one stack operation for each stack.
+    With the depth of the model, only the number of views in the graph grows.
 
     Args:
         params: The parameters by name, with a star or a range in a name for each leading axis.
@@ -157,7 +163,7 @@ def unstack(params: Params) -> dict[str, Param]:
 
     Raises:
         TypeError: If a value is neither a weight nor a tensor.
-        ValueError: If a parameter has fewer leading axes than its name has stars.
+        ValueError: If a parameter has fewer leading axes than its name has stars and ranges.
 
     Example:
         >>> import torch
@@ -171,21 +177,21 @@ def unstack(params: Params) -> dict[str, Param]:
 
 
 def unstacked(params: Params) -> dict[str, Param]:
-    """Return `unstack(params)` of parameters that are checked."""
+    """Return `unstack(params)` of parameters that were checked before."""
     for pattern, param in params.items():
         _check_axes(pattern, param)
     return {name: member for pattern, param in params.items() for name, member in _members(pattern, param)}
 
 
 def _check_axes(pattern: str, param: Param) -> None:
-    """Raise if a parameter has fewer leading axes than its name."""
+    """Raise ValueError if a parameter has fewer leading axes than its name."""
     if _first_axis(pattern) is None:
         return
     axes = param.seed.ndim if isinstance(param, LowRank) else len(param.shape)
-    if count_axes(pattern) > axes:
+    if (count := count_axes(pattern)) > axes:
         raise ValueError(
-            f"`params` has {pattern!r} of shape {tuple(param.shape)}, which has no axis for each star in the name; "
-            "rename it, or stack its members"
+            f"`params` has {pattern!r} of shape {tuple(param.shape)}, with {axes} leading axes for {count} stars or "
+            "ranges in the name; rename it, or stack its members"
         )
 
 
@@ -211,7 +217,7 @@ def member_names(pattern: str, shape: Sequence[int]) -> list[str]:
     """Return the names of the members of a stack, in row-major order.
 
     Args:
-        pattern: The name of the stack. A name without an axis is returned.
+        pattern: The name of the stack. A name without a star or range is its only member.
         shape: The shape of the stack. Only its leading axes are read.
     """
     axis = _first_axis(pattern)
@@ -223,10 +229,10 @@ def member_names(pattern: str, shape: Sequence[int]) -> list[str]:
 
 
 def _first_axis(name: str) -> tuple[str, int, str] | None:
-    """Return the first index in a name, between the texts before and after it."""
+    """Return the text before the first star or range, its first index, the text after."""
     if "*" not in name and "{" not in name:
         return None
-    parted = f".{name}."  # so that position `at` in the name follows position `at` here
+    parted = f".{name}."  # position `at` here is the dot before position `at` in the name
     star, brace = parted.find(".*."), parted.find(".{")
     while brace >= 0 and (star < 0 or brace < star):
         end = name.find("}", brace) + 1

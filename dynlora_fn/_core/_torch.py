@@ -41,11 +41,13 @@ if TYPE_CHECKING:
     from torch._inductor.decomposition import select_decomp_table as select_decomp_table
 
 CHECKED = "2.13.0"
-# The differences between versions are below, at each call of this function.
 
 
 def is_older_than(major: int, minor: int) -> bool:
-    """Return whether the installed torch is older than a version."""
+    """Return whether the installed torch is older than a version.
+
+    Every difference between versions that the library handles is at a call of this function.
+    """
     return tuple(map(int, torch.__version__.split(".")[:2])) < (major, minor)
 
 
@@ -118,11 +120,11 @@ def __getattr__(name: str) -> Any:
 
 ConvNd = _ConvNd
 functional_collectives = _functional_collectives
-# Functional collectives. The operations are called directly because torch's wrappers fail under `torch.func`.
+# Functional collectives. The library calls these operations because torch's wrappers fail under `torch.func`.
 C10D: Any = torch.ops._c10d_functional
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
-# One operation on each tensor of a list. The bits are those of the operation on one tensor.
+# Each applies one operation to every tensor of a list. The bits are the same as from one call for each tensor.
 foreach_add: Callable[..., Sequence[torch.Tensor]] = torch._foreach_add
 foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_clamp_min: Callable[..., Sequence[torch.Tensor]] = torch._foreach_clamp_min
@@ -147,9 +149,9 @@ is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_fu
 
 
 def register_constant(kind: type) -> None:
-    """Make a type a node without leaves in every tree.
+    """Register a type as a pytree node without leaves.
 
-    ``torch.load(weights_only=True)`` reads it too.
+    ``torch.load(weights_only=True)`` then accepts the type too.
     """
     register_pytree_constant(kind)
     torch.serialization.add_safe_globals([kind])
@@ -158,8 +160,9 @@ def register_constant(kind: type) -> None:
 def let_dynamo_replace() -> None:
     """Let Dynamo of torch before 2.13 trace `_replace` of the library's tuples.
 
-    `_replace` calls `_make`, which calls ``tuple.__new__``. Dynamo of torch 2.11 returns an empty tuple then and cannot
-    pass it to a function in the graph. A call of the class has neither fault. Tuples of other packages stay.
+    `_replace` calls `_make`, which calls ``tuple.__new__``. From that call Dynamo of torch 2.11 returns an empty tuple,
+    and cannot pass it to a function in the graph. So `_make` calls the class instead, which Dynamo traces correctly.
+    Tuples of other packages are not changed.
     """
     if is_older_than(2, 13):
         for kind in tuple.__subclasses__():
@@ -174,9 +177,9 @@ def resolve_process_group(name: str) -> "torch.distributed.ProcessGroup":
 
 
 def device_of_collectives(group: "torch.distributed.ProcessGroup") -> torch.device:
-    """Return a device whose tensors a group can send.
+    """Return a device whose tensors a process group can send.
 
-    It is the CPU if the group can send from it, and otherwise the current device of the group's kind.
+    This is the CPU if the group can send from it. Otherwise it is the current device of the group's device type.
     """
     devices: list[torch.device] = group._device_types
     return torch.device("cpu") if torch.device("cpu") in devices else devices[0]
@@ -185,7 +188,10 @@ def device_of_collectives(group: "torch.distributed.ProcessGroup") -> torch.devi
 def gloo_with_one_thread(
     store: Any, process: int, world_size: int, timeout: timedelta
 ) -> "torch.distributed.ProcessGroupGloo":
-    """Return a gloo backend with one worker thread, on torch's default interfaces."""
+    """Return a gloo backend with one worker thread, on torch's default interfaces.
+
+    The environment variable ``GLOO_SOCKET_IFNAME`` selects other interfaces, as in torch.
+    """
     gloo: Any = torch.distributed.ProcessGroupGloo
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     options = gloo._Options()
@@ -196,9 +202,9 @@ def gloo_with_one_thread(
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Return whether `torch.vmap` maps over a tensor, below other transforms too.
+    """Return whether `torch.vmap` maps over a tensor, at any level of transforms.
 
-    Dynamo cannot trace the question. While it traces, the answer is False.
+    While Dynamo traces, the result is False, because Dynamo cannot trace this check.
     """
     functorch = torch._C._functorch
     if torch.compiler.is_dynamo_compiling():
@@ -211,18 +217,18 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 
 def is_of_transform(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor belongs to a transform of `torch.func`.
+    """Return whether a tensor is wrapped by a transform of `torch.func`.
 
-    Such a tensor must not be used after the transform.
+    A wrapped tensor must not be used after the transform.
     """
     is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return is_wrapped
 
 
 def can_read(tensor: torch.Tensor) -> bool:
-    """Return whether the host can read the values of a tensor at once.
+    """Return whether the values of a tensor can be read without waiting.
 
-    It cannot inside of a trace or a transform, and it would have to wait for another device.
+    They cannot be read inside a trace or a transform. On another device than the CPU, the host would have to wait.
     """
     if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
         return False
@@ -230,10 +236,10 @@ def can_read(tensor: torch.Tensor) -> bool:
 
 
 def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether operations on tensors run at once.
+    """Return whether operations on the tensors run at once.
 
-    Nothing traces, maps or records them. A function may then compute its result block by block in newly allocated
-    memory. For other tensors than plain ones on a CPU or on CUDA, the answer is False.
+    Then nothing traces, records, maps or differentiates them, and a function may compute its result block by block in
+    newly allocated memory. The result is False for tensor subclasses, and on devices other than the CPU and CUDA.
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
@@ -254,7 +260,7 @@ def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
 def forward_levels() -> int:
     """Return how many levels of forward mode are active.
 
-    They are nested calls of `torch.func.jvp`, or one of `torch.autograd`.
+    Each nested call of `torch.func.jvp` is a level, and so is a dual level of `torch.autograd.forward_ad`.
     """
     functorch = torch._C._functorch
     levels = functorch.get_interpreter_stack()
@@ -265,7 +271,7 @@ def forward_levels() -> int:
 def is_tracked(tensor: torch.Tensor) -> bool:
     """Return whether a tensor requires a gradient or has a tangent.
 
-    Levels below other transforms count too. While Dynamo traces, only gradients of the innermost level are seen.
+    All levels of nested transforms are checked. While Dynamo traces, only gradients of the innermost level are.
     """
     if torch.compiler.is_dynamo_compiling():
         return tensor.requires_grad and torch.is_grad_enabled()
@@ -287,7 +293,7 @@ def _has_tangent(tensor: torch.Tensor) -> bool:
     tensor = without_dead_levels(tensor)
     if functorch.peek_interpreter_stack() is None:
         return _is_dual(tensor)
-    # A level sees only its tangents, so lower levels are called in turn.
+    # A level sees only the tangents of that level, so the lower levels are checked one after the other.
     interpreter = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
     if interpreter.key() == functorch.TransformType.Jvp and _is_dual(tensor):
         return True
@@ -305,7 +311,7 @@ def _is_dual(tensor: torch.Tensor) -> bool:
 def without_dead_levels(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without the wrappers of transforms that have ended.
 
-    A pullback saves such tensors.
+    The tensors that a pullback has saved may have such wrappers.
     """
     functorch: Any = torch._C._functorch
     while functorch.is_dead_tensor_wrapper(tensor):
@@ -325,9 +331,10 @@ def is_traced() -> bool:
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Call ``function.apply(*args)`` with all arguments of its forward pass.
+    """Call ``function.apply(*args)``, faster. Pass all arguments of `forward`.
 
-    To fill in defaults, `apply` reads the signature at each call, which takes as long as a small product.
+    `apply` reads the signature of `forward` at each call to fill in defaults, which takes as long as a small product.
+    Outside transforms this function skips that.
     """
     if are_transforms_active():
         return function.apply(*args)  # type: ignore[no-untyped-call]
@@ -336,20 +343,17 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def is_differentiated(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Return whether anything may differentiate, map or record an operation.
-
-    The operation is one on some tensors.
-    """
+    """Return whether an operation on these tensors may be differentiated or mapped."""
     if are_transforms_active() or forward_levels() > 0:
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether the current level of differentiation records operations.
+    """Return whether the current level of differentiation records an operation.
 
-    The operations are those on one of the tensors. It is for the autograd kernel of an operation, which every level of
-    reverse or forward mode calls.
+    Call this in the autograd kernel of the operation, with its tensors. Every level of reverse and forward mode calls
+    that kernel.
     """
     is_forward = torch._C._is_fwd_grad_enabled()
     return any(
@@ -362,7 +366,7 @@ def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
 def call_below_autograd(operation: Any, keys: Any, *args: Any) -> Any:
     """Call an operation from its autograd kernel, without recording it.
 
-    `keys` are those that the kernel got.
+    `keys` are the dispatch keys that the kernel received.
     """
     with torch._C._AutoDispatchBelowAutograd():
         return operation.redispatch(keys & torch._C._after_autograd_keyset, *args)
@@ -376,7 +380,7 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Let `torch.compiler.is_compiling` return True, as while Dynamo traces."""
+    """Let `torch.compiler.is_compiling` return True, as it does while Dynamo traces."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
@@ -386,9 +390,9 @@ def compiling() -> Iterator[None]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return an integer that is the same for all tensors in one storage.
+    """Return an integer that is equal for two tensors if they share a storage.
 
-    Fake tensors have no addresses, so an address would not serve.
+    The address of the storage would not do, since fake tensors have none.
     """
     key: int = tensor.untyped_storage()._cdata
     return key

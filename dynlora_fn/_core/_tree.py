@@ -34,9 +34,9 @@ Value = TypeVar("Value")
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """Return the plain tensors that store a tensor.
+    """Return the plain tensors that store the values of a tensor.
 
-    They are the tensor itself, or the inner tensors of a subclass such as torchao's.
+    For a plain tensor this is the tensor. For a subclass, such as torchao's, these are the inner tensors.
     """
     if type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor):
         return [tensor]
@@ -47,7 +47,8 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 class Partition(NamedTuple):
     """The trainable and the frozen tree of the same parameters.
 
-    Take gradients with respect to `trainable` and close over `frozen`: `torch.func.grad` accepts no integer tensors.
+    Differentiate with respect to `trainable` and close over `frozen`. `torch.func.grad` refuses the integer tensors in
+    `frozen`.
     """
 
     trainable: dict[str, AnyFactors | Tensor]
@@ -57,19 +58,23 @@ class Partition(NamedTuple):
 def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
     """Split parameters into a trainable and a frozen tree.
 
-    `combine` reverses it. Factors are always trainable, except `a` of `OneSidedFactors`. Bases, seeds and each
-    `FrozenTensor` are always frozen. Nothing is copied.
+    `combine` reverses this exactly, and nothing is copied. Factors are always trainable, except `a` of
+    `OneSidedFactors`. Bases, seeds and each `FrozenTensor` are always frozen.
 
     Args:
         params: The parameters by name.
-        frozen: Names or globs of the full-rank tensors to freeze, as in `params` or as in the model: all members of a
-            stack must match. The default is none. ``frozen=["*"]`` trains only the factors.
+        frozen: Names or globs of the full-rank tensors to freeze. Write them as in `params` or as in the model. Names
+            of the model must match all members of a stack. Default ``()`` freezes no full-rank tensor. ``["*"]`` trains
+            only the factors.
 
     Returns:
-        The two trees, each a dict with the names of `params`.
+        The trees `trainable` and `frozen`, each a dict by name. A low-rank weight is in both, and a full-rank tensor in
+        one of them.
 
     Raises:
-        ValueError: If a pattern matches no parameter, or if the patterns match only some members of a stack.
+        TypeError: If a parameter has a wrong type or dtype, or if `frozen` is not a list of strings.
+        ValueError: If a pattern matches no parameter, or if the patterns match only some members of a stack. Also if
+            the tensors of a weight do not fit together.
 
     Example:
         >>> from torch import nn
@@ -99,9 +104,9 @@ def partition(params: Params, *, frozen: Sequence[str] = ()) -> Partition:
 
 
 def trained_factors(factors: AnyFactors) -> AnyFactors:
-    """Return factors in the form of the trainable tree.
+    """Return factors as the trainable tree contains them.
 
-    It has no `a` where only `b` is trained.
+    `a` is replaced by ``()`` if only `b` is trained.
     """
     return factors._replace(a=()) if isinstance(factors, OneSidedFactors) else factors
 
@@ -113,15 +118,15 @@ def _frozen(param: LowRank) -> Frozen:
         return Frozen(param.base, param.seed, () if alpha == 1 else Alpha(alpha), factors.a)
     if isinstance(factors, ScaledFactors):
         return Frozen(param.base, param.seed, factors.alpha)
-    return Frozen(param.base, param.seed)  # shards have alpha in their sharding
+    return Frozen(param.base, param.seed)  # alpha is 1, or part of the sharding of sharded factors
 
 
 # Dynamo cannot trace globs.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _names_to_freeze(shapes: Mapping[str, Sequence[int]], trained: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Return those of the `trained` names that patterns match.
+    """Return the names of `trained` that the patterns match.
 
-    `shapes` are those of all parameters.
+    `shapes` has the shape of every parameter by name.
     """
     members = {name: member_names(name, shape) for name, shape in shapes.items()}
     match(dict.fromkeys([*members, *(member for names in members.values() for member in names)]), patterns, "frozen")
@@ -133,10 +138,10 @@ def _names_to_freeze(shapes: Mapping[str, Sequence[int]], trained: Sequence[str]
 def _covers(globs: Patterns, name: str, members: Sequence[str]) -> bool:
     """Return whether globs match a parameter, or all members of a stack.
 
-    The star in the name of a stack is no name of the model, so that `[!0]` must not match it.
+    Globs are compared with the names of the members first. So ``[!0]`` does not match the star in the name of a stack.
 
     Raises:
-        ValueError: If they match only some members.
+        ValueError: If the globs match only some members.
     """
     others = [member for member in members if not globs.matching([member])]
     if others and len(others) < len(members):
@@ -150,7 +155,8 @@ def _covers(globs: Patterns, name: str, members: Sequence[str]) -> bool:
 def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str, Param]:
     """Join a trainable and a frozen tree into parameters.
 
-    It reverses `partition`, which gives both trees in the same order again. Nothing is copied.
+    This reverses `partition`: ``partition(combine(trainable, frozen))`` returns both trees, with their names in the
+    same order. Nothing is copied.
 
     Args:
         trainable: The factors and trainable full-rank tensors by name.
@@ -160,16 +166,19 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
         The parameters by name.
 
     Raises:
-        ValueError: If factors have no base, a base has no factors, or a tensor is in both trees. Also if the factors of
-            a weight do not have its alpha, or both trees have `a` of a weight, or neither has.
+        TypeError: If a leaf has a wrong type or dtype.
+        ValueError: If factors have no base, a base has no factors, or a tensor is in both trees. Also if factors differ
+            from `frozen` in alpha, if `a` of a weight is in both trees or in neither, or if shapes or devices do not
+            fit.
 
     Example:
         >>> from torch import nn
         >>> import dynlora_fn as dl
         >>> params = dl.init(nn.Linear(8, 8), rank=2, seed=0, targets=["weight"])
         >>> trainable, frozen = dl.partition(params)
-        >>> dl.combine(trainable, frozen)["weight"].factors.b.shape
-        torch.Size([8, 2])
+        >>> combined = dl.combine(trainable, frozen)
+        >>> list(combined) == list(params), combined["weight"].base is params["weight"].base
+        (True, True)
     """
     check_by_name("trainable", trainable, of="factors and tensors, such as `partition(params).trainable`")
     check_by_name("frozen", frozen, of="`partition`'s frozen leaves")
@@ -178,7 +187,7 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
         frozen_leaf = frozen.get(name)
         if is_factors(leaf) != isinstance(frozen_leaf, Frozen):
             raise ValueError(
-                f"`frozen` does not fit `trainable` at {name!r}: factors need a base, and a tensor must have none;"
+                f"`frozen` does not fit `trainable` at {name!r}: factors need a base, and a tensor must not have one;"
                 " pass both trees of one `partition`"
             )
         params[name] = _low_rank(name, leaf, frozen_leaf) if isinstance(frozen_leaf, Frozen) else leaf  # type: ignore
@@ -199,10 +208,10 @@ def combine(trainable: Trainable, frozen: Mapping[str, FrozenLeaf]) -> dict[str,
 
 
 def _low_rank(name: str, factors: AnyFactors, frozen: Frozen) -> LowRank:
-    """Return a weight. Its factors must have the alpha that `partition` found.
+    """Join the factors and the frozen leaves of one weight.
 
     Raises:
-        ValueError: If they have another one.
+        ValueError: If the alphas differ, or if `a` is in both trees or in neither.
     """
     found, wanted = alpha_of(factors), 1.0 if isinstance(frozen.alpha, tuple) else frozen.alpha.value
     if found != wanted and not isinstance(factors, ShardedFactors):
@@ -222,7 +231,7 @@ def _low_rank(name: str, factors: AnyFactors, frozen: Frozen) -> LowRank:
 
 
 def _in_order(trainable: Iterable[str], frozen: Mapping[str, FrozenLeaf]) -> list[str]:
-    """Return all names so that `partition` gives both trees in their order again.
+    """Merge the names so that each tree keeps its order in a later `partition`.
 
     The order of a dict is part of the structure of a state, which a step must not change.
     """
@@ -242,8 +251,8 @@ def _in_order(trainable: Iterable[str], frozen: Mapping[str, FrozenLeaf]) -> lis
 def map_leaf(function: Callable[..., Any], leaf: Any, *others: Any) -> Any:
     """Apply a function to a full-rank tensor, or to each side of factors.
 
-    The result has the type of `leaf`. The sides of `others` may have another shape and type, such as counts, which are
-    not sharded where factors are.
+    The result has the type of `leaf`. The sides of `others` may have other shapes and types. For example, the counts of
+    sharded factors are not sharded.
     """
     if not is_factors(leaf):
         return function(leaf, *others)
@@ -252,17 +261,17 @@ def map_leaf(function: Callable[..., Any], leaf: Any, *others: Any) -> Any:
 
 
 def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: str) -> dict[str, Value]:
-    """Return the value of each name that has one.
+    """Return values by name, from a dict or from one value for all names.
 
-    Keys are names and not globs: a star is a part of the name of a stack.
+    Keys are names and not globs: a star in a key is part of the name of a stack.
 
     Args:
         value: One value for all names, or a dict of values by name.
-        names: The names that may have a value.
+        names: The names that may have a value. A dict may leave out some of them.
         argument: The name of the caller's argument, for the error message.
 
     Raises:
-        ValueError: If the dict has another name.
+        ValueError: If the dict has a key that is not in `names`.
     """
     names = dict.fromkeys(names)
     if not isinstance(value, Mapping):
@@ -270,18 +279,18 @@ def by_name(value: Value | Mapping[str, Value], names: Iterable[str], argument: 
     for name in value:
         if name not in names:
             raise ValueError(
-                f"`{argument}` contains {name!r}, which is no name of these: {first_names(names)}; remove it"
+                f"`{argument}` contains {name!r}, which is not one of the names {first_names(names)}; remove it"
             )
     return dict(value)
 
 
 def whole_factors(param: LowRank) -> tuple[Tensor, Tensor]:
-    """Return `b` and `a` of factors that are not sharded.
+    """Return `b` and `a` of a weight whose factors are not sharded.
 
-    Their product is divided by `param.divisor`.
+    The weight is ``base + b @ a / param.divisor``.
 
     Raises:
-        ValueError: If they are sharded.
+        ValueError: If the factors are sharded.
     """
     if param.factor_sharding is None:
         return param.factors.b, param.factors.a
@@ -289,14 +298,14 @@ def whole_factors(param: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def tensor_of(param: Tensor | FrozenTensor) -> Tensor:
-    """Return the tensor of a full-rank parameter, trained or not."""
+    """Return the tensor of a full-rank parameter, trainable or frozen."""
     return param.tensor if isinstance(param, FrozenTensor) else param
 
 
 def map_low_rank(transform: Callable[[LowRank], Param], params: Param | Params) -> Param | dict[str, Param]:
-    """Apply `transform` to one LowRank, or to each in a dict.
+    """Apply `transform` to one LowRank, or to each LowRank in a dict.
 
-    Tensors are returned unchanged.
+    Full-rank parameters are returned unchanged.
     """
     check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):

@@ -1,6 +1,6 @@
 """The types that all packages share: weights, factors, plans and shardings.
 
-``*stack`` means any number of leading axes: repeated weights of one shape are stacked in one tuple.
+``*stack`` means any number of leading axes. Repeated weights of one shape are stacked along these axes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Side: TypeAlias = Literal["b", "a"]
 
 
 class Factors(NamedTuple):
-    """The trained low-rank factors of one weight.
+    """The trained low-rank factors of one weight, or of a stack of weights.
 
     Slot k is the pair ``b[..., :, k]``, ``a[..., k, :]``.
     """
@@ -29,9 +29,9 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Alpha:
-    """The alpha of a weight, as in PEFT: its product is ``alpha / rank * b @ a``.
+    """The alpha of a weight ``base + alpha / rank * b @ a``, as in PEFT.
 
-    It is no tensor, so that a compiled step has it as a constant.
+    It is a number and not a tensor, so it is a constant of a compiled step. It may be negative, but not 0.
     """
 
     value: float
@@ -39,33 +39,35 @@ class Alpha:
     def __post_init__(self) -> None:
         value = check_number("alpha", self.value)
         if value == 0:
-            raise ValueError("`alpha` is 0, with which factors change no weight; use a number above 0")
+            raise ValueError("`alpha` is 0, so factors would not change the weight; use a number above 0")
         object.__setattr__(self, "value", float(value))
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which rows of a base this process stores.
+    """Which rows of a base, or of factors, this process stores.
 
-    Every process stores equally many rows, and the last ones store fewer if the number does not divide.
+    Every process stores `rows_per_process` rows. If the world size does not divide `rows`, the last processes store
+    fewer rows, or none.
     """
 
     group: str  # the name of the process group
     world_size: int
     process: int  # the index of this process in the group
     rows: int  # `out` of the unsharded base
-    columns: int | None = None  # `in`, in the sharding of factors: `b` by its rows, `a` by its columns
-    weight: float = 1.0  # of this process in the mean of the gradients of sharded factors
-    alpha: float = 1.0  # of the weight, in the sharding of factors
+    # The fields below are for sharded factors: rows of `b` and columns of `a`.
+    columns: int | None = None  # `in` of the weight; None in the sharding of a base
+    weight: float = 1.0  # of this process in the mean of the gradients over processes
+    alpha: float = 1.0  # of the weight
 
     @property
     def rows_per_process(self) -> int:
-        """The most rows that a process stores."""
+        """The largest number of rows that a process stores."""
         return -(-self.rows // self.world_size)
 
     @property
     def as_columns(self) -> "Sharding":
-        """The columns of `a`, as if they were rows."""
+        """The sharding of the columns of `a`, written as a sharding of rows."""
         assert self.columns is not None
         return replace(self, rows=self.columns)
 
@@ -78,7 +80,10 @@ class Sharding:
 
 @dataclass(frozen=True)
 class FixedSide:
-    """What the trained factor `b` must know about the side `a`, which is not trained."""
+    """The constants of a weight that trains only `b`: the size of `a`, and alpha.
+
+    They are part of the trainable tree, which does not contain `a`.
+    """
 
     columns: int  # `in` of the weight
     alpha: float = 1.0  # of the weight
@@ -92,7 +97,7 @@ register_constant(FixedSide)
 class ScaledFactors(NamedTuple):
     """The factors of a weight whose alpha is not 1.
 
-    With an alpha of 1 they are `Factors`. Gradients, moments and updates have this type too, because `torch.func` and
+    For an alpha of 1, use `Factors`. Gradients, moments and updates have this type too, because `torch.func` and
     `tree_map` keep it. So alpha cannot differ between the forward pass, a switch and an update.
     """
 
@@ -102,22 +107,22 @@ class ScaledFactors(NamedTuple):
 
 
 class ShardedFactors(NamedTuple):
-    """The shards of factors of this process: rows of `b` and columns of `a`.
+    """The shards of factors that this process stores: rows of `b` and columns of `a`.
 
     Gradients, moments and updates of sharded factors have this type too, because `torch.func` and `tree_map` keep it.
-    So whoever combines the entries of a factor sees that it has a part of them.
+    So a function that combines all entries of a factor, such as a norm, can see that it has only a shard.
     """
 
     b: Float[Tensor, "*stack rows rank"]
     a: Float[Tensor, "*stack rank columns"]
-    sharding: Sharding  # with `columns`
+    sharding: Sharding  # its `columns` is not None
 
 
 class OneSidedFactors(NamedTuple):
     """The factors of a weight that trains only `b`.
 
-    The rows of `a` are orthogonal, and all have the length ``sqrt(rank / |alpha|)``. They come from the basis seed, and
-    only a switch replaces them. `partition` moves `a` into the frozen tree and leaves ``()`` in its place, so that
+    The rows of `a` are orthogonal, and each has the norm ``sqrt(rank / |alpha|)``. They come from the basis seed, and
+    only a switch replaces them. `partition` moves `a` into the frozen tree and leaves ``()`` in its place. So
     gradients, moments and updates have one tensor.
     """
 
@@ -130,25 +135,25 @@ AnyFactors: TypeAlias = Factors | ScaledFactors | ShardedFactors | OneSidedFacto
 
 
 def is_factors(leaf: Any) -> TypeGuard[AnyFactors]:
-    """Return whether a leaf of the trainable tree has factors.
+    """Return whether a leaf of the trainable tree is a tuple of factors.
 
-    They may be sharded, and of one side or both.
+    Factors may be sharded, have an alpha, or have only one trained side.
     """
     return isinstance(leaf, Factors | ScaledFactors | ShardedFactors | OneSidedFactors)
 
 
 def sides_of(factors: AnyFactors) -> tuple[Any, ...]:
-    """Return `b` and `a` of factors, or only `b` where `a` is not trained."""
+    """Return `b` and `a`, or only `b` if `a` is not in these factors."""
     return (factors.b,) if isinstance(factors.a, tuple) and not factors.a else (factors.b, factors.a)
 
 
 def with_sides(factors: AnyFactors, sides: Sequence[Any]) -> Any:
-    """Return factors with other sides, as many as `sides_of` returns."""
+    """Replace the sides of factors. Pass as many sides as `sides_of` returns."""
     return factors._replace(b=sides[0]) if len(sides) == 1 else factors._replace(b=sides[0], a=sides[1])
 
 
 def alpha_of(factors: AnyFactors) -> float:
-    """Return the alpha of the weight that factors, or their gradients, belong to."""
+    """Return the alpha of the weight that factors or their gradients belong to."""
     if isinstance(factors, Factors):
         return 1.0
     if isinstance(factors, OneSidedFactors):
@@ -157,14 +162,14 @@ def alpha_of(factors: AnyFactors) -> float:
 
 
 def with_alpha(factors: Factors, alpha: float) -> Factors | ScaledFactors:
-    """Return factors as those of a weight with an alpha."""
+    """Return factors with an alpha: `Factors` for 1, and `ScaledFactors` otherwise."""
     return factors if alpha == 1 else ScaledFactors(factors.b, factors.a, Alpha(alpha))
 
 
 def divisor_of(rank: int, alpha: float) -> float:
-    """Return ``rank / alpha``, which divides the product of factors.
+    """Return ``rank / alpha``: the weight is ``base + b @ a / divisor``.
 
-    With an alpha of 1 it is the integer, so that bits and graphs are those of a division by the rank.
+    For an alpha of 1 this is the integer `rank`, so bits and graphs are the same as for a division by the rank.
     """
     return rank if alpha == 1 else rank / alpha
 
@@ -172,14 +177,14 @@ def divisor_of(rank: int, alpha: float) -> float:
 class LowRank(NamedTuple):
     """A low-rank weight, ``base + alpha / rank * b @ a``.
 
-    This is equation 1 of arXiv:2406.06564. Alpha is 1 for `Factors`, and part of the type of `ScaledFactors`. All
+    This is equation 1 of arXiv:2406.06564. Alpha is 1 for `Factors`, and a field of the other types of factors. All
     functions read it there, so the forward pass and a switch cannot disagree about it.
     """
 
     # A plain tensor or a tuple of `dynlora_fn.bases`. Only transforms such as `switch` and `merge` change it.
     base: Float[Tensor, "*stack out in"] | Any
     factors: AnyFactors
-    seed: Int[Tensor, "*stack"]  # of the basis that incoming vectors are drawn from
+    seed: Int[Tensor, "*stack"]  # of the basis from which incoming vectors are generated
 
     @property
     def shape(self) -> torch.Size:
@@ -196,32 +201,32 @@ class LowRank(NamedTuple):
 
     @property
     def alpha(self) -> float:
-        """The alpha, which multiplies the product of the factors."""
+        """The alpha in ``base + alpha / rank * b @ a``."""
         return alpha_of(self.factors)
 
     @property
     def divisor(self) -> float:
-        """``rank / alpha``, which divides the product of the factors."""
+        """``rank / alpha``: the weight is ``base + b @ a / divisor``."""
         return divisor_of(self.factors.b.shape[-1], alpha_of(self.factors))
 
 
 class Frozen(NamedTuple):
     """The frozen leaves of a `LowRank`, as `partition` returns them.
 
-    `combine` compares `alpha` with the alpha of the factors. A step that builds new factors may lose it.
+    `combine` compares `alpha` with the alpha of the factors, since a step that builds new `Factors` would drop it.
     """
 
     base: Float[Tensor, "*stack out in"] | Any
     seed: Int[Tensor, "*stack"]
-    alpha: Alpha | tuple[()] = ()  # of the weight; () for 1
-    a: Float[Tensor, "*stack rank in"] | tuple[()] = ()  # where only `b` is trained; () where both sides are
+    alpha: Alpha | tuple[()] = ()  # () means 1, or the alpha of sharded factors
+    a: Float[Tensor, "*stack rank in"] | tuple[()] = ()  # `a` of a weight that trains only `b`; () for other weights
 
 
 class FrozenTensor(NamedTuple):
     """A full-rank parameter that is not trained.
 
-    `init` returns it for a parameter of a module with ``requires_grad=False``, and for integers. `partition` moves it
-    into the frozen tree.
+    `init` returns it for a parameter of a module that has ``requires_grad=False`` or an integer dtype. `partition`
+    moves it into the frozen tree.
     """
 
     tensor: Shaped[Tensor, "..."]
@@ -235,19 +240,20 @@ class FrozenTensor(NamedTuple):
 class SidePlan(NamedTuple):
     """The switches of one side in one step.
 
-    ``count`` is the same in every step, so that no step recompiles. Only entries where `active` is true are switched;
-    the other entries must contain valid slots too. A plan without stack axes applies to every member of a stack.
+    Only entries with `active` true are switched. `count` is the same in every step, so a compiled step is not compiled
+    again; inactive entries fill it up and must contain valid slots too. A plan without stack axes applies to every
+    member of a stack.
     """
 
     slots: Int[Tensor, "*stack count"]  # the slots to switch, distinct where active
-    indices: Int[Tensor, "*stack count"]  # the incoming vectors of the basis; taken modulo the size of a pool
+    indices: Int[Tensor, "*stack count"]  # of the incoming vectors in the basis; modulo the size of a pool
     active: Bool[Tensor, "*stack count"]
 
 
 class Plan(NamedTuple):
     """The switches of one weight in one step.
 
-    `frozen_for` is the number of steps for which the counterparts are then frozen.
+    After a switch, the optimizer freezes the counterparts of the switched vectors for `frozen_for` steps.
     """
 
     b: SidePlan

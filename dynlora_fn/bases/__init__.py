@@ -1,7 +1,7 @@
-"""Frozen bases in low precision, and their conversion from and to torchao.
+"""Frozen bases in low precision, deferred folds, and conversion with torchao.
 
-Quantize bases, or defer their folds. The formats are torchao's. A residual stores what the codes miss, so that errors
-of repeated folds do not add up.
+The formats are torchao's. A residual stores the rounding error of the codes, so that the errors of repeated folds do
+not add up.
 """
 
 from dynlora_fn.bases._defer import defer as defer

@@ -1,4 +1,4 @@
-"""What every base answers, and the adapter of a dense tensor."""
+"""The methods that every base has, and the adapter for a plain tensor."""
 
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -19,18 +19,18 @@ StoredBase: TypeAlias = Any  # a base as a weight stores it: a tensor, or one of
 
 
 class PendingFold(NamedTuple):
-    """A difference that is not folded yet, ``factors.b @ factors.a / divisor``."""
+    """A difference ``factors.b @ factors.a / divisor`` that is not folded yet."""
 
     factors: Factors
     divisor: float
 
 
 class Base(Protocol):
-    """A base that answers for itself, as `as_base` returns it.
+    """The methods that every base has. `as_base` returns an object with these methods.
 
-    Methods return bases as they are stored, so that a plain tensor stays one. Those that read all rows are collective
-    if the base is sharded: call them on every process. Products and shards need a base without pending folds: a
-    `Deferred` base has no `map_rows`, `by_rows`, `of_all_rows`, `transposed` and `flatten`.
+    Methods return bases in the form in which a weight stores them, so a plain tensor stays a plain tensor. Methods that
+    read all rows of a sharded base are collective: call them on every process. A `Deferred` base has no `map_rows`,
+    `by_rows`, `of_all_rows`, `transposed` and `flatten`, because products and shards need a base without pending folds.
     """
 
     @property
@@ -43,18 +43,18 @@ class Base(Protocol):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The least dtype in which sums with this base are computed.
+        """The narrowest dtype in which sums with this base may be computed.
 
-        It is the dtype of a dense base, and float32 for other bases.
+        This is the dtype of a dense base, and float32 for other bases.
         """
 
     @property
     def sharding(self) -> Sharding | None:
-        """Which rows this process stores, or None for all."""
+        """Which rows this process stores, or None if it stores all rows."""
 
     @property
     def residual(self) -> Residual:
-        """What the codes that this process stores miss, or () without codes or residual."""
+        """The residual of the codes that this process stores, or () if there is none."""
 
     @property
     def folded(self) -> StoredBase:
@@ -65,36 +65,38 @@ class Base(Protocol):
         """The pending folds."""
 
     def with_folded(self, folded: StoredBase, *, divisor: float) -> StoredBase:
-        """Return `folded` as a base of the same kind, with nothing pending.
+        """Return a base of this kind that contains `folded`, with nothing pending.
 
-        `divisor` is the divisor of the weight.
+        `divisor` is the divisor of the weight, ``rank / alpha``.
         """
 
     def map_folded(self, change: Any) -> StoredBase:
-        """Apply `change` to the base without its pending folds, and keep those pending."""
+        """Apply `change` to the base under the pending folds, which stay pending."""
 
     def fold_pending(self, *, name: str) -> StoredBase:
-        """Fold the pending folds, and return a base of the same kind without any."""
+        """Fold all pending folds. Return a base of the same kind with nothing pending."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the dense base that products read, without the residual.
 
-        A conversion is one operation that a compiler cannot look into, so only one dense weight is alive at a time.
+        The conversion is one custom operation that a compiler does not inline, so only one dense weight is alive at a
+        time.
         """
 
     def as_tensor(self, dtype: torch.dtype) -> Tensor:
         """Return the dense base that products read.
 
-        A plain tensor is returned unchanged, and codes are decoded to `dtype`.
+        A plain tensor is returned unchanged, in any dtype. Codes are decoded to `dtype`.
         """
 
     def exact(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense base with residual and pending folds, in new memory."""
+        """Return the dense base plus residual and pending folds, in new memory."""
 
     def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> StoredBase:
         """Return ``base + left @ right / divisor`` in the storage format of this base.
 
-        See `_fold.fold` for a dense base and `quantize` for the residual.
+        See `_fold.fold` for the arithmetic and `quantize` for the residual. A `Deferred` base appends the difference to
+        its pending folds.
 
         Args:
             left: The left factor of the difference, (*stack, out, count). For a sharded base it may have only the rows
@@ -104,8 +106,8 @@ class Base(Protocol):
             name: The name of the weight, for error messages.
 
         Raises:
-            ValueError: If the new weight of a quantized base is not finite, in a compiled function too. Also if a fold
-                has more vectors than a deferred base has room for.
+            ValueError: If the new weight of a quantized base is not finite, in a compiled function too. Also if `count`
+                exceeds the number of vectors that a deferred base has room for.
         """
 
     def add(self, change: Tensor, *, name: str) -> StoredBase:
@@ -118,11 +120,11 @@ class Base(Protocol):
         """
 
     def scaled(self, factor: float | Tensor, *, name: str) -> StoredBase:
-        """Return the base of ``factor * weight``, pending folds included.
+        """Return ``factor * base``, with residual and pending folds scaled too.
 
-        Codes are kept and their scales multiplied where the format allows it. A residual in bfloat16 is then rounded
-        up or down at random. Other formats, mxfp4 and bfloat16, are encoded again from codes and residual. Without a
-        residual they lose factors too near to one, as they lose small folds.
+        If the scales of the format are fine enough, only the scales change, and a residual in bfloat16 is rounded up or
+        down at random. mxfp4, bfloat16, and nf4 with scales in half precision are encoded again from codes and
+        residual. Without a residual they do not change if the factor is too close to 1.
 
         Args:
             factor: A finite number, or a 0-d tensor on the device of the base.
@@ -130,20 +132,20 @@ class Base(Protocol):
         """
 
     def gather(self) -> StoredBase:
-        """Return the base with all rows, its residual included."""
+        """Return the base with all rows, and its residual."""
 
     def map_rows(self, change: RowMap, sharding: Sharding) -> StoredBase:
         """Apply `change` to every tensor that has the rows of the base."""
 
     def by_rows(self, name: str, sharding: Sharding) -> StoredBase:
-        """Return the same base, in codes whose rows can be split over processes.
+        """Return the same base in codes whose rows can be split over processes.
 
         Raises:
-            ValueError: If that is impossible.
+            ValueError: If the format cannot be split over these processes.
         """
 
     def of_all_rows(self) -> StoredBase:
-        """Reverse `by_rows` for a gathered base where that loses nothing."""
+        """Reverse `by_rows` for a gathered base if that keeps every value."""
 
     def transposed(self) -> StoredBase:
         """Return the base of the transposed weight, for one product."""
@@ -151,17 +153,17 @@ class Base(Protocol):
     def flatten(self) -> Flattened:
         """Return the layout and the tensors that products read.
 
-        `gather_codes` reverses it.
+        `gather_codes` rebuilds the codes from them.
         """
 
     def to_torchao(self) -> Tensor:
-        """Return torchao's tensor with the codes of this base, and a dense base unchanged."""
+        """Return torchao's tensor with the codes of this base, or a dense base unchanged."""
 
 
 class Dense(NamedTuple):
-    """A plain tensor that answers as a base does.
+    """A plain tensor with the methods of `Base`.
 
-    It is never stored: a weight stores the tensor.
+    It is never stored. A weight stores the tensor itself.
     """
 
     tensor: Float[Tensor, "*stack out in"]
@@ -244,6 +246,6 @@ class Dense(NamedTuple):
 
 
 def as_base(base: StoredBase) -> Base:
-    """Return a base that answers for itself. Only a plain tensor is not one already."""
+    """Return a base with the methods of `Base`: wrap a plain tensor in `Dense`."""
     answering: Base = Dense(base) if isinstance(base, Tensor) else base
     return answering

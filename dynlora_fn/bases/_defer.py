@@ -1,4 +1,4 @@
-"""`defer` and `fold_pending`: start and end the deferral of folds."""
+"""`defer` and `fold_pending`: collect folds, and fold them into the base later."""
 
 from typing import overload
 
@@ -17,35 +17,40 @@ def defer(params: Params, *, vectors: int) -> dict[str, Param]: ...
 def defer(params: LowRank | Params, *, vectors: int) -> LowRank | dict[str, Param]:
     """Defer the folds of `switch` until `fold_pending`.
 
-    The weight does not change. A switch appends its differences to the pending vectors instead of folding them::
+    The weight does not change. A switch appends its difference to the pending vectors instead of folding it::
 
         weight = base + pending.b @ pending.a / divisor + alpha / rank * b @ a
 
-    The divisor is ``rank / alpha`` when the weight is deferred or resized. Forward and backward pass treat pending
-    vectors as additional slots, at the cost of trained ones. If there is no room for a switch, the oldest vectors are
-    folded, so nothing is lost. With room for n switches, and `fold_pending` after every n switches, no further fold
-    happens.
+    The divisor is the ``rank / alpha`` that the weight had when it was deferred, merged or resized. Forward and
+    backward pass treat pending vectors as additional slots, at the same cost as trained slots. If there is no room for
+    a switch, the oldest vectors are folded, so no difference is lost. To fold only with `fold_pending`, pass `vectors`
+    with room for n switches, and call `fold_pending` after every n switches.
 
     Args:
         params: One weight, or weights by name. Tensors are returned unchanged.
-        vectors: The number of vectors that can be pending. A switch adds one for each entry of its plan, on both sides.
+        vectors: The number of vectors that can be pending. A switch adds one vector for each entry of its plan, on both
+            sides, active or not.
 
     Returns:
         The same weights, each with a `Deferred` base.
 
     Raises:
-        TypeError: If `vectors` is no integer.
+        TypeError: If `vectors` is not an integer, or `params` is neither a weight nor a dict of parameters.
         ValueError: If `vectors` is less than 1, a weight is deferred already, or its factors are sharded.
 
-    Numerics: Pending vectors have the dtype of the factors. They are exact in float32 or wider, and rounded in
-        bfloat16.
+    Numerics: Pending vectors have the dtype of the factors. In float32 or wider they are exactly the vectors that a
+        fold would use. In bfloat16 they are rounded.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> import dynlora_fn as dl
         >>> params = dl.init(nn.Linear(64, 32), rank=4, seed=0, targets=["weight"], base="int8")
-        >>> dl.bases.defer(params, vectors=8)["weight"].base.pending.b.shape
+        >>> deferred = dl.bases.defer(params, vectors=8)
+        >>> deferred["weight"].base.pending.b.shape
         torch.Size([32, 8])
+        >>> torch.allclose(dl.materialize(deferred)["weight"], dl.materialize(params)["weight"], atol=1e-6)
+        True
     """
     vectors = check_integer("vectors", vectors, least=1)
     check_one_or_more("params", params)
@@ -79,9 +84,10 @@ def fold_pending(params: LowRank | Params) -> LowRank | dict[str, Param]:
         params: One weight, or weights by name. Weights that are not deferred, and tensors, are returned unchanged.
 
     Returns:
-        The same weights.
+        The same weights, with all pending vectors zero.
 
     Raises:
+        TypeError: If `params` is neither a weight nor a dict of parameters.
         ValueError: If a quantized weight is not finite.
         NotImplementedError: If pending vectors of a quantized base require a gradient or have a tangent.
 

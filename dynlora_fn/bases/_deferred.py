@@ -1,4 +1,4 @@
-"""Deferred bases: folds that are pending, so that a base is quantized less often."""
+"""Deferred bases. Their folds stay pending, so that codes are encoded less often."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from dynlora_fn.bases._residual import Residual
 
 @dataclass(frozen=True)
 class Divisor:
-    """The divisor of pending folds, ``rank / alpha``.
+    """The divisor of pending folds: the ``rank / alpha`` of the weight.
 
-    It was set when the weight was deferred, resized or merged. Pending folds keep it if the factors are replaced by
-    others of another rank. It is no tensor, so a checkpoint only compares it: after `resize` it is the divisor of a
-    weight which is deferred at the new rank.
+    It is set when the weight is deferred, merged or resized. Pending folds keep it even if the factors are replaced by
+    factors of another rank. It is a constant and not a tensor, so a checkpoint does not store it but compares it. For
+    that, `resize` sets it to the divisor of a weight that was deferred at the new rank.
     """
 
     value: float
@@ -32,9 +32,9 @@ register_constant(Divisor)  # a node without leaves, so that the leaves of every
 
 
 class Deferred(NamedTuple):
-    """A base with pending folds.
+    """A base with pending folds, ``base + pending.b @ pending.a / divisor.value``.
 
-    It is ``base + pending.b @ pending.a / divisor.value``, exactly.
+    `defer` creates it, and `fold_pending` folds what is pending.
     """
 
     base: StoredBase
@@ -94,7 +94,7 @@ class Deferred(NamedTuple):
         return fold(as_base(self.base).exact(dtype), b, a, divisor=self.divisor.value)
 
     def fold(self, left: Tensor, right: Tensor, *, divisor: float, name: str) -> "Deferred":
-        """Append pending vectors, and fold as many of the oldest into the base."""
+        """Append a difference to the pending vectors, and fold as many of the oldest."""
         b, a = self.pending
         count, room = left.shape[-1], b.shape[-1]
         if count > room:

@@ -1,16 +1,16 @@
 """4-bit floating point (e2m1) in blocks along the rows, for NVFP4 and MXFP4.
 
 =======  ======================================================  =================================
-format   an entry is                                             in blocks of
+format   value of an entry                                       entries in a block
 =======  ======================================================  =================================
 nvfp4    ``units * scale * factor``, scale in float8 e4m3         16, one factor for the weight
 mxfp4    ``units * 2 ** (scale - 127)``                           32 (OCP Microscaling Formats v1.0)
 =======  ======================================================  =================================
 
-The layouts are those of torchao's NVFP4Tensor with one scale for the weight, and of its MXTensor with
-``ScaleCalculationMode.EVEN``. Of torchao's modes, EVEN has the smallest error for normally distributed weights:
-11.2 %, where FLOOR has 11.4 % and RCEIL 11.9 %. Both are prototypes in torchao. They are imported only to create one of
-their tensors, so nothing else fails if torchao moves them. An existing tensor is recognized by the name of its type.
+The layouts are the same as in torchao's NVFP4Tensor with one scale for the weight, and in its MXTensor with
+``ScaleCalculationMode.EVEN``. Of torchao's modes, EVEN has the smallest error for normally distributed weights: 11.2 %.
+FLOOR has 11.4 % and RCEIL 11.9 %. Both types are prototypes in torchao. They are imported only to create such a tensor,
+so nothing else fails if torchao moves them. An existing tensor is recognized by the name of its type.
 """
 
 from itertools import pairwise
@@ -34,7 +34,7 @@ def empty_packed(kind: str, name: str, weight: Tensor, block: int) -> Tensor:
     """Return uninitialized packed codes for one weight (out, in).
 
     Raises:
-        ValueError: If the blocks do not divide the rows of the weight.
+        ValueError: If `in` is not a multiple of the block size.
     """
     out_features, in_features = weight.shape
     if in_features % block:
@@ -50,7 +50,7 @@ def unpacked_shape(codes: Tensor) -> torch.Size:
 def pack(units: Tensor) -> Tensor:
     """Round to 4-bit codes and pack two in each byte, the first in the low bits.
 
-    Ties go to the even code. Values beyond 6 become 6.
+    Ties are rounded to the even code. Magnitudes above 6 become 6.
     """
     limits = torch.tensor(_LIMITS, dtype=torch.float32, device=units.device)
     codes = torch.bucketize(units.abs(), limits).to(torch.uint8)
@@ -61,7 +61,7 @@ def pack(units: Tensor) -> Tensor:
 def unpack(codes: Tensor, factors: Tensor) -> Tensor:
     """Return the weight (*stack, out, in) in float32.
 
-    There is a factor for each block (*stack, out, blocks).
+    `factors` (*stack, out, blocks) has the factor of each block.
     """
     indices = torch.stack([codes & 0b1111, codes >> 4], dim=-1)
     units = torch.tensor(_VALUES, dtype=torch.float32, device=indices.device)[indices.int()]

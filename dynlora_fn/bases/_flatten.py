@@ -1,4 +1,4 @@
-"""What products read of a base: constants, and the tensors of its codes."""
+"""The constants and tensors of a base that products read."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,29 +13,29 @@ from dynlora_fn.bases._refusals import refuse_attached, refuse_mapped
 
 
 class Layout(NamedTuple):
-    """How to rebuild codes from their tensors.
+    """The constants with which codes are rebuilt from their tensors.
 
-    All fields are constants, so a graph can contain them.
+    A compiled graph can contain all of them.
     """
 
-    kind: str  # of the format of the codes
-    sharding: tuple[Any, ...] | None = None  # the fields of `Sharding`, if these are the rows of this process
-    factor_sharding: tuple[Any, ...] | None = None  # of the factors that are multiplied with the codes
+    kind: str  # `Format.kind` of the codes
+    sharding: tuple[Any, ...] | None = None  # the fields of the `Sharding` of the base; None if it has all rows
+    factor_sharding: tuple[Any, ...] | None = None  # the same for the factors of the product
     is_transposed: bool = False
-    alpha: float = 1.0  # of the factors that are multiplied with the codes
+    alpha: float = 1.0  # of the factors of the product
 
 
 class Flattened(NamedTuple):
-    """The layout and the tensors of the codes of a base, as they are stored."""
+    """The layout and the tensors of the codes that a base stores."""
 
     layout: Layout
     tensors: list[Tensor]
 
 
 def gather_codes(layout: Layout, tensors: Sequence[Tensor]) -> Format:
-    """Return the codes with all rows.
+    """Rebuild the codes, with all rows.
 
-    A sharded base is all-gathered in its storage format. Collective in that case: call it on every process.
+    A sharded base is all-gathered in its storage format. In that case this is collective: call it on every process.
     """
     codes = codes_from_tensors(layout.kind, tensors)
     return codes.map_rows(gather_rows, Sharding(*layout.sharding)) if layout.sharding else codes
@@ -44,7 +44,7 @@ def gather_codes(layout: Layout, tensors: Sequence[Tensor]) -> Format:
 def refuse_differentiated(layout: Layout, tensors: Sequence[Tensor], what: str) -> None:
     """Refuse shards and codes that require a gradient or have a tangent.
 
-    Products refuse them too. Before a product the error can name the weight in `what`.
+    Products refuse them too, but do not know the name of the weight. A caller that does passes it in `what`.
     """
     if layout.sharding:
         refuse_attached("gradient, sharded base", tensors, what=what)

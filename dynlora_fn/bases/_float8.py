@@ -13,9 +13,9 @@ from dynlora_fn.bases._rowwise import decode_rows, decode_rows_into, empty_scale
 
 
 class Float8Codes(NamedTuple):
-    """``codes * scale`` with one scale for each row.
+    """float8 codes of a weight ``codes * scale``, with one scale for each row.
 
-    They are the inner tensors of torchao's Float8Tensor.
+    These are the inner tensors of torchao's Float8Tensor.
     """
 
     codes: Float[Tensor, "*stack out in"]  # float8_e4m3fn or float8_e5m2

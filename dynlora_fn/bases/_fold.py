@@ -9,10 +9,10 @@ from torch import Tensor
 from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._torch import are_immediate
 
-# A compiler fuses outer products into one pass over the base, in place if the base is donated. It does neither for a
-# matrix product, but that is faster for many vectors.
+# A compiler fuses outer products into one pass over the base, in place if the base is donated. It cannot do this for a
+# matrix product, which is faster for many vectors.
 _MOST_OUTER_PRODUCTS = 32
-# How many entries of the base the outer products are added to at a time, so that these stay in a cache.
+# The entries of a block of the base. All outer products are added to a block while it is in the cache.
 _BLOCK = 2**18
 
 
@@ -25,7 +25,7 @@ def fold(
     dtype: torch.dtype | None = None,
     out: Float[Tensor, "*stack out in"] | None = None,
 ) -> Float[Tensor, "*stack out in"]:
-    """Return ``base + left @ right / divisor``, rounded once.
+    """Return ``base + left @ right / divisor`` in memory of its dtype, rounded once.
 
     Args:
         base: The dense base.
@@ -33,12 +33,13 @@ def fold(
         right: The right factor of the difference.
         divisor: The divisor of the weight, ``rank / alpha``.
         dtype: The dtype of the result. Default None means the dtype of `out`, or of `base` without `out`.
-        out: A contiguous tensor that the result is written into. Default None means newly allocated memory.
+        out: A contiguous tensor to write the result into. It may be `base`. Default None means newly allocated memory.
 
-    Numerics: The sum is computed in the widest of all these dtypes, and at least in float32. Autocast does not apply,
-        because a fold changes a weight and not an activation. Up to 32 vectors are added as outer products, exact to
-        that dtype. More vectors are one matrix product, with the precision on CUDA that
-        `torch.set_float32_matmul_precision` allows. A fold rounds every entry of a bfloat16 base, by up to 2**-9 of it.
+    Numerics: The sum is computed in the widest dtype of `base`, `left` and the result, at least in float32. Autocast
+        does not apply, because a fold changes a weight and not an activation. Up to 32 vectors are added as outer
+        products in that dtype. More vectors are one matrix product. On CUDA it has the precision that
+        `torch.set_float32_matmul_precision` allows. A fold rounds every entry of a bfloat16 base, with a relative
+        error of up to 2**-9.
     """
     if dtype is None:
         dtype = base.dtype if out is None else out.dtype
@@ -68,9 +69,9 @@ def _fold(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
     """Write the result of `_fold` into a tensor, which may be the base.
 
-    It needs the memory of one more block or product.
+    This takes additional memory for one or two blocks, or for one product of more than 32 vectors.
     """
-    if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # one product, because the product of a block may have other bits
+    if left.shape[-1] > _MOST_OUTER_PRODUCTS:  # not in blocks, because the product of a block may have other bits
         with without_autocast(base.device.type):
             torch.add(base, left @ right, out=result)
         return
@@ -91,7 +92,7 @@ def _fold_in_blocks(result: Tensor, base: Tensor, left: Tensor, right: Tensor) -
 def _blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
     """Yield the members and the rows of each block of a stack.
 
-    A block has some members, or some rows of one.
+    A block has several members with all rows, or some rows of one member.
     """
     stack, out_features, in_features = shape
     members = max(_BLOCK // max(out_features * in_features, 1), 1)

@@ -1,4 +1,4 @@
-"""What every storage format answers."""
+"""The methods that every storage format has."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self, TypeAlias
@@ -14,8 +14,8 @@ RowMap: TypeAlias = Callable[[Tensor, Sharding], Tensor]
 class Format(Protocol):
     """The codes of one weight or of a stack, in one storage format.
 
-    A format is a NamedTuple of tensors. The first one has the rows of the weight, and all have the leading axes
-    `*stack`. The type says the format; shapes and dtypes say its details.
+    A format is a NamedTuple of tensors. The first tensor has the rows of the weight, and all tensors have the leading
+    axes `*stack`. The type determines the format, and shapes and dtypes its details, such as the block size.
     """
 
     def __iter__(self) -> Iterator[Any]:
@@ -23,7 +23,7 @@ class Format(Protocol):
 
     @property
     def kind(self) -> str:
-        """The name of the format in `BY_KIND`, which operations on codes take."""
+        """The name of the format in `BY_KIND`, an argument of operations on codes."""
 
     @property
     def shape(self) -> torch.Size:
@@ -31,14 +31,14 @@ class Format(Protocol):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The least dtype in which sums are computed: float32 for codes.
+        """The narrowest dtype in which sums may be computed: float32 for codes.
 
-        For a plain tensor it is the dtype of the tensor.
+        For a plain tensor this is the dtype of the tensor.
         """
 
     @property
     def half_step(self) -> float:
-        """The largest half step of the codes, over the largest entry of a weight."""
+        """A bound for the rounding error of an entry, over the weight's largest entry."""
 
     @property
     def is_tied(self) -> bool:
@@ -46,13 +46,16 @@ class Format(Protocol):
 
     @property
     def keeps_half_precision(self) -> bool:
-        """Whether torchao's tensor of a weight keeps half precision as its dtype."""
+        """Whether torchao's tensor of a weight in half precision has that dtype.
+
+        If not, the tensor has dtype float32.
+        """
 
     @classmethod
     def dtype_of(cls, config: Any) -> torch.dtype | None:
         """Return the dtype of the codes that a configuration of torchao requests.
 
-        The result is None if the configuration requests another format.
+        Return None if the configuration requests another format.
         """
 
     @classmethod
@@ -61,35 +64,35 @@ class Format(Protocol):
 
         Args:
             name: The name of the weight, for error messages.
-            weight: The weight whose shape, device and dtype the codes are for.
-            dtype: The dtype of the codes, for a format with several. Default None means the usual one.
+            weight: A weight with the shape, device and dtype that the codes are for.
+            dtype: The dtype of the codes, for a format with several dtypes. Default None means the format's default.
 
         Raises:
-            ValueError: If the blocks of the format do not divide the weight.
+            ValueError: If the shape of the weight does not fit the blocks of the format.
         """
 
     def encode(self, weight: Tensor, *, again: bool = False) -> Self:
         """Encode a weight (out, in), in float32 at least, in the layout of these codes.
 
-        With `again`, the weight was decoded from such codes. What its codes already say is then kept where encoding
-        would change it a little each time.
+        Pass `again` if the weight was decoded from codes of this format and changed. Quantities that would otherwise
+        drift a little with each encoding, such as the mean of nf4, then stay.
         """
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Decode to a dense weight (*stack, out, in).
 
-        The values are those of torchao's ``dequantize``, except for the last rounding.
+        The values are equal to torchao's ``dequantize``, except for the rounding to `dtype`.
         """
 
     def decode_into(self, target: Tensor) -> None:
         """Decode one weight into an existing tensor, such as a view of a larger matrix."""
 
     def scaled(self, factor: float | Tensor) -> Self | None:
-        """Return the codes of ``factor * weight``. Only scales are rounded.
+        """Return the codes of ``factor * weight``, with other scales only.
 
-        `factor` is a number or a 0-d tensor on the device of the codes. The last tensor of the result is a scale in
-        float32 that was multiplied. The result is None if scales of this format are too coarse, so that the weight must
-        be encoded again.
+        `factor` is a number or a 0-d tensor on the device of the codes. The last tensor of the result is a float32
+        scale that was multiplied. Return None if the scales of the format are too coarse; the caller then encodes the
+        weight again.
         """
 
     def map_rows(self, change: RowMap, sharding: Sharding) -> Self:
@@ -99,17 +102,17 @@ class Format(Protocol):
         """Return codes with the same values whose rows can be split over processes.
 
         Raises:
-            ValueError: If that is impossible. `name` is the name of the weight.
+            ValueError: If the format cannot be split over these processes. `name` is the name of the weight.
         """
 
     def of_all_rows(self) -> Self:
-        """Reverse `by_rows` for gathered codes where that loses nothing."""
+        """Reverse `by_rows` for gathered codes if that keeps every value."""
 
     @classmethod
     def from_torchao(cls, tensor: Any) -> Self | None:
         """Return codes that are views of the inner tensors of a torchao matrix.
 
-        The result is None if the tensor has another format or layout.
+        Return None if the tensor has another format or layout.
         """
 
     def to_torchao(self, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The table of formats, in torchao's layouts, with plain tensor operations.
+"""The table of storage formats, in torchao's layouts but with plain tensors.
 
-Codes are tuples that contain only tensors, which pass through every transform and can be donated. `encode` returns
-torchao's bits for a weight in float32. The exception are rows and blocks of zeros, for which torchao returns NaN.
+Codes are tuples of tensors, so they pass through every transform and can be donated. For a weight in float32, `encode`
+returns torchao's bits. Rows and blocks of zeros are an exception, for which torchao returns NaN.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from dynlora_fn.bases._nf4 import NF4Codes
 from dynlora_fn.bases._nvfp4 import NVFP4Codes
 from dynlora_fn.bases._plain import Plain
 
-Codes: TypeAlias = Format | Tensor  # a plain tensor: bfloat16
+Codes: TypeAlias = Format | Tensor  # a tensor for the format bfloat16
 
 STABLE: dict[str, type[Format]] = {"int8": Int8Codes, "float8": Float8Codes, "nf4": NF4Codes, "bfloat16": Plain}
 PROTOTYPES: dict[str, type[Format]] = {"nvfp4": NVFP4Codes, "mxfp4": MXFP4Codes}
@@ -31,25 +31,22 @@ _CHOICES = (
 
 
 def as_format(codes: Codes) -> Format:
-    """Return codes that answer for themselves.
-
-    Only a plain tensor is not such codes already.
-    """
+    """Return codes with the methods of `Format`: wrap a plain tensor in `Plain`."""
     return Plain(codes) if isinstance(codes, Tensor) else codes
 
 
 def stored(codes: Format) -> Codes:
-    """Return codes as a base stores them. It reverses `as_format`."""
+    """Return codes in the form in which a base stores them. This reverses `as_format`."""
     return codes.tensor if isinstance(codes, Plain) else codes
 
 
 def codes_from_tensors(kind: str, tensors: Iterable[Tensor]) -> Format:
-    """Return the codes of a format from their tensors, as `list` returns them."""
+    """Rebuild codes from their kind and the list of their tensors."""
     return BY_KIND[kind](*tensors)
 
 
 def format_of(base: object) -> tuple[type[Format], torch.dtype | None]:
-    """Return a format, and the dtype of its codes or None for the usual one.
+    """Return a format, and the dtype of its codes or None for the default dtype.
 
     Args:
         base: The name of a format, or a configuration of torchao.

@@ -11,15 +11,15 @@ from dynlora_fn.bases import _torchao
 from dynlora_fn.bases._format import RowMap
 from dynlora_fn.bases._rowwise import decode_rows, decode_rows_into, empty_scale, is_by_row
 
-# The first is torchao's. It rounds rows of very small values to zero, so the residual needs a smaller one.
+# torchao's smallest scale. It rounds rows of very small values to zero, so a residual has a smaller one.
 _LEAST_SCALE = torch.finfo(torch.float32).eps
 _LEAST_RESIDUAL_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Int8Codes(NamedTuple):
-    """``codes * scale`` with one scale for each row.
+    """int8 codes of a weight ``codes * scale``, with one scale for each row.
 
-    They are the inner tensors of torchao's symmetric Int8Tensor.
+    These are the inner tensors of torchao's symmetric Int8Tensor.
     """
 
     codes: Int8[Tensor, "*stack out in"]
@@ -59,15 +59,15 @@ class Int8Codes(NamedTuple):
         return cls(weight.new_empty(weight.shape, dtype=torch.int8), empty_scale(weight))
 
     def encode(self, weight: Tensor, *, again: bool = False) -> "Int8Codes":
-        """Encode in the layout of these codes, with 127 steps on both sides if `again`.
+        """Encode a weight, with ``scale = largest / 127.5``, or 127 if `again`.
 
-        With torchao's 127.5, the most negative value of a row would grow by 128 / 127.5 at each fold, and without a
-        residual explode.
+        torchao divides by 127.5. In repeated folds, the most negative value of a row would then grow by 128 / 127.5
+        each time. Without a residual it would grow without bound.
         """
         return _encode(weight, 127 if again else 127.5, _LEAST_SCALE)
 
     def encode_error(self, error: Tensor) -> "Int8Codes":
-        """Encode what other codes miss, which may be far smaller than a weight."""
+        """Encode the rounding error of other codes, which may be much smaller."""
         return _encode(error, 127, _LEAST_RESIDUAL_SCALE)
 
     def decode(self, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,9 @@ BLOCK = 32
 
 
 class MXFP4Codes(NamedTuple):
-    """``codes * 2 ** (scale - 127)`` in blocks of 32.
+    """MXFP4 codes of a weight ``codes * 2 ** (scale - 127)``, in blocks of 32.
 
-    They are the inner tensors of torchao's prototype MXTensor.
+    These are the inner tensors of torchao's prototype MXTensor.
     """
 
     codes: UInt8[Tensor, "*stack out half_in"]  # two 4-bit codes in each byte, the first in the low bits

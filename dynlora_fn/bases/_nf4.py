@@ -28,12 +28,13 @@ VALUES = (*_BELOW, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
 class NF4Codes(NamedTuple):
     """NF4 codes (arXiv:2305.14314): the inner tensors of torchao's NF4Tensor.
 
-    Blocks of 64 entries, row by row, share a scale. The scales are 8-bit integers, and groups of blocks share a factor.
+    Each block of 64 consecutive entries, in row-major order, has a scale. Scales are 8-bit integers, and groups of
+    blocks share a factor that converts them to floats.
     """
 
     codes: UInt8[Tensor, "*stack out half_in"]  # two 4-bit codes in each byte, the first in the high bits
     scales: Int8[Tensor, "*stack blocks"]
-    factor: Float[Tensor, "*stack scale_blocks"]  # a block's scale is ``scales / factor + mean``
+    factor: Float[Tensor, "*stack scale_blocks"]  # the scale of a block is ``scales / factor + mean``
     mean: Float[Tensor, "*stack"]
 
     @property
@@ -68,11 +69,10 @@ class NF4Codes(NamedTuple):
     def empty(cls, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> "NF4Codes":
         """Return uninitialized codes for one weight.
 
-        The blocks have 64 entries. The largest divisor of the number of blocks that also divides 256 is the number of
-        blocks that share a factor.
+        Blocks have 64 entries. ``gcd(blocks, 256)`` blocks share a factor.
 
         Raises:
-            ValueError: If blocks of 64 do not divide the weight, or `in` is odd.
+            ValueError: If the number of entries is not a multiple of 64, or `in` is odd.
         """
         out_features, in_features = weight.shape
         if weight.numel() % _BLOCK or in_features % 2:
@@ -88,9 +88,9 @@ class NF4Codes(NamedTuple):
         )
 
     def encode(self, weight: Tensor, *, again: bool = False) -> "NF4Codes":
-        """Encode in the layout of these codes, and keep their mean if `again`.
+        """Encode a weight in the layout of these codes, and keep their mean if `again`.
 
-        The mean is only the center of the scales, and a new one would make the codes of every row depend on all rows.
+        The mean only centers the scales. A new mean would make the codes of every row depend on all rows.
         """
         weight = weight.to(torch.float32)
         blocks = weight.reshape(self.scales.shape[-1], -1)
@@ -98,7 +98,7 @@ class NF4Codes(NamedTuple):
         mean = self.mean.to(largest.dtype) if again else largest.mean()
         differences = (largest - mean).reshape(self.factor.shape[-1], -1)
         factor = 256 / (2 * differences.abs().amax(-1))
-        # The factor is infinite where all blocks that share it are equal. Their differences are NaN, and become zero.
+        # The factor is infinite if all blocks that share it have one scale. The products are then NaN, and become 0.
         scales = (differences * factor[:, None]).nan_to_num_(0).round_().clamp_(-128, 127)
         units = blocks / torch.where(largest > 0, largest, 1)[:, None]
         limits = torch.tensor(_limits(), dtype=torch.float32, device=units.device)
@@ -129,8 +129,8 @@ class NF4Codes(NamedTuple):
     def map_rows(self, change: RowMap, sharding: Sharding) -> "NF4Codes":
         """Apply `change` to every tensor that has the rows of the weight.
 
-        The scales and their factors have one axis in row order. Every process has equally many, so they are sharded as
-        a column.
+        Scales and factors have one axis in row order. Each process has equally many of them, so they are sharded like a
+        matrix with one column.
         """
         shards = self.codes.shape[-2] // sharding.rows_per_process  # all shards, or 1 if the codes are one shard
 
@@ -160,7 +160,7 @@ class NF4Codes(NamedTuple):
 
     def to_torchao(self, like: Tensor) -> Tensor:
         blocks = len(self.scales)
-        # torchao computes the context for a weight of this shape.
+        # torchao computes the metadata of its tensor for a weight of this shape.
         sizes = self.shape.numel() // blocks, blocks // len(self.factor)
         _, context = _torchao.to_nf4(self.mean.new_zeros(self.shape), *sizes).__tensor_flatten__()
         inner = {
@@ -176,10 +176,11 @@ class NF4Codes(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _limits() -> list[float]:
-    """Return the largest float32 nearest to each value, except for the last.
+    """Return the largest float32 that rounds to each value but the last.
 
-    A tie goes to the smaller value. The limit is near the middle of two values, where their distances, rounded to
-    float32, are equal. It is computed in Python: a tensor that is kept could belong to another device or to a trace.
+    A tie goes to the smaller value. The limit can differ from the midpoint of two values by some floats, because the
+    distances to both are rounded before they are compared. It is computed in Python, because a cached tensor could
+    belong to another device or to a trace.
     """
     values = [_rounded(value) for value in VALUES]
     return [_limit(below, above) for below, above in pairwise(values)]

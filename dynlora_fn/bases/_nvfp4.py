@@ -22,14 +22,14 @@ _LEAST_FACTOR = 2.0**-100
 
 
 class NVFP4Codes(NamedTuple):
-    """``codes * scale * factor`` in blocks of 16.
+    """NVFP4 codes of a weight ``codes * scale * factor``, in blocks of 16.
 
-    They are the inner tensors of torchao's prototype NVFP4Tensor.
+    These are the inner tensors of torchao's prototype NVFP4Tensor.
     """
 
     codes: UInt8[Tensor, "*stack out half_in"]  # two 4-bit codes in each byte, the first in the low bits
-    scale: Float[Tensor, "*stack rows blocks"]  # float8_e4m3fn; (out, blocks), or in the tiles of tensor cores
-    factor: Float[Tensor, "..."]  # float32, (*stack); (*stack, out, 1) once it was sharded
+    scale: Float[Tensor, "*stack rows blocks"]  # float8_e4m3fn; (*stack, out, blocks), or in tiles (see `swizzled`)
+    factor: Float[Tensor, "..."]  # float32, (*stack); (*stack, out, 1) once the base was sharded
 
     @property
     def kind(self) -> str:
@@ -57,7 +57,7 @@ class NVFP4Codes(NamedTuple):
 
     @property
     def has_factors_by_row(self) -> bool:
-        """Whether each row has a factor, instead of one for the weight."""
+        """Whether there is a factor for each row instead of one for the weight."""
         return self.factor.ndim == self.codes.ndim
 
     @property
@@ -67,13 +67,13 @@ class NVFP4Codes(NamedTuple):
 
     @property
     def plain_scale(self) -> Tensor:
-        """The scales (*stack, out, blocks), not in tiles."""
+        """The scales as (*stack, out, blocks), without tiles."""
         out_features, half = self.codes.shape[-2:]
         return plain(self.scale, out_features, 2 * half // BLOCK) if self.is_in_tiles else self.scale
 
     @classmethod
     def dtype_of(cls, config: Any) -> torch.dtype | None:
-        # By its name, so that no prototype is imported.
+        # Compared by name, because importing the type would import a prototype of torchao.
         is_nvfp4 = type(config).__name__ == "NVFP4WeightOnlyConfig"
         return torch.uint8 if is_nvfp4 and getattr(config, "use_dynamic_per_tensor_scale", False) else None
 
@@ -84,15 +84,15 @@ class NVFP4Codes(NamedTuple):
         return cls(codes, scale, weight.new_empty((), dtype=torch.float32))
 
     def encode(self, weight: Tensor, *, again: bool = False) -> "NVFP4Codes":
-        """Encode with the tiling of these codes.
+        """Encode a weight in the layout of these codes.
 
-        There is a factor for each row if these codes have one.
+        The result has tiles, or a factor for each row, if these codes do.
         """
         blocks = weight.to(torch.float32).reshape(len(weight), -1, BLOCK)  # (out, blocks, 16)
         largest = blocks.abs().amax(-1)
         factor = largest.amax(-1, keepdim=True) if self.factor.ndim else largest.amax()
         factor = factor / (_LARGEST_SCALE * _LARGEST)
-        # The inverse of a very small factor would be infinite. Scaling by a power of two changes no bit of a quotient.
+        # The inverse of a very small factor would be infinite. Scaling by a power of two keeps the bits of a quotient.
         lift = torch.where(factor < _LEAST_FACTOR, 2.0**64, 1.0).to(torch.float32)
         lifted = (factor * lift).clamp_(min=_LEAST_FACTOR)
         scale = (largest * lift / _LARGEST / lifted).clamp_(_LEAST_SCALE, _LARGEST_SCALE).to(torch.float8_e4m3fn)
@@ -114,9 +114,9 @@ class NVFP4Codes(NamedTuple):
         return NVFP4Codes(change(self.codes, sharding), change(self.scale, sharding), change(self.factor, sharding))
 
     def by_rows(self, name: str, sharding: Sharding) -> "NVFP4Codes":
-        """Give each row a factor, so that rows are encoded independently from then on.
+        """Give each row a factor, so that later folds encode rows independently.
 
-        The decoded values do not change. The scales are no longer in tiles.
+        The decoded values do not change. The result has no tiles.
         """
         if self.has_factors_by_row:
             return self
@@ -124,7 +124,7 @@ class NVFP4Codes(NamedTuple):
         return NVFP4Codes(self.codes, self.plain_scale, factor)
 
     def of_all_rows(self) -> "NVFP4Codes":
-        """Return codes with one factor if the factors of all rows are equal."""
+        """Return codes with one factor if all rows have the same factor."""
         if not self.has_factors_by_row or bool((self.factor != self.factor[..., :1, :]).any()):
             return self
         return self._replace(factor=self.factor[..., 0, 0].clone())
@@ -144,7 +144,7 @@ class NVFP4Codes(NamedTuple):
         return tensor
 
 
-# Tensor cores read scales in tiles of 128 rows and 4 blocks. torchao's NVFP4WeightOnlyConfig uses this layout.
+# Tensor cores read scales in tiles of 128 rows and 4 columns. torchao's NVFP4WeightOnlyConfig uses this layout.
 
 
 def swizzled(scale: Tensor) -> Tensor:

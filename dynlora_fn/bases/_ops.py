@@ -1,9 +1,9 @@
-"""Operations on codes that a compiler cannot look into.
+"""Custom operations on codes that a compiler does not inline.
 
-So only one dense weight is in memory at a time. A compiler computes a weight that is dequantized by plain operations
-once for forward and backward pass, and keeps it alive in between. The whole model would then be in memory in full
-precision. These operations have no gradients: inputs that are differentiated are refused, and plain tensors take plain
-operations.
+So only one dense weight is in memory at a time. If plain operations dequantized a weight, a compiler would compute it
+once and keep it alive from the forward to the backward pass. The whole model would then be in memory in full precision.
+These operations have no gradients. Codes that are differentiated are refused, and plain tensors that are differentiated
+take plain operations.
 """
 
 from typing import Any
@@ -26,12 +26,12 @@ LIBRARY.define(
 
 
 def dequantize(codes: Format, dtype: torch.dtype) -> Tensor:
-    """Return the dense weight, as one operation that a compiler cannot look into.
+    """Return the dense weight, as one operation that a compiler does not inline.
 
-    A plain tensor of that dtype is returned unchanged. One that is differentiated is converted by a plain operation.
+    A plain tensor of that dtype is returned unchanged. A plain tensor that is differentiated is converted by `to`.
 
     Raises:
-        NotImplementedError: If codes are differentiated.
+        NotImplementedError: If codes require a gradient or have a tangent.
     """
     if isinstance(codes, Plain) and codes.tensor.dtype == dtype:
         return codes.tensor
@@ -39,7 +39,7 @@ def dequantize(codes: Format, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-# Dynamo cannot trace the question whether codes are attached. `allow_in_graph` leaves it to AOTAutograd.
+# Dynamo cannot trace `is_attached`. With `allow_in_graph`, AOTAutograd traces this function instead.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _decoded(codes: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     if not is_attached(codes):
@@ -76,7 +76,7 @@ def _times_codes(
 ) -> Tensor:
     """Multiply `x` by the dequantized base.
 
-    If there are factors, they are merged into it first, as in `times_merged`.
+    If factors are passed, they are merged into the dense base first, as in `times_merged`.
     """
     base = codes_from_tensors(kind, codes)
     if b is None or a is None:
@@ -114,12 +114,12 @@ def _empty_times_codes(
 
 
 def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Return a tensor of a vmap rule with the mapped axis as the first one."""
+    """Move the mapped axis to the front. A tensor without one is expanded."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def all_leading(tensors: list[Tensor], dims: Any, size: int) -> list[Tensor]:
-    """Return the tensors of a list of a vmap rule, as `leading` does."""
+    """Apply `leading` to each tensor of a list."""
     dims = [None] * len(tensors) if dims is None else dims
     return [leading(tensor, dim, size) for tensor, dim in zip(tensors, dims, strict=True)]
 
@@ -130,7 +130,7 @@ def _mapped_dequantize(info: Any, dims: Any, codes: list[Tensor], kind: str, dty
 
 LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 LIBRARY.impl("times_codes", _times_codes, "CompositeExplicitAutograd")
-# Fake kernels and not meta kernels, because a residual may be on another device than the codes.
+# Fake kernels instead of meta kernels, because a residual may be on another device than the codes.
 torch.library.register_fake("dynlora_fn::dequantize", _empty_dequantized, lib=LIBRARY)
 torch.library.register_fake("dynlora_fn::times_codes", _empty_times_codes, lib=LIBRARY)
 torch.library.register_vmap("dynlora_fn::dequantize", _mapped_dequantize, lib=LIBRARY)

@@ -17,11 +17,13 @@ def rank_with_pending(param: LowRank) -> int:
 def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> LowRank:
     """Return the same weight with its pending folds as additional slots.
 
-    Joined factors have an alpha of 1. Sharded factors are gathered. Collective in that case: call it on every process.
+    Factors with additional slots have an alpha of 1. Sharded factors are gathered. In that case this is collective:
+    call it on every process.
 
     Args:
         param: The weight.
-        dtype: The dtype of joined factors. A wide one does not round them. Default None means the dtype of the factors.
+        dtype: The dtype of factors with additional slots. Pass float32 or wider to avoid rounding. Default None means
+            the dtype of the factors.
     """
     base, factors = as_base(param.base), param.factors
     if isinstance(factors, ShardedFactors):
@@ -35,6 +37,6 @@ def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> LowRank:
 
 
 def _left(fold: PendingFold, divisor: float, dtype: torch.dtype) -> Tensor:
-    """Return the left factor of a pending fold, as if its divisor were `divisor`."""
+    """Return the left factor of a pending fold, rescaled to another divisor."""
     left = fold.factors.b.to(dtype)
     return left if fold.divisor == divisor else left * (divisor / fold.divisor)

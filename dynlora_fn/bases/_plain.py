@@ -11,9 +11,9 @@ from dynlora_fn.bases._format import RowMap
 
 
 class Plain(NamedTuple):
-    """A plain tensor that answers as codes do.
+    """A plain tensor with the methods of `Format`.
 
-    It is never stored: where codes are stored, the tensor is.
+    It is never stored. A base stores the tensor itself.
     """
 
     tensor: Float[Tensor, "*stack out in"]
@@ -54,7 +54,7 @@ class Plain(NamedTuple):
         return Plain(weight.to(self.tensor.dtype))
 
     def encode_error(self, error: Tensor) -> "Plain":
-        """Encode what other codes miss."""
+        """Encode the rounding error of other codes."""
         return self.encode(error)
 
     def decode(self, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quantize bases, and measure how far the weights then are from the exact ones."""
+"""`quantize` bases, and measure the `drift` of weights from their exact values."""
 
 from collections.abc import Mapping
 from typing import Any, overload
@@ -50,11 +50,11 @@ def quantize(
     residual_device: Device = None,
     progress: Progress | None = None,
 ) -> LowRank | dict[str, Param]:
-    """Quantize the bases.
+    """Quantize the bases of low-rank weights.
 
-    The error of the weight does not exceed one quantization error, however often differences are folded into the base.
-    Products read ``dequantize(codes) + alpha / rank * b @ a``. The residual stores what the codes miss. A fold by
-    `switch` or `merge` includes it::
+    The error of a weight does not exceed one quantization error, however many folds follow. Products read
+    ``dequantize(codes) + alpha / rank * b @ a``. The residual stores the rounding error of the codes, and each fold of
+    `switch` or `merge` starts from both::
 
         target = codes + residual + difference
         codes = quantize(target);   residual = target - codes
@@ -63,29 +63,30 @@ def quantize(
     deviation after 8,000 steps.
 
     Args:
-        params: One weight, or weights by name. Tensors are returned unchanged. A base that is quantized already is
-            converted to the new format, its residual included.
-        base: The format, by its name in the table below. Or a configuration of torchao: Int8WeightOnlyConfig or
+        params: One weight, or weights by name. Tensors are returned unchanged. A quantized base, with its residual, is
+            converted to the new format.
+        base: The name of a format in the table below, or a configuration of torchao: Int8WeightOnlyConfig or
             Float8WeightOnlyConfig with PerRow, or the prototype NVFP4WeightOnlyConfig.
         residual: The format of the residual: "bfloat16" (2 bytes for each entry), "int8" with one scale for each row
             (1 byte), or None for no residual.
         residual_device: The device of the residuals, such as "cpu" for host memory. Default None means the device of
             the codes. Only folds read and write residuals.
-        progress: A function that is called as ``progress(done, total)`` with the bytes of weights that are done and in
-            total. Default None means no reports.
+        progress: A function that is called as ``progress(done, total)`` with the bytes of weights done so far and the
+            total bytes. Default None means no reports.
 
     Returns:
-        The same weights with `Quantized` bases. With "bfloat16" and no residual, the bases are plain tensors.
+        The same weights with `Quantized` bases. For "bfloat16" without a residual, the bases are plain tensors.
 
     Raises:
+        TypeError: If an argument has a wrong type.
         ValueError: If the format is unknown, or does not fit the shape of a weight. Also if a weight is not finite, or
             a base is sharded or deferred.
         NotImplementedError: If a base requires a gradient or has a tangent.
 
-    Numerics: The codes are bitwise those of torchao for the base in float32, except that rows or blocks of zeros stay
-        zeros. The error of an entry is at most half a step, as in the table. For nf4, add 1/128 of the largest
-        difference between a block's largest entry and the mean of these largest entries. The difference is taken over
-        the blocks that share a factor. The mean is taken over all blocks when the base is first quantized.
+    Numerics: The codes are bitwise equal to torchao's for the base in float32, except that rows or blocks of zeros stay
+        zero. The table has the largest error of an entry, which is half a step. For nf4 the scales are rounded too. Add
+        1/128 of the largest ``|m - mean|`` over the blocks that share a factor. Here m is the largest magnitude of a
+        block, and the mean of m is taken over all blocks when the base is first quantized.
 
         ========  ================================  =======================================================
         format    layout                            error of an entry, at most
@@ -93,13 +94,13 @@ def quantize(
         int8      one scale for each row            ``scale / 2``
         float8    one scale for each row            for e4m3, ``2**-4`` of the entry or ``scale / 2**10``
         bfloat16  no scale                          ``2**-9`` of the entry
-        nf4       blocks of 64                      0.152 of the largest entry of its block, plus the above
+        nf4       blocks of 64                      0.152 of the largest entry of its block, plus the term above
         nvfp4     blocks of 16, torchao prototype   a fifth of the largest entry of its block, or ``2**-19``
                                                     of the largest entry of the weight
         mxfp4     blocks of 32, torchao prototype   a fifth of the largest entry of its block
         ========  ================================  =======================================================
 
-        Prototypes may change with torchao.
+        Prototypes may change with a new version of torchao.
 
     Example:
         >>> from torch import nn
@@ -147,7 +148,7 @@ def quantize_base(
 ) -> StoredBase:
     """Quantize one base, as `quantize` does.
 
-    The weight had the dtype `dtype`. The result is a plain tensor for "bfloat16" without a residual.
+    `dtype` is the dtype of the weight in the model. For "bfloat16" without a residual the result is a plain tensor.
     """
     refuse_attached("gradient, quantize", old, name=name)
     format_type, code_dtype = format_of(base)
@@ -178,20 +179,21 @@ def drift(params: Params, exact: Mapping[str, Tensor] | None = ...) -> dict[str,
 def drift(params: LowRank | Params, exact: Any = None) -> Float[Tensor, ""] | dict[str, Float[Tensor, ""]]:
     """Return the relative error of the weight that products read.
 
-    The error is ``|weight - exact| / |exact|`` in Frobenius norms. It takes about as long as a fold.
+    The error is ``|weight - exact| / |exact|`` in Frobenius norms. This takes about as long as a fold. Sharded bases
+    are gathered. In that case this is collective: call it on every process.
 
     Args:
         params: One weight, or weights by name. A stack counts as one weight.
-        exact: The exact dense weight, or weights by name. Default None means the weight with its
-            residual. For a base without a residual it is unknown, and the result is NaN.
+        exact: The exact dense weight (*stack, out, in), or a dict of them by name. Default None means the weight with
+            its residual. The result is NaN if the base has no residual, because the exact weight is then unknown.
 
     Returns:
-        A 0-d tensor in float32, or one for each low-rank weight by name. It is 0 where
-        nothing is missed, for weights of zeros too.
+        A 0-d float32 tensor, or a dict of them with the name of each low-rank weight. The error of a
+        weight of zeros is 0 if nothing is missing.
 
     Raises:
-        TypeError: If `exact` is no tensor of a floating dtype.
-        ValueError: If `exact` misses a weight, or has another shape than the weight.
+        TypeError: If `exact` is not a tensor of a floating dtype.
+        ValueError: If `exact` has no entry for a weight, or differs from the weight in shape or device.
 
     Example:
         >>> from torch import nn

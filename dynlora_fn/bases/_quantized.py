@@ -1,4 +1,4 @@
-"""Quantized bases, and their transpose within one product."""
+"""Quantized bases, and their transpose inside one product."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,15 +20,16 @@ from dynlora_fn.bases._rewrite import decode_exact
 
 
 class Quantized(NamedTuple):
-    """A base in low precision: codes, and a residual that stores what the codes miss.
+    """A base in low precision: codes, and a residual with their rounding error.
 
     Products read only the codes. A fold starts from ``codes + residual``, so the error does not exceed one quantization
-    error, even after ten thousand switches. Without a residual, memory is saved and the errors of all folds add up.
+    error, even after ten thousand switches. A base without a residual takes less memory, but the errors of all folds
+    add up.
     """
 
     codes: Codes
     residual: Residual  # may be in host memory
-    like: Float[Tensor, "*stack 0"]  # empty; has the dtype of the weight in torchao's tensor
+    like: Float[Tensor, "*stack 0"]  # empty; its dtype is the dtype of torchao's tensor of this weight
 
     @property
     def shape(self) -> torch.Size:
@@ -79,7 +80,8 @@ class Quantized(NamedTuple):
         return self._rewritten(torch.ops.dynlora_fn.add_to_codes, change, name)
 
     def scaled(self, factor: float | Tensor, *, name: str) -> "Quantized":
-        # Formats that only scale their scales would be differentiated, but no product differentiates by scales.
+        # Without this, a format that only multiplies its scales would return scales with a gradient, which no product
+        # supports.
         refuse_attached("gradient, fold", (factor, self), name=name)
         scaled = as_format(self.codes).scaled(factor)
         if scaled is not None:
@@ -123,9 +125,9 @@ class Quantized(NamedTuple):
 
 
 class Transposed(NamedTuple):
-    """The transpose ``base.mT`` of codes, which cannot be transposed themselves.
+    """The transpose ``base.mT`` of a base whose codes cannot be transposed.
 
-    It is the base of a `LowRank` only within one product, so it answers only what products ask.
+    It is the base of a `LowRank` only inside one product, so it has only the methods that products call.
     """
 
     base: StoredBase  # Quantized or Sharded

@@ -1,6 +1,6 @@
-"""What is not supported, with the message of each error.
+"""The table of combinations that are not supported, with their error messages.
 
-`README.md` prints the table.
+`README.md` prints this table.
 """
 
 from typing import Any, NamedTuple, Never
@@ -24,13 +24,13 @@ _SHARDED_FACTORS = "`params` has sharded factors, which {transform} does not sup
 
 REFUSALS = {
     "nf4, shape": Refusal(
-        "nf4 for a weight whose number of entries is no multiple of 64, or whose `in` is odd",
+        "nf4 for a weight whose number of entries is not a multiple of 64, or whose `in` is odd",
         "`quantize`, `init`",
         "weight {name!r} of shape {shape} does not fit nf4, which needs a multiple of {block} entries and an even `in`;"
         " use another format for it",
     ),
     "float4, shape": Refusal(
-        "nvfp4 or mxfp4 for a weight whose `in` is no multiple of 16 or 32",
+        "nvfp4 or mxfp4 for a weight whose `in` is not a multiple of 16 or 32",
         "`quantize`, `init`",
         "weight {name!r} of shape {shape} does not fit {kind}, a prototype in torchao, which needs a multiple of"
         " {block} as `in`; use another format for it",
@@ -53,26 +53,26 @@ REFUSALS = {
     "defer, sharded factors": Refusal(
         "deferring a weight with sharded factors",
         "`defer`",
-        "`params` must have whole factors to be deferred, but those of {name!r} are sharded; use `shard` without"
+        "{name!r} in `params` must have whole factors to be deferred, but its factors are sharded; use `shard` without"
         " `shard_factors`",
     ),
     "fold, deferred": Refusal(
         "a fold of more vectors than a deferred base has room for",
         "`switch`",
-        "`vectors` = {room} of deferred {name!r} is less than the {count} vectors of one fold; pass at least {count} to"
-        " `defer`",
+        "`vectors` = {room} of deferred {name!r} is less than the {count} vectors of one fold; pass `vectors` of at"
+        " least {count} to `defer`",
     ),
     "gradient, fold": Refusal(
-        "derivatives by what is folded into codes, or by the codes that are changed",
+        "derivatives through a change of codes, by the change or by the codes",
         "`switch`, `merge`, `fold`, `compensate`, `decay`, `average`, `resize`, `fold_pending`, `to_torchao`",
-        "the base of {name!r} is in low precision, and what changes it, or the base itself, requires a gradient or has"
-        " a tangent, which does not pass through rounding; detach it, call the function under `torch.no_grad()`, or use"
-        " a plain tensor as the base",
+        "the base of {name!r} is in low precision, and the base or the difference that changes it requires a gradient"
+        " or has a tangent, which does not pass through rounding; detach it, call the function under"
+        " `torch.no_grad()`, or use a plain tensor as the base",
         NotImplementedError,
     ),
     "gradient, quantize": Refusal(
-        "derivatives by a base that is quantized",
-        "`quantize`, `init`",
+        "derivatives through quantization",
+        "`quantize`, `init`, `from_torchao`",
         "the base of {name!r} requires a gradient or has a tangent, which does not pass through quantization; detach"
         " it, or call the function under `torch.no_grad()`",
         NotImplementedError,
@@ -98,24 +98,25 @@ REFUSALS = {
     "pool, sharded factors": Refusal(
         "a pool of candidates for sharded factors",
         "`init_pool`",
-        "{name!r} of `params` must have whole factors to have a pool; shard only the base",
+        "{name!r} in `params` must have whole factors to have a pool, but its factors are sharded; shard only the base",
     ),
     "shard_factors, one side": Refusal(
         "sharding the factors of a weight that trains only `b`",
         "`shard_factors`",
-        "only `b` of {name!r} in `params` is trained, and such factors cannot be sharded; shard only the base, or make"
-        " the parameters with trained='both'",
+        "only `b` of {name!r} in `params` is trained, and such factors cannot be sharded; shard only the base, or call"
+        " `init` with trained='both'",
     ),
     "pool, one side": Refusal(
         "a pool of candidates for a weight that trains only `b`",
         "`init_pool`",
         "only `b` of {name!r} in `params` is trained, and vectors of a pool would not be orthogonal; leave out the"
-        " pool, or make the parameters with trained='both'",
+        " pool, or call `init` with trained='both'",
     ),
     "dense gradients, sharded factors": Refusal(
-        "gradients of dense weights for sharded factors",
+        "projecting gradients of dense weights onto sharded factors",
         "`project_gradients`, `compensate`",
-        "{name!r} must have whole factors for gradients of dense weights; shard only the base",
+        "{name!r} must have whole factors for gradients of dense weights, but its factors are sharded; shard only the"
+        " base",
     ),
     "vmap, sharded base": Refusal(
         "`torch.vmap` over a stack of weights with sharded bases, where products read all rows",
@@ -165,8 +166,8 @@ REFUSALS = {
     "torchao, nvfp4 by row": Refusal(
         "nvfp4 codes with a factor for each row, because of a fold while they were sharded",
         "`to_torchao`",
-        "`params` in nvfp4 have factors of shape {shape}, one for each row, because of a fold while they were sharded;"
-        " torchao needs one factor for the weight, so call `quantize` first",
+        "`params` in nvfp4 have scaling factors of shape {shape}, one for each row, because of a fold while they were"
+        " sharded; torchao needs one factor for the weight, so call `quantize` first",
     ),
 }
 
@@ -180,7 +181,7 @@ def refuse(key: str, **values: Any) -> Never:
 def refuse_mapped(key: str, tensor: Tensor) -> None:
     """Refuse a tensor that `torch.vmap` maps over, before a collective.
 
-    The collective would run slice by slice, and its results would be read before they are there.
+    `torch.vmap` would call the collective for each slice, and read its results before they have arrived.
     """
     if is_mapped(tensor):
         refuse(key)
@@ -189,7 +190,7 @@ def refuse_mapped(key: str, tensor: Tensor) -> None:
 def refuse_attached(key: str, tree: Any, **values: Any) -> None:
     """Refuse tensors that require a gradient or have a tangent.
 
-    The operation that follows would drop it.
+    Call this before an operation that would drop the gradient or tangent silently.
     """
     if is_attached(tree):
         refuse(key, **values)

@@ -1,4 +1,4 @@
-"""Residuals: what codes miss, as int8 codes, a bfloat16 tensor, or nothing."""
+"""Residuals: the rounding errors of codes, in int8, in bfloat16, or not stored."""
 
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -10,7 +10,7 @@ from dynlora_fn._core._check import check_device
 from dynlora_fn.bases._int8 import Int8Codes
 from dynlora_fn.bases._plain import Plain
 
-Residual: TypeAlias = Int8Codes | Tensor | tuple[()]  # a plain tensor: bfloat16; (): no residual, a tree without leaves
+Residual: TypeAlias = Int8Codes | Tensor | tuple[()]  # a tensor for bfloat16; () for none, since it has no leaves
 ResidualKind: TypeAlias = Literal["int8", "bfloat16"] | None
 Device: TypeAlias = torch.device | str | None
 
@@ -20,14 +20,14 @@ _KINDS: dict[str, type[Int8Codes] | type[Plain]] = {"int8": Int8Codes, "bfloat16
 
 
 def check_residual(residual: object, device: object = None) -> None:
-    """Raise if `residual` is no format of a residual, or its device is no device."""
+    """Raise if `residual` is not a format of residuals, or `device` is not a device."""
     check_device("residual_device", device, or_none=True)
     if residual is not None and not (isinstance(residual, str) and residual in _KINDS):
         raise ValueError(f"unknown `residual` {residual!r}; use 'int8', 'bfloat16' or None")
 
 
 def make_residual(error: Tensor, residual: ResidualKind, device: Device) -> Residual:
-    """Return the difference that codes miss as a residual on a device."""
+    """Encode the rounding error of codes as a residual on a device."""
     if residual is None:
         return ()
     codes = _KINDS[residual].empty("residual", error[:0]).encode_error(error)
@@ -40,12 +40,12 @@ def residual_tensors(residual: Residual) -> list[Tensor]:
 
 
 def residual_from_tensors(tensors: Sequence[Tensor]) -> Residual:
-    """Return the residual that consists of these tensors."""
+    """Rebuild a residual from its tensors."""
     return () if not tensors else tensors[0] if len(tensors) == 1 else Int8Codes(*tensors)
 
 
 def residual_codes(residual: Residual) -> Int8Codes | Plain | None:
-    """Return a residual as codes that answer for themselves, or None without one."""
+    """Return a residual as codes with the methods of `Format`, or None if it is ()."""
     tensors = residual_tensors(residual)
     return None if not tensors else Plain(*tensors) if len(tensors) == 1 else Int8Codes(*tensors)
 
@@ -53,15 +53,14 @@ def residual_codes(residual: Residual) -> Int8Codes | Plain | None:
 def scaled_residual(residual: Residual, factor: float | Tensor, key: Tensor) -> Residual:
     """Return the residual of ``factor * weight``.
 
-    Of int8 codes only the scales are rounded. An entry in bfloat16 is rounded up or down at random, in proportion to
-    the distances, so that on average nothing is lost. Rounded to nearest, it would not change at all if the factor is
-    near one, however often the weight is scaled.
+    In int8 codes only the scales are rounded. An entry in bfloat16 is rounded up or down at random, and its expected
+    value is exact. If it were rounded to nearest, repeated scaling by a factor close to 1 would never change it.
 
     Args:
         residual: The residual.
         factor: A number or a 0-d tensor.
-        key: Scales of the codes in float32, (*stack) or (*stack, out, 1). They choose the random bits, so the result is
-            a function of the arguments. Each row is rounded in the same way on one process and on several.
+        key: The scales of the codes in float32, (*stack) or (*stack, out, 1). The random bits are a hash of them, so
+            the result depends only on the arguments. The rows of a sharded base are rounded as on one process.
     """
     codes = residual_codes(residual)
     if codes is None:
@@ -77,7 +76,7 @@ def scaled_residual(residual: Residual, factor: float | Tensor, key: Tensor) -> 
 def _round_at_random(exact: Tensor, key: Tensor) -> Tensor:
     """Round a float32 tensor (*stack, out, in) to bfloat16 at random.
 
-    bfloat16 has the upper 16 bits of float32.
+    bfloat16 has the upper 16 bits of float32. Random lower bits are added before the lower 16 bits are cut off.
     """
     rows = key.reshape(*key.shape, *(1,) * (exact.ndim - key.ndim)).view(torch.int32)
     bits = rows + torch.arange(exact.shape[-1], dtype=torch.int32, device=exact.device) * _GOLDEN

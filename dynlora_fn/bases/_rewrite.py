@@ -1,8 +1,8 @@
-"""Change codes and residual together, member by member.
+"""Custom operations that add to or scale a quantized weight, and encode it again.
 
-Add a difference or scale a weight, then encode it again. These operations are as opaque to a compiler as those of
-`_ops`. They refuse whatever has a gradient, by the name of the weight, because rounding has none. Of a stack, one dense
-weight is alive at a time.
+They change codes and residual together. Only one dense weight of a stack is alive at a time, and a compiler does not
+inline the operations (see `_ops`). Rounding has no derivative, so tensors that require a gradient or have a tangent are
+refused, and the error names the weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ LIBRARY.define("scale_codes(Tensor[] codes, str kind, Tensor[] residual, Tensor 
 def decode_exact(codes: Format, residual: Residual, dtype: torch.dtype) -> Tensor:
     """Return codes plus residual as a dense weight, in newly allocated memory.
 
-    It is on the device of the codes.
+    The result is on the device of the codes.
     """
     total, error = codes.decode(dtype), residual_codes(residual)
     if error is not None:
@@ -39,9 +39,9 @@ def decode_exact(codes: Format, residual: Residual, dtype: torch.dtype) -> Tenso
 
 
 def _can_read(tensor: Tensor) -> bool:
-    """Return whether the host can read values.
+    """Return whether the host can read the values of a tensor.
 
-    It cannot on the meta device, of fake tensors, or while a CUDA graph is captured.
+    It cannot on the meta device, for fake tensors, and not while a CUDA graph is captured.
     """
     is_empty = tensor.is_meta or isinstance(tensor, FakeTensor)
     return not (is_empty or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
@@ -50,7 +50,7 @@ def _can_read(tensor: Tensor) -> bool:
 def check_finite(weight: Tensor, name: str) -> None:
     """Raise ValueError if a weight is not finite.
 
-    It waits for the device. On the meta device, for fake tensors, and while a CUDA graph is captured, nothing is
+    The check waits for the device. On the meta device, for fake tensors, and while a CUDA graph is captured, nothing is
     checked.
     """
     if not _can_read(weight):
@@ -63,7 +63,7 @@ def check_finite(weight: Tensor, name: str) -> None:
         )
 
 
-# --- the three changes of one member: which rows change, and the new weight
+# --- the three changes of one member: find the rows that change, and compute the new weight
 
 
 def _fold_codes(
@@ -125,7 +125,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return total.addmm_(left, right)
 
 
-# --- what they share
+# --- shared by the three changes
 
 
 def _each_member(
@@ -137,7 +137,7 @@ def _each_member(
 ) -> list[Tensor]:
     """Call ``change(codes, residual, *operands)`` for each member of a stack.
 
-    Return the new tensors.
+    Return the new tensors of codes and residual, with the axes of the stack.
     """
     old, split = [*codes, *residual], len(codes)
     new = _empty_like(codes, kind, residual)
@@ -162,11 +162,11 @@ def _encode_again(
 ) -> list[Tensor]:
     """Return the tensors of codes and residual of a new weight.
 
-    Rows that do not change keep every bit. If the format ties rows together, only an unchanged weight does.
+    Rows that do not change keep every bit. If the format ties rows together, all rows are encoded again if one changes.
     """
     is_changed = is_changed.any() if codes.is_tied else is_changed
     old = [*codes, *residual_tensors(residual)]
-    is_empty = not codes.shape.numel()  # of a process without rows
+    is_empty = not codes.shape.numel()  # on a process without rows
     if is_empty or (_can_read(is_changed) and not is_changed.any()):
         return old
     total = new_weight()
@@ -249,6 +249,6 @@ for _name, _implementation, _mapped in (
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     LIBRARY.impl(_name, _refuse_gradients(_name), "Autograd", with_keyset=True)
-    # Fake kernels and not meta kernels, because a residual may be on another device than the codes.
+    # Fake kernels instead of meta kernels, because a residual may be on another device than the codes.
     torch.library.register_fake(f"dynlora_fn::{_name}", _empty_like, lib=LIBRARY)
     torch.library.register_vmap(f"dynlora_fn::{_name}", _mapped, lib=LIBRARY)

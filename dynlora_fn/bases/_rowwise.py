@@ -1,4 +1,4 @@
-"""What int8 and float8 share: codes with one float32 scale for each row."""
+"""Codes with one float32 scale for each row, for int8 and float8."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def decode_rows_into(target: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Write ``codes * scale`` into `target`.
 
-    There is no temporary if `target` is in float32 or wider.
+    If `target` is in float32 or wider, this allocates no memory.
     """
     if target.dtype in (torch.float32, torch.float64):
         target.copy_(codes).mul_(scale)

@@ -77,7 +77,7 @@ class Sharded(NamedTuple):
         return self._replace(base=as_base(self.base).add(self._local_rows(change), name=name))
 
     def _local_rows(self, tensor: Tensor) -> Tensor:
-        """Return the rows of this process, which may be all that a tensor has."""
+        """Return the rows of this process. A tensor with only these rows is unchanged."""
         return tensor[..., self.sharding.local_rows, :] if tensor.shape[-2] == self.sharding.rows else tensor
 
     def scaled(self, factor: float | Tensor, *, name: str) -> "Sharded":

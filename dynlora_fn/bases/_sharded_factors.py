@@ -19,7 +19,8 @@ Constants: TypeAlias = tuple[Any, ...]  # the fields of a `Sharding`
 def gather_factors(factors: ShardedFactors) -> Factors | ScaledFactors:
     """Gather the factors of all processes, bit for bit.
 
-    Their gradients are reduced by `scatter_gradients`. Collective: call it on every process.
+    The backward pass averages the gradients over processes and returns shards, as `scatter_gradients` does. Collective:
+    call it on every process, in the forward and the backward pass.
     """
     refuse_mapped("vmap, sharded factors", factors.b)
     b, a = _gather(factors.b, factors.a, astuple(factors.sharding))
@@ -29,7 +30,7 @@ def gather_factors(factors: ShardedFactors) -> Factors | ScaledFactors:
 def scatter_gradients(gradients: Factors, sharding: Sharding) -> ShardedFactors:
     """Average gradients over all processes and return the shards of this process.
 
-    Collective: call it on every process.
+    `sharding.weight` is the weight of this process in the average. Collective: call it on every process.
     """
     b, a = _scatter(*gradients, astuple(sharding))
     return ShardedFactors(b, a, sharding)
@@ -57,7 +58,8 @@ class _Collective(torch.autograd.Function):
         refuse("vmap, sharded factors")
 
 
-# Each is the gradient of the other, so second derivatives are right too. The collectives themselves have no gradients.
+# Each function is the derivative of the other, so second derivatives are right too. Plain collectives would have no
+# derivative here.
 
 
 class _Gather(_Collective):

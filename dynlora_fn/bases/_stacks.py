@@ -1,4 +1,4 @@
-"""The members of a stack of bases."""
+"""Split a stack of bases into its members, and stack members again."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -22,8 +22,8 @@ def stack_members(base: StoredBase) -> Iterator[StoredBase]:
 def stack_bases(members: Iterable[StoredBase], stack: Sequence[int]) -> StoredBase:
     """Copy the members into one base with the leading axes `stack`.
 
-    If an iterator yields them, one member beside the result is in memory. Members of several dtypes are converted to
-    the one that torch promotes them to.
+    If `members` is an iterator, only one member is in memory beside the result. Members of different dtypes are
+    converted to their promoted dtype.
     """
     members = iter(members)
     first = next(members)

@@ -30,8 +30,8 @@ NAMES = {
     "quantize_8bit_with_qmap": "torchao.optim.quant_utils",
     "scale_tensor": "torchao.optim.quant_utils",
 }
-# What an import of torchao logs that does not concern its caller, by the name of the logger: kernels for other devices,
-# and types that it registers in a way that torch deprecates.
+# How the messages start that torchao logs at import and that do not concern the caller, by the name of the logger. They
+# are about kernels for other devices, and about types that torchao registers in a deprecated way.
 MESSAGES = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum subclass "}
 
 
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
 def without_messages() -> Iterator[None]:
     """Import torchao without `MESSAGES`.
 
-    All else that is logged meanwhile is logged, and everything afterwards.
+    Other messages are logged, and after this context all messages are.
     """
     loggers = [logging.getLogger(name) for name in MESSAGES]
     for logger in loggers:
@@ -62,7 +62,7 @@ def _is_for_the_caller(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(MESSAGES[record.name])
 
 
-# Dynamo traces the functions below. It can trace an import statement, but not `__getattr__` of a module.
+# Dynamo traces the functions below. It can trace an import statement, but not the `__getattr__` of a module.
 
 
 def decode_8bit(codes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def decode_8bit(codes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
 def encode_8bit(tensor: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Encode in 8 bits, with the values in `table` and one scale for each block.
 
-    Blocks are consecutive entries of the flattened tensor.
+    A block is `block` consecutive entries of the flattened tensor.
     """
     from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor  # noqa: PLC0415
 

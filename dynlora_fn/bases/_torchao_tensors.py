@@ -26,7 +26,7 @@ from dynlora_fn.bases._rewrite import check_finite
 
 
 def is_torchao(tensor: Tensor) -> bool:
-    """Return whether the type of a tensor is one of torchao's."""
+    """Return whether the type of a tensor is defined in torchao."""
     return type(tensor).__module__.split(".")[0] == "torchao"
 
 
@@ -35,21 +35,23 @@ def from_torchao(
 ) -> Quantized:
     """Return a base with the codes of a torchao tensor.
 
-    The codes are copied, bit for bit. `to_torchao` returns an equal tensor.
+    The codes are copied bit for bit, and `to_torchao` returns an equal tensor.
 
     Args:
-        tensor: A matrix. The stable types are Int8Tensor and Float8Tensor, weight-only with PerRow, and NF4Tensor, as
-            torchao's ``quantize_`` and ``to_nf4`` return them. The prototypes are NVFP4Tensor with one scale for the
-            weight, as from NVFP4WeightOnlyConfig, and MXTensor of float4, weight-only.
-        residual: The format of the residual, as in `quantize`. It starts at zero.
+        tensor: A matrix of one of these types. Stable: Int8Tensor and Float8Tensor, weight-only with PerRow, and
+            NF4Tensor, as torchao's ``quantize_`` and ``to_nf4`` return them. Prototypes: NVFP4Tensor with one scale for
+            the weight, as NVFP4WeightOnlyConfig creates it, and MXTensor of float4, weight-only.
+        residual: The format of the residual, as in `quantize`. The residual starts at zero.
         residual_device: The device of the residual. Default None means the device of the codes.
         name: The name of the weight, for error messages.
 
     Returns:
-        The base.
+        The base, which shares no memory with the tensor.
 
     Raises:
+        TypeError: If `tensor` is not a tensor, or `residual_device` is not a device.
         ValueError: If the tensor has another type or layout, or is not finite, or `residual` is unknown.
+        NotImplementedError: If the tensor is the result of an operation that is being differentiated.
 
     Example:
         >>> import torch
@@ -78,7 +80,7 @@ def from_torchao(
 
 
 def _codes(tensor: Any) -> Format | None:
-    """Return codes with copies of the inner tensors of a matrix.
+    """Return the codes of a torchao matrix, with copies of its inner tensors.
 
     Return None if no format has this layout.
     """
@@ -92,9 +94,10 @@ def _codes(tensor: Any) -> Format | None:
 
 
 def _is_same(tensor: Any, rebuilt: Any) -> bool:
-    """Return whether nothing is lost.
+    """Return whether a tensor that was rebuilt from codes equals the original.
 
-    The context says how torchao computes with a tensor. Codes do not store it, so only the default context is accepted.
+    torchao's metadata (context) determines how it computes with a tensor. Codes do not store it, so a tensor with other
+    metadata than the default differs.
     """
     (names, context), (rebuilt_names, rebuilt_context) = tensor.__tensor_flatten__(), rebuilt.__tensor_flatten__()
     same = type(tensor) is type(rebuilt) and context == rebuilt_context and set(names) <= set(rebuilt_names)
@@ -116,19 +119,21 @@ def to_torchao(params: Params) -> dict[str, Tensor]: ...
 def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tensor]:
     """Return torchao's tensors with the same codes.
 
-    The inner tensors are those of the base, and the bits are equal when dequantized.
+    The tensors dequantize to the same bits as the bases. Sharded bases are gathered. In that case this is collective:
+    call it on every process.
 
     Args:
-        params: A base, a weight, or weights by name. The factors of a weight are merged into its base first. Weights by
-            name are also unstacked.
+        params: A base, a weight, or weights by name. The factors and pending folds of a weight are merged into its base
+            first. Weights by name are also unstacked.
 
     Returns:
-        One tensor. For weights by name, a state dict for the unmodified module; plain bases become dense tensors. Load
-        it with ``load_state_dict(..., assign=True)``: codes cannot be copied into dense parameters, which torch refuses
-        without `assign`. A parameter then also has the dtype of its base, such as bfloat16.
+        One tensor. For weights by name, a state dict for the unmodified module, in which plain bases are dense tensors.
+        Load it with ``load_state_dict(..., assign=True)``, because torch cannot copy codes into dense parameters. A
+        parameter then also has the dtype of its base, such as bfloat16.
 
     Raises:
-        ValueError: If a base is a stack, or nvfp4 codes have one factor for each row.
+        TypeError: If `params` is neither a base, a weight nor a dict of parameters.
+        ValueError: If a base is a stack, nvfp4 codes have one factor for each row, or a merged weight is not finite.
         NotImplementedError: If factors that are merged into codes require a gradient or have a tangent.
         ImportError: If torchao has moved the prototype of the format.
 

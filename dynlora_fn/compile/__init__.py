@@ -1,4 +1,4 @@
-"""A whole pure step in one compiled graph, in the memory of its state."""
+"""Compile a pure training step into one graph, and compute its peak memory."""
 
 from dynlora_fn.compile._peak_memory import Peak as Peak
 from dynlora_fn.compile._peak_memory import peak_memory as peak_memory

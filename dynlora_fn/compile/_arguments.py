@@ -1,4 +1,4 @@
-"""Arguments of a compiled step by name, and which of them make it compile again."""
+"""The arguments of a compiled step by name, and which of them recompile it."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -29,22 +29,25 @@ def named_leaves(step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 
 
 class Calls:
-    """The arguments of each compiled call, as far as the graph depends on them."""
+    """Descriptions of the arguments of each call that was compiled.
+
+    A description has what the graph depends on: the value of a Python object, or shape, dtype and layout of a tensor.
+    """
 
     def __init__(self, step: Callable[..., Any]):
         self._step = step
         self._compiled: list[dict[str, str]] = []
 
     def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note that a call is compiled. Dynamo may trace it more than once."""
+        """Record the arguments of a call that Dynamo compiles, once even if traced again."""
         described = self._described(args, kwargs)
         if described not in self._compiled:
             self._compiled.append(described)
 
     def problem(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return the message for a call that exceeds the limit of graphs.
+        """Return the error message for a call that exceeds torch's limit of graphs.
 
-        It names the arguments that change, and says what to do.
+        The message names the arguments that change, and says what to do.
         """
         leaves, calls = named_leaves(self._step, args, kwargs), [*self._compiled, self._described(args, kwargs)]
         names = list(dict.fromkeys(name for call in calls for name in call))
@@ -53,8 +56,8 @@ class Calls:
         text = f"`step` was compiled {len(self._compiled)} times, and torch allows no more"
         if not changing:
             return (
-                f"{text}, and its arguments have not changed; pass as an argument whatever else it reads that changes, "
-                "and find it with TORCH_LOGS=recompiles"
+                f"{text}, and its arguments have not changed; find the cause with TORCH_LOGS=recompiles, such as a"
+                " global value that the step reads, and pass it as an argument"
             )
         are_tensors = [isinstance(leaves.get(name), Tensor) for name in changing]
         remedies = [_AS_TENSOR] * (not all(are_tensors)) + [_AS_SHAPE] * any(are_tensors)

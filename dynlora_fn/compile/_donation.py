@@ -1,4 +1,4 @@
-"""Donated states: which tensors may be written over, and what uses one that was."""
+"""Checks of donated states, and errors for states that were written over."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,10 @@ from dynlora_fn._core._tree import inner_tensors
 
 
 class Consumed(Tensor):
-    """A tensor of a consumed state: its memory contains the values of the new state."""
+    """A tensor of a consumed state, whose memory now contains the new state.
+
+    Every operation on it raises an error.
+    """
 
     _name: str
 
@@ -27,9 +30,9 @@ class Consumed(Tensor):
 
 
 class Donated:
-    """The state that the next step writes over.
+    """The donated state of a compiled step, which the next call writes over.
 
-    A step usually gets the tensors that the last one returned. They are recognized and not checked again.
+    A call usually gets the tensors that the last call returned. They are recognized and not checked again.
     """
 
     def __init__(self) -> None:
@@ -37,12 +40,11 @@ class Donated:
         self._owners: dict[int, str] = {}  # names of tensors by the address of their storage
 
     def check(self, state: Any, arguments: Any) -> Tensor | None:
-        """Return a tensor among the other arguments that is a view of the state, or None.
+        """Check a state. Return a tensor in `arguments` that is a view of it, or None.
 
         Raises:
-            ValueError: If the state cannot be written over. Then two of its tensors share memory, or an element of one
-                is stored once for several places. Or one requires a gradient, was written over by an earlier step, or
-                is no tensor.
+            ValueError: If the state cannot be written over: two of its tensors share memory, a tensor is expanded,
+                requires a gradient or was written over by an earlier step, or a leaf is not a tensor.
         """
         leaves = fast_leaves(state)
         if not self._is_known(leaves):
@@ -52,7 +54,7 @@ class Donated:
         return next((leaf for leaf in fast_leaves(arguments) if isinstance(leaf, Tensor) and self.owner(leaf)), None)
 
     def owner(self, tensor: Tensor) -> str | None:
-        """Return the name of the state's tensor that another one is a view of, or None."""
+        """Return the name of the state tensor that `tensor` is a view of, or None."""
         owner = next((self._owners[start] for start in _starts(tensor) if start in self._owners), None)
         return None if owner is None or any(leaf() is tensor for leaf, _ in self._known) else owner
 
@@ -64,9 +66,9 @@ class Donated:
 
 
 def fast_leaves(tree: Any) -> list[Any]:
-    """Return what `tree_leaves` returns, faster.
+    """Return the leaves of a tree, as `tree_leaves` does, but faster.
 
-    It is fast where dicts, lists and tuples contain tensors.
+    `tree_leaves` is called only for nodes other than dicts, lists, tuples and plain tensors.
     """
     found: list[Any] = []
     _collect(tree, found)
@@ -88,10 +90,7 @@ def _collect(node: Any, found: list[Any]) -> None:
 
 
 def consume(state: Any) -> Any:
-    """Return new tensors in the memory of the state.
-
-    The old tensors become `Consumed` ones.
-    """
+    """Return new tensors in the memory of the state, and make the old ones `Consumed`."""
     leaves, structure = tree_flatten_with_path(state)
     new_leaves = [leaf.detach() for _, leaf in leaves]
     for path, leaf in leaves:
@@ -101,7 +100,7 @@ def consume(state: Any) -> Any:
 
 
 def _fingerprint(leaf: Tensor) -> Any:
-    """Return what may change in a tensor that was checked.
+    """Return a value that changes if a tensor has to be checked again.
 
     `leaf.data = other`, `leaf.requires_grad_()` and `consume` change it.
     """
@@ -110,7 +109,7 @@ def _fingerprint(leaf: Tensor) -> Any:
 
 
 def _check_leaves(state: Any) -> dict[int, str]:
-    """Return the names of the tensors by the address of their storage."""
+    """Check each tensor of a state. Return its name by the address of its storage."""
     spans: list[tuple[int, int, str]] = []
     for path, leaf in tree_flatten_with_path(state)[0]:
         name = keystr(path)
@@ -140,15 +139,15 @@ def _check_disjoint(spans: Iterable[tuple[int, int, str]]) -> None:
 
 
 def _starts(tensor: Tensor) -> list[int]:
-    if type(tensor) is Tensor:  # without a question to `inner_tensors`, which takes longer
+    if type(tensor) is Tensor:  # a fast path, since `inner_tensors` takes longer
         return [tensor.untyped_storage().data_ptr()] if tensor.numel() else []
     return [start for start, _ in _spans(tensor)]
 
 
 def _spans(leaf: Tensor) -> list[tuple[int, int]]:
-    """Return where each storage of a tensor begins and ends.
+    """Return the addresses at which each storage of a tensor starts and ends.
 
-    Empty tensors, and those on "meta", have no entry.
+    Empty tensors and tensors on the meta device have no entry.
     """
     storages = [tensor.untyped_storage() for tensor in inner_tensors(leaf) if tensor.numel()]
     spans = [(storage.data_ptr(), storage.nbytes()) for storage in storages]

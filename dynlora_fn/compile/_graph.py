@@ -1,6 +1,6 @@
-"""Describe how a fusing compiler treats the nodes of a graph.
+"""How a fusing compiler treats the nodes of a graph, and how to make a node wait.
 
-With this, a graph pass makes a node wait for others.
+Graph passes share these functions.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def is_operation(node: Node) -> bool:
 def is_view(node: Node) -> bool:
     """Return whether the node shares the memory of its first input.
 
-    Views, reshapes and `getitem` do.
+    This is the case for views, reshapes and `getitem`.
     """
     if not is_operation(node):
         return False
@@ -43,15 +43,15 @@ def is_view(node: Node) -> bool:
 
 
 def is_fused(node: Node) -> bool:
-    """Return whether the compiler can compute the node inside its readers' kernels."""
+    """Return whether the compiler can compute the node inside kernels that read it."""
     tags = getattr(node.target, "tags", ())
     return is_operation(node) and (torch.Tag.pointwise in tags or node.target in _FUSED)
 
 
 def is_unfused(node: Node) -> bool:
-    """Return whether the result of the node is always in memory.
+    """Return whether the result of the node is always stored in memory.
 
-    Results of products and reductions are.
+    This is the case for products and reductions.
     """
     return is_operation(node) and not is_view(node) and not is_fused(node)
 
@@ -67,7 +67,7 @@ def is_pure(node: Node) -> bool:
 
 
 def without_views(node: Node) -> Node:
-    """Return the node whose memory the views lead to."""
+    """Return the node that a chain of views starts from, or the node if it is no view."""
     return without_views(node.all_input_nodes[0]) if is_view(node) else node
 
 
@@ -85,8 +85,8 @@ def node_bytes(node: Node) -> int:
 def depths(nodes: list[Node]) -> dict[Node, int]:
     """Return the depth of each node.
 
-    It is the most unfused operations on a path that ends with the node. Depths serve as times. They do not depend on
-    the order in which the graph is written, which need not be the order in which it runs.
+    The depth is the largest number of unfused operations on a path that ends with the node. Passes use it as a time,
+    because the order of the nodes in the graph need not be the order in which they run.
     """
     depth: dict[Node, int] = {}
     for node in nodes:
@@ -97,7 +97,7 @@ def depths(nodes: list[Node]) -> dict[Node, int]:
 def read_depths(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[int]]:
     """Return the depths at which each node is read, or its depth if nothing reads it.
 
-    A view is read where its readers are. A fused operation reads its inputs where it is first read itself.
+    A view is not a read itself; its readers are. A fused operation reads its inputs when it is first read.
     """
     found: dict[Node, list[int]] = {}
     for node in reversed(nodes):
@@ -115,15 +115,12 @@ def read_depths(nodes: list[Node], depth: dict[Node, int]) -> dict[Node, list[in
 
 
 def insert_wait(graph: Graph, node: Node, others: Iterable[Node]) -> Node:
-    """Insert a view of `node` that no kernel reads before `others` are computed.
-
-    Return the view.
-    """
+    """Insert a view of `node` that is read only after `others` are computed."""
     view = graph.call_function(_AFTER, (node, list(others)))
     view.meta["val"] = node.meta["val"]
     return view
 
 
 def replace_other_uses(node: Node, new: Node) -> None:
-    """Let all users of `node` read `new` instead, except for `new` itself."""
+    """Let all users of `node` except `new` read `new` instead."""
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -1,4 +1,4 @@
-"""Which tensors share memory, also inside a function that Dynamo traces."""
+"""Find tensors that share memory, also inside a function that Dynamo traces."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from dynlora_fn._core._tree import inner_tensors
 def sharing() -> Callable[[list[Tensor], list[Tensor]], Sequence[bool]]:
     """Return a function that finds tensors that share memory with others.
 
-    Its arguments are the tensors and the others. Identity is not enough: `detach`, an index, a transposition and
-    `unbind` return other tensors in the same memory. While Dynamo traces the function, it is answered from the fake
-    tensors and adds nothing to the graph.
+    ``share(tensors, others)`` returns a flag for each of `tensors`. Storages are compared, because `detach`, an index,
+    a transposition and `unbind` return new tensors in the same memory. While Dynamo traces the function, it compares
+    the fake tensors and adds nothing to the graph.
     """
     from dynlora_fn._core._torch import comptime  # noqa: PLC0415 (Dynamo takes a second to import)
 
-    found: list[bool] = []  # the answer on its way out of Dynamo
+    found: list[bool] = []  # passes the result from `compare`, which Dynamo calls, to `answer`
 
     def compare(context: Any) -> None:
         tensors, others = (

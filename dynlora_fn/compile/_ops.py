@@ -1,6 +1,6 @@
-"""Custom operations that Inductor calls without looking inside.
+"""Custom operations that Inductor does not inline.
 
-Except for `late`, they have no gradients: graph passes insert them after all differentiation is done.
+Only `late` has a gradient. Graph passes insert the other operations after differentiation.
 """
 
 from typing import Any
@@ -44,7 +44,8 @@ def _times_merged(
 ) -> Tensor:
     """Return ``x @ (base + scale * b @ a)`` plus the bias, in the dtype of `x`.
 
-    With `with_b`, the columns of `b` follow those of the weight. With `transposed`, all of that is transposed.
+    With `with_b`, the columns of `b` are appended to the columns of the weight. With `transposed`, this matrix is
+    transposed.
     """
     columns = base.shape[1]
     weight = x.new_empty(base.shape[0], columns + (b.shape[1] if with_b else 0))
@@ -77,9 +78,9 @@ _LIBRARY.impl("times_merged", _empty_times_merged, "Meta")
 
 
 def late(x: Tensor, other: Tensor) -> Tensor:
-    """Return a copy of `x` that is made after `other`.
+    """Return a copy of `x` that is computed after `other`.
 
-    Its gradient is the gradient of the identity. The graph pass `order_remat_blocks` replaces the copy by a view.
+    Its derivative is the identity. The graph pass `order_remat_blocks` replaces the copy with a view.
     """
     return _Late.apply(x, other)  # type: ignore[no-any-return, no-untyped-call]
 

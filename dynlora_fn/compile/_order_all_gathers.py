@@ -18,7 +18,7 @@ _WAIT_TENSOR = C10D.wait_tensor.default
 
 
 def order_all_gathers(graph: Graph) -> None:
-    """Make each all-gather wait for the last read of the weights gathered before."""
+    """Make each all-gather wait for the last read of the weights gathered before it."""
     place = {node: index for index, node in enumerate(graph.nodes)}
     readers = {gather: list(_readers(gather)) for gather in place if gather.target is _ALL_GATHER}
     first_reader = {gather: min(nodes, key=place.__getitem__) for gather, nodes in readers.items() if nodes}
@@ -45,7 +45,7 @@ def _passes_on(user: Node, node: Node) -> bool:
 
 
 def _move_before(reader: Node, node: Node) -> None:
-    """Move the node, and all that passes its result on, to right before the reader."""
+    """Move the node, and the nodes that pass its result on, right before the reader."""
     reader.prepend(node)
     for user in node.users:
         if _passes_on(user, node):
@@ -55,7 +55,7 @@ def _move_before(reader: Node, node: Node) -> None:
 def _delay(graph: Graph, gather: Node, other: Node) -> None:
     """Make the all-gather, and the padding of its shard, wait for the other node.
 
-    Padded for all all-gathers at once, the shards would be copied as a whole.
+    Otherwise a compiler would pad the shards of all all-gathers at once, and so copy all of them.
     """
     preparation = _preparation(gather)
     shard = preparation[0].all_input_nodes[0] if preparation else gather.all_input_nodes[0]
@@ -70,7 +70,7 @@ def _delay(graph: Graph, gather: Node, other: Node) -> None:
 def _preparation(gather: Node) -> list[Node]:
     """Return the views and fused operations between a shard and its all-gather.
 
-    They start with the first fused operation.
+    The first of them is a fused operation.
     """
     nodes: list[Node] = []
     node = gather.all_input_nodes[0]

@@ -1,8 +1,8 @@
 """Graph pass that recomputes the blocks of `remat` one after the other.
 
-`remat` marks each input of a block that is to be recomputed by ``late(input, grad)``, where `grad` is the gradient of
-the block's output. That gradient is not enough to wait for: nothing in the graph waits for the gradients of the next
-block's parameters. A compiler would compute them later, and keep the activations that they are made from alive while it
+`remat` replaces each input of a recomputed block by ``late(input, grad)``, where `grad` is the gradient of the block's
+output. Waiting for that gradient is not enough, because nothing in the graph waits for the gradients of the next
+block's parameters. A compiler would compute these later, and keep the activations of the next block alive while it
 recomputes this block.
 """
 
@@ -19,9 +19,9 @@ _LATE = torch.ops.dynlora_fn.late.default
 
 
 def order_remat_blocks(graph: Graph) -> None:
-    """Make each block wait for its output's gradient and for the next blocks.
+    """Make each block wait for the gradient of its output and for the next blocks.
 
-    A block waits for every result that depends on the next ones.
+    The recomputation waits for every result that depends on the recomputation of the next blocks.
     """
     inputs: dict[Node, list[Node]] = defaultdict(list)  # the marked inputs of each block, by its output's gradient
     for node in graph.nodes:
@@ -63,7 +63,7 @@ def _last_results(nodes: list[Node], grad: Node) -> list[Node]:
 
 
 def _with_inputs(nodes: list[Node], among: set[Node]) -> set[Node]:
-    """Return the nodes, and those among the others that they depend on."""
+    """Return the nodes, and the nodes of `among` that they depend on."""
     found: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -80,7 +80,7 @@ def _is_result(node: Node) -> bool:
 
 
 def _move_before(graph: Graph, reader: Node, nodes: list[Node]) -> None:
-    """Move the nodes, and what they depend on, to before the reader.
+    """Move the nodes, and the nodes that they depend on, to before the reader.
 
     In a graph, an input must precede its readers.
     """

@@ -1,9 +1,9 @@
 """The graph passes that `compile_step` adds to Inductor.
 
 They change the graph of a step and keep its values. A step has its forward pass, backward pass and update in one graph,
-and every layer of a stack is a slice of one tensor. Without these passes Inductor generates a kernel for each slice,
-since the slice's offset is written into the code, so that compile time grows with depth. It also forms all merged
-weights first, where all are alive at once.
+and every layer of a stack is a slice of one tensor. Without these passes Inductor writes the offset of each slice into
+a kernel and generates one for each layer, so compile time grows with depth. It also forms all merged weights first, and
+all of them are alive at once.
 """
 
 from collections.abc import Callable, Collection
@@ -24,8 +24,8 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 def merge_in_products(graph: Graph) -> None:
     """Form each merged weight inside the product that reads it.
 
-    A merged weight is ``base + scale * b @ a``. Outside, nothing would keep the scheduler from forming all of them long
-    before they are read.
+    A merged weight is ``base + scale * b @ a``. If it were a separate operation, the scheduler could form all merged
+    weights long before they are read.
     """
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
         base, b, a = node.args
@@ -67,7 +67,7 @@ def _is_beside(joined: Node, weight: Node, b: Node) -> bool:
 
 
 def dequantize_in_products(graph: Graph) -> None:
-    """Dequantize each base without a merged weight inside every product with it."""
+    """Dequantize each base that is not merged inside each product that reads it."""
     for dense in graph.find_nodes(op="call_function", target=ops.dequantize.default):
         for user in list(dense.users):
             is_transposed = user.target is aten.permute.default
@@ -82,7 +82,7 @@ def dequantize_in_products(graph: Graph) -> None:
 def separate_vectors(graph: Graph) -> None:
     """Copy each vector of a stack into memory without an offset.
 
-    So all layers share the kernels that read it.
+    Then all layers share the kernels that read the vector.
     """
     for stack in graph.find_nodes(op="call_function", target=aten.unbind.int):
         for vector in list(stack.users):
@@ -93,7 +93,7 @@ def separate_vectors(graph: Graph) -> None:
 def stack_in_one_copy(graph: Graph) -> None:
     """Stack all members with one kernel instead of one per layer.
 
-    A transposition or division that all members have in common is applied to the stack instead.
+    A transposition or division of every member is applied once to the stack instead.
     """
     for joined in graph.find_nodes(op="call_function", target=aten.cat.default):
         if _is_stack(joined):
@@ -103,7 +103,7 @@ def stack_in_one_copy(graph: Graph) -> None:
 def _is_stack(joined: Node) -> bool:
     """Return whether a `cat` comes from `torch.stack`.
 
-    It then joins members of one shape by rows, and a view follows.
+    Such a `cat` joins members of one shape by rows, and a view follows.
     """
     members, view = _members(joined), _only_user(joined, aten.view.default, aten.reshape.default)
     shapes = {member.meta["val"].shape for member in members}
@@ -130,9 +130,9 @@ def _stack_in_one_copy(graph: Graph, joined: Node) -> None:
 
 
 def _common_wrapper(members: list[Any]) -> tuple[Any, tuple[Any, ...]] | None:
-    """Return the operation that computes all members, with its other arguments.
+    """Return the permutation or division that computes all members, and its arguments.
 
-    Return None if there is no such operation.
+    Return None if the members are computed differently, or have other users.
     """
     wrappers = {(member.target, str(member.args[1:])) for member in members}
     target, arguments = members[0].target, tuple(members[0].args[1:])
@@ -143,9 +143,9 @@ def _common_wrapper(members: list[Any]) -> tuple[Any, tuple[Any, ...]] | None:
 
 
 def remove_dead_code(graph: Graph) -> None:
-    """Remove what earlier passes have replaced.
+    """Remove nodes that earlier passes have replaced.
 
-    It would count as read, and take memory.
+    Otherwise later passes would count them as readers and count their memory.
     """
     graph.eliminate_dead_code()
 
@@ -156,9 +156,9 @@ def _members(joined: Node) -> list[Any]:
 
 
 def _only_user(node: Node, *targets: Callable[..., Any]) -> Node | None:
-    """Return the only user of the node, if that calls one of `targets`.
+    """Return the only user of the node if it calls one of `targets`, else None.
 
-    Return None if there is none. Default None for `targets` means any target.
+    Without `targets`, any user is returned.
     """
     user = next(iter(node.users)) if len(node.users) == 1 else None
     return user if user and (not targets or user.target in targets) else None
@@ -171,8 +171,8 @@ def _replace(graph: Graph, node: Node, target: Callable[..., Any], arguments: tu
     replace_other_uses(node, new)
 
 
-# The order matters: products take in their weights before anything is timed, since that decides what takes memory, and
-# all-gathers move only when the readers of what they gather are final.
+# The order matters. Weights move into their products before `recompute_activations` measures times and memory. And
+# all-gathers move last, when the readers of the gathered weights are final.
 PASSES: dict[str, Callable[[Graph], None]] = {
     "order_remat_blocks": _order_remat_blocks.order_remat_blocks,
     "merge_in_products": merge_in_products,
@@ -191,7 +191,10 @@ class GraphPasses(CustomGraphPass):
     """All `PASSES` in their order, as ``post_grad_custom_pre_pass`` of Inductor.
 
     Args:
-        skip: The names of passes to leave out, to find the one that causes a problem.
+        skip: The names of passes to leave out, to find a pass that causes a problem.
+
+    Raises:
+        ValueError: If `skip` contains a name that is not in `PASSES`.
     """
 
     def __init__(self, skip: Collection[str] = ()):
@@ -200,7 +203,7 @@ class GraphPasses(CustomGraphPass):
         self.names = [name for name in PASSES if name not in skip]
 
     def __call__(self, graph: Graph) -> None:
-        remove_dead_code(graph)  # passes count the users of a node, and a dead one would count
+        remove_dead_code(graph)  # passes count the users of a node, and would count dead users too
         for name in self.names:
             PASSES[name](graph)
         remove_dead_code(graph)

@@ -1,7 +1,4 @@
-"""Compute the peak memory of a step from its graph.
-
-Nothing is run or allocated.
-"""
+"""Compute the peak memory of a step from its graph, without running it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,10 +30,10 @@ from dynlora_fn.compile._graph import (
 
 
 class Peak(NamedTuple):
-    """The bytes that a step takes at its peak."""
+    """The bytes of memory that a step takes at its peak."""
 
-    state: int  # of the arguments, which stay alive
-    step: int  # beyond the arguments, at the moment at which most is alive
+    state: int  # of the arguments, which stay alive during the step
+    step: int  # of everything else, at the moment of the peak
 
     @property
     def total(self) -> int:
@@ -46,24 +43,24 @@ class Peak(NamedTuple):
 def peak_memory(step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Peak:
     """Compute the peak memory of ``compile_step(step)`` with a donated state.
 
-    The arguments are those of the step. The step is traced and changed by the same graph passes, but not compiled or
-    run. Results are computed in the order of the graph or each as early as possible, whichever takes less memory, and
-    are alive until their last use. A fused result takes no memory where a compiler computes it inside its readers, or
-    writes it over the old state. What it is computed from stays alive instead.
+    The step is traced and changed by the same graph passes, but not compiled or run, and nothing is allocated. A result
+    is counted from its computation to its last use. Two orders are tried, the order of the graph and each result as
+    early as possible, and the smaller peak is returned. A fused result is not counted if a compiler computes it inside
+    its readers, or writes it over the old state. Its inputs then stay alive instead.
 
     While the step is traced, `torch.compiler.is_compiling` returns True, so that models take the same branches as in
     the compiled step.
 
     Args:
         step: A pure function, as for `compile_step`.
-        args: The arguments of the step. Only shapes and dtypes are read, so tensors on the meta device will do.
+        args: The arguments of the step. Only shapes and dtypes are read, so they may be on the meta device.
         kwargs: The keyword arguments of the step.
 
     Returns:
-        The bytes of the arguments and of the step.
+        The bytes of the arguments and of the step, as a `Peak`.
 
     Raises:
-        TypeError: If `step` is no function.
+        TypeError: If `step` is not a function.
         ValueError: If `step` reads the value of a tensor, as `item()` and `if` do, or has a result whose shape depends
             on values. `compile_step` refuses such a step too.
 
@@ -77,16 +74,13 @@ def peak_memory(step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Peak:
     graph = _trace(step, args, kwargs)
     GraphPasses()(graph)
     nodes = list(graph.nodes)
-    # A compiler, too, chooses between orders by their peaks.
+    # A compiler also chooses between orders by their peaks.
     peak = min(_peak_in_order(nodes), _peak_in_order(_earliest_order(nodes)))
     return Peak(sum(bytes_of(leaf) for leaf in tree_leaves((args, kwargs))), peak)
 
 
 def _trace(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
-    """Return the graph of a step on fake tensors.
-
-    They have the shapes and dtypes of the arguments.
-    """
+    """Trace a step with fake tensors that have the shapes and dtypes of the arguments."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, compiling():
         fake = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         trace = make_fx(
@@ -98,7 +92,7 @@ def _trace(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             return trace(*fake).graph
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
-                f"`step` calls {error.func}, whose result depends on values of tensors, which one graph cannot have;"
+                f"`step` calls {error.func}, whose result depends on values of tensors, so it cannot be in one graph;"
                 " use `torch.where` in place of `if`, and no `item()`, `nonzero()` or boolean masks as indices"
             ) from error
 
@@ -110,10 +104,7 @@ def _decompositions() -> dict[Any, Any]:
 
 
 def _peak_in_order(nodes: list[Node]) -> int:
-    """Return the most bytes that are alive at once, beyond the arguments.
-
-    The nodes are computed in this order.
-    """
+    """Return the peak of the bytes beyond the arguments, with nodes in this order."""
     stored = _stored_results(nodes)
     last_use: dict[Node, int] = {}
     for position, node in enumerate(nodes):
@@ -135,7 +126,7 @@ def _peak_in_order(nodes: list[Node]) -> int:
 def _earliest_order(nodes: list[Node]) -> list[Node]:
     """Sort the nodes by depth.
 
-    What depends only on arguments comes right before its first use.
+    A node that depends only on arguments comes right before its first use.
     """
     depth = depths(nodes)
     when: dict[Node, int] = {}
@@ -147,14 +138,14 @@ def _earliest_order(nodes: list[Node]) -> list[Node]:
 
 
 def _stored_results(nodes: list[Node]) -> dict[Node, set[Node]]:
-    """Return the stored results that each node's value is read from.
+    """Return the stored results from which the value of each node is read.
 
-    A node that is stored is read from itself.
+    For a stored node this is only the node itself.
     """
     stored: dict[Node, set[Node]] = {}
     reads = read_depths(nodes, depths(nodes))
     for node in nodes:
-        # A view only waits for its further inputs.
+        # The value of a view depends only on its first input. It may wait for other inputs, as `after` does.
         sources = node.all_input_nodes[:1] if is_view(node) else node.all_input_nodes
         inputs = set().union(*(stored[source] for source in sources))
         is_stored = node.op != "output" and not is_view(node)
@@ -167,8 +158,8 @@ def _stored_results(nodes: list[Node]) -> dict[Node, set[Node]]:
 def _is_fused_result_stored(node: Node, *, is_read_again: bool) -> bool:
     """Return whether a fused result takes memory.
 
-    It does if it is a concatenation, if an operation reads it that is neither fused nor a reduction, or if it is
-    computed from several results and read again later.
+    It does in three cases. It is a concatenation. Or it is read by an operation that is neither fused nor a reduction.
+    Or it is computed from several stored results and read again later.
     """
     users = [user for user in node.users if user.op != "output"]
     has_unfused_reader = any(not is_fused(user) and not is_reduction(user) for user in _through_views(users))

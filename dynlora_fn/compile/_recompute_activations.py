@@ -1,7 +1,7 @@
 """Graph pass that recomputes activations for the backward pass of a whole step.
 
-`torch.compile` of a model decides what to save for the backward pass where it splits the graph into the two passes. A
-step that contains both is never split, and would save every activation that is read again.
+For a model, `torch.compile` splits the graph into forward and backward pass, and then decides what to save. The graph
+of a step contains both passes and is never split, so every activation that is read again would be saved.
 """
 
 from collections.abc import Iterable
@@ -24,31 +24,31 @@ from dynlora_fn.compile._graph import (
     without_views,
 )
 
-_NEAR = 2  # unfused operations: a result that lives so much longer does not raise the peak
-_LARGE = 100  # a result smaller than this part of the largest one is not worth a kernel
+_NEAR = 2  # unfused operations: a result that stays alive for so many more does not raise the peak
+_LARGE = 100  # a result smaller than 1/100 of the largest result is not worth an additional kernel
 
 
 def recompute_activations(graph: Graph) -> None:
-    """Recompute pointwise results for late reads.
+    """Recompute pointwise results for late reads, so that less memory stays alive.
 
-    Results that are only read late are computed late. Values do not change. Less memory is alive between the forward
-    and the backward pass: a result is recomputed only from what stays alive about as long anyway.
+    Values do not change. A result is recomputed only from tensors that stay alive about as long anyway. Results that
+    are only read late are computed late.
     """
-    # Decide first, on the graph as it was traced: the changes below add nodes and readers, which have no times.
+    # Decide first, on the traced graph, since the changes below add nodes and readers without times.
     times = _measure(graph)
     sources = _find_recomputable(times)
     delayed = _find_delayable(times)
-    # From here on a delayed result counts as computed right before its first read, so that no read of it is late.
+    # From here on, a delayed result counts as computed right before its first read, so no read of it is late.
     times = _delay_times(times, delayed)
-    # Recompute before delaying: a delayed result that reads a copy waits already.
+    # Recompute before delaying, since a delayed result that reads a copy already waits.
     _recompute_late_reads(graph, times, sources, delayed)
     _delay_results(graph, times, delayed)
-    # Store last: it redirects all readers of a result, including the waits that the changes above insert.
+    # Store last, since this redirects all readers of a result, including the waits that the changes above insert.
     _store_once(graph, times, sources)
 
 
 class _Times(NamedTuple):
-    """When the results of a graph are computed and read, and which of them are large."""
+    """The times at which results are computed and read, and the largest size."""
 
     place: dict[Node, int]  # position in the graph
     depth: dict[Node, int]  # see `depths`
@@ -62,9 +62,9 @@ class _Times(NamedTuple):
         return _LARGE * node_bytes(node) >= self.largest
 
     def latest(self, nodes: Iterable[Node]) -> Node:
-        """Return the result among the nodes that is computed last.
+        """Return the unfused operation that the nodes wait for last.
 
-        What nodes are fused with, or views of, counts too.
+        For fused nodes and views, this is an operation that their inputs wait for.
         """
         node = max(nodes, key=lambda node: self.depth.get(node, 0))
         if is_unfused(node) or node.target is getitem or not node.all_input_nodes:
@@ -83,12 +83,12 @@ def _measure(graph: Graph) -> _Times:
 
 
 def _find_recomputable(times: _Times) -> dict[Node, set[Node]]:
-    """Return the results that can be recomputed until their last read.
+    """Return the results that can be recomputed for late reads, with their sources.
 
-    Each has its sources. Sources are arguments, and results that cannot be recomputed.
+    The sources of a result are the arguments and stored results from which it is recomputed.
     """
     sources: dict[Node, set[Node]] = {}
-    last_read: dict[Node, int] = {}  # of a copy of the node, by itself or by the copies that are made from it
+    last_read: dict[Node, int] = {}  # the last read of a copy of the node, also by copies computed from that copy
     for node in times.place:
         inputs, reads = node.all_input_nodes, times.reads[node]
         is_view_of_copy = is_view(node) and any(source in sources for source in inputs)
@@ -106,9 +106,9 @@ def _find_recomputable(times: _Times) -> dict[Node, set[Node]]:
 
 
 def _find_delayable(times: _Times) -> dict[Node, Node]:
-    """Return the large results that are only read late, each with its reader.
+    """Return the large results that are only read late, each with its first reader.
 
-    Their inputs are alive until then.
+    Only results whose inputs are alive until that read are returned.
     """
     return {node: _first_reader(times, node) for node in times.place if _is_delayable(times, node)}
 
@@ -125,7 +125,7 @@ def _is_delayable(times: _Times, node: Node) -> bool:
 def _first_reader(times: _Times, node: Node) -> Node:
     """Return the first unfused operation that reads the node.
 
-    Without one, return the last of its views and fused operations.
+    If there is none, return the last view or fused operation on the way.
     """
     reader = min(node.users, key=lambda user: min(times.reads[user]) if is_view(user) else times.depth[user])
     return _first_reader(times, reader) if (is_view(reader) or is_fused(reader)) and reader.users else reader
@@ -143,7 +143,7 @@ def _recompute_late_reads(
 ) -> None:
     """Let late readers of a recomputable result read a copy.
 
-    The copy is computed right before the first of them.
+    The copy is computed right before its first reader.
     """
     nodes = list(times.place)
     copies: dict[Node, Node] = {}
@@ -152,13 +152,13 @@ def _recompute_late_reads(
         if node not in copies:
             if node in sources:
                 copies[node] = graph.node_copy(node, lambda source: copy(source, user))
-            elif node in times.place and is_operation(node) and times.is_large(node):  # any other waits already
+            elif node in times.place and is_operation(node) and times.is_large(node):
                 # Without the wait, Inductor would fuse the copy with the first computation, and store its result.
                 copies[node] = insert_wait(graph, node, [_awaited(times, delayed, user)])
-                for other in nodes[times.place[user] :]:  # the same name, so that one kernel reads it for all of them
+                for other in nodes[times.place[user] :]:  # all late readers read one view, so one kernel serves them
                     if times.is_late(other, node):
                         other.replace_input_with(node, copies[node])
-            else:
+            else:  # it waits already, or needs no wait
                 return node
         return copies[node]
 
@@ -170,9 +170,9 @@ def _recompute_late_reads(
 
 
 def _is_worth_copying(times: _Times, sources: dict[Node, set[Node]], node: Node) -> bool:
-    """Return whether it pays to recompute a result.
+    """Return whether recomputing a result saves enough memory.
 
-    It is large, has a large source, and its first read is not late.
+    The result must be large and have a large source, and its first read must not be late.
     """
     has_large_source = any(is_operation(source) and times.is_large(source) for source in sources.get(node, ()))
     if not has_large_source or not times.is_large(node):
@@ -192,7 +192,7 @@ def _delay_results(graph: Graph, times: _Times, delayed: dict[Node, Node]) -> No
 def _awaited(times: _Times, delayed: dict[Node, Node], user: Node) -> Node:
     """Return the last result that the user waits for.
 
-    A delayed user waits for the other inputs of its reader.
+    A delayed user waits for the other inputs of its first reader.
     """
     if reader := delayed.get(user):
         others = [node for node in reader.all_input_nodes if without_views(node) is not user]
@@ -205,7 +205,7 @@ def _awaited(times: _Times, delayed: dict[Node, Node], user: Node) -> Node:
 def _store_once(graph: Graph, times: _Times, sources: dict[Node, set[Node]]) -> None:
     """Store large fused results that are read late and cannot be recomputed.
 
-    Otherwise Inductor computes a residual stream again at each read, from all that was ever added to it, with a
+    Otherwise Inductor computes a residual stream again at each read, from all tensors that were added to it, with a
     different kernel for each layer.
     """
     for node in times.place:

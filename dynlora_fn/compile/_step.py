@@ -1,4 +1,4 @@
-"""A whole pure step in one compiled graph."""
+"""`compile_step`: compile a pure step into one graph."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +24,14 @@ from dynlora_fn.compile._donation import Donated, consume
 from dynlora_fn.compile._memory import sharing
 from dynlora_fn.compile._structure import Pair, mismatch, pair_leaves
 
-# What `aux` may contain beside tensors. Anything else may contain tensors of the state, which would be written over.
+# What `aux` may contain beside tensors. Other objects could contain tensors of the state, which would be written over.
 _WITHOUT_TENSORS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
 
 
 class Step(NamedTuple):
-    """The result of a function that `compile_step` returns."""
+    """The result of a compiled step: the new state, and what the step reports."""
 
-    state: Any  # with the structure, shapes and dtypes of the argument
+    state: Any  # the new state, with the structure, shapes and dtypes of the old state
     aux: Any  # what the step reports, such as the loss
 
 
@@ -45,32 +45,37 @@ def compile_step(
 ) -> Callable[..., Step]:
     """Compile a step into one graph with `torch.compile`.
 
-    Whatever changes between calls must be a tensor, the learning rate and the step count too. A Python number becomes a
-    constant of the graph, and another number compiles the step again.
+    The compiled step returns the same values as the step, to rounding. Everything that changes between calls must be a
+    tensor, also the learning rate and the step count. A Python number becomes a constant of the graph, so another
+    number recompiles the step.
 
     Args:
         step: A pure function ``(state, *args, **kwargs) -> (state, aux)``, where `state` is a tree of tensors.
-        donate: Write the new state into the memory of the old one, inside the graph. The old state is then consumed:
-            its tensors contain the new values. The functions inside the step stay pure. What is reported in `aux` keeps
-            its values: a tensor that shares memory with the state is copied.
-        dynamic: Whether sizes and Python numbers that have changed between two calls become variables of the graph.
-            With False, every new shape compiles the step again, which torch allows eight times.
-        debug: With a donated state, return new tensors in the same memory, and make any use of the old ones raise.
-        options: Further options of `torch.compile`, such as ``backend`` or ``mode``. None means torch's default.
-            ``options`` has precedence over ``mode``.
+        donate: Whether to write the new state into the memory of the old state, inside the graph. The old state is then
+            consumed: its tensors contain the new values. The functions inside the step stay pure. Tensors in `aux` that
+            share memory with the state are copied, so they keep their values.
+        dynamic: Whether sizes and Python numbers that changed between two calls become variables of the graph. With
+            False, every new shape recompiles the step, which torch allows eight times. None means the same as True.
+        debug: Whether to return new tensors in the memory of a donated state, and to raise an error at any use of the
+            old tensors.
+        options: Further arguments of `torch.compile`, such as ``backend``, ``mode`` or ``options``. None means torch's
+            default. ``options`` takes precedence over ``mode``.
 
     Returns:
-        A function with the arguments of `step` that returns `Step`. A donated state comes back as the same tensors.
+        A function with the arguments of `step` that returns a `Step`. With a donated state, the tensors of the new
+        state are the tensors that were passed.
 
     Raises:
-        TypeError: If `step` is no function, a flag neither True nor False, or `torch.compile` has no such option.
-        ValueError: If ``fullgraph=False`` is passed. At a call, if the new state differs from the old one in structure,
-            shape or dtype. If two tensors of a donated state share memory, or one is expanded or requires a gradient.
-            If another argument is a view of such a tensor, or `aux` contains an object that may contain tensors. If
-            arguments change so often that torch stops to compile; the message names them.
+        TypeError: If `step` is not a function, `donate` or `debug` is not a flag, or `torch.compile` does not take an
+            option.
+        ValueError: If ``fullgraph=False`` is passed. At a call, if torch has recompiled the step as often as it allows;
+            the message names the arguments that change. At a call with a donated state, if the new state differs from
+            the old state in structure, shape or dtype. Also if tensors of the state share memory, or one of them is
+            expanded, requires a gradient or was written over before. Also if another argument is a view of the state,
+            or `aux` contains an object that may contain tensors.
         RuntimeError: With `debug`, if a consumed state is used.
 
-    Example: The new state is in the memory of the old one.
+    Example: The new state is in the memory of the old state.
         >>> step = compile_step(lambda state, lr: (state - lr, state.sum()), backend="aot_eager")
         >>> state = torch.zeros(2)
         >>> new, total = step(state, torch.tensor(0.5))
@@ -83,7 +88,7 @@ def compile_step(
     check_flag("donate", donate)
     check_flag("debug", debug)
     share_memory, calls, donated = sharing(), Calls(step), Donated()
-    current: list[Any] = []  # the arguments of the call that Dynamo may be about to trace
+    current: list[Any] = []  # the arguments of the running call, which Dynamo may trace
 
     def run(state: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
         comptime(note_call)
@@ -103,7 +108,7 @@ def compile_step(
     def note_call(_: Any) -> None:
         calls.note(*current[-1])
 
-    # Dynamo caches graphs by code object, a limited number for each: every step gets a new code object.
+    # Dynamo caches a limited number of graphs for each code object, so every step gets a new code object.
     run.__code__ = run.__code__.replace()
     compiled = torch.compile(run, fullgraph=True, dynamic=None if dynamic else dynamic, **_torch_options(options))
     traces_autograd = trace_autograd_ops()  # for `torch.autograd.grad` inside the step
@@ -131,19 +136,19 @@ def compile_step(
 
 
 def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for `torch.compile`.
-
-    The graph passes are added if the backend is Inductor.
+    """Return the arguments for `torch.compile`, with the graph passes for Inductor.
 
     Raises:
-        TypeError: If `torch.compile` has no such option.
+        TypeError: If `torch.compile` has no argument of that name.
         ValueError: If ``fullgraph=False`` is passed.
     """
     known = set(inspect.signature(torch.compile).parameters) - {"model", "dynamic"}
     if unknown := sorted(set(options) - known):
         raise TypeError(f"`compile_step` got the options {unknown}; `torch.compile` takes {', '.join(sorted(known))}")
     if not options.get("fullgraph", True):
-        raise ValueError("`fullgraph` must be True, since a step is compiled into one graph, got False; remove it")
+        raise ValueError(
+            f"`fullgraph` is {options['fullgraph']!r}, but a step must be compiled into one graph; remove the argument"
+        )
     others = {
         name: value
         for name, value in options.items()
@@ -154,7 +159,7 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
         return {**others, **settings}
     from dynlora_fn.compile._passes import inductor_options  # noqa: PLC0415 (Inductor takes a second to import)
 
-    # A mode is a name for a set of options, and `torch.compile` does not accept both.
+    # A mode is a set of options, and `torch.compile` does not accept a mode and options together.
     callers = {**inductor_mode_options(options.get("mode") or "default"), **(options.get("options") or {})}
     return {**others, "options": {**inductor_options(), **callers}}
 
@@ -162,9 +167,10 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _problem_of_view(
     view: Tensor, donated: Donated, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str:
-    """Describe an argument that is a view of the state.
+    """Return the error message for an argument that is a view of the state.
 
-    A graph may write the state before it reads the view. Dynamo recognizes the state's tensors themselves.
+    A graph could write the state before it reads the view. An argument that is a tensor of the state is no problem,
+    since Dynamo recognizes it.
     """
     name = next(name for name, leaf in named_leaves(step, args, kwargs).items() if leaf is view)
     owner = donated.owner(view)
@@ -172,9 +178,9 @@ def _problem_of_view(
 
 
 def _unknown_object(aux: Any) -> str | None:
-    """Describe an object in `aux` that may contain tensors of the state.
+    """Return the error message for an object in `aux` that may contain tensors.
 
-    Return None if there is none.
+    Return None if there is no such object.
     """
     for index, leaf in enumerate(tree_leaves(aux)):
         if not isinstance(leaf, (Tensor, *_WITHOUT_TENSORS)):
@@ -186,7 +192,7 @@ def _unknown_object(aux: Any) -> str | None:
 def _keep_values(aux: Any, old: list[Tensor], share_memory: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
     """Clone the tensors of `aux` that share memory with the state.
 
-    The step is about to write over the state.
+    Call this before the step writes over the state.
     """
     leaves, structure = tree_flatten(aux)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -208,9 +214,9 @@ def _write(pairs: list[Pair]) -> None:
     _copy(old, new)
 
 
-# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+# With `allow_in_graph`, AOTAutograd traces this function instead of Dynamo, which takes longer for each operation.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _copy(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-    # Clone first: a new leaf may be an old one, or a view of it, that another write would overwrite.
+    # Clone first, since a new leaf may be an old leaf, or a view of one, that another write overwrites.
     for leaf, value in [(leaf, value.clone()) for leaf, value in zip(old, new, strict=True)]:
         leaf.copy_(value)

@@ -1,7 +1,7 @@
-"""Compare the state that a step returns with the state that it got.
+"""Compare the state that a step returns with the state that was passed to it.
 
-Dynamo traces this code for every tensor. It takes far longer to trace how pytree describes a structure than to compare
-two structures directly.
+Dynamo traces this code for every tensor. Comparing two trees directly takes much less time to trace than the functions
+of pytree.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,9 @@ Pair: TypeAlias = tuple[Any, Any]
 
 
 def pair_leaves(old: Any, new: Any, pairs: list[Pair]) -> bool:
-    """Append the leaves of two trees to `pairs`.
+    """Append the pairs of leaves of two trees to `pairs`.
 
-    Return whether the trees have the same structure. The structure is pytree's: types, keys and their order, and
-    constants.
+    Return whether the trees have the same structure: types, keys in the same order, and constants, as in pytree.
     """
     if isinstance(old, Tensor) or type(old) is not type(new):
         pairs.append((old, new))
@@ -45,7 +44,7 @@ def pair_leaves(old: Any, new: Any, pairs: list[Pair]) -> bool:
 
 
 def mismatch(state: Any, pairs: Sequence[Pair]) -> str | None:
-    """Describe how the new state differs in shape or dtype, if it does."""
+    """Return the error message for a leaf that changes its shape or dtype, or None."""
     for index, (old, new) in enumerate(pairs):
         if old.shape != new.shape or old.dtype != new.dtype:
             name = keystr(tree_flatten_with_path(state)[0][index][0])

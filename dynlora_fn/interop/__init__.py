@@ -1,8 +1,7 @@
-"""Parameters from a model and back to it, from and to files.
+"""Convert models, files and adapters to parameters and back.
 
-Files are state dicts, safetensors files, PEFT adapters and checkpoints. `init` turns a module or a dict of tensors into
-parameters, and `resize` changes their ranks. Everything else converts parameters to and from the formats of PyTorch,
-Hugging Face and PEFT.
+`init` turns a module or a dict of tensors into parameters, and `resize` changes their ranks. The other functions
+convert parameters to and from state dicts, safetensors files, PEFT adapters and checkpoints.
 """
 
 from dynlora_fn.interop import _torch_load as _torch_load

@@ -1,4 +1,4 @@
-"""Work on several processes: all of them succeed, or all raise an error."""
+"""Do work on several processes, so that all of them succeed or all raise an error."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -9,18 +9,21 @@ from dynlora_fn.parallel._group import Group, process_group
 
 Result = TypeVar("Result")
 
-_KINDS = (TypeError, ValueError, OSError, RuntimeError)  # of errors that are raised on the other processes too
+_KINDS = (TypeError, ValueError, OSError, RuntimeError)  # the types that an error can have on the other processes
 
 
 class Members(NamedTuple):
-    """This process among those of a group, or without a group."""
+    """A group, and the place of this process in it. None is a single process."""
 
     process: int = 0
     world_size: int = 1
     group: torch.distributed.ProcessGroup | None = None
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the value of every process. Collective."""
+        """Return the value of every process.
+
+        Collective: call it on every process.
+        """
         values = [value] * self.world_size
         if self.group is not None:
             torch.distributed.all_gather_object(values, value, group=self.group)
@@ -29,7 +32,7 @@ class Members(NamedTuple):
     def agree(self, work: Callable[[], Result], *, first_only: bool = False) -> Result | None:
         """Do the work on every process, or on the first one only, and return its result.
 
-        Collective. An error of one process is raised on all of them.
+        An error of one process is raised on all of them. Collective: call it on every process.
         """
         result, error, failure = None, None, None
         try:
@@ -48,9 +51,11 @@ class Members(NamedTuple):
 
 
 def members_of(group: "Group | None") -> Members:
-    """Return this process among those of a group or a mesh.
+    """Return the members of a group or a mesh. None means a single process.
 
-    Without one it is the only process.
+    Raises:
+        TypeError: If it is neither a group nor a mesh.
+        ValueError: If the mesh has more than one dimension.
     """
     if group is None:
         return Members()

@@ -1,6 +1,7 @@
 """Check the arguments of `init` and `resize`, before anything is read or computed."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ def check_model(model: Any) -> None:
 
 
 def check_weights(weights: Any, model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Raise if weights are no dict of tensors by name, or not those of the model.
+    """Raise if weights are not a dict of tensors, or have a name that the model lacks.
 
-    Buffers of the model and further names of tied parameters may be among them.
+    Names of buffers, and all names of a tied parameter, are accepted.
     """
     if weights is None:
         return
@@ -56,7 +57,10 @@ def _names_of(model: nn.Module) -> set[str]:
 
 
 def check_kind(name: str, weight: Any, like: Tensor) -> None:
-    """Raise TypeError if a weight is no tensor, or integers replace floats."""
+    """Raise TypeError if a weight is not a tensor of the kind of `like`.
+
+    The kinds are real, complex and integer.
+    """
     if not isinstance(weight, Tensor):
         raise TypeError(f"`weights` has {described(weight)} for {name!r}; use a tensor")
     kinds = [(tensor.is_floating_point(), tensor.is_complex()) for tensor in (weight, like)]
@@ -67,13 +71,10 @@ def check_kind(name: str, weight: Any, like: Tensor) -> None:
 
 
 def check_targets(targets: Any) -> None:
-    """Raise TypeError if targets are no names, globs or types, and no predicate.
-
-    Types are those of modules.
-    """
+    """Raise TypeError if targets are neither names, globs or types nor a predicate."""
     if isinstance(targets, str | type):
         targets = [targets]
-    if not isinstance(targets, Sequence):
+    if not isinstance(targets, Sequence | AbstractSet):
         if not callable(targets):
             raise TypeError(f"`targets` is {described(targets)}; pass a list of names, globs or types, or a predicate")
         return
@@ -83,9 +84,9 @@ def check_targets(targets: Any) -> None:
 
 
 def check_fused(fused: Any) -> None:
-    """Raise if the numbers of fused parts are not a dict of valid numbers.
+    """Raise if `fused` is not a dict of numbers of parts.
 
-    A number is an integer, or a pair of a number and an axis.
+    A value is a number of parts of at least 1, or a pair of the number and an axis.
     """
     if fused is None:
         return
@@ -99,9 +100,9 @@ def check_fused(fused: Any) -> None:
 
 
 def check_tensors(argument: str, tensors: Any) -> None:
-    """Raise if a value is no dict of tensors by name.
+    """Raise if a value is not a dict of tensors by name.
 
-    Values of a mapping that reads files are not read.
+    For a mapping that reads files only the names are checked.
     """
     check_by_name(argument, tensors, of="tensors")
     if not isinstance(tensors, dict):

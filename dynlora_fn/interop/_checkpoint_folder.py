@@ -1,4 +1,4 @@
-"""The folder of all checkpoints: their names, and what is said about each."""
+"""The names of checkpoints in their folder, and checks of steps and settings."""
 
 import json
 import re
@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from dynlora_fn._core._check import check_integer, described
+from dynlora_fn.interop._checksums import SUMS
 
 CHECKPOINT, UNFINISHED = re.compile(r"step-[0-9]{8}"), re.compile(r"\.(writing|replaced)-[0-9]{8}")
 _LARGEST_STEP = 10**8 - 1
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path is a folder, and no link to one."""
+    """Return whether a path is a folder, and not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Return everything that has the name of a checkpoint."""
+    """Return the paths that have the name of a checkpoint, the largest step first."""
     return sorted((path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)), reverse=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Put back checkpoints that a killed run has moved away, but not replaced."""
+    for path in folder.glob(".replaced-*"):
+        target = folder / f"step-{path.name.removeprefix('.replaced-')}"
+        if UNFINISHED.fullmatch(path.name) and (path / SUMS).is_file() and not target.exists():
+            path.rename(target)
 
 
 def step_of(path: Path) -> int:
@@ -28,7 +37,12 @@ def step_of(path: Path) -> int:
 
 
 def checked_step(step: Any) -> int:
-    """Return a step that fits into the name of a checkpoint."""
+    """Return a step as a Python number, and raise if it does not fit into a name.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is negative or has more than eight digits.
+    """
     plain = check_integer("step", step, least=0)
     if plain > _LARGEST_STEP:
         raise ValueError(f"`step` is {step}; use an integer of at most {_LARGEST_STEP}")
@@ -36,7 +50,13 @@ def checked_step(step: Any) -> int:
 
 
 def checked_settings(settings: Any) -> dict[str, Any]:
-    """Return settings as JSON returns them, so that equal ones compare as equal."""
+    """Return settings as they come back from JSON, so that they can be compared.
+
+    A tuple becomes a list, for example. None becomes an empty dict.
+
+    Raises:
+        TypeError: If it is not a dict by name, or JSON cannot store a value.
+    """
     if settings is None:
         return {}
     if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):

@@ -1,6 +1,7 @@
 """Load checkpoints of a training state, after every file has been verified."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,14 @@ from torch import Tensor
 from dynlora_fn._core._check import check_callable, check_flag, check_path, described
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn.interop._agree import Members, members_of
-from dynlora_fn.interop._checkpoint_folder import CHECKPOINT, checked_settings, checked_step, newest_first, step_of
+from dynlora_fn.interop._checkpoint_folder import (
+    CHECKPOINT,
+    checked_settings,
+    checked_step,
+    newest_first,
+    restore_replaced,
+    step_of,
+)
 from dynlora_fn.interop._checkpoint_read import find_mismatch, read_headers, read_into
 from dynlora_fn.interop._checkpoint_state import Contents, contents_of, with_values
 from dynlora_fn.interop._checksums import find_damage
@@ -22,7 +30,7 @@ class Refused(NamedTuple):
 
     path: Path
     reason: str
-    is_damaged: bool  # otherwise it is whole, but of another step, run or structure
+    is_damaged: bool  # False: it is undamaged, but of another step, run or structure
 
 
 class Checkpoint(NamedTuple):
@@ -30,7 +38,7 @@ class Checkpoint(NamedTuple):
 
     state: Any
     step: int
-    refused: list[Refused]  # newer checkpoints
+    refused: list[Refused]  # newer checkpoints, which do not fit or are damaged
 
 
 def load_checkpoint(
@@ -45,35 +53,37 @@ def load_checkpoint(
 ) -> Checkpoint | None:
     """Return the newest undamaged checkpoint that fits, or None if there is none.
 
-    The state is the one that was saved, bit for bit. Each file is verified before anything is read from it. A
-    checkpoint is refused if it is damaged, in the folder of another step, of a run with other settings, or of a state
-    with other leaves, shapes or dtypes. The one before it is then taken. The refused ones are returned with their
-    reasons. Folders with other names than ``step-NNNNNNNN`` are no checkpoints. Tensors are read one at a time into the
-    memory of the result. Collective with a group.
+    The state is the saved one, bit for bit. Each file is verified before a tensor is read from it. A checkpoint is
+    refused if it is damaged, in the folder of another step, of a run with other settings, or of a state with other
+    leaves, shapes or dtypes. The checkpoint before it is then tried. Refused checkpoints are returned with the reasons.
+    Only folders named ``step-NNNNNNNN`` are checkpoints. Tensors are read one at a time into the memory of the result.
+    Collective with a group: call it on every process.
 
     Args:
         folder: The folder of all checkpoints.
-        template: A state of the same structure, such as the one that a run starts with. Its values are not used.
+        template: A state of the same structure, such as the initial state of a run. Its values are not used.
         step: The step to load. Default None means the newest one.
-        settings: Values by name, as for `save_checkpoint`. Those that both have must be equal. Default None compares
-            none.
-        group: The process group, or a mesh of one dimension. It may have more or fewer processes than have saved.
-            Default None means that only this process reads.
+        settings: Values by name, as for `save_checkpoint`. A name that the checkpoint has too must have an equal value.
+            Default None compares no setting.
+        group: The process group, or a mesh of one dimension. It may have more or fewer processes than saved the
+            checkpoint. Default None means that only this process reads.
         donate: Whether to read into the memory of `template`, which must not be used afterwards. Tensors that share
-            memory are replaced. Without a checkpoint, `template` does not change.
-        rename: A function from the path of a leaf in `template` to its path in a checkpoint of an older program, for
-            checkpoints that have exactly those paths. Default None keeps all paths.
+            memory with another, or are not contiguous, are replaced. Without a checkpoint, `template` does not change.
+        rename: A function from the path of a leaf in `template` to its path in the checkpoints of an older program. It
+            applies to a checkpoint that has exactly the renamed paths. Default None keeps all paths.
 
     Returns:
         A `Checkpoint` with the state, its step and the checkpoints that were refused, or None if there is none.
 
     Raises:
-        TypeError: If a leaf of the template cannot be in a checkpoint.
-        ValueError: If there are checkpoints and all are refused, or `step` has none. The message gives each reason.
+        TypeError: If an argument has a wrong type, or a leaf of the template cannot be in a checkpoint.
+        ValueError: If there are checkpoints and all are refused, or none has the step `step`. The message gives each
+            reason.
         OSError: If the folder cannot be read.
         ImportError: If the extra `files` is not installed.
 
-    Numerics: States of one type look alike, such as those of `sgd` with momentum and `lion`. Settings tell them apart.
+    Numerics: Different optimizers can have states of the same structure, such as `sgd` with momentum and `lion`. Put
+        the name of the optimizer into `settings`, so that a checkpoint of another one is refused.
 
     Example:
         >>> import tempfile
@@ -112,11 +122,17 @@ def load_checkpoint(
 
 
 def _candidates(folder: Path, step: int | None) -> list[Path]:
-    """Return the checkpoints to try, the newest first."""
+    """Return the checkpoints to try, the newest first.
+
+    Raises:
+        ValueError: If `folder` is one checkpoint or a file, or there is none of the step.
+    """
     if CHECKPOINT.fullmatch(folder.name) and list(folder.glob("*.safetensors")):
         raise ValueError(f"`folder` is {str(folder)!r}, which is one checkpoint; pass the folder that it is in")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` is {str(folder)!r}, which is no folder; pass the folder of all checkpoints")
+        raise ValueError(f"`folder` is {str(folder)!r}, which is not a folder; pass the folder of all checkpoints")
+    with suppress(OSError):  # the folder may be readable only
+        restore_replaced(folder)
     paths = newest_first(folder)
     if step is None:
         return paths
@@ -128,7 +144,10 @@ def _candidates(folder: Path, step: int | None) -> list[Path]:
 
 
 def _first(members: Members, problem: str | None) -> str | None:
-    """Return the first problem of any process. Collective."""
+    """Return the problem of the first process that has one.
+
+    Collective: call it on every process.
+    """
     return next((other for other in members.gather(problem) if other is not None), None)
 
 
@@ -142,7 +161,7 @@ def _find_problem(
         return str(error)
     step, saved = stored.description.get("step", step_of(path)), stored.description.get("settings", {})
     if step != step_of(path):
-        return f"it is of step {step}, and not of that in its name"
+        return f"it is of step {step}, but its name has another step"
     for name in sorted(settings.keys() & saved.keys()):
         if settings[name] != saved[name]:
             return f"it has the setting {name} {described(saved[name])} instead of {described(settings[name])}"
@@ -150,7 +169,7 @@ def _find_problem(
 
 
 def _renamed(contents: Contents, names: Any, rename: Callable[[str], str] | None) -> Contents:
-    """Return contents by their older paths, if a checkpoint has exactly those tensors."""
+    """Return contents under renamed paths, if a checkpoint has exactly those tensors."""
     if rename is None:
         return contents
     pieces = {rename(path): piece for path, piece in contents.pieces.items()}
@@ -172,14 +191,14 @@ def _read(path: Path, template: Any, members: Members, rename: Callable[[str], s
 
 
 def _fresh(leaf: Any) -> Any:
-    """Return a tensor in separate memory. Any other leaf is returned unchanged."""
+    """Return a new tensor of the same shape. Any other leaf is returned unchanged."""
     return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
 def _distinct(tree: Any) -> Any:
-    """Return the tensors of a tree, contiguous and without shared memory.
+    """Return a tree whose tensors are contiguous and share no memory.
 
-    Tensors that are not get other memory.
+    A tensor that is not contiguous, or shares memory with an earlier tensor, is replaced by a new tensor.
     """
     addresses: set[int] = set()
 

@@ -1,6 +1,6 @@
-"""Read the tensors of a checkpoint into memory that exists already.
+"""Read the tensors of a checkpoint into existing memory.
 
-Any number of processes may have written them.
+Any number of processes may have written the checkpoint.
 """
 
 import json
@@ -16,17 +16,17 @@ from dynlora_fn._core._dtypes import byte_view
 from dynlora_fn.interop._checkpoint_state import DTYPES, Contents, Piece, describe_tensor, describe_value
 from dynlora_fn.interop._safetensors import safetensors
 
-OFFSETS = "DCP_SHARDING_INFO"  # as `torch.distributed.checkpoint` calls it, whose reader opens these files too
+OFFSETS = "DCP_SHARDING_INFO"  # the name in `torch.distributed.checkpoint`, whose reader opens these files too
 DESCRIPTION = "dynlora_fn"
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, in one file."""
+    """A box of a tensor that one file contains."""
 
     file: Path
     start: int  # of its bytes in the file
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
+    offsets: tuple[int, ...]  # of the box in the unsharded tensor
+    shape: tuple[int, ...]  # of the box
     dtype: torch.dtype
 
 
@@ -34,14 +34,14 @@ class Stored(NamedTuple):
     """The headers of all files of a checkpoint."""
 
     chunks: dict[str, list[Chunk]]
-    description: dict[str, Any]  # step, settings, values and constants; empty in checkpoints of before they had one
+    description: dict[str, Any]  # step, settings, values and constants; empty in older checkpoints
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of the unsharded tensor of a path."""
         return _full_shape(self.chunks[path])
 
     def described(self) -> dict[str, str]:
-        """Return a text of each leaf, as `Contents.described`."""
+        """Return a text for each leaf, as `Contents.described` does."""
         tensors = {path: describe_tensor(self.shape(path), chunks[0].dtype) for path, chunks in self.chunks.items()}
         values = {path: describe_value(value) for path, value in self.description.get("values", {}).items()}
         constants: dict[str, str] = self.description.get("constants", {})
@@ -52,7 +52,7 @@ def read_headers(folder: Path) -> Stored:
     """Read the headers of the files of a checkpoint.
 
     Raises:
-        ValueError: If one is damaged, or the files do not belong together. It names the file.
+        ValueError: If a file is damaged, or the files do not belong together. The message names the file.
     """
     chunks: dict[str, list[Chunk]] = {}
     descriptions: dict[str, str] = {}
@@ -71,7 +71,7 @@ def read_headers(folder: Path) -> Stored:
         raise ValueError(f"its files are of different checkpoints: {sorted(descriptions)[:4]}")
     for path, boxes in chunks.items():
         if prod(_full_shape(boxes)) != sum(prod(chunk.shape) for chunk in boxes):
-            raise ValueError(f"{path} has not all entries of its shape {_full_shape(boxes)}; a file is missing")
+            raise ValueError(f"{path} lacks entries of its shape {_full_shape(boxes)}; a file is missing")
     return Stored(chunks, _parse_description(*next(iter(descriptions.items()))))
 
 
@@ -85,7 +85,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], Mapping[str, str], int]:
         with package.safe_open(file, framework="pt", backend="pread") as handle:
             metadata = handle.metadata() or {}
     except package.SafetensorError as error:
-        raise ValueError(f"{file.name} is no complete safetensors file ({error})") from error
+        raise ValueError(f"{file.name} is not a complete safetensors file ({error})") from error
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
@@ -99,7 +99,7 @@ def _chunk(file: Path, path: str, entry: Any, places: Mapping[str, Any], start: 
     if len(offsets) != len(shape) or not all(isinstance(offset, int) and offset >= 0 for offset in offsets):
         raise ValueError(f"{file.name} has the offsets {offsets} for {path} of shape {shape}")
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{file.name} has the dtype {entry['dtype']!r} for {path}, which a checkpoint has not")
+        raise ValueError(f"{file.name} has the dtype {entry['dtype']!r} for {path}, which no checkpoint contains")
     return Chunk(file, start + entry["data_offsets"][0], offsets, shape, DTYPES[entry["dtype"]])
 
 
@@ -112,9 +112,10 @@ def _parse_description(file: str, text: str) -> dict[str, Any]:
 
 
 def find_mismatch(stored: Stored, contents: Contents) -> str | None:
-    """Return the first leaf of a state that a checkpoint does not match.
+    """Describe the first leaf in which a state and a checkpoint differ.
 
-    The checkpoint does not have it, or has another kind, shape or dtype. A number or a text may have been None.
+    The leaf is only in one of them, or has another kind, shape or dtype. A number, flag or text may be None in the
+    other. Return None if they match.
     """
     found, wanted = stored.described(), contents.described()
     for path, text in wanted.items():
@@ -132,14 +133,14 @@ def find_mismatch(stored: Stored, contents: Contents) -> str | None:
 def read_into(piece: Piece, chunks: list[Chunk]) -> None:
     """Read the entries of a piece from all chunks that have some of them.
 
-    Tensors that are contiguous on the CPU are read into directly.
+    A contiguous tensor on the CPU is filled without a copy.
 
     Raises:
-        ValueError: If a file ends too early. It was verified before, so it was cut meanwhile.
+        ValueError: If a file ends too early, because it was cut after its verification.
     """
     target = piece.tensor
     is_direct = target.is_contiguous() and target.device.type == "cpu"
-    buffer = target if is_direct else torch.empty(target.shape, dtype=target.dtype)
+    buffer = target if is_direct else torch.empty(target.shape, dtype=target.dtype, device="cpu")
     content: Any = byte_view(buffer).numpy()
     for chunk in chunks:
         with chunk.file.open("rb") as file:
@@ -164,7 +165,7 @@ def _runs(piece: Piece, chunk: Chunk) -> Iterator[tuple[int, int, int]]:
     counts = [end - start for start, end in zip(starts, ends, strict=True)]
     if any(count <= 0 for count in counts):
         return
-    # Below this axis, chunk and piece have the same entries, so that they follow each other in both.
+    # Along later axes, chunk and piece have the same entries, so a run of them is contiguous in both.
     axis = max((at for at, count in enumerate(counts) if not count == chunk.shape[at] == shape[at]), default=0)
     length = prod(counts[axis:])
     for index in product(
@@ -175,9 +176,9 @@ def _runs(piece: Piece, chunk: Chunk) -> Iterator[tuple[int, int, int]]:
 
 
 def _place(corner: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """Return the number of entries before a corner of a box.
+    """Return the place of a corner in the row-major entries of a box.
 
-    The box has a shape and starts at some offsets.
+    `corner` and `offsets`, where the box starts, are in the unsharded tensor.
     """
     place = 0
     for at, offset, count in zip(corner, offsets, shape, strict=True):

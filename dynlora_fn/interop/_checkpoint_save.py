@@ -8,7 +8,14 @@ from typing import Any
 
 from dynlora_fn._core._check import check_integer, check_path
 from dynlora_fn.interop._agree import Members, members_of
-from dynlora_fn.interop._checkpoint_folder import UNFINISHED, checked_settings, checked_step, is_folder, newest_first
+from dynlora_fn.interop._checkpoint_folder import (
+    UNFINISHED,
+    checked_settings,
+    checked_step,
+    is_folder,
+    newest_first,
+    restore_replaced,
+)
 from dynlora_fn.interop._checkpoint_read import DESCRIPTION, OFFSETS
 from dynlora_fn.interop._checkpoint_state import Contents, contents_of
 from dynlora_fn.interop._checksums import join_sums, record_sum, sync_folder
@@ -29,13 +36,13 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint of a state, which `load_checkpoint` reads bit for bit.
 
-    It is the folder ``step-NNNNNNNN`` in `folder`, which appears complete, by renaming, once the disk has all of it.
+    It is the folder ``step-NNNNNNNN`` in `folder`. It appears complete, by renaming, once all of it is on the disk.
     After an error nothing is left behind, and older checkpoints are unchanged. The files are safetensors with SHA-256
-    sums, and nothing in them is pickled. The step and the settings are inside what the sums cover.
+    sums, and nothing in them is pickled. The sums cover the step and the settings too.
 
-    Collective with a group: each process writes one file. Shards are stored by their place in the unsharded tensor, and
-    everything else once, after `check_replicas`. So any number of processes can load them, except that blocks of
-    8-bit moments of sharded factors need as many.
+    With a group, each process writes one file. Shards are stored by their place in the unsharded tensor. Everything
+    else is stored once, after `check_replicas`. So any number of processes can load the checkpoint, except that 8-bit
+    moments of sharded factors need the same number. Collective with a group: call it on every process.
 
     Args:
         state: A tree of tensors, numbers, texts and None, such as parameters, the states of optimizers, and
@@ -43,15 +50,15 @@ def save_checkpoint(
         folder: The folder of all checkpoints, which is created if it does not exist.
         step: The step, from 0 to 99,999,999. An existing checkpoint of this step is replaced.
         settings: Values by name that JSON can store, such as the seed and the learning rate. `load_checkpoint` refuses
-            a checkpoint with others. Default None means none.
-        keep: The number of checkpoints up to this step that stay. Older ones are deleted. Folders with other names,
-            such as ``step-best``, are never deleted. Default None means that all stay.
+            a checkpoint whose values differ. Default None stores no settings.
+        keep: How many checkpoints up to this step to keep. Older ones are deleted. Folders with other names, such as
+            ``step-best``, are never deleted. Default None keeps all.
         group: The process group, or a mesh of one dimension. Default None means that only this process writes.
 
     Raises:
         TypeError: If a leaf cannot be stored, such as an object or a tensor of torchao. The message gives its path.
-        ValueError: If an argument is out of range, or another one on another process.
-        OSError: If the files cannot be written. With a group, it is raised on every process.
+        ValueError: If an argument is out of range, or differs between processes.
+        OSError: If the files cannot be written. With a group, every process raises it.
         DriftedError: If processes have different states.
         ImportError: If the extra `files` is not installed.
 
@@ -87,11 +94,9 @@ def save_checkpoint(
 
 
 def _prepare(folder: Path, temporary: Path) -> None:
-    """Create the folder that is written to.
-
-    Those that a killed run has left are deleted.
-    """
+    """Create the temporary folder, and delete folders that a killed run has left."""
     folder.mkdir(parents=True, exist_ok=True)
+    restore_replaced(folder)
     for unfinished in folder.iterdir():
         if UNFINISHED.fullmatch(unfinished.name) and is_folder(unfinished):
             shutil.rmtree(unfinished)
@@ -112,8 +117,8 @@ def _write(contents: Contents, temporary: Path, step: int, settings: dict[str, A
 def _assigned(contents: Contents, members: Members) -> list[str]:
     """Return the paths that this process writes.
 
-    They are its shards, and some of the tensors that all processes have. Each of those goes to the process with the
-    fewest bytes so far, which every process finds out for itself.
+    These are its shards, and some of the tensors that all processes have. Each of the latter is assigned to the process
+    with the fewest bytes so far. Every process computes the same assignment, so nothing is sent.
     """
     paths, loads = [], [0] * members.world_size
     for path, piece in contents.pieces.items():
@@ -133,7 +138,7 @@ def _finish(temporary: Path, target: Path, keep: int | None) -> None:
     sync_folder(temporary)
     replaced = folder / f".replaced-{target.name.removeprefix('step-')}"
     if (target.exists() or target.is_symlink()) and not is_folder(target):
-        raise FileExistsError(f"{str(target)!r} is no folder; move it away")
+        raise FileExistsError(f"{str(target)!r} is not a folder; move it away")
     if target.exists():
         target.rename(replaced)
     try:

@@ -1,9 +1,10 @@
-"""What a checkpoint stores of a state, by path.
+"""The contents of a state that a checkpoint stores, by path.
 
-Tensors, numbers, texts, and constants of types are stored.
+They are tensors, numbers, texts, and nodes without leaves such as the divisor of a deferred base.
 """
 
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
@@ -53,13 +54,13 @@ class Contents(NamedTuple):
     constants: dict[str, str]  # texts of nodes without leaves, such as the divisor of a deferred base
 
     def described(self) -> dict[str, str]:
-        """Return a text of each leaf, equal for leaves that can replace each other."""
+        """Return a text for each leaf, equal for leaves that can replace each other."""
         tensors = {path: describe_tensor(piece.shape, piece.tensor.dtype) for path, piece in self.pieces.items()}
         return tensors | {path: describe_value(value) for path, value in self.values.items()} | self.constants
 
 
 def describe_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Return shape and dtype as a text."""
+    """Return the shape and dtype of a tensor as a text."""
     return f"{shape} {dtype}"
 
 
@@ -72,11 +73,11 @@ def describe_value(value: Value) -> str:
 
 @torch.no_grad()
 def contents_of(argument: str, state: Any, members: Members) -> Contents:
-    """Return the contents of a state. Its tensors are in the same memory.
+    """Return the contents of a state, whose tensors share the memory of the state.
 
     Raises:
-        TypeError: If a leaf cannot be stored. It names the argument and the path.
-        ValueError: If two leaves have the same path, or shards are those of another group.
+        TypeError: If a leaf cannot be stored. The message names the argument and the path.
+        ValueError: If two leaves have the same path, or shards are from another group.
     """
     values: dict[str, Value] = {}
     constants: dict[str, str] = {}
@@ -99,15 +100,20 @@ def contents_of(argument: str, state: Any, members: Members) -> Contents:
 
 def with_values(state: Any, values: dict[str, Value]) -> Any:
     """Return a state with other numbers and texts, by path."""
-    return tree_map_with_path(
-        lambda path, leaf: leaf if isinstance(leaf, Tensor) else values.get(keystr(path), leaf), state
-    )
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf
+        value = values.get(keystr(path), leaf)
+        return type(leaf)(value) if isinstance(leaf, Enum) and value is not None else value
+
+    return tree_map_with_path(replaced, state)
 
 
 def _is_constant(node: Any) -> bool:
-    """Return whether a node without leaves has a meaning for the state.
+    """Return whether a node has no leaves but must be equal in a checkpoint.
 
-    How it is sharded has none.
+    A `Sharding` may differ.
     """
     return is_constant_class(type(node)) and not isinstance(node, Sharding)
 
@@ -115,7 +121,7 @@ def _is_constant(node: Any) -> bool:
 def _text_of_constant(node: Any) -> str:
     """Return a text that is equal for equal constants.
 
-    So numbers are floats, because 2 equals 2.0.
+    Integers are written as floats, because 2 equals 2.0.
     """
     if not is_dataclass(node):
         return repr(node)
@@ -138,7 +144,7 @@ def _check_tensor(argument: str, name: str, tensor: Tensor) -> None:
 def _value(argument: str, name: str, leaf: Any) -> Value:
     if leaf is None or isinstance(leaf, bool):
         return leaf
-    for kind, plain in ((str, str), (Integral, int), (float, float)):
+    for kind, plain in ((str, str.__str__), (Integral, int), (float, float)):  # an `Enum` of texts has another `str`
         if isinstance(leaf, kind):
             return plain(leaf)
     raise TypeError(

@@ -9,9 +9,9 @@ SUMS = "SHA256SUMS"  # in the format of `sha256sum --check`
 
 
 def record_sum(path: Path) -> None:
-    """Wait until the disk has a file, and record its checksum.
+    """Wait until a file is on the disk, and write its checksum to a file beside it.
 
-    Write its line of `SUMS` to a file beside it, for `join_sums`.
+    `join_sums` joins these files.
     """
     with path.open("r+b") as file:
         os.fsync(file.fileno())
@@ -19,7 +19,7 @@ def record_sum(path: Path) -> None:
 
 
 def join_sums(folder: Path) -> None:
-    """Replace the files with one line each by `SUMS`."""
+    """Join the checksum files of `record_sum` into the file `SUMS`, and delete them."""
     parts = sorted(folder.glob("*.sum"))
     _write_durably(folder / SUMS, b"".join(part.read_bytes() for part in parts))
     for part in parts:
@@ -29,15 +29,15 @@ def join_sums(folder: Path) -> None:
 def find_damage(folder: Path, *, process: int = 0, world_size: int = 1) -> str | None:
     """Return what is wrong with the files that this process checks, or None.
 
-    The processes divide the files. Pipes, links and folders among the files are not opened.
+    Each process checks a part of the files. Pipes, links and folders count as damage and are not opened.
     """
     try:
         if folder.is_symlink() or not folder.is_dir():
-            return "it is no folder"
+            return "it is not a folder"
         names = sorted(entry.name for entry in folder.iterdir())
         for name in names:
             if not stat.S_ISREG((folder / name).lstat().st_mode):
-                return f"{name} is no regular file"
+                return f"{name} is not a regular file"
         files = [name for name in names if name != SUMS]
         sums = _read_sums(folder / SUMS)
         if files != sorted(sums):
@@ -53,17 +53,17 @@ def _read_sums(path: Path) -> dict[str, str]:
     """Return the checksums by the names of files.
 
     Raises:
-        ValueError: If a line is none of `sha256sum`.
+        ValueError: If a line does not have the format of `sha256sum`.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no text: {error}") from error
+        raise ValueError(f"{path.name} is not text: {error}") from error
     sums = {}
     for line in lines:
         digest, separator, name = line.partition("  ")
         if not separator:
-            raise ValueError(f"{path.name} has the line {line[:60]!r}, which is no checksum")
+            raise ValueError(f"{path.name} has the line {line[:60]!r}, which is not a checksum")
         sums[name] = digest
     return sums
 
@@ -74,7 +74,7 @@ def _digest(path: Path) -> str:
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -82,10 +82,7 @@ def _write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder.
-
-    A renaming then survives a crash.
-    """
+    """Wait until the names in a folder are on the disk, so renaming survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

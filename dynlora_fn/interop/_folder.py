@@ -15,13 +15,13 @@ def filled(folder: Path) -> Iterator[Path]:
     """Yield an empty folder whose files move into `folder` once the block ends.
 
     After an error nothing moves. Weights of an earlier model under the same name are removed: a single file, shards and
-    their index. Otherwise a reader would take them for the new weights. A README.md that exists is left unchanged.
+    their index. Otherwise a reader could open them instead of the new weights. An existing README.md is not replaced.
 
     Raises:
-        ValueError: If `folder`, or the name of a file that is written into it, exists and is of another kind.
+        ValueError: If `folder` exists and is not a folder, or a file would replace something that is not a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` is {str(folder)!r}, which exists and is no folder; pass the name of a folder")
+        raise ValueError(f"`folder` is {str(folder)!r}, which exists and is not a folder; pass the name of a folder")
     existed = folder.exists()
     aside = folder / f".writing-{secrets.token_hex(8)}"
     aside.mkdir(parents=True)
@@ -31,7 +31,7 @@ def filled(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if not existed:
-            with suppress(OSError):  # it has files
+            with suppress(OSError):  # the folder has files, so it stays
                 folder.rmdir()
 
 
@@ -40,7 +40,7 @@ def _move(aside: Path, folder: Path) -> None:
     for file in files:
         if (folder / file).exists() and not (folder / file).is_file():
             raise ValueError(
-                f"`folder` has {str(file)!r}, which exists and is no regular file, in {str(folder)!r}; remove it"
+                f"`folder` has {str(file)!r}, which exists and is not a regular file, in {str(folder)!r}; remove it"
             )
     stale = _weights_of_earlier_models(folder, files)
     for file in files:
@@ -49,13 +49,13 @@ def _move(aside: Path, folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (aside / file).replace(folder / file)
     for path in stale:
-        path.unlink(missing_ok=True)  # another process may write the same model
+        path.unlink(missing_ok=True)  # another process that writes the same model may have removed it
 
 
 def _weights_of_earlier_models(folder: Path, files: list[Path]) -> list[Path]:
-    """Return the files that a reader would take for files of the new weights.
+    """Return the old shards, indices and single files of the models in `files`.
 
-    These are shards, an index, or a single file.
+    A reader could open them instead of the new weights.
     """
     models = {(file.parent, match[1]) for file in files if (match := _SAFETENSORS.fullmatch(file.name))}
     return [

@@ -1,4 +1,4 @@
-"""Tensors that are formed when a file is written, one at a time."""
+"""Tensors that are computed one at a time, while a file is written."""
 
 from collections.abc import Callable, Mapping
 from math import prod
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 class LazyTensor(NamedTuple):
-    """A tensor whose shape and dtype are known before it is formed."""
+    """A tensor whose shape and dtype are known before it is computed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]  # forms it again at each call
+    read: Callable[[], Tensor]  # computes it again at each call
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the tensor takes."""
+        """The size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def lazy(tensor: Tensor) -> LazyTensor:
-    """Return a tensor that exists already as a lazy one."""
+    """Wrap an existing tensor as a `LazyTensor`."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 

@@ -1,6 +1,6 @@
-"""Make the parameters of `init` from weights that are read one at a time.
+"""Create the parameters of `init` from weights that are read one at a time.
 
-Of each stack, one weight beside the result is in memory. The vectors of small weights are drawn together, because a
+For each stack, one weight is in memory besides the result. The vectors of small weights are drawn together, because a
 draw takes a hundred operations.
 """
 
@@ -44,7 +44,7 @@ _TOGETHER = 2**18  # entries of small weights that are folded into together
 
 
 class Settings(NamedTuple):
-    """Those arguments of `init` that all parameters share."""
+    """The arguments of `init` that all parameters share."""
 
     seed: int
     start: Vectors
@@ -58,40 +58,40 @@ class Settings(NamedTuple):
 
     @property
     def is_zero(self) -> bool:
-        """Whether factors start with zeros in `b`, so that bases are the weights."""
+        """Whether `b` starts with zeros, so that each base equals its weight."""
         return self.start != "switchlora"
 
     def typed(self, factors: Factors, alpha: float) -> AnyFactors:
-        """Return factors with the alpha of the weight, and of its trained side."""
+        """Return factors of the type for this alpha and the trained sides."""
         if self.start == "orthonormal":
             return OneSidedFactors(factors.b, factors.a, FixedSide(factors.a.shape[-1], alpha))
         return with_alpha(factors, alpha)
 
 
 class Task(NamedTuple):
-    """One parameter that is to be made."""
+    """One parameter to create, or several small parameters to create together."""
 
     name: str
     stack: Stack
-    like: Tensor  # the first weight in the model, which may be without values
+    like: Tensor  # the first weight in the model, which may be on the meta device
     target: Target | None  # None for a full-rank parameter
     is_frozen: bool
 
     @property
     def is_split(self) -> bool:
-        """Whether each member becomes a parameter, so that they are only made together."""
+        """Whether each member becomes a separate parameter after they are made together."""
         return not self.stack.shape and len(self.stack.members) > 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The leading axes while it is made."""
+        """The leading axes of the tensors while they are made."""
         return (len(self.stack.members),) if self.is_split else self.stack.shape
 
     @property
     def is_opaque(self) -> bool:
-        """Whether the tensor is passed unchanged.
+        """Whether the tensor is used without a copy.
 
-        A copy may lose what another library needs.
+        A copy may lose attributes that another library needs.
         """
         return self.target is None and self.is_frozen and is_opaque(self.like)
 
@@ -109,7 +109,11 @@ def make(
 ) -> Iterator[tuple[str, Param]]:
     """Yield each parameter with its name.
 
-    `read` returns a weight of the model by its name.
+    Args:
+        tasks: The parameters to create.
+        read: A function that returns a weight of the model by its name.
+        settings: The arguments of `init`.
+        report: A function that is called with the bytes of each task that is done.
     """
     for batch in batches(tasks, lambda task: task.entries, most=_BATCH if settings.group is None else 0):
         yield from _make_batch(batch, read, settings, report)
@@ -122,10 +126,9 @@ def together(
     selected: Container[str],
     settings: Settings,
 ) -> dict[str, Stack]:
-    """Return the stacks to make.
+    """Return the stacks to create, where small targets with equal keys form one stack.
 
-    Stacks of small targets with equal keys are made together, and split. Bases in low precision are made one by one, so
-    that an error has the name of the weight.
+    The stack is split afterwards. Bases in low precision are created one by one, so that an error can name the weight.
     """
     is_plain = settings.base is None and settings.group is None and settings.copy
     new, unfilled = dict[str, Stack](), dict[Hashable, Stack]()
@@ -174,12 +177,14 @@ def _make_batch(
 
 
 def _read(task: Task, name: str, read: Callable[[str], Tensor], settings: Settings) -> StoredBase:
-    """Return one weight: a target as its matrices, or in the codes of torchao."""
+    """Return one weight. A target has the form of matrices, or of torchao's codes."""
     tensor = read(name)
     if task.target is None:
         if task.is_opaque:
             return tensor
-        return from_torchao(tensor, name=name).dequantize(tensor.dtype) if is_torchao(tensor) else tensor.detach()
+        if is_torchao(tensor):
+            tensor = from_torchao(tensor, name=name).dequantize(tensor.dtype)
+        return tensor.detach().to(task.like.dtype)  # `weights` may have another one
     if not is_torchao(tensor):
         return as_matrices(tensor.detach(), task.target)
     if task.target.parts > 1 or task.target.is_spatial:
@@ -199,9 +204,9 @@ def _full_rank(task: Task, member: Callable[[int], StoredBase], settings: Settin
 
 
 def _slice(task: Task, target: Target, first: StoredBase, settings: Settings) -> BasisSlice:
-    """Name the first vectors of a target.
+    """Return the slice with the first vectors of a target.
 
-    The seed of each matrix comes from the name and its position in the weight.
+    The seed of each matrix depends on the name of the weight and on its position in the weight.
     """
     *inner, out_features, in_features = as_base(first).shape
     count = prod(inner)
@@ -213,10 +218,7 @@ def _slice(task: Task, target: Target, first: StoredBase, settings: Settings) ->
 
 
 def _weight_seed(seed: int, name: str) -> int:
-    """Return 63 bits that depend on the name only.
-
-    Other targets and the stacking do not matter.
-    """
+    """Return a seed of 63 bits that depends only on the seed of `init` and the name."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
@@ -245,7 +247,7 @@ def _dense_base(
         weights = [member(at) for at in range(count)[start : start + step]]
         if not bases:
             bases.append(weights[0].new_empty((count, *weights[0].shape), dtype=dtype))
-        if len({weight.dtype for weight in weights}) == 1:  # else each is summed in its dtype
+        if len({weight.dtype for weight in weights}) == 1:  # weights of different dtypes are summed one by one
             weights = [torch.stack(weights) if len(weights) > 1 else weights[0][None]]
         else:
             weights = [weight[None] for weight in weights]
@@ -279,7 +281,7 @@ def _base(
 def _converted(task: Task, target: Target, param: LowRank, settings: Settings) -> StoredBase:
     weight, (b, a), base = param.base, whole_factors(param), param.base
     if isinstance(weight, Tensor):
-        # A base that is quantized afterwards is not rounded here, so that it is rounded only once.
+        # A base that is quantized below keeps the wider dtype here, so that it is rounded only once.
         dtype = settings.base_dtype or (task.like.dtype if settings.base is None else widest(task.like.dtype))
         is_zero, divisor = settings.is_zero, target.divisor
         base = weight.to(dtype) if is_zero else fold(weight, -b, a, divisor=divisor, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The alpha and the rank of each layer in a configuration of PEFT."""
+"""Find the alpha and the rank of each layer in a configuration of PEFT."""
 
 import math
 import re
@@ -9,28 +9,28 @@ from dynlora_fn.interop._peft_names import ends_of, plain_name
 
 
 def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
-    """Return a function that gives the alpha of a layer by its name.
+    """Return a function from the name of a layer to its alpha.
 
-    It reads `alpha_pattern` or `lora_alpha`.
+    The alpha comes from `alpha_pattern` where a pattern matches, and else from `lora_alpha`.
     """
     return by_pattern(config.get("alpha_pattern") or {}, config["lora_alpha"])
 
 
 def ranks(config: Mapping[str, Any]) -> Callable[[str], int]:
-    """Return a function that gives the rank of a layer by its name.
+    """Return a function from the name of a layer to its rank.
 
-    It reads `rank_pattern` or `r`.
+    The rank comes from `rank_pattern` where a pattern matches, and else from `r`.
     """
     rank_of = by_pattern(config.get("rank_pattern") or {}, config["r"])
     return lambda layer: int(rank_of(layer))
 
 
 def by_pattern(patterns: Mapping[str, float], default: float) -> Callable[[str], float]:
-    """Return a function that gives the value of the first pattern that matches.
+    """Return a function from a name to the value of the first pattern that matches it.
 
-    A pattern matches the end of a name, behind a dot. Entries without operators of regular expressions, as `re.escape`
-    writes names, are looked up without matching. So a model with an entry for each layer does not match each name with
-    each entry.
+    A pattern matches a whole name, or the end of a name after a dot. A pattern without operators of regular
+    expressions, as `re.escape` writes names, is looked up in a dict. So the time for a model with an entry for each
+    layer does not grow as the square of the number of layers.
     """
     names: dict[str, tuple[int, float]] = {}
     expressions: list[tuple[int, re.Pattern[str], float]] = []

@@ -1,8 +1,9 @@
-"""Tensors of an adapter that are not low-rank.
+"""The tensors of an adapter that are not low-rank.
 
-These are biases of adapted layers, and PEFT's `modules_to_save`. PEFT replaces every module whose name ends with an
-entry of `modules_to_save` by a copy, behind a dot or not. It needs all tensors of these modules in the file. So the
-names that PEFT takes are computed here as PEFT does, and a change is written only if PEFT reads exactly that.
+They are biases of adapted layers, and PEFT's `modules_to_save`. PEFT replaces every module whose name ends with an
+entry of `modules_to_save` by a copy, with or without a dot before the entry. The file must have all tensors of these
+modules. So this module finds the names that PEFT would take, and writes a change only if PEFT reads exactly that
+change.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +16,7 @@ from dynlora_fn.interop._lazy import LazyTensor
 from dynlora_fn.interop._peft_layers import PREFIX
 from dynlora_fn.interop._peft_names import paths_above
 
-# Children of a layer that PEFT has adapted, whose names may end with an entry too.
+# Names of the children of a layer that PEFT has adapted. An entry must not be the end of one of them.
 _OF_PEFT = ("base_layer", "default", "lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B")
 _WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -23,10 +24,10 @@ _WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.Parameter
 class DenseChanges(NamedTuple):
     """Tensors that differ from the original and are not low-rank."""
 
-    entries: dict[str, LazyTensor]  # of the file, all that PEFT needs
+    entries: dict[str, LazyTensor]  # all tensors that the file needs for them, by key
     modules: list[str]  # PEFT's `modules_to_save`
-    has_biases: bool  # those of all adapted layers
-    lost: list[str]  # changed tensors that PEFT cannot save
+    has_biases: bool  # whether `entries` has the biases of all adapted layers
+    lost: list[str]  # names of changed tensors that PEFT cannot save
 
 
 def dense_changes(
@@ -37,13 +38,13 @@ def dense_changes(
     skipped: Collection[str],
     aliases: Mapping[str, list[str]],
 ) -> DenseChanges:
-    """Return what an adapter has beside its factors.
+    """Return the tensors that an adapter needs besides its factors.
 
     Args:
         model: The model.
         weights: The state dict of the trained model.
         original: The state dict of the model that the adapter is for.
-        adapted: All names of the weights that the adapter has factors of.
+        adapted: All names of the weights that have factors in the adapter.
         skipped: The names of low-rank weights that are left out.
         aliases: All names of each parameter.
 
@@ -60,7 +61,7 @@ def dense_changes(
     places = _Places(model, adapted)
     biases = [name for name in weights if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in adapted]
     if not set(biases).intersection(changed):
-        biases = []  # PEFT writes those of all adapted layers or none
+        biases = []  # PEFT writes the biases of all adapted layers or none
     entries: dict[str, list[str]] = {}
     for name in changed:
         if name not in biases:
@@ -71,7 +72,7 @@ def dense_changes(
     modules = places.outermost(set(entries) - refused)
     saved = places.taken_by(modules)
     files = {PREFIX + name: weight for name, weight in weights.items() if places.has_above(name, saved)}
-    if biases:  # PEFT writes those of all adapted layers
+    if biases:  # PEFT writes the biases of all adapted layers
         biases = [name for name in weights if name.endswith(".bias") and name.removesuffix(".bias") in places.adapted]
     files |= {f"{PREFIX}{name.removesuffix('.bias')}.base_layer.bias": weights[name] for name in biases}
     lost = [name for entry in entries if entry in refused for name in entries[entry]]
@@ -90,18 +91,18 @@ def _has_changed(name: str, weight: LazyTensor, original: Mapping[str, Tensor], 
 
 
 def tensor_of_original(original: Mapping[str, Tensor], names: Iterable[str]) -> Tensor | None:
-    """Return a tensor under any of its names. Files have tied weights under one name."""
+    """Return the tensor with any of these names. A file has one name for tied weights."""
     return next((original[name] for name in names if name in original), None)
 
 
 def _with_a_lost_tie(entries: Mapping[str, list[str]], refused: set[str], aliases: Mapping[str, list[str]]) -> set[str]:
-    """Return the further entries that are tied to one that cannot be saved."""
+    """Return the other entries with a tensor that is tied to one of a refused entry."""
     lost = {alias for entry in refused for name in entries[entry] for alias in aliases.get(name, [name])}
     return {entry for entry, names in entries.items() if entry not in refused and not lost.isdisjoint(names)}
 
 
 class _Places:
-    """The modules of a model, and what PEFT does with its `modules_to_save`."""
+    """The modules of a model, and which of them an entry of `modules_to_save` takes."""
 
     def __init__(self, model: nn.Module, adapted: Collection[str]):
         self._model = model
@@ -124,37 +125,34 @@ class _Places:
         return {name for entry in entries for name in self._taken_by(entry)}
 
     def takes_only(self, entry: str) -> bool:
-        """Return whether PEFT can replace what it takes for an entry.
+        """Return whether PEFT can replace the modules of an entry by copies.
 
-        All layers must be adapted as before.
+        The adapted layers must stay the same.
         """
         if not entry or "base_model.model".endswith(entry) or "base_model".endswith(entry):
             return False  # PEFT takes the model itself
         if any(part.endswith(entry) for part in _OF_PEFT):
             return False
         if f".{entry}." in self._layers:
-            return False  # PEFT adapts no layer whose name has an entry in it
+            return False  # PEFT does not adapt a layer whose name contains an entry
         names = self._taken_by(entry)
         return not any(
             name in self.adapted or name in self._parents or self.has_above(name, self.adapted) for name in names
         )
 
     def outermost(self, entries: set[str]) -> set[str]:
-        """Return the entries that are not inside of another."""
+        """Return the entries that are not inside another entry."""
         return {entry for entry in entries if entries.isdisjoint(paths_above(entry))}
 
     def entangled(self, entries: set[str]) -> set[str]:
-        """Return the entries for which PEFT would take a module inside another one.
-
-        PEFT takes the other one too.
-        """
+        """Return the entries for which PEFT would take a module inside a taken one."""
         outer = self.outermost(entries)
         taken = self.taken_by(outer)
         inner = {name for name in taken if not taken.isdisjoint(paths_above(name)) and self._has_tensors(name)}
         return {entry for entry in outer if not inner.isdisjoint(self._taken_by(entry))}
 
     def has_above(self, name: str, modules: Collection[str]) -> bool:
-        """Return whether a tensor or module is one of these modules, or inside of one."""
+        """Return whether a tensor or module is one of these modules or inside one."""
         return name in modules or any(path in modules for path in paths_above(name))
 
     def _taken_by(self, entry: str) -> list[str]:

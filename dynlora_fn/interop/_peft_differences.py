@@ -1,9 +1,9 @@
-"""Where an adapter of PEFT would mean something else than a change of the weight.
+"""Find layers where an adapter of PEFT is not a change of the weight.
 
-PEFT adds ``alpha / rank * B A x`` to what the forward method of a layer returns. Here the weight changes. Both are the
-same if the layer is called, and returns the product with its weight. What types and a small input can tell is refused
-by name. What only a whole model can tell, such as a parent that reads the weight of a layer itself, is found by the
-argument `check` of `load_adapter`.
+PEFT adds ``alpha / rank * B A x`` to the result of a layer's forward method. Here the weight changes. Both are the same
+if the layer is called and returns the product with its weight. Layers for which types or a small input show otherwise
+are refused by name. Only a run of the model can find the others, such as a layer whose parent reads the weight itself:
+the argument `check` of `load_adapter` compares outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,16 +29,19 @@ _PLAIN: Mapping[str, list[Any]] = {
     "embedding": [nn.Embedding],
     "convolution": [nn.Conv1d, nn.Conv2d, nn.Conv3d],
 }
-_TOLERANCE = 1e-5  # relative, in float32, for outputs that two formulas of one product give
+_TOLERANCE = 1e-5  # relative, in float32, between two ways to compute one product
 
 
 class LayerCheck:
     """Checks of the layers of one model."""
 
     def __init__(self, model: nn.Module, *, owner: str, instead: str):
-        """Take the model, what has the low-rank weights, and what to do instead.
+        """Look up the modules of a model.
 
-        Error messages use the last two.
+        Args:
+            model: The model.
+            owner: What has the low-rank weights, as error messages begin.
+            instead: What to do instead, as error messages end.
         """
         self._owner, self._instead = owner, instead
         self._model_type: object = getattr(getattr(model, "config", None), "model_type", None)
@@ -69,9 +72,9 @@ class LayerCheck:
         return kind
 
     def parameter(self, name: str) -> None:
-        """Raise ValueError if a parameter is used while its module does not run.
+        """Raise ValueError if a parameter is used without a call of its module.
 
-        PEFT adapts it only while its module runs.
+        PEFT adapts the parameter only during a call.
         """
         path = name.rpartition(".")[0]
         module = self._modules[path]
@@ -104,10 +107,10 @@ class LayerCheck:
 
 
 def _rewritten(model_type: object) -> frozenset[str]:
-    """Return the layers that PEFT replaces by fused experts, for a type of model.
+    """Return the names of layers that PEFT replaces by fused experts.
 
-    PEFT 0.21 does so for all layers of these names, shared experts and dense layers included, by a table of
-    transformers.
+    PEFT 0.21 replaces all layers of these names in models of some types, shared experts and dense layers included. A
+    table of `transformers` gives the types.
     """
     if model_type is None:
         return frozenset()
@@ -144,9 +147,9 @@ def _if_options_differ(layer: nn.Module) -> str | None:
 
 
 def _if_forward_differs(layer: nn.Module, kind: str) -> str | None:
-    """Compare the layer with the product that PEFT adds to.
+    """Return why a layer returns more than the product with its weight, or None.
 
-    This is needed if it has hooks or a forward method itself.
+    A layer with forward hooks or another forward method than the plain one is run on a small input.
     """
     is_hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
     plain = [base.forward for base in _PLAIN.get(kind, [type(layer)])]
@@ -162,9 +165,14 @@ class _Product(NamedTuple):
     multiply: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # of the layer, inputs, weight and bias
 
 
+def _counted(like: Tensor, count: int) -> Tensor:
+    """Return 0, 1, ... in float32, whatever the default dtype is."""
+    return torch.arange(count, dtype=torch.float32, device=like.device)
+
+
 _PRODUCTS = {
     "linear": _Product(
-        lambda layer, weight: torch.arange(2 * weight.shape[1], device=weight.device).sin().reshape(2, -1),
+        lambda layer, weight: _counted(weight, 2 * weight.shape[1]).sin().reshape(2, -1),
         lambda layer, x, weight, bias: linear(x, weight, bias),
     ),
     "embedding": _Product(
@@ -176,16 +184,19 @@ _PRODUCTS = {
 
 @torch.no_grad()
 def _is_product(layer: nn.Module, product: _Product) -> bool:
-    """Return whether a layer with another weight gives the product of its kind."""
+    """Return whether a layer returns the product with its weight.
+
+    The layer runs with another weight, so that the result cannot be right by chance.
+    """
     tensors = {name: parameter.float() for name, parameter in layer.named_parameters(recurse=False)}
     weight = tensors["weight"]
-    rows, columns = (torch.arange(1, size + 1, device=weight.device) for size in weight.shape)
+    rows, columns = (_counted(weight, size) + 1 for size in weight.shape)
     weight = tensors["weight"] = (rows[:, None] + 1.3 * columns).cos()
     x = product.inputs(layer, weight)
     expected = product.multiply(layer, x, weight, tensors.get("bias"))
     try:
         output = functional_call(layer, tensors, (x,))
-    except Exception:  # its inputs are others than those of the plain layer
+    except Exception:  # it does not take the inputs of the plain layer
         return False
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False

@@ -1,4 +1,4 @@
-"""The factors of an adapter, formed one weight at a time when they are written."""
+"""The factors of an adapter, computed one weight at a time when they are written."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,31 +18,31 @@ from dynlora_fn.interop._peft_parameters import in_file, is_adapted_by_name, ste
 from dynlora_fn.interop._truncated_svd import truncated_svd
 from dynlora_fn.nn._view import ROWS, View, dense, gathered, view_of
 
-_ROUNDING = 4  # by how many roundings a weight that was split into base and product differs from the original
+_ROUNDING = 4  # roundings by which a weight may differ after `init` has split it into base and product
 
 
 class AdapterFactors:
     """The factors of all weights of an adapter.
 
-    Those of one weight are in memory at a time.
+    The factors of one weight are in memory at a time.
     """
 
     def __init__(self, model: nn.Module, original: Mapping[str, Tensor] | None, rank: int | None):
         """Take the arguments of `save_adapter`."""
-        self.ranks: dict[str, int] = {}  # by each name of a weight
-        self.alphas: dict[str, float] = {}
+        self.ranks: dict[str, int] = {}  # by every name of each weight
+        self.alphas: dict[str, float] = {}  # by every name of each weight
         self.parameters: set[str] = set()  # the names that PEFT adapts as parameters
-        self.errors: dict[str, float] = {}  # complete once all entries were read
+        self.errors: dict[str, float] = {}  # complete once all entries have been read
         self._model, self._original, self._rank = model, original, rank
         self._params: dict[str, LowRank] = {}
         self._aliases: dict[str, Sequence[str]] = {}
-        self._last: dict[str, Pair] = {}  # both entries of a weight follow each other in the file
+        self._last: dict[str, Pair] = {}  # of one weight, whose two entries follow each other in the file
         self._check = LayerCheck(model, owner="`params`", instead="freeze it, or write the model with `save_merged`")
 
     def check_layer(self, name: str, param: LowRank, aliases: Sequence[str]) -> None:
-        """Raise ValueError if PEFT has no exact adapter for a layer, by any name.
+        """Raise ValueError if PEFT has no adapter that is exactly a change of the weight.
 
-        An adapter must be a change of the weight.
+        The layer is checked under each of its names.
         """
         view = view_of(name, param, self._model.get_parameter(name).shape)
         for alias in aliases:
@@ -60,11 +60,11 @@ class AdapterFactors:
         """Add a weight under all its names.
 
         Raises:
-            ValueError: If `original` does not fit.
+            ValueError: If `original` lacks the weight, or has another shape for it.
         """
         view = view_of(name, param, self._model.get_parameter(name).shape)
         rank = sum(map(rank_with_pending, view.parts))
-        # The parts of a fused weight have one alpha and one rank, and together a rank as many times as large.
+        # The parts of a fused weight have equal alphas and ranks. PEFT's factors have the sum of their ranks.
         alpha = view.parts[0].alpha * len(view.parts)
         self.errors[name], self._params[name], self._aliases[name] = 0.0, param, aliases
         for alias in aliases:
@@ -78,7 +78,7 @@ class AdapterFactors:
         self.alphas |= dict.fromkeys(aliases, alpha)
 
     def entries(self) -> dict[str, LazyTensor]:
-        """Return the tensors of the file, once all weights are added."""
+        """Return the tensors of the file by key, once all weights are added."""
         entries = {}
         for name, aliases in self._aliases.items():
             shape, (*stack, rows, columns) = tuple(self._model.get_parameter(name).shape), self._matrices(name)
@@ -87,8 +87,12 @@ class AdapterFactors:
             for alias in aliases:
                 for key, tensor in self._of_layer(alias, Pair(up, down), shape).items():
                     read = partial(self._read, name, self._params[name], alias, key)
-                    entries[key] = LazyTensor(tuple(tensor.shape), torch.float32, read)
+                    entries[key] = LazyTensor(tuple(tensor.shape), self._dtype(name), read)
         return entries
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of factors in the file."""
+        return torch.float32 if self._original is not None else widest(self._params[name].factors.b.dtype)
 
     def _matrices(self, name: str) -> tuple[int, ...]:
         """Return (rows, columns) of a weight's matrix, or (stack, rows, columns)."""
@@ -98,7 +102,8 @@ class AdapterFactors:
     def check_changed(self) -> None:
         """Raise ValueError if no weight differs from the original.
 
-        A weight that equals the original only after rounding differs if its base is the original, as in LoRA.
+        A small change may disappear when the weight is rounded to the original's dtype. It counts as a difference if
+        the base equals the original, as in LoRA.
         """
         for name, param in self._params.items():
             shape, before = self._model.get_parameter(name).shape, self._before(name)
@@ -146,7 +151,7 @@ class AdapterFactors:
 
 
 def without_product(param: LowRank) -> LowRank:
-    """Return a weight with the base as its value."""
+    """Return a low-rank weight with zeros in `b`, so that it equals its base."""
     return param._replace(factors=param.factors._replace(b=torch.zeros_like(param.factors.b)))
 
 
@@ -159,12 +164,14 @@ def _check_original(view: View, before: Tensor | None) -> None:
 
 
 def _unchanged(view: View) -> Pair:
-    """Return the factors, bit for bit in float32.
+    """Return the factors of a weight in float32 or float64, with their bits unchanged.
 
     The rank of a fused weight is the sum of the ranks of its parts.
     """
-    ups = [part.factors.b.float() for part in view.parts]
-    downs = [part.factors.a.float() for part in view.parts]
+    ups, downs = (
+        [side.to(widest(side.dtype)) for side in sides]
+        for sides in zip(*((part.factors.b, part.factors.a) for part in view.parts), strict=True)
+    )
     if view.axis == ROWS:
         return Pair(_block_diagonal(ups), torch.cat(downs, dim=-2))
     return Pair(torch.cat(ups, dim=-1), _block_diagonal(downs))
@@ -178,10 +185,15 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _change(view: View, before: Tensor, shape: tuple[int, ...], rank: int) -> tuple[Pair, float]:
-    """Return the change of a weight as two factors, and the relative error.
+    """Return the change of a weight as two factors, and the relative error of the cut.
 
-    The error comes from cutting it to the rank. The weight is a matrix or a stack of matrices of a shape. What rounding
-    adds to a weight that has not changed is no change.
+    Differences that rounding can explain count as no change.
+
+    Args:
+        view: The trained weight.
+        before: The original weight.
+        shape: The shape of the change as a matrix, or as a stack of matrices.
+        rank: The rank to cut it to.
     """
     size, change = before.double().norm(), dense(view).double()
     change -= before.to(change.device)
@@ -193,14 +205,15 @@ def _change(view: View, before: Tensor, shape: tuple[int, ...], rank: int) -> tu
         )
     if norm <= _ROUNDING * torch.finfo(widest(view.dtype, torch.float32)).eps * size:
         *stack, rows, columns = shape
-        return Pair(torch.zeros(*stack, rows, rank), torch.zeros(*stack, rank, columns)), 0.0
+        shapes = (*stack, rows, rank), (*stack, rank, columns)
+        return Pair(*(torch.zeros(sizes, dtype=torch.float32) for sizes in shapes)), 0.0
     factors = [_cut(matrix, rank) for matrix in change.reshape(-1, *shape[-2:]).unbind()]
     up, down = (torch.stack(side).reshape(*shape[:-2], *side[0].shape) for side in zip(*factors, strict=True))
     return Pair(up, down), (change.norm() / norm).item()
 
 
 def _cut(change: Tensor, rank: int) -> Pair:
-    """Return factors of a rank, and subtract their product from the change."""
+    """Return the best factors of a rank, and subtract their product from the change."""
     u, s, vh = truncated_svd(change, rank)
     change.addmm_(u * s, vh, alpha=-1)
     root = s.sqrt()

@@ -1,7 +1,7 @@
 """Layouts of LoRA adapters of PEFT: one per kind of layer.
 
 PEFT's weight is ``weight + alpha / rank * B @ A``, with ``alpha / sqrt(rank)`` for rslora. A is at the layer's input.
-A `LowRank` has the same alpha, with rslora times ``sqrt(rank)``.
+A `LowRank` has the same alpha, or ``sqrt(rank)`` times the alpha for rslora.
 
 =====================  ====================  ==========================  ====================================
 kind                   the parameter         A in a file                 B in a file
@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 class Pair(NamedTuple):
     """Factors of a change ``up @ down`` of a weight (out, in).
 
-    For an embedding, the weight is transposed.
+    For an embedding, the weight is the transposed parameter.
     """
 
     up: Tensor  # (out, rank)
@@ -44,9 +44,9 @@ class PairShapes(NamedTuple):
 
 
 def aliases_of(model: nn.Module, *, with_buffers: bool = False) -> dict[str, list[str]]:
-    """Return all names of each parameter, itself included.
+    """Return all names of each parameter, by each of its names.
 
-    Buffers are included if wanted.
+    With `with_buffers`, return the names of buffers too.
     """
     named = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False)) if with_buffers else {}
@@ -70,8 +70,8 @@ def kind_of_layer(
     Args:
         model: The model.
         name: The name of the weight of the layer.
-        owner: What has the low-rank weight, for the error message.
-        instead: What to do instead, for the error message.
+        owner: What has the low-rank weight, as the error message begins.
+        instead: What to do instead, as the error message ends.
 
     Raises:
         ValueError: If PEFT has no LoRA for the layer.
@@ -80,7 +80,7 @@ def kind_of_layer(
 
 
 def kind_of_module(layer: nn.Module, name: str, *, owner: str, instead: str) -> str:
-    """Return what `kind_of_layer` returns, from the module that has the weight `name`."""
+    """Return the kind of a layer as `kind_of_layer` does, from the module itself."""
     leaf_name = name.rpartition(".")[2]
     if leaf_name == "weight":
         if isinstance(layer, nn.Linear):
@@ -135,9 +135,9 @@ def as_layer(model: nn.Module, name: str, pair: Pair, shape: tuple[int, ...]) ->
 
 
 def factors_of(kind: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
-    """Return the factors of a parameter from PEFT's.
+    """Return the factors of a parameter from PEFT's factors.
 
-    Factors of a rank above min(out, in) are cut to that rank, without a change of their product.
+    A rank above min(out, in) is cut to min(out, in). The product does not change.
     """
     up, down = (pair.up.flatten(1), pair.down.flatten(1)) if kind == "convolution" else pair
     if kind in ("experts", "transposed experts"):
@@ -151,8 +151,9 @@ def factors_of(kind: str, pair: Pair, shape: tuple[int, ...]) -> Factors:
 def _cut(up: Tensor, down: Tensor) -> Pair:
     """Return factors of at most rank min(out, in) with the same product.
 
-    They are computed in float64. With ``up.mT = Q R`` and orthonormal columns of Q, ``up @ down = R.mT @ (Q.mT @
-    down)``, and the same for `down`.
+    With ``up.mT = Q @ R`` and orthonormal columns of Q, in float64, and in the same way for `down`::
+
+        up @ down = R.mT @ (Q.mT @ down)
     """
     rows, columns = up.shape[-2], down.shape[-1]
     if up.shape[-1] <= min(rows, columns):

@@ -1,9 +1,8 @@
-"""Where a file of PEFT has the tensors of a model.
+"""Find the keys that a file of PEFT has for the tensors of a model.
 
-This follows from its settings and the names of modules.
-
-PEFT puts a wrapper in the place of each adapted module, whose child ``base_layer`` is the module itself. A module with
-several adapted parameters gets a wrapper for each, the first one innermost::
+They follow from the settings of the adapter and the names of modules. PEFT replaces each adapted module by a wrapper,
+whose child ``base_layer`` is the module. A module with several adapted parameters gets a wrapper for each, the first
+one innermost::
 
     base_model.model.q_proj.lora_A.weight                 an adapted layer: `lora_A` and `lora_B`
     base_model.model.embed.lora_embedding_A               an adapted embedding
@@ -35,7 +34,7 @@ class Slot(NamedTuple):
     up: str  # the key of B
     down: str  # the key of A
     layer: str  # the name that PEFT compares with `rank_pattern` and `alpha_pattern`
-    is_needed: bool = True  # False for another name of a module that has its slot
+    is_needed: bool = True  # False for a further name of a module, whose factors may be missing
     times: int = 1  # how often PEFT adds the product
 
 
@@ -43,16 +42,16 @@ class Layout(NamedTuple):
     """The tensors that a file may have."""
 
     slots: list[Slot]
-    dense: dict[str, str]  # names of parameters and buffers, by their keys
-    saved: frozenset[str]  # names in modules that are stored whole; a file has all of them
+    dense: dict[str, str]  # the names of parameters and buffers, by their keys in the file
+    saved: frozenset[str]  # the names in modules that are stored whole; a file must have all of them
 
 
 def layout_of(model: nn.Module, settings: Mapping[str, Any]) -> Layout:
     """Return the layout of a file with these settings.
 
     Raises:
-        ValueError: If an adapted layer is none that PEFT has LoRA for, or its adapter is no change of the weight. Also
-            if the settings select a module and another inside it.
+        ValueError: If PEFT has no LoRA for an adapted layer, or its adapter is not a change of the weight. Also if the
+            settings select a module and another one inside it.
     """
     wrapped = _Wrapped(model, settings)
     slots = [slot for path in wrapped.modules for slot in wrapped.slots(path)]
@@ -89,9 +88,9 @@ class _Wrapped:
         self._refuse_both()
 
     def _add_tied(self) -> None:
-        """Add the modules that `ensure_weight_tying` wraps.
+        """Add the modules that PEFT wraps because of `ensure_weight_tying`.
 
-        Their weights are tied to a wrapped module's.
+        Their weights are tied to the weight of a wrapped module.
         """
         aliases = aliases_of(self._model)
         for paths in (self.adapted, self.saved):
@@ -119,7 +118,7 @@ class _Wrapped:
         is_needed = first == path
         if path in self.adapted and isinstance(module, nn.MultiheadAttention):
             self._check_attention(first, module)
-            # PEFT 0.21 merges the factors of `out_proj` for each forward pass in two places, so that they count twice.
+            # PEFT 0.21 merges the factors of `out_proj` in two places for each forward pass, so they count twice.
             parts = ("in_proj_weight", key, 1), ("out_proj.weight", f"{key}.base_layer.out_proj", 2)
             for name, stem, times in parts:
                 yield Slot(f"{path}.{name}", "linear", *_keys(stem, "linear"), first, is_needed, times)

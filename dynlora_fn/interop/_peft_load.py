@@ -29,54 +29,57 @@ def load_adapter(
     check: Sequence[Any] | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Param]:
-    """Return the parameters of a model with a PEFT LoRA adapter as their factors.
+    """Create the parameters of a model with a PEFT LoRA adapter as their factors.
 
-    `call` with them gives the logits of PEFT's model. The weights of the model become the bases, and the factors are
-    those of the file, bit for bit::
+    `call` with them gives the logits of PEFT's model. The weights of the model become the bases, and the factors have
+    the bits of the file::
 
         weight = base + alpha / rank * b @ a,    b = B,  a = A
 
-    Alpha is the alpha of the layer in the file, with rslora times ``sqrt(rank)``. So gradients are PEFT's, and an
-    optimizer makes PEFT's step at the same rate, also after clipping by norm. `adamw` with `factor_decay` makes the
-    step of `torch.optim.AdamW` with `weight_decay`. `save_adapter` writes factors and alpha back.
+    Alpha is the alpha of the layer in the file, or ``sqrt(rank)`` times that alpha for rslora. So gradients equal
+    PEFT's, and an optimizer takes PEFT's step at the same rate, also after clipping by norm. `adamw` with
+    `factor_decay` takes the step of `torch.optim.AdamW` with `weight_decay`. `save_adapter` writes factors and alpha
+    back.
 
-    Every tensor of the file is read, and every setting is known, or the adapter is refused. Layers, ranks and alphas
-    are selected by name as in PEFT. An adapter of experts (`target_parameters`) becomes a stack of factors. The
-    pair of a `nn.MultiheadAttention` belongs to its `in_proj_weight`.
+    The adapter is refused if a tensor or a setting is unknown, so nothing in the file is ignored. Layers, ranks and
+    alphas are selected by name as in PEFT. An adapter of experts (`target_parameters`) becomes a stack of factors. An
+    adapter of an `nn.MultiheadAttention` belongs to its `in_proj_weight`.
 
-    DoRA is refused: its magnitude and norm scale the frozen base too, so that no step changes only the factors.
+    DoRA is refused: its magnitude and norm scale the frozen base too, so no step changes only the factors.
 
     A rank above min(out, in), as for a classifier, is cut to min(out, in). The product of the factors and its scale
-    ``alpha / rank`` stay the same. Steps of an optimizer on the shorter factors are those of that smaller rank, and
-    differ from PEFT's. So do gradients of an embedding with a `padding_idx` that the loss depends on. Here that row
-    contributes to no gradient, and in PEFT it contributes to the gradient of `lora_embedding_B`.
+    ``alpha / rank`` stay the same, but steps of an optimizer then differ from PEFT's. Gradients differ too for an
+    embedding with a `padding_idx`, if the loss depends on that row. Here the row contributes to no gradient, and in
+    PEFT it contributes to the gradient of `lora_embedding_B`.
 
     Args:
-        model: The model that the adapter was made for. It is not changed.
+        model: The model that the adapter was trained for. It is not changed.
         folder: The folder with adapter_model.safetensors and adapter_config.json.
         seed: The seed of the bases from which later switches draw, as in `init`.
         dtype: The dtype of the factors, as in `init`.
         stack: Whether repeated weights are stacked, as in `init`.
-        check: Arguments of the model, a tuple or a dict of names, with which its output must equal PEFT's, which
-            must be installed. It finds what types cannot tell, such as a module that reads the weight of another.
-            Default None means no check. A copy of the model is in memory meanwhile.
+        check: Arguments of the model, as a tuple or a dict by name. The output of `call` must equal the output of
+            PEFT's model, for which PEFT must be installed and a copy of the model is in memory. The copy is in float32
+            if the model has 16 bits, since their roundings would hide differences. The check finds differences that
+            types cannot show, such as a module that reads the weight of another. Default None means no check.
         progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
             Default None means no reports.
 
     Returns:
-        The parameters, as `init` returns them. Buffers of the file with other values than the model's, such as running
-        statistics, are a `FrozenTensor` under their names, which `call` uses in place of the model's. Dropout of the
+        The parameters, as `init` returns them. A buffer in the file with other values than the model's, such as running
+        statistics, is a `FrozenTensor` under its name, which `call` uses in place of the model's buffer. Dropout of the
         adapter is not applied.
 
     Raises:
+        TypeError: If an argument has a wrong type.
         ValueError: If the adapter is not plain LoRA, or does not fit the model. The message gives both shapes. Also if
-            a setting or a tensor is unknown or missing, if PEFT's adapter is no change of the weight (a forward method
-            or hooks that scale the product, a module under two names, only `MultiheadAttention.out_proj`), or if
-            `check` finds another output.
+            a setting or a tensor is unknown or missing, or `check` finds another output. Also if PEFT's adapter is not
+            a change of the weight: for a forward method or hooks that scale the product, a module under two names, or
+            only `MultiheadAttention.out_proj`.
         ImportError: If the extra `files` is not installed, or PEFT for `check`.
 
-    Numerics: Factors are read in float32, or float64 if the file has them so, and rounded to `dtype` once. Longer ones
-        are cut by a QR decomposition in float64.
+    Numerics: Factors are read in float32, or in float64 if the file stores float64, and rounded to `dtype` once.
+        Factors of a rank above min(out, in) are cut by a QR decomposition in float64.
 
     Example:
         >>> import tempfile
@@ -93,6 +96,7 @@ def load_adapter(
     check_progress(progress)
     folder = Path(folder)
     settings = read_settings(folder)
+    _check_weights_file(folder)
     with open_weights(folder / WEIGHTS) as weights:
         pairs, dense, changed_buffers = find_tensors(model, settings, weights)
         ranks = {name: pair.rank for name, pair in pairs.items()}
@@ -121,6 +125,13 @@ def load_adapter(
     return params
 
 
+def _check_weights_file(folder: Path) -> None:
+    if not (folder / WEIGHTS).is_file():
+        pickled = folder / WEIGHTS.replace(".safetensors", ".bin")
+        advice = "load and save it with PEFT, because a pickle is not read" if pickled.is_file() else "add the file"
+        raise ValueError(f"`folder` has no {WEIGHTS} in {str(folder)!r}; {advice}")
+
+
 def _with_dense(
     param: Param,
     names: Sequence[str],
@@ -128,9 +139,10 @@ def _with_dense(
     originals: Mapping[str, Tensor],
     weights: Weights,
 ) -> Param:
-    """Return a parameter with the values of the file.
+    """Return a parameter with the values of the file, which are the base if low-rank.
 
-    For a low-rank weight, its base has the values.
+    Raises:
+        ValueError: If the base is in low precision.
     """
     members = [weights[dense[name]] if name in dense else originals[name] for name in names]
     like = originals[names[0]]
@@ -158,5 +170,5 @@ def _read_factors(
         factors_of(pair.kind, pair.read(weights), tuple(originals[name].shape))
         for pair, name in zip(pairs, names, strict=True)
     ]
-    b, a = (torch.stack(side).to(like.b.dtype) for side in zip(*read, strict=True))
+    b, a = (torch.stack(side).to(like.b) for side in zip(*read, strict=True))  # on the device of the model too
     return like._replace(b=b.reshape(like.b.shape), a=a.reshape(like.a.shape))

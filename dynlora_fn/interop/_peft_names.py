@@ -1,10 +1,10 @@
-"""Names of modules and parameters, as PEFT compares them with its settings."""
+"""Take names of modules and parameters apart, as PEFT does to compare them."""
 
 import re
 
 
 def ends_of(path: str) -> list[str]:
-    """Return a path and all its ends that start after a dot.
+    """Return a path and all of its ends that start after a dot.
 
     Example:
         >>> ends_of("layers.0.query")
@@ -28,9 +28,9 @@ def paths_above(name: str) -> list[str]:
 
 
 def plain_name(pattern: str) -> str | None:
-    """Return the only name that a regular expression matches.
+    """Return the only name that a regular expression matches, or None.
 
-    Return None if it has operators.
+    None means that the expression has operators.
     """
     name = re.sub(r"\\(\W)", r"\1", pattern)
     return name if re.escape(name) == pattern else None

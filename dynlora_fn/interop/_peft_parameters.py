@@ -1,8 +1,7 @@
 """Parameters that PEFT adapts by their names (`target_parameters`).
 
-These are experts, and the fused weight of attention.
-
-PEFT wraps the module, and a second time for a second parameter. The first parameter has the innermost wrapper::
+They are experts and the fused weight of attention. PEFT wraps the module once for each adapted parameter. The first
+parameter has the innermost wrapper::
 
     base_model.model.experts.base_layer.lora_A.weight     the first of two adapted parameters of `experts`
     base_model.model.experts.lora_A.weight                the second one
@@ -18,9 +17,9 @@ from dynlora_fn.nn._view import View
 
 
 def is_adapted_by_name(model: nn.Module, view: View) -> bool:
-    """Return whether PEFT adapts a parameter itself, and not its layer.
+    """Return whether PEFT adapts a parameter by its name, and not its layer.
 
-    These are stacks of matrices, such as experts, and `in_proj_weight` of `nn.MultiheadAttention`.
+    PEFT does this for stacks of matrices, such as experts, and for `in_proj_weight` of `nn.MultiheadAttention`.
     """
     path, _, leaf_name = view.name.rpartition(".")
     module = model.get_submodule(path)
@@ -34,7 +33,7 @@ def is_adapted_by_name(model: nn.Module, view: View) -> bool:
 def check_names(model: nn.Module, adapted: Collection[str]) -> None:
     """Raise ValueError if PEFT would adapt other parameters too.
 
-    PEFT compares names with the ends of names.
+    An entry of `target_parameters` also selects every longer name that ends with it after a dot.
     """
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name not in adapted and (taken := [end for end in ends_of(name) if end in adapted]):
@@ -47,7 +46,7 @@ def check_names(model: nn.Module, adapted: Collection[str]) -> None:
 def stem_of(model: nn.Module, name: str, adapted: Collection[str]) -> str:
     """Return the path of a parameter's wrapper in a file.
 
-    These parameters are adapted.
+    `adapted` has the names of all parameters that PEFT adapts by name.
     """
     path, _, leaf_name = name.rpartition(".")
     names = [other for other, _ in model.get_submodule(path).named_parameters(recurse=False)]
@@ -58,7 +57,7 @@ def stem_of(model: nn.Module, name: str, adapted: Collection[str]) -> str:
 def in_file(model: nn.Module, name: str, pair: Pair) -> Pair:
     """Return the factors of a parameter in PEFT's layout.
 
-    They are A (stack * rank, in) and B (out, rank * stack).
+    For a stack they are B (out, rank * stack) and A (stack * rank, in).
     """
     up, down = pair
     if up.ndim == 2:

@@ -39,50 +39,59 @@ def save_adapter(
 ) -> dict[str, float]:
     """Write a PEFT LoRA adapter, and return the error of each weight.
 
-    Without `original`, factors and alpha are written unchanged, so that `load_adapter` returns them bit for bit. The
-    bases and all other parameters are written as a model in ``folder/base``, and the adapter only applies to that one.
+    The files appear complete, or not at all. What was written is read back and compared first.
+
+    Without `original`, factors and alpha are written unchanged, so `load_adapter` returns them bit for bit. The bases
+    and all other parameters are written as a model in ``folder/base``, and the adapter applies only to that model.
 
     With `original`, the adapter applies to those weights. For each low-rank weight it contains the full change,
-    switches and merges included, as its truncated singular value decomposition. Other tensors that changed are written
-    too, buffers such as running statistics included: biases of adapted layers, and modules without adapted layers, as
-    PEFT's `modules_to_save`. PEFT cannot save changed tensors beside or above an adapted layer.
-
-    What was written is read back and compared. The files appear complete, or not at all.
+    switches and merges included, cut to `rank` by a singular value decomposition. Other tensors that changed are
+    written too, also buffers such as running statistics. They are biases of adapted layers, and PEFT's
+    `modules_to_save` for modules without adapted layers. PEFT cannot save changed tensors beside or above an adapted
+    layer.
 
     Args:
         model: The model, as for `call`. The kinds of its layers are read.
-        params: The parameters. Low-rank ones belong to `nn.Linear`, `nn.Embedding`, convolutions without groups,
-            Conv1D of Hugging Face, or fused attention (`in_proj_weight`), or are stacks of experts.
+        params: The parameters. Low-rank weights must belong to `nn.Linear`, `nn.Embedding`, convolutions without
+            groups, Conv1D of Hugging Face, or fused attention (`in_proj_weight`), or be stacks of experts.
         folder: The folder, which is created if it does not exist.
         original: The state dict of the model that the adapter is for. Default None writes the factors.
         rank: The rank of the decompositions. Default None means the rank of each parameter. Nothing is lost at twice
             the number of vectors that were ever in a slot.
-        skip_unsupported: Whether what PEFT cannot save is left out. Its error is 1 with `original`. Without, it is in
-            the model in ``folder/base``, and nothing is lost. Default False refuses it by name.
+        skip_unsupported: Whether to leave out tensors that PEFT cannot save. With `original` such a tensor has the
+            error 1. Without, the model in ``folder/base`` has it, and nothing is lost. Default False refuses it by
+            name.
         progress: A function that is called as ``progress(done, total)`` with the bytes that are done and in total.
             Default None means no reports.
 
     Returns:
-        The relative error of the change of each low-rank weight in the Frobenius norm, and of what was left out. It is
-        0 for a weight that has not changed, and without `original`.
+        The relative error of the change in the Frobenius norm, by the names of low-rank weights and of tensors that
+        were left out. It is 0 for a weight that has not changed, and without `original`.
 
     Raises:
-        ValueError: If PEFT has no adapter for the layer of a low-rank parameter, or if a tensor changed that PEFT
-            cannot save. The message gives what to freeze. Or if `original` does not fit the model, or nothing differs
-            from it.
-        OSError: If the files have other tensors than were written.
+        TypeError: If an argument has a wrong type.
+        ValueError: If PEFT has no adapter for the layer of a low-rank parameter, or cannot save a tensor that changed.
+            The message says what to freeze. Also if `original` does not fit the model, or nothing differs from it.
+        OSError: If the files, read back, have other tensors than were written.
         ImportError: If the extra `files` is not installed.
 
-    Numerics: The change is formed and decomposed in float64, and written in float32. Only the vectors of `rank` are
-        computed. The error is the norm of what is cut, at most 1 + 1e-7 times the least possible error.
+    Numerics: The change is computed and decomposed in float64, and written in float32. Where possible only the leading
+        `rank` singular vectors are computed. The error is the norm of the part that is cut, at most 1 + 1e-7 times the
+        least possible error.
 
     Example:
         >>> import tempfile
         >>> import dynlora_fn as dl
         >>> model = nn.Sequential(nn.Linear(6, 4))
         >>> params = dl.init(model, rank=2, seed=0, targets=["0.weight"])
-        >>> save_adapter(model, params, tempfile.mkdtemp())
+        >>> folder = tempfile.mkdtemp()
+        >>> save_adapter(model, params, folder)
         {'0.weight': 0.0}
+        >>> base = dl.interop.open_weights(f"{folder}/base")
+        >>> _ = model.load_state_dict(dict(base))  # the adapter applies to this model
+        >>> loaded = dl.interop.load_adapter(model, folder, seed=0)
+        >>> bool((loaded["0.weight"].factors.b == params["0.weight"].factors.b).all())
+        True
     """
     folder, rank = _check_arguments(model, folder, original, rank, skip_unsupported, progress)
     aliases, weights, flat = aliases_of(model), lazy_state_dict(model, params), unstack(params)
@@ -138,9 +147,9 @@ def _check_arguments(
 def _add_layers(
     factors: AdapterFactors, flat: Params, aliases: Mapping[str, list[str]], *, skip_unsupported: bool
 ) -> list[str]:
-    """Add the low-rank weights to the factors.
+    """Add the low-rank weights to the factors, and return the names of those left out.
 
-    Return all names of those that PEFT has no LoRA for.
+    A weight is left out if PEFT has no LoRA for it and `skip_unsupported` is True. All of its names are returned.
     """
     skipped: list[str] = []
     for name, param in flat.items():
@@ -159,7 +168,7 @@ def _add_layers(
 def _refuse(params: Params, lost: Collection[str], aliases: Mapping[str, list[str]]) -> None:
     """Raise ValueError for tensors that PEFT cannot save.
 
-    The names are those that `partition` takes.
+    The message names parameters as `partition` takes them.
     """
     buffers = [name for name in lost if name not in aliases]
     owner = "`params`" if set(buffers) & params.keys() else "`model`"
@@ -205,19 +214,19 @@ def _config(model: nn.Module, factors: AdapterFactors) -> dict[str, Any]:
 
 
 def _name_in_peft(name: str, parameters: Collection[str]) -> str:
-    """Return the name of what PEFT adapts: the parameter, or its layer."""
+    """Return the name under which PEFT adapts a weight: the parameter or its layer."""
     return name if name in parameters else name.rpartition(".")[0]
 
 
 def _patterns(layers: Collection[str]) -> dict[str, str]:
     """Return a regular expression for each layer, which matches only that layer.
 
-    PEFT matches it with the names of its modules. PEFT matches patterns with the ends of names, behind a dot, too.
+    PEFT also matches patterns with the ends of names after a dot. So a name that is such an end starts with ``^``.
     """
     ends = {end for layer in layers for end in ends_of(layer)[1:]}
     return {layer: ("^" if layer in ends else "") + re.escape(layer) for layer in layers}
 
 
 def _plain(alpha: float) -> float:
-    """Return an integer where a number is one, as PEFT writes it."""
+    """Return a number as an integer if it is one, as PEFT writes it."""
     return int(alpha) if alpha == int(alpha) else alpha

@@ -1,6 +1,6 @@
 """Read the settings of a PEFT adapter.
 
-What has no entry here is refused, unless it is switched off.
+A setting without an entry here is refused, unless it is off: None, False or empty.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from dynlora_fn.interop._peft_layers import CONFIG
 from dynlora_fn.interop._safetensors import read_json
 
-# Settings of training, of other settings that are off, or about the file. No output depends on them.
+# Settings of training, details of settings that are off, and settings about the file. No output depends on them.
 _WITHOUT_INFLUENCE = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
@@ -20,14 +20,14 @@ _WITHOUT_INFLUENCE = frozenset(
         "qalora_group_size", "revision", "runtime_config", "task_type",
     }
 )  # fmt: skip
-# Of LoraConfig in PEFT 0.21. They change the equation of a layer, the model, or the tensors of a file.
+# Settings of LoraConfig in PEFT 0.21 that change the equation of a layer, the model, or the tensors of a file.
 _UNSUPPORTED = frozenset(
     {
         "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
         "monteclora_config", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
     }
 )  # fmt: skip
-# Why the weight is no sum of a frozen base and ``alpha / rank * B @ A``.
+# Why the weight is not the sum of a frozen base and ``alpha / rank * B @ A``.
 _REASONS = {
     "alora_invocation_tokens": "the product is added for some tokens only",
     "layer_replication": "the model has other layers",
@@ -44,8 +44,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the adapter in a folder.
 
     Raises:
-        ValueError: If there are none, or a setting is unknown, has a wrong type, or changes what the adapter means.
-            The message names the setting and its value.
+        ValueError: If the folder has no settings, or a setting is unknown, has a wrong type, or changes what the
+            adapter means. The message names the setting and its value.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"`folder` has no {CONFIG} in {str(folder)!r}; pass the folder of a PEFT adapter")
@@ -128,9 +128,9 @@ def _is_name(value: object) -> bool:
 
 
 def _is_selection(value: object) -> bool:
-    """Return whether PEFT can select layers by a value.
+    """Return whether a value selects layers by their names.
 
-    "all-linear" depends on the type of the model.
+    "all-linear" does not: what it selects depends on the type of the model.
     """
     return (_is_expression(value) and str(value).lower() != "all-linear") or _list_of(_is_name)(value)
 
@@ -139,7 +139,7 @@ def _is_start(value: object) -> bool:
     return isinstance(value, bool | str) and str(value).lower() in _STARTS
 
 
-# Settings that are read, with what they may be.
+# The settings that are read, each with a check of its value and a text of what it may be.
 _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "an integer of at least 1"),
     "lora_alpha": (_is_number, "a finite number"),

@@ -1,4 +1,4 @@
-"""Which modules and parameters a configuration of PEFT selects.
+"""Find the modules and parameters that a configuration of PEFT selects.
 
 Names are matched as in PEFT 0.21.
 """
@@ -13,9 +13,9 @@ Selects: TypeAlias = Callable[[str], object]  # takes the path of a module, or t
 
 
 def adapted_modules(settings: Mapping[str, Any]) -> Selects:
-    """Return whether a module is adapted by itself.
+    """Return a predicate of paths: whether PEFT adapts the module.
 
-    `target_modules` selects it, and other settings limit it.
+    `target_modules` selects modules, and other settings limit the selection.
     """
     targets = settings.get("target_modules")
     is_target, is_excluded = _selection(targets), _selection(settings.get("exclude_modules"))
@@ -32,28 +32,28 @@ def adapted_modules(settings: Mapping[str, Any]) -> Selects:
 
 
 def adapted_parameters(settings: Mapping[str, Any]) -> Selects:
-    """Return whether a parameter is adapted by its name: by `target_parameters`."""
+    """Return a predicate of names: whether `target_parameters` selects the parameter."""
     return _ends_with(settings.get("target_parameters") or [])
 
 
 def saved_modules(settings: Mapping[str, Any]) -> Selects:
-    """Return whether a module is stored in full, by `modules_to_save`.
+    """Return a predicate of paths: whether the file stores the whole module.
 
-    PEFT compares it with the end of a path.
+    PEFT compares the entries of `modules_to_save` with the ends of paths.
     """
     ends = tuple(settings.get("modules_to_save") or ())
     return lambda path: path.endswith(ends) if ends else False
 
 
 def _selection(names: str | list[str] | None) -> Selects:
-    """Return whether a path matches a regular expression or one of the names.
+    """Return a predicate of paths: whether a regular expression or a name matches.
 
-    A name matches the end of a path behind a dot.
+    A regular expression matches the whole path. A name also matches the end of a path after a dot.
     """
     if not isinstance(names, str):
         return _ends_with(names or [])
     plain = [plain_name(pattern) for pattern in names.split("|")]
-    if None not in plain:  # a layer for each, as `save_adapter` writes them
+    if None not in plain:  # alternatives that are full names, as `save_adapter` writes them
         return frozenset(plain).__contains__
     return re.compile(names).fullmatch
 
@@ -64,9 +64,9 @@ def _ends_with(names: list[str]) -> Selects:
 
 
 def _in_layers(settings: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return whether the first number in a path is in `layers_to_transform`.
+    """Return a predicate of paths: whether `layers_to_transform` has the layer.
 
-    It must be behind one of `layers_pattern`.
+    The index is the number after a name of `layers_pattern`, or by default the first number after a name.
     """
     indices, lists = settings.get("layers_to_transform"), settings.get("layers_pattern")
     if indices is None or indices == []:

@@ -1,6 +1,6 @@
-"""Find the meaning of each tensor in a file of PEFT.
+"""Find what each tensor in a file of PEFT belongs to.
 
-A tensor without one is refused, and so is one that is missing.
+A tensor that belongs to nothing is refused, and so is a file that lacks a tensor.
 """
 
 import math
@@ -20,7 +20,7 @@ _NAMED_ADAPTER = re.compile(r"(\.lora_[^.]+)\.default(\.weight)?$")  # the name 
 
 
 class PairInFile(NamedTuple):
-    """The keys of the factors of one layer, which are read when they are needed."""
+    """The keys of the factors of one layer in a file, to be read when they are needed."""
 
     up: str
     down: str
@@ -43,8 +43,8 @@ class Tensors(NamedTuple):
     """The tensors of a file by the names of the model."""
 
     pairs: dict[str, PairInFile]
-    dense: dict[str, str]  # the keys of other parameters, and of bases
-    buffers: dict[str, str]  # the keys of buffers with other values than the model's
+    dense: dict[str, str]  # the keys of full-rank parameters and of bases
+    buffers: dict[str, str]  # the keys of buffers whose values differ from the model's
 
 
 def _real(weights: Weights, key: str) -> Tensor:
@@ -58,8 +58,8 @@ def find_tensors(model: nn.Module, settings: Mapping[str, Any], weights: Weights
     """Return where a file has the factors and the other tensors of a model.
 
     Raises:
-        ValueError: If the file has a tensor without a meaning for this model and these settings, or lacks one, or one
-            has another shape. The message names it. Also if tied weights are not adapted alike.
+        ValueError: If the file has a tensor that this model and these settings do not have, lacks a tensor, or has one
+            of another shape. The message names the tensor. Also if tied weights are not adapted in the same way.
     """
     layout = layout_of(model, settings)
     keys = _standard_keys(layout, weights)
@@ -73,18 +73,20 @@ def find_tensors(model: nn.Module, settings: Mapping[str, Any], weights: Weights
     dense = _dense(model, settings, layout, keys, weights)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in dense}
     changed = {
-        name: dense[name] for name, like in buffers.items() if not torch.equal(weights[dense[name]].to(like), like)
+        name: dense[name]
+        for name, like in buffers.items()
+        if like.is_meta or not torch.equal(weights[dense[name]].to(like), like)
     }
     dense = {name: key for name, key in dense.items() if name not in buffers}
     return Tensors(_merge_tied(model, weights, pairs), dense, changed)
 
 
 def _standard_keys(layout: Layout, weights: Weights) -> dict[str, str]:
-    """Return the keys of a file by what they are without PEFT's additions.
+    """Return the keys of a file by their standard form, without PEFT's additions.
 
-    PEFT adds the name of the adapter and of its wrapper. With ``bias="all"`` PEFT writes the biases of a module that is
-    stored whole three times: as such, below ``modules_to_save``, and below ``original_module`` as they were, where it
-    does not use them.
+    PEFT may add the name of the adapter and of its wrapper. With ``bias="all"`` PEFT writes the biases of a module that
+    is stored whole three times: under the plain key, below ``modules_to_save``, and with the old values below
+    ``original_module``. It does not read the old values, so they are left out.
     """
     known = {key for slot in layout.slots for key in (slot.up, slot.down)} | layout.dense.keys()
     keys: dict[str, str] = {}
@@ -142,7 +144,7 @@ def _pairs(
                 "them from the adapter"
             )
         alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1
-        alpha *= least / rank if least < rank else 1  # the scale of factors that are cut stays the same
+        alpha *= least / rank if least < rank else 1  # factors that are cut keep the scale alpha / rank
         pairs[slot.name] = PairInFile(keys[slot.up], keys[slot.down], slot.kind, found, alpha, least)
     return pairs
 
@@ -203,7 +205,8 @@ def _is_bias_in_file(name: str, bias: str, layers: Container[str]) -> bool:
 def _first_names(model: nn.Module, layout: Layout, found: Mapping[str, str], weights: Weights) -> dict[str, str]:
     """Return the keys by the first names of parameters and buffers.
 
-    A tied tensor in a module that is stored whole is copied by PEFT, so that all its names must have equal values.
+    PEFT copies all tensors of a module that is stored completely, including tied tensors. So all names of a tied tensor
+    must have equal values.
     """
     aliases, first_names = aliases_of(model, with_buffers=True), dict[str, str]()
     for name, key in found.items():
@@ -222,7 +225,7 @@ def _first_names(model: nn.Module, layout: Layout, found: Mapping[str, str], wei
 
 
 def _is_same_module(model: nn.Module, name: str, other: str) -> bool:
-    """Return whether two names of a tensor are those of one module under two paths."""
+    """Return whether two names of a tensor lead to one module under two paths."""
     one, two = (model.get_submodule(path.rpartition(".")[0]) for path in (name, other))
     return one is two
 
@@ -230,7 +233,7 @@ def _is_same_module(model: nn.Module, name: str, other: str) -> bool:
 def _merge_tied(model: nn.Module, weights: Weights, pairs: dict[str, PairInFile]) -> dict[str, PairInFile]:
     """Keep the first name of tied weights, whose factors must all be equal.
 
-    PEFT adapts each layer; in `params` a tied weight is one parameter.
+    PEFT adapts each layer of a tied weight. In `params` the weight is one parameter.
     """
     merged, aliases = {}, aliases_of(model)
     for name, pair in pairs.items():

@@ -23,7 +23,7 @@ _BATCH = 2**20  # entries of factors whose vectors are drawn together
 
 
 class Resized(NamedTuple):
-    """Store parameters at other ranks, and their optimizer state."""
+    """Parameters at new ranks, and their optimizer state."""
 
     params: dict[str, Param]
     opt_state: Any
@@ -40,46 +40,46 @@ def resize(
     """Change the rank of low-rank weights and of their optimizer state.
 
     The weights do not change, except for one rounding of each base. The first ``min(old, new)`` slots keep their
-    vectors. New slots get the vectors that `init` would draw, and the last slots are removed. With `b2`, `a2` the new
-    factors, the difference is folded into the base::
+    vectors. Further slots get the vectors that `init` would draw, and excess slots are removed. With the new factors
+    `b2` and `a2`, the difference is folded into the base::
 
         base += alpha * (b @ a / old - b2 @ a2 / new)
 
     Pending vectors of a deferred base are folded too.
 
-    Where only `b` is trained, the product is folded, `b` starts with zeros, and all vectors of `a` and all entries of
-    the optimizer state are new.
+    Where only `b` is trained, the whole product is folded and `b` starts with zeros. All vectors of `a` and all entries
+    of the optimizer state are then new.
 
-    Each weight also gets the seed of another basis, so that a schedule, which counts vectors from the rank, hands out
-    none of them twice. The run goes on with the same schedule. Create a pool or a dithered schedule again. Right after
-    a resize the schedule may switch a vector that is still frozen, which it otherwise avoids.
+    Each weight also gets a new basis seed, because a schedule numbers vectors from the rank on and would otherwise use
+    some of them twice. Continue with the same schedule, but create a pool or a dithered schedule again. Right after a
+    resize, the schedule may switch a vector that is still frozen.
 
-    The entries of vectors that stay are kept in the optimizer state. A gradient contains the factor ``1 / rank``, so
-    first moments are multiplied by ``old / new``, and second moments, which must be of squares, by its square. New
-    vectors start with zeros: no moment, no update counted, not frozen. A step that is compiled by `compile_step`
-    compiles again for the new shapes.
+    The optimizer state keeps the entries of vectors that stay. A gradient contains the factor ``1 / rank``. So first
+    moments are multiplied by ``old / new``, and second moments, which must be means of squares, by its square. New
+    vectors start with zeros: no moment, no update counted, not frozen. A step of `compile_step` compiles again for the
+    new shapes.
 
     Args:
         params: The parameters by name.
-        opt_state: The optimizer state of all trainable parameters, or None.
+        opt_state: The optimizer state of all trainable parameters. Default None resizes only the parameters.
         rank: The new rank, from 1 to min(out, in), or a dict of new ranks by name. Weights that are not in the dict,
             and weights that have the rank already, are returned unchanged.
         start: The distribution of new vectors, as in `init`. With "lora" new vectors of `b` are zero.
-        roles: The roles of the fields of your own states, as in `project_optimizer_state`.
+        roles: The roles of the fields of your own states, as in `project_optimizer_state`. Default None means none.
 
     Returns:
         The new parameters by name, and the new state.
 
     Raises:
-        TypeError: If a rank is no integer.
-        ValueError: If a rank does not fit, a name is not of a low-rank weight, factors are sharded, or a quantized
-            weight is not finite. Also if the state belongs to another library, or has entries of a resized weight whose
-            role is not declared, or is "unchanged".
-        NotImplementedError: If factors of a quantized weight require a gradient or have a tangent.
+        TypeError: If a rank is not an integer.
+        ValueError: If a rank or `start` is not valid, `rank` names a parameter that is not low-rank, factors are
+            sharded, or a quantized weight is not finite. Also if the state belongs to another library, or has entries
+            of a resized weight whose role is not declared or is "unchanged".
+        NotImplementedError: If a quantized base or its factors require a gradient or have a tangent.
 
-    Numerics: The difference is formed in float32 or a wider dtype of factors and base. The base is then rounded once,
-    or quantized once (see `quantize`). 8-bit moments are encoded again. A moment that was too small for codes stays
-    without them.
+    Numerics: The difference is computed in float32 or a wider dtype of factors and base. The base is then rounded once,
+    or quantized once (see `quantize`). 8-bit moments are encoded again. A moment that was too small for codes still has
+    none.
 
     Example:
         >>> import torch
@@ -120,7 +120,7 @@ class _Change(NamedTuple):
 def _resize_all(changes: Sequence[_Change], start: Start) -> Iterator[tuple[str, LowRank]]:
     """Yield each resized weight with its name.
 
-    Vectors are drawn for many weights together, as in `init`.
+    The vectors of many weights are drawn together, as in `init`.
     """
     by_device: dict[torch.device, list[_Change]] = defaultdict(list)
     for change in changes:
@@ -154,7 +154,7 @@ def _resize(change: _Change, seed: Tensor, added: Factors) -> LowRank:
     base = as_base(param.base)
     wide = widest(b.dtype, base.sum_dtype)
     staying, removed = b[..., :rank].to(wide) * (1 - old / rank), b[..., rank:].to(wide)
-    # A deferred base folds at once, because it may have no room. Then nothing is pending with the old rank as divisor.
+    # A deferred base folds at once, because it may have no room. So no fold is pending with the old rank as divisor.
     divisor, folds = param.divisor, base.pending_folds
     pending = [(fold.factors.b.to(wide) * (divisor / fold.divisor), fold.factors.a) for fold in folds]
     left = torch.cat([staying, removed, -added.b.to(wide) * (old / rank), *[b for b, _ in pending]], -1)

@@ -1,4 +1,4 @@
-"""Read safetensors files, one or more, a tensor at a time."""
+"""Read one or more safetensors files, a tensor at a time."""
 
 import json
 from collections import defaultdict
@@ -12,7 +12,8 @@ from torch import Tensor
 from dynlora_fn._core._check import check_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_OPEN_FILES = 128  # of one model; an operating system allows a process about a thousand
+_END_OF_INDEX = ".safetensors.index.json"
+MOST_OPEN_FILES = 128  # by one `Weights`; an operating system allows a process about a thousand
 
 
 def safetensors() -> ModuleType:
@@ -32,13 +33,14 @@ class _OpenFile(NamedTuple):
 class Weights(Mapping[str, Tensor]):
     """A mapping of names to tensors in safetensors files.
 
-    Each access reads the tensor from its file again. Each file is opened once, at the first access, and stays open
-    until `close`, the end of a ``with`` block, or the deletion of this object. An access after `close` opens the file
-    again, and so does one after the file was replaced. A copy, also one in another process, opens the files again.
+    Each access reads the tensor from its file again. A file is opened at the first access, and stays open until
+    `close`, the end of a ``with`` block, or the deletion of this object. At most 128 files are open: for another one,
+    the file that was opened first is closed. An access after a file was closed or replaced opens it again. A copy of
+    this object, also in another process, opens the files again.
     """
 
     def __init__(self, where: Mapping[str, Path]):
-        """Map names to files. Call `open_weights` instead."""
+        """Map names to files. Users call `open_weights`."""
         self._paths = dict(where)
         self._open: dict[Path, _OpenFile] = {}
 
@@ -65,7 +67,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self._paths)
 
     def close(self) -> None:
-        """Close the files. Tensors that were read stay valid."""
+        """Close all files. Tensors that were read stay valid."""
         for file in self._open.values():
             file.handle.__exit__(None, None, None)
         self._open.clear()
@@ -103,17 +105,19 @@ class Weights(Mapping[str, Tensor]):
 def open_weights(path: Path | str) -> Weights:
     """Return the weights in a file or folder, each read when it is accessed.
 
-    A folder contains model.safetensors, or shards with an index. Only names are read here. With a model on the meta
-    device and these weights as `init`'s `weights`, only one stack of weights is in memory beside the parameters. Files
-    are not mapped. Each is opened once and stays open, see `Weights.close`.
+    Only names are read here. Pass the result as `weights` to `init`, with a model on the meta device: then only one
+    stack of weights is in memory besides the parameters. Files are not mapped into memory. They stay open (see
+    `Weights.close`). If a folder contains model.safetensors and an index, the single file is read, as in
+    `transformers`.
 
     Args:
-        path: The file or folder.
+        path: A safetensors file, an index, or a folder with model.safetensors or with shards and their index.
 
     Returns:
         A mapping of names to tensors.
 
     Raises:
+        TypeError: If `path` is not a path.
         ValueError: If there are no weights, a file is damaged, or an index names a file or a tensor that is missing.
             The message names the file or tensor.
         ImportError: If the extra `files` is not installed.
@@ -129,39 +133,41 @@ def open_weights(path: Path | str) -> Weights:
     """
     check_path("path", path)
     path = Path(path)
-    if path.is_dir() and (path / INDEX).is_file():
-        return Weights(_indexed(path))
+    if path.is_dir() and not (path / SINGLE).is_file() and (path / INDEX).is_file():
+        return Weights(_indexed(path / INDEX))
     file = path / SINGLE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             f"`path` has no {SINGLE} or {INDEX} in {str(path)!r}; pass a folder with one of them, or a file"
         )
+    if file.name.endswith(_END_OF_INDEX):
+        return Weights(_indexed(file))
     return Weights(dict.fromkeys(_names(file), file))
 
 
-def _indexed(folder: Path) -> dict[str, Path]:
-    files = read_json(folder / INDEX).get("weight_map")
+def _indexed(index: Path) -> dict[str, Path]:
+    folder, files = index.parent, read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
         raise ValueError(
-            f"{INDEX} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
+            f"{index.name} has {files!r:.80} as `weight_map`; map names of tensors to names of files in its folder"
         )
     names: dict[str, set[str]] = defaultdict(set)
     for name, file in files.items():
         names[file].add(name)
     for file in sorted(names):
         if not (folder / file).is_file():
-            raise ValueError(f"{INDEX} names the file {file!r}, which is not in its folder; add the file")
+            raise ValueError(f"{index.name} names the file {file!r}, which is not in its folder; add the file")
         if missing := names[file].difference(_names(folder / file)):
             raise ValueError(
-                f"{INDEX} names the tensor {sorted(missing)[0]!r}, which is not in {file!r}; write both again"
+                f"{index.name} names the tensor {sorted(missing)[0]!r}, which is not in {file!r}; write both again"
             )
     return {name: folder / file for name, file in files.items()}
 
 
 def _is_file_name(value: object) -> bool:
-    """Return whether a value is a plain file name.
+    """Return whether a value is a file name without a folder.
 
-    So an index cannot point outside its folder.
+    Other values would let an index point outside its folder.
     """
     return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
@@ -170,7 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        ValueError: If the file contains none. The message names the file.
+        ValueError: If the file does not contain a JSON object. The message names the file.
     """
     try:
         content = json.loads(path.read_bytes())

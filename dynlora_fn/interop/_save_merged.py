@@ -29,14 +29,14 @@ _PICKLED = ("bin", "pt", "pth", "ckpt")  # endings of files of tensors by torch.
 def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progress: Progress | None = None) -> None:
     """Write the model with dense weights, for a reader without this library.
 
-    Read it with ``from_pretrained`` or ``load_state_dict``. What was written is read back and compared before this
-    function returns. The files appear complete, or not at all.
+    The files appear complete, or not at all. What was written is read back and compared first. Read the model with
+    ``from_pretrained`` or ``load_state_dict``.
 
     ============================  =====================================================  ==================
     the model                     files                                                  in memory
     ============================  =====================================================  ==================
-    a model of `transformers`     those of its ``save_pretrained``                       one dense weight
-    another one with              those that ``save_pretrained`` writes for a copy       all dense weights
+    a model of `transformers`     the files of its ``save_pretrained``                   one dense weight
+    another module with           the files that ``save_pretrained`` writes for a copy   all dense weights
     ``save_pretrained``           with the trained weights
     any other module              model.safetensors, for                                 one dense weight
                                   ``load_state_dict(dict(open_weights(folder)))``
@@ -52,9 +52,10 @@ def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progres
             Default None means no reports.
 
     Raises:
-        ValueError: As `state_dict`. Or if ``save_pretrained`` of the model does not write a weight that changed, or
-            the model is quantized.
-        OSError: If the files have other tensors than were written.
+        TypeError: If an argument has a wrong type, or a parameter another kind than the model's, as in `state_dict`.
+        ValueError: If a parameter is missing, unknown or of another shape, as in `state_dict`. Also if
+            ``save_pretrained`` of the model does not write a weight that changed, or the model is quantized.
+        OSError: If the files, read back, have other tensors than were written.
         ImportError: If the extra `files` is not installed.
 
     Example:
@@ -79,13 +80,18 @@ def save_merged(model: nn.Module, params: Params, folder: Path | str, *, progres
 
 
 def _write_copy(model: Any, weights: dict[str, LazyTensor], folder: Path, progress: Progress | None) -> None:
-    """Let a copy of the model with other weights write itself."""
+    """Write a copy of the model with the trained weights by its `save_pretrained`.
+
+    Raises:
+        ValueError: If `save_pretrained` fails, or does not write a weight that changed.
+    """
     kind, report = type(model).__name__, reporter(progress, bytes_of(weights))
     replacements = _replacements(model, weights)
     changed = {
         name: content
-        for name, (parameter, replacement) in replacements.items()
-        if (content := _content(name, replacement)) != (None if parameter.is_meta else _content(name, parameter))
+        for name, (tensor, replacement) in replacements.items()
+        if not replacement.is_meta  # a buffer without values
+        and (content := _content(name, replacement)) != (None if tensor.is_meta else _content(name, tensor))
     }
     try:
         copied = copy.deepcopy(model, {id(old): new for old, new in replacements.values()})
@@ -104,17 +110,19 @@ def _write_copy(model: Any, weights: dict[str, LazyTensor], folder: Path, progre
     report(bytes_of(weights))
 
 
-def _replacements(model: nn.Module, weights: dict[str, LazyTensor]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Return each parameter of the model and its replacement in a copy.
+def _replacements(model: nn.Module, weights: dict[str, LazyTensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each parameter and saved buffer with its replacement in a copy, by name.
 
-    Tied parameters are returned once.
+    A tied parameter is included once.
     """
     parameters = dict(model.named_parameters())
     if missing := [name for name in parameters if name not in weights]:
         raise ValueError(
             f"`model` has {first_names(missing)}, which its state dict leaves out; write all parameters into it"
         )
-    return {
+    saved = [(name, buffer) for name, buffer in model.named_buffers() if name in weights]
+    buffers = {name: (buffer, weights[name].read().clone()) for name, buffer in saved}
+    return buffers | {
         name: (parameter, nn.Parameter(weights[name].read().clone(), parameter.requires_grad))
         for name, parameter in parameters.items()
     }
@@ -125,13 +133,13 @@ def _content(name: str, tensor: Tensor) -> Content:
 
 
 def _contents(folder: Path) -> Iterator[Content]:
-    """Yield what the tensors in all files of a folder contain, without their names."""
+    """Yield the contents of the tensors in all files of a folder, without names."""
     for file in sorted(folder.rglob("*.safetensors")):
         with open_weights(file) as weights:
             for name in weights:
                 yield _content(name, weights[name])
     for file in sorted(path for kind in _PICKLED for path in folder.rglob(f"*.{kind}")):
-        with suppress(Exception):  # what cannot be read without unpickling objects counts as not written
+        with suppress(Exception):  # a file that cannot be read without unpickling objects counts as not written
             for tensor in _tensors_in(torch.load(file, map_location="cpu", weights_only=True)):
                 yield _content(file.name, tensor)
 

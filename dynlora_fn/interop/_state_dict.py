@@ -18,31 +18,32 @@ from dynlora_fn.nn._view import View, dense, view_of
 def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
     """Return the state dict that ``model.load_state_dict`` takes.
 
-    Every weight is dense, in the shape and dtype of the model, and under all of its names. Tied weights are one tensor.
-    Buffers are taken from `params` where it has them, as `load_adapter` returns them, and from the model otherwise.
+    Every weight is dense, in the shape and dtype of the model's parameter, and under all of its names. Tied weights are
+    one tensor. A buffer comes from `params` if it is there, as after `load_adapter`, and from the model otherwise.
 
     Args:
-        model: The model. Only names, shapes, dtypes and buffers are read. It may be on the meta device, except its
-            buffers.
+        model: The model. Only names, shapes, dtypes and buffers are read. Its parameters may be on the meta device.
         params: The parameters, as for `call`.
 
     Returns:
         The tensors by name.
 
     Raises:
-        TypeError: If a parameter is integer, real or complex where the parameter of the model is not.
+        TypeError: If `model` is not a module, or a parameter has another kind than the model's: integer, real or
+            complex.
         ValueError: If a parameter is missing, unknown to the model, or of another shape. The message gives the name and
-            both shapes.
+            both shapes. Also if the model has extra state that is not a tensor, two names of a tied parameter have
+            different weights, or a hook of the model puts other tensors in the place of its parameters.
 
-    Numerics: A weight is formed in the wider dtype of base and factors, float32 at least, and rounded once to the dtype
-    of the model.
+    Numerics: A weight is computed in the wider dtype of base and factors, at least float32, and rounded once to the
+    dtype of the model.
 
     Example:
         >>> import dynlora_fn as dl
         >>> model = nn.Linear(6, 4)
         >>> params = dl.init(model, rank=2, seed=0, targets=["weight"])
-        >>> state_dict(model, params)["weight"].shape
-        torch.Size([4, 6])
+        >>> model.load_state_dict(state_dict(model, params))
+        <All keys matched successfully>
     """
     weights = lazy_state_dict(model, params)
     tensors = {key: weight.read() for key, weight in {id(weight): weight for weight in weights.values()}.items()}
@@ -50,17 +51,23 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
 
 
 def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
-    """Return what `state_dict` returns, with weights that are formed when read.
+    """Return the state dict of a model, with weights that are computed when read.
 
-    Tied weights are one lazy tensor. Everything is checked here, so that reading does not raise.
+    Tied weights are one lazy tensor. All errors of `state_dict` are raised here, and not when a weight is read.
     """
     check_module("model", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     weights: dict[int, LazyTensor] = {}
+    given: dict[int, tuple[str, Param]] = {}
     for name, param in unstack(params).items():
         if name not in tensors:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
+        first, first_param = given.setdefault(id(tensors[name]), (name, param))
+        if first_param is not param:
+            raise ValueError(
+                f"`params` has different weights for {first!r} and {name!r}, which are tied; pass only one"
+            )
         weights[id(tensors[name])] = _lazy_weight(name, param, tensors[name])
     for name, parameter in parameters.items():
         if id(parameter) not in weights:
@@ -69,7 +76,15 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
             )
     leaves = model.state_dict(keep_vars=True)
     if other := [name for name, leaf in leaves.items() if not isinstance(leaf, Tensor)]:
-        raise ValueError(f"`model` has the extra state {first_names(other)}, which is no tensor; save it apart")
+        raise ValueError(f"`model` has the extra state {first_names(other)}, which is not a tensor; save it apart")
+    known, saved = set(map(id, tensors.values())), set(map(id, leaves.values()))
+    lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
+    others = [name for name, leaf in leaves.items() if id(leaf) not in known]
+    if lost and others:
+        raise ValueError(
+            f"`model` has a `state_dict` without its {first_names(lost)}, but with the tensors {first_names(others)},"
+            " so that what was trained would be lost; remove the hook or the method that replaces the parameters"
+        )
     return {name: weights[id(leaf)] if id(leaf) in weights else lazy(leaf) for name, leaf in leaves.items()}
 
 

@@ -1,6 +1,7 @@
 """Select the parameters that become low-rank, their ranks and their matrices."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +14,13 @@ from dynlora_fn._core._torch import ConvNd
 from dynlora_fn._core._types import divisor_of
 from dynlora_fn.interop._parameters import Parameters
 
-Targets: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, Tensor], bool]
+Targets: TypeAlias = (
+    str
+    | type[nn.Module]
+    | Sequence[str | type[nn.Module]]
+    | AbstractSet[str | type[nn.Module]]
+    | Callable[[str, Tensor], bool]
+)
 Rank: TypeAlias = int | Mapping[str, int] | Callable[[str, tuple[int, int]], int]
 Alphas: TypeAlias = float | Mapping[str, float] | Callable[[str, tuple[int, int]], float]
 
@@ -23,8 +30,8 @@ class Target(NamedTuple):
 
     rank: int
     parts: int = 1  # number of fused parts
-    axis: int = -2  # along which the parts are adjacent
-    is_spatial: bool = False  # the weight of a convolution
+    axis: int = -2  # the axis along which the fused parts are adjacent
+    is_spatial: bool = False  # whether it is the weight of a convolution
     padding: int | None = None  # the row of an embedding that gets no gradient
     alpha: float = 1.0
 
@@ -45,12 +52,13 @@ def select(
     """Return the targets by name.
 
     Args:
-        model: The module that has the parameters. None if only tensors are known.
-        parameters: The parameters by name. Only shapes are read. A pattern may match any name of a tied one.
-        targets: As in `init`.
-        rank: As in `init`.
-        alpha: As in `init`.
-        fused: As in `init`.
+        model: The module that has the parameters. None means that only tensors are known.
+        parameters: The parameters by name. Only shapes and dtypes are read. A pattern may match any name of a tied
+            parameter.
+        targets: The argument `targets` of `init`.
+        rank: The argument `rank` of `init`.
+        alpha: The argument `alpha` of `init`.
+        fused: The argument `fused` of `init`.
 
     Raises:
         ValueError: If an entry of `targets` selects nothing, a pattern matches nothing, a target is not a matrix, or
@@ -66,7 +74,7 @@ def select(
     for name in names:
         aliases, shape = parameters.aliases[name], tuple(parameters.tensors[name].shape)
         parts = next((fused[pattern] for pattern in fused_patterns.matching(aliases)), 1)
-        count, axis = (parts, -2) if isinstance(parts, int) else parts
+        count, axis = map(int, parts) if isinstance(parts, tuple | list) else (int(parts), -2)  # maybe of NumPy
         target = Target(0, count, axis, _is_spatial(modules, name), _padding(modules, aliases))
         _check_dtype(name, parameters.tensors[name])
         matrix = _matrix(name, shape, target)
@@ -81,7 +89,7 @@ def select(
 def _target_names(model: nn.Module | None, parameters: Parameters, targets: Targets) -> list[str]:
     if isinstance(targets, str | type):
         targets = [targets]
-    if not isinstance(targets, Sequence):
+    if not isinstance(targets, Sequence | AbstractSet):
         return _names_by_predicate(parameters, targets)
     first_names = {alias: name for name, aliases in parameters.aliases.items() for alias in aliases}
     patterns = [pattern for pattern in targets if isinstance(pattern, str)]
@@ -108,7 +116,7 @@ def _names_by_predicate(parameters: Parameters, predicate: Callable[[str, Tensor
 
 
 def _names_by_type(model: nn.Module | None, names: Iterable[str], kind: type[nn.Module]) -> set[str]:
-    """Return the names of matrices that modules of a type have themselves.
+    """Return the names of the matrices in modules of a type, without submodules.
 
     Stacks of matrices count too.
     """
@@ -150,7 +158,7 @@ def _refuse_parametrized(prefix: str, module: nn.Module, kind: type[nn.Module]) 
             originals = ", ".join(original for original, _ in parametrization.named_parameters(recurse=False))
             raise ValueError(
                 f"`targets` has the type {kind.__name__}, but {path!r} is computed from its parametrization "
-                f"({originals}), so that it is no parameter; call `torch.nn.utils.parametrize.remove_parametrizations`,"
+                f"({originals}), so it is not a parameter; call `torch.nn.utils.parametrize.remove_parametrizations`,"
                 " or select the other weights by name"
             )
 
@@ -166,9 +174,9 @@ _FindSetting: TypeAlias = Callable[[Sequence[str], tuple[int, int]], _Setting]
 
 
 def _value_of(argument: str, setting: Any, names: Sequence[str]) -> _FindSetting:
-    """Return a function that gives the rank or the alpha of a target.
+    """Return a function that finds the rank or the alpha of a target.
 
-    Its arguments are the target's names and matrices.
+    Its arguments are the names of the target and the shape (out, in) of its matrices.
 
     Raises:
         ValueError: If a pattern matches none of the names.
@@ -195,7 +203,7 @@ def _is_spatial(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _padding(modules: Mapping[str, nn.Module], aliases: Iterable[str]) -> int | None:
-    """Return the `padding_idx` of the embedding that a parameter is the weight of."""
+    """Return the `padding_idx` of the embedding whose weight has one of these names."""
     for prefix, _, leaf_name in (alias.rpartition(".") for alias in aliases):
         module = modules.get(prefix) if leaf_name == "weight" else None
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
@@ -207,6 +215,11 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(
             f"`targets` matches {name!r} of dtype {tensor.dtype}; match only floating-point matrices, and exclude it"
+        )
+    if tensor.dtype.itemsize < 2:
+        raise ValueError(
+            f"`targets` matches {name!r} of dtype {tensor.dtype}, in which no sums are computed; convert it to at least"
+            " 16 bits, multiplied by its scale if it has one"
         )
 
 

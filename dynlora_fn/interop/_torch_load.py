@@ -1,12 +1,12 @@
 """Let ``torch.load(weights_only=True)`` read the types of parameters and states.
 
-All of them are NamedTuples, whose construction runs nothing. The types of constants are registered where they are
-defined, by `register_constant`.
+All of them are NamedTuples, whose construction runs no code of a file. The types of constants are registered where they
+are defined, by `register_constant`.
 """
 
 import torch
 
-# One module of each package whose types a state may have. Its package is then imported as a whole.
+# Importing one module of a package imports the package, so that all of its types are defined below.
 from dynlora_fn.bases import _quantized  # noqa: F401
 from dynlora_fn.optim import _freeze  # noqa: F401
 from dynlora_fn.parallel import _shards  # noqa: F401

@@ -1,8 +1,8 @@
-"""Which tensors `save_pretrained` of `transformers` writes, formed one at a time.
+"""Write the files of `transformers`' `save_pretrained`, one tensor at a time.
 
-`save_pretrained` drops tied names, and converts weights to the layout of the files that the model is read from: fused
-experts become one weight for each expert. Both functions are internal to `transformers`, checked on version 5.24. They
-are run on tensors without data, which gives names, shapes, and which weights are converted together.
+`save_pretrained` drops tied names, and converts weights to the layout of the model's files: fused experts become one
+weight for each expert. Both functions are internal to `transformers`, checked on version 5.24. Here they run on tensors
+without data, which gives names and shapes, and shows which weights are converted together.
 """
 
 import inspect
@@ -25,9 +25,9 @@ Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Return whether `transformers` saves a model in its usual way.
+    """Return whether a model has the `save_pretrained` of `transformers`.
 
-    The model must be one of `transformers`.
+    A model that overrides the method outside `transformers` does not.
     """
     library = sys.modules.get("transformers.modeling_utils")
     if library is None or not isinstance(model, library.PreTrainedModel):
@@ -36,14 +36,11 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def check_pretrained(model: Any) -> None:
-    """Raise ValueError if ``save_pretrained`` would write other weights.
-
-    It must write those that it is passed.
-    """
+    """Raise ValueError if ``save_pretrained`` does not write the weights it is passed."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"`model` is a quantized {type(model).__name__}, whose `save_pretrained` writes the quantized weights and"
-            " not those of `params`; pass the model that is not quantized"
+            f"`model` is a quantized {type(model).__name__}, whose `save_pretrained` writes the quantized weights"
+            " and not the weights of `params`; pass the model that is not quantized"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -66,8 +63,8 @@ def write_pretrained(
         model: The model, whose weights are not read.
         weights: The weights under the names of the model.
         folder: An empty folder.
-        max_shard_size: The largest size of a file. Default None means the size of ``save_pretrained``.
-        progress: As for `save_merged`.
+        max_shard_size: The largest size of a file. Default None means the default of ``save_pretrained``.
+        progress: A function that is called as ``progress(done, total)`` with bytes. Default None means no reports.
 
     Raises:
         ValueError: If weights share memory in a way that `transformers` cannot restore.
@@ -98,9 +95,12 @@ def write_pretrained(
 
 
 def entries_of(model: Any, weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the tensors that ``save_pretrained`` writes.
+    """Return the tensors that ``save_pretrained`` writes, in the layout of its files.
 
-    They are without tied names, and in the layout of the files.
+    Of tied weights, only one name is included.
+
+    Raises:
+        ValueError: If weights share memory in a way that `transformers` cannot restore.
     """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict  # noqa: PLC0415, takes seconds
 
@@ -125,13 +125,13 @@ def _conversion(model: Any) -> Convert:
 
 
 def converted(convert: Convert, weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the results of a conversion of weights, each formed when it is read.
+    """Return the results of a conversion of weights, each computed when it is read.
 
-    A result that is one of the weights under another name is formed from it. Weights that are converted together, such
-    as the parts of a fused one, are formed together and dropped once all their results were read.
+    A renamed weight is passed on. Weights that are converted together, such as the parts of a fused weight, are
+    computed together and dropped once all of their results have been read.
 
     Args:
-        convert: Returns tensors by their new names, and takes tensors without data too.
+        convert: A function from tensors by name to tensors by their new names. It must accept tensors without data.
         weights: The weights by name.
     """
     inputs = _without_data(weights)
@@ -168,8 +168,8 @@ def _groups(
 ) -> dict[str, _Group]:
     """Return the group of each result.
 
-    Two weights belong together if converting each of them gives the same name. If converting the groups does not give
-    all results, `every` weight is in one group.
+    Two weights belong to one group if converting each of them gives a result of the same name. If converting the groups
+    does not give all results, all weights are in one group.
     """
     groups: list[tuple[set[str], set[str]]] = []  # names of weights and of results
     try:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8  # vectors of a block beyond the rank
-LARGEST_SUBSPACE = 2  # the subspace has at most min(out, in) / 2 vectors; a decomposition is cheaper then
-LEAST_RESIDUAL = 1e-3  # of the squared norm, so that the rounding of squares does not count beside what is cut
+LARGEST_SUBSPACE = 2  # the subspace has at most min(out, in) / 2 vectors; beyond that a full decomposition is cheaper
+LEAST_RESIDUAL = 1e-3  # of the squared norm; if less is cut, the rounding of squares would matter
 
 
 class SVD(NamedTuple):
@@ -21,13 +21,13 @@ class SVD(NamedTuple):
 def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     """Return the leading singular values and vectors of a matrix.
 
-    The error of cutting the matrix to them is within 1e-7 of the least, which is less than float32 rounds them by. The
-    same matrix gives the same result, and no global generator is read.
+    Cutting the matrix to them has an error of at most 1 + 1e-7 times the least possible one. Rounding to float32 costs
+    more. The same matrix gives the same result, and no global generator is read.
 
     This is block Krylov iteration (arXiv:1504.05477, algorithm 2) from a random block of ``rank + 8`` vectors. It ends
-    when another block lowers the error by less than that. If half of all vectors do not suffice, all eigenvectors of
-    the Gram matrix are computed. They are exact enough if the error is above 3 % of the norm. Otherwise it is the full
-    decomposition.
+    when another block would lower the error by less than 1e-7 of it. If half of all vectors do not suffice, all
+    eigenvectors of the Gram matrix are computed. They are exact enough if the error is above 3 % of the norm. Otherwise
+    the full decomposition is computed.
 
     Args:
         matrix: The matrix (rows, columns) in float64. All entries are finite.
@@ -53,9 +53,9 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """Return orthonormal rows (k, columns) and their images ``rows @ matrix.T``.
 
-    Return None if k would be too large. The squared norm that they capture is the sum of the largest eigenvalues of
-    ``images @ images.T``. Vectors are rows, since a product with few rows is several times faster than one with few
-    columns.
+    Return None if k would be too large. The squared norm that the rows capture is the sum of the `rank` largest
+    eigenvalues of ``images @ images.T``. Vectors are rows, because a product with few rows is several times faster than
+    a product with few columns.
     """
     columns, width = matrix.shape[1], rank + OVERSAMPLING
     limit = columns // LARGEST_SUBSPACE
@@ -64,7 +64,7 @@ def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | No
     block = _orthonormal_rows(_random(width, columns, like=matrix))
     for size in range(width, limit + 1, width):
         if size > columns // 4 and total - captured < LEAST_RESIDUAL * total:
-            return None  # a small rest is computed to all digits, because `_tolerance` would be a large part of it
+            return None  # `_tolerance` would be a large part of so small an error; the full decomposition is exact
         new = slice(size - width, size)
         basis[new], images[new] = block, block @ matrix.mT
         gram[new, :size] = images[new] @ images[:size].mT
@@ -80,9 +80,9 @@ def _converged_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | No
 def _leading_eigenvectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """Return the leading right singular vectors as rows, and their images.
 
-    They are eigenvectors of ``matrix.T @ matrix``. Return None if they are inexact. Rounding of the Gram matrix turns
-    eigenvectors so that they capture less of the squared norm, by some 1e-16 of it. This takes a third of the time of
-    the full decomposition.
+    They are eigenvectors of the Gram matrix ``matrix.T @ matrix``, which take a third of the time of the full
+    decomposition. Rounding of the Gram matrix turns them, so that they miss about 1e-16 of the squared norm. Return
+    None if so little is cut that this would matter.
     """
     values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
     if values[:-rank].sum() < LEAST_RESIDUAL * values.sum():
@@ -92,9 +92,9 @@ def _leading_eigenvectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | 
 
 
 def _tolerance(total: float, captured: float) -> float:
-    """Return the least gain of a block for which another block follows.
+    """Return the gain of a block below which the iteration ends.
 
-    The gain is in the squared norm that is captured. The second term is the rounding of `total` and `captured`.
+    The gain is an increase of the captured squared norm. The second term is the rounding of `total` and `captured`.
     """
     return torch.finfo(torch.float32).eps / 4 * max(total - captured, 0) + 8 * torch.finfo(torch.float64).eps * total
 

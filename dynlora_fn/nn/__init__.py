@@ -1,7 +1,7 @@
 """Low-rank weights inside unmodified modules.
 
-`call` runs a module with low-rank weights, and `linear` multiplies by one of them. `value_and_grad`, `remat` and
-`checkpoint_contexts` take gradients of such calls; `explain` tells what a training step costs.
+`call` runs a module with low-rank weights, and `linear` multiplies by one weight. `value_and_grad` computes gradients
+of such calls, with `remat` and `checkpoint_contexts` to save memory. `explain` returns the cost of a training step.
 """
 
 from dynlora_fn.nn._call import call as call

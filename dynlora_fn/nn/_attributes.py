@@ -13,9 +13,9 @@ from dynlora_fn.nn._view import View, refuse
 
 
 def _strides(view: View, dim: int | None = None) -> Any:
-    """Return the strides of a contiguous tensor.
+    """Return the strides of a contiguous tensor of this shape.
 
-    Operations that need memory get such a tensor.
+    The dense weight that operations without a rule get is contiguous.
     """
     strides = [1]
     for size in view.shape[:0:-1]:
@@ -28,12 +28,12 @@ def _is_contiguous(view: View, memory_format: Any = torch.contiguous_format) -> 
 
 
 def _requires_grad(view: View) -> bool:
-    """Return whether a gradient is taken through the weight.
+    """Return whether a tensor of the weight requires a gradient.
 
-    In `torch.func.grad` its tensor does not require one.
+    The tensor that replaces the weight does not know this inside `torch.func.grad`.
     """
     leaves = [leaf for leaf in tree_leaves(view) if isinstance(leaf, Tensor)]
-    if torch.compiler.is_dynamo_compiling():  # it answers right only for a view
+    if torch.compiler.is_dynamo_compiling():  # Dynamo returns the right value only for a view
         leaves = [leaf.view_as(leaf) for leaf in leaves]
     return any(leaf.requires_grad for leaf in leaves)
 
@@ -43,14 +43,17 @@ def _describe(view: View, **_: Any) -> str:
 
 
 def _placeholder(value: Any) -> Any:
-    """Return a tensor of one number that has the shape, dtype and device of a weight."""
+    """Return an expanded 0-d tensor with the shape, dtype and device of a weight.
+
+    Other values are returned unchanged.
+    """
     if isinstance(value, View):
         return value.parts[0].factors.b.detach().new_empty(()).expand(value.shape)
     return value
 
 
 def _reads_attributes(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the rule of an operation that reads only shape, dtype and device."""
+    """Return the rule for an operation that reads only shape, dtype and device."""
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         named = {name: _placeholder(value) for name, value in kwargs.items()}
@@ -86,10 +89,7 @@ def _move(view: View, device: Any) -> View:
 
 
 def to(input: Any, *args: Any, **kwargs: Any) -> Any:
-    """Cast the weight or move it.
-
-    A weight may also be the tensor whose dtype and device `input` takes.
-    """
+    """Cast or move the weight, or cast and move a tensor like the weight."""
     if not isinstance(input, View):
         return _reads_attributes(Tensor.to)(input, *args, **kwargs)
     device, dtype, other = kwargs.get("device"), kwargs.get("dtype"), kwargs.get("other")
@@ -107,7 +107,7 @@ def to(input: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def type_as(input: Any, other: Any) -> Any:
-    """Cast `input`, or a weight, to the dtype of the other."""
+    """Cast a tensor or a weight to the dtype of `other`."""
     return to(input, other)
 
 
@@ -140,9 +140,9 @@ def _contiguous(view: View, memory_format: Any = torch.contiguous_format) -> Vie
 
 
 def multiply(input: Any, other: Any) -> View:
-    """Return a multiple of the weight by a Python number or a 0-d tensor.
+    """Return the product of the weight and a Python number or a 0-d tensor.
 
-    The tensor gets its gradient.
+    A 0-d tensor gets its gradient.
     """
     view, factor = (input, other) if isinstance(input, View) else (other, input)
     if not _is_scalar(factor):
@@ -210,7 +210,7 @@ _METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "__hash__"),
     *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference"),
 )
-# Answered by `Weight` as by any tensor.
+# Attributes and methods that `Weight` has like any tensor, so they need no rule.
 METADATA: set[Any] = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(getattr(Tensor, name) for name in _METHODS),

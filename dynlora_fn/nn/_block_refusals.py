@@ -1,7 +1,4 @@
-"""What a block of `remat` may not do.
-
-Its recomputation would differ or drop a gradient.
-"""
+"""Refuse blocks of `remat` whose recomputation would differ or drop a gradient."""
 
 from typing import Any
 
@@ -13,9 +10,9 @@ from dynlora_fn._core._torch import TorchDispatchMode
 
 
 class RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuse random operations in a block.
+    """A dispatch mode that refuses random operations in a block.
 
-    It is slow, so only the first call is checked, like a trace.
+    It is slow, so only the first call of a block is checked.
     """
 
     def __init__(self, block: nn.Module):
@@ -32,9 +29,9 @@ class RefuseRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether an attention drops nothing.
+    """Return whether an operator is an attention with a dropout probability of 0.
 
-    Its operators are tagged as random in any case.
+    torch tags operators of attention as random even if they drop nothing.
     """
     names = [argument.name for argument in func._schema.arguments]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -42,9 +39,9 @@ def _has_no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def refuse_attached_attributes(block: nn.Module) -> None:
-    """Refuse attributes through which a gradient would enter or leave a block unseen.
+    """Refuse attributes through which a gradient would enter or leave a block.
 
-    A Function differentiates by its arguments, and only its outputs.
+    An `autograd.Function` passes gradients only from its outputs to its arguments.
     """
     for path, module in block.named_modules():
         for name, value in vars(module).items():

@@ -1,4 +1,4 @@
-"""Run an unmodified module with low-rank weights in place of its dense ones."""
+"""`call`: run an unmodified module with low-rank weights."""
 
 from collections.abc import Mapping, Sequence
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
@@ -27,42 +27,46 @@ def call(
 ) -> Any:
     """Run ``model(*args, **kwargs)`` with `params` in place of its parameters.
 
-    A low-rank weight is used by the rule of each operation (dynlora_fn/nn/README.md).
+    The result is equal to the result with dense weights, to rounding. Each operation on a low-rank weight follows a
+    rule (dynlora_fn/nn/README.md).
 
-    The parameters of the model are put back afterwards, whatever happens. Its buffers are those of the model, so that
-    what it writes to them stays, as when it is called directly. Threads that call the same model take turns.
+    After the call, also after an error, the model has its parameters again. The model uses its buffers, and values that
+    it writes to them stay, as when it is called directly. Threads that call the same model take turns.
 
     Args:
         model: Any module.
-        params: Every parameter of the model by name, as `init` returns them. For tied parameters one name is enough.
-            Buffers are taken from the model, except those in `params`, as `load_adapter` returns them. What the model
-            writes to one of these in place is written into `params`.
+        params: Every parameter of the model by name, as `init` returns them. Tied parameters need only one of their
+            names. Buffers are optional. A buffer in `params`, as `load_adapter` returns it, replaces the buffer of the
+            model, and in-place changes by the model change the tensor in `params`.
         *args: The positional arguments of the model.
-        fallback: What to do for an operation without a rule. "dense" forms the dense weight for it, through which
-            gradients reach the factors, and warns once for each weight and operation. "raise" refuses it. A model that
-            has an argument `fallback` takes it by position.
+        fallback: What to do for an operation without a rule. "dense" passes the dense weight, through which gradients
+            reach the factors, and warns once for each weight and operation. "raise" refuses the operation. If the model
+            has an argument `fallback`, pass that by position.
         **kwargs: The keyword arguments of the model.
 
     Returns:
-        What the model returns.
+        The result of the model.
 
     Raises:
-        RuntimeError: If `params` lacks a parameter of the model, or contains a name that the model does not have.
-        NotImplementedError: If a low-rank weight is changed in place, or used in an operation without a rule under
-            ``fallback="raise"``. The message names both. If a base in low precision or a sharded one is differentiated.
-            If the model assigns a parameter in its forward pass, or a buffer under `torch.func` or `torch.compile`. If
-            it returns a generator, which would run later with the parameters of the model.
+        TypeError: If `model` is not a module, or a parameter has a wrong type or dtype.
+        RuntimeError: If `params` does not have a parameter of the model, or contains a name that the model does not
+            have. Also if the model is called inside another model while another thread calls it.
+        NotImplementedError: If a low-rank weight is changed in place, or is used in an operation without a rule with
+            ``fallback="raise"``; the message names both. If a base that is sharded or in low precision is
+            differentiated. If the model assigns a parameter in its forward pass, or a buffer under `torch.func` or
+            `torch.compile`. If the model returns a generator, which would run later with the model's parameters.
         ValueError: If `fallback` is unknown, or a weight does not fit the shape of its parameter. If two names of a
-            tied parameter have different weights. If the model or a submodule is a `ScriptModule`, or is wrapped for
-            data parallelism, which `torch.func` bypasses.
+            tied parameter have different weights. If the model or a submodule is a `ScriptModule` or a wrapper for data
+            parallelism, whose gradient hooks would not run.
 
     Example:
         >>> import torch
         >>> import dynlora_fn as dl
-        >>> model = nn.Linear(6, 4)
+        >>> model, x = nn.Linear(6, 4), torch.ones(3, 6)
         >>> params = dl.init(model, rank=2, seed=0, targets=["weight"])
-        >>> call(model, params, torch.ones(3, 6)).shape
-        torch.Size([3, 4])
+        >>> dense = torch.func.functional_call(model, dl.materialize(params), x)
+        >>> torch.allclose(call(model, params, x), dense, atol=1e-6)
+        True
     """
     check_module("model", model)
     check_params("params", params)
@@ -82,9 +86,9 @@ def call_with(
     fallback: Fallback,
     caller: Caller | None = None,
 ) -> Any:
-    """Run `call` with `buffers` in place of the model's buffers.
+    """Run `call` with checked arguments, and with `buffers` in place of the model's.
 
-    `caller` is as in `taking_turns`.
+    See `taking_turns` for `caller`.
     """
     for name, param in params.items():
         if isinstance(param, LowRank) and not isinstance(param.base, Tensor):
@@ -98,8 +102,8 @@ def call_with(
             result = model(*args, **kwargs)
     if isinstance(result, GeneratorType | CoroutineType | AsyncGeneratorType):
         raise NotImplementedError(
-            f"`model` returns a {type(result).__name__}, which would run with the parameters of the model; "
-            "return tensors from its forward pass"
+            f"`model` returns a {type(result).__name__}, which would run with the parameters of the model instead of "
+            "`params`; return tensors from its forward pass"
         )
     return result
 
@@ -107,9 +111,9 @@ def call_with(
 def _call_traced(
     model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any], fallback: Fallback
 ) -> Any:
-    """Run `call_with` where Dynamo traces it.
+    """Run `call_with` while Dynamo traces it.
 
-    Dynamo knows that `functional_call` puts the parameters back.
+    `functional_call` replaces `swapped` here, because Dynamo knows that it restores the parameters.
     """
     slots = slots_of(model)
     tensors = _tensors_for(model, slots, params, fallback)
@@ -121,9 +125,9 @@ def _call_traced(
 
 
 def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallback: Fallback) -> dict[str, Tensor]:
-    """Return the tensor for each slot of a parameter or a buffer in `params`.
+    """Return the tensor for each slot of a parameter or buffer that is in `params`.
 
-    Tied parameters have one tensor. `params` may have any of their names.
+    Tied parameters share one tensor, and `params` may have any of their names.
     """
     named = names_of(model)
     given: dict[Tensor, tuple[str, Param]] = {}
@@ -161,10 +165,10 @@ def _tensor_for(name: str, param: Param, like: Tensor, fallback: Fallback) -> Te
 
 
 def _problem_of(model: nn.Module) -> str | None:
-    """Return why parameters cannot be replaced in a model, or None.
+    """Return the error message if a model's parameters cannot be replaced, or None.
 
-    The gradients of DDP, FSDP and `DataParallel` are reduced by autograd hooks on the module's parameters, and `call`
-    uses neither.
+    DDP, FSDP and `DataParallel` reduce gradients in autograd hooks on the parameters of the module, which `call` does
+    not use.
     """
     for name, module in model.named_modules():
         kind = _wrapper_of(type(module))
@@ -177,19 +181,19 @@ def _problem_of(model: nn.Module) -> str | None:
                 "apart; pass the unwrapped module, reduce gradients with `all_reduce_mean` and shard bases with `shard`"
             )
         if any(True for _ in module.parameters()):
-            return f"{where} is a ScriptModule, whose parameters cannot be replaced; pass the module from before"
+            return f"{where} is a ScriptModule, whose parameters cannot be replaced; pass the module before scripting"
     return None
 
 
 _KINDS: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
 
 
-# Dynamo cannot look at the bases of modules that it does not trace into (`allow_in_graph`).
+# Dynamo cannot read the base classes of modules that it does not trace into (`allow_in_graph`).
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wrapper_of(module_type: type) -> str | None:
-    """Return the name of the wrapper that a type of modules is, or None.
+    """Return which wrapper a type of modules is or inherits from, or None.
 
-    It is looked up once for each type.
+    The result for each type is cached.
     """
     if module_type not in _KINDS:
         names = [base.__name__ for base in module_type.__mro__ if base.__module__.startswith("torch.")]

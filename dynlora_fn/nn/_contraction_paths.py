@@ -1,6 +1,6 @@
-"""The products with a low-rank weight, and what they cost with gradients.
+"""The paths of a product with a low-rank weight, and their FLOPs with gradients.
 
-Full-rank training of a weight of d x d takes 6 d^2 FLOPs a token. A low-rank weight of rank r takes:
+Full-rank training of a (d, d) weight takes 6 d^2 FLOPs for each token. A low-rank weight of rank r takes:
 
 =========  ===================  ===============  ==========================================
 path       FLOPs for a token    FLOPs in a step  what is formed
@@ -10,7 +10,7 @@ merged     4 d^2 +  8 r d       4 r d^2          the weight, and the gradients o
 dense      6 d^2                8 r d^2          the weight and its gradient, then projected
 =========  ===================  ===============  ==========================================
 
-Where only `b` is trained, the products are omitted that only the gradient of `a` needs.
+If only `b` is trained, the products for the gradient of `a` are omitted.
 """
 
 from functools import lru_cache
@@ -29,12 +29,12 @@ _FACTOR_GRADIENTS = ("no,or->nr", "nr,ni->ri", "ni,ri->nr", "no,nr->or")
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "full": (_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT),
     "factored": (_FORWARD, _INPUT_GRADIENT, *_FACTOR_GRADIENTS, "nr,or->no", "nr,ri->ni"),
-    # The weight is formed again in the backward pass, so that only one is alive at a time.
+    # The backward pass forms the weight again, so that only one weight is alive at a time.
     "merged": (*_WEIGHT, *_WEIGHT, _FORWARD, _INPUT_GRADIENT, *_FACTOR_GRADIENTS),
     "dense": (*_WEIGHT, *_WEIGHT, _FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, "oi,ri->or", "or,oi->ri"),
 }
 
-# Only for the gradient of `a`. The factored path needs the first one for the gradient of the input too.
+# The products that only the gradient of `a` needs. On the factored path, "no,or->nr" is also for the input's gradient.
 _FOR_GRADIENT_OF_A = {
     "factored": ("nr,ni->ri",),
     "merged": ("no,or->nr", "nr,ni->ri"),
@@ -46,7 +46,8 @@ _FOR_GRADIENT_OF_A = {
 def _unit_flops(product: str) -> tuple[int, str]:
     """Return the FLOPs of a product for sizes of 1, and its dimensions.
 
-    The sizes of these dimensions multiply the FLOPs. opt_einsum counts 2 FLOPs for each multiplication with addition.
+    The FLOPs for other sizes are this number times the product of the sizes. opt_einsum counts 2 FLOPs for a
+    multiplication with addition.
     """
     dimensions = "".join(sorted(set(product) & set("nior")))
     return flop_count(dimensions, True, 2, dict.fromkeys(dimensions, 1)), dimensions
@@ -56,15 +57,12 @@ _DIMENSIONS = tuple(sorted({_unit_flops(product)[1] for products in PRODUCTS.val
 
 
 def _coefficients(products: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the FLOPs of products for sizes of 1, by dimensions.
-
-    `_DIMENSIONS` lists them.
-    """
+    """Return the FLOPs of products for sizes of 1, for each entry of `_DIMENSIONS`."""
     units = [_unit_flops(product) for product in products]
     return tuple(sum(count for count, dimensions in units if dimensions == wanted) for wanted in _DIMENSIONS)
 
 
-# Counted at import: Dynamo would trace the counting for each weight.
+# Counted at import, because Dynamo would trace the counting for each weight.
 _COEFFICIENTS = {(path, False): _coefficients(products) for path, products in PRODUCTS.items()}
 for _path, _omitted in _FOR_GRADIENT_OF_A.items():
     _products = tuple(product for product in PRODUCTS[_path] if product not in _omitted)
@@ -72,7 +70,7 @@ for _path, _omitted in _FOR_GRADIENT_OF_A.items():
 
 
 def flops(path: str, *, tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool = False) -> int:
-    """Return the FLOPs of both passes along a path, or of ``"full"`` rank."""
+    """Return the FLOPs of forward and backward pass for a path, or for ``"full"``."""
     return _total(path, _terms(tokens, out_features, in_features, rank), is_one_sided)
 
 
@@ -81,10 +79,10 @@ def cheapest_path(
 ) -> ContractionPath:
     """Return the path with the fewest `flops`.
 
-    Of equals, the first in `ContractionPath` is taken.
+    In a tie, the first path in `ContractionPath` is returned.
     """
     sizes = (tokens, out_features, in_features, rank, is_one_sided)
-    # Dynamo warns of a cache while it traces, and the sizes of a trace cannot be keys of one.
+    # Dynamo warns about `lru_cache` while it traces, and symbolic sizes cannot be its keys.
     is_static = not torch.compiler.is_dynamo_compiling() and all(type(size) in (int, bool) for size in sizes)
     return _remembered_path(*sizes) if is_static else _cheapest_path(*sizes)
 

@@ -1,6 +1,6 @@
-"""Rules for products that are spelled in other ways, and for joined weights.
+"""Rules for further functions that compute products, and for concatenated weights.
 
-Each is written in terms of a rule of `_products`.
+They call the rules of `_products` where possible.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def inner(input: Any, other: Any) -> Tensor:
 
 
 def tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Tensor:
-    """Contract the axes `dims`, by `einsum`."""
+    """Contract the axes `dims` with `einsum`."""
     axes = [len(operand.shape) for operand in (a, b)]
     if isinstance(dims, Tensor) or out is not None:
         refuse(a if isinstance(a, View) else b, "tensordot", "`dims` in a tensor, or `out`")
@@ -44,7 +44,7 @@ def tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Tensor:
 
 
 def multiply_chain(tensors: Sequence[Any], *more: Any) -> Tensor:
-    """Return the product of matrices, from the left."""
+    """Return the product of matrices, computed from left to right."""
     matrices = [tensors, *more] if isinstance(tensors, Tensor | View) else tensors
     output: Tensor = reduce(_product, matrices)
     return output
@@ -55,7 +55,7 @@ def _product(left: Any, right: Any) -> Tensor:
 
 
 def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor:
-    """Return ``input1 @ weight[o] @ input2`` for each matrix of a stack."""
+    """Return ``input1 @ weight[o] @ input2`` for each matrix o of a stack."""
     view = expect_weight("bilinear", weight, input1=input1, input2=input2, bias=bias)
     part = single(view, "bilinear")
     dtype = compute_dtype(input1)
@@ -67,13 +67,13 @@ def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor:
 
 
 def cat(tensors: Sequence[Any], dim: int = 0) -> View:
-    """Return matrices above each other or side by side as one fused weight."""
+    """Concatenate low-rank matrices along rows or columns into one fused weight."""
     view = next(tensor for tensor in tensors if isinstance(tensor, View))
     axis = dim if dim < 0 else dim - 2
     for tensor in tensors:
         is_matrix = isinstance(tensor, View) and len(tensor.shape) == 2 and tensor.scale is None
         if not is_matrix or tensor.dtype != view.dtype or (len(tensor.parts) > 1 and tensor.axis != axis):
-            refuse(view, "cat", "other tensors than matrices that are low-rank")
+            refuse(view, "cat", "a tensor that is not a low-rank matrix")
     if len({tensor.shape[-3 - axis] for tensor in tensors}) > 1:
         refuse(view, "cat", "matrices of different sizes")
     parts = tuple(part for tensor in tensors for part in tensor.parts)
@@ -81,7 +81,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> View:
 
 
 def transposed_convolution(dimensions: int) -> Callable[..., Tensor]:
-    """Return the rule of a transposed convolution in 1, 2 or 3 dimensions."""
+    """Return the rule for a transposed convolution in 1, 2 or 3 dimensions."""
     operation = f"conv_transpose{dimensions}d"
     convolution: Callable[..., Tensor] = getattr(functional, f"conv{dimensions}d")
     transposed: Callable[..., Tensor] = getattr(functional, operation)
@@ -96,9 +96,9 @@ def transposed_convolution(dimensions: int) -> Callable[..., Tensor]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Tensor:
-        """Convolve with the base, and with `b` and `a` one after the other.
+        """Add the convolution with the base and the convolution with `b` and then `a`.
 
-        `b` (in, rank) is a 1x1 convolution, and `a` (rank, out, *kernel) follows.
+        `b` (in, rank) is a convolution with kernel size 1, and `a` (rank, out, *kernel) a transposed convolution.
         """
         view = expect_weight(operation, weight, input=input, bias=bias)
         if len(view.kernel) != dimensions or groups > 1:

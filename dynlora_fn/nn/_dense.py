@@ -1,4 +1,4 @@
-"""Make low-rank weights dense, for uses that need the dense weight anyway."""
+"""`dense`: turn low-rank weights into full-rank tensors."""
 
 from collections.abc import Sequence
 
@@ -17,24 +17,25 @@ from dynlora_fn.switching._weight import materialize
 def dense(params: Params, names: Sequence[str], *, model: nn.Module | None = None) -> dict[str, Param]:
     """Return the parameters with some weights as full-rank tensors.
 
-    The weights do not change, except for one rounding. `partition` puts these tensors among the trainable ones, and
-    `switch` and `merge` do not change them. It is for weights that a model uses in operations without a rule, for which
-    `call` would form the dense weight each time.
+    The weights do not change, except for one rounding. Use this for weights in operations without a rule, for which
+    `call` would form the dense weight each time. The full-rank tensors are trainable in `partition`, and `switch` and
+    `merge` do not change them.
 
     Args:
         params: The parameters by name.
-        names: Names or globs of the weights. Those that are full-rank already stay the same.
-        model: The model, for weights that have another shape in it: convolutions and fused weights. Only names and
-            shapes are read. Default None returns each weight in the shape of its `LowRank`.
+        names: Names or globs of the weights. Tensors that are full-rank already are returned unchanged.
+        model: The model, needed only for weights that have another shape in it: convolutions and fused weights. Only
+            its names and shapes are read. Default None returns each weight in the shape of its `LowRank`.
 
     Returns:
         All parameters by name.
 
     Raises:
+        TypeError: If `names` is not a list of strings.
         ValueError: If a pattern matches no name, or if a weight does not fit the model.
 
-    Numerics: The weight is formed in the wider dtype of base and factors, float32 at least, and rounded once to the
-    dtype that full-rank training would store.
+    Numerics: The weight is formed in the wider dtype of base and factors, at least float32. Then it is rounded once, to
+    the dtype that full-rank training would store.
 
     Example:
         >>> import dynlora_fn as dl

@@ -1,6 +1,6 @@
-"""Gradients of a loss by `torch.autograd.grad`.
+"""Compute gradients with `torch.autograd.grad`.
 
-An outer level may differentiate them again.
+An outer level of autograd or forward mode may differentiate them again.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,33 +25,33 @@ from dynlora_fn._core._torch import (
 
 
 class ValueAndGrad(NamedTuple):
-    """The result of a function that `value_and_grad` returns."""
+    """The value and the gradients that a function from `value_and_grad` returns."""
 
     value: Any  # the loss, or `(loss, aux)`
     grads: Any  # a tree with the structure of the first argument
 
 
 class Connections(NamedTuple):
-    """What tensors depend on."""
+    """What some tensors depend on."""
 
-    on_leaves: bool  # on a leaf that the loss is differentiated by
-    on_others: bool  # on another tensor that requires a gradient, so that an outer level differentiates gradients too
+    on_leaves: bool  # on a leaf of the tree with respect to which the loss is differentiated
+    on_others: bool  # on another tensor that requires a gradient, so an outer level differentiates the gradients too
 
 
 def differentiate(
     loss_fn: Callable[[Any], Any], trainable: Any, *, has_aux: bool, needs_leaf: bool = False
 ) -> ValueAndGrad:
-    """Return what `loss_fn` returns, and its gradients by the leaves of `trainable`.
+    """Return the value of `loss_fn`, and its gradients with respect to `trainable`.
 
     Args:
-        loss_fn: The loss, a function of the tree.
-        trainable: The tree.
+        loss_fn: The loss, a function of the tree `trainable`.
+        trainable: A tree of tensors.
         has_aux: Whether `loss_fn` returns ``(loss, aux)``.
-        needs_leaf: Whether a loss that depends on no leaf is refused. Otherwise its gradients are zero.
+        needs_leaf: Whether to refuse a loss that depends on no leaf. If False, the gradients of such a loss are zero.
 
     Raises:
         TypeError: If `loss_fn` does not return a 0-d tensor of a floating dtype.
-        ValueError: If `loss_fn` changes a leaf in place, or depends on no leaf although it must.
+        ValueError: If `loss_fn` changes a leaf in place, or if the loss depends on no leaf and `needs_leaf` is True.
     """
     leaves, structure = tree_flatten(trainable)
     is_recording, is_forward = torch.is_grad_enabled(), _is_forward()
@@ -87,7 +87,7 @@ def _zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _differentiable(leaf: Tensor, is_recording: bool, is_forward: bool) -> Tensor:
-    """Return a tensor to differentiate by.
+    """Return a tensor that equals `leaf`, to differentiate with respect to it.
 
     Gradients and tangents of an outer level pass through it to `leaf`.
     """
@@ -102,10 +102,7 @@ def _is_forward() -> bool:
 
 
 def _detached(leaf: Any, leaves: Sequence[Tensor], is_retained: bool) -> Any:
-    """Return a part of the result without a graph.
-
-    It keeps its graph where an outer level differentiates it.
-    """
+    """Return a leaf of the result, detached unless an outer level differentiates it."""
     if not isinstance(leaf, Tensor):
         return leaf
     is_outer = is_retained and (torch.compiler.is_dynamo_compiling() or _connections([leaf], leaves).on_others)
@@ -116,7 +113,7 @@ def _detached(leaf: Any, leaves: Sequence[Tensor], is_retained: bool) -> Any:
 
 
 def _connections_of(loss: Tensor, leaves: Sequence[Tensor]) -> Connections:
-    if torch.compiler.is_dynamo_compiling():  # it cannot trace the search
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace the search
         is_outer = any(not leaf.is_leaf for leaf in leaves)
         return Connections((loss if is_outer else _only_leaves(loss, *leaves)).requires_grad, is_outer)
     return _connections([loss], leaves)
@@ -125,7 +122,7 @@ def _connections_of(loss: Tensor, leaves: Sequence[Tensor]) -> Connections:
 def _is_aux_outer(aux: Any, leaves: Sequence[Tensor]) -> bool:
     """Return whether an outer level differentiates a part of `aux`.
 
-    While Dynamo traces, it is not searched.
+    While Dynamo traces, `aux` is not searched, and the result is False.
     """
     tensors = [leaf for leaf in tree_leaves(aux) if isinstance(leaf, Tensor)]
     return not torch.compiler.is_dynamo_compiling() and _connections(tensors, leaves).on_others
@@ -133,10 +130,7 @@ def _is_aux_outer(aux: Any, leaves: Sequence[Tensor]) -> bool:
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _only_leaves(loss: Tensor, *leaves: Tensor) -> Tensor:
-    """Return the loss, or refuse it if another tensor requires a gradient.
-
-    It is refused only if it depends on that tensor.
-    """
+    """Return the loss, or refuse it if it depends on another tensor with a gradient."""
     if loss.requires_grad and _connections([loss], leaves).on_others:
         raise ValueError(
             "`loss_fn` depends on a tensor outside its first argument that requires a gradient, which does not pass"
@@ -146,7 +140,7 @@ def _only_leaves(loss: Tensor, *leaves: Tensor) -> Tensor:
 
 
 def _connections(tensors: Sequence[Tensor], leaves: Sequence[Tensor]) -> Connections:
-    """Return what any of some tensors depends on."""
+    """Return whether some tensors depend on `leaves`, and on other leaves of autograd."""
     ends = {get_gradient_edge(leaf).node for leaf in leaves}
     visited: set[Any] = set()
     pending: list[Any] = [get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad]
@@ -163,10 +157,11 @@ def _connections(tensors: Sequence[Tensor], leaves: Sequence[Tensor]) -> Connect
 
 
 def loss_in(result: Any, has_aux: bool) -> Tensor:
-    """Return the loss in what a loss function returned.
+    """Return the loss from the result of a loss function.
 
     Raises:
-        TypeError: If it is not there, or no 0-d tensor of a floating dtype.
+        TypeError: If the result is not ``(loss, aux)`` with `has_aux`, or the loss is not a 0-d tensor of a floating
+            dtype.
     """
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(f"`loss_fn` returned {described(result)} for has_aux=True; return `(loss, aux)`")
@@ -184,9 +179,9 @@ def _versions(leaves: Sequence[Tensor]) -> list[int]:
 
 
 def _check_versions(trainable: Any, leaves: Sequence[Tensor], versions: Sequence[int]) -> None:
-    """Raise if a leaf was changed in place.
+    """Raise ValueError if a leaf was changed in place.
 
-    The gradient would be the one of the changed tensor.
+    The gradient would otherwise be taken with respect to the changed tensor.
     """
     for at, (leaf, version) in enumerate(zip(leaves, versions, strict=False)):
         if leaf._version != version:

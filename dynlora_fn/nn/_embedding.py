@@ -1,4 +1,4 @@
-"""Rules for rows of a low-rank weight, which become plain tensors."""
+"""Rules that read rows of a low-rank weight as plain tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +24,8 @@ def embedding(
 ) -> Tensor:
     """Return ``base[input] + alpha / rank * b[input] @ a``.
 
-    The row `padding_idx` gets no gradient, no tangent, and contributes none to `a`. With `sparse` too, gradients are
-    dense.
+    The row `padding_idx` gets no gradient and no tangent, and does not contribute to the gradient of `a`. Gradients are
+    dense even if `sparse` is True.
     """
     view = expect_weight("embedding", weight, input=input)
     part = single(view, "embedding")
@@ -41,7 +41,7 @@ def embedding(
 
 
 def rows_of(view: View, part: LowRank, index: Any) -> Tensor:
-    """Return the indexed rows of a weight that a view has."""
+    """Return rows of a weight, in the dtype and scale of its view."""
     b, a = whole_factors(part)
     dtype = widest(b.dtype, a.dtype)
     with without_autocast(b.device.type):
@@ -64,9 +64,9 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Return sums or means of rows of the weight, from bags of base and `b`.
+    """Return sums or means of rows of the weight.
 
-    A bag is ``bag of base + alpha / rank * (bag of b) @ a``.
+    They are ``embedding_bag(base) + alpha / rank * embedding_bag(b) @ a``.
     """
     view = expect_weight("embedding_bag", weight, input=input, per_sample_weights=per_sample_weights)
     part = single(view, "embedding_bag")

@@ -1,4 +1,4 @@
-"""The cost of a training step, weight by weight, beside full-rank training."""
+"""`explain`: the cost of a training step, weight by weight."""
 
 from collections.abc import Mapping
 from math import prod
@@ -20,23 +20,23 @@ _MOMENT_BYTES = 4  # for each entry of each of the two moments
 
 
 class Cost(NamedTuple):
-    """The FLOPs of both passes and the bytes of one parameter.
+    """The FLOPs of forward and backward pass, and the bytes, of one parameter.
 
-    A stack is counted in full.
+    For a stack, they are the sums over all members, except for `merged`.
     """
 
     name: str
     shape: tuple[int, ...]  # shape of the weight, (*stack, out, in)
     rank: int | None  # None for a full-rank parameter
-    path: ContractionPath | None  # how it is contracted; None for a full-rank parameter
-    flops: int | None  # None for embeddings, norms, biases and the like, whose FLOPs depend on the model
-    full_flops: int | None
-    base: int  # bytes of the base and the seed, or of a frozen parameter
-    trainable: int
-    gradient: int
+    path: ContractionPath | None  # the path of its products; None for a full-rank parameter
+    flops: int | None  # None for a full-rank parameter, whose FLOPs depend on the model
+    full_flops: int | None  # FLOPs of full-rank training
+    base: int  # bytes of what is frozen: base, seed, and `a` if only `b` is trained; or a frozen parameter
+    trainable: int  # bytes of the trained tensors
+    gradient: int  # bytes of their gradients
     optimizer: int  # bytes of two moments in float32, and of the counts
-    full: int  # bytes of weight, gradient and moments if it were trained full-rank
-    merged: int  # bytes of one merged weight, which the contraction forms and frees again
+    full: int  # bytes of weight, gradient and moments in full-rank training
+    merged: int  # bytes of one merged weight of one member, which a product forms and frees again
 
 
 class DenseUse(NamedTuple):
@@ -47,11 +47,11 @@ class DenseUse(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The result of `explain`. Print it for a table."""
+    """The result of `explain`. Print it to see a table."""
 
     tokens: int
     costs: list[Cost]
-    dense: list[DenseUse]  # without repetitions; empty if no model is passed
+    dense: list[DenseUse]  # each weight and operation once; empty without a model
 
     def __str__(self) -> str:
         header = [
@@ -98,24 +98,25 @@ def explain(
 ) -> Explanation:
     """Return the FLOPs and bytes of a training step, weight by weight.
 
-    Full-rank training is counted for comparison. The path is the one that `linear` takes if all tokens pass through a
-    weight in one call, and FLOPs are opt_einsum's count. `peak_memory` gives the memory of a full step, activations
-    included.
+    Bytes are counted from the tensors. FLOPs are opt_einsum's count for the cheapest path, if all tokens pass through a
+    weight in one call. `linear` takes this path too, but may take another path for a sharded or deferred base.
+    Full-rank training is counted for comparison. Activations are not counted; for the memory of a whole step see
+    `peak_memory`.
 
     Args:
         params: The parameters by name, stacks or single weights. Only shapes and dtypes are read.
-        tokens: The number of tokens that are multiplied by a weight in one call: batch size times length.
-        model: The model, which is run once to find the weights that it makes dense. Its buffers and the random state of
-            the CPU stay the same. Default None does not run it.
-        args: The positional arguments of the model, as for `torch.func.functional_call`.
-        kwargs: The keyword arguments of the model.
+        tokens: The number of tokens that are multiplied by a weight in one call: batch size times sequence length.
+        model: The model. It is run once, as `call` does, to find operations that need a dense weight. Its buffers and
+            the random state of the CPU do not change. Default None does not run a model.
+        args: The positional arguments of the model, as a tuple.
+        kwargs: The keyword arguments of the model. Default None means no keyword arguments.
 
     Returns:
-        One `Cost` for each parameter, one `DenseUse` for each weight and operation without a rule, and a table when
-        printed.
+        One `Cost` for each parameter, and one `DenseUse` for each weight and operation without a rule. The result is a
+        table when printed.
 
     Raises:
-        TypeError: If `tokens` is no integer, or a parameter neither a `LowRank` nor a tensor.
+        TypeError: If `tokens` is not an integer, or a parameter is neither a `LowRank` nor a tensor.
         ValueError: If `tokens` is negative.
 
     Example:
@@ -138,7 +139,7 @@ def _dense_uses(model: nn.Module, params: Params, args: tuple[Any, ...], kwargs:
     def record(name: str, operation: str) -> None:
         uses[DenseUse(name, operation)] = None
 
-    # Copies, which the model may write to.
+    # Copies, because the model may write to its buffers.
     full_rank = {name: tensor_of(param) for name, param in params.items() if not isinstance(param, LowRank)}
     buffers = {name: full_rank.get(name, buffer).clone() for name, buffer in model.named_buffers()}
     params = {name: param for name, param in params.items() if name not in buffers}
@@ -161,7 +162,7 @@ def _cost(name: str, param: Param, tokens: int) -> Cost:
     path, trainable = cheapest_path(**sizes, is_one_sided=is_one_sided), _bytes(sides)
     entries = sum(leaf.numel() for leaf in sides)
     weight = members * out_features * in_features
-    weight_bytes = as_base(param.base).weight_dtype.itemsize  # as full-rank training would store it
+    weight_bytes = as_base(param.base).weight_dtype.itemsize  # of an entry in full-rank training
     element_bytes = max(weight_bytes, param.factors.b.element_size(), 4)
     return Cost(
         name=name,

@@ -1,6 +1,6 @@
 """The dense weight for operations without a rule, with a warning.
 
-Some operations are refused in any case.
+Operations whose effect on the dense weight would be lost are always refused.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from dynlora_fn.nn._view import NoRuleError, View, gathered
 def dense_weight(view: View) -> Tensor:
     """Return the dense weight in the shape and dtype that the module reads.
 
-    It is made of plain operations, so gradients reach the factors under every transform.
+    It is computed with plain operations, so gradients reach the factors under every transform.
     """
     view = gathered(view)
     parts = [_dense_part(part) for part in view.parts]
@@ -39,7 +39,7 @@ def _dense_part(part: LowRank) -> Tensor:
     b, a = whole_factors(part)
     base = as_base(part.base).as_tensor(widest(b.dtype))
     dtype = widest(b.dtype, base.dtype)
-    # Without a conversion it is one node of a graph.
+    # No conversion to the same dtype, so that the weight is one node of a graph.
     base, b, a = (leaf if leaf.dtype == dtype else leaf.to(dtype) for leaf in (base, b, a))
     autocast = autocast_now(b.device.type)
     with without_autocast(b.device.type) if autocast and autocast.enabled else nullcontext():
@@ -49,7 +49,7 @@ def _dense_part(part: LowRank) -> Tensor:
 
 
 def permit(view: View, operation: str, refusal: NoRuleError) -> None:
-    """Raise, or say that the dense weight is formed, as `fallback` says."""
+    """Raise, warn, or call a function before a dense weight is formed, by `fallback`."""
     if view.fallback == "raise":
         raise refusal
     if view.fallback == "dense":
@@ -61,7 +61,7 @@ def permit(view: View, operation: str, refusal: NoRuleError) -> None:
 _SAID: set[tuple[str, str]] = set()
 
 
-# Dynamo cannot trace a warning. It calls a function that is marked so while it traces.
+# Dynamo cannot trace a warning, but calls a function with this decorator while it traces.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_once(name: str, operation: str) -> None:
     if (name, operation) in _SAID:
@@ -69,7 +69,7 @@ def _warn_once(name: str, operation: str) -> None:
     warnings.warn(
         f"low-rank weight {name!r} is made dense for `{operation}`, which has no rule for this use. Values and "
         "gradients are right, but take the memory and time of a dense weight. Exclude the weight from `targets`, add a "
-        "rule with `dl.nn.register_rule`, or pass fallback='raise' to `call`",
+        "rule with `dl.nn.register_rule`, or pass fallback='raise' to `call` to get an error",
         stacklevel=6,  # the line of the model
     )
     _SAID.add((name, operation))  # after the warning, which a filter may turn into an error
@@ -91,7 +91,7 @@ def why_lost(
 ) -> str | None:
     """Return why the effect of an operation on a temporary weight would be lost.
 
-    Return None if it would not.
+    Return None if it would not be lost.
     """
     is_first = has_weight(args[0] if len(args) > 0 else list(kwargs.values())[:1])
     is_differentiated_by = func is torch.autograd.grad and has_weight(args[1] if len(args) > 1 else kwargs["inputs"])
@@ -108,12 +108,12 @@ def why_lost(
     return None
 
 
-# Dynamo cannot trace schemas. It calls a function that is marked so while it traces.
+# Dynamo cannot trace schemas, but calls a function with this decorator while it traces.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _written(func: Any) -> list[tuple[int, str]]:
-    """Return position and name of each argument that an operator changes.
+    """Return position and name of each argument that an operator changes in place.
 
-    They are read from its schemas.
+    Only operators with a schema are checked.
     """
     if isinstance(func, OpOverload):
         overloads = [func]
@@ -137,7 +137,7 @@ _BOUND = {
     *("data_ptr", "storage", "untyped_storage", "as_strided", "__cuda_array_interface__"),
     *("backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
 }
-# Functions that change their weight if an argument says so: the name and the position of that argument.
+# Functions that change a tensor in place if an argument is passed: the name and position of that argument.
 _IN_PLACE_ARGUMENTS: dict[Any, tuple[str, int]] = {
     function: (name, list(signature(function).parameters).index(name))
     for function in vars(functional).values()

@@ -1,6 +1,6 @@
-"""Rules for cutting a low-rank weight.
+"""Rules for indexing and splitting a low-rank weight.
 
-Pieces stay low-rank, and single rows and columns become plain tensors.
+Pieces stay low-rank. Single rows and columns become plain tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from dynlora_fn.nn._view import ROWS, View, matrix_shape, refuse, take, transpos
 
 
 def split(view: View, split_size: int | Sequence[int], dim: int = 0) -> tuple[View, ...]:
-    """Cut the weight along any axis. A fused weight is cut only between its parts."""
+    """Split the weight along any axis, but a fused weight only between its parts."""
     size = view.shape[dim]
     if isinstance(split_size, int):
         split_size = [min(split_size, size - start) for start in range(0, size, split_size)]
@@ -34,14 +34,14 @@ def split(view: View, split_size: int | Sequence[int], dim: int = 0) -> tuple[Vi
 
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the start and the length of adjacent pieces of these sizes."""
+    """Return start and length of each of some adjacent pieces with these sizes."""
     return [(sum(sizes[:position]), length) for position, length in enumerate(sizes)]
 
 
 def _span(view: View, operation: str, start: int, end: int) -> View:
-    """Return the parts from row or column `start` to `end`.
+    """Return the parts of a fused weight from row or column `start` to `end`.
 
-    The ends must not cut through a part.
+    Neither end may be inside a part.
     """
     sizes = [matrix_shape(part)[view.axis] for part in view.parts]
     edges = [first for first, _ in _spans(sizes)] + [sum(sizes)]
@@ -51,7 +51,7 @@ def _span(view: View, operation: str, start: int, end: int) -> View:
 
 
 def chunk(view: View, chunks: int, dim: int = 0) -> tuple[View, ...]:
-    """Cut the weight into `chunks` pieces, as `split` does."""
+    """Split the weight into at most `chunks` pieces, as `torch.chunk` does."""
     return split(view, -(-view.shape[dim] // chunks), dim)
 
 
@@ -65,7 +65,7 @@ def unbind(view: View, dim: int = 0) -> tuple[Any, ...]:
 def get_item(view: View, index: Any) -> View | Tensor:
     """Return members of a stack or slices of a matrix as low-rank weights.
 
-    Single rows and columns are returned as tensors.
+    A single column is returned as a tensor, and so are rows that an integer, a list or a tensor selects.
     """
     index = _one_per_axis(view, index if isinstance(index, tuple) else (index,))
     if any(entry is None for entry in index):
@@ -90,7 +90,7 @@ def get_item(view: View, index: Any) -> View | Tensor:
 
 
 def _one_per_axis(view: View, index: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return an index with an entry for each axis and each new axis."""
+    """Complete an index, so that it has an entry for each axis and each new axis."""
     if any(isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.ndim != 1 for entry in index):
         refuse(view, "__getitem__", "a mask over several axes")
     taken = sum(entry is not None and entry is not Ellipsis for entry in index)
@@ -112,7 +112,7 @@ def _with_new_axes(view: View, index: tuple[Any, ...]) -> View:
 
 
 def _of_kernel(view: View, index: tuple[Any, ...]) -> View:
-    """Return some rows of a convolution's weight, or it without axes of size 1."""
+    """Return some output channels of a convolution's weight, or drop axes of size 1."""
     rows, *others = index
     sizes = view.shape[1:]
     is_dropped = [type(entry) is int and size == 1 for entry, size in zip(others, sizes, strict=True)]
@@ -130,7 +130,7 @@ def _of_kernel(view: View, index: tuple[Any, ...]) -> View:
 
 
 def _of_parts(view: View, index: tuple[Any, ...]) -> View:
-    """Return members of a fused stack, or adjacent parts."""
+    """Return members of a stack of fused weights, or adjacent parts."""
     along, across = (index[-2], index[-1]) if view.axis == ROWS else (index[-1], index[-2])
     if not isinstance(along, slice) or not isinstance(across, slice) or across != slice(None):
         refuse(view, "__getitem__", f"the index {index}")
@@ -150,17 +150,17 @@ def _at(view: View, dim: int, entry: Any) -> View | Tensor:
 
 
 def select(view: View, dim: int, index: Any) -> View | Tensor:
-    """Return one member, row or column."""
+    """Return one member, row or column, as `torch.select` does."""
     return _at(view, dim, index)
 
 
 def index_select(view: View, dim: int, index: Tensor) -> View | Tensor:
-    """Return several members or rows."""
+    """Return several members or rows, as `torch.index_select` does."""
     return _at(view, dim, index.reshape(-1))
 
 
 def narrow(view: View, dim: int, start: Any, length: int) -> View | Tensor:
-    """Return a slice along one axis."""
+    """Return a slice along one axis, as `torch.narrow` does."""
     start = start if isinstance(start, Tensor) else start % view.shape[dim]
     return _at(view, dim, slice(start, start + length))
 

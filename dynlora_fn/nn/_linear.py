@@ -1,6 +1,6 @@
-"""Multiply an input by one low-rank weight, along a path.
+"""`linear`: multiply an input by one low-rank weight.
 
-The paths are in `_contraction_paths`.
+The paths of this product are explained in `_contraction_paths`.
 """
 
 from dataclasses import astuple
@@ -30,41 +30,40 @@ def linear(
 ) -> Float[Tensor, "*batch out"]:
     """Return ``x @ weight.T + bias`` for one low-rank weight.
 
-    All paths give the same values and gradients except for rounding, under compositions of the transforms of
-    `torch.func` too. A plain tensor as the base gets its gradient where it is differentiated::
+    All paths give the same values and derivatives to rounding, also under compositions of the transforms of
+    `torch.func`. A base that is a plain tensor gets its gradient if it is differentiated::
 
         weight = base + alpha / rank * b @ a    (arXiv:2406.06564, eq. 1)
 
-    The factored path is taken under `torch.vmap`, under nested forward mode, and if the base is differentiated. In
-    forward mode tangents are computed as on the factored path.
-    When compiled, forward mode needs inputs that are not views of one tensor. Dynamo fails there on plain matrix
-    products as well.
+    The factored path is used under `torch.vmap`, under nested forward mode, and if the base is differentiated. In
+    forward mode, tangents are computed as on the factored path. In a compiled function, forward mode needs inputs that
+    are not views of one tensor. Dynamo fails for such inputs even with plain matrix products.
 
     Args:
-        x: The input.
-        param: The weight, without stack axes.
-        bias: The bias, added to every output.
-        path: "factored", "merged" or "dense". Default None takes the path with the fewest FLOPs for these shapes; for a
-            weight with a sharded base, "merged" or "dense".
+        x: The input (*batch, in).
+        param: The weight (out, in), without stack axes.
+        bias: The bias (out,), or None for no bias.
+        path: "factored", "merged" or "dense". Default None takes the path with the fewest FLOPs for these shapes. If
+            the base is sharded, it takes "merged" or "dense".
 
     Returns:
-        The output in the dtype of `x`, or in the dtype of autocast where it is enabled.
+        The output (*batch, out) in the dtype of `x`, or in the dtype of autocast if autocast is enabled.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If `path` is not one of the three, or shapes or devices do not fit.
-        NotImplementedError: If the factors are sharded and the product is taken under `torch.vmap` or in forward mode,
-            except on the factored path. Also if a base in low precision or a sharded one is differentiated.
+        ValueError: If `path` is unknown, `param` is a stack, or shapes or devices do not fit.
+        NotImplementedError: If sharded factors are used under `torch.vmap` or in forward mode, except on the factored
+            path. Also if a base that is sharded or in low precision is differentiated.
 
-    Numerics: A merged weight is formed in the widest dtype of base and factors, float32 at least. It is rounded once,
-    to the dtype of the product. It is formed again in the backward pass, for which only `x` and `param` are saved.
+    Numerics: A merged weight is formed in the widest dtype of base, factors and `x`, at least float32. Then it is
+        rounded once, to the dtype of the product. The backward pass forms it again, from the saved `x` and `param`.
 
     Example:
         >>> import torch
         >>> import dynlora_fn as dl
-        >>> param = dl.init({"w": torch.ones(4, 6)}, rank=2, seed=0, targets=["w"])["w"]
-        >>> linear(torch.ones(3, 6), param).shape
-        torch.Size([3, 4])
+        >>> x, param = torch.ones(3, 6), dl.init({"w": torch.ones(4, 6)}, rank=2, seed=0, targets=["w"])["w"]
+        >>> torch.allclose(linear(x, param), x @ dl.materialize(param).T, atol=1e-5)
+        True
     """
     check_choice("path", path, get_args(ContractionPath), or_none=True)
     if not torch.compiler.is_dynamo_compiling():  # tracing a check takes as long as tracing the product
@@ -73,11 +72,11 @@ def linear(
 
 
 def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: ContractionPath | None = None) -> Tensor:
-    """Return ``linear(x, param, bias)`` for a weight that is checked."""
+    """Return ``linear(x, param, bias)`` for a weight that was checked before."""
     if not torch.compiler.is_dynamo_compiling():
         _check_inputs(x, param, bias)
     path = _cheapest(x, param) if path is None else path
-    # The merged paths gather sharded factors for each product and free them. The factored path keeps them.
+    # The merged and dense paths gather sharded factors inside the product and free them. The factored path saves them.
     sharding = param.factor_sharding if path != "factored" else None
     param = param if sharding else with_pending(param)
     factors, alpha = param.factors, param.alpha
@@ -94,7 +93,7 @@ def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: Con
 
 
 def _check(param: Any) -> None:
-    """Raise if it is not one weight without stack axes."""
+    """Raise if `param` is not one weight without stack axes."""
     if not isinstance(param, LowRank):
         raise TypeError(f"`param` is {described(param)}; pass one LowRank")
     check_param("param", "param", param)
@@ -121,8 +120,9 @@ def _check_inputs(x: Any, param: LowRank, bias: Any) -> None:
 def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:
     """Return the cheapest path for these shapes.
 
-    For a sharded base, "factored" is left out. Processes with different batches must run the same all-gathers. "merged"
-    and "dense" always gather the base in the backward pass. "factored" does not where the input needs no gradient.
+    For a sharded base "factored" is not considered. All processes must run the same all-gathers, even with batches of
+    different shapes. In the backward pass, "merged" and "dense" always gather the base. "factored" gathers it only if
+    the input needs a gradient.
     """
     out_features, in_features = param.shape
     rank, tokens = rank_with_pending(param), prod(x.shape[:-1])

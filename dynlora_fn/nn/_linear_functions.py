@@ -1,6 +1,6 @@
-"""The autograd functions of the contraction, which save no merged weight.
+"""The autograd functions of `linear`. They save the input and the parameters.
 
-They save the input and the parameters.
+The backward pass forms a merged weight again instead of saving it.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,7 @@ from dynlora_fn.bases._sharded_factors import gather_factors, scatter_gradients
 
 
 def _dense(layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the dense base in its stored layout.
-
-    It is transposed if `layout.is_transposed`.
-    """
+    """Return the dense base in its stored layout: (in, out) if it is transposed."""
     return dequantize(gather_codes(layout, codes), dtype)
 
 
@@ -37,7 +34,7 @@ def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None
         return x @ weight if bias is None else x @ weight + bias
     if x.ndim != 3 or bias is None or not x.is_contiguous():
         return functional.linear(x, weight, bias)
-    # As `linear` does it, except that the result is no view. Autograd refuses to change a Function's view in place.
+    # As in `functional.linear`, but the result is not a view: autograd refuses in-place changes of a Function's view.
     rows = functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
     output: Tensor = unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
     return output
@@ -87,14 +84,14 @@ def _refuse_sharded(layout: Layout, transform: str) -> None:
 def _needs_plain_operations(codes: Sequence[Tensor]) -> bool:
     """Return whether the Functions below would lose a derivative without an error.
 
-    They have no gradients by the base. torch disables forward mode while it calls a `jvp`, so an outer level would see
-    constants in it.
+    They have no derivative with respect to the base. And torch disables forward mode while it calls a `jvp`, so an
+    outer level of forward mode would see constants.
     """
     return forward_levels() > 1 or any(is_tracked(code) for code in codes)
 
 
-# Dynamo rejects an autograd Function that defines `jvp`. `allow_in_graph` leaves it to AOTAutograd, which traces it
-# under any transform.
+# Dynamo rejects an autograd Function that defines `jvp`. With `allow_in_graph`, AOTAutograd traces it instead, under
+# any transform.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def times_merged(
     x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, is_dense: bool, layout: Layout, *codes: Tensor
@@ -165,9 +162,9 @@ class _Merged(torch.autograd.Function):
         layout: Layout,
         *codes: Tensor,
     ) -> tuple[Tensor, int]:
-        """Take the factored path, which multiplies by shared tensors once for all members.
+        """Use the factored path, which multiplies by an unmapped tensor only once.
 
-        The members of an ensemble share the base, and per-sample gradients share the full weight.
+        Such tensors are the base in an ensemble, and base and factors in per-sample gradients.
         """
         _refuse_sharded(layout, "vmap")
         in_dims = (*in_dims[:4], None, *in_dims[6:])
@@ -195,9 +192,9 @@ def _times_base(x: Tensor, layout: Layout, *codes: Tensor) -> Tensor:
 
 
 class _TimesBase(torch.autograd.Function):
-    """Compute ``linear(x, base)`` in the dtype of `x`, and save the stored base.
+    """Compute ``linear(x, base)`` in the dtype of `x`, and save only the stored base.
 
-    The dense base is not saved.
+    The backward pass dequantizes it again.
     """
 
     @staticmethod
@@ -227,16 +224,17 @@ class _TimesBase(torch.autograd.Function):
 
 
 def _low_rank_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # One product for the gradients of the input and of `x @ a.T`: a narrow product leaves much of a processor idle.
+    # One product for the gradients of the input and of `x @ a.T`, because a narrow product would not use all of a
+    # device.
     weight_and_b = torch.cat([weight, b], dim=1)
     grad_x, grad_inner = torch.split(grad @ weight_and_b, [a.shape[1], a.shape[0]], dim=1)
     return grad_x, grad.mT @ (x @ a.mT), (x.mT @ grad_inner).mT
 
 
 def _separate_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same gradients for a weight that is stored transposed.
+    """Return the gradients for a weight that is stored transposed.
 
-    `b` cannot be appended to its columns.
+    Its layout does not allow appending `b` as columns, as in `_low_rank_gradients`.
     """
     return grad @ weight, grad.mT @ (x @ a.mT), (x.mT @ (grad @ b)).mT
 
@@ -247,5 +245,5 @@ def _dense_gradients(grad: Tensor, x: Tensor, weight: Tensor, b: Tensor, a: Tens
 
 
 def _one_sided_gradients(grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, is_dense: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the input and of `b`."""
+    """Return the gradients of the input and of `b`, for a weight that trains only `b`."""
     return grad @ weight, (grad.mT @ x) @ a.mT if is_dense else grad.mT @ (x @ a.mT)

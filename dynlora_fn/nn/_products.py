@@ -1,7 +1,7 @@
 """Rules for products and convolutions with a low-rank weight.
 
-The rules are made of plain operations, so that every transform of `torch.func` differentiates them correctly. Products
-with a single matrix go through `linear` of `_linear.py`.
+The rules use plain operations, so that every transform of `torch.func` differentiates them correctly. Products with a
+single matrix call `contract` of `_linear.py`.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.mT + bias``, part by part.
 
-    Parts above each other give outputs side by side. Parts side by side take inputs side by side.
+    Outputs of parts along the rows are concatenated. Inputs are split for parts along the columns.
     """
     if view.kernel:
         refuse(view, operation, f"the weight of a convolution of shape {view.shape}")
@@ -51,11 +51,11 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
 def _times_part(x: Tensor, part: LowRank, bias: Tensor | None = None) -> Tensor:
     if part.factors.b.ndim == 2:
         return contract(x, part, bias)
-    part = with_pending(part)  # `linear` gets sharded factors as they are
+    part = with_pending(part)  # gathers sharded factors; `contract` does this for a matrix
     b, a = whole_factors(part)
     dtype = compute_dtype(x)
     x, base, b, a = (leaf.to(dtype) for leaf in (x, dense_base(part), b, a))
-    rows = x[None] if x.ndim == 1 else x  # a vector would make the product with `a` a matrix for all of the stack
+    rows = x[None] if x.ndim == 1 else x  # for a vector, the product with a stack of `a` would be one matrix
     output: Tensor = rows @ base.mT + (rows @ a.mT / part.divisor) @ b.mT
     output = output[..., 0, :] if x.ndim == 1 else output
     return output if bias is None else output + bias
@@ -67,7 +67,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
 
 
 def matmul(left: Any, right: Any) -> Tensor:
-    """Return ``left @ right``, where either of them is the low-rank weight."""
+    """Return ``left @ right``, where one of the operands is the low-rank weight."""
     if isinstance(right, View):
         expect_weight("matmul", right, input=left)
         return _times(left, transposed(right), "matmul")
@@ -80,9 +80,9 @@ def matmul(left: Any, right: Any) -> Tensor:
 
 
 def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Return `addmm` or `baddbmm`.
+    """Return ``beta * input + alpha * left @ right``.
 
-    The Conv1D of Hugging Face calls `addmm` with a weight (in, out).
+    Conv1D of Hugging Face calls `addmm` with a weight (in, out) as `right`.
     """
     expect_weight("addmm", right if isinstance(right, View) else left, input=input)
     if beta == alpha == 1 and input.ndim == 1 and isinstance(right, View):
@@ -95,7 +95,8 @@ def add_product(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: fl
 def einsum(equation: Any, *operands: Any) -> Tensor:
     """Return an einsum with the base plus an einsum with `b` and `a`.
 
-    For example, it is ``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / divisor``.
+    For example, ``einsum("bi,oi->bo", x, weight)`` is
+    ``einsum("bi,oi->bo", x, base) + einsum("bi,or,ri->bo", x, b, a) / divisor``.
     """
     at = next(position for position, operand in enumerate(operands) if isinstance(operand, View))
     view = operands[at]
@@ -130,7 +131,10 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
 
 
 def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """Multiply experts (expert, in, out) by their rows of the input."""
+    """Multiply rows of the input by the matrices (expert, in, out) of their experts.
+
+    `offs` has the end of the rows of each expert.
+    """
     view = expect_weight("grouped_mm", weight, input=input, bias=bias)
     part = single(view, "grouped_mm")
     if bias is not None or out_dtype is not None or matrix_shape(part)[:-2] != tuple(offs.shape):
@@ -150,7 +154,7 @@ def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_d
 
 
 def convolve(dimensions: int) -> Callable[..., Tensor]:
-    """Return the rule of `F.conv1d`, `F.conv2d` or `F.conv3d`."""
+    """Return the rule for `F.conv1d`, `F.conv2d` or `F.conv3d`."""
     operation = f"conv{dimensions}d"
     convolution: Callable[..., Tensor] = getattr(functional, operation)
 
@@ -163,10 +167,10 @@ def convolve(dimensions: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        """Convolve with the base, and with `a` and `b` one after the other.
+        """Add the convolution with the base and the convolution with `a` and then `b`.
 
-        `a` is (rank, in, *kernel), and `b` (out, rank) follows as a 1x1 convolution. All groups share `a`, which is
-        repeated for them.
+        `a` is (rank, in, *kernel), and `b` (out, rank) is a convolution with kernel size 1. All groups share `a`, which
+        is repeated for each group.
         """
         view = expect_weight(operation, weight, input=input, bias=bias)
         if len(view.kernel) != dimensions:

@@ -1,4 +1,4 @@
-"""Rules that users add for operations on low-rank weights."""
+"""`register_rule`: add a rule for an operation on low-rank weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,18 @@ REGISTERED: dict[Any, Callable[..., Any]] = {}
 
 
 def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> None:
-    """Let `call` answer an operation on a low-rank weight by `rule`.
+    """Let `call` use `rule` for an operation on low-rank weights.
 
-    The rule applies to all later calls of every model, and replaces the library's rule or an earlier one.
+    The rule applies to all later calls, for every model. It replaces a rule of the library or an earlier rule for the
+    operation.
 
     Args:
         operation: The function as the model calls it, for example `torch.kron`. A method such as `torch.Tensor.kron` is
             another operation. The operation of a property is its getter, for example ``torch.Tensor.mH.__get__``.
         rule: A function that takes the arguments of the operation, with a `LowRank` in place of each low-rank weight.
-            Its alpha is 1: another one is multiplied into `b`. It returns a tensor, a `LowRank` if the result is a
-            low-rank weight again, or `NotImplemented` for arguments that it does not cover. If it is made of plain
-            operations, every transform differentiates it.
+            The alpha of this `LowRank` is 1, because another alpha is multiplied into `b`. The rule returns a tensor,
+            a `LowRank` if the result is a low-rank weight, or `NotImplemented` for arguments that it does not cover.
+            If it uses only plain operations, every transform differentiates it.
 
     Raises:
         TypeError: If the operation or the rule cannot be called.
@@ -55,9 +56,9 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
 
 
 def _as_param(value: Any, operation: str) -> Any:
-    """Return the low-rank weight of a view, which must be a single one.
+    """Return a view as one low-rank weight with an alpha of 1.
 
-    Its alpha is 1.
+    Other values are returned unchanged, and a fused weight is refused.
     """
     if not isinstance(value, View):
         return value

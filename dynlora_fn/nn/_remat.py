@@ -1,4 +1,4 @@
-"""Blocks that save only their inputs, and are recomputed in the backward pass."""
+"""`remat` and `checkpoint_contexts`: recompute blocks in the backward pass."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -39,35 +39,33 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
 
     Values, gradients and parameter names stay the same.
 
-    The activations of a block are freed after the forward pass and computed again, once, in the backward pass. That
-    takes one more forward pass in time, and the memory of the activations of one block at a time (arXiv:1604.06174). It
-    works under `torch.func.grad`, which refuses `torch.utils.checkpoint`, with `torch.autograd.grad`, and inside one
-    compiled graph.
+    The activations of a block are freed after the forward pass and computed once more in the backward pass. This takes
+    the time of one more forward pass, and only the activations of one block are in memory at a time (arXiv:1604.06174).
+    It works under `torch.func.grad`, which refuses `torch.utils.checkpoint`, with `torch.autograd.grad`, and inside one
+    compiled graph. In forward mode, blocks are computed once and save their activations.
 
-    In forward mode, blocks are computed once and save their activations.
+    In a compiled step, the recomputation of a block waits for all gradients of the block after it. Inductor keeps some
+    freed memory for later tensors of the same size. ``compile_step(..., options={"allow_buffer_reuse": False})`` frees
+    it at once: the peak memory is up to a tenth lower, at some cost in time.
 
-    When compiled, the recomputation of a block waits for all gradients of the block after it. Inductor keeps some freed
-    memory for later tensors of the same size. ``compile_step(..., options={"allow_buffer_reuse": False})`` returns it
-    at once: up to a tenth less peak memory, for some of the time.
-
-    In a compiled graph a block is traced once for training and once for evaluation. Apart from `training`, the module
-    attributes that its forward pass reads must not change.
+    In a compiled graph a block is traced once for training and once for evaluation. Except for `training`, the
+    attributes of the module that its forward pass reads must not change.
 
     Args:
-        model: The model, which is not changed. The result shares its parameters and buffers and replaces it:
-            ``call(remat(model, ["layers.*"]), params, x)``.
-        blocks: The names or globs of submodules, as in `nn.Module.named_modules`. They return a tensor or a tuple of
-            tensors.
+        model: The model, which is not changed. Pass the result to `call` instead of the model:
+            ``call(remat(model, ["layers.*"]), params, x)``. Both share parameters and buffers.
+        blocks: Names or globs of submodules, as in `nn.Module.named_modules`. Each of these must return a tensor or a
+            tuple of tensors.
 
     Returns:
-        The new model.
+        A copy of the model, with the same tensors.
 
     Raises:
-        TypeError: If `model` is no module, or `blocks` no list of names or globs.
-        ValueError: If a pattern matches nothing.
-        NotImplementedError: If a block draws random numbers at its first call in training or in evaluation, since they
-            would differ when it is computed again. Later calls are not checked. Also if an attribute of a block that is
-            not registered is differentiated, because the gradient would be lost.
+        TypeError: If `model` is not a module, or `blocks` is not a list of names or globs.
+        ValueError: If a pattern matches no submodule.
+        NotImplementedError: In a call of the model, if a block draws random numbers, since they would differ in the
+            recomputation. This is checked at the first call in training and in evaluation. Also if an attribute of a
+            block that is not a parameter or buffer is differentiated, because its gradient would be lost.
 
     Example:
         >>> import torch
@@ -82,17 +80,17 @@ def remat(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
 
 
 def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a copy.
+    """Return a copy of a module and its children, in which `blocks` are recomputed.
 
-    A module at two paths has one copy, also if only one of its names is a block's.
+    A module at two paths has one copy, so it is a block at both paths if one of its names is selected.
     """
     if module in copies:
         return copies[module]
     new = copies[module] = copy.copy(module)
     if module in blocks:
-        # A subclass, so that the block still has its type and attributes.
+        # A subclass of the module's type, so that `isinstance` and attributes work as before.
         new.__class__ = type(type(module).__name__, (_Block, type(module)), {})
-        # In `__dict__` and not as a submodule, whose parameters would be found twice.
+        # In `__dict__`, because the parameters of a submodule would be found twice.
         block_id = next(_BLOCK_IDS)
         new.__dict__.update(_block=module, _block_id=block_id)
         _BLOCKS[block_id] = module
@@ -103,22 +101,26 @@ def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.
 
 
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
-    """Return the `context_fn` of `torch.utils.checkpoint` for a model of `call`.
+    """Return the `context_fn` of `torch.utils.checkpoint` for a model under `call`.
 
-    The recomputed blocks use the parameters of the call. Without it, a checkpoint recomputes its block after `call` has
-    returned, with the parameters that the module has then: a wrong gradient, and no error.
+    With this `context_fn`, recomputed blocks use the parameters of the call. Otherwise a checkpoint recomputes its
+    block after `call` has returned, with the original parameters of the module. The gradient is then wrong, without an
+    error.
 
     For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
 
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": dl.checkpoint_contexts(model)})
 
-    `remat` does not need this, and works under `torch.func` and compiled as well.
+    `remat` does not need this, and also works under `torch.func` and in compiled steps.
 
     Args:
         model: The model that is passed to `call`.
 
     Returns:
-        A function that returns the two contexts, of the forward pass and of the recomputation.
+        A function that returns the contexts for the forward pass and for the recomputation.
+
+    Raises:
+        TypeError: If `model` is not a module.
 
     Example:
         >>> len(checkpoint_contexts(nn.Linear(4, 4))())
@@ -134,7 +136,7 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
 
 
 def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which the model has the parameters that it has now."""
+    """Return a context in which the model has its current parameters again."""
     parameters = {slot.name: slot.tensor for slot in slots_of(model) if not slot.is_buffer}
     caller = current_caller()
 
@@ -146,7 +148,7 @@ def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
     return context()
 
 
-# A compiled graph contains integers, not modules.
+# A compiled graph can contain integers, but not modules, so blocks are found by an integer.
 _BLOCK_IDS = count()
 _WATCHED: set[tuple[int, bool]] = set()
 _BLOCKS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
@@ -164,19 +166,19 @@ class _Block(nn.Module):
         return _recompute(self._block_id, self.training, inputs, autocast_now(device_type), fallback_of(self))
 
 
-# Dynamo fails on an autograd Function that calls `torch.func.vjp` under `torch.func`. `allow_in_graph` leaves it to
-# AOTAutograd.
+# Dynamo fails on an autograd Function that calls `torch.func.vjp` under `torch.func`. With `allow_in_graph`,
+# AOTAutograd traces it instead.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _recompute(
     block_id: int, training: bool, inputs: tuple[Any, ...], autocast: Autocast | None, fallback: Fallback
 ) -> Any:
-    """Run a block.
+    """Run a block so that it is recomputed in the backward pass.
 
-    `inputs` are its parameters and buffers, its arguments and its keyword arguments.
+    `inputs` are the parameters, buffers, arguments and keyword arguments of the block.
     """
     leaves, structure = tree_flatten(inputs)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-    # `run` outlives this call, and must not keep the tensors that the Function saves.
+    # `run` outlives this call, so it must not keep the tensors alive that the Function saves.
     constants = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
     block, caller = _BLOCKS[block_id], current_caller()
     watch = nullcontext() if (block_id, training) in _WATCHED else RefuseRandom(block)
@@ -195,7 +197,7 @@ def _recompute(
         return output
 
     tensors = compress(leaves, is_tensor)
-    if forward_levels():  # a Function has tangents of one level at most
+    if forward_levels():  # a Function supports tangents of only one level
         output = run(*tensors)
     else:
         argument_count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs[2:]))
@@ -207,7 +209,8 @@ def _recompute(
 class _Recomputed(torch.autograd.Function):
     """Compute ``run(*tensors)`` and save only the tensors.
 
-    The last `argument_count` of them are call arguments.
+    The backward pass computes it again. The last `argument_count` tensors are arguments of the call, and the others
+    parameters and buffers.
     """
 
     @staticmethod
@@ -221,10 +224,10 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # `torch.func.vjp` inside a pullback does not take what a transform that has ended saved.
+        # `torch.func.vjp` does not accept tensors that were saved inside a transform that has ended.
         tensors, is_needed = [without_dead_levels(tensor) for tensor in ctx.saved_tensors], ctx.needs_input_grad[2:]
         # `late` makes the arguments depend on a gradient. In one graph of both passes, a compiler could otherwise
-        # compute the block again at once.
+        # recompute the block during the forward pass.
         for position in range(len(tensors) - ctx.argument_count, len(tensors)):
             tensors[position] = late(tensors[position], grads[0])
 
@@ -247,9 +250,9 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _needs_func(grads: Sequence[Tensor]) -> bool:
-    """Return whether something looks into the backward pass.
+    """Return whether the backward pass may be differentiated, mapped or traced.
 
-    It may differentiate, map or trace it, as `is_grads_batched` does.
+    For example, `is_grads_batched` of `torch.autograd.grad` maps it.
     """
     if torch.is_grad_enabled() or are_transforms_active() or forward_levels() > 0 or is_traced():
         return True
@@ -265,9 +268,9 @@ def _pull_back_in_func(
 
 
 def _pull_back(run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
-    """Return the gradients by the inputs of `run`.
+    """Return the gradients with respect to the inputs of `run`, with autograd.
 
-    Unlike `torch.func.vjp`, autograd frees activations on its way.
+    Unlike `torch.func.vjp`, autograd frees activations during the backward pass.
     """
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     with torch.enable_grad():

@@ -1,8 +1,7 @@
-"""Rules for views of a low-rank weight that stay low-rank.
+"""Rules that transpose a low-rank weight, change its shape, or add axes.
 
-They transpose it, change its shape, or add axes. A matrix in another shape keeps its rows and columns apart: `(heads,
-size, in)` is a stack, and `(out, in, *kernel)` the weight of a convolution. `_indexing.py` has the rules for cutting a
-weight.
+The result stays low-rank, so a new shape must not mix rows and columns. For example, `(heads, size, in)` is a stack,
+and `(out, in, *kernel)` is the weight of a convolution. `_indexing.py` has the rules for pieces of a weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +49,7 @@ def _permute_stack(part: LowRank, order: list[int]) -> LowRank:
 
 
 def transpose(view: View, dim0: int, dim1: int) -> View:
-    """Swap two axes, the rows and the columns or two of a stack."""
+    """Swap rows and columns, or two axes of a stack."""
     order = list(range(len(view.shape)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return permute(view, order)
@@ -82,12 +81,12 @@ def movedim(view: View, source: int | Sequence[int], destination: int | Sequence
 
 
 def _sizes(shape: Sequence[Any]) -> tuple[Any, ...]:
-    """Return sizes or dims that are passed one by one or as one sequence."""
+    """Return sizes or dims as a tuple, from several arguments or from one sequence."""
     return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int | torch.dtype) else tuple(shape)
 
 
 def reshape(view: View, *shape: Any) -> View:
-    """Group rows into heads, columns into a kernel, or the axes of a stack."""
+    """Split rows into heads or columns into a kernel, or reshape the axes of a stack."""
     shape = _sizes(shape)
     if not all(isinstance(size, int) for size in shape):
         refuse(view, "view", f"{shape}")
@@ -112,7 +111,7 @@ def reshape(view: View, *shape: Any) -> View:
 
 
 def _in_stack(part: LowRank, stack: Sequence[int], *, reshape: bool) -> LowRank:
-    """Return the matrices of a weight in a stack of another shape, or repeated."""
+    """Reshape the axes of a stack, or repeat a weight along new axes of a stack."""
     b, a = whole_factors(part)
     change = Tensor.reshape if reshape else Tensor.expand
     base, b, a = (change(leaf, (*stack, *leaf.shape[-2:])) for leaf in (dense_base(part), b, a))
@@ -146,7 +145,7 @@ def unsqueeze(view: View, dim: int) -> View:
 
 
 def expand(view: View, *shape: Any) -> View:
-    """Repeat the weight in a stack."""
+    """Repeat the weight along axes of a stack."""
     shape = _sizes(shape)
     padded = (*(1 for _ in range(len(shape) - len(view.shape))), *view.shape)
     shape = tuple(old if size == -1 else size for old, size in zip(padded, shape, strict=True))
@@ -157,7 +156,7 @@ def expand(view: View, *shape: Any) -> View:
 
 
 def _as_shape_of(rule: Callable[..., View]) -> Callable[..., Any]:
-    """Return the rule of a method that takes the shape of another tensor."""
+    """Return the rule for a method that uses the shape of another tensor."""
 
     def shaped(input: Any, other: Any) -> Any:
         if isinstance(input, View):

@@ -1,11 +1,10 @@
-"""The table of operation rules: what each operation does with a low-rank weight.
+"""The table of rules: how each operation computes with a low-rank weight.
 
-An operation that needs the dense weight has no rule, and gets the dense weight from `_fallback.py`. The entries stand
-beside the rules, in a table at the end of each module of rules. Only the rule of attention is here, since it calls
-other rules.
+An operation without a rule gets the dense weight from `_fallback.py`. Each module of rules ends with a table of its
+rules. Only the rule for attention is here, since it calls rules of other modules.
 
-A rule takes `View`, never the tensor that replaces a weight in a module. Inside `__torch_function__` Dynamo dispatches
-no further overrides, and would treat that tensor as a plain one.
+A rule gets a `View` and not the tensor that replaces a weight in a module. Inside `__torch_function__` Dynamo does not
+dispatch to overrides, and would treat that tensor as a plain tensor.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,9 +24,9 @@ from dynlora_fn.nn._register import REGISTERED
 from dynlora_fn.nn._reshaping import RESHAPING_RULES
 from dynlora_fn.nn._view import View
 
-# `F.multi_head_attention_forward` uses its weights only in `linear`, provided that the fused weight of queries, keys
-# and values is cut before it is multiplied. So its rule is the code of that function, with these functions in place of
-# the globals that it calls.
+# `F.multi_head_attention_forward` uses its weights only in `linear`, if the fused weight of queries, keys and values is
+# split before the product. So its rule runs the code of that function, with the functions below in place of the globals
+# that it calls.
 
 
 def _any_linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
@@ -81,7 +80,7 @@ def _keywords_of(rule: Callable[..., Any]) -> frozenset[str] | None:
     return None if takes_all else frozenset(parameters)
 
 
-# The keywords that a rule takes, or None for all. An operation with another one, such as `out`, has no rule.
+# The keywords that a rule takes, or None for all. A call with another keyword, such as `out`, has no rule.
 _KEYWORDS = {operation: _keywords_of(rule) for operation, rule in RULES.items()}
 
 

@@ -1,7 +1,4 @@
-"""Put other tensors in the places of a module's, and put the module's back.
-
-The places are those of parameters and buffers.
-"""
+"""Replace parameters and buffers of a module, and restore them afterwards."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +11,9 @@ from dynlora_fn._core._torch import is_of_transform
 
 
 class Slot(NamedTuple):
-    """A place of a tensor in a module.
+    """A place of a parameter or buffer in a module, with the tensor found there.
 
-    A module at two paths of a model has each place once, under its first path.
+    A module at two paths of a model has each slot once, under its first path.
     """
 
     name: str  # in the model
@@ -27,7 +24,7 @@ class Slot(NamedTuple):
 
     @property
     def now(self) -> Tensor | None:
-        """The tensor that is in this place now."""
+        """The tensor that is in this slot now, or None."""
         return self._places.get(self.key)
 
     @property
@@ -35,14 +32,14 @@ class Slot(NamedTuple):
         return self.module._buffers if self.is_buffer else self.module._parameters
 
     def put(self, tensor: Tensor) -> None:
-        """Put a tensor in this place."""
+        """Put a tensor in this slot."""
         self._places[self.key] = tensor
         if isinstance(tensor, nn.Parameter) and isinstance(self.module, nn.RNNBase):
-            setattr(self.module, self.key, tensor)  # also into its list of weights
+            setattr(self.module, self.key, tensor)  # RNNBase also updates its list of weights
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
-    """Return each place of a parameter or a buffer in a model."""
+    """Return the slots of all parameters and buffers in a model."""
     slots = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -54,10 +51,7 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers by name.
-
-    Tied ones have an entry for each of their names.
-    """
+    """Return parameters and buffers by name, tied tensors under each of their names."""
     names: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -68,15 +62,14 @@ def names_of(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put `tensors` by name into a model, and put the model's back at the end.
+    """Put `tensors` by name into a model, and restore its tensors at the end.
 
-    They are put back whatever happens. A buffer that the model assigns itself stays, as it does when the model is
-    called directly.
+    They are also restored after an error. A buffer that the model itself assigns stays, as when the model is called
+    directly.
 
     Raises:
-        NotImplementedError: If the model assigns a tensor in the place of one of `tensors`. Under `torch.func`, and
-            where autograd runs in its place, also if the model assigns a buffer, or writes a value with a gradient into
-            one. The tensor from before is put back.
+        NotImplementedError: If the model replaces one of `tensors`. Under `torch.func`, or autograd in place of it,
+            also if the model assigns a buffer, or writes a value with a gradient into a buffer. The slot is restored.
     """
     refused: list[Slot] = []
     buffers = {slot.name: tensors.get(slot.name, slot.tensor) for slot in slots if slot.is_buffer}
@@ -102,7 +95,7 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
 
 
 def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
-    """Return whether the model has assigned a tensor here that cannot stay."""
+    """Return whether the model has assigned a tensor to this slot that cannot stay."""
     now = slot.now
     if placed is not None:
         return now is not placed
@@ -110,7 +103,7 @@ def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
 
 
 def refuse_assignment(slot: Slot) -> Never:
-    """Raise for a tensor that a model assigns to itself, and that would be lost."""
+    """Raise for a tensor that a model assigns to a slot, and that would be lost."""
     if slot.is_buffer:
         raise NotImplementedError(
             f"`model` assigns the buffer {slot.name!r} in its forward pass, which `torch.func`, `torch.compile` and "

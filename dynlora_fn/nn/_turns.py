@@ -1,6 +1,6 @@
-"""Let threads that call one model take turns.
+"""Let threads that call the same model take turns.
 
-`call` puts tensors into the modules of the model.
+They cannot run at the same time, because `call` replaces tensors in the modules of the model.
 """
 
 import threading
@@ -11,30 +11,27 @@ from torch import nn
 
 
 class Caller:
-    """A call that is not inside another one.
-
-    Calls inside it, and its recomputations, go by the same caller.
-    """
+    """An outermost call. Calls inside it and its recomputations have the same caller."""
 
 
 _CHANGED = threading.Condition()
-_CALLERS: dict[int, Caller] = {}  # who calls a module, by the id of its dict of parameters, which copies may share
+_CALLERS: dict[int, Caller] = {}  # the caller of a module, by the id of its dict of parameters, which copies may share
 _THREAD = threading.local()
 
 
 def current_caller() -> Caller | None:
-    """Return the caller that this thread runs a model for, or None outside of `call`."""
+    """Return the caller for which this thread runs a model, or None outside `call`."""
     return getattr(_THREAD, "caller", None)
 
 
 @contextmanager
 def taking_turns(model: nn.Module, caller: Caller | None = None) -> Iterator[None]:
-    """Wait until nobody else runs a module of a model.
+    """Wait until other callers do not run any module of a model.
 
     Args:
         model: The model.
-        caller: The caller whose forward pass is computed again, maybe in a thread of autograd while that caller waits.
-            Default None means the caller of this thread, or another one.
+        caller: The caller whose forward pass is recomputed. Autograd may do this in another thread while the caller
+            waits. Default None means the caller of this thread, or a new caller.
 
     Raises:
         RuntimeError: If this thread already runs another model, because two such threads could wait for each other.
@@ -50,8 +47,8 @@ def taking_turns(model: nn.Module, caller: Caller | None = None) -> Iterator[Non
         with _CHANGED:
             if outer and not is_free():
                 raise RuntimeError(
-                    f"another thread calls the same {type(model).__name__}, which is called inside of another model "
-                    "here, so that both could wait forever; give each thread a copy of the model (`copy.deepcopy`)"
+                    f"another thread calls the same {type(model).__name__}, which is called inside another model here, "
+                    "so both threads could wait forever; give each thread a copy of the model (`copy.deepcopy`)"
                 )
             _CHANGED.wait_for(is_free)
             entered = keys - _CALLERS.keys()

@@ -1,4 +1,4 @@
-"""The value and the gradients of a pure loss function."""
+"""`value_and_grad`: compute a loss and its gradients."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -26,37 +26,39 @@ def value_and_grad(
 ) -> Callable[..., ValueAndGrad]:
     """Return a function that computes a loss and its gradients.
 
-    The function takes the arguments of `loss_fn` and returns `ValueAndGrad`: the value, and the gradients with respect
-    to the first argument. Both ways give the same gradients, and both can be differentiated again. The results require
-    a gradient if something does that the loss depends on, as a leaf of the first argument in an outer `value_and_grad`.
+    Both values of `via` give the same gradients, in the memory of `torch.autograd.grad`. The returned function takes
+    the arguments of `loss_fn` and returns a `ValueAndGrad`: the value, and the gradients with respect to the first
+    argument.
 
-    Neither way needs more memory than `torch.autograd.grad`. An outer level that differentiates the gradients needs
-    more, because the backward pass is then recorded, and no activation is freed before its end.
+    The function can be differentiated again. Its results require a gradient if the loss depends on a tensor that
+    requires one, such as a leaf of an outer `value_and_grad`. Then the backward pass is recorded and needs more memory,
+    because no activation is freed before its end.
 
     Args:
-        loss_fn: The loss. Its first argument is a tree of tensors, which are all differentiated; the other arguments
+        loss_fn: The loss. Its first argument is a tree of tensors, which are all differentiated. The other arguments
             may be anything. It returns a 0-d tensor.
-        via: "func" composes with the transforms of `torch.func`. It uses `torch.func.grad` inside of them, in forward
-            mode, and compiled. Elsewhere it uses `torch.autograd.grad`, which frees activations. "autograd" always uses
-            the latter. It permits saved-tensor hooks, and so `torch.utils.checkpoint` inside the loss. It may be inside
-            another "autograd", and around or inside a dual level of `torch.autograd.forward_ad`.
-        has_aux: Whether `loss_fn` returns ``(loss, aux)``. With "func", `aux` contains only tensors.
+        via: "func" composes with the transforms of `torch.func`. It uses `torch.func.grad` inside these transforms, in
+            forward mode, and in compiled functions. Elsewhere it uses `torch.autograd.grad`, which frees activations.
+            "autograd" always uses `torch.autograd.grad`. It permits saved-tensor hooks, and so `torch.utils.checkpoint`
+            inside the loss. It can be used inside another "autograd", and around or inside a dual level of
+            `torch.autograd.forward_ad`.
+        has_aux: Whether `loss_fn` returns ``(loss, aux)``. With "func", `aux` may contain only tensors.
 
     Returns:
-        The function.
+        The function. With `has_aux`, its value is ``(loss, aux)``.
 
     Raises:
-        TypeError: If `loss_fn` is no function, or `has_aux` no flag. In the function, if a leaf of the first argument
-            is not a tensor of a floating dtype, or `loss_fn` does not return a 0-d tensor of one. With "func" also if
-            `aux` contains something other than tensors.
-        RuntimeError: With "func" in the function, if saved-tensor hooks are used around it or inside the loss.
-        ValueError: If `via` is neither "func" nor "autograd". In the function with "autograd", if it is called inside a
-            transform of `torch.func` or a loss of "func", or if the loss depends on no leaf. With "func" the gradients
-            of such a loss are zero. Also if `loss_fn` changes a leaf in place.
+        TypeError: If `loss_fn` is not a function, or `has_aux` is not a flag. In the function, if a leaf of the first
+            argument is not a tensor of a floating or complex dtype, or `loss_fn` does not return a 0-d tensor of a
+            floating dtype. With "func", also if `aux` contains anything other than tensors.
+        RuntimeError: In the function with "func", if saved-tensor hooks are used around it or inside the loss.
+        ValueError: If `via` is neither "func" nor "autograd". In the function, if `loss_fn` changes a leaf in place. In
+            the function with "autograd", if it is called inside a transform of `torch.func` or a loss of "func", or if
+            the loss depends on no leaf. With "func", the gradients of such a loss are zero.
 
-    Numerics: Where torch has two formulas for a derivative, `torch.func.grad` takes the one that can be differentiated
-        again. Those of `silu`, `mish`, `prod`, `group_norm` and `binary_cross_entropy_with_logits` differ by rounding.
-        All other gradients have the same bits in eager mode.
+    Numerics: If torch has two formulas for a derivative, `torch.func.grad` uses the formula that can be differentiated
+        again. For `silu`, `mish`, `prod`, `group_norm` and `binary_cross_entropy_with_logits` the two formulas differ
+        by rounding. All other gradients have the same bits in eager mode.
 
     Example:
         >>> import torch
@@ -84,7 +86,7 @@ def _via_func(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Value
         if is_traced() or _needs_func(trainable, args, kwargs):
             grads, value = grad_and_value(trainable, *args, **kwargs)
             return ValueAndGrad(value, grads)
-        # `torch.func` records the backward pass too, so that no activation would be freed before its end.
+        # Autograd, because `torch.func` also records the backward pass, and frees no activation before its end.
         aliases, named = tree_map(_alias, (args, kwargs))
         try:
             with in_place_of_func():
@@ -99,9 +101,9 @@ def _via_func(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Value
 
 
 def _needs_func(trainable: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether autograd would not compute what `torch.func` does.
+    """Return whether autograd cannot replace `torch.func` for these arguments.
 
-    Autograd is not seen by transforms, saves no inference tensors, and takes no gradient by an empty tree.
+    Transforms do not see autograd. Autograd cannot save inference tensors, and needs a leaf to differentiate.
     """
     if is_transformed() or forward_levels() or torch.is_inference_mode_enabled() or not tree_leaves(trainable):
         return True
@@ -109,10 +111,7 @@ def _needs_func(trainable: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _alias(leaf: Any) -> Any:
-    """Return an alias of a tensor.
-
-    An in-place change of it leaves the graph of the tensor unchanged.
-    """
+    """Return an alias of a tensor. In-place changes do not change the tensor's graph."""
     if type(leaf) is not Tensor or (leaf.requires_grad and torch.is_grad_enabled()):
         return leaf
     return leaf.detach()
@@ -145,9 +144,9 @@ def _check_leaves(trainable: Any) -> None:
 
 
 def _check_aux(aux: Any) -> None:
-    """Raise for what `torch.func` does not return.
+    """Raise TypeError for a leaf of `aux` that `torch.func` does not return.
 
-    So a loss works everywhere or nowhere.
+    Autograd in place of `torch.func` would return it, and the loss would fail only inside a transform.
     """
     for path, leaf in tree_flatten_with_path(aux)[0]:
         if not isinstance(leaf, Tensor):

@@ -1,6 +1,6 @@
 """Views of a low-rank weight in the shape of a parameter, transposed or cut.
 
-A view multiplies nothing. It copies nothing either, except that `dense_base` dequantizes a base in low precision.
+A view computes and copies nothing, but `dense_base` dequantizes a base in low precision.
 
 A `LowRank` is a matrix or a stack of matrices. The parameter of a module may have another shape:
 
@@ -10,8 +10,8 @@ the module's parameter         the `LowRank`               example
 (out, in)                      (out, in)                   `nn.Linear`, an embedding
 (stack, out, in)               (stack, out, in)            experts
 (out, in, *kernel)             (out, in * prod(kernel))    `nn.Conv2d`
-(stack, parts * out, in)       (stack, parts, out, in)     queries, keys and values above each other
-(stack, out, parts * in)       (stack, parts, out, in)     the same side by side, as in GPT-2
+(stack, parts * out, in)       (stack, parts, out, in)     queries, keys and values, fused along rows
+(stack, out, parts * in)       (stack, parts, out, in)     the same fused along columns, as in GPT-2
 =============================  ==========================  ==============================================
 """
 
@@ -31,28 +31,25 @@ from dynlora_fn.switching._weight import materialize
 
 ROWS, COLUMNS = -2, -1
 
-# What to do for an operation without a rule: form the dense weight, or raise. `explain` passes a function instead,
-# which gets the names of the weight and the operation.
+# What to do for an operation without a rule: form the dense weight and warn, or raise. `explain` passes a function that
+# gets the names of the weight and the operation.
 Fallback: TypeAlias = Literal["dense", "raise"] | Callable[[str, str], None]
 
 
 class NoRuleError(NotImplementedError):
-    """An operation without a rule, or a use of it that the rule does not cover."""
+    """The error for an operation without a rule, or for a use that no rule covers."""
 
 
 class View(NamedTuple):
-    """One parameter of a module: adjacent low-rank weights along an axis.
+    """One parameter of a module: one low-rank weight, or several along an axis."""
 
-    Mostly there is only one weight.
-    """
-
-    name: str  # name of the parameter
+    name: str  # of the parameter
     parts: tuple[LowRank, ...]
     axis: int = ROWS  # along which several parts are adjacent
-    kernel: tuple[int, ...] = ()  # sizes behind (out, in) of a convolution; the part has in * prod(kernel) columns
-    scale: float | Tensor | None = None  # multiplies the whole weight; None for 1
+    kernel: tuple[int, ...] = ()  # of a convolution (out, in, *kernel), whose part has in * prod(kernel) columns
+    scale: float | Tensor | None = None  # multiplies the weight; None for 1
     fallback: Fallback = "dense"
-    read_dtype: torch.dtype | None = None  # the dtype that the module reads, where the factors have another one
+    read_dtype: torch.dtype | None = None  # the dtype that the module reads; None for the dtype of the factors
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,18 +70,15 @@ class View(NamedTuple):
 
 
 def matrix_shape(param: LowRank) -> tuple[int, ...]:
-    """Return (*stack, out, in), computed from the factors.
-
-    A base may be stored in any shape.
-    """
+    """Return the shape (*stack, out, in) of a weight, as a tuple."""
     return tuple(param.shape)
 
 
 def view_of(name: str, param: LowRank, shape: Sequence[int], fallback: Fallback = "dense") -> View:
-    """Return `param` as a parameter of a shape.
+    """Return a view of `param` with the shape of a module's parameter.
 
     Raises:
-        ValueError: If the shapes match no row of the table above. The message gives the name and both shapes.
+        ValueError: If the shapes match no row of the table above. The message has the name and both shapes.
     """
     matrices, shape = matrix_shape(param), tuple(shape)
     if param.factor_sharding and matrices == shape:
@@ -116,17 +110,14 @@ def unbind_last(param: LowRank) -> tuple[LowRank, ...]:
 
 
 def dense_base(param: LowRank) -> Tensor:
-    """Return the base for products as a dense tensor.
-
-    It is dequantized if it is in low precision.
-    """
+    """Return the dense base that products read, dequantized if it is in low precision."""
     return as_base(param.base).as_tensor(param.factors.b.dtype)
 
 
 def transposed(view: View) -> View:
     """Return the transposed weight, ``base.mT + alpha / rank * a.mT @ b.mT``.
 
-    Codes are only marked as transposed, and dequantized for each product.
+    Codes are not changed, only marked as transposed.
     """
     parts = tuple(
         LowRank(
@@ -147,7 +138,7 @@ def take(part: LowRank, stack: tuple[Any, ...], rows: Any, columns: Any) -> LowR
 
 
 def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
-    """Return ``weight.view(*shape, in)`` of a matrix as a stack that shares `a`."""
+    """Return ``weight.view(*shape, in)`` of a matrix as a stack with shared `a`."""
     b, a = whole_factors(part)
     stack = shape[:-1]
     factors = part.factors._replace(b=b.reshape(*shape, b.shape[-1]), a=a.expand(*stack, *a.shape))
@@ -155,12 +146,12 @@ def split_rows(part: LowRank, shape: Sequence[int]) -> LowRank:
 
 
 def scaled(tensor: Tensor, view: View) -> Tensor:
-    """Return an input or a result of a product, multiplied by the scale of the weight."""
+    """Multiply an input or result of a product by the scale of the view."""
     return tensor if view.scale is None else tensor * view.scale
 
 
 def gathered(view: View) -> View:
-    """Return the view with unsharded factors and without pending folds."""
+    """Gather the sharded factors of a view."""
     if not any(part.factor_sharding for part in view.parts):
         return view
     return view._replace(parts=tuple(map(with_pending, view.parts)))
@@ -189,10 +180,7 @@ def refuse(view: View, operation: str, use: str) -> Never:
 
 
 def expect_weight(operation: str, weight: Any, **others: Any) -> View:
-    """Return the view in `weight`.
-
-    Views among the other arguments of the operation are refused.
-    """
+    """Return `weight`, and refuse an operation that has another low-rank argument."""
     for name, value in others.items():
         if isinstance(value, View):
             refuse(value, operation, f"a low-rank `{name}`")
@@ -201,7 +189,7 @@ def expect_weight(operation: str, weight: Any, **others: Any) -> View:
 
 
 def single(view: View, operation: str) -> LowRank:
-    """Return the only part of a view, and refuse a fused or spatial one."""
+    """Return the only part of a view, and refuse a fused or convolutional weight."""
     if len(view.parts) > 1 or view.kernel:
         refuse(view, operation, f"shape {view.shape} made of {[matrix_shape(part) for part in view.parts]}")
     return view.parts[0]

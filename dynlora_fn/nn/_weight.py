@@ -1,6 +1,6 @@
-"""The tensor in place of a low-rank weight in a module.
+"""The tensor subclass that replaces a low-rank weight in a module.
 
-It answers operations by their rules.
+It calls the rule of each operation.
 """
 
 import sys
@@ -35,7 +35,7 @@ from dynlora_fn.nn._view import Fallback, NoRuleError, View, gathered, no_rule, 
 
 
 def weight_of(name: str, param: LowRank, like: Tensor, fallback: Fallback) -> Tensor:
-    """Return the tensor that replaces a parameter of a module, which has this name."""
+    """Return the tensor that replaces the parameter `like` of a module."""
     view = view_of(name, param, like.shape, fallback)
     weight = _as_weight(view._replace(read_dtype=like.dtype) if _is_read_as(param, like.dtype) else view)
     weight._param = param
@@ -43,16 +43,17 @@ def weight_of(name: str, param: LowRank, like: Tensor, fallback: Fallback) -> Te
 
 
 def _is_read_as(param: LowRank, dtype: torch.dtype) -> bool:
-    """Return whether a module reads a weight in its dtype.
+    """Return whether a module reads a weight in the dtype of its parameter.
 
-    Otherwise it reads it in the dtype of the factors. So the rows of an embedding fit the layers that read them.
-    Factors are in float32 by default, whatever the model is in. Users choose other dtypes.
+    Otherwise it reads the dtype of the factors. Factors are in float32 by default, even if the model is in bfloat16.
+    Then the rows of an embedding must be in bfloat16 for the layers after it. If a user chose another dtype for the
+    factors, the module reads that dtype.
     """
     return param.factors.b.dtype == torch.float32 != dtype and as_base(param.base).weight_dtype == dtype
 
 
 def params_of(module: nn.Module) -> dict[str, Param]:
-    """Return the parameters of a module, inside `call` as they were passed to it."""
+    """Return the parameters of a module, inside `call` as they were passed to `call`."""
     return {
         name: parameter._param if isinstance(parameter, Weight) else parameter
         for name, parameter in module.named_parameters()
@@ -60,7 +61,7 @@ def params_of(module: nn.Module) -> dict[str, Param]:
 
 
 def fallback_of(module: nn.Module) -> Fallback:
-    """Return what a module, inside `call`, does for operations without a rule."""
+    """Return the argument `fallback` of the `call` that runs a module."""
     for parameter in module.parameters():
         if isinstance(parameter, Weight):
             return parameter._view.fallback
@@ -68,9 +69,9 @@ def fallback_of(module: nn.Module) -> Fallback:
 
 
 class Weight(Tensor):
-    """Replace the dense weight in a module, and answer operations by their rules.
+    """The tensor that replaces a dense weight in a module, and calls the rules.
 
-    The tensor has the right shape, dtype and device, which a module may read, but no memory.
+    It has the shape, dtype and device that the module expects, but no memory.
     """
 
     _view: View
@@ -82,8 +83,8 @@ class Weight(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        # The getter of a property has no name; the property that it is bound to does. Dynamo gets methods of `Tensor`
-        # that are written in Python in the same way.
+        # A getter has the name `__get__`, and the name of its property is in `__self__`. Dynamo also gets methods of
+        # `Tensor` that are written in Python through a getter, so a method with a rule is bound here.
         name = getattr(func, "__name__", "")
         if name == "__get__":
             method = getattr(Tensor, getattr(func.__self__, "__name__", ""), None)
@@ -96,18 +97,18 @@ class Weight(Tensor):
 
 
 class _Wrapper(Weight):
-    """A weight without a tensor behind it, for everything but Dynamo.
+    """A `Weight` without a tensor behind it. It is used except while Dynamo traces.
 
-    When `remat` is compiled, the weights are fake tensors, and `as_subclass` does not turn one into another subclass.
-    Dynamo traces no wrapper subclass, so it gets a `Weight`.
+    Dynamo does not trace a wrapper subclass, so it gets a plain `Weight`. Elsewhere a plain `Weight` would not do: when
+    `remat` is compiled, weights are fake tensors, which `as_subclass` cannot turn into a `Weight`.
     """
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Compute with the dense weight what C++ code does to it.
+        """Use the dense weight for an operation that C++ code calls.
 
-        Such code is below `__torch_function__`. Autograd has recorded the operation, and passes the gradient of the
-        weight to `_Attached`.
+        Such a call does not reach `__torch_function__`. Autograd has already recorded the operation, and passes the
+        gradient of the weight to `_Attached`.
         """
         for weight in _weights_in((args, kwargs)):
             if weight._has_tangent:
@@ -118,7 +119,7 @@ class _Wrapper(Weight):
 
 
 def _is_of_func(weight: Weight) -> bool:
-    """Return whether `torch.func`, or autograd for it, differentiates by a weight."""
+    """Return whether `torch.func`, or autograd in its place, differentiates a weight."""
     if is_in_place_of_func():
         return weight.requires_grad
     return any(is_functorch_wrapped(leaf) for leaf in tree_leaves(weight._view) if isinstance(leaf, Tensor))
@@ -126,8 +127,9 @@ def _is_of_func(weight: Weight) -> bool:
 
 def _as_weight(view: View) -> Weight:
     if torch.compiler.is_dynamo_compiling():
-        # The dense weight, for what Dynamo does not dispatch to `__torch_function__`, such as an `autograd.Function`.
-        # If it is not used, it is removed from the graph. NaN in place of a gathered weight shows in the result.
+        # The dense weight, because Dynamo does not dispatch every use to `__torch_function__`, such as an
+        # `autograd.Function`. If it is not used, it is removed from the graph. A sharded weight is not gathered here;
+        # it is NaN instead, so that a use without `__torch_function__` shows in the result.
         is_sharded = any(part.factor_sharding or as_base(part.base).sharding for part in view.parts)
         weight = (_missing(view) if is_sharded else dense_weight(view)).as_subclass(Weight)
     else:
@@ -147,21 +149,21 @@ def _missing(view: View) -> Tensor:
 
 
 def _attached(view: View) -> Weight:
-    """Return a weight through which gradients reach tracked factors.
+    """Return a weight through which gradients reach the tensors of a view.
 
-    Autograd must track them.
+    If no tensor requires a gradient, it is a plain wrapper.
     """
     tensors = _tensors_of(view) if torch.is_grad_enabled() and not are_transforms_active() else []
     leaves = [leaf for leaf in tensors if leaf.requires_grad]
     if not leaves:
         return _wrapper(view)
-    with set_forward_enabled(False):  # rules have the tangents, and other uses are refused
+    with set_forward_enabled(False):  # rules read tangents from the view, and other uses of tangents are refused
         weight: Weight = _Attached.apply(view, *leaves)  # type: ignore[no-untyped-call]
     return weight
 
 
 def _tensors_of(view: View) -> list[Tensor]:
-    """Return the tensors of a view that may be differentiated by."""
+    """Return the tensors of a view that may require a gradient."""
     tensors: list[Tensor] = []
     for base, factors, _ in view.parts:
         leaves = [base] if isinstance(base, Tensor) else tree_leaves(base)
@@ -175,10 +177,10 @@ def _wrapper(view: View) -> Weight:
 
 
 class _Attached(torch.autograd.Function):
-    """Return a weight whose gradient reaches the factors from any function.
+    """Create a weight that passes its gradient to the tensors of a view.
 
-    An `autograd.Function` or a C++ kernel may return it. Rules do not need it: their results depend on the factors
-    themselves.
+    An `autograd.Function` or a C++ kernel may return such a gradient. Rules do not, because their results depend on the
+    tensors of the view directly.
     """
 
     @staticmethod
@@ -201,7 +203,7 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
     rule = find_rule(func, kwargs)
     if rule is None:
         return _fall_back(func, args, kwargs, None)
-    # `linear` gathers sharded factors itself, and frees them before its result is freed.
+    # `linear` gathers sharded factors inside its product, and frees them after it.
     change = _view_of if func is linear else _gathered_view_of
     views, named = _map_weights(change, args), _map_weights(change, kwargs)
     try:
@@ -224,9 +226,9 @@ def _view_of(weight: Weight) -> View:
 
 
 def _is_in_reentrant_checkpoint() -> bool:
-    """Return whether `torch.utils.checkpoint` will recompute the running block.
+    """Return whether a checkpoint with `use_reentrant=True` runs the current code.
 
-    It would recompute it with the parameters of the model.
+    It would recompute its block with the parameters of the model instead of the passed parameters.
     """
     frame: FrameType | None = sys._getframe()
     while frame and frame.f_code is not CheckpointFunction.forward.__code__:
@@ -257,7 +259,7 @@ def _dense(weight: Weight) -> Tensor:
     return dense_weight(_view_of(weight))
 
 
-# Dynamo cannot trace names of operations. It calls a function that is marked so while it traces.
+# Dynamo cannot trace names of operations, but calls a function with this decorator while it traces.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name_of(func: Any) -> str:
     name: str = getattr(func, "__name__", repr(func))
@@ -284,10 +286,10 @@ def _weights_in(value: Any) -> list[Weight]:
 
 
 def _without_grad(result: Any, arguments: Sequence[Any]) -> Any:
-    """Return weights that a rule made under `torch.no_grad`.
+    """Return the result of a rule under `torch.no_grad`, without gradients.
 
-    They have tangents and no gradients, as any tensor. A rule may pass on the factors that it got, which require a
-    gradient. What is an argument itself stays.
+    A weight in the result may contain factors of an argument, which require a gradient. Views of them have tangents but
+    no gradients, as results of tensor operations do. An argument that is returned unchanged stays unchanged.
     """
     if type(result) is tuple:
         return tuple(_without_grad(element, arguments) for element in result)

@@ -1,8 +1,8 @@
-"""Optimizers as pairs of pure functions, and what a switch does to their state.
+"""Optimizers as pairs of pure functions, and the projection of their state.
 
-An optimizer is a `Transform`. Train with `apply_updates`, clip with `clip_by_global_norm`, and call
-`project_optimizer_state` after every switch. `decay` and `average` are of weights, whatever their factors are. The
-README says how to add an optimizer or a rule.
+An optimizer is a `Transform`. Call `project_optimizer_state` after every switch, clip gradients with
+`clip_by_global_norm`, and add updates with `apply_updates`. `decay` and `average` act on weights and not on factors.
+The README explains how to add an optimizer or a rule.
 """
 
 from dynlora_fn.optim._adamw import AdamWState as AdamWState

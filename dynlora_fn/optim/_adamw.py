@@ -28,14 +28,14 @@ from dynlora_fn.optim._transform import (
 
 
 class AdamWState(NamedTuple):
-    """Store the state of `adamw` inside its `FreezeState`.
+    """The state of `adamw` inside its `FreezeState`.
 
-    All trees mirror the trainable parameters.
+    All fields are trees that mirror the trainable parameters.
     """
 
-    mu: Tree  # mean of the gradients: float32, the parameter's dtype if that is wider, or 8 bit
+    mu: Tree  # mean of the gradients: in float32, in the parameter's dtype if that is wider, or in 8 bits
     nu: Tree  # mean of the squared gradients, in the same dtypes
-    # int32, updates so far: 0-d for full-rank tensors, else ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``
+    # number of updates, int32: 0-d for full-rank tensors, and ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``
     count: Tree  # type: ignore[assignment]
 
 
@@ -52,32 +52,34 @@ def adamw(
 ) -> Transform:
     """Create AdamW with a step count for every factor vector.
 
-    It equals `torch.optim.AdamW` where nothing is switched (arXiv:1711.05101). With n the vector's count::
+    Without switches it is equal to `torch.optim.AdamW` (arXiv:1711.05101). With n the count of the vector::
 
         mu = betas[0] * mu + (1 - betas[0]) * grad
         nu = betas[1] * nu + (1 - betas[1]) * grad**2
         direction = mu / (1 - betas[0]**n) / (sqrt(nu / (1 - betas[1]**n)) + eps)
         updates = -lr * (direction + decay * trainable)
 
-    Every entry of a factor moves by about `lr`, so the weight moves in proportion to its alpha. With the alpha of PEFT
-    (see `init` and `load_adapter`), a rate makes the step that it makes in PEFT.
+    Here `decay` is `weight_decay` for full-rank tensors and `factor_decay` for factors.
 
-    `project_optimizer_state` resets vectors one at a time, so each vector needs its count for the bias correction.
-    A frozen vector does not move (see `freeze_counterparts`), while its count runs on.
-    Bias correction therefore starts it gently once it thaws: at 0.52 of a full step after 5 updates with the default
-    betas. SwitchLoRA's implementation does the same (rule "reset"). Rule "reset_thawed" restarts the count at the thaw.
+    Every entry of a factor moves by about `lr`, so the weight moves in proportion to its alpha. With the alpha of PEFT
+    (see `init` and `load_adapter`), a learning rate gives the same steps as in PEFT.
+
+    `project_optimizer_state` resets single vectors, so the bias correction needs a count for each vector. A frozen
+    vector does not move (see `freeze_counterparts`), but its count increases. So after the thaw, the bias correction
+    makes its steps smaller: 0.52 of a full step after 5 frozen updates with the default betas. The implementation of
+    SwitchLoRA does the same (rule "reset"). Rule "reset_thawed" starts the count at the thaw.
 
     Args:
         betas: The decay rates of the mean gradient and of the mean squared gradient, each in [0, 1).
-        eps: The number added to the denominator. With 0, a vector that has never had a gradient moves by 0 / 0, unless
-            it is frozen.
-        weight_decay: The decoupled decay of full-rank tensors. A low-rank weight cannot be decayed through its factors:
-            decay it with `dl.optim.decay`.
-        factor_decay: The decoupled decay of each factor, as PEFT has it with `torch.optim.AdamW`. It is not the decay
-            of the weight: it pulls the weight to its base. Frozen vectors decay too. Use it for LoRA without switches.
+        eps: The number added to the denominator. With 0, the update of a vector that never had a gradient is 0 / 0,
+            unless the vector is frozen.
+        weight_decay: The decoupled decay of full-rank tensors. A low-rank weight cannot be decayed through its factors.
+            Decay it with `dl.optim.decay`.
+        factor_decay: The decoupled decay of each factor, as in PEFT with `torch.optim.AdamW`. It does not decay the
+            weight, but pulls the weight to its base. Frozen vectors decay too. Use it for LoRA without switches.
         moments: "float32", or "8bit" to store both moments between updates as torchao's OptimState8bit does
-            (arXiv:2110.02861), in `SignedMoment` and `UnsignedMoment`. That takes 1 byte for each number. Tensors of
-            fewer than 4,096 numbers, or of a size that is no multiple of 256, stay in full precision, and so do shards
+            (arXiv:2110.02861), in `SignedMoment` and `UnsignedMoment`. This takes 1 byte for each entry. Tensors of
+            fewer than 4,096 entries, or of a size that is not a multiple of 256, stay in full precision. So do shards
             that differ in size. A reset of 8-bit moments is exact.
 
     Returns:
@@ -86,15 +88,16 @@ def adamw(
         step.
 
     Raises:
-        TypeError: If a setting is no number, or a leaf no tensor of a floating dtype.
+        TypeError: If a setting is not a number. In `init` and `update`, if a leaf is not a tensor of a floating or
+            complex dtype.
         ValueError: If `betas`, `eps`, `weight_decay`, `factor_decay` or `moments` is out of range. In `init` and
             `update`, if `weight_decay` is not 0 and `trainable` has factors. In `update`, if `grads` or the state does
             not have the names and shapes of `trainable`, or `lr` is negative or not finite.
         NotImplementedError: In `update`, if moments that are stored in 8 bits require a gradient or have a tangent.
 
-    Numerics: Moments, bias corrections and updates are float32, or the parameter's dtype if that is wider. In bfloat16
-    ``nu * 0.999`` would round to ``nu``. With 8-bit moments, an update reads the new moments before they are rounded.
-    An update can be differentiated by gradients and moments, but not if moments are stored in 8 bits.
+    Numerics: Moments, bias corrections and updates are in float32, or in the parameter's dtype if that is wider. In
+        bfloat16, ``nu * 0.999`` would round to ``nu``. With 8-bit moments, an update reads the new moments before they
+        are rounded. Updates can be differentiated with respect to gradients and moments, except 8-bit moments.
 
     Example:
         >>> import torch
@@ -148,16 +151,13 @@ def adamw(
 
 
 def _decay_factors(inner: Transform, factor_decay: float) -> Transform:
-    """Add the decay of each factor to the steps of `inner`.
-
-    Both are then multiplied by the learning rate.
-    """
+    """Wrap `inner` so that it also decays each factor, with decay and step times `lr`."""
 
     def update(
         grads: Trainable, opt_state: FreezeState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         check_rates("lr", lr, trainable)
-        steps, opt_state = inner.update(grads, opt_state, trainable, lr=1.0)  # which changes no bit but the sign
+        steps, opt_state = inner.update(grads, opt_state, trainable, lr=1.0)  # a factor of -1 keeps all other bits
 
         updates = _add_decay(
             steps,
@@ -170,7 +170,7 @@ def _decay_factors(inner: Transform, factor_decay: float) -> Transform:
 
 
 def _encoded(tree: Tree, like: Tree) -> Tree:
-    """Return moments by name with codes wherever `like` has them."""
+    """Encode the moments that `like` has as codes, and return the others unchanged."""
     return {name: encode_moments(leaf, like[name], name) for name, leaf in tree.items()}
 
 
@@ -187,6 +187,6 @@ def _add_decay(rate: Rate, decay: float, step: Any, param: Any) -> Any:
 def _bias_correction(beta: float, count: Any) -> Any:
     """Return ``1 - beta ** count``, for a count of at least 1.
 
-    `expm1` avoids the cancellation that float32 suffers where beta is near 1.
+    `expm1` avoids cancellation in float32 for a beta close to 1.
     """
     return -(count * (math.log(beta) if beta else -math.inf)).expm1()

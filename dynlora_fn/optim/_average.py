@@ -1,4 +1,4 @@
-"""Average weights over the steps of a run, whatever their factors and bases are."""
+"""`average`: average weights over the steps of a run, across switches."""
 
 from collections.abc import Mapping
 from typing import overload
@@ -25,45 +25,48 @@ def average(averaged: Params, params: Params, *, decay: Rate) -> dict[str, Param
 def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) -> Param | dict[str, Param]:
     """Update an exponential average of weights.
 
-    The weight of the result is ``decay * averaged + (1 - decay) * params``, whatever factors and bases both have. An
-    average of factors is another model once vectors are switched, because its vectors belong to another base.
+    The weight of the result is ``decay * averaged + (1 - decay) * params``, for all factors and bases. If vectors are
+    switched, averaging only the factors would give another model, because old vectors belong to an old base.
 
-    Factors and bases are averaged one by one. The product of averages is not the average of products, and the
-    difference is folded into the base::
+    Factors and bases are averaged separately. The product of averages is not the average of products, so the difference
+    is folded into the base::
 
         b = decay * averaged.b + (1 - decay) * params.b,    a in the same way
         base = decay * averaged.base + (1 - decay) * params.base
                + decay * (1 - decay) * (averaged.b - params.b) @ (averaged.a - params.a) / divisor
 
-    The divisor is ``rank / alpha``. Where only `b` is trained, the average gets `a` of the run, so that its rows stay
+    The divisor is ``rank / alpha``. If only `b` is trained, the average takes `a` from the run, so that its rows stay
     orthogonal, and ``decay * averaged.b @ (averaged.a - params.a) / divisor`` is folded.
 
-    Call ``switch(averaged, plan)`` with every plan of the run, so that the slots of both contain versions of the same
-    vectors. The result is right without it, but what is folded is then as large as the product itself.
+    Call ``switch(averaged, plan)`` with every plan of the run. Then corresponding slots contain versions of the same
+    vector, and the folded difference is small. Without this call the result is right too, but the folded difference is
+    as large as the product of the factors.
 
     Cost: two passes over each base, and ``2 * rank * out * in`` FLOPs. A quantized base is encoded again.
 
     Args:
-        averaged: The average so far: parameters that started as those of the run. Full-rank tensors may stand in place
-            of low-rank weights, as `materialize` returns them.
+        averaged: The average so far. It starts as a copy of the parameters of the run. Low-rank weights may be replaced
+            by full-rank tensors, as `materialize` returns them.
         params: The parameters of the run.
-        decay: The share of the old average, from 0 to 1: a number or a 0-d tensor. With a tensor, a new value does not
+        decay: The weight of the old average, from 0 to 1: a number or a 0-d tensor. With a tensor, a new value does not
             recompile a compiled step.
 
     Returns:
-        The new average, with the structure, shapes and dtypes of `averaged`. No `FrozenTensor` changes:
-        buffers that the model writes, such as running statistics, are in `params`.
+        The new average, with the structure, shapes and dtypes of `averaged`. A `FrozenTensor` is returned unchanged.
+        Buffers that the model writes, such as running statistics, are only in `params`.
 
     Raises:
-        TypeError: If `decay` is no real number, or a parameter neither a `LowRank` nor a tensor.
-        ValueError: If `decay` is out of range, names, shapes, ranks or alphas differ, a tensor of `params` has a
-            low-rank weight in its place, or factors are sharded. Also if a tensor of `averaged` is not floating, such
-            as a counter.
-        NotImplementedError: If `averaged` is quantized, and what it moves by requires a gradient or has a tangent.
+        TypeError: If `decay` is not a real number, or a parameter is neither a `LowRank` nor a tensor.
+        ValueError: If `decay` is out of range, or names, shapes, ranks, alphas or devices differ. If `averaged` is
+            low-rank or frozen where `params` has a trained tensor. If factors are sharded. If a tensor of `averaged` is
+            not floating, such as a counter.
+        NotImplementedError: If `averaged` is quantized, and the base or its change requires a gradient or has a
+            tangent.
 
     Numerics: Sums are computed in float32 or a wider dtype, and every tensor of the average is rounded once to its
-    dtype. An average moves by ``1 - decay`` of a difference, which may be less than the precision of bfloat16 or of a
-    quantized base. Such an average stands still, so keep it in float32: convert it, or average `materialize`.
+        dtype. An average changes by ``1 - decay`` of a difference, which may be less than the precision of bfloat16 or
+        of a quantized base. Then it does not change at all, so use an average in float32: convert it, or average
+        `materialize(params)`.
 
     Example:
         >>> import torch
@@ -116,7 +119,7 @@ def _average_factors(name: str, averaged: LowRank, param: LowRank, decay: Rate) 
 
 
 def _average_one_side(name: str, averaged: LowRank, param: LowRank, decay: Rate, wide: torch.dtype) -> LowRank:
-    """Return the average with the rows of `a` of the run, which stay orthogonal."""
+    """Return the average with `a` of the run, whose rows are orthogonal."""
     old, new, share = averaged.factors, param.factors, _share(decay, wide)
     old_base, new_base = as_base(averaged.base), as_base(param.base)
     change = share * (new_base.exact(wide) - old_base.exact(wide))
@@ -127,21 +130,21 @@ def _average_one_side(name: str, averaged: LowRank, param: LowRank, decay: Rate,
 
 
 def _dense(param: LowRank) -> Tensor:
-    """Return the exact weight, with the residual of its base."""
+    """Return the exact dense weight, including the residual of its base."""
     b, a = param.factors.b, param.factors.a
     base = as_base(param.base)
     return fold(base.exact(widest(b.dtype, a.dtype, base.sum_dtype)), b, a, divisor=param.divisor)
 
 
 def _moved(old: Tensor, new: Tensor, decay: Rate) -> Tensor:
-    """Return the average of two tensors. Equal ones keep every bit."""
+    """Return the average of two tensors. If they are equal, it keeps every bit."""
     wide = widest(old.dtype, new.dtype)
     old_wide = old.to(wide)
     return (old_wide + _share(decay, wide) * (new.to(wide) - old_wide)).to(old.dtype)
 
 
 def _share(decay: Rate, dtype: torch.dtype) -> Rate:
-    """Return the share of the new weight, ``1 - decay``.
+    """Return ``1 - decay``, the weight of the new parameters in the average.
 
     It is small, so it is rounded after the subtraction.
     """
@@ -152,7 +155,7 @@ def _check(name: str, averaged: Param, param: Param) -> None:
     if averaged.shape != param.shape:
         raise ValueError(
             f"`averaged` has shape {tuple(averaged.shape)} for {name!r}, but `params` has {tuple(param.shape)};"
-            " average what was copied from the parameters of the run"
+            " pass an average that started as a copy of the parameters of the run"
         )
     devices = [
         value.factors.b.device if isinstance(value, LowRank) else tensor_of(value).device for value in (averaged, param)
@@ -177,7 +180,7 @@ def _check(name: str, averaged: Param, param: Param) -> None:
     if isinstance(averaged.factors, OneSidedFactors) != isinstance(param.factors, OneSidedFactors):
         raise ValueError(
             f"`averaged` has {type(averaged.factors).__name__} for {name!r}, but `params` has"
-            f" {type(param.factors).__name__}; average what was copied from the parameters of the run"
+            f" {type(param.factors).__name__}; pass an average that started as a copy of the parameters of the run"
         )
     ranks = averaged.factors.b.shape[-1], param.factors.b.shape[-1]
     if ranks[0] != ranks[1]:

@@ -1,7 +1,4 @@
-"""Check that the state of an optimizer fits its parameters.
-
-The roles of its fields say what they mean.
-"""
+"""Check that the state of an optimizer fits the parameters."""
 
 from typing import Any
 
@@ -20,17 +17,18 @@ _PER_VECTOR = ("count", "frozen_for")
 def check_state(opt_state: Any, kind: type, trainable: Trainable, *, eight_bit: bool = False) -> None:
     """Raise if a state has another type, or fields that do not mirror the parameters.
 
-    A moment of another shape would be broadcast. Only types, names, shapes and dtypes are read.
+    Without this check, a moment of a wrong shape could be broadcast silently. Only types, names, shapes, dtypes and
+    devices are read.
 
     Args:
         opt_state: The state.
-        kind: Its type, with roles for its fields.
-        trainable: The parameters.
-        eight_bit: Whether moments may be in 8 bit.
+        kind: The type that the state must have. It declares the roles of its fields.
+        trainable: The trainable parameters by name.
+        eight_bit: Whether moments may be in 8 bits.
 
     Raises:
         TypeError: If a type or dtype is wrong.
-        ValueError: If names or shapes differ.
+        ValueError: If names, shapes or devices differ, or if a moment is in 8 bits and `eight_bit` is False.
     """
     if not isinstance(opt_state, kind):
         raise TypeError(f"`opt_state` is {described(opt_state)}; pass the {kind.__name__} that `init` returned")
@@ -60,9 +58,9 @@ def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eig
 
 
 def _is_moment(state: Any, leaf: Any) -> bool:
-    """Return whether a state is the moment of a parameter.
+    """Return whether a state is a valid moment of a parameter.
 
-    The answer does not say what is wrong.
+    This is a fast check. If it fails, slower checks raise the error.
     """
     if is_factors(leaf):
         is_alike = is_factors(state) and alpha_of(state) == alpha_of(leaf)
@@ -95,7 +93,7 @@ def _sides(argument: str, name: str, state: Any, leaf: Any) -> tuple[Any, ...]:
 
 
 def _shapes(leaf: Any, role: Role) -> list[tuple[int, ...]]:
-    """Return the shapes of the state of a parameter, one for each side."""
+    """Return the shapes that the state of a parameter must have, one for each side."""
     if not is_factors(leaf):
         return [() if role in _PER_VECTOR else tuple(leaf.shape)]
     b, *others = (tuple(side.shape) for side in sides_of(leaf))
@@ -103,12 +101,9 @@ def _shapes(leaf: Any, role: Role) -> list[tuple[int, ...]]:
 
 
 def _check_side(argument: str, name: str, side: Any, like: Any, role: Role, eight_bit: bool) -> None:
-    """Raise if the state of one side does not fit the parameter `like`.
-
-    Its type, dtype and device are compared.
-    """
+    """Raise if the state of one side does not fit `like` in type, dtype and device."""
     if is_eight_bit(side) and not eight_bit:
-        raise ValueError(f"`{argument}` has {name!r} in 8 bit; update it with the optimizer that made the state")
+        raise ValueError(f"`{argument}` has {name!r} in 8 bits; use the optimizer that created this state")
     tensor = side.codes if is_eight_bit(side) else side
     if not isinstance(tensor, Tensor) or not (is_eight_bit(side) or _is_right_dtype(tensor, like, role)):
         raise TypeError(f"`{argument}` has {described(side)} for {name!r}; pass the state that `init` returned")

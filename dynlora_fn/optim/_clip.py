@@ -1,4 +1,4 @@
-"""Clip gradients by their global norm."""
+"""`clip_by_global_norm`: limit the joint norm of all gradients."""
 
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from dynlora_fn.optim._transform import Tree
 
 
 class Clipped(NamedTuple):
-    """Store the result of `clip_by_global_norm`."""
+    """The result of `clip_by_global_norm`."""
 
     grads: Tree
     norm: Float[Tensor, ""]  # before clipping
@@ -26,28 +26,29 @@ class Clipped(NamedTuple):
 def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
     """Scale the gradients so that their joint norm is at most `max_norm`.
 
-    The result equals the one of `torch.nn.utils.clip_grad_norm_`::
+    The result is equal to the result of `torch.nn.utils.clip_grad_norm_`::
 
         grads * min(1, max_norm / (norm + 1e-6))
 
-    Clip before the switch. The gradients of frozen vectors count (arXiv:2406.06564's implementation).
+    Clip before the switch. The norm includes the gradients of frozen vectors, as in the implementation of
+    arXiv:2406.06564.
 
-    Each process has a shard of the gradients of sharded factors. Their squared norms are summed over the processes
-    (four bytes). Collective in that case: call it on every process.
+    For sharded factors, each process has a shard of the gradients, and squared norms are summed over the processes
+    (four bytes). In that case this is collective: call it on every process.
 
     Args:
         grads: The gradients of the trainable parameters by name.
-        max_norm: The largest norm that is left unchanged, at least 0. Infinity only computes the norm.
+        max_norm: The largest norm that is not clipped, at least 0. With infinity, the norm is only computed.
 
     Returns:
-        The clipped gradients, and their norm before clipping.
+        The clipped gradients, and their norm before clipping as a 0-d tensor.
 
     Raises:
-        TypeError: If a gradient is no tensor of a floating dtype, or `max_norm` is no number.
+        TypeError: If a gradient is not a tensor of a floating or complex dtype, or `max_norm` is not a number.
         ValueError: If `max_norm` is negative or NaN.
 
     Numerics: The norm is computed in float32, or in a gradient's dtype if that is wider. Each gradient is multiplied
-    in its dtype.
+        in its dtype.
 
     Example:
         >>> import torch
@@ -87,7 +88,7 @@ def _is_gradient(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-# Dynamo leaves both to AOTAutograd, since it takes longer to trace an operation than to run it.
+# With `allow_in_graph`, AOTAutograd traces this function instead of Dynamo, which takes longer for each operation.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _squares(grads: list[Tensor]) -> list[Tensor]:
     """Return the squared norms of gradients."""

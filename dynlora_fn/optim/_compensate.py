@@ -1,4 +1,4 @@
-"""Fold into the base the part of a gradient that the factors cannot learn."""
+"""`compensate` and `project_gradients`: use gradients of dense weights."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -35,24 +35,25 @@ Normalize: TypeAlias = Literal["spectrum", "rows"]
 def project_gradients(grads: Mapping[str, Tensor], params: Params) -> dict[str, AnyFactors | Tensor]:
     """Convert gradients of dense weights to gradients of the trainable parameters.
 
-    The result equals what `value_and_grad` gives for the factors. With G the gradient at ``materialize(params)``::
+    The result is equal to the gradients of the factors from `value_and_grad`. With G the gradient at
+    ``materialize(params)``::
 
         grad_b = alpha / rank * G a.T,     grad_a = alpha / rank * b.T G
 
     Args:
-        grads: The gradients of the dense weights by name, with the shapes of the weights, stacks included.
-        params: The parameters that the dense weights were materialized from.
+        grads: The gradients of the dense weights by name, (*stack, out, in).
+        params: The parameters from which the dense weights were materialized.
 
     Returns:
-        The gradients by name, factors or a tensor, with the structure of `partition`'s trainable tree. Full-rank
-        parameters keep their gradient.
+        The gradients by name, with the structure of `partition(params).trainable`. Full-rank parameters keep their
+        gradient.
 
     Raises:
-        TypeError: If a gradient is no tensor of a floating dtype.
-        ValueError: If names or shapes of `grads` and `params` differ, or the factors of a weight are sharded.
+        TypeError: If a gradient is not a tensor of a floating dtype.
+        ValueError: If names, shapes or devices of `grads` and `params` differ, or the factors of a weight are sharded.
 
     Numerics: Products are computed in float32, or in a wider dtype of gradient or factors, and rounded once to the
-    dtype of the factors.
+        dtype of the factors.
 
     Example:
         >>> import torch
@@ -102,7 +103,7 @@ def compensate(
     lr: Rate | Mapping[str, Rate],
     normalize: Normalize = "spectrum",
 ) -> LowRank | dict[str, Param]:
-    """Move the bases along the part of the gradient outside the factors' span.
+    """Move the bases along the part of the gradient outside the span of the factors.
 
     Only the bases change. With ``P_b`` and ``P_a`` the projections on the columns of `b` and the rows of `a`, and G the
     gradient of the weight::
@@ -110,44 +111,44 @@ def compensate(
         outside = (1 - P_b) G (1 - P_a)              what a step of the factors misses, to first order
         base = base - lr * normalized(outside)
 
-    Where only `b` is trained, ``outside = G (1 - P_a)``.
+    If only `b` is trained, ``outside = G (1 - P_a)``.
 
-    Fira (arXiv:2410.01623, eq. 9) also adds the part of a gradient that a projection discards. This function neither
-    reads nor keeps optimizer state. A change has the same size at every step, so its growth needs no limit. Fira needs
-    one, because what it adds grows with the gradient. `lr` compares with AdamW's learning rate for the dense weight:
-    if `outside` had full rank, the root mean square of the change's entries would be near `lr`.
+    Fira (arXiv:2410.01623, eq. 9) also adds the part of a gradient that a projection discards. Unlike Fira, this
+    function does not use optimizer state, and its change has the same size at every step. The change of Fira grows with
+    the gradient, so Fira has to limit its growth. `lr` is comparable to the learning rate of AdamW for the dense
+    weight: if `outside` had full rank, the root mean square of the entries of the change would be near `lr`.
 
-    Cost: the gradients of the dense weights must be computed: ``out * in`` numbers for each weight, where factors have
-    ``rank * (out + in)``. Data-parallel training reduces all of them, as full-rank training does. Called only every
-    k-th step, it reduces the k-th part. The projections take about ``4 * rank * out * in`` FLOPs. "spectrum" takes at
-    least ``20 * min(out, in) * out * in`` more.
+    Cost: the gradients of the dense weights must be computed. They have ``out * in`` entries for each weight, and
+    gradients of factors have ``rank * (out + in)``. Data-parallel training has to reduce all of these entries, as
+    full-rank training does, but only in the steps that call this function. The projections take about
+    ``4 * rank * out * in`` FLOPs. "spectrum" takes at least ``20 * min(out, in) * out * in`` more.
 
     Args:
         params: One weight, or a dict of weights by name. Full-rank parameters, and weights without a gradient, are
             returned unchanged.
         grads: The gradients of the dense weights, (*stack, out, in), from `value_and_grad` at ``materialize(params)``.
-            `project_gradients` makes the factors' gradients from the same ones.
+            `project_gradients` converts them to gradients of the factors.
         lr: The learning rate for the dense weight: a number, a 0-d tensor, or a dict of either by name.
-        normalize: The size of the change. "spectrum" brings all singular values of `outside` near
-            ``sqrt(max(out, in))``, which is Muon's direction without momentum. "rows" divides each row by the root mean
-            square of its entries.
+        normalize: How to scale the change. "spectrum" brings all singular values of `outside` near
+            ``sqrt(max(out, in))``, as Muon does without momentum. "rows" divides each row by the root mean square of
+            its entries.
 
     Returns:
         The weight, or the parameters by name, with new bases.
 
     Raises:
-        TypeError: If a gradient is no tensor of a floating dtype, or `lr` is no number.
-        ValueError: If `normalize` is unknown, `lr` is negative or not finite, a gradient does not have its weight's
-            shape, or the factors of a weight are sharded. If a quantized weight is not finite, also in a compiled step.
-            The message names the weight.
+        TypeError: If a gradient is not a tensor of a floating dtype, or `lr` is not a number.
+        ValueError: If `normalize` is unknown, or `lr` is negative or not finite. If a gradient belongs to no parameter,
+            or differs from its weight in shape or device. If the factors of a weight are sharded. If a quantized weight
+            is not finite, also in a compiled step. The message names the weight.
         NotImplementedError: If the change of a quantized weight requires a gradient or has a tangent.
 
     Numerics: Products are computed in float32 or a wider dtype of gradient or factors. The base is rounded once to its
-    dtype. Much of a small change is lost in a plain bfloat16 base, while a quantized base keeps it in its residual (see
-    `quantize`). Vectors that depend linearly on others, zeros included, add nothing to the span. Rows of `outside` that
-    contain only rounding errors count as zeros. Singular values below a hundredth of the norm are raised less.
-    Where vectors depend linearly on others, derivatives are those at a constant rank. Those of rows that count as zeros
-    are zero.
+        dtype. A plain bfloat16 base loses much of a small change, and a quantized base stores it in its residual (see
+        `quantize`). Vectors that depend linearly on other vectors, such as zeros, do not enlarge the span. Rows of
+        `outside` that contain only rounding errors are set to zero. Singular values below a hundredth of the norm end
+        below the others. Derivatives are computed for factors of constant rank, and are zero for rows that are set to
+        zero.
 
     Example:
         >>> from torch import nn
@@ -202,12 +203,12 @@ def _check_gradient(name: str, grad: Any, param: Param) -> None:
 def _outside_span(factors: AnyFactors, grad: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
     """Return ``(1 - P_b) grad (1 - P_a)``.
 
-    Where only `b` is trained, return ``grad (1 - P_a)``. Rows that contain only rounding errors become zero.
+    If only `b` is trained, return ``grad (1 - P_a)``. Rows that contain only rounding errors become zero.
     """
     wide = widest(grad.dtype, factors.b.dtype, factors.a.dtype)
     grad, columns, rows = grad.to(wide), _projection(factors.b.to(wide)), _projection(factors.a.to(wide).mT)
     outside = grad
-    for _ in range(2):  # the second pass removes the rounding errors of the first, which may exceed what is left
+    for _ in range(2):  # the second pass removes rounding errors of the first, which may exceed the result
         if not isinstance(factors, OneSidedFactors):
             outside = outside - columns.left @ (columns.right @ outside)
         outside = outside - (outside @ rows.right.mT) @ rows.left.mT
@@ -221,8 +222,8 @@ class _Projection(NamedTuple):
 
 
 def _projection(columns: Float[Tensor, "*stack n rank"]) -> _Projection:
-    """Return factors of the projection on the span of columns."""
-    if is_attached(columns):  # the derivative of a QR decomposition is infinite where columns depend on others
+    """Return two matrices whose product is the projection on the span of columns."""
+    if is_attached(columns):  # the derivative of a QR decomposition is infinite if columns are linearly dependent
         return _Projection(columns, torch.linalg.pinv(columns))
     orthonormal = _orthonormal(columns)
     return _Projection(orthonormal, orthonormal.mT)
@@ -231,9 +232,9 @@ def _projection(columns: Float[Tensor, "*stack n rank"]) -> _Projection:
 def _orthonormal(columns: Float[Tensor, "*stack n rank"]) -> Float[Tensor, "*stack n rank"]:
     """Return orthonormal columns with the same span.
 
-    Columns that depend linearly on earlier ones become zero.
+    Columns that depend linearly on earlier columns become zero.
     """
-    # Zeros go last. A decomposition would give them directions, and take these out of all later columns.
+    # Columns of zeros go last. QR gives them arbitrary directions, and would remove these from all later columns.
     is_zero = (columns == 0).all(-2, keepdim=True)  # (*stack, 1, rank)
     columns = columns.gather(-1, is_zero.to(torch.uint8).argsort(stable=True).expand(columns.shape))
     orthonormal, triangle = torch.linalg.qr(columns)

@@ -12,10 +12,9 @@ from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_up
 
 
 def in_real_numbers(inner: Transform) -> Transform:
-    """Wrap an optimizer so that it sees real tensors only.
+    """Wrap an elementwise optimizer so that it gets only real tensors.
 
-    The optimizer must treat every entry separately. A complex tensor (*shape) is a real one (*shape, 2) for `inner` and
-    in its state. Its update is complex.
+    `inner` and its state have a real tensor (*shape, 2) for each complex parameter (*shape). The update is complex.
     """
 
     def init(trainable: Trainable) -> Any:

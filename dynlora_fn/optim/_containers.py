@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    """One step of a path: a field of a record, or a key or index of another container."""
+    """One step of a path: a field of a record, or a key or index of a container."""
 
     is_field: bool
     key: Any
@@ -25,7 +25,7 @@ def render(path: Path) -> str:
 
 
 def children(node: Any) -> list[tuple[Step, Any]] | None:
-    """Return the children of a container, or None for anything else."""
+    """Return the children of a container with their steps, or None for other objects."""
     if isinstance(node, MutableMapping):
         return [(Step(False, key), child) for key, child in node.items()]
     if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -38,10 +38,7 @@ def children(node: Any) -> list[tuple[Step, Any]] | None:
 
 
 def rebuild(node: Any, values: list[Any]) -> Any:
-    """Return a container of the type of `node` with other children, in order.
-
-    `children` gives the order.
-    """
+    """Return a container like `node` with other children, in the order of `children`."""
     if isinstance(node, MutableMapping):
         return _rebuild_mapping(node, dict(zip(node, values, strict=True)))
     if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -80,10 +77,7 @@ def hidden_attributes(node: Any) -> dict[str, Any]:
 
 
 def contains_tensors(node: Any) -> bool:
-    """Return whether tensors can be reached from an object.
-
-    Its attributes and containers are searched.
-    """
+    """Return whether tensors can be reached through attributes and containers."""
     queue, visited = [node], set()
     while queue:
         item = queue.pop()

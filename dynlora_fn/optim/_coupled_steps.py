@@ -1,4 +1,4 @@
-"""Orthogonalize the change of a low-rank weight, to which both sides contribute."""
+"""The coupled steps of Muon: orthogonalize the change of a low-rank weight."""
 
 import torch
 from jaxtyping import Float
@@ -14,16 +14,16 @@ _AGAIN: Table = ((1.875, -1.25, 0.375),) * 2
 def coupled_steps(grams: Grams, *, table: Table, projections: int) -> Steps:
     """Return the steps of LoRA-TSD (arXiv:2609.02734).
 
-    A change of the weight to first order lies in the tangent space of the weights of this rank. In it, `projections`
-    times, the direction is orthogonalized and projected back. With orthonormal ``Q_b = b S_b.T``, ``Q_a = S_a a``::
+    To first order, factors can only change the weight within a tangent space. The direction is orthogonalized and
+    projected back to this space, `projections` times. With orthonormal ``Q_b = b S_b.T``, ``Q_a = S_a a``::
 
         U = M_b S_a.T = Q_b C_u + E_u R_u,     V = S_b M_a = C_v Q_a + R_v.T E_v
         change = Q_b K11 Q_a + E_u K21 Q_a + Q_b K12 E_v,     K = [[(C_u + C_v) / 2, R_v.T], [R_u, 0]]
 
-    The change is orthogonalized with K, and projected by zeros in its last block. The steps are those of both factors
-    that change the weight so. K11 is divided among them.
+    Orthogonalizing K orthogonalizes the change, and setting the last block of K to zero projects it. The result has the
+    steps of both factors that cause this change. Each factor contributes half of K11.
     """
-    assert grams.mixed is not None  # coupled steps have them
+    assert grams.mixed is not None  # computed for coupled steps
     whitening = whitening_of(grams.factors)
     of_a, of_b = whitening
     core = of_b @ grams.mixed @ of_a.mT  # C_u, C_v
@@ -45,15 +45,15 @@ def coupled_steps(grams: Grams, *, table: Table, projections: int) -> Steps:
 def _remaining(grams: Grams, whitening: Tensor, core: Tensor) -> Float[Tensor, "2 *stack rank rank"]:
     """Return ``R_u.T R_u`` and ``R_v.T R_v``.
 
-    They are the Gram matrices of what `core` leaves of the directions.
+    These are the Gram matrices of the parts of the directions outside `core`.
     """
     whitened = whitening @ with_floor(grams.directions) @ whitening.mT
     inside = torch.stack([core[0].mT @ core[0], core[1] @ core[1].mT])
-    # The difference has the errors of both, which a factor with nearly dependent vectors enlarges.
+    # The difference has the rounding errors of both terms, which nearly dependent vectors in a factor enlarge.
     square = whitening.square().sum((-2, -1), keepdim=True)
     condition = square * trace(grams.factors) / whitening.shape[-1] ** 2
     floor = with_floor(whitened, condition.sum(0)) - whitened
-    # Directions may be zero, and factors too, where the whitening is so large that its product would be infinite.
+    # Directions may be zero. Factors may be zero too, and then the whitening is so large that a product is infinite.
     return whitened - inside + floor + torch.finfo(core.dtype).tiny * (1 + square) * identity_like(core)
 
 

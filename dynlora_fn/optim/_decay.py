@@ -1,4 +1,4 @@
-"""Decay weights, whatever their bases are."""
+"""`decay`: decoupled weight decay of low-rank weights and tensors."""
 
 from collections.abc import Mapping
 from typing import overload
@@ -24,15 +24,15 @@ def decay(params: Params, rate: Rate | Mapping[str, Rate]) -> dict[str, Param]: 
 def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | dict[str, Param]:
     """Multiply weights by ``1 - rate``.
 
-    This is the decoupled weight decay of arXiv:1711.05101, with ``rate = lr * weight_decay``. It is exact however often
+    This is the decoupled weight decay of arXiv:1711.05101, with ``rate = lr * weight_decay``. It stays exact when
     vectors are switched, because base and product decay together::
 
         weight = base + alpha / rank * b @ a,     base *= 1 - rate,     b *= 1 - rate
 
-    A decay of the factors is another method: it pulls the weight to its base, and a switched weight grows.
+    Decay of the factors is another method. It pulls the weight to its base, and a switched weight grows.
 
-    Call it before `apply_updates`, as `torch.optim.AdamW` decays before it adds the update. Whether a switch comes
-    before or after it makes no difference.
+    Call this before `apply_updates`, because `torch.optim.AdamW` decays before it adds the update. A switch may come
+    before or after it.
 
     Args:
         params: One parameter, or a dict of parameters by name. Full-rank tensors decay too.
@@ -41,17 +41,17 @@ def decay(params: Param | Params, rate: Rate | Mapping[str, Rate]) -> Param | di
             compiled step.
 
     Returns:
-        The parameter, or the parameters by name, with their structure, shapes and dtypes.
+        The parameter, or the parameters by name, with the same structure, shapes and dtypes.
 
     Raises:
-        TypeError: If `rate` is no real number, or a parameter neither a `LowRank` nor a tensor.
+        TypeError: If `rate` is not a real number, or a parameter is neither a `LowRank` nor a tensor.
         ValueError: If a number is not from 0 to 1, a tensor is not 0-d, or the dict has a name that is not in `params`.
             Also if a tensor is not floating, such as a counter, which would be rounded.
         NotImplementedError: If a quantized base or its rate requires a gradient or has a tangent.
 
-    Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9`` a tensor in
-    bfloat16 keeps its values, and a bfloat16 residual until the next fold. A quantized base multiplies its scales, so
-    that no code is rounded again, where its format allows (see `quantize`).
+    Numerics: Products are computed in float32 or a wider dtype, and rounded once. At rates below ``2**-9``, rounding
+        keeps a bfloat16 tensor unchanged. A quantized base multiplies only its scales if its format allows it, so codes
+        are not rounded again. A residual in bfloat16 is then rounded up or down at random.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ def _decay(name: str, param: Param, rate: Rate) -> Param:
 
 
 def _remainder(name: str, rate: Rate, device: torch.device, dtype: torch.dtype) -> Rate:
-    """Return ``1 - rate``, on the device and in `dtype` if it is a tensor."""
+    """Return ``1 - rate``. A tensor is moved to the device and dtype."""
     rate = check_rate("rate", rate, most=1, of=name)
     if not isinstance(rate, Tensor):
         return 1 - rate

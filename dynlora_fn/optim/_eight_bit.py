@@ -1,7 +1,7 @@
-"""Store an optimizer's moments in 8 bit, in plain tensors.
+"""Moments of an optimizer in 8 bits, in plain tensors.
 
-The format is torchao's (arXiv:2110.02861). Blocks of 256 consecutive numbers share a scale. The code tables of both
-kinds contain zero exactly, whatever the scale, so a vector can be reset without changing other numbers of its blocks.
+The format is torchao's (arXiv:2110.02861). Blocks of 256 consecutive entries share a scale. Both tables of values
+contain zero, so a vector can be reset exactly without changing other entries of its blocks.
 """
 
 from functools import partial
@@ -18,18 +18,18 @@ from dynlora_fn.bases import _torchao
 from dynlora_fn.bases._torchao import decode_8bit, encode_8bit
 
 _BLOCK = 256
-_MIN_NUMEL = 4096  # torchao keeps smaller tensors in full precision, and those that the blocks do not divide
+_MIN_NUMEL = 4096  # torchao keeps smaller tensors in full precision, and tensors that blocks do not divide
 
 
 class SignedMoment(NamedTuple):
-    """Store a mean of gradients, in the inner tensors of torchao's OptimState8bit."""
+    """A mean of gradients in 8 bits: the inner tensors of torchao's OptimState8bit."""
 
     codes: UInt8[Tensor, "*shape"]
     scale: Float[Tensor, " blocks"]
 
 
 class UnsignedMoment(NamedTuple):
-    """Store a mean of squared gradients, in the inner tensors of OptimState8bit."""
+    """A mean of squared gradients in 8 bits: the inner tensors of OptimState8bit."""
 
     codes: UInt8[Tensor, "*shape"]
     scale: Float[Tensor, " blocks"]
@@ -40,7 +40,7 @@ _Moment = SignedMoment | UnsignedMoment
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _values(is_signed: bool) -> tuple[float, ...]:
-    """Return the values of the 256 codes, to be multiplied by a scale."""
+    """Return the values of the 256 codes, before they are multiplied by a scale."""
     with torch.device("cpu"):  # torchao computes them with tensors
         return tuple(_torchao.get_qmap_signed() if is_signed else _torchao.get_qmap_unsigned())
 
@@ -53,8 +53,8 @@ def _table(moment: _Moment) -> Tensor:
 def empty_moments(leaf: Any, kind: type[_Moment]) -> Any:
     """Return zeros for the moment of a tensor or of factors.
 
-    They are codes for tensors that are large enough, else float32 or the tensor's dtype if that is wider. Shards that
-    differ in size are never codes, because blocks might divide them on some processes only.
+    Large tensors get codes. Other tensors get float32, or the tensor's dtype if that is wider. Shards that differ in
+    size between processes never get codes, because blocks might divide them only on some processes.
     """
     if not isinstance(leaf, ShardedFactors):
         return tree_map(partial(_empty_moment, kind=kind), leaf)
@@ -75,7 +75,7 @@ def _empty_moment(leaf: Tensor, kind: type[_Moment], *, is_even: bool = True) ->
 
 
 def decode_moments(tree: Any) -> Any:
-    """Return the tree with float32 tensors in place of codes."""
+    """Decode all 8-bit moments of a tree to float32."""
 
     def decode(leaf: Any) -> Any:
         return decode_8bit(leaf.codes, _table(leaf), leaf.scale) if isinstance(leaf, _Moment) else leaf
@@ -84,12 +84,17 @@ def decode_moments(tree: Any) -> Any:
 
 
 def encode_moments(tree: Any, like: Any, name: str) -> Any:
-    """Return a moment of the parameter `name` with codes wherever `like` has them.
+    """Encode the sides of a moment that `like` has as codes.
 
-    Scales are float32, whatever dtype the moment was computed in.
+    Scales are in float32, also for a moment that was computed in a wider dtype.
+
+    Args:
+        tree: The moment of one parameter, a tensor or factors.
+        like: The moment before the update.
+        name: The name of the parameter, for error messages.
 
     Raises:
-        NotImplementedError: If what becomes codes requires a gradient or has a tangent.
+        NotImplementedError: If a tensor to encode requires a gradient or has a tangent.
     """
 
     def encode(old: Any, leaf: Tensor) -> Any:
@@ -102,13 +107,13 @@ def encode_moments(tree: Any, like: Any, name: str) -> Any:
             )
         return type(old)(*encode_8bit(leaf.float().contiguous(), _table(old), _BLOCK))
 
-    if is_factors(like):  # two trees in one `tree_map` are what Dynamo of torch 2.11 cannot compare
+    if is_factors(like):  # not `tree_map` of two trees, which Dynamo of torch 2.11 cannot compare
         return with_sides(tree, [*map(encode, sides_of(like), sides_of(tree))])
     return encode(like, tree)
 
 
 def reset_moment(moment: _Moment, is_reset: Tensor) -> _Moment:
-    """Set numbers to exactly zero where `is_reset`. All other bits stay.
+    """Set entries to exactly zero where `is_reset` is true, and keep all other bits.
 
     `is_reset` broadcasts against the codes.
     """
@@ -117,10 +122,10 @@ def reset_moment(moment: _Moment, is_reset: Tensor) -> _Moment:
 
 
 def moment_shape(moment: Any) -> tuple[int, ...]:
-    """Return the shape of a moment, in 8 bit or not."""
+    """Return the shape of a moment, also of an 8-bit moment."""
     return tuple((moment.codes if is_eight_bit(moment) else moment).shape)
 
 
 def is_eight_bit(leaf: Any) -> bool:
-    """Return whether a moment is in 8 bit."""
+    """Return whether a moment is stored in 8 bits."""
     return isinstance(leaf, _Moment)

@@ -1,8 +1,8 @@
 """Apply an elementwise formula to all tensors of trees, in few operations.
 
-Trees are by parameter name. Where operations run at once, tensors are joined in `Leaves`, in batches of limited size,
-so that temporaries stay small. A larger tensor is split into blocks. Everywhere else the formula is applied to each
-tensor in turn.
+Trees are by parameter name. In eager mode, small tensors are joined in `Leaves` and large tensors are split into
+blocks, of limited size, so that temporaries stay small. If operations are traced or differentiated, the formula is
+applied to each tensor in turn.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from dynlora_fn._core._torch import are_immediate
 from dynlora_fn._core._types import Factors, is_factors, sides_of, with_sides
 from dynlora_fn.optim._leaves import FlatLeaves, Leaves
 
-# Numbers of a tensor in a batch. On a CPU they should fit into its caches, on CUDA they should occupy it.
+# The entries of a batch. On a CPU they should fit into its caches, on CUDA they should occupy the device.
 _MOST_ON_CPU = 2**18
 _MOST_ON_CUDA = 2**24
 
@@ -27,23 +27,24 @@ _Column: TypeAlias = Sequence[Any]  # the leaves of a tree
 
 
 def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that applies an elementwise formula to trees.
+    """Return a decorator that makes a function of trees from an elementwise formula.
 
-    Trees are by parameter name. The formula is called as ``formula(*settings, *operands, *small)``. It may use the
-    operations that `Leaves` has, and for `small` those of `FlatLeaves`. What it returns has the shape of the first
-    operand.
+    The formula is called as ``formula(*settings, *operands, *small)``, for one tensor or for joined tensors. It may use
+    the operations of `Leaves` on its operands, and the operations of `FlatLeaves` on `small`. Its result must have the
+    shape of the first operand.
 
-    The function is called as ``function(tree, *others, small=None, settings=None)``. `tree` and `others` are full-rank
-    tensors or factors by name. So is `small`, whose tensors have few numbers, such as counts. `settings` is a function
-    from a name to a tuple of numbers or 0-d tensors. The function returns a tree with the structure of `tree`.
+    The decorated function is called as ``function(tree, *others, small=None, settings=None)``. `tree` and `others` are
+    full-rank tensors or factors by name. `small` is such a tree too, but its tensors have few entries, for example
+    counts. `settings` maps a name to a tuple of numbers or 0-d tensors. The result is a tree with the structure of
+    `tree`.
 
     Args:
-        results: How many results the formula returns. With more than one, the function returns as many trees.
-        can_join: Whether the formula is limited to the operations of `Leaves`.
+        results: The number of results of the formula. If it is larger than 1, the function returns a tuple of trees.
+        can_join: Whether the formula uses only operations of `Leaves` and `FlatLeaves`.
     """
 
     def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
-        # Dynamo leaves both to AOTAutograd, since it takes longer to trace an operation than to run it.
+        # With `allow_in_graph`, AOTAutograd traces both functions instead of Dynamo, which takes longer.
         @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
         def in_turn(rows: Sequence[_Row]) -> list[Any]:
             return [formula(*row) for row in rows]
@@ -83,9 +84,9 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
 
 
 def _is_traced(column: _Column) -> bool:
-    """Return whether Dynamo traces leaves that it can pass on.
+    """Return whether Dynamo traces and can pass the leaves to a function in the graph.
 
-    Leaves with constants, such as shards, are not such.
+    It cannot pass leaves with constants, such as sharded factors.
     """
     others = [leaf for leaf in column if not isinstance(leaf, Tensor | Factors)]
     return torch.compiler.is_dynamo_compiling() and not others
@@ -102,7 +103,7 @@ def _rows(columns: Sequence[_Column], options: Sequence[_Row]) -> list[_Row]:
 
 
 def _rebuilt(column: _Column, results: Sequence[Tensor]) -> _Column:
-    """Return leaves as in `column` with other tensors."""
+    """Return leaves with the structure of `column` and other tensors."""
     following = iter(results)
     new: list[Any] = []
     for leaf in column:
@@ -114,7 +115,7 @@ def _rebuilt(column: _Column, results: Sequence[Tensor]) -> _Column:
 
 
 def _in_batches(formula: Callable[..., Any], rows: Sequence[_Row], operands: int, *, has_small: bool) -> list[Any]:
-    """Return the results of a formula for rows of tensors at once.
+    """Apply a formula to rows of tensors, with one call for each batch of rows.
 
     A row has settings, then `operands` tensors, then the small tensor if there is one. The first operand has the shape
     of the result.
@@ -139,9 +140,9 @@ def _in_batches(formula: Callable[..., Any], rows: Sequence[_Row], operands: int
 
 
 def _batches(rows: Sequence[_Row], first: int) -> Iterator[list[int]]:
-    """Yield positions of rows with equal settings, dtypes and devices.
+    """Yield the positions of rows that form one batch.
 
-    Together they are of limited size.
+    Its rows have equal settings, dtypes and devices, and a limited size in total.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for position, row in enumerate(rows):
@@ -160,7 +161,7 @@ def _most(tensor: Tensor) -> int:
 
 
 def _in_blocks(formula: Callable[..., Any], row: _Row, first: int) -> Any:
-    """Return the result of a formula for one tensor, in blocks if it is large."""
+    """Apply a formula to one row, in blocks if its tensor is large."""
     like = row[first]
     if like.numel() <= _most(like):
         return formula(*row)
@@ -177,7 +178,7 @@ def _in_blocks(formula: Callable[..., Any], row: _Row, first: int) -> Any:
 
 
 def _blocks(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
-    """Yield the indices of blocks of at most `most` numbers, which cover a tensor."""
+    """Yield the indices of blocks of at most `most` entries, which cover a tensor."""
     if prod(shape) <= most or not shape:
         yield tuple(slice(None) for _ in shape)
         return
@@ -188,7 +189,7 @@ def _blocks(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
 
 
 def _part(operand: Tensor, like: Tensor, index: tuple[slice, ...]) -> Tensor:
-    """Return the part of an operand that a block needs. Axes that are broadcast stay."""
+    """Return the part of an operand for a block. Axes that are broadcast are not cut."""
     axes = range(like.ndim - operand.ndim, like.ndim)
     return operand[
         tuple(

@@ -1,7 +1,4 @@
-"""Take Muon's step of a low-rank weight, through Gram matrices.
-
-They are the Gram matrices of factors and directions.
-"""
+"""Muon's updates of factors, from Gram matrices of factors and directions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,36 +15,43 @@ from dynlora_fn.optim._polynomial import Table, identity_like, polynomial_of_gra
 from dynlora_fn.optim._roots import square_root
 from dynlora_fn.optim._transform import Rate
 
-_DAMPING = 1e-3  # of the mean square of a factor's vectors, so that nearly dependent vectors do not move further
-_MAX_RELATIVE_STEP = 0.1  # of the sum of both factors' norms
+_DAMPING = 1e-3  # relative to the mean square of a factor's vectors; limits the steps of nearly dependent vectors
+_MAX_RELATIVE_STEP = 0.1  # relative to the sum of the norms of both factors
 
 
 class Grams(NamedTuple):
-    """Store products of tall matrices.
+    """Products of the tall matrices of one weight: factors and directions.
 
-    The first of a pair is for the step of `b`, the second for the step of `a`.
+    The first of each pair is for the step of `b`, and the second for the step of `a`.
     """
 
-    factors: Float[Tensor, "2 *stack rank rank"]  # a a.T, b.T b: the other side's Gram matrix
+    factors: Float[Tensor, "2 *stack rank rank"]  # a a.T, b.T b: the Gram matrix of the other side
     directions: Float[Tensor, "2 *stack rank rank"]  # M_b.T M_b, M_a M_a.T
     mixed: Float[Tensor, "2 *stack rank rank"] | None = None  # b.T M_b, M_a a.T, for coupled steps
 
 
 class Steps(NamedTuple):
-    """Store the multipliers of both sides: ``M_b X_b + b Y_b``, ``X_a M_a + Y_a a``."""
+    """The steps ``M_b X_b + b Y_b`` and ``X_a M_a + Y_a a``, as their small matrices."""
 
     of_directions: Float[Tensor, "2 *stack rank rank"]  # X_b, X_a
-    squares: Float[Tensor, "2 *stack 1 1"]  # of the steps' Frobenius norms
+    squares: Float[Tensor, "2 *stack 1 1"]  # the squared Frobenius norms of the steps
     of_factors: Float[Tensor, "2 *stack rank rank"] | None = None  # Y_b, Y_a; None means zero
 
 
 def factor_updates(
     directions: AnyFactors, factors: AnyFactors, rate: Rate, find_steps: Callable[[Grams], Steps], *, is_coupled: bool
 ) -> AnyFactors:
-    """Return the updates of both factors. Their norms are limited.
+    """Return the updates of both factors, with limited norms.
 
-    Each tall matrix is read for its Gram matrix and for its product with a small matrix. The Gram matrices of sharded
-    factors are summed over the processes.
+    Each tall matrix is read twice, for its Gram matrix and for its product with a small matrix. The Gram matrices of
+    sharded factors are summed over the processes. In that case this is collective: call it on every process.
+
+    Args:
+        directions: The directions M_b and M_a, which contain the momentum.
+        factors: The factors.
+        rate: The learning rate.
+        find_steps: The function that computes the steps from the Gram matrices.
+        is_coupled: Whether `find_steps` needs the mixed products of factors and directions.
     """
     sharding = factors.sharding if isinstance(factors, ShardedFactors) else None
     sum_over_processes = partial(all_reduce, group=sharding.group) if sharding else _identity
@@ -72,9 +76,9 @@ def factor_updates(
 
 
 def separate_steps(grams: Grams, *, table: Table) -> Steps:
-    """Return the steps that orthogonalize each side by itself.
+    """Return the steps that orthogonalize each side separately.
 
-    The other factor's Gram matrix whitens each side.
+    Each side is whitened with the Gram matrix of the other factor.
     """
     whitening = whitening_of(grams.factors)
     whitened = whitening @ with_floor(grams.directions) @ whitening.mT
@@ -86,14 +90,14 @@ def separate_steps(grams: Grams, *, table: Table) -> Steps:
 def whitening_of(grams: Float[Tensor, "2 *stack rank rank"]) -> Float[Tensor, "2 *stack rank rank"]:
     """Return S for both factors, where ``S.T S`` inverts the damped Gram matrix."""
     size = trace(grams) / grams.shape[-1]
-    # A factor that is zero is damped by the other side's size.
+    # If a factor is zero, its damping is relative to the size of the other factor.
     damping = _DAMPING * (size + _DAMPING * size.flip(0))
-    min_damping = torch.finfo(grams.dtype).eps ** 4  # keeps the sum invertible where both factors are zero
+    min_damping = torch.finfo(grams.dtype).eps ** 4  # keeps the sum invertible if both factors are zero
     return inverse_triangle(grams + (damping + min_damping) * identity_like(grams))[1]
 
 
 def inverse_triangle(gram: Float[Tensor, "*stack n n"]) -> tuple[Tensor, Tensor]:
-    """Return the triangle L with ``L L.T = gram``, and its inverse."""
+    """Return the lower triangular L with ``L L.T = gram``, and its inverse."""
     triangle: Tensor = torch.linalg.cholesky_ex(gram).L
     identity = identity_like(gram).expand_as(triangle)
     inverse: Tensor = torch.linalg.solve_triangular(triangle, identity, upper=False)
@@ -101,10 +105,7 @@ def inverse_triangle(gram: Float[Tensor, "*stack n n"]) -> tuple[Tensor, Tensor]
 
 
 def _limit(grams: Grams, norms: Float[Tensor, "2 *stack 1 1"], rate: Rate) -> Float[Tensor, "2 *stack 1 1"]:
-    """Return by what the steps of these norms are multiplied.
-
-    So the updates are not too long.
-    """
+    """Return the factors of at most 1 that limit the norms of the updates."""
     max_norm = _MAX_RELATIVE_STEP * square_root(trace(grams.factors)).sum(0)
     factor: Tensor = max_norm / (rate * norms).clamp(min=torch.finfo(norms.dtype).tiny)
     return factor.clamp(max=1)

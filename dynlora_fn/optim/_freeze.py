@@ -1,4 +1,4 @@
-"""Freeze factor vectors for some updates, around any optimizer."""
+"""`freeze_counterparts`: freeze factor vectors in any optimizer."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -16,10 +16,10 @@ from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_tr
 
 
 class FreezeState(NamedTuple):
-    """Store the state of `freeze_counterparts`."""
+    """The state of `freeze_counterparts`."""
 
     inner: Any  # the state of the wrapped optimizer
-    # int32, ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``: updates for which each vector stays frozen
+    # the updates for which each vector stays frozen, int32: ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``
     frozen_for: dict[str, AnyFactors]
 
 
@@ -29,23 +29,24 @@ register_state(FreezeState, {"frozen_for": "frozen_for"})
 def freeze_counterparts(inner: Transform) -> Transform:
     """Wrap an optimizer so that it does not move frozen vectors.
 
-    The wrapped optimizer gets a zero gradient for a frozen vector, and its update of the vector is replaced by zero.
-    So a vector does not move for exactly as many updates as `project_optimizer_state` sets after a switch, whatever
-    the optimizer does with the vector's state (arXiv:2406.06564, section 3.3). `adamw`, `sgd`, `lion` and `muon` are
-    already wrapped. To freeze the vectors of a chain of transforms, wrap the chain, not its members.
+    The wrapped optimizer gets a zero gradient for a frozen vector, and its update of the vector is replaced by zero. So
+    a vector does not move for exactly as many updates as `project_optimizer_state` sets after a switch. This does not
+    depend on what the optimizer does with the state of the vector (arXiv:2406.06564, section 3.3). The optimizers of
+    `dl.optim` are already wrapped. To freeze vectors in a chain of transforms, wrap the chain and not its members.
 
     Args:
-        inner: The optimizer. Its state may be of any kind that `project_optimizer_state` can project.
+        inner: The optimizer. Its state may be any state that `project_optimizer_state` can project.
 
     Returns:
-        The optimizer, with a `FreezeState`.
+        The optimizer. Its state is a `FreezeState` around the state of `inner`.
 
     Raises:
-        TypeError: If `inner` is no `Transform`. In `init` and `update`, if a leaf is no tensor of a floating dtype.
-        ValueError: In `update`, if the names or shapes of `grads` or of the state are not those of `trainable`, or `lr`
-            is negative or not finite.
+        TypeError: If `inner` is not a `Transform`. In `init` and `update`, if a leaf is not a tensor of a floating or
+            complex dtype.
+        ValueError: In `update`, if `grads` or the state does not have the names and shapes of `trainable`, or `lr` is
+            negative or not finite.
 
-    Example: Gradients without any other optimizer.
+    Example: An optimizer that returns the gradients as updates.
         >>> import torch
         >>> from dynlora_fn.optim import Transform, Updates
         >>> plain = Transform(
@@ -88,7 +89,7 @@ def freeze_counterparts(inner: Transform) -> Transform:
 def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, AnyFactors], moving: Collection[str] = ()) -> Tree:
     """Return gradients or updates with zeros for frozen vectors.
 
-    No vector of the weights `moving` is frozen.
+    Weights in `moving` have no frozen vectors, so they are returned unchanged.
     """
     factors = {name: leaf for name, leaf in tree.items() if is_factors(leaf) and name not in moving}
     return {**tree, **_zero_where_frozen(factors, small=frozen_for)}
@@ -116,7 +117,7 @@ def _no_vectors_frozen(trainable: Trainable) -> dict[str, AnyFactors]:
 def _names_that_move(frozen_for: Mapping[str, AnyFactors]) -> set[str]:
     """Return the names of weights whose counters are all zero.
 
-    Only counters that the host can read at once are looked at.
+    If the host would have to wait for the counters, or is tracing, no names are returned.
     """
     sides = [(name, side) for name, counts in frozen_for.items() for side in sides_of(counts)]
     counts = [side for _, side in sides]
@@ -129,7 +130,7 @@ def _names_that_move(frozen_for: Mapping[str, AnyFactors]) -> set[str]:
 
 @elementwise()
 def _count_down(frozen_for: Any) -> Any:
-    """Return the counters after one update. They stop at zero."""
+    """Return the counters after one update, at least zero."""
     return (frozen_for - 1).clamp(min=0)
 
 

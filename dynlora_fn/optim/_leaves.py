@@ -1,6 +1,6 @@
-"""Lists of tensors in elementwise formulas, as if each list were one tensor.
+"""Lists of tensors that elementwise formulas treat as one tensor.
 
-Every operation of a formula is then one call for the whole list. Its bits are those of the operation on each tensor,
+Each operation of a formula is then one call for the whole list. The bits are the same as from a formula on each tensor,
 because the same operations run in the same order.
 """
 
@@ -30,7 +30,7 @@ from dynlora_fn._core._torch import (
 class Leaves:
     """A list of tensors of one dtype.
 
-    An operand is a number, a 0-d tensor, or as many tensors.
+    The other operand of an operation is a number, a 0-d tensor, or a list of the same length.
     """
 
     __slots__ = ("tensors",)
@@ -76,10 +76,7 @@ class Leaves:
 
 
 class _SpentLeaves(Leaves):
-    """Leaves whose memory takes the result of the next operation.
-
-    It is a sum, product or quotient, and must have their dtype.
-    """
+    """Leaves that the next sum, product or quotient overwrites, if it has their dtype."""
 
     __slots__ = ()
 
@@ -103,18 +100,19 @@ class _SpentLeaves(Leaves):
 
 
 def spent(result: Any) -> Any:
-    """Return a result that nothing else reads.
+    """Mark a result that only the next operation reads, so that it may be overwritten.
 
-    So the next operation on `Leaves` may overwrite it. The result must be of an operation that allocates memory, not of
-    `to`. Tensors are returned unchanged, so that a formula has the same graph and derivatives.
+    The result must come from an operation that allocates memory, and not from `to`. Tensors are returned unchanged, so
+    that a formula on tensors has the same graph and derivatives.
     """
     return _SpentLeaves(result.tensors) if isinstance(result, Leaves) else result
 
 
 class FlatLeaves:
-    """A list of small tensors, which are copied into one for operations on them.
+    """A list of small tensors, copied into one tensor for operations on them.
 
-    It may be the divisor of `Leaves`. Equal numbers, as counts without switches are, become one.
+    It can be the divisor of `Leaves`. If all entries are equal, as counts are without switches, one number replaces
+    them.
     """
 
     __slots__ = ("flat", "like")
@@ -156,11 +154,11 @@ class FlatLeaves:
 
 
 def _operand(other: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return an operand of an operation on a list of tensors."""
+    """Convert an operand for an operation on a list of tensors."""
     if isinstance(other, Leaves | FlatLeaves):
         return other.tensors if isinstance(other, Leaves) else other.operand
     dtype = tensors[0].dtype
-    is_exact = dtype.is_floating_point == isinstance(other, float) and dtype.itemsize > 2  # narrow ones would round it
+    is_exact = dtype.is_floating_point == isinstance(other, float) and dtype.itemsize > 2  # half precision rounds it
     if isinstance(other, int | float) and is_exact and tensors[0].is_cpu:
-        return torch.tensor(other, dtype=dtype, device="cpu")  # torch would make it for each tensor of the list again
+        return torch.tensor(other, dtype=dtype, device="cpu")  # once, and not for each tensor of the list
     return other

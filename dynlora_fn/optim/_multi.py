@@ -1,4 +1,4 @@
-"""Use several optimizers at once, each for some of the parameters."""
+"""`multi_transform`: use several optimizers, each for some of the parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,22 +14,23 @@ from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_tr
 def multi_transform(
     transforms: Mapping[str, Transform], choose: Callable[[str, AnyFactors | Tensor], str]
 ) -> Transform:
-    """Create an optimizer that applies another transform to each parameter.
+    """Create an optimizer that applies a chosen transform to each parameter.
 
-    Every parameter gets the update that its transform would give it if it were the only one. The interface
-    is optax's `multi_transform`.
+    Each transform updates the parameters that `choose` assigns to it, as if there were no others. The interface is like
+    `multi_transform` of optax.
 
     Args:
         transforms: The optimizers by key.
-        choose: The function that maps a parameter's name and leaf to a key of `transforms`.
+        choose: A function that returns a key of `transforms` for the name and leaf of a parameter.
 
     Returns:
-        The optimizer. Its state is a dict of the transforms' states by key.
+        The optimizer. Its state is a dict of the states of the transforms by key.
 
     Raises:
-        TypeError: If one of `transforms` is no `Transform`, or `choose` is no function.
-        ValueError: In `init` and `update`, if `choose` returns a key that `transforms` does not have. In `update`, if
-            `grads` does not have the names and shapes of `trainable`, or `opt_state` not the keys of `transforms`.
+        TypeError: If one of `transforms` is not a `Transform`, or `choose` is not a function.
+        ValueError: If `transforms` is not a dict. In `init` and `update`, if `choose` returns a key that `transforms`
+            does not have. In `update`, if `grads` does not have the names and shapes of `trainable`, or `opt_state`
+            does not have the keys of `transforms`.
 
     Example: Muon for the factors, AdamW for all other parameters.
         >>> import torch

@@ -1,4 +1,4 @@
-"""Muon for matrices and for low-rank weights."""
+"""`muon`: Muon for matrices and for low-rank weights."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -44,52 +44,60 @@ def muon(
 ) -> Transform:
     """Create Muon, which orthogonalizes updates of matrices and of low-rank weights.
 
-    A low-rank weight is updated through ``alpha / rank * b @ a``, not through each factor as a matrix. For a matrix
-    (Jordan et al., 2024), with `orthogonalize` bringing all singular values near 1::
+    For a low-rank weight, it orthogonalizes the change of the weight ``alpha / rank * b @ a``, and not the change of
+    each factor. For a matrix (Jordan et al., 2024), where `orthogonalize` brings all singular values near 1::
 
         mu = momentum * mu + grad,     direction = grad + momentum * mu
         updates = -lr * (sqrt(max(rows, columns)) * orthogonalize(direction) + weight_decay * matrix)
 
-    If all directions have a gradient, the root mean square of the update's entries is near `lr`, as with AdamW. For
+    If the gradient has full rank, the root mean square of the entries of the update is near `lr`, as with AdamW. For
     factors, with ``S_a.T S_a = (a a.T)^-1`` and ``S_b.T S_b = (b.T b)^-1`` (LoRA-Muon, arXiv:2606.12921)::
 
         updates_b = -lr * rank / alpha * sqrt(max(out, in)) * orthogonalize(direction_b S_a.T) S_a
         updates_a = -lr * rank / alpha * sqrt(max(out, in)) * S_b.T orthogonalize(S_b direction_a)
 
     Then ``alpha / rank * updates_b @ a`` is the orthogonalized dense gradient within the rows of `a`. It does not
-    depend on the lengths of the rows or the angles between them. So `lr` compares with the dense weight's learning
-    rate, not with AdamW's for factors. Orthogonalizing `b` as a matrix would make a long step wherever a vector of `a`
-    is long.
+    depend on the lengths of these rows or the angles between them. So choose `lr` as for the dense weight, and not as
+    for AdamW with factors. If `b` were orthogonalized as a matrix, long vectors of `a` would cause long steps of the
+    weight.
 
-    Both sides contain the gradient within the columns of `b` and the rows of `a`, so where they move the weight in
-    these directions, their sum moves it up to twice as far as elsewhere. With `coupled`, the sum is orthogonalized
-    (LoRA-TSD, arXiv:2609.02734). For a random gradient and "polar_express_8", the singular values of the weight's
-    change are then 0.5 to 1.2 times ``lr * sqrt(max(out, in))`` with 1, 0.88 to 1.1 times with 3, and within 3 % of
-    each other with 6.
+    Both sides contain the gradient within the columns of `b` and the rows of `a`. In these directions, the sum of both
+    sides moves the weight up to twice as far as in other directions. With `coupled`, the sum is orthogonalized
+    (LoRA-TSD, arXiv:2609.02734). The table has the singular values of the change of the weight in units of
+    ``lr * sqrt(max(out, in))``, for a random gradient and "polar_express_8":
 
-    Where only `b` is trained, ``a a.T`` is a multiple of the identity, and nothing is whitened (see `init`)::
+    =======  =========================
+    coupled  singular values
+    =======  =========================
+    1        0.5 to 1.2
+    3        0.88 to 1.1
+    6        within 3 % of each other
+    =======  =========================
+
+    If only `b` is trained, ``a a.T`` is a multiple of the identity, and nothing is whitened (see `init`)::
 
         updates_b = -lr * sqrt(rank / alpha) * sqrt(max(out, in)) * orthogonalize(direction_b)
 
-    A frozen vector does not move (see `freeze_counterparts`). Where both factors are trained, one update moves a factor
-    by at most a tenth of the sum of both factors' Frobenius norms. Where `b` is zero, as at the start of LoRA or after
-    a `merge`, the step of `a` would otherwise have no limit. Embedding, head and norms do better with AdamW: see
-    `multi_transform`.
+    A frozen vector does not move (see `freeze_counterparts`). If both factors are trained, one update moves a factor by
+    at most a tenth of the sum of the Frobenius norms of both factors. Without this limit, a step of `a` would be
+    unbounded if `b` is zero, as at the start of LoRA or after a `merge`. Use AdamW for embedding, head and norms (see
+    `multi_transform`).
 
     Cost: one moment, and for factors ``6 * rank**2 * (out + in) + 92 * rank**3`` FLOPs with five polynomials. Coupled
-    steps take ``10 * rank**2 * (out + in) + (48 * n + 52) * rank**3``, where n is the number of polynomials and two for
-    each projection after the first. For sharded factors four (rank, rank) matrices of each weight are all-reduced at
-    once, or six if coupled. Where only `b` is trained, an update costs as much as of a matrix (out, rank).
+    steps take ``10 * rank**2 * (out + in) + (48 * n + 52) * rank**3`` FLOPs. Here n is the number of polynomials, plus
+    two for each projection after the first. For sharded factors, four (rank, rank) matrices of each weight are
+    all-reduced at once, or six if coupled. If only `b` is trained, an update costs as much as for a matrix (out, rank).
 
     Args:
         momentum: The decay rate of the moment, in [0, 1).
-        nesterov: Whether the direction is ``grad + momentum * mu``. Otherwise it is ``mu``.
-        coefficients: The polynomials ``a x + b x**3 + c x**5`` of singular values x, which are applied in turn: rows
-            (a, b, c), or "jordan" (Jordan et al., 2024), "polar_express_5" or "polar_express_8" (arXiv:2505.16932).
-        coupled: How often the change of a low-rank weight is orthogonalized and projected back to what its factors can
-            do. Default 0 orthogonalizes each side by itself.
+        nesterov: Whether the direction is ``grad + momentum * mu``. If False, it is ``mu``.
+        coefficients: The polynomials ``a x + b x**3 + c x**5`` of singular values x, which are applied one after the
+            other: rows (a, b, c), or "jordan" (Jordan et al., 2024), "polar_express_5" or "polar_express_8"
+            (arXiv:2505.16932).
+        coupled: How often to orthogonalize the change of a low-rank weight, and to project it back to the changes that
+            its factors can make. Default 0 orthogonalizes each side separately.
         weight_decay: The decoupled weight decay of full-rank tensors. A low-rank weight cannot be decayed through its
-            factors: decay it with `dl.optim.decay`.
+            factors. Decay it with `dl.optim.decay`.
         moments: The format of the moment between updates: "float32", "bfloat16", or "8bit" as for `adamw`.
 
     Returns:
@@ -98,30 +106,36 @@ def muon(
         process.
 
     Raises:
-        TypeError: If a setting has another type.
+        TypeError: If a setting has a wrong type.
         ValueError: If a setting is out of range. In `init` and `update`, if `weight_decay` is not 0 and `trainable` has
             factors. In `update`, if a full-rank tensor is complex or has fewer than two axes, those of a stack not
             counted, or `grads` does not have the names and shapes of `trainable`.
         NotImplementedError: In `update`, if a moment that is stored in 8 bits requires a gradient or has a tangent.
 
-    Numerics: Updates are float32, or the parameter's dtype if that is wider, and read the moment before it is rounded.
-    "jordan" brings singular values of at least a hundredth of the matrix's norm between 0.68 and 1.14,
-    "polar_express_5" those of at least a thousandth between 0.84 and 1.13, "polar_express_8" within a thousandth of 1;
-    smaller ones end below. Factors, and matrices with sides in a ratio above 1.5, are orthogonalized through Gram
-    matrices. To those of directions, four units of the dtype's precision times the trace are added: in float32, a
-    singular value of a thousandth of the norm ends 0.2 below 1. Those of factors are damped by a thousandth of their
-    mean diagonal. A direction whose squares leave the range of the dtype gets a shorter step or none, and above it
-    possibly NaN: in float32, entries below 1e-19 or above 1e18.
+    Numerics: Updates are in float32, or in the parameter's dtype if that is wider, and read the moment before it is
+        rounded. Factors, and matrices with sides in a ratio above 1.5, are orthogonalized with Gram matrices. Four
+        units of the dtype's precision, times the trace, are added to the Gram matrix of directions. So in float32 a
+        singular value of a thousandth of the norm ends 0.2 below 1. The Gram matrices of factors are damped by a
+        thousandth of their mean diagonal. If the squares of a direction underflow, in float32 for entries below 1e-19,
+        its step is shorter or zero. If they overflow, for entries above 1e18, it may be NaN too. The table has the
+        range to which `orthogonalize` brings singular values of at least the given part of the matrix's norm. Smaller
+        singular values end below this range.
 
-    Example:
+        =================  =================  ==================
+        coefficients       part of the norm   range
+        =================  =================  ==================
+        "jordan"           a hundredth        0.68 to 1.14
+        "polar_express_5"  a thousandth       0.84 to 1.13
+        "polar_express_8"  a thousandth       0.999 to 1.001
+        =================  =================  ==================
+
+    Example: The singular values of the update of a matrix (4, 2) are ``lr * sqrt(4)``.
         >>> import torch
-        >>> from dynlora_fn import Factors
-        >>> optimizer = muon(coefficients="polar_express_8", coupled=3)
-        >>> trainable = {"w": Factors(b=torch.eye(4, 2), a=torch.eye(2, 3))}
-        >>> grads = {"w": Factors(b=torch.ones(4, 2), a=torch.ones(2, 3))}
+        >>> optimizer = muon(coefficients="polar_express_8")
+        >>> trainable, grads = {"w": torch.zeros(4, 2)}, {"w": torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0]))[:, :2]}
         >>> updates, opt_state = optimizer.update(grads, optimizer.init(trainable), trainable, lr=0.01)
-        >>> updates["w"].b.shape
-        torch.Size([4, 2])
+        >>> torch.allclose(torch.linalg.svdvals(updates["w"]), torch.full((2,), 0.02), rtol=0.01)
+        True
     """
     momentum = check_number("momentum", momentum, least=0, below=1)
     check_flag("nesterov", nesterov)
@@ -177,7 +191,7 @@ def muon(
 
 
 def _in_bfloat16(tree: Tree) -> Tree:
-    """Return moments in bfloat16, except complex ones, which `update` refuses."""
+    """Return moments in bfloat16, except complex moments, which `update` refuses."""
     result: Tree = tree_map(lambda leaf: leaf if leaf.is_complex() else leaf.to(torch.bfloat16), tree)
     return result
 

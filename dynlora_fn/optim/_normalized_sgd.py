@@ -1,7 +1,4 @@
-"""Stochastic gradient descent with gradients normalized along one axis.
-
-It is for embeddings and heads.
-"""
+"""`normalized_sgd`: gradient descent with normalized gradients."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -21,20 +18,20 @@ from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, rate_of,
 
 
 def normalized_sgd(*, axis: Literal[-1, -2] = -1, momentum: float = 0.0, weight_decay: float = 0.0) -> Transform:
-    """Create SCALE's update, which gives all outputs of a matrix steps of one length.
+    """Create SCALE's update, in which all outputs of a matrix have equal step sizes.
 
-    It needs no second moment, and without momentum no state at all. SCALE (arXiv:2506.16659) trains embedding and head
-    so, and only the head with momentum::
+    It has no second moment, and without momentum no state. SCALE (arXiv:2506.16659) uses it for embedding and head,
+    with momentum only for the head::
 
         mu = momentum * mu + (1 - momentum) * grad
         updates = -lr * (mu / rms(mu, axis) + weight_decay * matrix)
 
-    The root mean square of the update's entries is `lr`, as with AdamW's. A row or column without a gradient does not
-    move.
+    Without weight decay, the root mean square of the entries of an update is `lr`, about as with AdamW. A row or column
+    without a gradient does not move.
 
     Args:
-        axis: The axis of the inputs: -1 for a linear layer such as a head, (out, in), -2 for an embedding.
-        momentum: The decay rate of the moment, in [0, 1). SCALE uses 0.9 for the head. With 0 nothing is stored.
+        axis: The axis of the inputs: -1 for a linear layer (out, in), such as a head, and -2 for an embedding.
+        momentum: The decay rate of the moment, in [0, 1). SCALE uses 0.9 for the head. With 0, no moment is stored.
         weight_decay: The decoupled weight decay.
 
     Returns:
@@ -42,13 +39,14 @@ def normalized_sgd(*, axis: Literal[-1, -2] = -1, momentum: float = 0.0, weight_
         0-d tensor, or a dict of either by parameter name.
 
     Raises:
-        TypeError: If `momentum` or `weight_decay` is no number.
-        ValueError: If a setting is out of range. In `init` and `update`, if a parameter is not a real matrix, or a
-            stack of them: factors and vectors need another optimizer, see `multi_transform`. In `update`, if `grads`
-            does not have the names and shapes of `trainable`.
+        TypeError: If `axis`, `momentum` or `weight_decay` is not a number.
+        ValueError: If a setting is out of range. In `init` and `update`, if a parameter is not a real matrix or a stack
+            of real matrices. Use another optimizer for factors and vectors, see `multi_transform`. In `update`, if
+            `grads` does not have the names and shapes of `trainable`.
 
-    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider. A row whose squares
-    leave the range of the dtype gets a shorter step or none: in float32, entries below 1e-19 or above 1e18.
+    Numerics: The moment and the updates are in float32, or in the parameter's dtype if that is wider. If the squares of
+        a row leave the range of the dtype, its step is shorter or zero: in float32, for entries below 1e-19 or above
+        1e18.
 
     Example: Embedding and head as SCALE trains them, norms with AdamW, factors with Muon.
         >>> import torch
@@ -62,8 +60,9 @@ def normalized_sgd(*, axis: Literal[-1, -2] = -1, momentum: float = 0.0, weight_
         >>> trainable = {"embedding": torch.ones(5, 2), "head": torch.ones(5, 2), "norm": torch.ones(2)}
         >>> labels = {"embedding": "embedding", "head": "head", "norm": "norms"}
         >>> optimizer = multi_transform(transforms, lambda name, _: labels.get(name, "factors"))
-        >>> list(optimizer.init(trainable)["head"].inner.mu)
-        ['head']
+        >>> updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable, lr=0.1)
+        >>> updates["head"][0]
+        tensor([-0.1000, -0.1000])
     """
     along = _checked_axis(axis)
     momentum = check_number("momentum", momentum, least=0, below=1)
@@ -102,14 +101,14 @@ def _checked_axis(axis: Any) -> int:
 
 
 def _matrices(trainable: Trainable) -> dict[str, Tensor]:
-    """Return the parameters, or raise if one is no real matrix."""
+    """Return the parameters, or raise ValueError if one of them is not a real matrix."""
     matrices: dict[str, Tensor] = {}
     for name, leaf in trainable.items():
         if not isinstance(leaf, Tensor) or leaf.ndim - count_axes(name) < 2 or leaf.is_complex():
             kind = f"a tensor of {tuple(leaf.shape)} and {leaf.dtype}" if isinstance(leaf, Tensor) else "factors"
             raise ValueError(
-                f"`trainable` has {name!r}, {kind}, but normalized_sgd trains real matrices; train it with another "
-                "optimizer through `multi_transform`"
+                f"`trainable` has {name!r}, {kind}, but normalized_sgd trains only real matrices; train it with another"
+                " optimizer through `multi_transform`"
             )
         matrices[name] = leaf
     return matrices

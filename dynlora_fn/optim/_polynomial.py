@@ -1,6 +1,6 @@
-"""Orthogonalize matrices by odd polynomials of their singular values.
+"""Orthogonalize matrices with odd polynomials of their singular values.
 
-They need no decomposition.
+No matrix decomposition is needed.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ Table: TypeAlias = tuple[tuple[float, float, float], ...]
 Preset: TypeAlias = Literal["jordan", "polar_express_5", "polar_express_8"]
 Coefficients: TypeAlias = Preset | Sequence[Sequence[float]]
 
-# Five times the coefficients of Jordan et al. (2024), which were chosen for their slope at zero.
+# Five rows with the coefficients of Jordan et al. (2024), who chose them for their slope at zero.
 JORDAN: Table = ((3.4445, -4.7750, 2.0315),) * 5
 
-# Each row is the best polynomial of degree 5 for what the rows before it leave of [1e-3, 1]: the list that Amsel et al.
-# publish (arXiv:2505.16932, appendix G).
+# The list of Amsel et al. (arXiv:2505.16932, appendix G). Each row is the best polynomial of degree 5 on the interval
+# to which the rows before it map [1e-3, 1].
 _POLAR_EXPRESS: Table = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -33,7 +33,7 @@ _POLAR_EXPRESS: Table = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-# By which Amsel et al. divide the argument of all rows but the last, so that rounding errors stay inside.
+# Amsel et al. divide the argument of all rows but the last by this, so that rounding errors stay inside the interval.
 _SAFETY = 1.01
 _SAFE: Table = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1])
 
@@ -43,14 +43,19 @@ PRESETS: dict[str, Table] = {
     "polar_express_8": (*_SAFE, _POLAR_EXPRESS[-1]),
 }
 
-# Of the trace, in units of the precision. It is added to a Gram matrix, whose eigenvalues rounding may make negative: a
-# polynomial of a negative one diverges.
+# This many units of the precision, times the trace, are added to a Gram matrix. Rounding may make its eigenvalues
+# negative, and a polynomial of a negative eigenvalue diverges.
 _FLOOR = 4
-_NARROW = 1.5  # columns over rows from which polynomials of a Gram matrix take fewer FLOPs, for any number of steps
+_NARROW = 1.5  # if columns / rows is larger, polynomials of a Gram matrix take fewer FLOPs, for any table
 
 
 def check_coefficients(coefficients: Any) -> Table:
-    """Return the table of a preset, or a table that is given as rows of three numbers."""
+    """Return the table of a preset, or a checked table of rows of three numbers.
+
+    Raises:
+        TypeError: If `coefficients` is neither a string nor rows of three numbers.
+        ValueError: If the preset is unknown, a number is not finite, or there are no rows.
+    """
     if isinstance(coefficients, str):
         if coefficients not in PRESETS:
             raise ValueError(
@@ -70,8 +75,8 @@ def check_coefficients(coefficients: Any) -> Table:
 def orthogonalize(matrix: Float[Tensor, "*stack out in"], table: Table = JORDAN) -> Float[Tensor, "*stack out in"]:
     """Bring all singular values near 1, except zeros.
 
-    The singular vectors do not change. A narrow matrix is read twice: for its Gram matrix, and for its product with a
-    polynomial of that.
+    The singular vectors do not change. A narrow matrix is read only twice, for its Gram matrix and for its product with
+    a polynomial of the Gram matrix.
     """
     is_tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if is_tall else matrix
@@ -85,7 +90,7 @@ def orthogonalize(matrix: Float[Tensor, "*stack out in"], table: Table = JORDAN)
 def polynomial(x: Float[Tensor, "*stack rows columns"], table: Table) -> Float[Tensor, "*stack rows columns"]:
     """Apply a table to the singular values of a matrix.
 
-    It has at most as many rows as columns.
+    The matrix must not have more rows than columns.
     """
     for first, third, fifth in table:
         gram = x @ x.mT
@@ -96,14 +101,14 @@ def polynomial(x: Float[Tensor, "*stack rows columns"], table: Table) -> Float[T
 def polynomial_of_gram(gram: Float[Tensor, "*stack n n"], table: Table) -> Float[Tensor, "*stack n n"]:
     """Return P such that ``P x`` orthogonalizes every x with ``x x.T = gram``.
 
-    Zeros stay zeros. Every step multiplies x by a polynomial of its Gram matrix, so that the product of all steps is
-    one.
+    Zeros stay zeros. Each row of the table multiplies x by a polynomial of its Gram matrix. The product of these
+    polynomials is P.
     """
     square = trace(gram)
     stacked = divide(gram, square).reshape(gram.shape[:-2].numel(), *gram.shape[-2:])  # for torch.baddbmm
     steps = identity_like(stacked).expand_as(stacked)
     for index, (first, third, fifth) in enumerate(table):
-        # The step is ``first + rest``. All matrices are polynomials of one, so their products are symmetric.
+        # The step is ``first + rest``. All matrices are polynomials of one matrix, so their products are symmetric.
         rest = torch.baddbmm(stacked, stacked, stacked, beta=third, alpha=fifth)
         steps = torch.baddbmm(steps, rest, steps, beta=first) if index else first * steps + rest
         if index + 1 < len(table):
@@ -116,8 +121,12 @@ def polynomial_of_gram(gram: Float[Tensor, "*stack n n"], table: Table) -> Float
 def with_floor(gram: Float[Tensor, "*stack n n"], relative: Tensor | float = 1.0) -> Float[Tensor, "*stack n n"]:
     """Return a Gram matrix with positive eigenvalues, unless it is zero.
 
-    Rounding errors may have made them negative. `relative` is by how much the errors are larger than those of a product
-    of a matrix with itself. Where squares lose digits below the smallest normal number, that number is added.
+    Rounding errors may have made eigenvalues negative. A multiple of the identity is added that exceeds these errors.
+
+    Args:
+        gram: The Gram matrix.
+        relative: The size of its rounding errors, relative to the errors of a product of a matrix with its transpose.
+            The smallest normal number is added too, because smaller squares lose digits.
     """
     size, limits = trace(gram), torch.finfo(gram.dtype)
     floor: Tensor = _FLOOR * limits.eps * relative * size + limits.tiny * size.sign()
@@ -130,20 +139,21 @@ def trace(gram: Float[Tensor, "*stack n n"]) -> Float[Tensor, "*stack 1 1"]:
 
 
 def identity_like(gram: Float[Tensor, "*stack n n"]) -> Float[Tensor, "n n"]:
-    """Return the identity in the size, dtype and device of a matrix."""
+    """Return the identity matrix with the size, dtype and device of a matrix."""
     return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def divide_by_norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
     """Divide by the norm along `dim`. Zeros stay zeros.
 
-    A norm whose square is no normal number counts as the least norm that has one, so that no quotient is above 1.
+    A norm is replaced by the square root of the smallest normal number if that is larger. So the norm of the result is
+    at most 1.
     """
     quotient: Tensor = divide(matrix, norm(matrix, dim), least=torch.finfo(matrix.dtype).tiny ** 0.5)
     return quotient
 
 
 def norm(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
-    """Return the norm along `dim`, which stays an axis of size 1."""
+    """Return the norm along `dim`, with axes of size 1 in place of `dim`."""
     root: Tensor = square_root(matrix.square().sum(dim, keepdim=True))
     return root

@@ -31,17 +31,14 @@ Rule: TypeAlias = Literal["reset", "reset_thawed", "keep", "prune", "transport"]
 
 
 class Change(NamedTuple):
-    """Store the parameters before and after a switch, for the rule "transport"."""
+    """The parameters before and after a switch, for the rule "transport"."""
 
     before: Params
     after: Params
 
 
 def check_change(change: Any) -> None:
-    """Raise TypeError if a value is neither None nor a valid `Change`.
-
-    A `Change` has two dicts of parameters.
-    """
+    """Raise if a value is neither None nor a `Change` with two dicts of parameters."""
     if change is None:
         return
     if not isinstance(change, tuple) or len(change) != 2:
@@ -51,18 +48,18 @@ def check_change(change: Any) -> None:
 
 
 class Context(NamedTuple):
-    """Everything except the leaf that the new value of a leaf depends on."""
+    """What the new value of a leaf depends on beside the leaf."""
 
     plan: Plans
     rule: Rule
     prune: float
     change: Change | None
     trainable: Trainable | None
-    roles: Mapping[str, Role]  # of the fields of states whose types declare none
-    projected: set[str]  # names of planned parameters that the rule was applied to
+    roles: Mapping[str, Role]  # of fields whose types do not declare roles
+    projected: set[str]  # names of planned parameters to which the rule was applied
     ranks: dict[str, int]  # by name, from the first factors that were found
     first_moments: dict[str, dict[Path, AnyFactors]]  # by name, collected for "prune"
-    counterparts: Callable[[SidePlan, SidePlan, int], Factors]  # of both sides of a plan, and a rank
+    counterparts: Callable[[SidePlan, SidePlan, int], Factors]  # `_state_rules.counterparts`, maybe with a cache
 
     def visit(self, leaf: AnyFactors, role: Role, name: str, path: Path) -> AnyFactors:
         return project_factors(leaf, role, name, path, self)
@@ -71,11 +68,11 @@ class Context(NamedTuple):
         return node
 
     def check_foreign(self, library: str, path: Path) -> None:
-        """Accept all libraries with a table."""
+        """Accept the states of all known libraries."""
 
 
 def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> AnyFactors:
-    """Return the new state of a parameter, whose place in the state is `path`.
+    """Apply the rule to the state of one parameter, which is at `path` in the state.
 
     Raises:
         ValueError: If the shapes do not fit the role, or the rule cannot be applied to such a state.
@@ -107,10 +104,7 @@ def _check_device(leaf: AnyFactors, plan: Plan, name: str) -> None:
 
 
 def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], int]:
-    """Return the indices of `b` and `a` of each weight among all tensors.
-
-    Return the number of tensors too.
-    """
+    """Return the indices of `b` and `a` of each weight, and the number of all tensors."""
     indices, count = {}, 0
     for name, leaf in trainable.items():
         if is_factors(leaf):
@@ -121,21 +115,18 @@ def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], in
 
 
 def _refuse_one_side(name: str, leaf: AnyFactors) -> None:
-    """Raise for a weight whose tensors in a foreign state are not the two sides.
-
-    The state is one of another library.
-    """
+    """Raise ValueError for a weight that trains only `b` in another library's state."""
     if len(sides_of(leaf)) == 1:
         raise ValueError(
-            f"`trainable` has only `b` of {name!r}, and states of torch.optim and torchopt are only projected for"
+            f"`trainable` has only `b` of {name!r}, but states of torch.optim and torchopt are only projected for"
             " weights that train both sides; use an optimizer of `dl.optim`"
         )
 
 
 def _has_entries(leaf: AnyFactors, role: Role) -> bool:
-    """Return whether a leaf is a moment with an entry for each entry of factors.
+    """Return whether a leaf is a moment with an entry for each entry of the factors.
 
-    Other moments have one for each vector.
+    Other second moments have one entry for each vector.
     """
     b, *others = map(moment_shape, sides_of(leaf))
     is_per_vector = b[-2] == 1 and all(a[-1] == 1 for a in others)
@@ -183,16 +174,13 @@ def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
 
 
 def _refuse_shards(is_sharded: bool, name: str, rule: Rule) -> None:
-    """Raise where a rule would need the entries of all processes."""
+    """Raise ValueError for a rule that would need the entries of all processes."""
     if is_sharded:
         raise ValueError(f"`rule` must not be {rule!r} for sharded factors, got them for {name!r}; use 'reset'")
 
 
 def _checked_shape(leaf: AnyFactors, role: Role, name: str, path: Path, context: Context) -> tuple[int, ...]:
-    """Return the shape of side b, or raise ValueError if the shapes do not fit.
-
-    The role says which shapes fit.
-    """
+    """Return the shape of side b, or raise ValueError if shapes do not fit the role."""
     shapes = _shapes(leaf)
     b, a = shapes[0], shapes[-1]
     is_one_sided = len(shapes) == 1

@@ -1,4 +1,4 @@
-"""Apply a switch to the optimizer state."""
+"""`project_optimizer_state`: apply a rule to the optimizer state after a switch."""
 
 from typing import TypeVar, get_args
 
@@ -14,7 +14,7 @@ from dynlora_fn.optim._state_rules import counterparts
 
 State = TypeVar("State")
 
-# What the rules need that do not apply to every field.
+# What a state must contain for rules that do not apply to every field, and what to do if it does not.
 _NEEDED = {"prune": ("a moment", "use another rule"), "transport": ("a first moment", "use another rule")}
 
 
@@ -28,61 +28,62 @@ def project_optimizer_state(
     trainable: Trainable | None = None,
     roles: Roles | None = None,
 ) -> State:
-    """Apply a rule to the optimizer state of the switched vectors' counterparts.
+    """Apply a rule to the optimizer state of the counterparts of switched vectors.
 
-    Nothing else in the state changes. For each active entry of side a, the rule applies to the state of ``b[:, k]``.
-    For side b it applies to the state of ``a[k]``. A switched vector keeps its slot's state, because its gradient
-    depends on the counterpart and not on itself.
+    Nothing else in the state changes. For each active entry of side a with slot k, the rule applies to the state of
+    ``b[:, k]``. For side b it applies to the state of ``a[k]``. The state of a switched vector itself is kept, because
+    its gradient depends on the counterpart and not on the vector.
 
     ==============  ==================================================================================================
     rule            what happens to the counterparts
     ==============  ==================================================================================================
-    "reset"         Moments and counts become zero. The counterparts are frozen for ``plan.frozen_for`` updates, during
-                    which the count runs on (arXiv:2406.06564, section 3.3, as implemented).
-    "reset_thawed"  As "reset", but the count starts at the thaw, so that the first update is a full one.
+    "reset"         Moments and counts become zero. The counterparts are frozen for ``plan.frozen_for`` updates, while
+                    their counts increase (arXiv:2406.06564, section 3.3, as in its implementation).
+    "reset_thawed"  As "reset", but the count starts at the thaw. So the first update has full size.
     "keep"          The state does not change.
-    "prune"         The first moment loses a share of `prune` of its entries, the smallest in magnitude
-                    (arXiv:2307.05695). Second moments lose such entries only where the first moment loses them. An
-                    entry without its second moment would move by its first moment over `eps`.
-    "transport"     The first moment becomes what it would have been with the new vectors, as far as it determines that.
-                    With ``mu_b = G a.T / rank`` for an unknown G, ``mu_b (a a.T)^-1 a a_new.T`` is the moment of the G
-                    of least norm. `mu_a` is treated in the same way. All other state is kept.
+    "prune"         In the first moment, the fraction `prune` of the entries becomes zero, the smallest in magnitude
+                    (arXiv:2307.05695). In second moments, small entries become zero only if they do in the first
+                    moment. Otherwise such an entry would move by its first moment over `eps`.
+    "transport"     The first moment is estimated for the new vectors. ``mu_b = G a.T / rank`` for an unknown G, and the
+                    new moment is ``mu_b (a a.T)^-1 a a_new.T``, the moment of the G of least norm. The same formula is
+                    used for `mu_a`. All other state is kept.
     ==============  ==================================================================================================
 
-    Gradients belong to the factors of the forward pass. "reset" and "reset_thawed" with ``frozen_for`` of 1 or more let
-    no counterpart move by a gradient from before the switch, so a step may switch first and then update. Otherwise a
-    step must update first (see `Schedule.follows_update`).
+    A gradient belongs to the factors of the forward pass. With "reset" or "reset_thawed", and ``frozen_for`` of at
+    least 1, a counterpart does not move by a gradient from before the switch. So a step may switch first and then
+    update. With other rules a step must update first (see `Schedule.follows_update`).
 
     Args:
-        opt_state: The state. It is searched through dicts, lists, tuples and dataclasses, which keep their types. What
-            a field means is declared by its type (see `register_state`) or by `roles`, and never read from the
-            name of a parameter or label. A field with a role contains dicts by parameter name. The state dict of a
-            `torch.optim.Optimizer` and the states of torchopt are known. Their counts belong to whole tensors and do
-            not change.
+        opt_state: The state. Dicts, lists, tuples and dataclasses in it are searched and keep their types. The meaning
+            of a field is declared by its type (see `register_state`) or by `roles`. It is never read from the name of a
+            parameter or label. A field with a role contains dicts by parameter name. The state dict of a
+            `torch.optim.Optimizer` and the states of torchopt are supported. Their counts belong to whole tensors and
+            do not change.
         plan: The plans by name.
         rule: One of the rules in the table.
-        prune: The share in [0, 1] of the counterparts' entries, in one moment and side of a weight, that become zero.
+        prune: The fraction in [0, 1] of the counterparts' entries that become zero, in each moment and side of a
+            weight.
         change: The parameters before and after the switch, for "transport" only.
-        trainable: The trainable parameters. If they are passed, moments must have their shapes. They are required where
-            tensors are numbered. For `torch.optim` they have the order of the optimizer, unless its tensors are named
-            "w.b" and "w.a". For torchopt they are what the optimizer was initialized with.
+        trainable: The trainable parameters. If they are passed, moments must have their shapes. They are required for
+            states that number their tensors. For `torch.optim`, pass them in the order of the optimizer, unless its
+            tensors are named "w.b" and "w.a". For torchopt, pass what the optimizer was initialized with.
         roles: The roles of the fields of your own states. A key of `roles` is the field or key directly above the dict
-            by parameter name. It is needed only where no type declares a role. Default None means none.
+            by parameter name. It is needed only for types that do not declare roles. Default None means no roles.
 
     Returns:
-        The new state, with the structure, shapes and dtypes of the old one.
+        The new state, with the structure, shapes and dtypes of the old state.
 
     Raises:
-        TypeError: If a part of a plan or of `trainable` has a wrong type or dtype.
-        ValueError: If `plan` is not by name, `rule` or a role is unknown, or `prune` is not in [0, 1]. If `change` is
-            missing for "transport" or passed with another rule. If a place in the state has factors, a matrix or an
-            unknown object without a role, tensors in an attribute that is no field, or factors whose shapes do not fit
-            their role. If the plan is on another device than the state, or the state has no factors
-            of a planned parameter, for "prune" no moment, or for "transport" no first moment or one in 8 bit. For
+        TypeError: If a part of a plan, of `change` or of `trainable` has a wrong type or dtype.
+        ValueError: If `plan` is not a dict by name, `rule` or a role is unknown, or `prune` is not in [0, 1]. If
+            `change` is missing for "transport", of another rank, or passed with another rule. If the state has factors,
+            a matrix or an unknown object without a role, tensors in an attribute that is no field, or factors whose
+            shapes do not fit their role. If the plan is on another device. If the state has no factors of
+            a planned parameter, no moment for "prune", or no first moment in full precision for "transport". For
             "prune" and "transport", if factors are sharded.
 
-    Numerics: "transport" is computed in float32 or a wider dtype of the factors, and rounded to the moment's dtype. All
-    other rules are exact.
+    Numerics: "transport" is computed in float32 or a wider dtype of the factors, and rounded to the moment's dtype. The
+        other rules are exact.
 
     Example:
         >>> import torch
@@ -102,7 +103,8 @@ def project_optimizer_state(
     check_choice("rule", rule, get_args(Rule))
     prune = check_number("prune", prune, least=0, most=1)
     if (rule == "transport") != (change is not None):
-        raise ValueError(f"`change` must be passed only with rule 'transport', got rule {rule!r}")
+        problem = "missing" if change is None else "passed"
+        raise ValueError(f"`change` is {problem} for rule {rule!r}; pass it for rule 'transport', and only for that")
     check_change(change)
     if trainable is not None:
         check_trainable("trainable", trainable)
@@ -110,7 +112,7 @@ def project_optimizer_state(
     find = remembered(counterparts) if share_plans(len(plan)) else counterparts
     context = Context(plan, rule, prune, change, trainable, roles or {}, set(), {}, {}, find)
     if rule == "prune":
-        project_state(opt_state, context, ())  # collects the first moments, which decide what second moments lose
+        project_state(opt_state, context, ())  # collects first moments, which determine the pruning of second moments
     projected: State = project_state(opt_state, context, ())
     if missing := sorted(set(plan) - context.projected):
         kind, hint = _NEEDED.get(rule, ("the factors", "initialize the optimizer with all trainable parameters"))

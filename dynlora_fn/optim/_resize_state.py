@@ -1,4 +1,4 @@
-"""Give the optimizer state of low-rank weights another rank."""
+"""Change the rank of the optimizer state of low-rank weights."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -14,22 +14,20 @@ from dynlora_fn.optim._search_state import project_state
 
 State = TypeVar("State")
 
-# A gradient of factors contains 1 / rank. The exponents of old / new by role.
+# By role, the exponents of old / new, because a gradient of factors contains 1 / rank.
 _EXPONENTS: dict[Role, int] = {"first_moment": 1, "second_moment": 2}
 
 
 def resize_state(
     opt_state: State, before: Mapping[str, LowRank], after: Mapping[str, LowRank], *, roles: Roles | None = None
 ) -> State:
-    """Return the state of weights at other ranks.
-
-    `dynlora_fn.interop.resize` describes it.
+    """Return the state of weights at other ranks, as `dynlora_fn.interop.resize` does.
 
     Args:
         opt_state: The state, with declared roles.
-        before: The weights by name.
-        after: Those that were resized, by name.
-        roles: The roles of the fields of states whose types declare none.
+        before: The weights before the resize, by name.
+        after: The resized weights by name.
+        roles: The roles of fields whose types do not declare roles. Default None means no roles.
 
     Raises:
         ValueError: If the state has no factors of a resized weight, or factors whose role or shapes do not fit.
@@ -41,7 +39,7 @@ def resize_state(
     if missing := sorted(set(changes) - resizing.visited):
         raise ValueError(
             f"`opt_state` must have the factors of every resized weight, got none for {missing}; pass the state of"
-            " these parameters"
+            " these weights"
         )
     return resized
 
@@ -79,8 +77,8 @@ class _Resizing(NamedTuple):
     def keep(self, node: Any, path: Path) -> Any:
         if any(is_factors(leaf) for leaf in tree_leaves(node, is_leaf=is_factors)):
             raise ValueError(
-                f"`opt_state` has factors at {render(path)} with the role 'unchanged', and it is unknown what another "
-                "rank changes in them; initialize the optimizer again"
+                f"`opt_state` has factors at {render(path)} with the role 'unchanged', which cannot be resized because "
+                "their meaning is unknown; initialize the optimizer again"
             )
         return node
 
@@ -96,10 +94,7 @@ def _rank(param: LowRank) -> int:
 
 
 def _resized(side: Any, axis: int, ranks: Ranks, scale: float, name: str) -> Any:
-    """Return one side with the entries of the vectors that stay, times `scale`.
-
-    New vectors get zeros.
-    """
+    """Return one side with its vectors times `scale`, and zeros for new vectors."""
     staying = decode_moments(side).narrow(axis, 0, min(ranks))
     staying = staying * scale if scale != 1 else staying
     shape = list(staying.shape)

@@ -1,4 +1,4 @@
-"""Declare which fields of a state mirror the parameters, and what they mean."""
+"""The roles of fields of optimizer states, and `register_state` to declare them."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -15,8 +15,8 @@ _REGISTERED: dict[type, Roles] = {}
 def register_state(kind: type, roles: Roles) -> None:
     """Declare the roles of the fields of a type of optimizer state.
 
-    `project_optimizer_state` then projects these fields wherever it finds the type. A NamedTuple or dataclass of yours
-    may have a class attribute `roles` without annotation instead.
+    `project_optimizer_state` then projects these fields wherever it finds the type in a state. Your own NamedTuple or
+    dataclass may have a class attribute `roles` without annotation instead.
 
     ===============  =================================================================================================
     role             contents of the field, by parameter name
@@ -26,19 +26,19 @@ def register_state(kind: type, roles: Roles) -> None:
                      entry for each vector as a count does.
     "count"          Updates of each vector: ``Factors(b=(*stack, 1, rank), a=(*stack, rank, 1))``.
     "frozen_for"     Updates for which each vector stays frozen, in the same shapes. See `freeze_counterparts`.
-    "unchanged"      Anything that no switch concerns, such as a statistic that all vectors of a side share.
+    "unchanged"      Anything that a switch does not change, such as a statistic that all vectors of a side share.
     ===============  =================================================================================================
 
-    Fields without a role are searched for other states, so wrappers and chains need no declaration. They must not
-    contain factors themselves.
+    Fields without a role are searched for other states, so wrappers and chains need no declaration. Such fields must
+    not contain factors directly.
 
     Args:
         kind: The type, a NamedTuple or a dataclass.
         roles: The role of each field that mirrors the parameters, by the name of the field.
 
     Raises:
-        TypeError: If `kind` is no type, or `roles` no dict.
-        ValueError: If a role is unknown, `kind` has no such field, or it is registered with other roles.
+        TypeError: If `kind` is not a type, or `roles` is not a dict.
+        ValueError: If a role is unknown, `kind` does not have a field, or `kind` is registered with other roles.
 
     Example:
         >>> from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def register_state(kind: type, roles: Roles) -> None:
 
 
 def declared_roles(node: Any) -> Roles:
-    """Return the roles that the type of a record declares, or none."""
+    """Return the roles that the type of a record declares, or an empty dict."""
     kind = type(node)
     if kind in _REGISTERED:
         return _REGISTERED[kind]
@@ -72,7 +72,7 @@ def declared_roles(node: Any) -> Roles:
 
 
 def check_roles(roles: Any, argument: str) -> None:
-    """Raise if a value of `roles` is no role."""
+    """Raise if `roles` is not a dict whose values are roles."""
     if not isinstance(roles, Mapping):
         raise TypeError(f"{argument} is {described(roles)}; pass a dict of roles by field")
     for field, role in roles.items():

@@ -1,7 +1,7 @@
 """Square roots and quotients with finite derivatives at zero.
 
-Gradients and moments may be zero. torch's derivatives are infinite there, and NaN after a product with zero. Tensors
-that are not differentiated take torch's operations, so a compiled step has the same graph as with these.
+Gradients and moments may be zero. At zero, torch's derivatives are infinite, and NaN after a product with zero. For
+tensors that are not differentiated, these functions call torch's operations, so they do not change a compiled step.
 """
 
 from typing import Any
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from dynlora_fn._core._attached import is_attached
 
-# Dynamo cannot trace the question whether a tensor is attached. `allow_in_graph` leaves it to AOTAutograd.
+# Dynamo cannot trace `is_attached`. With `allow_in_graph`, AOTAutograd traces these functions instead.
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def square_root(square: Any) -> Any:
-    """Return the square root.
+    """Return the square root of a tensor or of `Leaves`.
 
-    Its derivative at zero is zero, as for a norm or a magnitude. It is also for `Leaves`, which are never
-    differentiated.
+    Its derivative at zero is zero. `Leaves` are never differentiated.
     """
     if not is_attached(square):
         return square.sqrt()
@@ -31,8 +30,12 @@ def square_root(square: Any) -> Any:
 def divide(matrix: Tensor, norm: Tensor, least: float | None = None) -> Tensor:
     """Divide a matrix by its norm, or by `least` if that is larger.
 
-    Zeros stay zeros, and their derivative is zero, where the direction has none. Default None means the least normal
-    number.
+    Zeros stay zeros. If the norm is zero, the derivative is zero.
+
+    Args:
+        matrix: The matrix.
+        norm: Its norm, which broadcasts against the matrix.
+        least: The smallest divisor. Default None means the smallest normal number of the dtype.
     """
     divisor = norm.clamp(min=torch.finfo(matrix.dtype).tiny if least is None else least)
     return matrix / (torch.where(norm == 0, torch.inf, divisor) if is_attached(norm) else divisor)

@@ -1,4 +1,4 @@
-"""Find the factors in any optimizer state by the declared roles of its fields."""
+"""Find the factors in an optimizer state by the declared roles of its fields."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -58,9 +58,9 @@ def _project_child(parent: Any, declared: Roles, child: Any, context: Visitor, p
 
 
 def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name: str | None) -> Any:
-    """Project everything below a node in a field with a role.
+    """Project everything below a node that is in a field with a role.
 
-    `name` is the key of the node in a dict, or None.
+    `name` is the key of the node if its parent is a dict, and None otherwise.
     """
     if is_factors(node) and name is not None:
         return context.visit(node, role, name, path)
@@ -68,10 +68,12 @@ def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name:
     if is_leaf and name in context.plan:
         raise ValueError(
             f"`opt_state` must have factors of the planned parameter {name!r} at {render(path)} as {role!r}, got a "
-            "tensor; if it belongs to no single vector, declare it 'unchanged'"
+            "tensor; if it does not belong to single vectors, declare it 'unchanged'"
         )
     if is_factors(node) or (isinstance(node, Tensor) and node.ndim > 0 and name is None):
-        raise ValueError(f"`opt_state` has {_describe(node)} at {render(path)}, in no dict by parameter name; use one")
+        raise ValueError(
+            f"`opt_state` has {_describe(node)} at {render(path)} outside a dict by parameter name; put it into one"
+        )
     _check_is_of_parameter(node, name, context, path, is_leaf=is_leaf)
     inside = None if is_leaf else children(node)
     _refuse_hidden(node, path)
@@ -90,9 +92,9 @@ def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name:
 
 
 def _check_is_of_parameter(node: Any, name: Any, context: Visitor, path: Path, *, is_leaf: bool) -> None:
-    """Raise if the state of a parameter is stored in another way than under its name.
+    """Raise ValueError if the state of a parameter is not directly under its name.
 
-    That state would be returned unchanged without an error, next to other fields that change.
+    Otherwise this state would silently stay unchanged, while other fields change.
     """
     if name in context.plan and children(node):
         raise ValueError(
@@ -111,7 +113,7 @@ def _check_is_of_parameter(node: Any, name: Any, context: Visitor, path: Path, *
 def _is_by_name(node: Any) -> bool:
     """Return whether a node is a dict by parameter name.
 
-    It has factors, or nothing except leaves.
+    Such a dict contains factors, or only leaves.
     """
     if not isinstance(node, Mapping) or is_torch_optim(node):
         return False
@@ -124,9 +126,9 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _refuse_mixed(inside: list[tuple[Step, Any]], path: Path) -> None:
-    """Raise if something beside factors is a container.
+    """Raise ValueError if a dict contains factors and containers.
 
-    It would be unclear whether keys are parameters or fields.
+    It would be unclear whether its keys are parameters or fields.
     """
     for step, child in inside:
         if not _is_leaf(child):

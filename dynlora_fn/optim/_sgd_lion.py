@@ -1,4 +1,4 @@
-"""Optimizers with one moment: stochastic gradient descent with momentum, and Lion."""
+"""`sgd` and `lion`: optimizers with one moment."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,12 +25,12 @@ from dynlora_fn.optim._transform import (
 
 
 class MomentumState(NamedTuple):
-    """Store the state of `sgd`, `lion` and `muon` inside its `FreezeState`.
+    """The state of optimizers with one moment, inside their `FreezeState`.
 
-    The tree mirrors the trainable parameters.
+    They are `sgd`, `lion`, `muon` and `normalized_sgd`. The field is a tree that mirrors the trainable parameters.
     """
 
-    mu: Tree  # the moment, in float32 or the parameter's dtype if that is wider
+    mu: Tree  # the moment, in float32, the parameter's dtype if that is wider, or the format that `muon` was passed
 
 
 register_state(MomentumState, {"mu": "first_moment"})
@@ -39,7 +39,7 @@ register_state(MomentumState, {"mu": "first_moment"})
 def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
     """Create stochastic gradient descent with momentum.
 
-    It equals `torch.optim.SGD` where nothing is switched::
+    Without switches it is equal to `torch.optim.SGD`::
 
         mu = momentum * mu + grad + weight_decay * trainable
         updates = -lr * mu
@@ -49,17 +49,19 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
     Args:
         momentum: The decay rate of the moment, in [0, 1).
         weight_decay: The weight decay of full-rank tensors, which is added to the gradient. A low-rank weight cannot be
-            decayed through its factors: decay it with `dl.optim.decay`.
+            decayed through its factors. Decay it with `dl.optim.decay`.
 
     Returns:
         The optimizer. Its state is a `FreezeState` around a `MomentumState`. The `lr` of its `update` is a number, a
         0-d tensor, or a dict of either by parameter name.
 
     Raises:
-        ValueError: If `momentum` is not in [0, 1). In `init` and `update`, if `weight_decay` is not 0 and `trainable`
-            has factors. In `update`, if `grads` does not have the names and shapes of `trainable`.
+        TypeError: If a setting is not a number.
+        ValueError: If `momentum` is not in [0, 1), or `weight_decay` is negative. In `init` and `update`, if
+            `weight_decay` is not 0 and `trainable` has factors. In `update`, if `grads` does not have the names and
+            shapes of `trainable`.
 
-    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider.
+    Numerics: The moment and the updates are in float32, or in the parameter's dtype if that is wider.
 
     Example:
         >>> import torch
@@ -82,7 +84,7 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
 def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> Transform:
     """Create Lion, which moves every entry by the learning rate.
 
-    It follows arXiv:2302.06675, algorithm 2, where nothing is switched::
+    Without switches it follows arXiv:2302.06675, algorithm 2::
 
         updates = -lr * (sign(betas[0] * mu + (1 - betas[0]) * grad) + weight_decay * trainable)
         mu = betas[1] * mu + (1 - betas[1]) * grad
@@ -92,17 +94,19 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
     Args:
         betas: The decay rates of the direction and of the moment, each in [0, 1).
         weight_decay: The decoupled weight decay of full-rank tensors. A low-rank weight cannot be decayed through its
-            factors: decay it with `dl.optim.decay`.
+            factors. Decay it with `dl.optim.decay`.
 
     Returns:
         The optimizer. Its state is a `FreezeState` around a `MomentumState`. The `lr` of its `update` is a number, a
         0-d tensor, or a dict of either by parameter name.
 
     Raises:
-        ValueError: If one of `betas` is not in [0, 1). In `init` and `update`, if `weight_decay` is not 0 and
-            `trainable` has factors. In `update`, if `grads` does not have the names and shapes of `trainable`.
+        TypeError: If `betas` is not a pair, or a setting is not a number.
+        ValueError: If one of `betas` is not in [0, 1), or `weight_decay` is negative. In `init` and `update`, if
+            `weight_decay` is not 0 and `trainable` has factors. In `update`, if `grads` does not have the names and
+            shapes of `trainable`.
 
-    Numerics: The moment and the updates are float32, or the parameter's dtype if that is wider.
+    Numerics: The moment and the updates are in float32, or in the parameter's dtype if that is wider.
 
     Example:
         >>> import torch
@@ -131,8 +135,8 @@ def init_momentum(trainable: Trainable, *, weight_decay: float) -> MomentumState
 def _one_moment_transform(moment_step: Callable[[Any, Any, Any], tuple[Any, Any]], weight_decay: float) -> Transform:
     """Return the optimizer that applies `moment_step` to every leaf.
 
-    ``moment_step(mu, grad, param)`` returns the new moment and the direction, to be multiplied by ``-lr``. It is an
-    elementwise formula (see `elementwise`).
+    ``moment_step(mu, grad, param)`` returns the new moment and the direction. The update is ``-lr * direction``. The
+    function is an elementwise formula (see `elementwise`).
     """
 
     @elementwise(results=2)

@@ -13,7 +13,7 @@ from dynlora_fn.optim._roles import Role
 
 
 def counterparts(plan_b: SidePlan, plan_a: SidePlan, rank: int) -> Factors:
-    """Return which vectors of each side are counterparts of switched ones.
+    """Return masks of the vectors that are counterparts of switched vectors.
 
     The masks broadcast against the factors.
     """
@@ -31,6 +31,10 @@ def reset(
     *,
     is_count_delayed: bool,
 ) -> AnyFactors:
+    """Reset the state of the counterparts, in a field with a role.
+
+    `is_count_delayed` starts counts at ``-plan.frozen_for``, so that they are zero at the thaw.
+    """
     new = None
     if role == "frozen_for":
         new = plan.frozen_for
@@ -40,7 +44,7 @@ def reset(
     return with_sides(leaf, _replace_sides(sides_of(leaf), is_counterpart, new))  # type: ignore[no-any-return]
 
 
-# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+# With `allow_in_graph`, AOTAutograd traces this function instead of Dynamo, which takes longer for each operation.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _replace_sides(sides: tuple[Any, ...], is_replaced: Factors, value: Tensor | None) -> tuple[Any, ...]:
     value = torch.zeros((), device=is_replaced.b.device) if value is None else value
@@ -48,9 +52,9 @@ def _replace_sides(sides: tuple[Any, ...], is_replaced: Factors, value: Tensor |
 
 
 def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -> Any:
-    """Set numbers to `value`, or to zero for None, where `is_replaced`.
+    """Set entries to `value` where `is_replaced` is true. None means zero.
 
-    8-bit moments are only ever set to zero.
+    8-bit moments are always set to zero.
     """
     if is_eight_bit(side):
         return reset_moment(side, is_replaced)
@@ -58,7 +62,10 @@ def replace_where(side: Any, is_replaced: Tensor, value: Tensor | None = None) -
 
 
 def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moments: Sequence[Tensor], share: float) -> Tensor:
-    """Return which entries are the smallest of `moment` and all first moments."""
+    """Return a mask of the counterparts' entries to prune.
+
+    They are among the smallest entries in `moment` and in each of `first_moments`.
+    """
     is_counterpart = is_counterpart.expand(moment.shape)
     is_small = is_counterpart & _is_small(moment, is_counterpart, share)
     for first_moment in first_moments:
@@ -67,11 +74,11 @@ def is_pruned(moment: Tensor, is_counterpart: Tensor, first_moments: Sequence[Te
 
 
 def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
-    """Return which entries are at most as large as the largest pruned one.
+    """Return a mask of the entries up to a quantile of the counterparts' magnitudes.
 
-    The counterparts of one matrix lose a share of all their entries, not of each vector's.
+    `share` is the quantile. It is over all counterparts of one matrix together, and not over each vector.
     """
-    # Entries of other vectors are sorted to the front as -1.
+    # Entries of other vectors are -1 here, so they are sorted to the front.
     magnitudes = torch.where(is_counterpart, moment.abs(), -1).flatten(-2).sort(dim=-1).values
     count = is_counterpart.flatten(-2).sum(-1)
     last = (magnitudes.shape[-1] - count + (share * (count - 1)).floor().long()).clamp(max=magnitudes.shape[-1] - 1)
@@ -79,7 +86,10 @@ def _is_small(moment: Tensor, is_counterpart: Tensor, share: float) -> Tensor:
 
 
 def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, is_counterpart: Factors) -> AnyFactors:
-    """Project the moments of counterparts, in float32 or their dtype if that is wider."""
+    """Project the moments of counterparts on the new vectors (rule "transport").
+
+    Products are computed in float32, or in the dtype of the moments if that is wider.
+    """
 
     def moved(side: Tensor, coefficients: Tensor) -> Tensor:
         dtype = widest(side.dtype)
@@ -95,7 +105,7 @@ def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, is_counte
 
 
 def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:
-    """Return the coefficients of the new rows' projections on the old ones.
+    """Return the coefficients of the projections of the new rows on the old rows.
 
     With rows v they are ``(v v.T)^+ v v_new.T``, of shape (rank, rank).
     """

@@ -1,7 +1,7 @@
-"""Read the state dicts of `torch.optim`, which number their tensors.
+"""Project the state dicts of `torch.optim`, which number their tensors.
 
-The table was checked with torch 2.13. A field that it does not have is refused by name: those of Rprop, ASGD and LBFGS,
-and of optimizers outside of torch.
+The table of fields was checked with torch 2.13. Other fields are refused by name, such as fields of Rprop, ASGD, LBFGS
+and of optimizers outside torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from dynlora_fn.optim._project_factors import numbered_sides
 from dynlora_fn.optim._roles import Role
 from dynlora_fn.optim._visitor import Visitor
 
-# Pairs of fields: the one of `b`, the one of `a`.
+# The field in the state of `b`, the field in the state of `a`, and their role.
 _MIRRORED: dict[tuple[str, str], Role] = {
     ("exp_avg", "exp_avg"): "first_moment",  # Adam, AdamW, NAdam, RAdam, Adamax
     ("exp_avg_sq", "exp_avg_sq"): "second_moment",  # Adam, AdamW, NAdam, RAdam
@@ -30,7 +30,8 @@ _MIRRORED: dict[tuple[str, str], Role] = {
     ("col_var", "row_var"): "second_moment",  # Adafactor: means over the entries of each vector
     ("row_var", "col_var"): "unchanged",  # Adafactor: means over all vectors, also at rank 1
 }
-_OF_TENSORS = {"step", "mu_product", "variance"}  # not of vectors; `variance` is Adafactor's of tensors with one axis
+# Fields that belong to a whole tensor. Adafactor has `variance` for tensors with one axis.
+_OF_TENSORS = {"step", "mu_product", "variance"}
 _KNOWN = _OF_TENSORS.union(*_MIRRORED)
 
 
@@ -45,12 +46,12 @@ def project_torch_optim(node: Mapping[str, Any], context: Visitor, path: Path) -
     """Project a state dict of `torch.optim`.
 
     Raises:
-        ValueError: If a weight's tensors cannot be found, or a field has no entry in the table.
+        ValueError: If the tensors of a planned weight cannot be found, or a field has no entry in the table.
     """
     path = (*path, Step(False, "state"))
     entries = {index: dict(entry) for index, entry in node["state"].items()}
     for name, (index_b, index_a) in _indices(node["param_groups"], context, path).items():
-        # Without entries the optimizer has not updated the weight. A planned one is reported as missing.
+        # Without entries, the optimizer has not updated the weight yet. If it has a plan, the caller reports this.
         b, a = entries.get(index_b, {}), entries.get(index_a, {})
         _check_fields(b, a, name, path)
         for (field_b, field_a), usual in _MIRRORED.items():
@@ -71,7 +72,7 @@ def project_torch_optim(node: Mapping[str, Any], context: Visitor, path: Path) -
 def _role(field: str, role: Role, entry: Mapping[str, Any]) -> Role:
     """Return the role of a field.
 
-    RMSprop accumulates steps in its `momentum_buffer`, which are not linear.
+    `momentum_buffer` of RMSprop accumulates steps, which are not linear in the gradients.
     """
     return "second_moment" if field == "momentum_buffer" and "square_avg" in entry else role
 
@@ -80,8 +81,8 @@ def _check_fields(b: Mapping[str, Any], a: Mapping[str, Any], name: str, path: P
     where = f"`opt_state` has at {render(path)} for {name!r}"
     if unknown := sorted((set(b) | set(a)) - _KNOWN):
         raise ValueError(
-            f"{where} the fields {unknown}, and it is not known what they say of single vectors; use an optimizer with "
-            f"fields among {', '.join(sorted(_KNOWN))}"
+            f"{where} the fields {unknown}, whose meaning for single vectors is unknown; use an optimizer with fields "
+            f"among {', '.join(sorted(_KNOWN))}"
         )
     fields_b, fields_a = ({field for field, value in side.items() if value is not None} for side in (b, a))
     if fields_b != fields_a:
@@ -92,23 +93,24 @@ def _check_fields(b: Mapping[str, Any], a: Mapping[str, Any], name: str, path: P
 
 
 def _check_shared(leaf: Factors, name: str, context: Visitor, path: Path) -> None:
-    """Raise if Adafactor's means over all vectors do not fit the factors.
+    """Raise ValueError if Adafactor's means over all vectors do not fit the factors.
 
-    They must have the rows of `b` and the columns of `a`.
+    They must have an entry for each row of `b` and each column of `a`.
     """
     param = (context.trainable or {})[name]
     assert is_factors(param)
     if leaf.b.shape[:-1] != param.b.shape[:-1] or leaf.a.shape[-1:] != param.a.shape[-1:]:
         raise ValueError(
             f"`opt_state` has at {render(path)} statistics of shapes {tuple(leaf.b.shape)} and {tuple(leaf.a.shape)}, "
-            f"which are not those of {name!r}; pass `trainable` in the order of the optimizer"
+            f"which do not fit {name!r}; pass `trainable` in the order of the optimizer"
         )
 
 
 def _indices(groups: Any, context: Visitor, path: Path) -> dict[str, tuple[Any, Any]]:
     """Return the indices of `b` and `a` for each low-rank weight.
 
-    They come from the names in the groups (torch 2.6 or later), or for one group from the order of `trainable`.
+    They come from the names in the parameter groups (torch 2.6 or later). Without names they come from the order of
+    `trainable`, for a single group.
     """
     if context.trainable is None:
         raise ValueError(

@@ -1,6 +1,7 @@
-"""Read the states of torchopt, which lists tensors in optree's order.
+"""Project the states of torchopt, which lists tensors in the order of optree.
 
-The table was checked with torchopt 0.7.3. Types are recognized by module and name, so torchopt is not imported.
+The table of types was checked with torchopt 0.7.3. Types are recognized by module and name, so torchopt is not
+imported.
 """
 
 from collections import OrderedDict
@@ -39,7 +40,7 @@ def torchopt_roles(node: Any, path: Path) -> Roles:
     """Return the roles of the fields of a state of torchopt.
 
     Raises:
-        ValueError: If the table does not have its type.
+        ValueError: If the type is not in the table.
     """
     kind = type(node).__name__
     if kind not in _ROLES:
@@ -51,9 +52,9 @@ def torchopt_roles(node: Any, path: Path) -> Roles:
 
 
 def project_torchopt_list(tensors: Any, role: Role, context: Visitor, path: Path) -> Any:
-    """Project a list of all tensors of the parameters, in the order of optree.
+    """Project a list of the tensors of all parameters, in the order of optree.
 
-    It is by sorted names, with `b` before `a`.
+    optree sorts the names of a dict, but not of an `OrderedDict`. `b` comes before `a`.
 
     Raises:
         ValueError: If the list does not fit `trainable`.
@@ -61,7 +62,7 @@ def project_torchopt_list(tensors: Any, role: Role, context: Visitor, path: Path
     trainable = context.trainable
     if trainable is None:
         raise ValueError(f"`opt_state` has a list of tensors at {render(path)}; pass `trainable`")
-    if not isinstance(trainable, OrderedDict):  # whose order optree keeps
+    if not isinstance(trainable, OrderedDict):
         trainable = {name: trainable[name] for name in sorted(trainable)}
     sides, count = numbered_sides(trainable)
     if len(tensors) != count:

@@ -1,4 +1,4 @@
-"""The type of an optimizer, and the functions that all optimizers share."""
+"""`Transform`, `apply_updates`, and functions that all optimizers share."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -17,9 +17,9 @@ Rate: TypeAlias = Tensor | float
 
 
 class Transform(NamedTuple):
-    """Define an optimizer as a pair of pure functions.
+    """An optimizer: a pair of pure functions.
 
-    ``opt_state = init(trainable)`` and ``updates, opt_state = update(grads, opt_state, trainable, lr=lr)``.
+    Call ``opt_state = init(trainable)``, then ``updates, opt_state = update(grads, opt_state, trainable, lr=lr)``.
     """
 
     init: Callable[..., Any]
@@ -27,16 +27,16 @@ class Transform(NamedTuple):
 
 
 class Updates(NamedTuple):
-    """Store the result of `update` of a `Transform`."""
+    """The result of `update` of a `Transform`."""
 
-    updates: Tree  # to be added to the trainable parameters, see `apply_updates`
-    opt_state: Any  # the new state, with the structure, shapes and dtypes of the old one
+    updates: Tree  # `apply_updates` adds them to the trainable parameters
+    opt_state: Any  # the new state, with the structure, shapes and dtypes of the old state
 
 
 def zero_moments(trainable: Trainable) -> Tree:
-    """Return zeros in the structure and shapes of the parameters.
+    """Return zeros with the structure and shapes of the parameters.
 
-    They are float32, or the parameter's dtype if that is wider.
+    Each is in float32, or in the parameter's dtype if that is wider.
     """
 
     def zero(leaf: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def rate_of(lr: Rate | Mapping[str, Rate], name: str) -> Rate:
 
 
 def check_transform(argument: str, value: Any) -> None:
-    """Raise TypeError if a value is no pair of functions `init` and `update`."""
+    """Raise TypeError if a value does not have functions `init` and `update`."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         raise TypeError(f"`{argument}` is {described(value)}; pass a Transform, such as adamw()")
 
@@ -61,9 +61,9 @@ def check_update(grads: Any, trainable: Any, lr: Any) -> None:
     """Raise if the arguments of an update do not fit each other.
 
     Raises:
-        TypeError: If a leaf is no tensor, or of integers, or `lr` is no real number.
+        TypeError: If a leaf is not a tensor or has an integer dtype, or if `lr` is not a real number.
         ValueError: If gradients do not have the names, types and shapes of the parameters. If `lr` is negative or not
-            finite, or a dict with other names.
+            finite, or is a dict with other names.
     """
     check_trainable("trainable", trainable)
     check_mirrors("grads", grads, "trainable", trainable)
@@ -71,13 +71,13 @@ def check_update(grads: Any, trainable: Any, lr: Any) -> None:
 
 
 def check_rates(argument: str, rate: Any, names: Collection[str], *, known: Collection[str] | None = None) -> None:
-    """Raise if a value is no rate, and no dict of rates by name.
+    """Raise if a value is neither a rate nor a dict of rates by name.
 
     Args:
-        argument: The name of the argument.
-        rate: The value.
+        argument: The name of the argument, for error messages.
+        rate: The rate, or the dict.
         names: The names that need a rate.
-        known: The names that may have one. Default None means `names`.
+        known: The names that may have a rate. Default None means `names`.
     """
     if not isinstance(rate, Mapping):
         check_rate(argument, rate)
@@ -86,7 +86,7 @@ def check_rates(argument: str, rate: Any, names: Collection[str], *, known: Coll
     if missing := [name for name in names if name not in rate]:
         raise ValueError(f"`{argument}` has no rate for {missing}; add one for each parameter")
     if unknown := [name for name in rate if name not in (names if known is None else known)]:
-        raise ValueError(f"`{argument}` has a rate for {unknown}, which are no parameters here; remove them")
+        raise ValueError(f"`{argument}` has a rate for {unknown}, which are not parameters; remove them")
     for name, value in rate.items():
         check_rate(argument, value, of=name)
 
@@ -112,18 +112,18 @@ def check_betas(betas: Any) -> tuple[float, float]:
 
 
 def check_is_floating(argument: str, name: str, tensor: Tensor) -> None:
-    """Raise if a product with a number would be rounded to an integer."""
+    """Raise ValueError for integers and booleans, which a product would round."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(
-            f"`{argument}` has a tensor of dtype {tensor.dtype} for {name!r}, in which products are rounded;"
-            " leave it out"
+            f"`{argument}` has a tensor of dtype {tensor.dtype} for {name!r}, which a product with a number would"
+            " round; leave it out"
         )
 
 
 def refuse_decay_of_factors(weight_decay: float, trainable: Trainable) -> None:
-    """Raise if weight decay would be applied to factors.
+    """Raise ValueError if weight decay would be applied to factors.
 
-    Decayed vectors leave and fresh ones enter, so decaying factors does not decay the weight.
+    Decayed vectors leave and new vectors enter, so decaying factors does not decay the weight.
     """
     names = [name for name, leaf in trainable.items() if is_factors(leaf)]
     if weight_decay and names:
@@ -136,7 +136,7 @@ def refuse_decay_of_factors(weight_decay: float, trainable: Trainable) -> None:
 def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
     """Add updates to the trainable parameters.
 
-    The result has the structure, shapes and dtypes of `trainable`: ``trainable + updates``.
+    The result is ``trainable + updates``, with the structure, shapes and dtypes of `trainable`.
 
     Args:
         trainable: The trainable parameters by name, from `partition`.
@@ -146,10 +146,10 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
         The new trainable parameters by name.
 
     Raises:
-        TypeError: If a leaf is no tensor of a floating dtype.
-        ValueError: If an update has another shape or node type than its parameter, or names differ.
+        TypeError: If a leaf is not a tensor of a floating or complex dtype.
+        ValueError: If names differ, or an update differs from its parameter in type, shape or device.
 
-    Numerics: The sum is computed in the wider dtype and rounded once to the parameter's dtype.
+    Numerics: The sum is computed in the wider dtype of both, and rounded once to the parameter's dtype.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What a search of an optimizer state asks of its caller."""
+"""`Visitor`: what a search of an optimizer state does with factors that it finds."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from dynlora_fn.optim._roles import Roles
 
 
 class Visitor(Protocol):
-    """A transform of the factors in an optimizer state."""
+    """A change of the factors in an optimizer state."""
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -21,13 +21,13 @@ class Visitor(Protocol):
 
     @property
     def roles(self) -> Roles:
-        """The roles of the fields of states whose types declare none."""
+        """The roles of fields whose types do not declare roles."""
 
     def visit(self, leaf: AnyFactors, role: Any, name: str, path: Path) -> AnyFactors:
         """Return the new state of a parameter in a field with a role."""
 
     def keep(self, node: Any, path: Path) -> Any:
-        """Return what is in a field with the role "unchanged"."""
+        """Return the content of a field with the role "unchanged", or raise an error."""
 
     def check_foreign(self, library: str, path: Path) -> None:
         """Raise if states of another library are not supported."""

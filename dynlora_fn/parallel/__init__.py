@@ -1,7 +1,7 @@
-"""Training on several processes: average, shard, compare, and count bytes.
+"""Training on several processes: average gradients, shard, compare, count bytes.
 
-Gradients are averaged, bases and factors sharded, and replicas compared. Switching needs no communication: every
-process derives the same plan and vectors from the seed and the step.
+Switching needs no communication: every process derives the same plan and vectors from the seed and the step. Only a
+switch of sharded factors all-gathers the rows that it folds.
 """
 
 from dynlora_fn._core._types import ShardedFactors as ShardedFactors

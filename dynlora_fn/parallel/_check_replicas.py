@@ -24,11 +24,11 @@ class DriftedError(RuntimeError):
 def check_replicas(state: Any, group: Group) -> None:
     """Check that all processes have the same state, bit for bit.
 
-    If not, every process raises the same error. Compared are types of nodes, keys and their order, shapes, dtypes,
-    numbers, texts and the bits of tensors. Shards of bases, factors, gradients and moments differ between processes, so
-    only the shapes of their unsharded tensors, their dtypes and the number of processes are compared. The state is read
-    once. 32 bytes, and eight for each tensor, are communicated, and more if states differ. Collective: call it on every
-    process.
+    If states differ, every process raises the same error. The check compares types of nodes, keys and their order,
+    shapes, dtypes, numbers, texts and the bits of tensors. Shards of bases, factors, gradients and moments differ
+    between processes. For them it compares only the shapes of the unsharded tensors, the dtypes and the number of
+    processes. The state is read once. Each process sends 32 bytes and eight for each tensor, and more if states differ.
+    Collective: call it on every process.
 
     Args:
         state: A tree of tensors, numbers, texts, dtypes, shapes and None.
@@ -50,7 +50,7 @@ def check_replicas(state: Any, group: Group) -> None:
     processes = process_group(group)
     lines, tensors, refused = describe(state)
     text = "\n".join(lines).encode()
-    # A digest first: processes whose structures differ would send tensors of different sizes, which gloo aborts on.
+    # A digest first: processes whose structures differ would send tensors of different sizes, at which gloo aborts.
     if len(set(_gather(_digest(text), processes))) > 1:
         structures = [tuple(data.decode().split("\n")) for data in _gather_bytes(text, processes)]
         _refuse(structures, lambda line, other: f"{line or 'nothing'} instead of {other or 'nothing'}", _PASS_ALIKE)
@@ -66,11 +66,11 @@ _PASS_ALIKE, _RESUME = "pass the same state on every process, or resume from a c
 
 
 def _refuse(states: Sequence[tuple[Any, ...]], name_first: Callable[[Any, Any], str], advice: str) -> None:
-    """Raise the error that names processes whose states differ, and where.
+    """Raise the error that names the processes whose states differ, and where.
 
     Args:
-        states: The entries of the state of each process. Not all are equal.
-        name_first: A function from two entries that differ, or None if a state has no more, to a text.
+        states: For each process, the entries of its state. At least two processes differ.
+        name_first: A function from the first two entries that differ to a text. An entry is None if a state is shorter.
         advice: What the caller should do.
     """
     counts = Counter(states)
@@ -88,13 +88,13 @@ def _refuse(states: Sequence[tuple[Any, ...]], name_first: Callable[[Any, Any], 
 
 
 def _gather(local: Tensor, group: torch.distributed.ProcessGroup) -> list[tuple[int, ...]]:
-    """Return the integers of every process. They must be equally many."""
+    """Return the integers of every process. Each must have the same number of them."""
     sent = local.to(device_of_collectives(group))[None]
     return [tuple(row) for row in all_gather(sent, group.size(), group.group_name).tolist()]
 
 
 def _gather_bytes(data: bytes, group: torch.distributed.ProcessGroup) -> list[bytes]:
-    """Return the bytes of every process, which may be differently many."""
+    """Return the bytes of every process. Their numbers may differ."""
     sizes = [size for (size,) in _gather(torch.tensor([len(data)]), group)]
     padded = functional.pad(torch.tensor(list(data), dtype=torch.uint8), (0, max(sizes) - len(data)))
     return [bytes(row[:size]) for row, size in zip(_gather(padded, group), sizes, strict=True)]
@@ -108,10 +108,12 @@ def _digest(data: bytes) -> Int[Tensor, " 4"]:
 def checksums(leaves: list[Tensor]) -> Int[Tensor, " leaves"]:
     """Return a checksum of the bits of each tensor.
 
-    It is ``sum((2 k + 1) mix(bits[k]))`` modulo ``2**64``, with the bits of entry k as an integer and the finalizer of
-    SplitMix64 (doi:10.1145/2660193.2660195). The finalizer is a bijection and the factors are odd, so every change of
-    one entry changes the checksum. It depends on the order of the entries. Changes of several entries, such as of two
-    signs, cancel only by chance.
+    With the bits of entry k as an integer and the finalizer of SplitMix64 as `mix` (doi:10.1145/2660193.2660195)::
+
+        checksum = sum((2 * k + 1) * mix(bits[k])) modulo 2**64
+
+    The finalizer is a bijection and the factors are odd, so every change of one entry changes the checksum. It depends
+    on the order of the entries. Changes of several entries, such as two signs, cancel only by chance.
     """
     sums = [_checksum(leaf.detach()) for leaf in leaves]
     return torch.stack([total.to(sums[0].device) for total in sums])
@@ -133,13 +135,13 @@ def _checksum(leaf: Tensor) -> Tensor:
 
 
 def _mix(x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Return the finalizer of SplitMix64. Zero stays zero."""
-    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)  # as signed integers
+    """Apply the finalizer of SplitMix64. Zero stays zero."""
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)  # the constant as a signed integer
     x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
     return x ^ _shifted(x, 31)
 
 
 def _shifted(x: Int[Tensor, " n"], count: int) -> Int[Tensor, " n"]:
-    """Shift bits to the right, and shift in zeros in place of the sign."""
+    """Shift bits to the right and fill with zeros, not with the sign."""
     shifted: Tensor = (x >> count) & (2 ** (64 - count) - 1)
     return shifted

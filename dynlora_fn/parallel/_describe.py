@@ -1,4 +1,4 @@
-"""Describe the structure of a state, so that processes can compare theirs."""
+"""Describe the structure of a state, so that processes can compare their states."""
 
 from typing import Any, NamedTuple
 
@@ -10,22 +10,22 @@ from dynlora_fn._core._types import Alpha, Sharding
 from dynlora_fn.bases._deferred import Divisor
 from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name_of
 
-# Compared by type and text. A `Sharding` is not: it differs between processes.
+# These are compared by type and text. `Sharding` is not among them, because it differs between processes.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size, Alpha, Divisor)
 
 
 class Description(NamedTuple):
-    """The structure of a state, and what is compared by value."""
+    """The structure of a state as text, and the tensors to compare by value."""
 
     lines: tuple[str, ...]  # for each leaf its path, its constant or dtype and shape, and the types of its parents
-    tensors: dict[str, Tensor]  # those that processes have alike, by path
-    refused: tuple[str, ...]  # for each leaf that cannot be compared, the reason
+    tensors: dict[str, Tensor]  # by path, without shards
+    refused: tuple[str, ...]  # the reason for each leaf that cannot be compared
 
 
 def describe(state: Any) -> Description:
-    """Describe a state. Shards are described by the shape of the unsharded tensor.
+    """Describe a state, with shards by the shape of the unsharded tensor.
 
-    Types, keys, shapes, dtypes and constants are in the lines, so processes with equal lines have equal structures.
+    The lines have types, keys, shapes, dtypes and constants, so processes with equal lines have equal structures.
     """
     lines, tensors, refused = [], {}, []
     whole = tree_map_with_path(_whole, state, is_leaf=is_sharded)
@@ -33,7 +33,7 @@ def describe(state: Any) -> Description:
         name, text, parents = name_of(path), _text(leaf), _parents(whole, path)
         kind = "no shards" if isinstance(leaf, _NoShard) else type(leaf).__name__
         kinds = ", ".join(map(_kind, parents)) or "no node"
-        # A meta tensor has no values to compare, so the others must not have any either.
+        # A meta tensor has no values to compare, so the other processes must also have a meta tensor there.
         device = " on meta" if isinstance(leaf, Tensor) and leaf.is_meta and not any(map(is_sharded, parents)) else ""
         lines.append(f"{name}: {text or kind}{device} in {kinds}")
         if text is None:
@@ -50,7 +50,7 @@ class _NoShard(str):
 
 
 def _whole(path: Any, node: Any) -> Any:
-    """Replace shards by tensors of the unsharded shape without memory."""
+    """Replace the shards of a node by meta tensors of the unsharded shape."""
     try:
         return map_shards(_unsharded, node, name_of(path)) if is_sharded(node) else node
     except ValueError as error:
@@ -62,10 +62,7 @@ def _unsharded(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:
 
 
 def _is_leaf(node: Any) -> bool:
-    """Return whether a node is described although it has no leaves.
-
-    Constants and containers such as `()` are.
-    """
+    """Return whether a node counts as a leaf: a constant or an empty container."""
     return isinstance(node, Alpha | Divisor) or _is_empty(node)
 
 
@@ -74,15 +71,16 @@ def _is_empty(node: Any) -> bool:
 
 
 def _text(leaf: Any) -> str | None:
-    """Return a text that is equal for equal constants, or for alike tensors.
+    """Return a text for a constant, an empty container or a plain tensor.
 
-    Alike tensors have equal dtypes and shapes. Return None for anything else.
+    Equal constants have equal texts, and so do tensors of equal dtype and shape. Return None for anything else.
     """
     if _is_empty(leaf):
         return f"empty {type(leaf).__name__}"
     if type(leaf) in _CONSTANTS:
         return f"{type(leaf).__name__} {leaf!r}"
-    if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not is_traceable_wrapper_subclass(leaf):
+    is_plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_quantized
+    if is_plain and not is_traceable_wrapper_subclass(leaf):
         return f"{leaf.dtype} {tuple(leaf.shape)}"
     return None
 
@@ -97,9 +95,9 @@ def _parents(state: Any, path: Any) -> list[Any]:
 
 
 def _kind(node: Any) -> str:
-    """Return the type of a node, with its sharding and its alpha.
+    """Return the type of a node as text.
 
-    The sharding is the number of processes.
+    For sharded factors it includes the number of processes and the alpha.
     """
     sharding, kind = getattr(node, "sharding", None), type(node).__name__
     if not isinstance(sharding, Sharding):

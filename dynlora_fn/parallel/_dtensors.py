@@ -1,4 +1,4 @@
-"""Sharded tensors as `DTensor`, for checkpoints."""
+"""Convert shards to `DTensor`, for checkpoints."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name
 def as_dtensors(tree: Any) -> dict[str, Tensor]:
     """Return the tensors of a tree by path, with shards as `DTensor`.
 
-    They are in the same memory. Pass the result to `torch.distributed.checkpoint`. It saves and loads a `DTensor` by
-    its place in the unsharded tensor, so a checkpoint of four processes can be loaded by three. Loading into the result
-    changes the tensors of `tree`. The result is flat, because `torch.distributed.checkpoint` looks into dicts and lists
-    and pickles tuples.
+    The result shares the memory of `tree`, so loading into it changes the tensors of `tree`. Pass it to
+    `torch.distributed.checkpoint`, which saves and loads a `DTensor` by its place in the unsharded tensor. So three
+    processes can load a checkpoint of four. The result is flat, because `torch.distributed.checkpoint` looks into dicts
+    and lists but pickles tuples.
 
     Args:
         tree: A tree of tensors, such as parameters or a complete training state. None is left out.
@@ -26,11 +26,11 @@ def as_dtensors(tree: Any) -> dict[str, Tensor]:
         The tensors by path, such as ``"['w'].base"``. Shards of bases, factors and moments are `DTensor`.
 
     Raises:
-        TypeError: If a leaf is no tensor, because loading could not change it.
+        TypeError: If a leaf is not a tensor. Loading could not change it.
         ValueError: If a tensor in sharded factors does not have the shape of a shard.
 
     Numerics: Blocks of 8-bit moments are blocks of a shard, and their scales are stored as one row for each process. So
-        only as many processes can resume from them. For another number the shapes differ, and loading fails.
+        only the same number of processes can resume from them. For another number the shapes differ, and loading fails.
 
     Example:
         >>> import tempfile
@@ -57,7 +57,7 @@ def as_dtensors(tree: Any) -> dict[str, Tensor]:
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"`tree` has {leaf!r} at {name_of(path)}, which is no tensor, so a checkpoint could not restore it;"
+                f"`tree` has {leaf!r} at {name_of(path)}, which is not a tensor, so a checkpoint could not restore it;"
                 " pass a 0-d tensor or remove it"
             )
     return {keystr(path): leaf for path, leaf in leaves}

@@ -10,9 +10,10 @@ ONE_THREAD = "gloo_one_thread"
 def register_gloo() -> str:
     """Register gloo with one worker thread, and return the name of the backend.
 
-    Collectives on it do not end the process. torch's gloo has two worker threads. Both write the name of the last
-    operation to one string without a lock, so the string can be freed twice, which is a segmentation fault. Loops with
-    two all-gathers in flight show it within seconds. `pg_options` cannot change the number of threads of "gloo".
+    Collectives of torch's gloo can end the process, and collectives on this backend do not. torch's gloo has two worker
+    threads. Both write the name of the last operation to one string without a lock, so the string can be freed twice: a
+    segmentation fault. Loops with two all-gathers in flight show it within seconds. `pg_options` cannot change the
+    number of threads of "gloo".
 
     Call it on every process before a group is started. Calling it again changes nothing.
 
@@ -23,7 +24,7 @@ def register_gloo() -> str:
     Raises:
         RuntimeError: If torch was built without gloo.
 
-    Numerics: Those of gloo. Collectives that are in flight together run one after the other.
+    Numerics: Results have the bits of gloo's. Collectives in flight at the same time run one after the other.
 
     Example:
         >>> import torch.distributed as dist

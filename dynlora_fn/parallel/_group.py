@@ -1,4 +1,4 @@
-"""Groups of collectives, the sharding of rows over them, and weights of means."""
+"""Process groups, the sharding of rows over them, and the weights of means."""
 
 from typing import TypeAlias
 
@@ -37,19 +37,16 @@ def process_group(group: Group) -> torch.distributed.ProcessGroup:
 
 
 def has_processes_of(group: torch.distributed.ProcessGroup, name: str) -> bool:
-    """Return whether a group has the same processes as the group of a name.
-
-    Their order counts.
-    """
+    """Return whether a group has the processes of the named group, in the same order."""
     ranks = torch.distributed.get_process_group_ranks
     return group.group_name == name or ranks(group) == ranks(resolve_process_group(name))
 
 
 def check_weight(weight: float) -> float:
-    """Return the weight of a process in a mean.
+    """Return the weight of a process in a mean, once it is checked.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is not in [0, 1].
     """
     return check_number("weight", weight, least=0, most=1)

@@ -24,9 +24,11 @@ from dynlora_fn.parallel._shards import name_of
 def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = None) -> Any:
     """Average every tensor over the processes.
 
-    The result has the same bits on all processes. Tensors of one dtype are concatenated, so there is one all-reduce for
-    each dtype, however many weights there are. A loss next to its gradients costs four bytes and no additional
-    all-reduce. It works in eager mode and inside `compile_step`. Collective: call it on every process.
+    The result has the same bits on all processes. It is the sum over processes of ``weight * tensor``.
+
+    Tensors of one dtype are concatenated, so there is one all-reduce for each dtype, however many weights there are. A
+    float32 loss beside float32 gradients costs four bytes and no additional all-reduce. The function works in eager
+    mode and inside `compile_step`. Collective: call it on every process.
 
     Gradients of sharded factors are returned unchanged, because the backward pass has averaged them already.
 
@@ -34,20 +36,20 @@ def all_reduce_mean(tree: Any, group: Group, *, weight: float | Tensor | None = 
         tree: A tree of tensors, such as ``(loss, grads)``, with equal structure, shapes and dtypes on every process.
         group: The process group, or a mesh of one dimension.
         weight: The weight of this process in the mean, for batches of unequal sizes: a number in [0, 1] or a 0-d
-            tensor. The weights must sum to 1. With weight 0 the tensors of this process count as zero, also where they
-            are NaN, as the mean over an empty batch is. Default None means 1 / the number of processes.
+            tensor. The weights of all processes must sum to 1. With weight 0 the tensors of this process count as zero.
+            They may be NaN then, as the mean over an empty batch is. Default None means 1 / the number of processes.
 
     Returns:
         A tree with the structure, shapes and dtypes of `tree`.
 
     Raises:
-        TypeError: If a leaf is no tensor of a floating dtype.
+        TypeError: If a leaf is not a tensor of a floating or complex dtype.
         NotImplementedError: If a transform of `torch.func` differentiates by a leaf, or in forward mode.
         ValueError: If the weight is a number outside [0, 1] or a tensor with axes. Also if gradients of sharded factors
             have been averaged with another weight or over another group.
 
-    Numerics: Each term is scaled first and summed in the dtype of its tensor. The order of the sum depends on the
-        number of processes.
+    Numerics: Each term is scaled first, and terms are summed in the dtype of the tensor. The order of the sum depends
+        on the number of processes.
 
     Example:
         >>> import torch
@@ -87,11 +89,15 @@ def _checked(weight: float | Tensor) -> float | Tensor:
 
 def _check_can_be_averaged(path: Any, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"`tree` has {leaf!r} at {name_of(path)}, which is no tensor; pass a 0-d tensor or remove it")
-    if not (leaf.is_floating_point() or leaf.is_complex()):
+        raise TypeError(
+            f"`tree` has {leaf!r} at {name_of(path)}, which is not a tensor; pass a 0-d tensor or remove it"
+        )
+    if leaf.layout != torch.strided:
+        raise TypeError(f"`tree` has a tensor of layout {leaf.layout} at {name_of(path)}; pass a dense one")
+    if not (leaf.is_floating_point() or leaf.is_complex()) or leaf.dtype.itemsize < 2:
         raise TypeError(
             f"`tree` has a tensor of dtype {leaf.dtype} at {name_of(path)}, in which a mean is rounded; convert it to a"
-            " floating dtype"
+            " floating dtype of at least 16 bits"
         )
     if forward_levels() or (is_in_func() and is_attached(leaf)):
         raise NotImplementedError(
@@ -103,9 +109,10 @@ def _check_can_be_averaged(path: Any, leaf: Any) -> None:
 def _check_is_averaged(
     path: Any, sharding: Sharding, group: torch.distributed.ProcessGroup, weight: float | Tensor
 ) -> None:
-    """Check that the backward pass has averaged gradients of sharded factors.
+    """Raise if the backward pass averaged sharded factors differently than this call.
 
-    It must have done so as this call would.
+    Raises:
+        ValueError: If the weight or the group differs.
     """
     if isinstance(weight, Tensor) or weight != sharding.weight:
         raise ValueError(

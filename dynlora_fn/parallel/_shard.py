@@ -22,13 +22,13 @@ def shard(params: Params, group: Group) -> dict[str, Param]: ...
 def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
     """Shard each base by rows over `group`.
 
-    The weights do not change. Each process stores equally many rows of every base, and fewer on the last processes if
-    the number of rows does not divide. A base is all-gathered in its storage format for each product, in the forward
-    pass and again in the backward pass. `switch` and `merge` fold into the rows of this process and send nothing.
-    Frozen tensors have no gradient, so there is no reduce-scatter.
+    The weights do not change. Each process stores the same number of rows of every base, and the last processes store
+    fewer if the rows do not divide. A base is all-gathered in its storage format for each product, in the forward pass
+    and again in the backward pass. `switch` and `merge` fold into the rows of this process and send nothing. Frozen
+    tensors have no gradient, so there is no reduce-scatter.
 
-    Bases are sharded by rows, and not by the layers of a stack, for three reasons. Any number of layers is balanced, a
-    gather is one contiguous all-gather, and a scale for each row stays with its row.
+    Bases are sharded by rows, and not by the layers of a stack, for three reasons. The load is balanced for any number
+    of layers, a gather is one contiguous all-gather, and a scale for each row stays with its row.
 
     Args:
         params: One weight, or weights by name, equal on every process. Factors and full-rank tensors are not sharded.
@@ -38,13 +38,14 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
         The same weights with `Sharded` bases.
 
     Raises:
+        TypeError: If `params` or `group` has a wrong type.
         ValueError: If a base is sharded already, the mesh has more than one dimension, or the rows of two processes
             would share a factor of nf4. In most weights 16,384 consecutive entries share one.
 
-    Numerics: Products read the same bits as those of the unsharded base. A fold into codes multiplies matrices with
-        fewer rows, so the last bit may be rounded differently. A fold encodes all of an unsharded nf4 base again, but
-        only the shards of a sharded one whose rows change. nvfp4 has one factor for the weight, so its rows cannot be
-        encoded independently. After a fold into a sharded nvfp4 base, each row has a factor, also after `unshard`.
+    Numerics: Products read the same bits as without sharding. A fold into codes multiplies matrices with fewer rows, so
+        the last bit may be rounded differently. A fold encodes all of an unsharded nf4 base again, but of a sharded
+        base only the shards whose rows change. nvfp4 has one factor for the weight, so its rows cannot be encoded
+        independently. A fold into a sharded nvfp4 base gives each row a factor, which `unshard` keeps.
 
     Example:
         >>> import torch
@@ -52,8 +53,11 @@ def shard(params: LowRank | Params, group: Group) -> LowRank | dict[str, Param]:
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> params = dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
-        >>> dl.parallel.shard(params, dist.group.WORLD)["w"].base.base.shape
+        >>> sharded = dl.parallel.shard(params, dist.group.WORLD)
+        >>> sharded["w"].base.base.shape  # all rows, because this process is the only one
         torch.Size([6, 4])
+        >>> torch.equal(dl.materialize(sharded["w"]), dl.materialize(params["w"]))
+        True
         >>> dist.destroy_process_group()
     """
     check_one_or_more("params", params)
@@ -70,7 +74,7 @@ def unshard(params: Params) -> dict[str, Param]: ...
 def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
     """Gather sharded bases and factors, so that every process stores all rows.
 
-    The weights do not change, and the gathered bits are those of the shards. Collective: call it on every process.
+    The weights do not change, and every gathered row has the bits of its shard. Collective: call it on every process.
 
     Args:
         params: One weight, or weights by name. Weights that are not sharded, and tensors, are returned unchanged.
@@ -78,14 +82,18 @@ def unshard(params: LowRank | Params) -> LowRank | dict[str, Param]:
     Returns:
         The same weights with bases and factors that are not sharded.
 
+    Raises:
+        TypeError: If `params` has a value that is not a parameter.
+
     Example:
         >>> import torch
         >>> import torch.distributed as dist
         >>> import dynlora_fn as dl
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> params = dl.init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
-        >>> dl.parallel.unshard(dl.parallel.shard(params, dist.group.WORLD))["w"].base.shape
-        torch.Size([6, 4])
+        >>> gathered = dl.parallel.unshard(dl.parallel.shard(params, dist.group.WORLD))
+        >>> torch.equal(gathered["w"].base, params["w"].base)
+        True
         >>> dist.destroy_process_group()
     """
     return map_low_rank(_unshard, params)  # type: ignore[return-value]
@@ -122,10 +130,11 @@ def shard_factors(params: LowRank | Params, *, weight: float | None = None) -> L
         The same weights with sharded factors.
 
     Raises:
-        ValueError: If a base is not sharded or is deferred, if its factors are sharded already, or if the weight is not
-            in [0, 1].
+        TypeError: If an argument has a wrong type.
+        ValueError: If a base is not sharded or is deferred, if its factors are sharded already, if only `b` is trained,
+            or if `weight` is not in [0, 1].
 
-    Numerics: Those of factors that are not sharded, except for the order in which gradients are summed.
+    Numerics: The same as without sharded factors, except for the order in which gradients are summed.
 
     Example:
         >>> import torch

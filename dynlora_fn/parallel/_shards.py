@@ -1,7 +1,4 @@
-"""The sharded nodes of a tree, and where their tensors belong.
-
-The place of each is in the unsharded tensor.
-"""
+"""The sharded nodes of a tree, and the place of a shard in the unsharded tensor."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +11,13 @@ from dynlora_fn._core._torch import keystr
 from dynlora_fn._core._types import ShardedFactors, Sharding
 from dynlora_fn.bases._sharded import Sharded
 
-ShardMap: TypeAlias = Callable[[Tensor, Sharding, int], Tensor]  # of a shard, its sharding, and the sharded axis
+ShardMap: TypeAlias = Callable[[Tensor, Sharding, int], Tensor]  # from a shard, its sharding and the sharded axis
 
 
 def is_sharded(node: Any) -> TypeGuard[Sharded | ShardedFactors]:
-    """Return whether a node of a tree has shards.
+    """Return whether a node of a tree is a sharded base or sharded factors.
 
-    Bases, and factors with their gradients, moments and updates, may have.
+    Gradients, moments and updates of sharded factors count as such.
     """
     return isinstance(node, Sharded | ShardedFactors)
 
@@ -34,9 +31,9 @@ def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> A
     """Apply `change` to every tensor of a node that is a shard.
 
     Args:
-        change: A function of a shard, its sharding and the axis that is sharded, as a negative number.
-        node: A sharded node.
-        name: Its path, for the error message.
+        change: A function of a shard, its sharding and the sharded axis, which is a negative number.
+        node: A sharded base or sharded factors.
+        name: The path of the node, for the error message.
 
     Raises:
         ValueError: If a tensor does not have the rows or columns that the sharding gives to this process.
@@ -47,7 +44,7 @@ def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> A
         if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[axis] != count:
             what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
             raise ValueError(
-                f"{what} in the {type(node).__name__} at {name} is no shard:"
+                f"{what} in the {type(node).__name__} at {name} is not a shard:"
                 f" this process has {count} entries along axis {axis}; pass it outside of the node"
             )
         return change(leaf, sharding, axis)
@@ -61,7 +58,7 @@ def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> A
 def _map_side(change: ShardMap, side: Any, sharding: Sharding, axis: int) -> Any:
     """Map one side of factors: a tensor, None, or a moment in 8 bits.
 
-    The scales of a moment become one row for each process.
+    The scales of an 8-bit moment are mapped as one row for each process.
     """
     if side is None:
         return None

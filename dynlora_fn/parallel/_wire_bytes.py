@@ -31,8 +31,8 @@ _BACKENDS = ("nccl", "gloo", ONE_THREAD)
 class WireBytes(NamedTuple):
     """The bytes of the collectives of one step, by kind.
 
-    A field is the size of the tensors that are reduced or scattered, or that a gather returns. `sent` converts these
-    sizes into the bytes that each process sends. Switching sends nothing unless factors are sharded.
+    A field is the size of the tensors that are reduced or scattered, or that a gather returns. `sent` converts the
+    fields into the bytes that each process sends. Switching sends nothing unless factors are sharded.
     """
 
     factors: int  # all-reduce of the gradients of factors that are not sharded
@@ -50,20 +50,23 @@ class WireBytes(NamedTuple):
     def sent(self, world_size: int, *, backend: str) -> int:
         """Return the bytes that each process sends in the step.
 
-        With ring algorithms, each of n processes sends ``2 (n - 1) / n`` of the bytes of an all-reduce. It sends
-        ``(n - 1) / n`` of the bytes of an all-gather or a reduce-scatter. gloo sends an all-reduce for a
-        reduce-scatter: a third more in all, if everything that is trained is sharded. Headers of messages do not count.
+        With ring algorithms, each of n processes sends::
+
+            sent = (n - 1) / n * (2 * all-reduced + all-gathered + reduce-scattered)
+
+        gloo has no reduce-scatter and sends an all-reduce in its place. For sharded factors that is a third more in
+        all. Headers of messages do not count.
 
         Args:
             world_size: The number of processes, n.
-            backend: "nccl", "gloo", or the name that `register_gloo` returns, as of `torch.distributed.get_backend`.
+            backend: "nccl", "gloo", or the name that `register_gloo` returns. `torch.distributed.get_backend` gives it.
 
         Returns:
             The bytes, rounded to an integer.
 
         Raises:
-            TypeError: If `world_size` is no integer.
-            ValueError: If `world_size` is less than 1, or the backend is another one.
+            TypeError: If `world_size` is not an integer.
+            ValueError: If `world_size` is less than 1, or `backend` is unknown.
 
         Example:
             >>> wire = WireBytes(factors=0, full_rank=1024, bases=0, gathered=8192, scattered=4096)
@@ -92,16 +95,16 @@ def wire_bytes(
     Args:
         trainable: The trainable tree.
         frozen: The frozen tree. Default None means that nothing is sharded.
-        gathers: How often each sharded base and each sharded factor is gathered in a step. It is 2 for a forward and a
-            backward pass, and 3 if `remat` computes the block again.
+        gathers: How often each sharded base and each sharded factor is gathered in a step: 2 for a forward and a
+            backward pass, and 3 if `remat` also computes the block again.
         plan: The plan of a step that switches. Default None means a step without a switch.
 
     Returns:
         The bytes by kind.
 
     Raises:
-        TypeError: If a tree has a leaf of another type, or `gathers` is no integer.
-        ValueError: If `gathers` is negative, or a plan does not have the shapes of one.
+        TypeError: If a tree has a leaf of a wrong type, or `gathers` is not an integer.
+        ValueError: If `gathers` is negative, or a plan is not valid.
 
     Example:
         >>> from torch import nn
@@ -160,9 +163,9 @@ def _shard_bytes(name: str, factors: ShardedFactors) -> list[int]:
 
 
 def _count_into(sizes: list[int]) -> ShardMap:
-    """Return a map that appends the bytes of all processes' shards.
+    """Return a map that appends the bytes of a gather of each shard.
 
-    Each is padded to the largest.
+    A gather pads the shards of all processes to the largest one.
     """
 
     def count(shard: Tensor, sharding: Sharding, axis: int) -> Tensor:

@@ -68,15 +68,15 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def _philox_of_grid(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Return the words of `philox` for a grid of counters and keys.
+    """Generate the words of `philox` for a grid of counters and keys, in eager mode.
 
-    Counters and keys are broadcast. There are few allocations. Products wrap around in int64, which keeps their 64
-    bits: the low 32 and, above them, the high ones. A word that is not multiplied next keeps bits above its 32 until a
-    mask removes them.
+    Counters and keys broadcast to the grid, and most operations are in place. A product wraps around in int64, which
+    keeps all of its 64 bits: the low word and, above it, the high word. Where a word is not multiplied next, the bits
+    above its 32 stay until a mask removes them.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(2):  # most of these words are still one for each row or column
+    for _ in range(2):  # before the third round, most words still have only one row or one column
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = (product1 >> 32 ^ (c1 ^ k0)) & _MASK, (product0 >> 32 ^ (c3 ^ k1)) & _MASK
         c1, c3 = product1, product0
@@ -93,9 +93,14 @@ def _philox_of_grid(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def next_seeds(seeds: Sequence[Int[Tensor, "*stack"]], ranks: Sequence[int]) -> list[Int[Tensor, "*stack"]]:
-    """Return the seeds of other bases, for the same weights at other ranks.
+    """Return the seeds of new bases for weights whose rank changes.
 
-    A schedule counts its vectors from the rank. With the old seed it would hand out some of them twice.
+    A schedule numbers the vectors that enter from the rank on. At another rank, the old seed would give some of its
+    vectors to a weight a second time.
+
+    Args:
+        seeds: The seeds of the weights, each with the stack axes of its weight.
+        ranks: The new rank of each weight.
     """
     flat = [seed.flatten() for seed in seeds]
     rank = torch.cat([torch.full_like(seed, rank) for seed, rank in zip(flat, ranks, strict=True)])
@@ -107,9 +112,9 @@ def next_seeds(seeds: Sequence[Int[Tensor, "*stack"]], ranks: Sequence[int]) -> 
 
 
 class Request(NamedTuple):
-    """Name vectors of one side of a basis by their indices.
+    """The vectors of one side of a basis, named by their indices.
 
-    `seed` names the basis, or a stack of bases. If `indices` has no stack axes, they apply to every basis of the stack.
+    `seed` names the basis, or a stack of bases. If `indices` has no stack axes, it applies to every basis of the stack.
     """
 
     seed: Int[Tensor, "*stack"]
@@ -121,9 +126,9 @@ class Request(NamedTuple):
 def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count length"]]:
     """Return the vectors of each request, uniform in [-1, 1).
 
-    Every value is a multiple of 2**-23, hence exact in float32. All requests go through Philox together: compiled, that
-    is one kernel, and its ten rounds are slow to compile. On a CPU that is not compiled for, they are drawn in tiles,
-    because each of some hundred operations would otherwise write words for all numbers to memory.
+    Every value is a multiple of 2**-23, hence exact in float32. All requests go through Philox together, so a compiled
+    step has one kernel for them: the ten rounds are slow to compile. In eager mode on a CPU the numbers are drawn in
+    tiles. Otherwise each of about a hundred operations would write words for all numbers to memory.
     """
     by_length = sorted(range(len(requests)), key=lambda position: requests[position].length)
     ordered = [requests[position] for position in by_length]
@@ -142,9 +147,14 @@ def uniform(requests: Sequence[Request]) -> list[Float[Tensor, "*stack count len
 def _draw(sizes: Sequence[tuple[int, int]], index: Tensor, side: Tensor, seed: Tensor) -> Tensor:
     """Return four numbers for each block of each vector.
 
-    They depend on the index, side and seed of the vector. `sizes` gives the number of vectors of each request and the
-    number of blocks of each of its vectors. The index, side and seed are looked up for each block. Storing their words
-    for every block would take three times the memory of the numbers.
+    They depend only on the block and on the index, side and seed of its vector, which are looked up for each block.
+    Storing their words for every block would take three times the memory of the numbers.
+
+    Args:
+        sizes: For each request, the number of vectors and the number of blocks in a vector.
+        index: The index of each vector, int64.
+        side: The word of the side of each vector, int64.
+        seed: The seed of each vector, int64.
     """
     vector, block = _positions(sizes, index.device)
     index, side, seed = index[vector], side[vector], seed[vector]
@@ -171,9 +181,9 @@ def _draw_in_tiles(sizes: Sequence[tuple[int, int]], index: Tensor, side: Tensor
 
 
 def _fill(tile: Tensor, vectors: Tensor, start: int) -> None:
-    """Draw the numbers (count, blocks, 4) of vectors from a block on.
+    """Write the numbers of vectors into `tile` (count, blocks, 4).
 
-    The block is the `start` of each vector.
+    The tile begins at block `start` of each vector. A row of `vectors` has the words of index, side and seed.
     """
     low, high, side, key0, key1 = (column[:, None] for column in vectors.unbind(-1))
     block = torch.arange(start, start + tile.shape[1], device=tile.device)
@@ -189,10 +199,10 @@ def _vectors(request: Request) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _positions(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return for each block of four numbers its vector and its position there.
+    """Return the vector of each block of four numbers, and the block's place in it.
 
-    `sizes` gives the number of vectors of each request and the number of blocks of each of its vectors. Neighboring
-    requests of equal length are treated as one.
+    `sizes` gives, for each request, the number of vectors and the number of blocks in a vector. Neighboring requests of
+    equal length are treated as one.
     """
     vectors, blocks, first = [], [], 0
     for length, group in itertools.groupby(sizes, key=lambda size: size[1]):
@@ -205,7 +215,7 @@ def _positions(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[
 
 
 class Bounds(NamedTuple):
-    """Store the bound of each side: its vectors are uniform in [-bound, bound)."""
+    """The bound of each side, whose vectors are uniform in [-bound, bound)."""
 
     b: float
     a: float
@@ -214,8 +224,8 @@ class Bounds(NamedTuple):
 def basis_bounds(out_features: int, in_features: int, rank: int, *, alpha: float = 1) -> Bounds:
     """Return the bounds of SwitchLoRA's initialization.
 
-    Both sides are non-zero, so that an incoming vector meets a counterpart and gets a gradient at once. The bounds are
-    sqrt(3) times the standard deviations of arXiv:2406.06564, eq. 3, with ``gain = 1 / sqrt(3)``::
+    Both bounds are above 0, so an incoming vector meets a counterpart that is not zero and gets a gradient at once. A
+    bound is sqrt(3) times the standard deviation in arXiv:2406.06564, eq. 3, with ``gain = 1 / sqrt(3)``::
 
         std_b = (rank / sqrt(out * in)) ** (1 / 4) * sqrt(gain)
         std_a = (sqrt(out) * rank / in ** (3 / 2)) ** (1 / 4) * sqrt(gain)
@@ -223,16 +233,16 @@ def basis_bounds(out_features: int, in_features: int, rank: int, *, alpha: float
     Both are divided by ``sqrt(alpha)``, so that ``alpha / rank * b @ a`` is of the same size for every alpha.
 
     Args:
-        out_features: The `out` of the weight.
-        in_features: The `in` of the weight.
+        out_features: The number of rows of the weight.
+        in_features: The number of columns of the weight.
         rank: The rank of the factors.
-        alpha: The alpha of the weight.
+        alpha: The scale of the product, above 0. The weight is ``base + alpha / rank * b @ a``.
 
     Returns:
         The bounds of side b and side a.
 
     Raises:
-        TypeError: If a size is no integer, or `alpha` no number.
+        TypeError: If a size is not an integer, or `alpha` is not a number.
         ValueError: If a size is less than 1, or `alpha` is not finite and above 0.
 
     Example:

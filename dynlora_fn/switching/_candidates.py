@@ -21,8 +21,8 @@ def candidates(params: LowRank | Params, plan: Any, *, start: Start = "switchlor
     Args:
         params: One weight, or a dict of parameters by name.
         plan: The plan of that weight, or a dict of plans by name. Its `indices` name the vectors.
-        start: The distribution, as in `init`. With "lora" the vectors of side b are zero. It does not matter
-            where only `b` is trained: there side b gets zeros, and side a rows that are orthogonal to all others.
+        start: The distribution, as in `init`. With "lora" the vectors of side b are zero. A weight that trains only `b`
+            ignores it: its side b gets zeros, and its side a gets rows that are orthogonal to all others.
 
     Returns:
         The vectors, laid out as factors with `count` in place of `rank`, or a dict of them by name.
@@ -34,11 +34,15 @@ def candidates(params: LowRank | Params, plan: Any, *, start: Start = "switchlor
 
     Example:
         >>> import torch
-        >>> from dynlora_fn import init
+        >>> from dynlora_fn import init, switch
         >>> from dynlora_fn.schedules import every
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
-        >>> candidates(params, every(1)(0, params))["w"].b.shape
+        >>> plan = every(1)(0, params)
+        >>> incoming = candidates(params, plan)
+        >>> incoming["w"].b.shape
         torch.Size([6, 2])
+        >>> torch.equal(switch(params, plan).params["w"].factors.a, incoming["w"].a)  # what `switch` uses by default
+        True
     """
     check_choice("start", start, get_args(Start))
     check_planned(params, plan)
@@ -47,7 +51,7 @@ def candidates(params: LowRank | Params, plan: Any, *, start: Start = "switchlor
 
 
 def planned_vectors(params: LowRank | Params, plan: Any, start: Start) -> Any:
-    """Return `candidates` of a plan that is checked."""
+    """Generate the vectors of `candidates`, for a plan that was checked before."""
     if isinstance(params, LowRank):
         return vectors_of([_basis_slice(params, plan, start)])[0]
     if not plan:

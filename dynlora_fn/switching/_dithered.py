@@ -1,4 +1,4 @@
-"""Dither a schedule at random, as SwitchLoRA's implementation does."""
+"""Round the rate of a schedule at random, as SwitchLoRA's implementation does."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ from dynlora_fn.switching._schedule import Schedule, is_one_sided
 
 @dataclass(frozen=True)
 class Dithered:
-    """Plan numbers of switches that were drawn at random. Created by `dithered`."""
+    """A schedule whose numbers of switches were drawn at random by `dithered`."""
 
     schedule: Schedule
-    switched: dict[str, Int[Tensor, "steps *stack"]]  # vectors switched on each side before each step; on the host
-    ranks: dict[str, int]  # of the weights when the numbers were drawn
+    switched: dict[str, Int[Tensor, "steps *stack"]]  # vectors of a side switched before each step and in all; on CPU
+    ranks: dict[str, int]  # of each weight when the numbers were drawn
 
     @property
     def follows_update(self) -> bool:
@@ -37,13 +37,19 @@ class Dithered:
         return sum(2 * int((table[step + 1] - table[step]).sum()) for table in self.switched.values())
 
     def _checked(self, step: int | Tensor, params: Params) -> int | Tensor:
-        """Return the step, and raise for one after the run or for other parameters."""
+        """Return the step.
+
+        Raises:
+            TypeError: If the step or a parameter has a wrong type.
+            ValueError: If the step is negative or after the run, or a dithered weight is missing.
+        """
         step = check_step("step", step)
         check_params("params", params)
         for name, table in self.switched.items():
             if (not isinstance(step, Tensor) or can_read(step)) and step >= len(table) - 1:
                 raise ValueError(
-                    f"`step` is {int(step)}, but the schedule was dithered for {len(table) - 1} steps; use one"
+                    f"`step` is {int(step)}, but the schedule was dithered for {len(table) - 1} steps, counted from 0; use"
+                    " a smaller one, or dither the schedule for more"
                 )
             if not isinstance(params.get(name), LowRank):
                 raise ValueError(f"`params` has no low-rank {name!r}, for which the schedule was dithered; pass it")
@@ -72,25 +78,28 @@ class Dithered:
 def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int) -> Dithered:
     """Round the rate of a schedule up or down at random at each step.
 
-    SwitchLoRA's implementation does this (arXiv:2406.06564). All random numbers are drawn when this function is called,
-    so that a plan stays a pure function of the step. Each weight, and each member of a stack, draws its numbers. Both
-    sides switch the same number of vectors, and side b runs ``rank // 2`` slots ahead. A switch that would meet a
-    frozen vector is dropped. Small ranks therefore fall short of the schedule's rate, and rank 1 never switches. Where
-    only `b` is trained, both sides of a slot are switched together.
+    All random numbers are drawn when this function is called, so a plan stays a pure function of the step. SwitchLoRA's
+    implementation rounds in the same way (arXiv:2406.06564). With u uniform in [0, 1), each side switches::
+
+        count(step) = floor(rank / interval * decay ** (step + 1) + u)
+
+    Each weight, and each member of a stack, has separate random numbers. Side b runs ``rank // 2`` slots ahead. With a
+    freeze, a switch that would meet a frozen vector is dropped. Small ranks then fall short of the schedule's rate, and
+    rank 1 never switches. Where only `b` is trained, both sides of a slot are switched together.
 
     Args:
-        schedule: The schedule, with a rate instead of a `count`, and with ``every=1``.
-        params: The parameters by name. Only names, shapes and stacks are read.
+        schedule: The schedule, with ``count=None`` and ``every=1``.
+        params: The parameters by name. Only names and shapes are read.
         total_steps: The number of steps of the run.
         seed: The seed of the random numbers.
 
     Returns:
-        The dithered schedule. It is called like `schedule`.
+        The dithered schedule. Call it as you would call `schedule`.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If `schedule` has a `count`, or an `every` other than 1. When it is called, if a rank has changed,
-            or the step is not of the run.
+        ValueError: If `schedule` has a `count`, or an `every` other than 1. A call of the result raises it if the step
+            is negative or not below `total_steps`, if a weight is missing, or if its rank has changed.
 
     Example:
         >>> import torch
@@ -125,7 +134,8 @@ def _generator_seed(seed: int) -> int:
 
 
 def _count_switches(schedule: Schedule, param: LowRank, draws: Tensor) -> Tensor:
-    # In any `freeze` steps, or one side would switch a frozen vector.
+    """Return how many vectors of a side are switched before each step and in all."""
+    # More in any `freeze` steps would switch a frozen vector.
     limit = param.factors.a.shape[-2] // (1 if is_one_sided(param) else 2)
     rate = float(schedule.due(1, param)) / schedule.decay
     switched = torch.zeros(len(draws) + 1, *param.seed.shape, dtype=torch.int64, device=draws.device)

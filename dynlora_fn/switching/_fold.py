@@ -19,19 +19,21 @@ def fold(param: LowRank, b: Float[Tensor, "*stack out count"], a: Float[Tensor, 
 
         base += alpha / rank * b @ a
 
+    A sharded base takes its rows of `b` and sends nothing.
+
     Args:
         param: The weight.
-        b: The left factor of the change, with any number of vectors.
-        a: The right factor of the change.
+        b: The left factor of the change, with all rows of the weight and any number of vectors.
+        a: The right factor of the change, with as many vectors.
 
     Returns:
         The weight with its new base.
 
     Raises:
-        TypeError: If `param` is no `LowRank`, or a factor no tensor of a floating dtype.
-        ValueError: If the shapes do not fit the weight, a quantized weight is not finite, or a deferred base has no
-            room for the vectors.
-        NotImplementedError: If what is folded into a quantized base requires a gradient or has a tangent.
+        TypeError: If `param` is not a `LowRank`, or a factor is not a tensor of a floating dtype.
+        ValueError: If shapes or devices do not fit the weight, a quantized weight is not finite, or a deferred base has
+            no room for the vectors.
+        NotImplementedError: If the base is quantized, and `b`, `a` or the base requires a gradient or has a tangent.
 
     Numerics: The sum is computed in float32 or a wider dtype. The base is then rounded once to its dtype, or quantized
     once (see `quantize`).

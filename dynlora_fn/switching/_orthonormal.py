@@ -1,8 +1,8 @@
 """Generate the vectors of a side that is not trained.
 
-They are rows of an orthogonal matrix, from the basis seed. The matrix is a discrete cosine transform whose columns have
-random signs, as in randomized transforms (Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform", 2009). A row
-costs as many operations as it has entries, and nothing is decomposed.
+They are rows of an orthogonal matrix that the basis seed determines. The matrix is a discrete cosine transform whose
+columns have random signs, as in randomized transforms (Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform",
+2009). A row takes as many operations as it has entries. No QR decomposition is needed.
 """
 
 import math
@@ -17,7 +17,7 @@ from dynlora_fn.switching._basis import Request
 
 
 def request_signs(seed: Int[Tensor, "*stack"], length: int) -> Request:
-    """Name the random numbers whose signs the columns of a basis have."""
+    """Return the request for random numbers whose signs the columns of a basis get."""
     return Request(seed, "a", torch.zeros(1, dtype=torch.int64, device=seed.device), length)
 
 
@@ -26,11 +26,11 @@ def orthonormal_rows(
 ) -> Float[Tensor, "*stack count size"]:
     """Return rows of the orthogonal matrix of a basis, in float64.
 
-    Indices are taken modulo their number::
+    Indices are taken modulo `size`, the number of rows::
 
         row[i, j] = sign[j] * sqrt(c / size) * cos(pi * (2 * j + 1) * i / (2 * size)),     c = 1 if i = 0 else 2
 
-    Numerics: The argument of the cosine is reduced in integers.
+    Numerics: The argument of the cosine is reduced modulo a full turn in integers, so the reduction is exact.
     """
     size = signs.shape[-1]
     row = (indices % size)[..., None]
@@ -42,10 +42,10 @@ def orthonormal_rows(
 
 
 def row_length(rank: int, alpha: float) -> float:
-    """Return the length of the rows of `a`, ``sqrt(rank / alpha)``.
+    """Return the length of the rows of `a`, ``sqrt(rank / abs(alpha))``.
 
-    With it ``alpha / rank * b @ a`` is ``sqrt(alpha / rank) * b @ Q`` with orthonormal Q, so a step of AdamW moves the
-    weight equally far at every rank.
+    For a positive alpha, the product ``alpha / rank * b @ a`` is then ``sqrt(alpha / rank) * b @ Q`` with orthonormal
+    rows of Q. So a step of AdamW has the same Frobenius norm at every rank.
     """
     return math.sqrt(rank / abs(alpha))
 
@@ -53,9 +53,8 @@ def row_length(rank: int, alpha: float) -> float:
 def indices_of(param: LowRank, plan: SidePlan) -> Int[Tensor, "*stack count"]:
     """Return the indices of the vectors that a plan of side a names.
 
-    Vectors that are not trained must be distinct in all slots, whatever a plan names. So slot k only gets rows k,
-    k + rank, k + 2 * rank and so on of the orthogonal matrix, in turn. With the indices of `Schedule` they follow each
-    other.
+    The rows of an `a` that is not trained must be distinct, whatever indices a plan names. So slot k gets only rows k,
+    k + rank, k + 2 * rank and so on of the orthogonal matrix. The indices of `Schedule` give these rows in turn.
     """
     if not isinstance(param.factors, OneSidedFactors):
         return plan.indices
@@ -65,10 +64,10 @@ def indices_of(param: LowRank, plan: SidePlan) -> Int[Tensor, "*stack count"]:
 
 
 def check_orthogonal(name: str, factors: OneSidedFactors, plan: SidePlan) -> None:
-    """Raise ValueError if vectors of `a` that entered are not orthonormal.
+    """Raise ValueError if the rows of `a` are not orthogonal after a switch.
 
-    They must be orthogonal to all others, and have their length. `muon` takes the rows for orthogonal without reading
-    them. While a step is traced, nothing is read.
+    Rows that entered must be orthogonal to all other rows and have the same length. `muon` relies on this without a
+    check. A traced step is not checked, because tracing cannot read values.
     """
     a, (rank, slots) = factors.a, (factors.b.shape[-1], plan.slots)
     if not are_immediate([a, slots]) or not slots.numel():
@@ -81,5 +80,5 @@ def check_orthogonal(name: str, factors: OneSidedFactors, plan: SidePlan) -> Non
     if bool(((entered @ wide.mT - wanted).abs() > square * precision).any()):
         raise ValueError(
             f"`incoming.a` of {name!r}, which trains only `b`, has vectors that are not orthogonal to the others"
-            f" or not of length {math.sqrt(square):.6g}; leave `incoming` out, or pass what `candidates` returns"
+            f" or not of length {math.sqrt(square):.6g}; leave `incoming` out, or pass the result of `candidates`"
         )

@@ -1,4 +1,4 @@
-"""Check that plans and incoming vectors are those of the parameters."""
+"""Check that plans and incoming vectors fit the parameters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def check_planned(params: Any, plan: Any, incoming: Any = None) -> None:
     Args:
         params: One weight, or a dict of parameters by name.
         plan: The plan of that weight, or a dict of plans by name.
-        incoming: The vectors that enter, or a dict of them by name. None for no check.
+        incoming: The vectors that enter, or a dict of them by name. Default None checks only the plan.
 
     Raises:
         TypeError: If a type or dtype is wrong.
@@ -37,7 +37,7 @@ def check_planned(params: Any, plan: Any, incoming: Any = None) -> None:
 
 
 def check_vectors_by_name(argument: str, vectors: Any, plan: Iterable[str]) -> None:
-    """Raise if a value does not have vectors for each plan, as `check_vectors`."""
+    """Raise if a value is not a dict of vectors with the names of the plans."""
     check_by_name(argument, vectors, of="vectors")
     check_names(argument, vectors, "plan", plan)
     for name, factors in vectors.items():
@@ -45,9 +45,9 @@ def check_vectors_by_name(argument: str, vectors: Any, plan: Iterable[str]) -> N
 
 
 def check_vectors(argument: str, name: str, factors: Any) -> None:
-    """Raise TypeError if a value is no pair of floating tensors.
+    """Raise TypeError if a value is not a pair of floating tensors.
 
-    Their shapes are compared with the plan elsewhere.
+    `switch` and the pools compare shapes with the plan.
     """
     sides = (factors.b, factors.a) if is_factors(factors) else (None, None)
     if not all(isinstance(side, Tensor) and side.is_floating_point() for side in sides):
@@ -58,12 +58,12 @@ def low_rank(params: Params, name: str) -> LowRank:
     """Return the weight that a plan is for.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the parameter is missing or full-rank.
     """
     param = params.get(name)
     if not isinstance(param, LowRank):
+        kind = f"a {type(param).__name__}" if name in params else "not in `params`"
         raise ValueError(
-            f"`plan` must be for low-rank parameters, got one for {name!r}, which is {type(param).__name__}; "
-            "remove it from `plan`"
+            f"`plan` must be for low-rank parameters, got one for {name!r}, which is {kind}; remove it from `plan`"
         )
     return param

@@ -1,8 +1,8 @@
 """Store candidates in a pool, as in SwitchLoRA.
 
-Outgoing vectors return to the pool with their trained values. It is a layer over `switch`'s `incoming` and `outgoing`.
-It stores min(out, in) * (out + in) numbers for each weight. That is 1 to 2 times the weight, so it is on the host by
-default. A step reads and writes only a few vectors.
+Outgoing vectors return to the pool with their trained values. `draw` makes `switch`'s `incoming`, and `put_back` takes
+its `outgoing`. A pool has min(out, in) * (out + in) numbers for each weight, which is 1 to 2 times the weight's size.
+So pools are in host memory by default. A step reads and writes only a few vectors.
 """
 
 from collections.abc import Mapping
@@ -24,17 +24,18 @@ from dynlora_fn.switching._weight import BasisSlice, vectors_of
 def init_pool(params: Params, *, device: torch.device | str = "cpu") -> dict[str, Pool]:
     """Create a pool for every low-rank parameter.
 
-    A pool contains the first min(out, in) vectors of the basis, including those that the factors start from.
+    A pool contains the first min(out, in) vectors of the basis, including the vectors that the factors start from.
 
     Args:
         params: The parameters from `init`, before any switch.
-        device: The device of the pools.
+        device: The device of the pools. Default "cpu" stores them in host memory.
 
     Returns:
         The pools by name.
 
     Raises:
-        ValueError: If the factors of a weight are sharded, or only `b` is trained.
+        TypeError: If `params` has a wrong type, or `device` is neither a device nor a text.
+        ValueError: If the factors of a weight are sharded, only `b` is trained, or the device is unknown.
 
     Example:
         >>> import torch
@@ -69,9 +70,9 @@ def draw(pool: Pool, plan: Plan) -> Factors: ...
 @overload
 def draw(pool: Mapping[str, Pool], plan: Plans) -> dict[str, Factors]: ...
 def draw(pool: Pool | Mapping[str, Pool], plan: Any) -> Factors | dict[str, Factors]:
-    """Read from the pool the vectors that a plan names, as `incoming` of `switch`.
+    """Read the vectors that a plan names from the pool, as `incoming` of `switch`.
 
-    The pool does not change until `put_back`.
+    The pool does not change. `put_back` then stores the outgoing vectors.
 
     Args:
         pool: The pool of one weight, or a dict of pools by name.
@@ -92,6 +93,10 @@ def draw(pool: Pool | Mapping[str, Pool], plan: Any) -> Factors | dict[str, Fact
         >>> from dynlora_fn.schedules import Schedule
         >>> params = init({"w": torch.ones(6, 4)}, rank=2, seed=0, targets=["w"])
         >>> pools, plan = init_pool(params), Schedule(interval=10)(0, params)
+        >>> plan["w"].a.indices  # the rows of vectors 0 and 1, which are in the slots, are not read
+        tensor([2])
+        >>> torch.equal(draw(pools, plan)["w"].a, pools["w"].a.vectors[2:3])
+        True
         >>> params, outgoing = switch(params, plan, incoming=draw(pools, plan))
         >>> pools = put_back(pools, plan, outgoing)
     """
@@ -128,23 +133,24 @@ def put_back(
     *,
     donate: bool = False,
 ) -> Pool | dict[str, Pool]:
-    """Return the outgoing vectors of a switch to the pool.
+    """Put the outgoing vectors of a switch back into the pool.
 
-    Each vector is stored in the row that it was taken from, and no vector is lost. If active entries of a side name a
+    Each vector is stored in the row that it was taken from, so no vector is lost. If active entries of a side name a
     slot twice, the first one counts, as in `switch`.
 
     Args:
         pool: The pool of one weight, or a dict of pools by name, that was passed to `draw`.
         plan: The plan that was passed to `draw` and `switch`.
         outgoing: The outgoing vectors that `switch` returned.
-        donate: Whether to write into the memory of `pool`, which must not be used afterwards. Default False copies it.
+        donate: Whether to write into the memory of `pool`, which must not be used afterwards. Default False copies the
+            pool.
 
     Returns:
         The new pool, or all pools by name. Pools without a plan are returned unchanged.
 
     Raises:
         TypeError: If the pool, the plan or the vectors have a wrong type or dtype.
-        ValueError: If names or shapes of the three do not fit.
+        ValueError: If names or shapes of pool, plan and vectors do not fit each other.
         NotImplementedError: If vectors that are written into a donated pool require a gradient or have a tangent.
 
     Example:

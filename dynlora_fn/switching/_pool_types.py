@@ -1,4 +1,4 @@
-"""The pools of candidates, and checks that plans and outgoing vectors are theirs."""
+"""Pools of candidates, and checks that plans and outgoing vectors fit them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,21 +13,23 @@ from dynlora_fn.switching._planned import check_vectors, check_vectors_by_name
 
 
 class SidePool(NamedTuple):
-    """Store the candidates of one side of a weight."""
+    """The candidates of one side of a weight."""
 
-    vectors: Float[Tensor, "*stack size n"]  # one vector in each row; rows of vectors in use are stale
-    held: Int[Tensor, "*stack rank"]  # the row that the vector in each slot returns to
+    vectors: Float[Tensor, "*stack size n"]  # one vector in each row; the row of a vector in a slot is out of date
+    held: Int[Tensor, "*stack rank"]  # the row to which the vector in each slot returns
 
 
 class Pool(NamedTuple):
-    """Store the candidates of one weight: min(out, in) a side, in use or idle."""
+    """The candidates of one weight, min(out, in) on each side, in use or idle."""
 
     b: SidePool  # vectors (*stack, size, out)
     a: SidePool  # vectors (*stack, size, in)
 
 
 def check_pools(pool: Any, plan: Any) -> None:
-    """Raise if a plan does not fit a pool, or plans by name do not fit pools.
+    """Raise if a plan does not fit its pool.
+
+    Plan and pool may also be dicts by name.
 
     Raises:
         TypeError: If a type or dtype is wrong.
@@ -47,7 +49,7 @@ def check_pools(pool: Any, plan: Any) -> None:
 def check_outgoing(outgoing: Any, pool: Any, plan: Any) -> None:
     """Raise if outgoing vectors do not fit a plan and a pool.
 
-    The plan and the pool fit each other.
+    `check_pools` has already compared the plan with the pool.
     """
     if not isinstance(pool, Mapping):
         _check_outgoing("param", outgoing, pool, plan)
@@ -89,6 +91,6 @@ def _check_outgoing(name: str, outgoing: Any, pool: Pool, plan: Any) -> None:
         wanted = (*stack, side_plan.slots.shape[-1], length)
         if vectors.shape != wanted:
             raise ValueError(
-                f"`outgoing.{side}` has vectors of shape {tuple(vectors.shape)} for {name!r}, one in each row, where "
-                f"the plan needs {wanted}; pass what `switch` returned"
+                f"`outgoing.{side}` of {name!r}, with one vector in each row, has shape {tuple(vectors.shape)}, but the"
+                f" plan needs {wanted}; pass what `switch` returned"
             )

@@ -17,7 +17,10 @@ from dynlora_fn._core._types import LowRank, OneSidedFactors, Params, Plan, Side
 
 
 class Turn(NamedTuple):
-    """Count the switches of each side so far. Side b starts at ``rank // 2``."""
+    """The number of switches of each side so far.
+
+    Side b counts from ``rank // 2``, and from 0 where only `b` is trained.
+    """
 
     b: int | Tensor
     a: int | Tensor
@@ -25,10 +28,10 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Plan a deterministic number of switches, at a rate that decays or by count.
+    """A schedule that switches at a rate that decays, or a fixed count at a time.
 
     No switch meets a frozen vector, at any rank, and nothing is random. After n steps every slot has been switched
-    ``turns(n)`` times on each side (arXiv:2406.06564, section 3.2)::
+    ``turns(n)`` times on each side, up to rounding (arXiv:2406.06564, section 3.2)::
 
         turns(n) = sum over u < n of decay ** (u + 1) / interval
 
@@ -36,17 +39,17 @@ class Schedule:
     ``floor(rank * turns(n) + rank / 2)`` counted from ``rank // 2``. The two sides of a slot are therefore switched
     half an interval apart. The mean rate is exact at every rank, including 1.
 
-    Where only `b` is trained, both sides of a slot are switched together, as side a above: a new vector of `a` starts
-    with zeros in `b`.
+    Where only `b` is trained, both sides of a slot are switched together, at the times of side a above. A new vector of
+    `a` then starts with zeros in `b`.
 
     A step switches at most min(out, in) - rank vectors of a side, because a pool has no more idle candidates. At full
     rank the factors span the whole space, and nothing is switched. `count` is not limited in this way, except with
     `from_pool`.
 
     Attributes:
-        interval: The number of steps between two switches of the same slot and side at the start. Infinite means that
-            nothing is switched.
-        decay: The factor on the rate from one step to the next, in (0, 1].
+        interval: The number of steps between two switches of the same slot and side before the rate decays. Infinite
+            means that nothing is switched.
+        decay: The factor by which the rate changes from one step to the next, in (0, 1].
         every: The number of steps between two plans. A plan switches all vectors that have come due.
         count: The number of vectors of each side in each plan, or "all". Default None means that `interval` and `decay`
             set the number.
@@ -55,10 +58,10 @@ class Schedule:
 
     Raises:
         TypeError: If an attribute, or the step of a call, has a wrong type.
-        ValueError: If an attribute is out of range, or the step of a call is negative. If a plan would switch a slot
-            twice, or a slot while a switch of its other side still freezes it. So `interval` must be at least `every`,
-            and at least ``2 * freeze`` with `freeze` rounded up to a multiple of `every`. With `count`, calling the
-            schedule raises it: any `freeze` steps may switch at most ``rank // 2`` vectors of a side.
+        ValueError: If an attribute is out of range, or the step of a call is negative. Also if a plan would switch a
+            slot twice, or a slot while a switch of its other side still freezes it. So `interval` must be at least
+            `every`, and at least ``2 * freeze`` with `freeze` rounded up to a multiple of `every`. With `count`, any
+            `freeze` steps may switch at most ``rank // 2`` vectors of a side, which a call of the schedule checks.
 
     Example:
         >>> import torch
@@ -108,11 +111,11 @@ class Schedule:
 
     @property
     def follows_update(self) -> bool:
-        """Whether a step must update first and switch then, as ReLoRA does.
+        """Whether a step must update before it switches, as ReLoRA does.
 
-        The gradient of a vector was computed with the counterpart that it had in the forward pass. A plan that freezes
-        the counterparts of what it switches lets no vector move by such a gradient. So the switch may come before the
-        update, as in SwitchLoRA. A plan without a freeze must come after it.
+        The gradient of a vector was computed with the counterpart of the forward pass, and is wrong after the
+        counterpart is replaced. A plan with a freeze keeps such vectors in place, so a step may switch before its
+        update, as in SwitchLoRA. Without a freeze, a step must switch after its update.
         """
         return self.freeze == 0
 
@@ -125,7 +128,7 @@ class Schedule:
 
         Returns:
             A plan for every low-rank parameter that can switch. All steps have plans of the same shapes. Parameters
-            that switch alike may have the same plan object.
+            that switch alike may share one plan object.
         """
         step = check_step("step", step)
         check_params("params", params)
@@ -143,12 +146,12 @@ class Schedule:
         return plans
 
     def _pace(self, param: LowRank, most: int) -> tuple[int | None, ...]:
-        """Return what a plan depends on beside the step and the device."""
+        """Return all values that a plan depends on besides the step and the device."""
         idle = _idle(param) if self._is_limited(param) else None
         return param.factors.a.shape[-2], most, idle, is_one_sided(param)
 
     def _is_limited(self, param: LowRank) -> bool:
-        """Return whether fewer candidates are idle than come due in `every` steps."""
+        """Return whether more vectors come due in `every` steps than are idle."""
         return param.factors.a.shape[-2] * self._decayed_steps(self.every) > _idle(param) * self.interval
 
     def switches(self, step: int, params: Params) -> int:
@@ -170,7 +173,8 @@ class Schedule:
     def most(self, param: LowRank) -> int:
         """Return the number of entries of a side in the parameter's plans.
 
-        It is the largest number of vectors of a side that one step switches.
+        It is the largest number of vectors of a side that one step switches. Steps that switch fewer pad their plans
+        with inactive entries.
         """
         rank, idle = param.factors.a.shape[-2], _idle(param)
         if self.count is None:
@@ -190,8 +194,8 @@ class Schedule:
     def due(self, steps: int | Tensor, param: LowRank) -> float | Tensor:
         """Return the number of vectors of one side that are due after `steps` steps.
 
-        It is rounded only once. Without a decay it reaches whole numbers, and a plan must not depend on the rounding
-        of a product.
+        It is rounded only once. Without a decay it reaches integers, and a rounding error just below one would delay
+        the switch by a step.
         """
         decayed: float | Tensor = self._decayed_steps(steps)
         if self._is_limited(param):
@@ -235,15 +239,12 @@ class Schedule:
 
 
 def _idle(param: LowRank) -> int:
-    """Return the number of idle candidates of a side, of min(out, in) in all."""
+    """Return how many of the min(out, in) candidates of a side are in no slot."""
     return min(param.shape[-2:]) - param.factors.a.shape[-2]
 
 
 def is_one_sided(param: LowRank) -> bool:
-    """Return whether both sides of a slot are switched together.
-
-    They are where only `b` is trained.
-    """
+    """Return whether only `b` is trained, so both sides of a slot switch together."""
     return isinstance(param.factors, OneSidedFactors)
 
 
@@ -253,6 +254,9 @@ def _floor(value: float | Tensor) -> int | Tensor:
 
 def never() -> Schedule:
     """Create a schedule that never switches, for plain low-rank training.
+
+    Returns:
+        The schedule. It gives no plans.
 
     Example:
         >>> import torch
@@ -266,8 +270,8 @@ def never() -> Schedule:
 def every(steps: int, count: int | Literal["all"] = "all", *, freeze: int = 0, from_pool: bool = False) -> Schedule:
     """Create a schedule that switches a fixed count every `steps` steps.
 
-    With "all", and vectors of zeros entering on side b, it is the merge of ReLoRA (arXiv:2307.05695). Without a freeze,
-    a step must update first and switch then (see `Schedule.follows_update`).
+    With "all", and zeros as the vectors that enter on side b, a switch is the merge of ReLoRA (arXiv:2307.05695).
+    Without a freeze, a step must update before it switches (see `Schedule.follows_update`).
 
     Args:
         steps: The number of steps between two switches. The first one is at step ``steps - 1``.
@@ -279,8 +283,9 @@ def every(steps: int, count: int | Literal["all"] = "all", *, freeze: int = 0, f
         The schedule.
 
     Raises:
-        ValueError: If an argument is out of range. When the schedule is called, if any `freeze` steps would switch more
-            than ``rank // 2`` vectors of a side.
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range. A call of the schedule raises it if any `freeze` steps would switch
+            more than ``rank // 2`` vectors of a side.
 
     Example:
         >>> import torch
@@ -299,14 +304,18 @@ def switchlora(
 ) -> Schedule:
     """Create SwitchLoRA's schedule (arXiv:2406.06564).
 
-    A slot is switched every `interval` steps at first. The rate falls to `decay` of its value in every
-    ``ratio * total_steps`` steps. The paper says one third. Its implementation, which is followed here, uses 0.3.
+    A slot is switched every `interval` steps at first. The rate then falls to `decay` of its value in every
+    ``ratio * total_steps`` steps::
+
+        switches of a slot and side in step u = decay ** ((u + 1) / (ratio * total_steps)) / interval
+
+    The authors' implementation uses 0.3 as `decay`, as here. The paper says one third.
 
     Args:
         total_steps: The number of steps of the run.
-        interval: The number of steps between two switches of the same slot and side at the start.
-        ratio: The share of the run in which the rate falls by the factor `decay`.
-        decay: The factor by which the rate falls.
+        interval: The number of steps between two switches of the same slot and side before the rate decays.
+        ratio: The fraction of the run in which the rate falls by the factor `decay`.
+        decay: The factor by which the rate falls, in (0, 1].
         freeze: The number of updates for which the counterpart of a switched vector is frozen.
         every: The number of steps between two plans.
 
@@ -314,6 +323,7 @@ def switchlora(
         The schedule.
 
     Raises:
+        TypeError: If an argument has a wrong type.
         ValueError: If an argument is out of range, or `interval` is too short (see `Schedule`).
 
     Example:

@@ -1,4 +1,4 @@
-"""Switch factor vectors."""
+"""Replace factor vectors without changing the weight."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, overload
@@ -34,10 +34,10 @@ from dynlora_fn.switching._planned import check_planned, low_rank
 
 
 class Switched(NamedTuple):
-    """Store a switched weight and its outgoing vectors.
+    """A switched weight and its outgoing vectors.
 
-    `outgoing` is laid out as factors: `b` (*stack, out, count), `a` (*stack, count, in). Where an entry of the plan is
-    inactive, it contains the vector that stays in the slot. It has the type of the factors, sharded or not.
+    `outgoing` has the type and the layout of factors: `b` (*stack, out, count), `a` (*stack, count, in). For an
+    inactive entry of the plan it contains the vector that stays in the slot.
     """
 
     param: LowRank
@@ -48,7 +48,7 @@ _Weight: TypeAlias = tuple[str, LowRank, Plan, AnyFactors]  # with its name, and
 
 
 class SwitchedParams(NamedTuple):
-    """Store switched parameters and their outgoing vectors by name, as in `Switched`."""
+    """Switched parameters and their outgoing vectors by name, as in `Switched`."""
 
     params: dict[str, Param]
     outgoing: dict[str, AnyFactors]
@@ -67,12 +67,14 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
         base += alpha / rank * b[:, k] (a[k] - incoming.a[k]);   a[k] = incoming.a[k]
         base += alpha / rank * (b[:, k] - incoming.b[k]) a[k];   b[:, k] = incoming.b[k]
 
-    Where only `b` is trained, the vectors of `a` that enter are orthogonal to all that stay, so that the rows of `a`
-    stay orthogonal. Vectors of `b` that enter are zeros: the column is folded into the base. A plan without side b
-    keeps the columns.
-
     Both sides are folded in one pass over the base. Switching the outgoing vectors back in restores the factors bit for
     bit.
+
+    Where only `b` is trained, the vectors of `a` that enter are orthogonal to all that stay, so the rows of `a` remain
+    orthogonal. On side b zeros enter, so the column is folded into the base. A plan without side b keeps the columns.
+
+    Sharded factors all-gather the rows of `a` that are folded. The switch is then collective: call it on every process.
+    Every other switch sends nothing.
 
     Args:
         params: One weight, or a dict of parameters by name. Parameters without a plan are returned unchanged.
@@ -80,7 +82,7 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
             first one counts.
         incoming: The vectors that enter, laid out as factors with `count` in place of `rank`. For sharded factors they
             may be sharded too. Default None generates them from the basis seed (see `candidates`). Where only `b` is
-            trained, those of `a` must be orthogonal to all that stay, and of their length.
+            trained, the vectors of `a` must be orthogonal to all that stay, and as long.
 
     Returns:
         The new weight or parameters, and the outgoing vectors.
@@ -88,10 +90,11 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     Raises:
         TypeError: If a part of the plan or of the vectors has a wrong type or dtype.
         ValueError: If the plan names a parameter that is missing or not low-rank, its shapes do not fit, or incoming
-            vectors have the wrong shape. In eager mode also if they are not orthogonal where they must be. If a
-            quantized weight is not finite, also in a compiled step. The message names the weight.
-        NotImplementedError: If derivatives would be lost: by what is folded into a quantized base, or through a switch
-            of sharded factors.
+            vectors have the wrong shape or device. In eager mode, if incoming vectors are not orthogonal where they
+            must be. In eager mode and in a compiled step, if a quantized weight is not finite. The message names the
+            weight.
+        NotImplementedError: If a vector or a base requires a gradient or has a tangent that would be lost: the base is
+            quantized, or the factors are sharded.
 
     Numerics: Differences are formed in float32 or a wider dtype of factors and base. The base is then rounded once to
     its dtype. A quantized base is quantized again, from its codes and residual, where it changes (see `quantize`).
@@ -140,9 +143,9 @@ def _is_plain(param: LowRank) -> bool:
 
 
 def _switch_all(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, AnyFactors, AnyFactors]]:
-    """Return new base, new factors and outgoing vectors of weights.
+    """Return the new base, the new factors and the outgoing vectors of each weight.
 
-    They share what is computed from one plan.
+    With `is_shared`, weights with the same plan object compute its sources once.
     """
     sources = remembered(find_sources) if is_shared else find_sources
     return [
@@ -151,7 +154,7 @@ def _switch_all(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, 
     ]
 
 
-# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+# Dynamo does not trace into it, because tracing an operation takes longer than running it. AOTAutograd does.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _switch_in_graph(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, AnyFactors, AnyFactors]]:
     return _switch_all(weights, is_shared)
@@ -208,8 +211,8 @@ def _rows_after(
 ) -> Float[Tensor, "*stack wanted n"]:
     """Return the rows at `index` after the switch, without computing the other rows.
 
-    Reading them from the new factors would keep these in memory until the optimizer has written its result. In a
-    compiled step that is a copy of the factors.
+    Reading them from the new factors would keep the new factors in memory until the optimizer has written its result.
+    A compiled step would then allocate a copy of the factors.
     """
     current = take_rows(rows, index)
     if not plan.slots.shape[-1]:
@@ -234,7 +237,7 @@ def find_sources(plan: SidePlan, rank: int) -> _Sources:
     """Return the source entry of each slot, and which slots and entries count.
 
     A slot is replaced from the first active entry that names it. Every slot is compared with every entry. Unlike a
-    scatter, that lets inactive entries name any slot, and it fuses into the write of the factor when compiled.
+    scatter, the comparison allows inactive entries to name any slot, and it fuses into the write of the factor.
     """
     slots, active = plan.slots, plan.active
     if slots.shape != active.shape:  # one of them may be for all members, the other for each
@@ -251,7 +254,7 @@ def find_sources(plan: SidePlan, rank: int) -> _Sources:
 def take_rows(
     matrix: Float[Tensor, "*stack rows n"], index: Int[Tensor, "*#stack count"]
 ) -> Float[Tensor, "*stack count n"]:
-    """Return ``matrix[..., index, :]``, with one index for all or for each member."""
+    """Return ``matrix[..., index, :]``, where members may share an index or not."""
     shape = (*matrix.shape[:-2], index.shape[-1], matrix.shape[-1])
     return matrix.gather(-2, index[..., None].expand(shape))
 

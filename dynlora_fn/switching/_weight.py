@@ -1,4 +1,4 @@
-"""Basis vectors of a weight, and `materialize` and `merge`.
+"""Generate the basis vectors of a weight, and `materialize` and `merge` weights.
 
 A weight is ``base + alpha / rank * b @ a``.
 """
@@ -26,9 +26,9 @@ Vectors: TypeAlias = Literal["switchlora", "lora", "orthonormal"]
 
 
 class BasisSlice(NamedTuple):
-    """Name vectors of both sides of a weight's basis.
+    """Vectors of both sides of a weight's basis, named by their indices.
 
-    Indices without stack axes apply to the whole stack.
+    Indices without stack axes apply to all members of the stack.
     """
 
     seed: Int[Tensor, "*stack"]
@@ -44,29 +44,34 @@ class BasisSlice(NamedTuple):
 def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
     """Generate the vectors of each slice of a basis.
 
-    They depend only on the seed, side and index, and on the bounds, which shape, rank, start and alpha set. Their bits
-    are the same on every device, eager and compiled. All slices are generated together.
+    Their bits depend only on seed, side and index, and on the scale that shape, rank, start and alpha set. They are the
+    same on every device, eager and compiled. All slices are generated together.
 
     Args:
-        slices: The slices. Their `start` is "switchlora" for the bounds of `basis_bounds`. "lora" means zeros on side b
-            and a bound of ``1 / sqrt(in)`` on side a. "orthonormal" means zeros on side b, and on side a orthogonal
-            rows of length ``sqrt(rank / alpha)``, with the indices modulo `in`.
+        slices: The slices. A `start` of "switchlora" draws both sides with the bounds of `basis_bounds`. "lora" means
+            zeros on side b and a bound of ``1 / sqrt(in)`` on side a. "orthonormal" means zeros on side b, and on side
+            a orthogonal rows of length ``sqrt(rank / abs(alpha))``, with the indices modulo `in`.
 
     Returns:
         For each slice the vectors, laid out as factors: `b` (*stack, out, b_count) and `a` (*stack, a_count, in).
 
     Raises:
-        ValueError: If a `start` is unknown.
+        TypeError: If a value is not a `BasisSlice`, or a field has a wrong type or dtype.
+        ValueError: If a `start` is unknown, or a size, rank or alpha is out of range.
 
     Numerics: Vectors are scaled in float32, or in the slice's dtype if that is wider, and rounded once to the dtype.
-    Orthonormal ones are computed in float64 first.
+    Orthonormal vectors are computed in float64 first.
 
     Example:
         >>> import torch
         >>> seed, indices = torch.tensor(0), torch.arange(3)
-        >>> (factors,) = basis_vectors([BasisSlice(seed, indices, indices, (6, 4), 2, "switchlora", torch.float32)])
+        >>> part = BasisSlice(seed, indices, indices, (6, 4), 2, "switchlora", torch.float32)
+        >>> (factors,) = basis_vectors([part])
         >>> factors.b.shape, factors.a.shape
         (torch.Size([6, 3]), torch.Size([3, 4]))
+        >>> (again,) = basis_vectors([part._replace(a_indices=indices[2:])])  # only the index of a vector matters
+        >>> torch.equal(again.a[0], factors.a[2])
+        True
     """
     slices = list(slices)
     for basis_slice in slices:
@@ -75,14 +80,14 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
 
 
 def vectors_of(slices: Sequence[BasisSlice]) -> list[Factors]:
-    """Return `basis_vectors` of slices that fit."""
+    """Generate the vectors of `basis_vectors`, for slices that were checked before."""
     return _vectors_in_graph(slices) if torch.compiler.is_dynamo_compiling() else _vectors(slices)
 
 
-# Dynamo leaves it to AOTAutograd, since it takes longer to trace an operation than to run it.
+# Dynamo does not trace into it, because tracing an operation takes longer than running it. AOTAutograd does.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _vectors_in_graph(slices: Sequence[BasisSlice]) -> list[Factors]:
-    # Sizes may be symbols under `dynamic=True`.
+    # Under `dynamic=True` sizes may be symbols. `int` makes constants of them.
     return _vectors([each._replace(shape=[*map(int, each.shape)], rank=int(each.rank)) for each in slices])
 
 
@@ -159,7 +164,7 @@ def first_slice(
 
 
 def _scale(basis_slice: BasisSlice, b: Tensor | None, a: Tensor) -> Factors:
-    """Return factors from numbers in [-1, 1). None means zeros for side b."""
+    """Scale numbers in [-1, 1) to the vectors of a slice. None means zeros on side b."""
     out_features, in_features = basis_slice.shape[-2:]
     dtype = torch.promote_types(basis_slice.dtype, torch.float32)
     if b is None:
@@ -181,11 +186,19 @@ def materialize(params: Params) -> dict[str, Tensor]: ...
 def materialize(params: Param | Params) -> Tensor | dict[str, Tensor]:
     """Return the dense weight, ``base + alpha / rank * b @ a``.
 
+    The parameters do not change. A sharded base is all-gathered: call the function on every process then.
+
     Args:
         params: One parameter, or a dict of parameters by name. Full-rank parameters are returned unchanged.
 
     Returns:
-        The dense weight, or a dict of dense weights by name.
+        The dense weight (*stack, out, in), or a dict of dense weights by name.
+
+    Raises:
+        TypeError: If `params` has a value that is not a parameter.
+        ValueError: If factors are sharded. Gather them with `unshard`.
+        NotImplementedError: If codes or a sharded base require a gradient or have a tangent, or if `torch.vmap` maps
+            over a sharded base.
 
     Numerics: The weight has the wider dtype of base and factors, at least float32. A quantized base is decoded without
     its residual, as products read it.
@@ -231,8 +244,9 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
         The new weight, or the new parameters by name.
 
     Raises:
-        ValueError: If a quantized weight is not finite. The message names the weight.
-        NotImplementedError: If factors that are folded into a quantized base require a gradient or have a tangent.
+        TypeError: If `params` has a value that is not a parameter.
+        ValueError: If factors are sharded, or a quantized weight is not finite. The message names the weight.
+        NotImplementedError: If a base is quantized, and it or its factors require a gradient or have a tangent.
 
     Numerics: The base is rounded once to its dtype, or quantized once (see `quantize`). Derivatives pass through a
     plain base, in reverse and in forward mode.
@@ -251,7 +265,7 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 
 def _sum_dtype(param: LowRank) -> torch.dtype:
-    """Return the dtype in which factors, pending ones too, are added to the base."""
+    """Return the dtype in which factors and pending folds are added to the base."""
     b, a, *_ = param.factors
     return widest(b.dtype, a.dtype, as_base(as_base(param.base).folded).sum_dtype)
 

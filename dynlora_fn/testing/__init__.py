@@ -1,7 +1,7 @@
-"""Test your transforms: hypothesis strategies, checkers, a stateful machine.
+"""Test your transforms: hypothesis strategies, checkers and a stateful machine.
 
 A checker takes a transform and draws weights, plans and optimizer states for it. If the transform breaks its promise,
-the checker raises an error with the promise, what happened, and the smallest example:
+the checker raises an error with the promise, what happened and the smallest example:
 
     >>> import torch
     >>> import dynlora_fn as dl

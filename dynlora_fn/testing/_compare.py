@@ -23,6 +23,9 @@ def assert_same(got: Any, wanted: Any) -> None:
     Example:
         >>> import torch
         >>> assert_same({"w": torch.zeros(2)}, {"w": torch.zeros(2)})
+        >>> assert_same({"w": torch.zeros(2)}, {"w": torch.tensor([0.0, -0.0])})  # other bits
+        Traceback (most recent call last):
+        AssertionError: ['w']: 1 of 2 entries differ, by up to 0: 0.0 instead of -0.0 at (1,)
     """
     for path, left, right in pairs(got, wanted):
         if isinstance(right, Tensor):
@@ -36,7 +39,7 @@ def assert_same(got: Any, wanted: Any) -> None:
 
 
 class ExceededBoundError(AssertionError):
-    """An error beyond its bound. `breach` is how many times the bound it is."""
+    """An error is larger than its bound. `breach` is the error over the bound."""
 
     def __init__(self, message: str, breach: float):
         super().__init__(message)
@@ -46,7 +49,7 @@ class ExceededBoundError(AssertionError):
 def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
     """Assert that every entry of `got` is within `bound` of `wanted`.
 
-    They are compared in float64, or in complex128. Equal infinities have no error.
+    The comparison is in float64, or in complex128. Equal infinities have no error.
 
     Args:
         got: The tensor to check.
@@ -54,8 +57,8 @@ def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
         bound: The largest error of each entry, usually a sum of rounding errors (see `eps`).
 
     Raises:
-        AssertionError: If the shapes differ, or an entry is further away. The message gives the largest error and the
-            largest breach: error over bound.
+        AssertionError: If the shapes differ, or an entry is further away, or NaN. The message gives the largest error
+            and the largest breach: error over bound.
 
     Example:
         >>> import torch
@@ -73,10 +76,7 @@ def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
 
 
 def difference(got: Any, wanted: Any) -> str | None:
-    """Describe how two trees differ, or return None if they are the same.
-
-    They are the same as in `assert_same`.
-    """
+    """Describe how two trees differ, as `assert_same` does, or return None."""
     try:
         assert_same(got, wanted)
     except AssertionError as error:
@@ -85,7 +85,7 @@ def difference(got: Any, wanted: Any) -> str | None:
 
 
 def eps(dtype: torch.dtype) -> float:
-    """Return the distance from 1 to the next number of a dtype.
+    """Return the distance from 1 to the next larger number of a dtype.
 
     Args:
         dtype: The floating dtype.
@@ -102,7 +102,7 @@ def eps(dtype: torch.dtype) -> float:
 
 
 def pairs(got: Any, wanted: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the path and the leaves of two trees, which must have the same structure."""
+    """Yield the path and both leaves for each place of two trees of one structure."""
     got_leaves, got_structure = tree_flatten_with_path(got)
     wanted_leaves, structure = tree_flatten_with_path(wanted)
     assert got_structure == structure, f"the structure {got_structure} is not {structure}"
@@ -111,7 +111,7 @@ def pairs(got: Any, wanted: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def kind(leaf: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-    """Return shape, dtype and device."""
+    """Return the shape, the dtype and the device of a tensor."""
     return tuple(leaf.shape), leaf.dtype, leaf.device
 
 
@@ -121,9 +121,9 @@ def bits(leaf: Tensor) -> Tensor:
 
 
 def differences(got: Tensor, wanted: Tensor) -> str:
-    """Describe where two tensors of one shape and dtype differ.
+    """Describe how two tensors of one shape and dtype differ.
 
-    It says how many entries differ, and the largest difference.
+    The text says how many entries differ, and the largest difference with its place.
     """
     differs = (bits(got) != bits(wanted)).reshape(wanted.numel(), -1).any(-1)
     wide = torch.complex128 if wanted.is_complex() else torch.float64
@@ -144,14 +144,14 @@ def _index(position: int, shape: torch.Size) -> tuple[int, ...]:
 
 @contextmanager
 def untouched(*trees: Any) -> Iterator[None]:
-    """Assert that a block does not change trees or write into their tensors.
+    """Assert that a ``with`` block does not change trees or write into their tensors.
 
     Args:
         *trees: The trees.
 
     Raises:
-        AssertionError: If a tensor was written into, even with its old values. Also if a leaf was added, removed or
-            replaced, as by an assignment in a dict. The message names its path.
+        AssertionError: If a tensor was written into, even with its old values, or now requires a gradient. Also if a
+            leaf was added, removed or replaced, as by an assignment in a dict. The message names its path.
 
     Example:
         >>> import torch

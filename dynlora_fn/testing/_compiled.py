@@ -31,11 +31,11 @@ def check_compiles(
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
-        arguments: A strategy for its arguments, or a tuple of them. Weights and plans with other values are made from
-            them. Default None draws arguments of all kinds.
+        arguments: A strategy for its arguments, or a tuple of them. The checker also makes weights and plans with other
+            values from them. Default None draws arguments of all kinds.
         examples: The number of examples to draw. Each is compiled, so a failing example is not shrunk.
-        backend: The backend of `torch.compile`. "aot_eager" needs no compiler and rounds as eager does.
-        tolerance: The largest error, in multiples of eps of a tensor's largest entry. 0 asks for the same bits.
+        backend: The backend of `torch.compile`. "aot_eager" needs no compiler and rounds as eager mode does.
+        tolerance: The largest error, in multiples of eps of a tensor's largest entry. 0 requires the same bits.
 
     Raises:
         BrokenPromiseError: If the promise is broken. The message gives an example.
@@ -64,14 +64,14 @@ def check_compiles(
 def check_vmap(
     transform: Transform, *, arguments: Arguments = None, examples: int | None = None, tolerance: float = 0.0
 ) -> None:
-    """Check that a transform of a stack gives the stack of the transformed members.
+    """Check that a transform of a stack gives the stack of its transformed members.
 
-    The transform is called on the stack directly, and by `torch.vmap`.
+    The transform is called both on the whole stack and through `torch.vmap`.
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
-        arguments: A strategy for its arguments, or a tuple of them. All tensors with axes share the first axis.
-            Default None draws arguments of all kinds.
+        arguments: A strategy for its arguments, or a tuple of them. The first axis of every tensor with axes must be
+            the stack's. Default None draws arguments of all kinds.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
         tolerance: The largest error, as in `check_compiles`.
 
@@ -98,7 +98,7 @@ def check_vmap(
             arguments = weights.flatmap(
                 lambda param: st.tuples(st.just(param), plans(param).map(_plan_for_each_member(param)))
             )
-    hold("a stack gives the stack of what its members give", check, arguments, examples)
+    hold("a stack gives the stack of its members' results", check, arguments, examples)
 
 
 def _has_axes(leaf: Any) -> bool:
@@ -113,7 +113,7 @@ def _stack_size(args: tuple[Any, ...]) -> int:
 
 
 def _plan_for_each_member(param: LowRank) -> Callable[[Plan], Plan]:
-    """Return a function that expands a plan for the stack to one plan for each member."""
+    """Return a function that expands a plan for the stack along the stack's axes."""
     stack = param.seed.shape
 
     def expanded(plan: Plan) -> Plan:
@@ -138,9 +138,9 @@ def _with_values(tree: Any, seed: int) -> Any:
 
 
 def _other_side(side: SidePlan, seed: int) -> SidePlan:
-    """Return a side plan with as many entries, about half of them active.
+    """Return a random side plan with as many entries, about half of them active.
 
-    Slots have the same range.
+    The slots stay in the range of the old slots, or below the number of entries.
     """
     *stack, count = side.slots.shape
     rank = int(side.slots.max()) + 1 if side.slots.numel() else 0

@@ -1,6 +1,6 @@
-"""The stateful machine: transforms in any order, beside a dense shadow.
+"""The stateful machine: transforms in any order, compared with a dense model.
 
-The shadow of the small model is in float64.
+The dense model, called the shadow, is in float64.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,13 +51,13 @@ from dynlora_fn.testing._values import RESIDUALS, normal
 
 
 class TransformMachine(ShadowedModel):
-    """Run transforms in any order, and compare with a dense model after each.
+    """A state machine that runs transforms in any order and checks the weights.
 
-    The dense model is in float64. The transforms are init, step, switch, merge, quantize, defer, stack and unstack,
-    save and load, shard and gather.
+    After each transform the weights are compared with a dense model in float64, the shadow. The transforms are init,
+    step, switch, merge, quantize, defer, stack and unstack, save and load, shard and gather.
 
     The shadow changes only in optimizer steps, by the difference of the products of the factors. The weights may differ
-    from it by the sum of what each fold may round (see `rounding`). Add a transform as a rule of a subclass::
+    from it by the sum of the roundings of all folds (see `rounding`). Add a transform as a rule of a subclass::
 
         class Mine(TransformMachine):
             @rule()
@@ -149,10 +149,7 @@ class TransformMachine(ShadowedModel):
         assert_same(self.weights(), before)
 
     def _map_state(self, change: Callable[[Any], Any]) -> FreezeState:
-        """Return the state of the optimizer with `change` of each of its trees.
-
-        The trees are by parameter name.
-        """
+        """Apply `change` to each tree by parameter name in the state of the optimizer."""
         inner, frozen_for = self.opt_state
         return FreezeState(AdamWState(*(change(tree) for tree in inner)), change(frozen_for))
 
@@ -170,9 +167,9 @@ class TransformMachine(ShadowedModel):
     @precondition(lambda self: not self.every(is_sharded))
     @rule()
     def shard(self) -> None:
-        """Shard over the default group, or over a group of only this process.
+        """Shard over the default group.
 
-        The second is for programs without a group.
+        If there is no group, start one of only this process.
         """
         if not torch.distributed.is_initialized():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
@@ -188,5 +185,5 @@ class TransformMachine(ShadowedModel):
         assert_same(self._values(), before)
 
     def _values(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the exact weights and those of products, from all processes."""
+        """Return for each weight the exact value and the value that products use."""
         return [(exact_weight(param), seen_weight(param)) for param in self.weights().values()]

@@ -33,19 +33,19 @@ def check_state_projection(
 ) -> None:
     """Check that a projection resets the state of counterparts and nothing else.
 
-    Counterparts are those of switched vectors. For a slot k that is switched on side a, the state of ``b[:, k]``
-    becomes zero, moments and counts. For one on side b it is the state of ``a[k]`` (arXiv:2406.06564, section 3.3). In
-    a field ``frozen_for``, directly above the dict by parameter name, the counterparts get the plan's number of
-    updates. Statistics that all vectors of a side share must stay, as Adafactor has them. These are fields with the
-    role "unchanged", and sides with one entry for a weight of several vectors.
+    For a slot k that is switched on side a, the state of its counterpart ``b[:, k]`` must become zero: moments and
+    counts. For a slot on side b the counterpart is ``a[k]`` (arXiv:2406.06564, section 3.3). In a field ``frozen_for``,
+    directly above the dict by parameter name, the counterparts must get the plan's number of updates. Statistics that
+    all vectors of a side share, as in Adafactor, must not change. They are fields with the role "unchanged", and sides
+    with one entry for a weight of several vectors.
 
     Args:
         project: A function ``(opt_state, plan) -> opt_state``, where the plan is a dict by name.
         is_reset: Whether the counterparts' state must become zero. If False, it may change in any way.
         optimizer: The optimizer whose states are drawn. Default None means `adamw()`.
-        trainable: The trainable parameters, required for states of torch.optim and torchopt that number their tensors
-            (see `project_optimizer_state`).
-        roles: The roles of fields whose types declare none. Only "unchanged" matters.
+        trainable: The trainable parameters. They are required for states of torch.optim and torchopt, which number
+            their tensors (see `project_optimizer_state`). Default None means that no such state is passed.
+        roles: The roles of fields whose types declare none. Only "unchanged" matters. Default None means none.
         arguments: A strategy for pairs of state and plan, or one pair. Default None draws pairs of all kinds.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
@@ -74,7 +74,7 @@ def check_state_projection(
                 change = difference(leaf, old)
                 assert not change, f"{keystr(path)} has changed and belongs to no counterpart: {change}"
 
-    promise = "the counterparts of switched vectors start afresh, and nothing else changes"
+    promise = "the state of the counterparts of switched vectors is reset, and nothing else changes"
     hold(promise, check, _states_and_plans(optimizer) if arguments is None else arguments, examples)
 
 
@@ -92,7 +92,10 @@ def _states_and_plans(draw: st.DrawFn, optimizer: Transform | None) -> tuple[Any
 
 
 class _Collector(NamedTuple):
-    """Takes the factors out of a state that numbers its tensors, and leaves zeros."""
+    """A visitor that takes the factors out of a state with numbered tensors.
+
+    Zeros take the places of the factors.
+    """
 
     trainable: Trainable | None
     fields: dict[str, dict[str, AnyFactors]]  # by path and name
@@ -113,7 +116,7 @@ class _Collector(NamedTuple):
 def _by_name(state: Any, trainable: Trainable | None) -> Any:
     """Return a state with factors by name in place of numbered tensors.
 
-    torch.optim and torchopt number them.
+    States of torch.optim and torchopt have numbered tensors.
     """
 
     def is_foreign(node: Any) -> bool:
@@ -130,7 +133,7 @@ def _by_name(state: Any, trainable: Trainable | None) -> Any:
 
 
 def _ranks(leaves: Sequence[tuple[Any, Any]]) -> dict[Any, int]:
-    """Return the number of vectors of each weight, the largest among its fields."""
+    """Return the rank of each weight: the largest number of vectors in its fields."""
     ranks: dict[Any, int] = {}
     for path, leaf in leaves:
         if is_factors(leaf) and path:
@@ -150,9 +153,9 @@ def _is_unchanged(state: Any, path: Sequence[Any], roles: Roles) -> bool:
 
 
 def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, value: int | None, rank: int) -> None:
-    """Compare vector by vector.
+    """Compare the factors of a field before and after a projection, vector by vector.
 
-    The vectors of side b lie along the last axis, those of side a along the one before.
+    `value` is what the counterparts must contain. None allows anything.
     """
     sides = zip("ba", sides_of(old), sides_of(new), (plan.a, plan.b), strict=False)
     for side, old_side, new_side, switched in sides:
@@ -179,7 +182,7 @@ def _check_factors(path: str, old: AnyFactors, new: AnyFactors, plan: Plan, valu
 def _check_vector(where: str, old: Tensor, new: Tensor, value: int | None, *, is_counterpart: bool) -> None:
     if not is_counterpart:
         change = difference(new, old)
-        assert not change, f"{where} has changed and is no counterpart: {change}"
+        assert not change, f"{where} has changed and is not a counterpart: {change}"
     elif value is not None:
         wrong = new[new != value].tolist()
         assert not wrong, (

@@ -18,26 +18,24 @@ Arguments = st.SearchStrategy[Any] | tuple[Any, ...] | Mapping[str, Any] | None
 
 
 class BrokenPromiseError(AssertionError):
-    """A broken promise of a transform.
+    """A transform breaks its promise.
 
-    The message gives the promise, and each way in which it was broken with the smallest example. If a bound was
-    exceeded, it also gives the largest breach, which may be in another example.
+    The message gives the promise, and for each kind of failure the smallest example. If a bound was exceeded, it also
+    gives the largest breach, which may be in another example.
     """
 
 
 def hold(
     promise: str, check: Callable[..., None], arguments: Arguments, examples: int | None, *, is_slow: bool = False
 ) -> None:
-    """Run a check on examples, and raise if one fails.
-
-    Different failures are all reported.
+    """Run a check on examples, and raise one error that reports all kinds of failure.
 
     Args:
         promise: The promise in words.
         check: A function of the arguments that raises where the promise is broken.
         arguments: A strategy for the arguments, a tuple of them, or a single argument.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
-        is_slow: Whether examples take too long to shrink them. The first that fails is reported.
+        is_slow: Whether examples take too long to shrink. Only the first failure is then reported.
 
     Raises:
         BrokenPromiseError: If the check raises.
@@ -59,7 +57,7 @@ def hold(
         deadline=None,
         database=None,
         phases=phases,
-        report_multiple_bugs=not is_slow,  # so that one bug does not hide another behind a smaller example
+        report_multiple_bugs=not is_slow,  # otherwise a bug with a smaller example would hide the others
         suppress_health_check=list(HealthCheck),
     )
     @given(arguments)
@@ -113,7 +111,7 @@ def takes_a_plan(transform: Callable[..., Any]) -> bool:
 
 
 def new_params(result: Any) -> LowRank | Params:
-    """Return the new weights from the result of a transform, in which they come first.
+    """Return the new weights from the result of a transform, which starts with them.
 
     Raises:
         TypeError: If the result has none.

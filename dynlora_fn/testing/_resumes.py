@@ -23,16 +23,17 @@ def check_resumes(
 ) -> None:
     """Check that an interrupted and resumed run equals an uninterrupted one.
 
-    They are equal bit for bit. The run ends after any number of steps and goes on from its saved state, as in another
-    process.
+    The final states and the results of all steps must be equal bit for bit. The checker ends a run after any number of
+    steps, calls `make` again as a new process would, and continues from the saved state.
 
     Args:
-        make: A function ``() -> (state, step)`` that starts as a new process does. A step is called as
-            ``state, aux = step(state, t)``. What it stores outside of the state is lost, as in a process that is
-            killed.
+        make: A function ``() -> (state, step)`` that creates the initial state and the step. The checker calls
+            ``state, aux = step(state, t)``. Values that a step stores outside the state are lost at an interruption, as
+            in a killed process.
         steps: The number of steps of the run.
-        save: A function of the state that returns anything. Default None saves the bytes of the tensors.
-        load: A function ``(saved, template) -> state``, where the template is a fresh state.
+        save: A function of the state that returns anything. Default None saves the leaves with `torch.save`.
+        load: A function ``(saved, template) -> state``, where the template is an initial state. Default None reads what
+            the default of `save` returns.
         examples: The number of interruptions to draw. Default None means ``steps + 1``.
 
     Raises:
@@ -55,11 +56,11 @@ def check_resumes(
         second = _run(load(saved, state), step, range(end, steps))
         for t, (got, right) in enumerate(zip(first[1] + second[1], wanted[1], strict=True)):
             change = difference(got, right)
-            assert not change, f"step {t} reports something else, broken off after {end} steps: {change}"
+            assert not change, f"step {t} has another result in a run interrupted after {end} steps: {change}"
         assert_same(second[0], wanted[0])
 
     ends = st.integers(0, steps).map(lambda end: (end,))
-    hold("a run that is broken off and goes on is the run that is not", check, ends, examples or steps + 1)
+    hold("an interrupted and resumed run equals an uninterrupted one", check, ends, examples or steps + 1)
 
 
 def _run(state: Any, step: Callable[[Any, int], tuple[Any, Any]], steps: range) -> tuple[Any, list[Any]]:

@@ -16,9 +16,9 @@ from dynlora_fn.testing._compare import eps
 
 
 def exact_weight(param: LowRank) -> Tensor:
-    """Return the weight in float64: codes and residual, pending folds, and factors.
+    """Return the exact weight in float64: codes, residual, pending folds and factors.
 
-    Products do not read the residual. `seen_weight` is the weight that they use.
+    Products do not read the residual. `seen_weight` returns the weight that they use.
 
     Args:
         param: The weight, stacked or not.
@@ -70,11 +70,11 @@ def magnitude(param: LowRank) -> Tensor:
 
 
 def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
-    """Return the largest error of each entry after a transform keeps the weight.
+    """Return the largest error of each entry that folds may cause in an exact weight.
 
-    The entries are those of the exact weight. An entry of the base is a sum of products in the widest of the dtypes,
-    float32 at least. Each fold rounds it once, to the dtype of the base or of the residual, and a residual is at most
-    half a step of the codes. Pending folds are rounded to the dtype of the factors.
+    The transform should keep the weight. An entry of the base is a sum of products in the widest dtype of the weight,
+    at least float32. Each fold rounds it once, to the dtype of the base or of the residual. A residual is at most half
+    a step of the codes. Pending folds are rounded to the dtype of the factors.
 
     Args:
         before: The weight before the transform.
@@ -105,11 +105,11 @@ def rounding(before: LowRank, after: LowRank, *, folds: int = 1) -> Tensor:
 
 
 def factor_rounding(before: LowRank, after: LowRank) -> Tensor:
-    """Return by how much the product of new factors may miss its target.
+    """Return the largest error that rounding may cause in the product of new factors.
 
-    The target is the product that they were computed for. Each entry of a factor that has changed may be rounded twice
-    to its dtype, in computing and in storing. Whatever computes it (QR, an SVD, a rotation) rounds in float32 at least,
-    relative to the largest entries of its vector.
+    Each entry of a factor that has changed may be rounded twice to its dtype: when it is computed, and when it is
+    stored. The computation (QR, an SVD, a rotation) rounds in float32 or a wider dtype, relative to the largest entries
+    of the vector.
 
     Args:
         before: The weight before the transform.
@@ -131,16 +131,16 @@ def factor_rounding(before: LowRank, after: LowRank) -> Tensor:
 
 
 def _largest_products(factors: Factors, divisor: float) -> Tensor:
-    """Return the sum over vectors of their largest products, over the divisor."""
+    """Return the sum over slots of the largest entry of a slot's product."""
     b, a = (leaf.double().abs() for leaf in factors)
     return (b.amax(-2, keepdim=True) @ a.amax(-1, keepdim=True)) / abs(divisor)
 
 
 def half_step(base: StoredBase) -> Tensor:
-    """Return the largest half step of a base's codes, (*stack, 1, 1).
+    """Return the largest half step between a base's codes, (*stack, 1, 1).
 
-    Without a residual, only the rounded weight is known. Its largest entry may itself have been rounded down, for
-    example from 5 to 4 in mxfp4.
+    The step is relative to the largest entry. Without a residual only the rounded entry is known, which may have been
+    rounded down, for example from 5 to 4 in mxfp4.
     """
     gathered = as_base(as_base(base).gather())
     layout, tensors = gathered.flatten()
@@ -168,10 +168,7 @@ def product(factors: tuple[Tensor, Tensor], divisor: float) -> Tensor:
 
 
 def _fold_rounding(base: StoredBase, slack: Tensor) -> Tensor:
-    """Return the largest error of rounding a fold.
-
-    It is rounded to the dtype of the base or of its residual.
-    """
+    """Return the largest error of rounding a fold to the base or to its residual."""
     gathered = as_base(base).gather()
     if isinstance(gathered, Tensor):
         return eps(gathered.dtype) / 2 * gathered.double().abs() * 1.01
@@ -185,9 +182,9 @@ def products(param: LowRank) -> list[tuple[tuple[Tensor, Tensor], float]]:
 
 
 def _mixed_products(before: LowRank, after: LowRank) -> Tensor | float:
-    """Return the products of old vectors with new ones, with positive terms.
+    """Return the product of the sums of old and new factors, with positive terms.
 
-    A switch forms these products.
+    This is a bound of the products of old with new vectors, which a switch computes.
     """
     (b, a), (new_b, new_a) = whole_factors(before), whole_factors(after)
     if b.shape != new_b.shape:

@@ -1,6 +1,6 @@
-"""The parameters of the stateful machine beside their shadow in float64.
+"""The parameters of the stateful machine, and their comparison with the shadow.
 
-Both are compared here.
+The shadow is a dense model in float64.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ from dynlora_fn.testing._values import STORAGES, Storage, normal
 class ShadowedModel(RuleBasedStateMachine):
     """A machine without rules, which compares a model with its shadow.
 
-    It draws the model, and compares after every rule of a subclass.
+    It draws the model, and compares both after every rule of a subclass.
     """
 
     storages: Sequence[Storage] = STORAGES  # a subclass may draw from others
@@ -102,9 +102,14 @@ class ShadowedModel(RuleBasedStateMachine):
         return {name: param for name, param in unstack(self.params).items() if isinstance(param, LowRank)}
 
     def keeps(self, params: Mapping[str, Param], *, folds: int = 1, exact_factors: bool = False) -> None:
-        """Take new parameters whose weights are the same, except for roundings.
+        """Take new parameters whose weights must be the same, except for roundings.
 
-        The roundings are those of `check_preserves_weight`.
+        Roundings are bounded as in `check_preserves_weight`.
+
+        Args:
+            params: The new parameters.
+            folds: How often the transform folds into a base.
+            exact_factors: Whether new factors are exact, so that only folds round.
         """
         before = self.weights()
         self.params = dict(params)
@@ -125,10 +130,10 @@ class ShadowedModel(RuleBasedStateMachine):
         return all(kind(param) for param in self.params.values() if isinstance(param, LowRank))
 
     def compare_with_dense(self, value: Tensor, grads: Mapping[str, Any], x: Tensor, cotangent: Tensor) -> None:
-        """Compare value and gradients with those of the dense weights that products use.
+        """Compare value and gradients with the dense model, at the weights products use.
 
-        Rounding errors are relative to the same sums of absolute terms. The longest sum has three products of 32 terms,
-        and the vectors of each weight.
+        Rounding errors are relative to the same sums with positive terms. The longest sum has three products of 32
+        terms, and the vectors of each weight.
         """
         weights = self.weights()
         dense_weights = {name: seen_weight(param) for name, param in weights.items()}
@@ -151,9 +156,9 @@ class ShadowedModel(RuleBasedStateMachine):
 
     @invariant()
     def compare(self) -> None:
-        """Compare weights with the shadow, and the state with `trainable`.
+        """Compare the weights with the shadow, and the shapes of moments with the factors.
 
-        What products use is compared with the exact weights.
+        The weights that products use are compared with the exact weights.
         """
         for name, param in self.weights().items():
             weight = exact_weight(param)

@@ -17,9 +17,9 @@ Leaf = TypeVar("Leaf")
 
 
 class Net(nn.Module):
-    """Two equal layers, which can be stacked, and one of another shape.
+    """Two layers of one shape, which can be stacked, and one of another shape.
 
-    The model is linear, so that bounds on rounding errors are sums of products.
+    The model is linear, so bounds on rounding errors are sums of products.
     """
 
     def __init__(self) -> None:
@@ -35,10 +35,7 @@ class Net(nn.Module):
 
 
 def dense(weights: Mapping[str, Tensor], x: Tensor, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``(model(x) * cotangent).sum()`` and its gradients by weights.
-
-    The weights are dense.
-    """
+    """Return ``(model(x) * cotangent).sum()`` and its gradients by dense weights."""
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     hidden = x @ leaves[LAYERS[0]].T @ leaves[LAYERS[1]].T
     value = ((hidden @ leaves["head.weight"].T + leaves["head.bias"]) * cotangent).sum()

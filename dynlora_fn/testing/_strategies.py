@@ -1,7 +1,7 @@
 """Hypothesis strategies for every valid value, edges included.
 
-Only integers and choices are drawn, and every tensor is a function of them (see `_values.py`). So examples can be
-repeated, shrink to small ones, and are printed as the call that makes them.
+Only integers and choices are drawn, and every tensor is a function of them (see `_values.py`). So an example can be
+repeated, shrinks to a small one, and is printed as the call that creates it.
 """
 
 import math
@@ -32,6 +32,9 @@ def shapes(draw: st.DrawFn, *, largest: int = 8) -> Shape:
 
     Args:
         largest: The largest size of an axis.
+
+    Raises:
+        ValueError: When an example is drawn, if `largest` is less than 1.
 
     Example:
         >>> shapes(largest=4).validate()
@@ -68,11 +71,15 @@ def low_rank_params(
     Args:
         shapes: A strategy for shapes. Default None draws shapes that fit the storage.
         stacks: A strategy for stack axes.
-        storages: The storages of bases. `merge` and `switch` leave those of `PLAIN` in one tensor.
+        storages: The storages of bases. With `PLAIN`, each base is one tensor.
         factor_dtypes: A strategy for dtypes of factors.
-        deferred: Whether folds are pending, with room for those of any plan. Default None draws both.
+        deferred: Whether bases are deferred, with pending folds and room for the vectors of any plan. Default None
+            draws both kinds.
         alphas: A strategy for alphas. Default None means 1.
         trained: Which factors are trained, "both" or only "b".
+
+    Raises:
+        ValueError: When an example is drawn, if `storages` is empty or no storage fits a shape.
 
     Example:
         >>> low_rank_params(deferred=False).validate()
@@ -108,7 +115,7 @@ def low_rank_params(
 def _fitting(storage: Storage, shape: Shape) -> Shape:
     """Return a shape that the blocks of the format divide.
 
-    It is computed from any drawn shape, so that shrinking can replace the format by one without blocks.
+    It is computed from any drawn shape, so shrinking can replace the format by a format without blocks.
     """
     if storage.kind not in _BLOCKS:
         return shape
@@ -119,9 +126,9 @@ def _fitting(storage: Storage, shape: Shape) -> Shape:
 def plans(params: LowRank | Params) -> st.SearchStrategy[Any]:
     """Return a strategy for any plan of a weight, or of some low-rank weights by name.
 
-    A plan has no, some or all slots of each side, and all, some or none of its entries are active. It is for the full
-    stack or for each member, with the same slots on both sides or others. It freezes for no, some or the usual number
-    of updates.
+    A plan names none, some or all slots of each side, and none, some or all of its entries are active. It applies to
+    the whole stack or has separate entries for each member. The slots of the two sides may be equal or different. The
+    plan freezes for 0 to 6 updates.
 
     Args:
         params: A weight, or parameters by name. By name, any subset of the low-rank weights gets a plan.
@@ -161,10 +168,13 @@ def _side_plans(draw: st.DrawFn, rank: int, stack: tuple[int, ...]) -> SidePlan:
 def schedules(draw: st.DrawFn, *, kinds: Sequence[str] = ("rate", "count", "never", "switchlora")) -> Schedule:
     """Draw schedules that are valid for weights of any rank.
 
-    Those with a rate go down to the shortest interval that the freeze allows.
+    Schedules with a rate include the shortest interval that the freeze allows.
 
     Args:
-        kinds: The kinds of schedules, some of "rate", "count", "never" and "switchlora" (the paper's).
+        kinds: The kinds of schedules to draw, from "rate", "count", "never" and "switchlora" (the paper's).
+
+    Raises:
+        ValueError: When an example is drawn, if a kind is unknown.
 
     Example:
         >>> schedules(kinds=["rate"]).validate()
@@ -190,13 +200,16 @@ def schedules(draw: st.DrawFn, *, kinds: Sequence[str] = ("rate", "count", "neve
 
 @st.composite
 def trees(draw: st.DrawFn, *, weights: st.SearchStrategy[LowRank] | None = None, largest: int = 3) -> dict[str, Param]:
-    """Draw parameters by name: low-rank, stacked and full-rank ones.
+    """Draw low-rank, stacked and full-rank parameters by name.
 
     The names of stacked weights have a star for each stack axis.
 
     Args:
         weights: A strategy for the low-rank weights. Default None means `low_rank_params()`.
-        largest: The largest number of parameters of each kind.
+        largest: The largest number of parameters of each kind: low-rank and full-rank.
+
+    Raises:
+        ValueError: When an example is drawn, if `largest` is negative.
 
     Example:
         >>> trees(largest=1).validate()
@@ -222,9 +235,12 @@ def optimizer_states(
     Some vectors are frozen.
 
     Args:
-        params: The parameters, or only what is trained.
+        params: The parameters, or only the trainable tree.
         optimizer: The optimizer. Default None means `adamw()`.
         most_steps: The largest number of updates.
+
+    Raises:
+        ValueError: When an example is drawn, if `most_steps` is negative.
 
     Example:
         >>> optimizer_states({"w": low_rank(Shape(6, 4, 2))}).validate()
@@ -246,6 +262,9 @@ def batches(
         largest: The largest size of a leading axis.
         dtypes: A strategy for the dtypes.
 
+    Raises:
+        ValueError: When an example is drawn, if `features` or `largest` is less than 1.
+
     Example:
         >>> batches(6).validate()
     """
@@ -256,6 +275,6 @@ def batches(
 
 
 def _build(draw: st.DrawFn, make: Callable[..., Value], *args: Any, **settings: Any) -> Value:
-    """Return the result of a call. Hypothesis prints the call in a failing example."""
+    """Draw the result of a call, which hypothesis prints if an example fails."""
     constants = [st.just(value) for value in args]
     return draw(st.builds(make, *constants, **{name: st.just(value) for name, value in settings.items()}))

@@ -1,4 +1,4 @@
-"""Check transforms of a weight. All checkers are called with the same arguments.
+"""Check transforms of a weight.
 
 A transform takes a weight, or a weight and a plan for it. It returns the new weight, or a tuple that starts with it, as
 `merge` and `switch` do. To check a transform of parameters by name, pass ``arguments=trees()``.
@@ -30,17 +30,17 @@ def check_preserves_weight(
 ) -> None:
     """Check that a transform does not change the weight, except for roundings.
 
-    Its folds and new factors may be rounded. A full-rank parameter stays, except for one rounding to its dtype.
+    Folds and new factors may be rounded. A full-rank parameter must stay, except for one rounding to its dtype. The
+    weight is compared in float64, with the residual of a quantized base and with pending folds::
 
-    Compared in float64 is the weight of the definition, with the residual of a base in codes and with pending folds::
-
-        base + alpha / rank * b @ a
+        weight = base + alpha / rank * b @ a
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
         folds: How often the transform folds into a base. Each fold rounds once.
-        exact_factors: Whether new factors are exact, as vectors that `switch` takes in: only folds round. Default False
-            lets each entry that has changed be rounded twice to the dtype of the factors, as after QR or balancing.
+        exact_factors: Whether new factors are exact, as the vectors that enter in `switch`, so that only folds round.
+            Default False allows two roundings to the dtype of the factors for each entry that has changed, as after QR
+            or balancing.
         arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
@@ -65,7 +65,7 @@ def check_preserves_weight(
         if isinstance(params, Mapping):
             _check_full_rank(params, result)
 
-    hold("the weight is kept", check, arguments_of(transform, arguments), examples)
+    hold("the weight does not change", check, arguments_of(transform, arguments), examples)
 
 
 def _check_full_rank(params: Params, result: Any) -> None:
@@ -85,9 +85,9 @@ def _check_full_rank(params: Params, result: Any) -> None:
 
 
 def check_pure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
-    """Check that a transform changes no argument and draws no global numbers.
+    """Check that a transform changes no argument and draws no global random number.
 
-    The numbers are random ones. Writing into an argument is an error even if its values stay the same.
+    Writing into an argument is an error even if its values stay the same.
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
@@ -112,9 +112,9 @@ def check_pure(transform: Transform, *, arguments: Arguments = None, examples: i
 
 
 def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
-    """Check that the new weight has the structure and the tensors of the old one.
+    """Check that the new weight has the structure and kinds of tensors of the old one.
 
-    Shapes, dtypes and devices are compared. It must also have no gradient attached.
+    Each new tensor must have the shape, dtype and device of the old tensor, and the same `requires_grad`.
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
@@ -136,13 +136,13 @@ def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, 
                 assert kind(new) == kind(old), f"{path} is {kind(new)} instead of {kind(old)}"
                 assert new.requires_grad == old.requires_grad, f"{path} now requires a gradient"
 
-    hold("structure, shapes, dtypes and devices are kept", check, arguments_of(transform, arguments), examples)
+    hold("structure, shapes, dtypes and devices do not change", check, arguments_of(transform, arguments), examples)
 
 
 def check_deterministic(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:
     """Check that equal arguments give equal bits.
 
-    Neither the global random state nor the memory that the arguments are stored in may matter.
+    The result must not depend on the global random state, nor on the memory in which arguments are stored.
 
     Args:
         transform: A function of a weight, or of a weight and a plan.

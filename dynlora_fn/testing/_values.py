@@ -1,6 +1,6 @@
-"""Weights, plans and states as functions of a few integers.
+"""Create weights, plans and states from a few integers.
 
-So examples can be repeated, and the call that makes one describes it completely.
+The integers describe an example completely, so it can be repeated.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -41,9 +41,9 @@ class Shape(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """The storage of a base: a plain tensor, or a format of `quantize`.
+    """The storage of a base.
 
-    A plain tensor is "float64" or "float32".
+    `kind` is "float64" or "float32" for a plain tensor, or a format of `quantize`.
     """
 
     kind: str
@@ -75,9 +75,12 @@ def normal(seed: int | torch.Generator, *shape: int, dtype: torch.dtype = torch.
     """Return normally distributed numbers, drawn in float64 and rounded once.
 
     Args:
-        seed: The seed, or a generator.
-        *shape: The shape.
-        dtype: The dtype.
+        seed: The seed, or a generator to draw from.
+        *shape: The shape of the tensor.
+        dtype: The dtype to round to.
+
+    Returns:
+        A tensor on the CPU. Equal arguments give equal bits.
 
     Example:
         >>> import torch
@@ -100,20 +103,21 @@ def low_rank(
     alpha: float = 1.0,
     trained: Literal["both", "b"] = "both",
 ) -> LowRank:
-    """Return a weight that is drawn from one generator.
-
-    It draws base, factors and basis seeds.
+    """Return a weight with a random base, random factors and random basis seeds.
 
     Args:
-        shape: The shape of the weight.
+        shape: The shape of the weight and the rank.
         stack: The stack axes.
-        seed: The seed of the generator.
+        seed: The seed of the generator. Equal arguments give equal bits.
         base_dtype: The dtype of a base that is a plain tensor.
         factor_dtype: The dtype of the factors.
         storage: The storage of the base. Default None means a plain tensor of `base_dtype`.
-        waiting: The number of vectors whose fold is pending, as after `defer`.
+        waiting: The number of vectors with a pending fold. With 0 the base is not deferred.
         alpha: The alpha of the weight.
-        trained: "both" factors, or only "b", where the rows of `a` are the first ones of the basis.
+        trained: The factors that are trained, "both" or only "b". With "b" the rows of `a` are the first of the basis.
+
+    Returns:
+        The weight, on the CPU.
 
     Example:
         >>> low_rank(Shape(6, 4, 2), (3,), seed=1).factors.b.shape
@@ -146,16 +150,17 @@ def low_rank(
 def side_plan(
     rank: int, count: int, stack: tuple[int, ...] = (), seed: int = 0, *, share_active: float = 1.0
 ) -> SidePlan:
-    """Return a side plan of `count` distinct slots.
-
-    The vectors are from anywhere in the basis.
+    """Return a side plan of `count` distinct slots and random vectors of the basis.
 
     Args:
         rank: The rank of the weight.
-        count: The number of entries.
-        stack: The stack axes. Default () means one plan for a full stack.
+        count: The number of entries, at most `rank`.
+        stack: The stack axes. Default () means one plan for the whole stack.
         seed: The seed of the generator.
         share_active: The probability that an entry is active.
+
+    Returns:
+        The side plan, on the CPU.
 
     Raises:
         ValueError: If `count` is above `rank`.
@@ -167,7 +172,7 @@ def side_plan(
     if count > rank:
         raise ValueError(f"`count` is {count}, but rank {rank} has only {rank} slots; use fewer")
     generator = torch.Generator().manual_seed(seed)
-    # The order of random numbers is a permutation, so slots are distinct. Each member of the stack has its draw.
+    # The order of random numbers is a permutation, so slots are distinct. Each member of the stack has another order.
     slots = torch.rand(*stack, rank, generator=generator).argsort(dim=-1)[..., :count]
     indices = torch.randint(2**34, (*stack, count), generator=generator)
     return SidePlan(slots, indices, torch.rand(*stack, count, generator=generator) < share_active)
@@ -180,9 +185,12 @@ def plan_of(rank: int, *, b: int, a: int, stack: tuple[int, ...] = (), seed: int
         rank: The rank of the weight.
         b: The number of vectors to switch on side b.
         a: The number of vectors to switch on side a.
-        stack: The stack axes. Default () means one plan for a full stack.
+        stack: The stack axes. Default () means one plan for the whole stack.
         seed: The seed of the generator.
-        frozen_for: For how many steps the counterparts are frozen.
+        frozen_for: The number of updates for which the counterparts are frozen.
+
+    Returns:
+        The plan, on the CPU.
 
     Example:
         >>> plan_of(4, b=1, a=2).a.active
@@ -197,13 +205,16 @@ def optimizer_state(
 ) -> Any:
     """Return the state of an optimizer after updates with random gradients.
 
-    Where vectors can be frozen, some are.
+    If the optimizer can freeze vectors, some vectors are frozen.
 
     Args:
-        params: The parameters, or only what is trained.
+        params: The parameters, or only the trainable tree.
         steps: The number of updates. 0 returns the initial state.
         seed: The seed of gradients and freezes.
         optimizer: The optimizer. Default None means `adamw()`.
+
+    Returns:
+        The state of the optimizer.
 
     Example:
         >>> optimizer_state({"w": low_rank(Shape(6, 4, 2))}, steps=1).inner.mu["w"].b.shape

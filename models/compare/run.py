@@ -1,6 +1,6 @@
-"""Train each method by `models.pretrain`, and compare the results.
+"""Train each method with `models.pretrain`, and compare the results.
 
-Each runs in a separate process, with the same options.
+Each method runs in a separate process, with the same options.
 """
 
 import argparse
@@ -26,34 +26,35 @@ METHODS = ("full", "lora", "relora", "switchlora")
 
 
 class Options(NamedTuple):
+    """The options of the program."""
+
     methods: list[str]
     processes: int
     out: Path
     json: bool
-    of_training: list[str]
+    of_training: list[str]  # the arguments for `models.pretrain`
 
 
 class Result(NamedTuple):
-    """The options and the summary of a run, and its peak of resident memory.
-
-    The peak is the one of the largest of its processes.
-    """
+    """The options and the summary of a run, and its peak of resident memory."""
 
     config: Config
     summary: dict[str, Any]
-    peak_bytes: int
+    peak_bytes: int  # the largest peak of a single process
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Return the options. Those of `models.pretrain` are passed on.
+    """Parse the arguments of the command line.
+
+    Arguments that are not options of this program are passed on to `models.pretrain`.
 
     Raises:
-        ValueError: If an option is set by this program.
+        ValueError: If an option is invalid, or is one that this program sets.
     """
     parser = argparse.ArgumentParser(
         prog="python -m models.compare",
-        description="Train several methods with the same settings, one after the other, and print what was measured "
-        "side by side. All other options are those of models.pretrain, and apply to every method.",
+        description="Train several methods with the same settings, one after the other, and print their measurements "
+        "side by side. All further options are passed on to models.pretrain for every method.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -80,7 +81,7 @@ def compare(arguments: Sequence[str] | None = None) -> None:
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
     results = {method: train(config, options) for method, config in configs_of(options).items()}
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table(results))
     record = {method: {**result.summary, "peak_bytes": result.peak_bytes} for method, result in results.items()}
     (options.out / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -92,15 +93,15 @@ def compare(arguments: Sequence[str] | None = None) -> None:
 def configs_of(options: Options) -> dict[str, Config]:
     """Return the options of each run.
 
-    All are checked, so that none starts where a later one cannot.
+    All options are checked first, so that bad options of a later run end the program before the first run.
 
     Raises:
-        ValueError: For the first option that is invalid.
+        ValueError: For the first invalid option.
     """
     configs = {}
     for method in options.methods:
         config = parse_options(Config, "python -m models.compare", [*options.of_training, "--method", method])
-        if options.processes == 1:  # several are checked when they start
+        if options.processes == 1:  # several processes check their options when they start
             check(config)
         configs[method] = config
     return configs
@@ -121,9 +122,9 @@ def train(config: Config, options: Options) -> Result:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, Any]:
-    """Return the exit code of a process and what it used.
+    """Wait for a process, and return its exit code and resource usage.
 
-    An interrupt reaches it too, so that it ends by itself.
+    Ctrl-C is sent to both processes. This one keeps waiting until the other has ended.
     """
     is_interrupted = False
     while True:
@@ -137,7 +138,7 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, Any]:
 
 
 def table(results: dict[str, Result]) -> Table:
-    """Return a table with a column for each method, all measured."""
+    """Return a table of all measurements with a column for each method."""
     table = Table("", *results, title=_title([result.summary for result in results.values()]))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -162,7 +163,7 @@ def _bytes(*names: str) -> Callable[[Result], str]:
 _WEIGHTS = ("base", "residual", "factors", "full_rank")
 _ROWS: dict[str, Callable[[Result], str]] = {
     "optimizer of the matrices": lambda result: result.config.inner_optimizer(),
-    "its peak learning rate": lambda result: f"{peak_lr(result.config):g}",
+    "peak learning rate of the matrices": lambda result: f"{peak_lr(result.config):g}",
     "validation loss, nats per token": lambda result: f"{result.summary['validation_loss']:.4f}",
     "validation perplexity": lambda result: f"{result.summary['perplexity']:.3f}",
     "seconds": lambda result: f"{result.summary['seconds']:,.0f}",

@@ -1,7 +1,7 @@
 """Turn files, folders, Python's sources or a Hugging Face dataset into tokens.
 
-Everything is deterministic: the split depends on names and lengths, and a batch on the seed and the step. Texts are
-read in pieces, and tokens can be in files, so that a text may be larger than memory.
+Everything is deterministic. The split depends on the names and lengths of the documents, and a batch on the seed and
+the step. A text may be larger than memory, because it is read in pieces and its tokens can be stored in files.
 """
 
 from models.corpus.documents import Document, TextFile

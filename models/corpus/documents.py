@@ -1,4 +1,4 @@
-"""Texts with names, in memory or in files, which are read in pieces."""
+"""Documents: texts with names, in memory or in files, that are read in pieces."""
 
 import codecs
 import hashlib
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_PIECE = 1 << 18  # characters or bytes of a piece; shorter texts are not cut
-_BLOCK = 1 << 20  # bytes
+_PIECE = 1 << 18  # most characters or bytes of a piece; shorter texts are not cut
+_BLOCK = 1 << 20  # bytes that are read from a file at once
 
 
 class Document(NamedTuple):
@@ -31,7 +31,7 @@ class Document(NamedTuple):
 
     @property
     def part_digest(self) -> bytes:
-        """A hash of the text, which is one part of a document or all of it."""
+        """A hash of this text, which may be a part of a document."""
         return self.digest
 
     def pieces(self) -> Iterator[str]:
@@ -44,16 +44,16 @@ class Document(NamedTuple):
         yield self.text[start:]
 
     def cut(self, at: int) -> tuple["Document", "Document"]:
-        """Return two parts, cut at the last end of a line before a character.
+        """Return two parts, cut at the last end of a line before character `at`.
 
-        They are cut elsewhere if the second part would double.
+        If the second part would more than double thereby, the text is cut exactly at this character.
         """
         cut = self.text.rfind("\n", max(0, 2 * at - len(self.text)), at) + 1 or at
         return Document(self.name, self.text[:cut]), Document(self.name, self.text[cut:])
 
 
 class TextFile(NamedTuple):
-    """A text in a file. It is in memory only while it is read."""
+    """A text in a file, which is in memory only while it is read."""
 
     name: str
     path: Path
@@ -69,7 +69,7 @@ class TextFile(NamedTuple):
 
     @property
     def part_digest(self) -> bytes:
-        """A hash of the file and of the place of this text in it."""
+        """A hash of the file, and of where this text starts and stops in it."""
         return hashlib.sha256(self.digest + f"{self.start}:{self.stop}".encode()).digest()
 
     def pieces(self) -> Iterator[str]:
@@ -95,9 +95,9 @@ class TextFile(NamedTuple):
                 rest = text[length:]
 
     def cut(self, at: int) -> tuple["TextFile", "TextFile"]:
-        """Return two parts, cut at the last end of a line before a character.
+        """Return two parts, cut at the last end of a line before character `at`.
 
-        They are cut elsewhere if the second part would double.
+        If the second part would more than double thereby, the text is cut exactly at this character.
         """
         byte = self._offset(at)
         with self.path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
@@ -108,7 +108,7 @@ class TextFile(NamedTuple):
         return first._replace(characters=characters), second
 
     def _offset(self, at: int) -> int:
-        """Return the place of a character, in bytes."""
+        """Return the offset in the file, in bytes, of character `at` of this text."""
         place = self.start
         for starts in self._starts():
             count = int(starts.sum())
@@ -119,7 +119,7 @@ class TextFile(NamedTuple):
         return self.stop
 
     def _starts(self) -> Iterator[np.ndarray]:
-        """Yield by blocks whether each byte starts a character."""
+        """Yield, for each block of the text, whether each byte starts a character."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             for place in range(self.start, self.stop, _BLOCK):
@@ -132,15 +132,15 @@ AnyDocument = Document | TextFile
 def line_end(text: str) -> int:
     """Return the length of a text up to its last end of a line.
 
-    Without one it ends at the last blank, or at the end.
+    A text without an end of a line is cut after its last blank, and without a blank not at all.
     """
     return text.rfind("\n") + 1 or text.rfind(" ") + 1 or len(text)
 
 
 def scan(path: Path, name: str) -> TextFile | str:
-    """Return a file of UTF-8 text, or why it is none: "binary", or another encoding.
+    """Return a file as UTF-8 text, or the reason why it is not UTF-8 text.
 
-    A byte-order mark is no part of the text.
+    The reason is "binary", "UTF-16" or "not UTF-8". A byte-order mark is not a part of the text.
     """
     decoder, digest, characters, start, stop = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0, 0, 0
     with path.open("rb") as file:

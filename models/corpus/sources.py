@@ -18,33 +18,34 @@ _CONVERT = "; convert it with `iconv -f ENCODING -t UTF-8`"
 
 
 def standard_library() -> list[TextFile]:
-    """Return the sources of Python's standard library without its tests.
+    """Return the sources of Python's standard library, without its tests.
 
-    Every machine with Python has this text.
+    They need no download, because they come with Python.
     """
     return python_sources(Path(sysconfig.get_paths()["stdlib"]))
 
 
 def python_sources(root: Path) -> list[TextFile]:
-    """Return the Python files in a folder, without tests and installed packages."""
+    """Return the Python files in a folder, except tests and installed packages."""
     paths = (path for path in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts))
     found = (scan(path, path.relative_to(root).as_posix()) for path in sorted(paths) if path.is_file())
     return [file for file in found if isinstance(file, TextFile) and file.characters]
 
 
 def text_files(paths: Sequence[Path], warn: Callable[[str], None] = lambda _: None) -> list[TextFile]:
-    """Return the text of files, and of all text files in folders.
+    """Return the texts of files, and of all text files in folders.
 
-    Hidden files, JSON lines and files that are no UTF-8 text are skipped in folders. Of equal texts, one is taken.
+    In folders, hidden files, JSON lines and files that are not UTF-8 text are skipped. Of several equal texts, only the
+    first is returned.
 
     Args:
         paths: The files and folders.
-        warn: A function that is called with a line that names skipped files, for each reason.
+        warn: A function that is called once for each reason to skip files, with a line that names them.
 
     Raises:
-        ValueError: If a path does not exist, is no file of UTF-8 text, contains JSON lines, or if there is no text at
-            all.
-        OSError: If a file cannot be read.
+        ValueError: If a path does not exist, or is a file of JSON lines or without UTF-8 text, or if all texts are
+            empty.
+        OSError: If a file or a folder cannot be read.
     """
     skipped: dict[str, list[str]] = {}
     documents: dict[bytes, TextFile] = {}
@@ -56,7 +57,7 @@ def text_files(paths: Sequence[Path], warn: Callable[[str], None] = lambda _: No
     for reason, names in skipped.items():
         warn(f"skipped {_listed(names)}: {reason}")
     if not any(text.strip() for file in documents.values() for text in file.pieces()):
-        raise ValueError(f"`text` must hold some text, got none in {', '.join(map(str, paths))}")
+        raise ValueError(f"`text` must contain some text, got none in {', '.join(map(str, paths))}")
     return list(documents.values())
 
 
@@ -80,9 +81,9 @@ def _in_folder(folder: Path, skipped: dict[str, list[str]]) -> Iterator[TextFile
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, of those inside it, and links.
+    """Yield the files in a folder and in the folders inside it.
 
-    A hidden folder is one entry.
+    A hidden folder and a link to a folder are yielded themselves, without the files in them.
 
     Raises:
         OSError: If a folder cannot be read.
@@ -116,9 +117,9 @@ def _named_file(path: Path) -> TextFile:
 
 
 def _is_json_lines(file: TextFile) -> bool:
-    """Return whether a file has a name of JSON, and its first lines are objects.
+    """Return whether a file is named as JSON and its first lines are JSON objects.
 
-    A .json file has several.
+    A .json file needs two such lines, because one line may be a single JSON document.
     """
     least = _OBJECTS.get(file.path.suffix)
     if least is None:
@@ -135,7 +136,7 @@ def _listed(names: list[str], most: int = 5) -> str:
     return f"{count} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
 
 
-# The loaders of files in `datasets`, by the ends of names.
+# The loader of `datasets` for each suffix of a file.
 _BUILDERS = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -144,24 +145,26 @@ _BUILDERS = {
     ".csv": "csv",
     ".arrow": "arrow",
 }
-_OBJECTS = {".jsonl": 1, ".ndjson": 1, ".json": 2}  # the least number of lines with an object
+_OBJECTS = {".jsonl": 1, ".ndjson": 1, ".json": 2}  # the least number of lines that start an object
 _COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
 
 
 def dataset(name: str, *, config: str | None, column: str, characters: int, folder: Path | None = None) -> Split:
-    """Stream the documents of a Hugging Face dataset by name, folder or file.
+    """Read the documents of a Hugging Face dataset from its name, folder or file.
 
-    The split called "validation" is for validation. Without one, the first twentieth of the documents is.
+    The split "validation" of the dataset becomes the validation text. If there is none, the first twentieth of the
+    documents of the split "train" becomes the validation text.
 
     Args:
         name: The name or folder, as in `datasets.load_dataset`, or a file in JSON lines, Parquet or CSV.
-        config: The configuration of the dataset. None means its default.
+        config: The configuration of the dataset. None means its default configuration.
         column: The column that contains the text.
-        characters: The largest number of characters to read for training.
-        folder: The folder for a temporary file with the texts. Default None means the folder of the system.
+        characters: The number of training characters after which reading stops.
+        folder: The folder for a temporary file with the texts. Default None means the temporary folder of the system.
 
     Raises:
-        ValueError: If the dataset cannot be loaded, or has no split "train" or no such column.
+        ValueError: If `datasets` is missing, or the dataset cannot be loaded, has no split "train", or has no column
+            of this name with texts.
     """
     try:
         import datasets  # noqa: PLC0415, an optional extra
@@ -194,7 +197,7 @@ def _load(datasets: Any, name: str, config: str | None) -> Any:
 
 
 def _suffix(path: Path) -> str:
-    """Return the end of a name without the end of a compression."""
+    """Return the suffix of a file, without the suffix of a compression."""
     return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
 
 
@@ -219,7 +222,7 @@ def _texts(stream: Iterable[dict[str, Any]], name: str, column: str, characters:
 
 
 class Rows(Sequence[Document]):
-    """Texts, one after the other, in a temporary file that needs no removal."""
+    """Documents, one after the other, in a temporary file that removes itself."""
 
     def __init__(self, texts: Iterable[str] = (), folder: Path | None = None):
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=1 << 20)  # noqa: SIM115, lives as long as the rows

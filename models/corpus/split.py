@@ -16,11 +16,12 @@ class Split(NamedTuple):
 
 
 def split(documents: Sequence[AnyDocument]) -> Split:
-    """Split into training and validation text, by the hashes of names.
+    """Split documents into training and validation text.
 
-    Files are taken for validation until they make up a twentieth of the text. A file with which they would make up more
-    than a tenth is cut at the end of a line. Its end is for validation, so that they make up a twentieth. A single file
-    is cut as well, and its last tenth is for validation.
+    Documents are taken in the order of the hashes of their names, until they make up a twentieth of the text. These are
+    the validation text. If a document would bring it above a tenth, this document is cut at the end of a line: its end
+    completes the twentieth, and its beginning is training text. Of a single document, the last tenth is validation
+    text.
     """
     if len(documents) == 1:
         train, validation = documents[0].cut(documents[0].characters * 9 // 10)
@@ -39,6 +40,6 @@ def split(documents: Sequence[AnyDocument]) -> Split:
 
 
 def without(documents: Sequence[AnyDocument], others: Sequence[AnyDocument]) -> list[AnyDocument]:
-    """Return the documents whose texts differ from all others."""
+    """Return the documents whose texts are not among the texts of `others`."""
     digests = {document.digest for document in others}
     return [document for document in documents if document.digest not in digests]

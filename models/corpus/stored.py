@@ -1,6 +1,6 @@
-"""Record what stored tokens were encoded from.
+"""Record which texts and tokenizer stored tokens come from.
 
-So a resumed run can use them again.
+A resumed run with the same texts and tokenizer then uses these tokens instead of encoding them a second time.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ _BLOCK = 1 << 22  # tokens
 
 
 def write_record(corpus: Corpus, documents: Split, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write beside the tokens what they were encoded from.
+    """Write hashes of the texts and of the tokenizer to a file beside the tokens.
 
-    A tokenizer without an identity is not recorded.
+    Nothing is written for a tokenizer without an identity.
     """
     if tokenizer.identity is None:
         return
@@ -36,9 +36,9 @@ def write_record(corpus: Corpus, documents: Split, tokenizer: Tokenizer, folder:
 
 
 def stored_corpus(documents: Split, tokenizer: Tokenizer, *, window: int, folder: Path) -> Corpus | None:
-    """Return the tokens in a folder, or None if they are of something else.
+    """Return the tokens in a folder, or None if they must be encoded.
 
-    They must be encoded from these texts with this tokenizer. Tokens that have changed since are not returned.
+    They are returned only if they were encoded from these texts with this tokenizer, and are unchanged since then.
 
     Raises:
         ValueError: If a stream is shorter than `window`.
@@ -65,9 +65,9 @@ def stored_corpus(documents: Split, tokenizer: Tokenizer, *, window: int, folder
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of the tokens in a folder.
+    """Return the record of the tokens in a folder, or None.
 
-    Return None if there is none, or a damaged one.
+    None means that the record is missing or damaged.
     """
     try:
         record = json.loads((folder / RECORD).read_bytes())
@@ -94,9 +94,9 @@ def _digest(documents: Sequence[AnyDocument]) -> str:
 
 
 def _read(stream: TokenFile, tokenizer: Tokenizer) -> tuple[np.ndarray | None, bytes]:
-    """Return the frequencies of tokens and their digest.
+    """Return how often each token occurs, and the digest of all tokens.
 
-    Return None in place of frequencies if there is a token beyond the vocabulary.
+    The frequencies are None if a token is beyond the vocabulary.
     """
     frequencies, digest = np.zeros(tokenizer.vocabulary, np.int64), TokenDigest(tokenizer.vocabulary)
     for start in range(0, len(stream), _BLOCK):

@@ -1,4 +1,4 @@
-"""Turn texts into tokens: bytes, or those of a tokenizer of `transformers`."""
+"""Turn texts into tokens: their bytes, or the tokens of a Hugging Face tokenizer."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,20 +9,22 @@ import numpy as np
 
 from models.corpus.documents import AnyDocument
 
-_BATCH = 1 << 20  # characters that are encoded at once
+_BATCH = 1 << 20  # characters after which a batch of pieces is encoded
 
 
 class Piece(NamedTuple):
+    """A piece of a document."""
+
     text: str
-    starts: bool  # whether a document starts with it, beside the first one
-    ends: bool
+    starts: bool  # whether it starts a document other than the first
+    ends: bool  # whether it ends a document
 
 
 class Encoded(NamedTuple):
     """A part of a stream of tokens."""
 
     tokens: np.ndarray  # of the smallest integer type
-    documents: int  # that end in it
+    documents: int  # number of documents that end in this part
     characters: int
     text_bytes: int
 
@@ -30,11 +32,11 @@ class Encoded(NamedTuple):
 class Tokenizer(NamedTuple):
     """A tokenizer, and the tokens that it puts around documents."""
 
-    encode_texts: Callable[[list[str]], Sequence[Any]]  # an array or a list of tokens for each text
+    encode_texts: Callable[[list[str]], Sequence[Any]]  # returns an array or a list of tokens for each text
     vocabulary: int
     between: tuple[int, ...] = ()  # tokens between two documents
     after: tuple[int, ...] = ()  # tokens after each document
-    identity: str | None = None  # equal only for tokenizers that give the same tokens; None if that is unknown
+    identity: str | None = None  # equal identities mean equal tokens; None means that this is unknown
 
     def encode(self, documents: Iterable[AnyDocument]) -> np.ndarray:
         """Return the tokens of documents as one stream."""
@@ -44,8 +46,11 @@ class Tokenizer(NamedTuple):
     def stream(self, documents: Iterable[AnyDocument]) -> Iterator[Encoded]:
         """Yield the tokens of documents in parts of about a megabyte of text.
 
-        Long documents are cut at the ends of lines. A tokenizer that joins the end of a line with what follows gives
-        other tokens at these places.
+        Long documents are cut at the ends of lines before they are encoded. So no token spans such a cut, even if the
+        tokenizer has a token for the end of a line together with the following text.
+
+        Raises:
+            ValueError: If a token is not below `vocabulary`.
         """
         between, after = np.array(self.between, self.dtype), np.array(self.after, self.dtype)
         for batch in _batches(_pieces(documents)):
@@ -65,7 +70,7 @@ class Tokenizer(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The smallest integer type for its tokens."""
+        """The smallest integer type for the tokens."""
         return np.min_scalar_type(self.vocabulary - 1)
 
 
@@ -96,9 +101,9 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer to UTF-8 bytes.
+    """Return a tokenizer whose tokens are the UTF-8 bytes of the text.
 
-    A zero byte, which no text contains, separates documents.
+    A zero byte separates documents. Text files do not contain zero bytes.
     """
 
     def encode(texts: list[str]) -> list[np.ndarray]:
@@ -108,9 +113,9 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer of `transformers` by its name, folder or file.
+    """Load a tokenizer of `transformers` from its name, folder or file.
 
-    No code that comes with it is run.
+    Code that comes with the tokenizer is not run.
 
     Raises:
         ValueError: If `transformers` is missing or cannot load the tokenizer.
@@ -129,9 +134,12 @@ def load_tokenizer(name: str) -> Any:
 
 
 def pretrained_tokenizer(name: str) -> Tokenizer:
-    """Return a tokenizer of `transformers` by its name, folder or file.
+    """Load a tokenizer of `transformers` as a `Tokenizer`.
 
-    Its end token, if it has one, ends each document.
+    If the tokenizer has an end token, this token ends each document.
+
+    Args:
+        name: The name, folder or file of the tokenizer.
 
     Raises:
         ValueError: As `load_tokenizer`.
@@ -140,7 +148,7 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
     def encode(texts: list[str]) -> Sequence[Any]:
-        # Without `verbose`, it does not warn of texts that are longer than a model takes.
+        # With `verbose`, the tokenizer would warn of texts that are longer than the context of the model.
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         encoded: Sequence[Any] = tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
         return encoded
@@ -149,9 +157,9 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
 
 
 def _identity(tokenizer: Any) -> str | None:
-    """Return a hash of a tokenizer of the library `tokenizers`, with its version.
+    """Return a hash of a tokenizer and of the version of the library `tokenizers`.
 
-    Others are Python code.
+    None means that the tokenizer is Python code, which has no such hash.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -1,4 +1,4 @@
-"""Streams of tokens, in memory or in files, and the batches drawn from them."""
+"""Streams of tokens, in memory or in files, and batches of windows from them."""
 
 import hashlib
 import math
@@ -17,10 +17,10 @@ Part = Literal["train", "validation"]
 
 
 class TokenFile:
-    """Tokens in a file. `numpy.asarray` maps them into memory.
+    """Tokens in a file, which `numpy.asarray` maps into memory.
 
-    Each access maps the file again. What was read before then leaves the memory of this process. The file is
-    open, and may be renamed.
+    Each `numpy.asarray` makes a new map, so tokens that were read through earlier maps do not stay in memory. The file
+    remains open, so it may be renamed.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]):
@@ -39,7 +39,7 @@ Tokens = np.ndarray | Tensor | TokenFile
 
 
 class Counted(NamedTuple):
-    """What is counted while a stream is encoded."""
+    """Counts and a hash of a stream of tokens."""
 
     documents: int
     frequencies: np.ndarray  # of each token
@@ -48,9 +48,10 @@ class Counted(NamedTuple):
 
 
 class TokenDigest:
-    """A hash of tokens, in blocks.
+    """A hash of tokens that are passed in blocks.
 
-    It is the hash of the types in which tokens were stored before.
+    Tokens are hashed as uint8 for a vocabulary of 256 and as int32 otherwise, in whatever type they are stored. Older
+    versions stored them in these types, so the hashes of their runs remain valid.
     """
 
     def __init__(self, vocabulary: int):
@@ -66,17 +67,19 @@ class TokenDigest:
 
 
 class Corpus(NamedTuple):
+    """The tokens of training and validation text, with their counts."""
+
     train: Tokens  # one stream of tokens, of the smallest integer type
     validation: Tokens
     vocabulary: int
-    counted: dict[str, Counted]
+    counted: dict[str, Counted]  # keys "train" and "validation"
 
     def digest(self) -> str:
-        """Return a hash that is equal for equal tokens and split."""
+        """Return a hash of the training and validation tokens."""
         return hashlib.sha256(self.counted["train"].digest + self.counted["validation"].digest).hexdigest()
 
     def bits_per_byte(self, loss: float, part: Part = "validation") -> float:
-        """Return a loss in nats per token as bits per byte of the text."""
+        """Convert a loss from nats per token to bits per byte of the text."""
         return loss / math.log(2) * len(getattr(self, part)) / max(1, self.counted[part].text_bytes)
 
 
@@ -91,11 +94,11 @@ def tokenize(
     """Return the tokens of training and validation text as one stream each.
 
     Args:
-        documents: The texts. They are read in pieces.
+        documents: The texts, which are read in pieces.
         tokenizer: The tokenizer.
-        window: The smallest length of a stream.
-        folder: The folder for the tokens, as train.bin and validation.bin. Default None stores them in memory.
-        progress: A function that is called with the number of characters that were encoded since the call before.
+        window: The least number of tokens of a stream.
+        folder: The folder for the files train.bin and validation.bin. Default None stores the tokens in memory.
+        progress: A function that is called with the number of characters that were encoded since its last call.
 
     Raises:
         ValueError: If a stream is shorter than `window`.
@@ -152,21 +155,21 @@ def _collect(parts: Iterable[Encoded], tokenizer: Tokenizer, path: Path | None) 
 
 
 def batch(tokens: Tokens, shape: Sequence[int], *, window: int, seed: int, step: int) -> Tensor:
-    """Draw windows at random places, (*shape, window), int64.
+    """Draw windows at random places, as int64 of shape (*shape, window).
 
-    The result depends only on the seed and the step.
+    Equal seeds and steps draw equal places, whatever was drawn before.
     """
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - window + 1, size=tuple(shape))
     return _windows(tokens, starts, window)
 
 
 def validation_batches(tokens: Tokens, count: int, size: int, *, window: int) -> Tensor:
-    """Return evenly spaced windows, (count, size, window), int64.
+    """Return evenly spaced windows, as int64 of shape (count, size, window).
 
-    They are the same at each call.
+    Every call returns the same windows.
     """
     last = len(tokens) - window
-    exact = torch.float32 if last < 1 << 24 else torch.float64  # has every place
+    exact = torch.float32 if last < 1 << 24 else torch.float64  # represents every place exactly
     starts = torch.linspace(0, last, count * size, dtype=exact).long().reshape(count, size)
     return _windows(tokens, starts.numpy(), window)
 
@@ -179,7 +182,7 @@ def _windows(tokens: Tokens, starts: np.ndarray, window: int) -> Tensor:
 def unigram_loss(corpus: Corpus) -> float:
     """Return the validation loss of a unigram model, in nats per token.
 
-    Its frequencies are the counts of tokens in the training text, plus one.
+    Its probabilities are proportional to the counts of tokens in the training text, plus one.
     """
     counts = corpus.counted["train"].frequencies + 1.0
     validation = corpus.counted["validation"].frequencies

@@ -20,22 +20,22 @@ from models.corpus.tokens import TokenFile
 from models.pretrain.config import Config, computed
 from models.pretrain.device import compute_dtype, find_device
 from models.pretrain.run import perplexity
-from models.trained import Trained, open_trained
+from models.trained import Trained, check_tokens, open_trained
 
-_DEFAULTS = Config()  # for a model that is not of a run
+_DEFAULTS = Config()  # the options for a model that does not come from a run
 
 
 @dataclass(frozen=True)
 class Options:
     """Measure the loss of a trained model on a text.
 
-    By default the loss is measured on evenly spaced windows, as many and as long as in the validation of the run. On
-    the run's validation text it is therefore the validation loss of the run.
+    By default the windows are evenly spaced, as many and as long as in the validation of the run. For the validation
+    text of the run, the result is then the validation loss of the run.
     """
 
     run: tyro.conf.Positional[Path]
-    """Use the model of this run of models.pretrain or models.finetune, this checkpoint in it, or this model folder.
-    A run means its final model, or its newest checkpoint if it has not ended."""
+    """Use the model of this run of models.pretrain or models.finetune, of this checkpoint, or in this model folder.
+    A run has its final model, or the model of its newest checkpoint if the run has not ended."""
     text: Annotated[tuple[Path, ...], computed("the validation text of the run")] = ()
     """Measure these files, and the text files in these folders."""
     every_token: bool = False
@@ -54,9 +54,9 @@ class Text(NamedTuple):
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Return the loss in nats per token and what follows from it.
+    """Measure the loss in nats per token, and derive bits per byte and perplexity.
 
-    These are bits per byte, the perplexity, and what was measured.
+    The result also has the source of the model, and the sizes of the text.
 
     Raises:
         ValueError: If an option is invalid, or the model or the text cannot be read.
@@ -68,6 +68,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     text = _validation_text(trained) if documents is None else _encoded(trained, documents)
     if len(text.tokens) < 2:
         raise ValueError(f"`text` must have at least 2 tokens, got {len(text.tokens)}; the first is not predicted")
+    check_tokens(trained, int(text.tokens.max()))
     loss, predicted = mean_loss(trained, _batches(trained, text.tokens, every_token=options.every_token), device)
     return {
         "source": str(trained.source),
@@ -104,7 +105,7 @@ def _validation_text(trained: Trained) -> Text:
 
 
 def _batches(trained: Trained, tokens: np.ndarray, *, every_token: bool) -> Iterator[Tensor]:
-    """Yield windows, (batch, length): those of the run's validation, or all."""
+    """Yield windows of shape (batch, length), as in validation or for every token."""
     config = trained.config or _DEFAULTS
     batch_size, seq_len = config.data.batch_size, min(config.data.seq_len, trained.context)
     if len(tokens) <= seq_len:
@@ -129,7 +130,7 @@ def _tensor(windows: np.ndarray) -> Tensor:
 def mean_loss(trained: Trained, batches: Iterable[Tensor], device: torch.device) -> tuple[float, int]:
     """Return the mean loss in nats per token, and the number of predicted tokens.
 
-    The activations have the type of those in the run.
+    Activations have the same dtype as in the run.
     """
     dtype = compute_dtype(trained.config or _DEFAULTS)
     total, count = torch.zeros((), dtype=torch.float64), 0

@@ -12,7 +12,7 @@ from models.pretrain.command import run_command
 
 def main() -> None:
     """Run the command line."""
-    files = "model/, adapter/, loss.png, metrics.jsonl, summary.json, checkpoints/"
+    files = "model/", "adapter/", "loss.png", "metrics.jsonl", "summary.json", "checkpoints/"
     run_command(Config, prepare, module="models.finetune", files=files)
 
 

@@ -1,6 +1,6 @@
 """The options for fine-tuning a model of `transformers`.
 
-They are those of pre-training with other defaults, and some more.
+They are the options of pre-training with other defaults, and some further options.
 """
 
 import math
@@ -12,26 +12,26 @@ from models.pretrain import checks
 from models.pretrain import config as pretrain
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 
-# The same with both optimizers. Embedding, head and norms are trained already, so that the high rate which suits new
-# ones beside Muon does not suit them.
+# These are the rates of both optimizers. Beside Muon, pre-training uses a higher rate for embedding, head and norms,
+# which start from random values there. Here they are already trained.
 RATES = {"full": 2e-5, "lora": 2e-4, "relora": 2e-4, "switchlora": 2e-4}
 FINETUNE_RATES = pretrain.DefaultRates(adamw=RATES, muon=RATES, dense_with_muon=None)
 
 
 @dataclass(frozen=True)
 class Training(pretrain.Training):
-    """What is trained, by which method, and for how long."""
+    """The model, the method and the length of the training."""
 
     model: Annotated[str, pretrain.computed("none, it is required")] = ""
-    """Train the model in this folder, as `save_pretrained` writes it, in float32. No code in it is run."""
+    """Train the model in this folder, as `save_pretrained` writes it, in float32. Code in the folder is not run."""
     rank: int = 16
     alpha: Annotated[float | None, pretrain.computed("the rank")] = None
     """Scale the factors as PEFT does: a weight is `base + alpha / rank * b @ a`.
-    By default the same rate trains as PEFT does with `lora_alpha` equal to `r`."""
+    The default trains at the same learning rate as PEFT with `lora_alpha` equal to `r`."""
     targets: Annotated[tuple[str, ...], pretrain.computed("all linear layers except the head")] = ()
     steps: int = 200
     train_rest: bool = False
-    """Also train embeddings, norms, biases and the head, full-rank. Otherwise they are frozen, except for full."""
+    """Also train embeddings, norms, biases and the head, with full rank. Otherwise they are frozen, except for full."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Data(pretrain.Data):
     """The text, and the batches that are drawn from it."""
 
     text: Annotated[tuple[Path, ...], pretrain.computed("none, it is required, except with --dataset")] = ()
-    tokenizer: Annotated[str | None, pretrain.computed("that in the folder of the model")] = None
-    """Use a tokenizer of `transformers`, by its name, folder or file. It is written beside model and adapter."""
+    tokenizer: Annotated[str | None, pretrain.computed("the tokenizer in the folder of the model")] = None
+    """Use the tokenizer of `transformers` with this name, folder or file. It is written beside model and adapter."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,23 @@ class Optimization(pretrain.Optimization):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Train the factors, or the same matrices for full, with this optimizer. Embedding, head and norms use AdamW.
-    Models that were pre-trained with AdamW, as most were, fine-tune worse with Muon (arXiv:2605.10468)."""
+    Most models were pre-trained with AdamW. Muon fine-tunes these worse than AdamW does (arXiv:2605.10468)."""
     lr: Annotated[float | None, pretrain.computed("2e-5 for full, 2e-4 for the other methods")] = None
     dense_lr: Annotated[float | None, pretrain.computed("the value of --lr")] = None
     warmup: int = 10
     weight_decay: float = 0.0
     """Multiply weights (full) or factors by 1 minus this times the learning rate at each step (decoupled decay).
-    Decayed factors pull the weights back to those of the given model."""
+    A decay of the factors pulls the weights back to the weights of the given model."""
 
 
 @dataclass(frozen=True)
 class Output(pretrain.Output):
-    """What the run writes, and how often."""
+    """The files and lines that the run writes, and how often."""
 
     export: Literal["merged", "adapter", "both"] = "both"
     """Write a merged model for `from_pretrained`, a PEFT adapter for the given model, or both."""
-    adapter_rank: Annotated[
-        int | None, pretrain.computed("the rank of the factors, which keeps the change of lora")
-    ] = None
-    """Cut the change of each weight to this rank for the adapter. A line says what that costs in validation loss."""
+    adapter_rank: Annotated[int | None, pretrain.computed("the rank of the factors, which is exact for lora")] = None
+    """Approximate the change of each weight with this rank in the adapter. A line shows its validation loss."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Config(pretrain.Config):
     output: Output = field(default_factory=Output)
 
     default_rates: ClassVar[pretrain.DefaultRates] = FINETUNE_RATES
-    # The record of a run has digests of what `model`, `text` and `tokenizer` name.
+    # The names in `model`, `text` and `tokenizer` may change, because config.json records digests of their contents.
     free_to_change: ClassVar[tuple[str, ...]] = (
         *pretrain.Config.free_to_change,
         *("model", "tokenizer", "export", "adapter_rank"),
@@ -98,18 +96,18 @@ class Config(pretrain.Config):
         return float(self.training.rank if self.training.alpha is None else self.training.alpha)
 
     def decays_weights(self) -> bool:
-        """Return whether `weight_decay` is of the weights, and not of their factors.
+        """Return whether weights decay, and not only their factors.
 
-        A decay of low-rank weights would pull the given model to zero.
+        A decay of low-rank weights together with their bases would pull the given model to zero.
         """
         return self.training.method == "full"
 
 
 def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
-    """Check the options, those of pre-training first.
+    """Check the options, first as pre-training does.
 
     Raises:
-        ValueError: For the first option that is invalid. It names the option, the requirement and the value.
+        ValueError: For the first invalid option. The message names the option, the requirement and the value.
     """
     checks.check(config, processes)
     model, adapter_rank = config.training.model, config.output.adapter_rank

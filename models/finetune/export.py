@@ -1,6 +1,6 @@
 """Write a fine-tuned model for `transformers`, and its adapter for PEFT.
 
-Each has the tokenizer.
+Both folders contain the tokenizer.
 """
 
 import copy
@@ -23,7 +23,7 @@ from models.pretrain.run import validation_loss
 
 
 class Export(NamedTuple):
-    """What is known before the first step about the files of the end."""
+    """A function that writes the files at the end of a run."""
 
     config: Config
     model: nn.Module
@@ -54,7 +54,7 @@ class Export(NamedTuple):
     def _write_adapter(self, params: dict[str, Any]) -> None:
         name, folder = self.config.training.model, self.folder / "adapter"
         if digest(Path(name)) != self.digest:
-            self._say(f"adapter/ is not written, since the model in {name} is no longer the one that was trained from")
+            self._say(f"adapter/ is not written, because the model in {name} has changed since the start of the run")
             return
         original, rank = load_model(name), self.config.output.adapter_rank
         try:
@@ -72,12 +72,12 @@ class Export(NamedTuple):
         self._say_loss(options["r"], adapted, params)
 
     def _say_loss(self, rank: int, adapted: dict[str, Any], params: dict[str, Any]) -> None:
-        """Say in one line what the adapter misses."""
+        """Print the validation losses of the adapter and of the trained weights."""
         loss, trained = (validation_loss(self.config, self.model, tree, self.corpus) for tree in (adapted, params))
         text = (
             f"adapter/ of rank {rank} has a validation loss of {loss:.4f}, and the trained weights have {trained:.4f}"
         )
-        self._say(text + ("; a larger --adapter-rank misses less" if loss > trained + 1e-3 else ""))
+        self._say(text + ("; a larger --adapter-rank is more accurate" if loss > trained + 1e-3 else ""))
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """Load a causal language model in float32.
 
-A model whose weights are not all from its files is refused.
+A model is refused unless its files contain all its weights and no others.
 """
 
 import re
@@ -19,11 +19,12 @@ from models.finetune.model_folder import check_folder, left_out, without_fractio
 def load_model(folder: str) -> nn.Module:
     """Load a causal language model in float32, whatever dtype its files have.
 
-    It is in evaluation mode: without dropout, a resumed run is exact. No code of the folder is run.
+    The model is in evaluation mode, because a resumed run would not be exact with dropout. Code in the folder is not
+    run.
 
     Raises:
-        ValueError: If `transformers` is missing or cannot load the folder, or if it would fill a weight with random
-            numbers or leave one out. The message names the weight.
+        ValueError: If `transformers` is missing or cannot load the folder. Also if it would initialize a weight at
+            random, or would leave out a tensor of the files. The message names the weight or tensor.
     """
     try:
         from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415, an optional extra
@@ -38,12 +39,12 @@ def load_model(folder: str) -> nn.Module:
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # to get the names
+                ignore_mismatched_sizes=True,  # so that `found` has their names
                 output_loading_info=True,
             )
         except Exception as error:  # the library raises many types for files that are damaged or of another kind
             cause = _unconverted(folder, warnings) or reason(error)
-            raise ValueError(f"`model` must hold a causal language model, got {folder!r}: {cause}") from error
+            raise ValueError(f"`model` must contain a causal language model, got {folder!r}: {cause}") from error
     _check_complete(folder, found)
     _check_kinds(folder, model)
     evaluated: nn.Module = model.eval()
@@ -54,7 +55,7 @@ def load_model(folder: str) -> nn.Module:
 def _captured(logging: Any) -> Iterator[list[str]]:
     """Collect the warnings of `transformers` instead of printing them.
 
-    One is the table of what does not fit.
+    If tensors do not fit the model, one warning is a table of them.
     """
     warnings: list[str] = []
     handler = Handler()
@@ -69,9 +70,9 @@ def _captured(logging: Any) -> Iterator[list[str]]:
 
 
 def _unconverted(folder: str, warnings: Iterable[str]) -> str:
-    """Return which weight could not be joined from those of the files.
+    """Return a message about the first weight that could not be built from the files.
 
-    The table that has its name says so.
+    Some models join several tensors of the files into one weight. The table in the warnings marks a failure of this.
     """
     lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for text in warnings for line in text.splitlines())
     names = [line.split("|")[0].strip() for line in lines if re.search(r"\| *CONVERSION", line)]
@@ -84,13 +85,13 @@ def _hint(folder: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the type and the message of an error of another library, in one line."""
+    """Return type and message of an error of another library in one line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:300]}" if message else type(error).__name__
 
 
 def _check_complete(folder: str, found: dict[str, Any]) -> None:
-    """Raise for the first weight that the files and the model do not share."""
+    """Raise ValueError for the first weight that is not in both files and model."""
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"`model` must have all weights that its config.json describes, got {folder!r} without {_names(missing)}"
@@ -109,9 +110,9 @@ def _check_complete(folder: str, found: dict[str, Any]) -> None:
 
 
 def _check_kinds(folder: str, model: nn.Module) -> None:
-    """Raise for the first weight that the files have as integers or booleans.
+    """Raise ValueError for the first weight of integers or booleans in the files.
 
-    `transformers` would convert it.
+    `transformers` would convert it to floating point.
     """
     if wrong := sorted(without_fractions(Path(folder)) & dict(model.named_parameters()).keys()):
         raise ValueError(
@@ -125,13 +126,13 @@ def _names(names: list[str]) -> str:
 
 @torch.no_grad()
 def check_on_tokens(model: nn.Module, vocabulary: int, seq_len: int) -> None:
-    """Check that the model takes sequences of this length, and sees no later token.
+    """Check that the model takes sequences of this length and is causal.
 
-    One forward pass shows it.
+    This takes one forward pass.
 
     Raises:
-        ValueError: If the length is beyond the positions that the model was made for, or the forward pass fails, is not
-            finite or depends on later tokens.
+        ValueError: If the length exceeds the positions of the model, or if the forward pass fails. Also if logits are
+            not finite or depend on later tokens.
     """
     config: Any = model.config
     most = positions(config)
@@ -155,17 +156,21 @@ def check_on_tokens(model: nn.Module, vocabulary: int, seq_len: int) -> None:
         )
 
 
-def positions(config: Any) -> int | None:
-    """Return the most tokens that a configuration is for, or None without a limit.
-
-    Scaled rotary positions reach beyond those of pre-training by their `factor`.
-    """
-    config = config.get_text_config()
+def trained_positions(config: Any) -> int | None:
+    """Return the most tokens that a configuration names, or None without a limit."""
     names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-    limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0]
-    if not limits:
+    limits = (getattr(config.get_text_config(), name, None) for name in names)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def positions(config: Any) -> int | None:
+    """Return the longest sequence for a configuration, or None without a limit.
+
+    Scaled rotary positions multiply the length in pre-training by their `factor`.
+    """
+    most, config = trained_positions(config), config.get_text_config()
+    if most is None:
         return None
-    most = limits[0]
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scaled = [
         int(entry["factor"] * (entry.get("original_max_position_embeddings") or most))

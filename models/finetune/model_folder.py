@@ -1,6 +1,6 @@
-"""The folder of a model: what is refused, its files and their dtype.
+"""Check the folder of a model before `transformers` reads it.
 
-It is checked before `transformers` reads it.
+Other functions return the files of its weights, their dtypes and a digest.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ import torch
 import dynlora_fn as dl
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_REFUSED = {  # entries of config.json
+_REFUSED = {  # refused entries of config.json, with their meaning and the remedy
     "auto_map": "code, which is never run; remove the entry if `transformers` has this model itself",
     "quantization_config": "quantized weights; save the model dequantized",
     "transformers_weights": "weights under another name; call the file model.safetensors",
 }
-# Where the name of a repository is given, its code would be downloaded and run.
+# If such an entry is the name of a repository, `transformers` would download and run code from there.
 _IMPLEMENTATIONS = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
@@ -30,13 +30,13 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def check_folder(folder: Path) -> None:
-    """Check what `transformers` would answer with a question or other weights.
+    """Check the folder for contents that `transformers` does not refuse.
 
-    It would ask a question, draw random weights, or take another model.
+    For these, `transformers` would ask whether to run code, draw random weights, or load another model.
 
     Raises:
-        ValueError: If the folder needs code, is an adapter, is quantized, or has damaged or no weights. It names the
-            entry, the file or the tensor.
+        ValueError: If the folder needs code, is an adapter, is quantized, or has damaged or no weights. The message
+            names the entry, the file or the tensor.
     """
     options = _read(folder / "config.json")
     for entry, meaning in _REFUSED.items():
@@ -47,16 +47,16 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"`model` must not name code in config.json, got {entry!r} {options[entry]!r}; remove it")
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"`model` must be a model and no adapter, got {str(folder)!r} with adapter_config.json; merge it with PEFT"
+            f"`model` must be a model, got an adapter: {str(folder)!r} has adapter_config.json; merge it with PEFT"
         )
     weight_files(folder)
 
 
 def check_tokenizer_folder(folder: Path) -> None:
-    """Check that the tokenizer in a folder needs no code.
+    """Check that the tokenizer in a folder needs no code from there.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it needs code, or its tokenizer_config.json is damaged.
     """
     path = folder / "tokenizer_config.json"
     if path.is_file() and _read(path).get("auto_map") is not None:
@@ -69,10 +69,10 @@ def check_tokenizer_folder(folder: Path) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of the weights.
 
-    If there are several kinds, they are those that `transformers` prefers.
+    If the folder has weights in several formats, the files are in the format that `transformers` prefers.
 
     Raises:
-        ValueError: If there are none, or one is missing or damaged. It names the file.
+        ValueError: If there are no weights, or if a file is missing or damaged. The message names it.
     """
     if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
         try:
@@ -96,15 +96,15 @@ def stored_dtypes(folder: Path) -> set[torch.dtype]:
 
 
 def without_fractions(folder: Path) -> set[str]:
-    """Return the names of the tensors that are not of floating point.
+    """Return the names of the tensors that are not floating point.
 
-    Positions are such tensors.
+    Such a tensor may be a buffer, for example of positions.
     """
     return {name for file in weight_files(folder) for name, dtype in _dtypes_of(file).items() if dtype is None}
 
 
 def _dtypes_of(file: Path) -> dict[str, torch.dtype | None]:
-    """Return the dtype of each tensor in a file, or None if it is not floating."""
+    """Return the dtype of each tensor in a file, or None if it is not floating point."""
     if file.suffix == ".bin":
         tensors = torch.load(file, map_location="meta", weights_only=True).items()
         return {name: tensor.dtype if tensor.is_floating_point() else None for name, tensor in tensors}
@@ -115,9 +115,13 @@ def _dtypes_of(file: Path) -> dict[str, torch.dtype | None]:
 
 
 def left_out(folder: Path) -> str | None:
-    """Return the first tensor that the numbers in the other names leave out.
+    """Return the name of a tensor that is missing, judged by the other names.
 
-    It may be one of the experts, for example.
+    Names that differ only in their numbers must have all combinations of these numbers. For example, an expert of one
+    layer may be missing.
+
+    Returns:
+        The first missing name, or None.
     """
     names = {name for file in weight_files(folder) if file.suffix != ".bin" for name in dl.interop.open_weights(file)}
     numbers = defaultdict(set)
@@ -132,7 +136,7 @@ def left_out(folder: Path) -> str | None:
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of config.json and the weights, wherever the folder is."""
+    """Return a hash of config.json and the weights, whatever the folder is called."""
     hashes = hashlib.sha256()
     for path in [folder / "config.json", *weight_files(folder)]:
         with path.open("rb") as file:

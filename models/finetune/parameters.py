@@ -1,4 +1,7 @@
-"""Move and convert the parameters of a module in place. Tied ones stay tied."""
+"""Move and convert the parameters of a module in place.
+
+Tied parameters stay tied.
+"""
 
 from collections.abc import Callable
 
@@ -7,17 +10,17 @@ from torch import Tensor, nn
 
 
 def drop_values(model: nn.Module) -> None:
-    """Move the parameters to the meta device.
+    """Move the parameters to the meta device, which frees their memory.
 
-    The state of a run has their values, and a second copy would cost memory.
+    The state of a run contains their values already.
     """
     _replace(model, lambda parameter: parameter.to("meta"))
 
 
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give a dtype to all parameters and saved buffers of floating point.
+    """Convert all floating-point parameters and saved buffers to a dtype.
 
-    Buffers that are not saved keep theirs.
+    Buffers that are not saved keep their dtype.
     """
     _replace(model, lambda parameter: parameter.to(dtype) if parameter.is_floating_point() else parameter)
     for name, leaf in model.state_dict(keep_vars=True).items():

@@ -1,8 +1,9 @@
 """Prepare a model of `transformers` for the training loop of `models.pretrain`.
 
-The results are files that other tools read.
+At its end the run writes files for `transformers` and PEFT.
 """
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from models.codec import codec
 from models.corpus import load_tokenizer
 from models.finetune.config import Config, check
 from models.finetune.export import Export
-from models.finetune.load import check_on_tokens, load_model
+from models.finetune.load import check_on_tokens, load_model, reason
 from models.finetune.model_folder import check_tokenizer_folder, digest
 from models.finetune.parameters import drop_values
 from models.pretrain.device import run_device
@@ -31,10 +32,10 @@ from models.pretrain.reading import load_corpus, tokens_beside, tokens_of_resume
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
     """Do everything up to the first step.
 
-    All input is checked before anything is written.
+    All input is checked before the folder of the run is created or changed.
 
     Raises:
-        ValueError: If the input is invalid, in one line.
+        ValueError: If the input is invalid. The message is one line.
         OSError: If a file cannot be read or written. The error names the file.
     """
     check(config, processes)
@@ -45,6 +46,8 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     check_tokenizer_folder(Path(tokenizer_name))
     model, tokenizer = load_model(name), load_tokenizer(tokenizer_name)
     check_tokens(tokenizer, model, config.data.seq_len)
+    if config.output.export != "adapter":
+        processes.do_on_first(lambda: check_can_be_saved(model, tokenizer))
     model = model.to(run_device(config))
     model_digest = digest(Path(name)) if processes.is_first else ""
     with tokens_beside(folder, processes) as tokens:
@@ -61,9 +64,9 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 
 
 def check_tokens(tokenizer: Any, model: nn.Module, seq_len: int) -> None:
-    """Check that the model takes all tokens of the tokenizer, on the CPU.
+    """Check that the model takes all tokens of the tokenizer.
 
-    It must take sequences of a length too.
+    The model is also checked with `check_on_tokens`, and must be on the CPU.
 
     Raises:
         ValueError: As `check_on_tokens`, or if the tokenizer has more tokens than the model embeds.
@@ -77,22 +80,38 @@ def check_tokens(tokenizer: Any, model: nn.Module, seq_len: int) -> None:
     check_on_tokens(model, vocabulary, seq_len)
 
 
+def check_can_be_saved(model: Any, tokenizer: Any) -> None:
+    """Check that `transformers` can write the configurations after the training.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # of many types
+            raise ValueError(
+                f"`model` must be one that `save_pretrained` can write, got {type(model).__name__}: {reason(error)}"
+            ) from error
+
+
 def embedded_tokens(model: nn.Module) -> int:
-    """Return the number of tokens that the model both reads and predicts."""
+    """Return the number of tokens that the model can both embed and predict."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(layer.weight.shape[0] for layer in layers if layer is not None)
 
 
 def untrained_names(config: Config, params: Mapping[str, Any]) -> list[str]:
-    """Return the names of the full-rank tensors that are not trained."""
+    """Return the names of the full-rank tensors to freeze."""
     full_rank = [name for name, param in params.items() if isinstance(param, Tensor)]
     return [] if config.training.train_rest or config.training.method == "full" else full_rank
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Return the weights of all linear layers except the head, tied or not.
+    """Return the names of the weights of all linear layers except the head.
 
-    Hugging Face's Conv1D counts as linear.
+    `Conv1D` of `transformers` counts as a linear layer. The head is left out whether it is tied or not.
     """
     head = model.get_output_embeddings()
     layers = [(name, layer) for name, layer in model.named_modules() if layer is not head]

@@ -12,21 +12,21 @@ import tyro
 from models.codec import Codec, codec
 from models.pretrain.device import find_device
 from models.sampling import Sampling, check_sampling, continue_tokens, new_decoder
-from models.trained import open_trained
+from models.trained import check_tokens, open_trained
 
 
 @dataclass(frozen=True)
 class Options:
     """Continue a text with a trained model, up to the end of a document.
 
-    The text is printed with its continuation. Equal options print equal texts.
+    The text is printed together with its continuation. Equal options print equal texts.
     """
 
     run: tyro.conf.Positional[Path]
-    """Use the model of this run of models.pretrain or models.finetune, this checkpoint in it, or this model folder.
-    A run means its final model, or its newest checkpoint if it has not ended."""
+    """Use the model of this run of models.pretrain or models.finetune, of this checkpoint, or in this model folder.
+    A run has its final model, or the model of its newest checkpoint if the run has not ended."""
     prompt: str = ""
-    """Continue this text. Without one, a document begins."""
+    """Continue this text. An empty text begins a new document."""
     tokens: Annotated[int, tyro.conf.arg(aliases=["--max-new-tokens"])] = 200
     """Add at most this many tokens."""
     temperature: float = 0.8
@@ -51,6 +51,7 @@ def generate(options: Options) -> str:
     trained = open_trained(options.run, device)
     tokenizer = codec(trained.tokenizer)
     prompt = prompt_tokens(options.prompt, tokenizer)
+    check_tokens(trained, max(prompt))
     if len(prompt) > trained.context:
         print(
             f"the prompt has {len(prompt):,} tokens; the model sees the last {trained.context:,}, as in its training",
@@ -64,10 +65,10 @@ def generate(options: Options) -> str:
 def prompt_tokens(text: str, tokenizer: Codec) -> list[int]:
     """Return the tokens of a text.
 
-    A document begins after the token that ends the one before.
+    An empty text becomes the end token, after which the model begins a new document.
 
     Raises:
-        ValueError: If there are no tokens, and no token ends a document.
+        ValueError: If the text is empty and the tokenizer has no end token.
     """
     tokens = tokenizer.encode(text)
     if not tokens and tokenizer.end is None:

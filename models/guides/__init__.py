@@ -1,4 +1,4 @@
 """Guides: short programs to read, run and copy from.
 
-``python -m models.guides.NAME`` runs one.
+Run one with ``python -m models.guides.NAME``.
 """

@@ -13,7 +13,7 @@ from torch import nn
 import dynlora_fn as dl
 
 model, optimizer = nn.Linear(8, 8), dl.optim.adamw()
-# What must agree between the run and its continuation. A checkpoint of other settings is refused by name.
+# Settings that a run and its continuation must share. A checkpoint with another value is refused by the setting's name.
 settings = {"seed": 0, "lr": 1e-2, "optimizer": "adamw"}
 
 
@@ -34,14 +34,11 @@ def loss_of(frozen, x, trainable):
 
 
 def train(folder, steps):
-    """Train up to a step, from the newest checkpoint if there is one.
-
-    Return the final state.
-    """
+    """Train up to a step and return the state, from the newest checkpoint if any."""
     state, first = new_state(), 0
     if loaded := dl.interop.load_checkpoint(folder, state, settings=settings, donate=True):
         state, first = loaded.state, loaded.step
-        for path, reason, _ in loaded.refused:  # damaged ones, and those of other settings
+        for path, reason, _ in loaded.refused:  # newer checkpoints that are damaged or have other settings
             print(f"not used: {path}: {reason}")
     torch.set_rng_state(state["random"])
     for step in range(first, steps):
@@ -67,4 +64,4 @@ assert torch.equal(resumed["random"], whole["random"])
 print("the resumed run has the same bits")
 assert sorted(os.listdir(folder)) == ["step-00000003", "step-00000004"]  # `keep=2`
 
-# Several processes call both functions with `group=`. Any number of them can load what another number has saved.
+# On several processes, each process passes `group=` to both functions. Another number of processes can load the files.

@@ -1,6 +1,6 @@
 """Fine-tune a model of Hugging Face with LoRA, and write it for `from_pretrained`.
 
-`python -m models.finetune` does this for a folder and a text, with validation and checkpoints.
+`python -m models.finetune` does this for a model folder and a text, with validation and checkpoints.
 """
 
 import tempfile
@@ -10,7 +10,7 @@ import transformers
 
 import dynlora_fn as dl
 
-# A model from a folder would be `AutoModelForCausalLM.from_pretrained(folder)`. It is not modified.
+# A small random model. Use `AutoModelForCausalLM.from_pretrained(folder)` for a trained one. It is not modified.
 torch.manual_seed(0)
 sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
@@ -20,7 +20,7 @@ original = model.state_dict()
 # With start="lora", `b` is zero and the weights equal the model's bit for bit.
 params = dl.init(model, rank=4, alpha=8, seed=0, targets=["*_proj.weight"], start="lora")
 
-# LoRA trains factors only, so the full-rank tensors are frozen by name.
+# LoRA trains only factors, so the full-rank tensors are frozen by name.
 full_rank = [name for name, param in params.items() if isinstance(param, torch.Tensor)]
 trainable, frozen = dl.partition(params, frozen=full_rank)
 optimizer = dl.optim.adamw()
@@ -29,7 +29,7 @@ tokens = torch.arange(32).reshape(2, 16)
 
 
 def loss_fn(trainable):
-    """Return the loss of the model itself, which `transformers` computes."""
+    """Return the loss that the model of `transformers` computes."""
     return dl.call(model, dl.combine(trainable, frozen), input_ids=tokens, labels=tokens).loss
 
 
@@ -42,14 +42,14 @@ for _ in range(10):
 print(f"loss: {losses[0]:.2f}, then {losses[-1]:.2f}")
 assert losses[-1] < losses[0]
 
-# 1. The merged model. It opens without this library.
+# 1. Write the merged model. It opens without this library.
 params, folder = dl.combine(trainable, frozen), tempfile.mkdtemp()
 dl.interop.save_merged(model, params, f"{folder}/model")
 opened = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/model")
 torch.testing.assert_close(opened(tokens).logits, dl.call(model, params, tokens).logits, rtol=0, atol=1e-5)
 
-# 2. An adapter for PEFT. With `original`, it is the whole change of the weights, whatever method trained them.
-# The result is the error of each weight. It is 0 here, up to rounding, because the change has the rank of the factors.
-# After switches it has a higher rank, and on a base in low precision it includes the rounding to codes.
+# 2. Write an adapter for PEFT. With `original`, it contains the whole change of the weights, whatever method trained
+# them. The result is the error of each weight. It is 0 here, up to rounding, because the change has the rank of the
+# factors. After switches the change has a higher rank. On a base in low precision it includes the rounding to codes.
 errors = dl.interop.save_adapter(model, params, f"{folder}/adapter", original=original, rank=4)
 assert max(errors.values()) < 1e-5

@@ -2,14 +2,14 @@
 
 | GaLore (arXiv:2403.03507) | here |
 |---|---|
-| `rank` | `init(rank=)`, by weight or for all |
+| `rank` | `init(rank=)`, for all weights or by name |
 | `update_proj_gap=200`, a new subspace every 200 steps | `schedules.switchlora`: a few vectors at each step |
 | dense weights are trained | bases are frozen, so they may have 8 or 4 bits |
-| dense gradients are computed and all-reduced | gradients of factors only |
-| moments of the projected gradient stay when the subspace changes | moments of what changed are reset |
+| dense gradients are computed and all-reduced | only gradients of factors are |
+| moments of the projected gradient stay when the subspace changes | moments of counterparts are reset at a switch |
 
-In the study, switched factors reach a lower loss at each of three sizes (`bench/results/quality.md`). Stay
-with GaLore where weights must be dense, or where a change of the subspace must not cost any momentum.
+In the study, switched factors reach a lower loss at each of three sizes (`bench/results/quality.md`). Stay with GaLore
+if weights must be dense, or if a change of the subspace must not reset any moment.
 """
 
 import torch
@@ -36,8 +36,8 @@ def loss_fn(weights):
     return (nn.functional.linear(x, weights["weight"], weights["bias"]) - x.roll(1, -1)).square().mean()
 
 
-# As in GaLore, compute dense gradients and project them. Most runs take `call` and gradients of factors instead, which
-# costs less. Dense gradients allow `compensate`: the part of the gradient outside the factors' span goes into the base.
+# As in GaLore, compute dense gradients and project them. Most runs use `call` and gradients of factors instead, which
+# cost less. Dense gradients allow `compensate`: it adds the part of the gradient outside the factors' span to the base.
 losses = []
 for step in range(40):
     loss, dense_grads = dl.value_and_grad(loss_fn)(dl.materialize(params))

@@ -4,7 +4,7 @@
 |---|---|
 | `tx.init(params)`, `tx.update(grads, state, params)` | the same, with `lr=` passed to each update |
 | `optax.apply_updates` | `apply_updates` |
-| a schedule of the learning rate | a function of yours, whose value is passed as `lr=` |
+| a schedule of the learning rate | a function of your own, whose value you pass as `lr=` |
 | `optax.chain(clip_by_global_norm(1.0), adamw())` | call one after the other, as below |
 | `optax.multi_transform`, `optax.masked` | `optim.multi_transform`, `partition(frozen=)` |
 | `optax.ema(0.999)` of parameters | `optim.average(averaged, params, decay=0.999)`, of weights |
@@ -12,7 +12,8 @@
 | `optax.tree_utils.tree_map_params` | `optim.register_state`: fields of a state declare their roles |
 | `jax.value_and_grad`, `jax.jit(donate_argnums=0)` | `value_and_grad`, `compile_step` |
 
-New is `project_optimizer_state`: a switch changes what some entries of a state belong to.
+`project_optimizer_state` has no equivalent in optax. After a switch, some entries of a state belong to other vectors,
+and it resets them.
 """
 
 import math
@@ -35,9 +36,9 @@ def chain(max_norm, inner):
 
 
 def cosine(step, *, peak=1e-2, steps=50):
-    """Return the learning rate of a step.
+    """Return the learning rate of a step as a tensor.
 
-    A compiled step needs it as a tensor, so that it does not compile again.
+    A compiled step would compile again for each new Python number.
     """
     return torch.tensor(peak * (1 + math.cos(math.pi * step / steps)) / 2)
 
@@ -46,16 +47,13 @@ torch.manual_seed(0)
 model = nn.Linear(8, 8)
 params = dl.init(model, rank=2, seed=0, targets=["weight"])
 trainable, frozen = dl.partition(params, frozen=["bias"])  # the bias is masked out
-optimizer = chain(1.0, dl.optim.adamw())
+optimizer = chain(1.0, dl.optim.adamw())  # its state is the state of `adamw`
 opt_state = optimizer.init(trainable)
 schedule, x = dl.schedules.switchlora(total_steps=50, interval=20), torch.randn(16, 8)
 
 
 def loss_of(frozen, trainable):
-    """Return the loss.
-
-    Frozen leaves are no argument of the function that is differentiated.
-    """
+    """Return the loss, which is differentiated by `trainable` and not by `frozen`."""
     return (dl.call(model, dl.combine(trainable, frozen), x) - x.roll(1, -1)).square().mean()
 
 
@@ -65,7 +63,7 @@ for step in range(50):
     params = dl.combine(trainable, frozen)
     plan = schedule(step, params)
     params, _ = dl.switch(params, plan)
-    opt_state = dl.project_optimizer_state(opt_state, plan)  # the chain has the state of its inner optimizer
+    opt_state = dl.project_optimizer_state(opt_state, plan)
     trainable, frozen = dl.partition(params, frozen=["bias"])
     updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=cosine(step))
     trainable = dl.apply_updates(trainable, updates)

@@ -9,7 +9,7 @@
 | `merge_and_unload()` | `state_dict(model, params)` or `interop.save_merged` |
 | `modules_to_save` | every parameter that `partition(frozen=)` does not freeze |
 
-Stay with PEFT for DoRA, prompts and adapters that are exchanged while a model serves requests.
+Stay with PEFT for DoRA, for prompt tuning, and for adapters that are swapped while a model serves requests.
 """
 
 import tempfile
@@ -25,21 +25,21 @@ sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
 folder, tokens = tempfile.mkdtemp(), torch.arange(16).reshape(2, 8)
 
-# An adapter that PEFT has trained and written.
+# An adapter that PEFT has written. Its factors are random here, as if they were trained.
 config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 adapted = peft.get_peft_model(model, config)
 adapted.save_pretrained(f"{folder}/adapter")
 logits = adapted(tokens).logits
 model = adapted.unload()  # PEFT replaces layers of the model; this puts them back
 
-# Load it. The logits are PEFT's, and so is an AdamW step at the same rate.
+# Load it. The logits equal PEFT's, and so does a step of AdamW at the same rate.
 params = dl.interop.load_adapter(model, f"{folder}/adapter", seed=0, check=(tokens,))
 torch.testing.assert_close(dl.call(model, params, tokens).logits, logits)
 
-# LoRA trains the factors only. Without `frozen`, embedding, norms and head would be trained too.
+# LoRA trains only the factors. Without `frozen`, embedding, norms and head would be trained too.
 full_rank = [name for name, param in params.items() if isinstance(param, torch.Tensor)]
 trainable, frozen = dl.partition(params, frozen=full_rank)
-optimizer = dl.optim.adamw(factor_decay=0.01)  # decays factors, as `torch.optim.AdamW` does with PEFT's
+optimizer = dl.optim.adamw(factor_decay=0.01)  # decays the factors, as `torch.optim.AdamW(weight_decay=0.01)` with PEFT
 opt_state = optimizer.init(trainable)
 
 

@@ -1,6 +1,6 @@
 """Gotchas: each trap as a program of a few lines that goes wrong, and its fix.
 
-Each function is one trap. Under `refused` is the program that goes wrong, with the beginning of its error.
+Each function is one trap. The lines inside ``with refused(...)`` go wrong, with a part of their error as an argument.
 """
 
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ import dynlora_fn as dl
 
 @contextmanager
 def refused(error, text):
-    """Expect an error with a text in its message, and print it."""
+    """Expect an error whose message contains a text, and print the message."""
     message = "no error"
     try:
         yield
@@ -31,9 +31,9 @@ x = torch.ones(4, 8)
 
 
 def a_number_is_compiled_into_the_graph():
-    """Pass what changes from step to step as a tensor.
+    """Pass a value that changes from step to step as a tensor.
 
-    Every other number compiles the step again.
+    Each new Python number compiles the step again.
     """
     step = dl.compile_step(lambda state, lr: (state * lr, None), backend="aot_eager", donate=False)
     step(x, 0.1)
@@ -46,15 +46,15 @@ def a_number_is_compiled_into_the_graph():
 
 
 def a_donated_state_is_consumed():
-    """Do not use the old state after a compiled step: its memory contains the new one."""
+    """Do not use the old state after a compiled step: its memory has the new state."""
 
     def step(state):
         return state + 1, None
 
     old = torch.zeros(2)
     dl.compile_step(step, backend="aot_eager")(old)
-    assert old.tolist() == [1, 1]  # not 0
-    # The fix: `debug=True` finds such a use, and `donate=False` keeps the old state.
+    assert old.tolist() == [1, 1]  # and not [0, 0]
+    # The fix: use only the new state. `debug=True` finds other uses, and `donate=False` keeps the old state.
     old = torch.zeros(2)
     dl.compile_step(step, backend="aot_eager", debug=True)(old)
     with refused(RuntimeError, "written over"):
@@ -65,20 +65,23 @@ def a_donated_state_is_consumed():
 
 
 def decay_of_factors_is_no_decay_of_the_weight():
-    """Decay weights.
+    """Decay weights, and not factors.
 
-    Decayed vectors leave the factors at a switch, and fresh ones enter, so the weight would grow.
+    At a switch, decayed vectors leave the factors and vectors of full size enter, so the weight would grow.
     """
     optimizer, (trainable, _) = dl.optim.adamw(weight_decay=0.1), dl.partition(params)
     with refused(ValueError, "decay"):
         optimizer.init(trainable)
-    # The fix: before `apply_updates`, multiply base and factors together.
+    # The fix: before the update, `decay` multiplies base and factors together.
     decayed = dl.materialize(dl.decay(params, 0.01))
     torch.testing.assert_close(decayed["0.weight"], 0.99 * dl.materialize(params)["0.weight"])
 
 
 def an_average_of_factors_is_another_model():
-    """Average weights. The mean of two products is not the product of the means."""
+    """Average weights, and not factors.
+
+    The mean of two products is not the product of the means.
+    """
     plan = dl.schedules.every(1)(0, params)
     switched, _ = dl.switch(params, plan)  # the same weights, in other factors
     old, new = params["0.weight"], switched["0.weight"]
@@ -91,9 +94,9 @@ def an_average_of_factors_is_another_model():
 
 
 def checkpointing_by_hooks_is_refused_under_torch_func():
-    """Let `remat` recompute blocks.
+    """Recompute blocks with `remat`.
 
-    `torch.utils.checkpoint` needs hooks that `torch.func` refuses.
+    `torch.utils.checkpoint` needs hooks, which `torch.func` does not support.
     """
 
     class Checkpointed(nn.Module):
@@ -112,7 +115,7 @@ def checkpointing_by_hooks_is_refused_under_torch_func():
 
     with refused(RuntimeError, "saved-tensor hooks"):
         dl.value_and_grad(loss_fn)(trainable)
-    # The fix: plain blocks in `remat`, or autograd with the contexts of the checkpointing.
+    # The fix: a model without checkpointing, in `remat`. Or: `via="autograd"` with `checkpoint_contexts`.
     plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     weights, rest = dl.partition(dl.init(plain, rank=2, seed=0, targets=["*.weight"]))
     dl.value_and_grad(lambda tree: dl.call(dl.remat(plain, ["0"]), dl.combine(tree, rest), x).sum())(weights)
@@ -121,7 +124,7 @@ def checkpointing_by_hooks_is_refused_under_torch_func():
 def a_base_without_a_residual_drifts():
     """Quantize with a residual.
 
-    Folding many differences into codes adds up their rounding errors.
+    Without a residual, the rounding errors of many folds into codes add up.
     """
     drift, exact = {}, {"0.weight": model[0].weight, "2.weight": model[2].weight}
     for residual in (None, "bfloat16"):
@@ -150,9 +153,9 @@ def wrappers_of_several_processes_are_refused():
 
 
 def a_step_without_a_switch_needs_no_plan():
-    """Ask `switches` on the host whether a step switches anything.
+    """Make no plan for a step that switches nothing.
 
-    Most steps of a rare schedule do not.
+    On the host, `switches` returns how many vectors a step switches. With a rare schedule it is mostly 0.
     """
     schedule = dl.schedules.every(10)
     steps = [step for step in range(20) if schedule.switches(step, params)]

@@ -1,7 +1,7 @@
 """Write a rule: how an operation of your model uses a low-rank weight.
 
 Most operations have a rule, such as linear layers, attention, convolutions and embeddings. Any other operation gets the
-dense weight, which costs the time and memory of a dense weight. `explain` finds such operations.
+dense weight, which costs time and memory. `explain` finds such operations.
 """
 
 import warnings
@@ -13,7 +13,7 @@ import dynlora_fn as dl
 
 
 class Penalized(nn.Linear):
-    """A linear layer that also returns the squared Frobenius norm of its weight."""
+    """A linear layer that also returns the Frobenius norm of its weight."""
 
     def forward(self, x):
         return super().forward(x), torch.linalg.matrix_norm(self.weight)
@@ -29,7 +29,7 @@ with warnings.catch_warnings(record=True) as caught:
     _, slow = dl.call(model, params, x)
 assert "weight" in str(caught[0].message)
 try:
-    dl.call(model, params, x, fallback="raise")  # refuses them, by the names of weight and operation
+    dl.call(model, params, x, fallback="raise")  # raises an error that names the weight and the operation
 except NotImplementedError as error:
     print(error)
 

@@ -13,17 +13,17 @@ from dynlora_fn.optim import Transform, Updates
 
 
 class RMSPropState(NamedTuple):
-    """The state, one tree that mirrors the trainable parameters."""
+    """The state: one tree that mirrors the trainable parameters."""
 
     square: dict[str, Any]
 
 
-# A switch resets the state of some vectors. The role of a field says what it means, and nothing is guessed from names.
+# A switch resets the state of some vectors. The role of a field says what the field means. Its name does not matter.
 dl.optim.register_state(RMSPropState, {"square": "second_moment"})
 
 
 def rmsprop(decay: float = 0.99, eps: float = 1e-8) -> Transform:
-    """Create RMSProp. It equals `torch.optim.RMSprop` where nothing is switched."""
+    """Create RMSProp. Without switches it equals `torch.optim.RMSprop`."""
 
     def init(trainable):
         return RMSPropState(tree_map(torch.zeros_like, trainable))
@@ -33,11 +33,11 @@ def rmsprop(decay: float = 0.99, eps: float = 1e-8) -> Transform:
         updates = tree_map(lambda grad, mean: -lr * grad / (mean.sqrt() + eps), grads, square)
         return Updates(updates, RMSPropState(square))
 
-    # The wrapper keeps frozen vectors in place, whatever the optimizer computes for them.
+    # The wrapper keeps frozen vectors in place, whatever update is computed for them.
     return dl.optim.freeze_counterparts(Transform(init, update))
 
 
-# Every leaf is a tensor or factors, so `tree_map` reaches `b` and `a` of a weight and full-rank tensors alike.
+# A leaf of the trainable tree is a tensor or factors, and `tree_map` enters factors. So it maps `b`, `a` and tensors.
 model = torch.nn.Linear(6, 4)
 params = dl.init(model, rank=2, seed=0, targets=["weight"])
 trainable, frozen = dl.partition(params)

@@ -22,15 +22,15 @@ def loss_fn(trainable, x, goal):
 
 
 # Gradients for each sample: `torch.vmap` maps over inputs and goals, and not over the parameters.
-# Under `torch.vmap`, take `torch.func.grad`.
+# Inside `torch.vmap`, use `torch.func.grad`.
 per_sample = torch.vmap(torch.func.grad(loss_fn), in_dims=(None, 0, 0))(trainable, inputs, goals)
 print({name: tuple(grad.b.shape) for name, grad in per_sample.items() if isinstance(grad, dl.Factors)})
 
-# Their mean is the gradient of the mean loss. Clip each of them before the mean for differential privacy.
+# Their mean is the gradient of the mean loss. For differential privacy, clip each gradient before the mean.
 mean = tree_map(lambda leaf: leaf.mean(0), per_sample)
 torch.testing.assert_close(mean, dl.value_and_grad(loss_fn)(trainable, inputs, goals).grads)
 
-# An ensemble: members share the frozen bases, and each has its factors and its learning rate.
+# An ensemble: members share the frozen bases, and each has separate factors and a learning rate.
 rates = torch.tensor([1e-2, 3e-2, 1e-1])
 optimizer = dl.optim.adamw()
 members = tree_map(lambda leaf: leaf.expand(len(rates), *leaf.shape).clone(), trainable)

@@ -18,12 +18,12 @@ torch.manual_seed(0)
 model = Llama(config("llama-tiny", vocabulary=256))
 text = torch.tensor(list(Path(__file__).read_bytes()))  # a token is a byte
 
-# Attention and feed-forward weights become low-rank. Embedding, norms and head stay full-rank tensors, and are trained.
-# The two layers have weights of equal shapes, so each name with a star is one stack of two weights.
+# Attention and feed-forward weights become low-rank. Embedding, norms and head stay full-rank tensors and are trained
+# too. The two layers have weights of equal shapes, so each name with a star is one stack of two weights.
 params = dl.init(model, rank=8, seed=0, targets=TARGETS)
 print(f"trained: {sorted(params)}")
 
-# Muon moves a low-rank weight as a whole. It needs matrices, so AdamW trains everything else.
+# Muon computes one step for the weight, and not for each factor. AdamW trains the full-rank tensors.
 optimizer = dl.optim.multi_transform(
     {"muon": dl.optim.muon(), "adamw": dl.optim.adamw()},
     lambda name, leaf: "adamw" if isinstance(leaf, torch.Tensor) else "muon",
@@ -48,14 +48,14 @@ def step(state, batch, lr):
     params, _ = dl.switch(params, plan)
     opt_state = dl.project_optimizer_state(opt_state, plan)
 
-    params = dl.decay(params, lr * 0.1)  # the weight decays, base and factors together
+    params = dl.decay(params, lr * 0.1)  # base and factors decay together
     trainable, frozen = dl.partition(params)
     rates = {name: lr * (0.5 if isinstance(leaf, torch.Tensor) else 1) for name, leaf in trainable.items()}
     updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=rates)
     return (dl.apply_updates(trainable, updates), frozen, opt_state, t + 1), loss
 
 
-# On a real size, compile the step: `step = dl.compile_step(step)`. The arguments are tensors for that reason.
+# For a larger model, compile the step: `step = dl.compile_step(step)`. The arguments are tensors for that reason.
 trainable, frozen = dl.partition(params)
 state = trainable, frozen, optimizer.init(trainable), torch.tensor(0)
 losses = []

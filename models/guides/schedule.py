@@ -1,6 +1,6 @@
 """Write a schedule: which vectors are switched, and when.
 
-A schedule is any function of a step and the parameters that returns plans by name. `switch` executes them.
+A schedule is any function of a step and the parameters that returns plans by name. `switch` executes the plans.
 To add a schedule to the library, with all its tests, see `dynlora_fn/switching/README.md`.
 """
 
@@ -13,10 +13,10 @@ import dynlora_fn as dl
 
 @dataclass(frozen=True)
 class OneSlotAtATime:
-    """Switch one slot of side a every `period` steps, in turn.
+    """A schedule that switches one slot of side a every `period` steps, in turn.
 
-    The vectors that enter are named by their index in the basis. The first `rank` of them are in the slots at the
-    start, so the next ones enter, and none of them twice.
+    A vector that enters is named by its index in the basis. At the start the slots have the vectors 0 to rank - 1, so
+    the first vector to enter has the index `rank`. Each vector enters once.
     """
 
     period: int
@@ -29,7 +29,7 @@ class OneSlotAtATime:
     def plan(self, step, param):
         """Return the plan of one weight.
 
-        Its tensors have the same shapes at each step, so that nothing compiles again. `active` says what is switched.
+        Its tensors have the same shapes at each step, so nothing compiles again. `active` says which entries switch.
         """
         rank, device = param.factors.a.shape[-2], param.factors.a.device
         step = torch.as_tensor(step, device=device)[None]
@@ -57,8 +57,9 @@ for step in range(40):
 print(f"(step, slot): {switched}")
 assert switched == [(9, 0), (19, 1), (29, 2), (39, 3)]
 
-# The weight is the same after all switches, to one rounding of the base for each.
+# The weight does not change, except for one rounding of the base at each switch.
 torch.testing.assert_close(dl.materialize(params["w"]), torch.eye(8), rtol=0, atol=1e-5)
 # The counterparts are frozen for the next five updates, which this guide does not make. The library's schedules never
-# switch a frozen vector. A new schedule must leave `freeze` updates between the two sides of a slot, as this one does.
+# switch a frozen vector. A new schedule must leave `freeze` updates between the switches of a slot's two sides. This
+# schedule never switches side b.
 assert opt_state.frozen_for["w"].b.tolist() == [[5, 5, 5, 5]]

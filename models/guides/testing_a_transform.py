@@ -1,7 +1,7 @@
-"""Test a transform of yours with the checkers of the library.
+"""Test a transform of your own with the checkers of the library.
 
 A checker draws weights of every kind: stacked or not, in every precision, with plans and optimizer states. If the
-transform breaks its promise, the error gives the promise, what happened, and the smallest example.
+transform breaks its promise, the error gives the promise, what happened and the smallest example.
 """
 
 import torch
@@ -11,7 +11,7 @@ from dynlora_fn import Factors, testing
 
 
 def balance(param):
-    """Give `b` and `a` equal norms, slot by slot, which keeps the weight."""
+    """Give `b[:, k]` and `a[k]` of each slot equal norms, which keeps the weight."""
     b, a = param.factors
     norms = b.norm(dim=-2), a.norm(dim=-1)
     ratio = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1)
@@ -19,21 +19,21 @@ def balance(param):
 
 
 def rotate(param):
-    """Rotate the slots, which keeps the weight. The bug: side a is off by one slot."""
+    """Rotate the slots, which should keep the weight. The bug: side a is off by one."""
     b, a = param.factors
     return param._replace(factors=Factors(b=b.roll(1, -1), a=a.roll(2, -2)))
 
 
 def restart(opt_state, plan):
-    """Reset the state of the switched vectors' counterparts.
+    """Reset the state of the counterparts of switched vectors.
 
-    The bug: their first moments stay.
+    The bug: the first moments stay.
     """
     new = dl.project_optimizer_state(opt_state, plan)
     return new._replace(inner=new.inner._replace(mu=opt_state.inner.mu))
 
 
-# A right transform passes. `examples` limits the search, which takes a few seconds otherwise.
+# A correct transform passes. `examples` limits the search, which otherwise takes a few seconds.
 testing.check_preserves_weight(balance, examples=20)
 testing.check_pure(balance, examples=20)
 testing.check_keeps_structure(balance, examples=20)
@@ -43,6 +43,6 @@ for check, function in ((testing.check_preserves_weight, rotate), (testing.check
     try:
         check(function)
     except testing.BrokenPromiseError as error:
-        print(error)  # promised: the weight is kept. happened: off by up to ... smallest example: rank=2, ...
+        print(error)  # promised: the weight does not change. happened: off by up to ... smallest example: rank=2, ...
     else:
         raise AssertionError(f"the bug in {function.__name__} was not found")

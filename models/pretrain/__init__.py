@@ -1,1 +1,4 @@
-"""Pre-train a LLaMA on text. `python -m models.pretrain --help` lists the options."""
+"""Pre-train a LLaMA on text.
+
+`python -m models.pretrain --help` lists the options.
+"""

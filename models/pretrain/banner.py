@@ -1,4 +1,4 @@
-"""What a run is about to do, before its first step."""
+"""Show text, model, method and machine of a run before its first step."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from models.pretrain.prepared import Prepared
 from models.pretrain.recorder import wire_bytes
 from models.pretrain.report import size, sizes
 
-_COUNTED_STEPS = 5_000  # whose switches are counted
+_COUNTED_STEPS = 5_000  # the most steps whose switches are counted, which limits the time for it
 
 
 def show(run: Prepared, console: Console) -> None:
@@ -34,7 +34,7 @@ def show(run: Prepared, console: Console) -> None:
             console.print(f"switches   {count:,} vectors {when}", highlight=False)
         else:
             option = "--merge-every" if config.training.method == "relora" else "--interval"
-            console.print(f"warning: no vector is switched {when}; a smaller {option} does", highlight=False)
+            console.print(f"warning: 0 vectors are switched {when}; use a smaller {option}", highlight=False)
 
 
 def _rows(run: Prepared) -> Iterator[tuple[str, str]]:
@@ -69,7 +69,7 @@ def _documents(counted: Counted) -> str:
 
 
 def source(config: Config) -> str:
-    """Return what the options name as text."""
+    """Return the names of the texts or of the dataset in the options."""
     data = config.data
     if data.dataset:
         return data.dataset
@@ -91,15 +91,15 @@ def _machine(run: Prepared, state_bytes: int) -> str:
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' * (count > 1)}" if run_device(config).type == "cpu" else ""
     processes = f", {world_size} processes" if world_size > 1 else ""
-    # While a checkpoint is written, there is a copy of the state.
+    # The state counts twice, because there is a copy of it while a checkpoint is written.
     memory = f"about {size(2 * state_bytes + _activations(run))} for state, checkpoint and activations"
     return f"{config.machine.device}{threads}{processes}; {memory}"
 
 
 def _activations(run: Prepared) -> int:
-    """Return an estimate of the bytes that a backward pass stores.
+    """Estimate how many bytes of activations a backward pass stores.
 
-    It is 0 for models of other libraries.
+    The estimate is 0 for a model of another library.
     """
     model = getattr(run.model, "config", None)
     if not isinstance(model, LlamaConfig):

@@ -1,4 +1,4 @@
-"""Write and load the checkpoints of a run with `dl.interop`, in the background."""
+"""Write the checkpoints of a run in the background, and load them."""
 
 import re
 from collections.abc import Mapping
@@ -17,11 +17,17 @@ _FREEZE_STATE = re.compile(r"(\.opt_state\['\w+'\])\.inner\.")
 
 
 class SaveError(ValueError):
-    """A checkpoint could not be written. Older ones are unchanged."""
+    """An error of writing a checkpoint or the model.
+
+    Older checkpoints are unchanged.
+    """
 
 
 class Saver:
-    """Write checkpoints while training continues, one at a time."""
+    """A writer of checkpoints that lets training continue meanwhile.
+
+    It writes one checkpoint at a time.
+    """
 
     def __init__(self, folder: Path, processes: Processes, *, keep: int, settings: Mapping[str, Any] | None = None):
         self._folder, self._settings, self._keep = folder, settings, keep
@@ -35,20 +41,25 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the pending checkpoint, except after an error of this process only.
 
-        Every process takes part in writing. A ValueError or a DriftedError is raised on all of them.
+        Writing is collective, so every process must finish it or none. A ValueError or a DriftedError is raised on
+        every process. Any other error may be raised on this process only.
         """
         if kind is None or issubclass(kind, ValueError | dl.parallel.DriftedError):
             self.finish()
 
     def start(self, step: int, state: Any) -> None:
-        """Copy the state, start to write it to ``folder/step-NNNNNNNN`` and return.
+        """Start to write a copy of the state to ``folder/step-NNNNNNNN``.
 
-        The copy is one state in memory until it is written, because training changes the state meanwhile. Writing needs
-        no further memory, and does not hold the interpreter's lock. All but the newest `keep` checkpoints are then
-        deleted.
+        The copy is in memory until it is written, because training changes the state meanwhile. Writing needs no
+        further memory, and does not keep the interpreter's lock. Afterwards all checkpoints except the newest `keep`
+        are deleted.
+
+        Args:
+            step: The number of steps that are done.
+            state: The state, a tree of tensors.
 
         Raises:
-            SaveError: If the checkpoint before could not be written.
+            SaveError: If the previous checkpoint could not be written.
         """
         self.finish()
         future = self._thread.submit(
@@ -91,18 +102,18 @@ def load_checkpoint(
 ) -> dl.interop.Checkpoint | None:
     """Return the newest undamaged checkpoint of the run, or None if there is none.
 
-    Collective. In older checkpoints the optimizer's states have no `FreezeState` around them: ``.opt_state['rest'].mu``
-    there is ``.opt_state['rest'].inner.mu`` here.
+    Collective: call it on every process. Older checkpoints, whose optimizer states are not inside a `FreezeState`, can
+    be loaded too: their ``.opt_state['rest'].mu`` becomes ``.opt_state['rest'].inner.mu``.
 
     Args:
         folder: The folder of all checkpoints.
         template: A state of the same structure, shapes and dtypes. Its values are not used.
-        processes: The processes that read it. There may be more or fewer than have saved it.
-        settings: The settings of the run. Checkpoints with others are refused.
-        donate: Whether the checkpoint is read into the memory of `template`, which it then replaces.
+        processes: The processes that read the checkpoint. Their number may differ from when it was saved.
+        settings: The settings of the run. Checkpoints with other settings are refused.
+        donate: Whether to read the checkpoint into the memory of `template`, which must not be used afterwards.
 
     Raises:
-        ValueError: If all checkpoints are refused. It names them.
+        ValueError: If all checkpoints are refused. The message names them.
     """
     return dl.interop.load_checkpoint(
         folder,

@@ -1,4 +1,4 @@
-"""Every check of the options that needs neither text nor model."""
+"""Check the options as far as this needs neither text nor model."""
 
 import math
 
@@ -17,10 +17,10 @@ _POSITIVE = ("lr", "dense_lr", "clip", "ratio", "interval")
 
 
 def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
-    """Check the ranges of options, and which of them go together.
+    """Check the ranges of options, and options that exclude or need each other.
 
     Raises:
-        ValueError: For the first option that is invalid. It names the option, the requirement and the value.
+        ValueError: For the first invalid option. The message names the option, the requirement and the value.
     """
     _check_ranges(config)
     compared_runs(config.output.compare)
@@ -39,8 +39,12 @@ def _check_ranges(config: Config) -> None:
         if options[name] < 1:
             raise ValueError(f"`{name}` must be at least 1, got {options[name]}")
     for name in _NOT_NEGATIVE:
-        if not options[name] >= 0:  # true for nan
+        if not options[name] >= 0:  # also refuses nan
             raise ValueError(f"`{name}` must not be negative, got {options[name]}")
+        if options[name] == math.inf:
+            raise ValueError(f"`{name}` must be finite, got inf")
+    if options["seed"] >= 2**63:
+        raise ValueError(f"`seed` must be less than 2**63, got {options['seed']}")
     for name in _POSITIVE:
         value = options[name]
         if value is not None and not (value > 0 and math.isfinite(value)):

@@ -1,9 +1,9 @@
-"""A job on the command line: it shows progress, and reports an error in one line."""
+"""Run a training program on the command line, with errors in one line."""
 
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -37,30 +37,36 @@ from models.program import hide_import_messages
 class Job(NamedTuple):
     """A program that trains."""
 
-    module: str  # that is run by `python -m`
-    prepare: Callable[..., Prepared]  # (config, console, processes): everything up to the first step
-    files: str  # what it writes, for the last line
+    module: str  # the name after `python -m`
+    prepare: Callable[..., Prepared]  # a function of (config, console, processes) up to the first step
+    files: Sequence[str]  # the names of the files that it writes, for the last line
 
 
-def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: str) -> None:
+def run_command(
+    config_type: type[Config], prepare: Callable[..., Prepared], *, module: str, files: Sequence[str]
+) -> None:
     """Parse the options, prepare the run and train.
 
-    The exit code is 2 for bad input and for errors of files, with one line on stderr. A first Ctrl-C, SIGTERM or SIGHUP
-    leads to a checkpoint, and then the code is 130 after Ctrl-C and 0 after the others. A second Ctrl-C ends the
-    program at once, with the code 130. Before the first step any of them does, with 128 and the number of the signal.
-    Of several processes started by `torchrun`, the first one writes and prints.
+    Bad input and errors of files print one line on stderr, with the exit code 2. If `torchrun` has started several
+    processes, the first one writes and prints.
+
+    Ctrl-C, SIGTERM and SIGHUP stop the program as follows.
+
+    - While the run is prepared: at once, with the exit code 128 plus the number of the signal.
+    - In training: after a checkpoint, with the exit code 130 for Ctrl-C and 0 for the other signals.
+    - At a second Ctrl-C in training: at once, with the exit code 130.
 
     Args:
         config_type: The class of the options.
         prepare: A function of options, console and processes that does everything up to the first step. It raises
             ValueError for bad input.
         module: The name of the module that is run, for the usage line.
-        files: The files that the run writes, for the last line.
+        files: The names of the files that the run writes. The last line has those that exist.
     """
     hide_import_messages()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # a stream that replaces them in a notebook or a test
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files that are no UTF-8
+        with suppress(AttributeError):  # for a stream that replaces them in a notebook or a test
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for file names not in UTF-8
     with reported(SINGLE_PROCESS, ValueError, left=lambda _: None):
         config = parse(config_type, " ".join(program(module)))
     with join_processes() as processes:
@@ -68,7 +74,8 @@ def run_command(config_type: type[Config], prepare: Callable[..., Prepared], *, 
 
 
 def _run(config: Config, job: Job, processes: Processes) -> None:
-    console = Console(quiet=not processes.is_first)
+    # Names of files and samples may contain what rich takes for markup, or for the name of an emoji.
+    console = Console(quiet=not processes.is_first, markup=False, emoji=False)
     before = config.output.out if config.output.resume else None
     with raise_on_signals():
         with reported(processes, ValueError, left=lambda _: what_is_left(before, job.module, processes)):
@@ -95,9 +102,9 @@ def _announce(stopped: Stopped, run: Prepared, job: Job, console: Console) -> No
 
 
 def _conclude(summary: dict[str, Any], run: Prepared, job: Job, console: Console) -> None:
-    """Write the summary and print it.
+    """Write the summary of the run and print it.
 
-    The summary of a run that was finished before is not replaced.
+    If the run had ended before this command, its summary is not replaced.
     """
     path = run.folder / "summary.json"
     finished = _read_summary(path) if run.first_step == run.config.training.steps else None
@@ -105,7 +112,8 @@ def _conclude(summary: dict[str, Any], run: Prepared, job: Job, console: Console
         with naming(path):
             path.write_text(json.dumps(summary, indent=1) + "\n")
     console.print(closing_table(finished or summary))
-    console.print(f"{run.folder}: {job.files}", highlight=False, soft_wrap=True, markup=False)
+    files = [name for name in job.files if (run.folder / name).exists()]
+    console.print(f"{run.folder}: {', '.join(files)}", highlight=False, soft_wrap=True, markup=False)
     if run.config.output.json:
         print(json.dumps(finished or summary))
 
@@ -122,13 +130,13 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 def reported(
     processes: Processes, *errors: type[Exception], left: Callable[[BaseException], str | None]
 ) -> Iterator[None]:
-    """End the program with one line at these errors, those of files, and signals.
+    """End the program with one line at an OSError, a signal or an error in `errors`.
 
     Args:
-        processes: The processes of the run. The first one prints, and each one prints errors of its files.
-        errors: The types that are reported beside OSError. Others keep their traceback.
-        left: A function of the error that returns what remains of the run, or None. This text ends the line of an error
-            of files, of training or of a signal.
+        processes: The processes of the run. Each one prints its OSError, and only the first one prints other errors.
+        errors: The types of errors to report in one line. Errors of other types keep their traceback.
+        left: A function of the error that returns a text about the results so far, or None. The text ends the line. It
+            is omitted for an error in `errors` if they contain ValueError, which means bad input.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""Whether a run compiles its step.
+"""Choose whether a run compiles its step.
 
-It always does on a GPU. On a CPU it does where that wins back the time of compiling.
+On a GPU it is compiled. On a CPU it is compiled if the faster steps save more time than compiling takes.
 """
 
 import importlib.util
@@ -12,19 +12,18 @@ from typing import Any, TypeVar
 from models.pretrain.config import Config
 from models.pretrain.device import run_device
 
-# Of a step on a CPU: what compiling takes and saves, and the speed from which steps are estimated. Nothing is measured,
-# because a run must make the same choice each time.
-COMPILE_SECONDS = 180.0
-_SAVED_FRACTION = 1 / 3
-_FLOPS_PER_SECOND = 5e10
+# Estimates for a CPU. Nothing is measured, because equal options must lead to the same choice each time.
+COMPILE_SECONDS = 180.0  # the time to compile a step
+_SAVED_FRACTION = 1 / 3  # the fraction of the time of a step that compiling saves
+_FLOPS_PER_SECOND = 5e10  # the speed of a step that is not compiled
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def with_choice(config: ConfigT, parameters: int, world_size: int) -> ConfigT:
-    """Return the options of a new run with the choice whether to compile.
+    """Return the options of a new run, with `compile` chosen.
 
-    A choice of the user is not changed.
+    They are unchanged if the user has set `compile` or `eager`, or if there is no compiler.
 
     Args:
         config: The options.
@@ -39,9 +38,9 @@ def with_choice(config: ConfigT, parameters: int, world_size: int) -> ConfigT:
 
 
 def saved_seconds(config: Config, parameters: int, world_size: int) -> float:
-    """Return an estimate of what a compiled step saves over the run on a CPU.
+    """Estimate how many seconds compiled steps save in the whole run on a CPU.
 
-    A step takes 6 floating-point operations for each parameter and token.
+    A step is counted as 6 floating-point operations for each parameter and token.
     """
     data = config.data
     tokens = config.training.steps * data.grad_accum * data.batch_size * data.seq_len / world_size

@@ -11,19 +11,21 @@ def run_device(config: Config) -> torch.device:
     """Return the device that the run trains on.
 
     Raises:
-        ValueError: If this machine does not have it.
+        ValueError: If this machine does not have the device.
     """
     return find_device("device", config.machine.device)
 
 
 def find_device(option: str, name: str) -> torch.device:
-    """Return the device called `name`, after one allocation on it.
+    """Return the device called `name`, after a test that it can be used.
 
     Raises:
-        ValueError: If this machine does not have it. The message starts with `option`.
+        ValueError: If this machine does not have the device. The message starts with `option`.
     """
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it has no memory for values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -32,5 +34,5 @@ def find_device(option: str, name: str) -> torch.device:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """Return the type of the activations."""
+    """Return the dtype of the activations."""
     return _DTYPES[config.precision.compute_dtype]

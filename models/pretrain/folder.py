@@ -13,42 +13,44 @@ from models.pretrain.config import Config
 from models.pretrain.progress import read_metrics
 from models.pretrain.stopping import naming
 
-# Options that a checkpoint does not share with the run that resumes from it, beside those that are free to change.
+# Options that config.json records but checkpoints do not, beside `Config.free_to_change`.
 _NOT_IN_CHECKPOINTS = ("tokenizer", "device", "compile")
 
 _TEMPORARY = "config.writing"
+ENCODING = ".encoding"  # the folder of tokens that are not complete
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def run_folder(config: Config) -> Path:
-    """Return `out`, or a name with the time and the method where it is not given."""
+    """Return the option `out`, or by default a name with the time and the method."""
     return config.output.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.training.method}"
 
 
 def resume_after_restart(config: ConfigT) -> ConfigT:
-    """Return the options of restarted processes.
+    """Return the options for processes that `torchrun` has restarted.
 
-    They resume if the processes before them have begun to write.
+    They resume the run if it has written config.json before the restart. Otherwise they start it.
 
     Raises:
-        ValueError: If `out` is not given, so that the folder is unknown.
+        ValueError: If `out` is not given, so that the folder is unknown, or if config.json is damaged.
     """
     out = config.output.out
     if out is None:
         raise ValueError("`out` must be given to continue after a process has failed, got none; pass --out")
     if not (out / "config.json").is_file():
         return config
-    compiles = bool(_read(out / "config.json").get("compile"))  # as it was chosen for this run
+    compiles = bool(_read(out / "config.json").get("compile"))  # the choice that was made for this run
     machine = replace(config.machine, compile=compiles)
     return replace(config, machine=machine, output=replace(config.output, resume=True))
 
 
 def check_folder(config: Config, folder: Path) -> None:
-    """Check that a folder can take the run, before its text is read.
+    """Check that a folder can take the run, before the text of the run is read.
 
     Raises:
-        ValueError: If the folder contains anything else, or no run to resume.
+        ValueError: If the name is not in UTF-8, a new run would get a folder that is not empty, or the folder of a
+            resumed run has no config.json.
         OSError: If the folder cannot be read, or could not be created.
     """
     try:
@@ -57,8 +59,10 @@ def check_folder(config: Config, folder: Path) -> None:
         raise ValueError(f"`out` must be a name in UTF-8, got {str(folder)!a}") from error
     if config.output.resume:
         if not (folder / "config.json").is_file():
-            raise ValueError(f"`out` must hold a run to resume, got {str(folder)!r} without config.json")
-    elif folder.exists() and (not folder.is_dir() or any(entry.name != _TEMPORARY for entry in folder.iterdir())):
+            raise ValueError(f"`out` must contain a run to resume, got {str(folder)!r} without config.json")
+    elif folder.exists() and (
+        not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {_TEMPORARY, ENCODING}
+    ):
         raise ValueError(f"`out` must be new or empty, or come with --resume, got {str(folder)!r}, which is not empty")
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not parent.is_dir():
@@ -68,13 +72,20 @@ def check_folder(config: Config, folder: Path) -> None:
 
 
 def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> int:
-    """Create the folder of a new run, or check the options of a resumed one.
+    """Create the folder of a new run, or check the options of a resumed run.
 
-    Return the number of steps before. The record in config.json is flat, one entry per option, whatever the groups of
-    `Config` are. `digests` are hashes of the files that some options name.
+    config.json records each option as one entry, without the groups of `Config`.
+
+    Args:
+        config: The options.
+        folder: The folder of the run.
+        digests: Hashes of the files that options name, by the names of the entries.
+
+    Returns:
+        The option `steps`. For a resumed run, it is the value in config.json before this command.
 
     Raises:
-        ValueError: If the folder contains anything else, or other options. Nothing in it is changed.
+        ValueError: As `check_folder`, or if the options differ from config.json. Nothing in the folder is changed.
         OSError: If the folder cannot be read or written.
     """
     check_folder(config, folder)
@@ -91,7 +102,10 @@ def prepare_folder(config: Config, folder: Path, digests: Mapping[str, str]) -> 
 
 
 def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> None:
-    """Record the options in config.json, which appears complete."""
+    """Record the options in config.json.
+
+    The file appears complete, because it is written under another name first.
+    """
     path, temporary = folder / "config.json", folder / _TEMPORARY
     content = json.dumps(_record(config, digests), indent=1) + "\n"
     if path.is_file() and path.read_text() == content:
@@ -102,18 +116,21 @@ def write_record(config: Config, folder: Path, digests: Mapping[str, str]) -> No
 
 
 def checkpoint_settings(config: Config, digests: Mapping[str, str]) -> dict[str, object]:
-    """Return the options that a run must share with the checkpoint it resumes from."""
+    """Return the options that must be the same in a checkpoint and in the resumed run."""
     record = _record(config, digests)
     return {name: record[name] for name in record if name not in (*config.free_to_change, *_NOT_IN_CHECKPOINTS)}
 
 
 def check_metrics(path: Path, step: int, steps: int) -> None:
-    """Check that a metrics file has what a resumed run needs at its end.
+    """Check that a metrics file has all lines that the end of a resumed run reads.
 
-    The run resumes after `step`.
+    Args:
+        path: The file.
+        step: The step of the checkpoint, after which the run resumes.
+        steps: The number of steps of the run.
 
     Raises:
-        ValueError: If it does not have all steps up to this one. It names the file and what is missing.
+        ValueError: If a step up to `step` is missing or incomplete. The message names the file and what is missing.
     """
     if (path.exists() or path.is_symlink()) and not path.is_file():
         raise ValueError(f"metrics must be in a regular file, got {str(path)!r}; move it away")
@@ -153,7 +170,7 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def _with_defaults(record: dict[str, object], config: Config) -> dict[str, object]:
-    """Return a record with the defaults of options that older versions did not have."""
+    """Return a record with defaults for options that older versions did not have."""
     return _record(type(config)(), {}) | record
 
 

@@ -7,11 +7,10 @@ from models.pretrain.config import Config
 
 
 def lr_at(config: Config, step: int) -> float:
-    """Return the learning rate at a step, counted from 0.
+    """Return the learning rate of the factors at a step, counted from 0.
 
-    It is the rate of the factors, or of the same matrices for full.
-
-    ReLoRA warms up again after each merge.
+    For full, it is the learning rate of the weights that other methods make low-rank. ReLoRA repeats the warm-up after
+    each merge.
     """
     warmup = config.optimization.warmup
     lr = peak_lr(config) * warmup_cosine(step, config.training.steps, warmup)
@@ -22,16 +21,16 @@ def lr_at(config: Config, step: int) -> float:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Return the learning rate over its peak.
+    """Return the learning rate as a fraction of its peak.
 
-    A linear warm-up is followed by a cosine to a tenth at the last step.
+    It rises linearly in the warm-up, and then falls along a cosine to a tenth at the last step.
     """
     progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
     return (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2) * min(1.0, (step + 1) / max(1, warmup))
 
 
 def peak_lr(config: Config) -> float:
-    """Return the option `lr`, or the default rate of the method and its optimizer."""
+    """Return the option `lr`, or by default the rate of the method and optimizer."""
     if config.optimization.lr is not None:
         return config.optimization.lr
     rates = config.default_rates
@@ -48,7 +47,13 @@ def dense_lr_scale(config: Config) -> float:
 
 
 def change_of_steps(config: Config, before: int, done: int) -> str:
-    """Return what another number of steps changes in a run that has done some."""
+    """Describe what a new number of steps changes for a resumed run.
+
+    Args:
+        config: The options with the new number of steps.
+        before: The number of steps so far.
+        done: The number of steps that are done.
+    """
     steps = config.training.steps
     shorter = replace(config, training=replace(config.training, steps=before))
     rates = [lr_at(settings, done) for settings in (shorter, config)]

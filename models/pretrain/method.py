@@ -1,6 +1,6 @@
-"""The methods as compositions of the transforms.
+"""Build each method from the transforms of `dynlora_fn`.
 
-A method is a schedule, a first state and one pure training step.
+A method is a schedule, an initial state and one pure training step.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,24 +20,29 @@ from models.pretrain.processes import SINGLE_PROCESS, Processes
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """The state that a training step changes."""
 
     trainable: dict[str, Any]
     frozen: dict[str, Any]
     opt_state: Any
 
     def params(self) -> dict[str, Any]:
+        """Return all parameters in one dict."""
         return dl.combine(self.trainable, self.frozen)
 
 
 class Metrics(NamedTuple):
+    """The results of a training step beside the new state."""
+
     loss: Tensor
-    grad_norm: Tensor
-    stop: Tensor  # above 0 if any process has received SIGTERM
-    outgoing: dict[str, Any]  # factors by name: vectors that were switched out
+    grad_norm: Tensor  # before clipping
+    stop: Tensor  # above 0 if any process has received a signal to stop
+    outgoing: dict[str, Any]  # the vectors that were switched out, by the names of their weights
 
 
 class Method(NamedTuple):
+    """A method of training."""
+
     schedule: dl.schedules.Schedule
     state: State
     pool: dict[str, dl.switching.Pool]
@@ -52,14 +57,14 @@ def make_method(
     *,
     processes: Processes = SINGLE_PROCESS,
 ) -> Method:
-    """Return the schedule, first state and step of the method.
+    """Build the schedule, initial state and step of the method.
 
     Args:
         config: The options.
         model: The module whose weights are trained.
-        targets: Names or globs of the weights that become low-rank where the option `targets` is empty.
-        untrained_names: A function of the parameters. It returns the names of full-rank tensors that are not trained.
-        processes: The processes that share the work.
+        targets: Names or globs of the weights to make low-rank if the option `targets` is empty.
+        untrained_names: A function of the parameters that returns the names of the full-rank tensors to freeze.
+        processes: The processes that divide the batch.
     """
     params = init_params(config, model, targets, processes=processes)
     inner = frozenset(name for name, param in params.items() if isinstance(param, dl.LowRank))
@@ -81,9 +86,9 @@ def make_method(
 def init_params(
     config: Config, model: nn.Module, targets: Sequence[str], *, processes: Processes = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """Return the parameters, low-rank for every target.
+    """Return the parameters of the model, with each target as a low-rank weight.
 
-    For full, `dense_weights` makes them dense again.
+    For full, `dense_weights` makes the low-rank weights dense afterwards.
     """
     training, precision = config.training, config.precision
     return dl.init(
@@ -104,8 +109,8 @@ def init_params(
 def dense_weights(config: Config, model: nn.Module, params: dict[str, Any]) -> dict[str, Any]:
     """Return all weights dense, in the shapes of the model.
 
-    The products of the bases are still zero. So full-rank training has the stacks of the other methods, and their
-    targets are what the inner optimizer trains.
+    Each low-rank weight becomes its base, because its initial product is zero. Full-rank training then has the same
+    stacks as the other methods, and the inner optimizer trains the same weights.
 
     Raises:
         ValueError: If Muon would train a convolution. It would orthogonalize each kernel by itself.
@@ -119,16 +124,18 @@ def dense_weights(config: Config, model: nn.Module, params: dict[str, Any]) -> d
             return param.base
         if config.inner_optimizer() == "muon":
             raise ValueError(f"`targets` must be matrices for muon, got {name!r} of a convolution; use adamw")
-        return param.base.reshape(*param.base.shape[:-2], *shape)  # a convolution, whose base is a matrix
+        return param.base.reshape(*param.base.shape[:-2], *shape)  # the base of a convolution is a matrix
 
     return {name: dense(name, param) for name, param in params.items()}
 
 
 def start(config: Config) -> dl.switching.Start:
+    """Return the initialization of the factors."""
     return "switchlora" if config.training.method == "switchlora" else "lora"
 
 
 def make_schedule(config: Config) -> dl.schedules.Schedule:
+    """Build the schedule of switches or merges."""
     method, switching = config.training.method, config.switching
     if method == "switchlora":
         return dl.schedules.switchlora(
@@ -145,18 +152,29 @@ def make_step(
     untrained: Sequence[str] = (),
     processes: Processes = SINGLE_PROCESS,
 ) -> Callable[..., tuple[State, Metrics]]:
-    """Return the training step.
+    """Build the training step.
 
-    `untrained` names the full-rank tensors that are not trained.
+    Args:
+        config: The options.
+        model: The module whose weights are trained.
+        optimizer: The optimizer of the parameters.
+        untrained: The names of the full-rank tensors to freeze.
+        processes: The processes that divide the batch.
     """
     dtype, device_type, compensate = compute_dtype(config), run_device(config).type, config.training.compensate
     clip, weight = config.optimization.clip, processes.weight(config.data.batch_size)
     updates_first = make_schedule(config).follows_update
 
     def step(state: State, tokens: Tensor, lr: Tensor, plan: Any, incoming: Any, stop: Tensor) -> tuple[State, Metrics]:
-        """Take one step. `tokens` is (grad_accum, rows of this process, seq_len + 1).
+        """Take one step.
 
-        Without a plan nothing is switched. Without incoming vectors they are generated from the basis seed.
+        Args:
+            state: The state before the step.
+            tokens: The tokens, of shape (grad_accum, rows of this process, seq_len + 1).
+            lr: The learning rate.
+            plan: The plan of the switches, or None for a step without switches.
+            incoming: The incoming vectors. None generates them from the basis seed.
+            stop: A number above 0 if this process has received a signal to stop.
         """
         trainable, frozen, opt_state = state
 
@@ -204,7 +222,7 @@ def make_step(
 def mean_over(
     value_and_grad: Callable[..., dl.nn.ValueAndGrad], trainable: Any, microbatches: Tensor
 ) -> dl.nn.ValueAndGrad:
-    """Return loss and gradients averaged over the first axis.
+    """Average loss and gradients over the first axis of `microbatches`.
 
     The backward passes run one after the other.
     """
@@ -215,9 +233,9 @@ def mean_over(
 
 
 def next_token_loss(model: nn.Module, params: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats per token.
+    """Return the mean cross-entropy of the next tokens, in nats per token.
 
-    The model returns logits, or an output with a field `logits`.
+    The model may return logits, or an object with an attribute `logits`.
     """
     output = dl.call(model, params, tokens[..., :-1])
     logits = getattr(output, "logits", output)

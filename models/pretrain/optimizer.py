@@ -1,4 +1,4 @@
-"""The optimizer of each parameter, its learning rate and its decay."""
+"""Choose the optimizer, learning rate and decay of each parameter."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -13,18 +13,22 @@ _HEAD_MOMENTUM = 0.9  # as in arXiv:2506.16659
 
 
 class Optimizer(NamedTuple):
-    """An optimizer that decays weights before each update."""
+    """An optimizer whose weight decay is a separate function."""
 
     init: Callable[..., Any]
-    decay: Callable[..., dict[str, Any]]  # (params, names of the trained ones, lr) -> params
+    decay: Callable[..., dict[str, Any]]  # (params, names of trained parameters, lr) -> params, before the update
     update: Callable[..., dl.optim.Updates]
 
 
 def make_optimizer(config: Config, inner: frozenset[str], model: nn.Module) -> Optimizer:
-    """Return the optimizer.
+    """Build the optimizer of all parameters.
 
-    `inner` names the weights that are low-rank, or would be with another method than full. The optimizer takes their
-    learning rate and scales it for the others. `model` says which of these are embeddings and heads.
+    Its learning rate is the rate of the weights in `inner`. It scales this rate for the other parameters.
+
+    Args:
+        config: The options.
+        inner: The names of the weights that are low-rank, or would be low-rank with another method than full.
+        model: The module, which shows which other weights are embeddings and heads.
     """
     weight_decay, moments, scale = config.optimization.weight_decay, config.precision.moments, dense_lr_scale(config)
     is_of_weights = config.decays_weights()
@@ -61,9 +65,9 @@ def make_optimizer(config: Config, inner: frozenset[str], model: nn.Module) -> O
 
 
 def _embeddings_and_heads(model: nn.Module) -> dict[str, str]:
-    """Return the label of each embedding and of each linear layer.
+    """Return labels for the weights of embeddings and linear layers, by name.
 
-    A linear layer is a head if it is not inner.
+    Every linear layer is labeled as a head. The caller uses the label only for weights that are not inner.
     """
     labels = {nn.Embedding: "embedding", nn.Linear: "head"}
     return {f"{name}.weight": labels[type(module)] for name, module in model.named_modules() if type(module) in labels}

@@ -1,4 +1,4 @@
-"""The plot of a run, loss.png."""
+"""Plot the losses of a run to loss.png."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -42,8 +42,8 @@ def plot(
         before: The validation loss before the first step. None means that it is not known.
         title: The title.
         unigram_loss: The validation loss of a unigram model.
-        bits_per_nat: Bits per byte of the validation text, for each nat per token. The second axis has them.
-        compared: Steps and validation losses of other runs, by their names.
+        bits_per_nat: The factor from nats per token to bits per byte of the validation text, for the second axis.
+        compared: Steps and validation losses of other runs, by the names of the runs.
     """
     from matplotlib import pyplot  # noqa: PLC0415, slow to import
 
@@ -62,10 +62,10 @@ def plot(
         label = f"validation: {points[-1][1]:.3f} at the end"
         losses.plot(*zip(*points, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
     for color, (name, others) in zip(cycle(_COLORS), compared.items(), strict=False):
-        label = f"validation, {name}: {others[-1][1]:.3f} at the end"
+        label = f"validation, {_literal(name)}: {others[-1][1]:.3f} at the end"
         losses.plot(*zip(*others, strict=True), color=color, marker=".", markersize=4, linewidth=1, label=label)
     losses.axhline(unigram_loss, color="grey", linestyle="--", label=f"unigram model, validation: {unigram_loss:.3f}")
-    losses.set(ylabel="loss (nats per token)", title=title)
+    losses.set(ylabel="loss (nats per token)", title=_literal(title))
     losses.legend(frameon=False)
     bits = losses.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
     bits.set_ylabel("bits per byte")
@@ -78,8 +78,13 @@ def plot(
     pyplot.close(figure)
 
 
+def _literal(text: str) -> str:
+    """Return a text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
+
+
 def compared_runs(folders: Sequence[Path]) -> dict[str, list[tuple[int, float]]]:
-    """Return steps and validation losses of runs, by the names of their folders.
+    """Read steps and validation losses of runs, by the names of their folders.
 
     Raises:
         ValueError: If a folder contains no run with a validation loss.
@@ -96,7 +101,7 @@ def compared_runs(folders: Sequence[Path]) -> dict[str, list[tuple[int, float]]]
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Return the running means of losses.
 
-    Each is over up to a fiftieth of them before and after.
+    Each mean is over a window of a fiftieth of all losses before and after, which is shorter at the ends.
     """
     half = max(1, len(losses) // 50)
     sums = np.concatenate([[0.0], np.cumsum(losses)])
@@ -109,7 +114,7 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 def validation_points(metrics: list[dict[str, Any]], before: float | None) -> list[tuple[int, float]]:
     """Return the steps and validation losses of a run.
 
-    The one before the first step is included.
+    The loss before the first step is included if it is known. Losses that are not finite are left out.
     """
     points = [] if before is None else [(0, before)]
     points += [(line["step"], line["validation_loss"]) for line in metrics if "validation_loss" in line]

@@ -1,4 +1,4 @@
-"""Prepare a run: corpus, model, method, folder, and the state to resume from."""
+"""Prepare a run: text, model, method, folder, and the state to resume from."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -30,13 +30,13 @@ from models.pretrain.method import Method, State, make_method
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 from models.pretrain.reading import load_corpus, tokens_beside, tokens_of_resumed
 
-Export = Callable[[dict[str, Any]], None]  # writes the final parameters into the folder
+Export = Callable[[dict[str, Any]], None]  # a function that writes the final parameters into the folder
 
 
 class Saved(NamedTuple):
-    """Everything that a resumed run needs.
+    """The content of a checkpoint.
 
-    Batches depend only on the seed and the step.
+    A resumed run needs nothing else, because batches depend only on the seed and the step.
     """
 
     state: State
@@ -56,21 +56,21 @@ class Prepared(NamedTuple):
     first_step: int
     export: Export
     codec: Codec
-    settings: dict[str, object]  # that a checkpoint must share with the run
+    settings: dict[str, object]  # options that must be the same in a checkpoint and in the resumed run
 
 
 def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROCESS) -> Prepared:
     """Do everything up to the first step.
 
-    All input is checked before anything is written.
+    All input is checked before the folder of the run is created or changed.
 
     Raises:
-        ValueError: If the input is invalid, in one line.
+        ValueError: If the input is invalid. The message is one line.
         OSError: If a file cannot be read or written. The error names the file.
     """
     check(config, processes)
     name, seed = config.training.model, config.training.seed
-    llama.config(name)  # raises if there is none
+    llama.config(name)  # raises for an unknown name
     folder = Path(processes.from_first(run_folder(config)))
     processes.do_on_first(lambda: check_folder(config, folder))
     with tokens_beside(folder, processes) as tokens:
@@ -81,7 +81,8 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 
         def export(params: dict[str, Any]) -> None:
             description = {"name": name, "vocabulary": corpus.vocabulary}
-            # A single entry: safetensors does not fix the order of several, and equal runs must write equal files.
+            # This is a single entry, because safetensors does not fix the order of several entries, and equal runs must
+            # write equal files.
             metadata = {"llama": json.dumps(description)}
             weights = dl.state_dict(model, params)
             dl.interop.save_weights(weights, folder / "model.safetensors", metadata=metadata)
@@ -93,9 +94,9 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
 def save_pretrained(
     config: Config, architecture: llama.LlamaConfig, weights: Mapping[str, Tensor], tokenizer: Codec, folder: Path
 ) -> None:
-    """Write a folder that `from_pretrained` of `transformers` opens.
+    """Write a model folder for `transformers`.
 
-    `LlamaForCausalLM` and `AutoTokenizer` do.
+    `LlamaForCausalLM.from_pretrained` loads the model from it, and `AutoTokenizer.from_pretrained` the tokenizer.
     """
     file = folder / "model.safetensors"
     dl.interop.save_weights(hugging_face.renamed(weights), file, metadata={"format": "pt"})
@@ -116,12 +117,22 @@ def start_or_resume(
     *,
     digests: Mapping[str, str] | None = None,
 ) -> Prepared:
-    """Create the folder of a new run, or load a checkpoint of a resumed one.
+    """Create the folder of a new run, or load the newest undamaged checkpoint.
 
-    It is the newest that is not damaged. `digests` names hashes of further inputs, which a resumed run must have too.
+    Args:
+        config: The options.
+        processes: The processes of the run.
+        folder: The folder of the run.
+        corpus: The tokens of the text.
+        model: The module.
+        method: The method with its initial state.
+        export: A function that writes the final parameters into the folder.
+        tokenizer: The tokenizer of the text.
+        console: The console that shows the progress.
+        digests: Hashes of further inputs by name. A resumed run must have the same hashes.
 
     Raises:
-        ValueError: On every process, if the folder does not fit the options or all checkpoints are damaged.
+        ValueError: On every process, if the folder does not fit the options, or if all checkpoints are refused.
         OSError: On every process, if the folder cannot be read or written.
     """
     count, world_size = count_parameters(method.state.params()), processes.world_size
@@ -131,7 +142,7 @@ def start_or_resume(
     recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digests))
     saved, first_step = Saved(method.state, method.pool), 0
     resume, steps = config.output.resume, config.training.steps
-    settings = processes.from_first(checkpoint_settings(config, digests))  # other processes have no digest of a model
+    settings = processes.from_first(checkpoint_settings(config, digests))  # only the first has the digest of a model
     if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True)):
         saved, first_step = loaded.state, loaded.step
         for path, reason, is_damaged in loaded.refused:

@@ -1,6 +1,6 @@
-"""The processes that `torchrun` starts.
+"""Join the processes that `torchrun` starts, and let them divide the work.
 
-Which process this is, its rows of a batch, and what the processes agree on.
+`Processes` gives the index of this process, its rows of a batch, and values that all processes agree on.
 """
 
 import os
@@ -18,19 +18,19 @@ import dynlora_fn as dl
 class Processes(NamedTuple):
     """This process among all processes of a run."""
 
-    process: int = 0  # index of this one
+    process: int = 0  # index of this process
     world_size: int = 1
-    group: ProcessGroup | None = None  # None: started without torchrun, so that there is nothing to communicate with
+    group: ProcessGroup | None = None  # None means that this is the only process, started without torchrun
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this is the first process, which writes and prints."""
         return self.process == 0
 
     def rows(self, count: int) -> slice:
-        """Return this process's slice of `count` rows.
+        """Return the slice of `count` rows for this process.
 
-        It is not empty if there are at least `world_size` rows.
+        The slice is not empty if there are at least `world_size` rows.
         """
         return slice(self.process * count // self.world_size, (self.process + 1) * count // self.world_size)
 
@@ -52,7 +52,8 @@ class Processes(NamedTuple):
     def do_on_first(self, action: Callable[[], Any]) -> Any:
         """Call a function on the first process, and return its result on every process.
 
-        Collective. A ValueError or an OSError of it is raised on every process.
+        Collective: call it on every process. If the function raises a ValueError or an OSError, every process raises
+        it.
         """
         result = error = None
         if self.is_first:
@@ -66,20 +67,26 @@ class Processes(NamedTuple):
         return result
 
     def first_not_none(self, value: Any) -> Any:
-        """Return the first value, in the order of processes, that is not None. Collective."""
+        """Return the value of the first process whose value is not None.
+
+        Collective: call it on every process.
+        """
         values: list[Any] = [value] * self.world_size
         if self.group is not None:
             distributed.all_gather_object(values, value, group=self.group)
         return next((value for value in values if value is not None), None)
 
     def any(self, value: bool) -> bool:
-        """Return whether any process passes True. Collective."""
+        """Return whether any process passes True.
+
+        Collective: call it on every process.
+        """
         return bool(self.first_not_none(value or None))
 
     def background_group(self) -> ProcessGroup | None:
-        """Return a group of the same processes for another thread.
+        """Create a group of the same processes for another thread.
 
-        Its messages are not mixed up with those of this thread.
+        A separate group keeps the messages of the two threads apart. Collective: call it on every process.
         """
         return None if self.group is None else distributed.new_group(backend=dl.parallel.register_gloo())
 
@@ -89,7 +96,10 @@ SINGLE_PROCESS = Processes()
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Join the processes that `torchrun` started. Without it, yield `SINGLE_PROCESS`."""
+    """Join the processes that `torchrun` has started.
+
+    Without `torchrun`, yield `SINGLE_PROCESS`.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield SINGLE_PROCESS
         return
@@ -112,7 +122,7 @@ def join_processes() -> Iterator[Processes]:
 def is_restarted() -> bool:
     """Return whether `torchrun` has restarted the processes of this machine.
 
-    It does not report other machines.
+    `torchrun` does not report restarts on other machines.
     """
     return _restarts() > 0
 

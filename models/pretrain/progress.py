@@ -1,4 +1,4 @@
-"""The metrics file of a run, and its progress bar."""
+"""Write and read the metrics file of a run, and show its progress."""
 
 import json
 import os
@@ -16,15 +16,15 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class MetricsFile:
-    """Write one JSON object per step, one per line.
+    """The file metrics.jsonl, which has a line with a JSON object for each step.
 
-    Times are left out, so that equal runs write equal files.
+    The lines contain no times, so that equal runs write equal files.
     """
 
     def __init__(self, path: Path, first_step: int):
-        """Open the file.
+        """Open the file, and remove the lines of steps after `first_step`.
 
-        Lines of later steps than `first_step`, which a killed run may have left, are dropped.
+        A killed run may have written such lines after its last checkpoint.
         """
         self._path = path
         lines = read_metrics(path, up_to=first_step)
@@ -34,6 +34,7 @@ class MetricsFile:
         temporary.rename(path)
 
     def append(self, lines: list[dict[str, Any]]) -> None:
+        """Append lines, and wait until they are on the disk."""
         with naming(self._path), self._path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
@@ -43,10 +44,10 @@ class MetricsFile:
 def read_metrics(path: Path, *, up_to: int | None = None) -> list[dict[str, Any]]:
     """Return the lines of a metrics file up to a step, by default all.
 
-    An incomplete last line is dropped.
+    An incomplete last line is left out. A missing file has no lines.
 
     Raises:
-        ValueError: If any other line has no metrics. It names the file and the line.
+        ValueError: If another line is not a JSON object with a step. The message names the file and the line.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     metrics = [_parse(line, path, line_number) for line_number, line in enumerate(lines, start=1)]
@@ -56,7 +57,7 @@ def read_metrics(path: Path, *, up_to: int | None = None) -> list[dict[str, Any]
 def _parse(line: bytes, path: Path, line_number: int) -> dict[str, Any]:
     try:
         metrics = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         metrics = None
     if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
         raise ValueError(
@@ -66,9 +67,10 @@ def _parse(line: bytes, path: Path, line_number: int) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """Show a live bar in a terminal, and lines elsewhere.
+    """A live progress bar in a terminal, or lines elsewhere.
 
-    There is a line every half a minute, and one at each validation loss.
+    A line is printed every half a minute and at each validation loss. In a terminal, it is printed only at each
+    validation loss.
     """
 
     def __init__(self, console: Console, steps: int, done: int, status: str = ""):
@@ -79,7 +81,7 @@ class ProgressBar:
             SpinnerColumn(),
             TextColumn("step"),
             MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
-            *bars,  # in a narrow terminal numbers matter more
+            *bars,  # left out in a narrow terminal, so that the numbers fit
             TimeRemainingColumn(table_column=Column(min_width=len("0:00:00"))),
             TextColumn("{task.fields[status]}"),
             console=console,
@@ -131,16 +133,16 @@ def duration(seconds: float) -> str:
 def write_start(path: Path, validation_loss: float) -> None:
     """Write the validation loss before the first step.
 
-    metrics.jsonl has no line for it.
+    It has a separate file, because metrics.jsonl starts with the first step.
     """
     with naming(path):
         path.write_text(json.dumps({"validation_loss": validation_loss}) + "\n")
 
 
 def read_start(path: Path) -> float | None:
-    """Return the validation loss before the first step.
+    """Return the validation loss before the first step, or None.
 
-    Return None if the file is damaged or from an older version.
+    None means that the file is missing, as in a run of an older version, or damaged.
     """
     try:
         loss = json.loads(path.read_bytes())["validation_loss"]

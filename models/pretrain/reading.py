@@ -8,25 +8,28 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from models import corpus as text
 from models.corpus.tokens import TokenFile
 from models.pretrain.config import Config, Data
+from models.pretrain.folder import ENCODING
 from models.pretrain.processes import SINGLE_PROCESS, Processes
 from models.pretrain.stopping import naming
 
-_LARGE = 50_000_000  # characters, from which a line announces the encoding
+_LARGE = 50_000_000  # characters, above which a line says that the text is being encoded
 
 
 @contextmanager
 def tokens_beside(folder: Path, processes: Processes = SINGLE_PROCESS) -> Iterator[Path]:
-    """Yield a temporary folder for tokens.
+    """Yield the path of a temporary folder for tokens.
 
-    It becomes `tokens` in the folder of the run if it contains any. It is removed after an error, so that bad input
-    leaves nothing.
+    At the end, a folder that contains tokens becomes the folder `tokens` of the run. After an error it is removed, so
+    that bad input leaves no files. It is inside the output folder if that exists, since only this folder may be
+    writable, or be on another disk.
     """
     parent = next(path for path in folder.absolute().parents if path.is_dir())
-    temporary = parent / f".{folder.name}.encoding"
+    temporary = folder / ENCODING if folder.is_dir() else parent / f".{folder.name}{ENCODING}"
     if processes.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -52,20 +55,22 @@ def load_corpus(
     *,
     stored: Path | None = None,
 ) -> text.Corpus:
-    """Return the tokens of the text that the options name. Collective.
+    """Return the tokens of the text that the options name.
+
+    Collective: call it on every process.
 
     Args:
-        data: The options.
-        folder: The folder that the first process writes the tokens to. It is created. Default None stores them in the
-            memory of each process.
-        console: Where skipped files and progress are shown. Default None shows nothing.
+        data: The options of the text.
+        folder: The folder that the first process creates and writes the tokens to. Default None stores the tokens in
+            the memory of each process.
+        console: The console that shows skipped files and progress. Default None shows nothing.
         processes: The processes that read the tokens.
-        stored: The folder with the tokens of a resumed run. They are used where the text and the tokenizer are the same
-            as before. Default None means that there are none.
+        stored: The folder with the tokens of a resumed run. They are used if text and tokenizer have not changed.
+            Default None encodes the text.
 
     Raises:
-        ValueError: If the text or the tokenizer is invalid.
-        OSError: If a file cannot be read or written. It is raised on every process.
+        ValueError: On every process, if the text or the tokenizer is invalid.
+        OSError: On every process, if a file cannot be read or written.
     """
     console = console or Console(quiet=True)
     if folder is None:
@@ -104,7 +109,7 @@ def _documents(data: Data, folder: Path | None, console: Console) -> text.Split:
 
     if data.dataset:
         column, characters = data.text_column, data.dataset_characters
-        with naming(folder or Path(".")), console.status(f"reading {data.dataset}"):
+        with naming(folder or Path(".")), console.status(Text(f"reading {data.dataset}")):
             parts = text.dataset(
                 data.dataset, config=data.dataset_config, column=column, characters=characters, folder=folder
             )
@@ -126,7 +131,7 @@ def _characters(documents: Sequence[text.Document | text.TextFile]) -> int:
 
 @contextmanager
 def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Yield a function of the encoded characters, which moves a bar in a terminal."""
+    """Yield a function that adds a number of characters to a progress bar."""
     if total > _LARGE and not console.is_terminal:
         console.print(f"encoding {total:,} characters", highlight=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

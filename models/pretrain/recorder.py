@@ -16,16 +16,16 @@ from models.pretrain.prepared import Prepared
 from models.pretrain.progress import MetricsFile, ProgressBar
 from models.pretrain.tensorboard import Scalars
 
-_FLUSH_EVERY = 10  # steps between two reads of results from the device, at most
-_FLUSH_SECONDS = 15.0
+_FLUSH_EVERY = 10  # the most steps between two reads of results from the device
+_FLUSH_SECONDS = 15.0  # seconds after which the next step leads to a read
 
 
 class DivergedError(ValueError):
-    """The loss or the gradient is no longer finite."""
+    """An error for a loss or a gradient that is not finite any more."""
 
 
 class Recorder:
-    """Collect metrics, then write and show those of several steps at a time."""
+    """A collector of metrics that writes and shows several steps at a time."""
 
     def __init__(self, run: Prepared, console: Console):
         self._files: list[MetricsFile | Scalars] = []
@@ -42,6 +42,7 @@ class Recorder:
         self._since = time.perf_counter()
 
     def record(self, step: int, metrics: Metrics, switched: int) -> None:
+        """Add the metrics of a step, and write the pending steps if it is time."""
         is_due = time.perf_counter() - self._since > _FLUSH_SECONDS
         if len(self._pending) == _FLUSH_EVERY or is_due:
             self.flush()
@@ -50,7 +51,11 @@ class Recorder:
     def flush(self, validate: Callable[[], dict[str, float]] | None = None) -> None:
         """Write the pending steps.
 
-        The results of `validate` are added to the last of them.
+        Args:
+            validate: A function that returns further metrics of the last pending step. Default None adds none.
+
+        Raises:
+            DivergedError: If a loss or a gradient is not finite.
         """
         if not self._pending:
             return
@@ -68,7 +73,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Write the pending steps, and leave this time out of the tokens per second."""
+        """Write the pending steps, and leave the block out of the tokens per second."""
         self.flush()
         yield
         self._since = time.perf_counter()
@@ -84,9 +89,9 @@ class Recorder:
         return f"{loss:.3f} ({self._corpus.bits_per_byte(loss, part):.3f} bits/byte)"
 
     def tokens_per_second(self) -> float | None:
-        """Return the median, which compilation and other work do not change.
+        """Return the median of the tokens per second, or None if no step was taken.
 
-        None means that no step was taken.
+        A median hardly depends on slow steps, such as a step that is compiled.
         """
         return median(self._rates) if self._rates else None
 
@@ -101,7 +106,7 @@ class Recorder:
 
 
 def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.WireBytes:
-    """Return what several processes send in one step."""
+    """Return the bytes that each process sends in one step."""
     trainable, frozen, _ = run.method.state
     params, passes = run.method.state.params(), run.config.data.grad_accum
     plan = run.method.schedule(0, params) if is_switching else None
@@ -114,9 +119,9 @@ def wire_bytes(run: Prepared, *, is_switching: bool = False) -> dl.parallel.Wire
 
 
 def _bytes_of_muon(run: Prepared) -> int:
-    """Return what Muon all-reduces for sharded factors.
+    """Return the bytes that Muon all-reduces for sharded factors.
 
-    These are four (rank, rank) matrices for each weight.
+    It all-reduces four matrices of shape (rank, rank) for each weight.
     """
     if run.config.inner_optimizer() != "muon":
         return 0

@@ -1,4 +1,4 @@
-"""The sizes of a run and its closing table."""
+"""Count the parameters and bytes of a run, and build its closing table."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +17,14 @@ from models.pretrain.progress import duration
 
 
 def sizes(method: Method, wire: WireBytes) -> dict[str, Any]:
-    """Return counts of parameters, and bytes of this process by kind.
+    """Return counts of parameters and bytes, as entries of the summary.
 
-    Bytes of full-rank AdamW in float32 are included for comparison.
+    Bytes are the bytes of this process. For comparison, they include the bytes of full-rank training in float32 with
+    AdamW.
 
-    `wire` is what several processes send in a step.
+    Args:
+        method: The method with its initial state.
+        wire: The bytes that each process sends in a step.
     """
     params = method.state.params()
     low_rank = [param for param in params.values() if isinstance(param, LowRank)]
@@ -60,13 +63,14 @@ def _rank(param: LowRank) -> int:
 
 
 def count_bytes(tree: Any) -> int:
+    """Return the number of bytes of all tensors in a tree."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
     """Return the summary as a table that compares the run with full-rank AdamW.
 
-    The column of full-rank AdamW is computed.
+    The column of full-rank AdamW is computed from the sizes of the model, and not measured.
     """
     title = f"{summary['model']}, {summary['method']}, {summary['steps']} steps"
     table = Table("", "this run", "full-rank AdamW,\ncomputed", title=title)

@@ -1,4 +1,4 @@
-"""The training loop, and the results that it writes at the end."""
+"""Run the training loop, and write the results at the end."""
 
 import math
 import signal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dynlora_fn as dl
 from models import corpus as text
 from models.pretrain.banner import show
-from models.pretrain.checkpoint import Saver
+from models.pretrain.checkpoint import SaveError, Saver
 from models.pretrain.config import Config
 from models.pretrain.device import compute_dtype, run_device
 from models.pretrain.learning_rate import lr_at
@@ -34,12 +34,12 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
     """Train to the last step and return the summary.
 
-    After SIGTERM, SIGHUP or a first Ctrl-C, save and return `Stopped`.
+    After SIGTERM, SIGHUP or a first Ctrl-C, save a checkpoint and return `Stopped`.
 
     Raises:
-        DivergedError: If the loss or the gradient is no longer finite. The last good checkpoint remains.
+        DivergedError: If the loss or the gradient is not finite any more. The checkpoints before remain.
         DriftedError: If processes have different states.
-        SaveError: If a checkpoint could not be written.
+        SaveError: If a checkpoint or the model could not be written.
         OSError: If another file could not be written. The error names the file.
     """
     config, started = run.config, time.perf_counter()
@@ -55,11 +55,11 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
     with recorder.bar, Preemption(partial(_announce, console)) as preemption, _saver(run) as saver:
         for step in range(run.first_step, steps):
             switched = run.method.schedule.switches(step, state.params())
-            # A step without switches gets no plan, so that it does no work for them.
+            # Without a plan, a step does no work for switches.
             plan = run.method.schedule(step, state.params()) if switched else None
             incoming = dl.switching.draw(pool, plan) if pool and plan else None
-            # The request to stop is reduced with the gradients, so that all processes end after the same step. The
-            # loop reads the result of the step before, so that a device always has one step to work on.
+            # The request to stop is all-reduced with the gradients, so that all processes stop after the same step. The
+            # loop reads it from the previous step, so that the device has a step to compute meanwhile.
             requested, previous_stop = torch.tensor(float(preemption.is_requested)), stop
             lr, is_last = torch.tensor(lr_at(config, step)), step + 1 == steps
             state, metrics = step_fn(state, batch(run, step), lr, plan, incoming, requested.to(device))
@@ -87,14 +87,14 @@ def train(run: Prepared, console: Console) -> dict[str, Any] | Stopped:
 
 
 def _validate_first(run: Prepared, console: Console) -> None:
-    """Compute the validation loss before the first step.
+    """Compute the validation loss before the first step, and show it.
 
-    Its time gives an estimate of the time of the run.
+    The time of the run is estimated from the time of this computation.
     """
     started, output, steps = time.perf_counter(), run.config.output, run.config.training.steps
     loss = validation_loss(run.config, run.model, run.saved.state.params(), run.corpus, run.processes)
     forward = (time.perf_counter() - started) / output.eval_batches
-    # A backward pass takes twice as long as a forward pass.
+    # A backward pass is estimated to take twice as long as a forward pass.
     estimate = forward * (3 * steps * run.config.data.grad_accum + output.eval_batches * steps // output.eval_every)
     if run.processes.is_first:
         write_start(run.folder / "start.json", loss)
@@ -106,9 +106,9 @@ def _validate_first(run: Prepared, console: Console) -> None:
 
 
 def _announce(console: Console, number: int) -> None:
-    """Say that a signal has arrived.
+    """Print that a signal has arrived.
 
-    Nothing can be printed once the terminal is closed.
+    SIGHUP means that the terminal is closed, so nothing is printed after it.
     """
     if name_of(number) == "SIGHUP":
         console.quiet = True
@@ -122,9 +122,9 @@ def _saver(run: Prepared) -> Saver:
 
 
 def batch(run: Prepared, step: int) -> Tensor:
-    """Return this process's rows of the batch.
+    """Return the rows of this process in the batch of a step.
 
-    The batch does not depend on the number of processes.
+    The batch of all processes does not depend on their number.
     """
     data = run.config.data
     tokens = text.batch(
@@ -140,7 +140,7 @@ def batch(run: Prepared, step: int) -> Tensor:
 def validate(run: Prepared, state: State) -> dict[str, float]:
     """Return the validation loss, and the largest drift of a base.
 
-    Only bases with a residual have a known drift.
+    The drift is included if a base has a residual, which is needed to compute it.
     """
     drifts = [drift.item() for drift in dl.bases.drift(state.params()).values()]
     known = [drift for drift in drifts if not math.isnan(drift)]
@@ -152,7 +152,10 @@ def validate(run: Prepared, state: State) -> dict[str, float]:
 def validation_loss(
     config: Config, model: nn.Module, params: dict[str, Any], corpus: text.Corpus, processes: Processes = SINGLE_PROCESS
 ) -> float:
-    """Return the mean loss of the validation batches. Collective."""
+    """Return the mean loss of the validation batches.
+
+    Collective: call it on every process.
+    """
     data, dtype = config.data, compute_dtype(config)
     batches = text.validation_batches(
         corpus.validation, config.output.eval_batches, data.batch_size, window=data.seq_len + 1
@@ -166,15 +169,18 @@ def validation_loss(
 
 
 def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> dict[str, Any]:
-    """Write the model and the plot, and return the summary. Collective.
+    """Write the model and the plot, and return the summary.
 
-    Only the first process writes. The others return an empty summary.
+    Collective: call it on every process. Only the first process writes. The other processes return an empty summary.
     """
     params = dl.parallel.unshard(state.params())
     if not run.processes.is_first:
         return {}
-    with naming(run.folder):
-        run.export(params)
+    try:
+        with naming(run.folder):
+            run.export(params)
+    except ValueError as error:
+        raise SaveError(f"the model could not be written: {error}") from error
     metrics = read_metrics(run.folder / "metrics.jsonl")
     unigram_loss = text.unigram_loss(run.corpus)
     bits_per_nat = run.corpus.bits_per_byte(1.0)
@@ -197,7 +203,7 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
         "processes": run.processes.world_size,
         **sizes(run.method, wire_bytes(run)),
         "switched": sum(line["switched"] for line in metrics),
-        "tokens_per_second": recorder.tokens_per_second(),  # None: no step was taken
+        "tokens_per_second": recorder.tokens_per_second(),  # None means that no step was taken
         "seconds": seconds,
         "drift": metrics[-1].get("drift"),
         "validation_loss": last_loss,
@@ -208,5 +214,5 @@ def finish(run: Prepared, state: State, recorder: Recorder, seconds: float) -> d
 
 
 def perplexity(loss: float) -> float:
-    """Return e to the loss, which is infinite beyond what a float has."""
+    """Return e to the power of the loss, or infinity if this exceeds a float."""
     return math.inf if loss >= _LARGEST_EXPONENT else math.exp(loss)

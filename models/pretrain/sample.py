@@ -1,4 +1,4 @@
-"""A text that the model continues while it trains."""
+"""Let the model continue a text while it trains."""
 
 from functools import partial
 
@@ -16,16 +16,16 @@ _SAMPLING = Sampling(tokens=100)
 
 
 def sample(run: Prepared, state: State) -> str:
-    """Return the first validation tokens and what the model adds, in one line.
+    """Return the first validation tokens and their continuation, in one line.
 
-    The draws have a generator of their own, so that the numbers of the run do not change. Collective: where bases are
-    sharded, each token all-gathers them.
+    Tokens are drawn with a separate generator, so a sample does not change the results of the run. Collective: call it
+    on every process, because each token all-gathers sharded bases.
     """
     device, dtype, context = run_device(run.config), compute_dtype(run.config), run.config.data.seq_len
     prompt = np.asarray(run.corpus.validation)[:_PROMPT_TOKENS].tolist()
     start = partial(new_decoder, run.model, partial(dl.call, run.model, state.params()))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        # The end of a document does not end the sample: all processes take part in equally many collectives.
+        # The end of a document does not end the sample, so that all processes take part in equally many collectives.
         try:
             added = list(continue_tokens(start, prompt, _SAMPLING, context=context, device=device))
         except ValueError as error:  # the next loss ends the run

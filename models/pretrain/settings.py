@@ -1,4 +1,4 @@
-"""Options from files: the config.json of a run, or a file that --config names."""
+"""Read options from the command line, --config, and the config.json of a run."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import tyro
 
 from models.pretrain.config import Config
 
-_DERIVED = ("corpus", "model_digest")  # what config.json records beside the options
+_DERIVED = ("corpus", "model_digest")  # entries of config.json that are not options
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -21,15 +21,16 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def parse(config_type: type[ConfigT], command: str, arguments: Sequence[str] | None = None) -> ConfigT:
     """Return the options of the command line.
 
-    Those that it leaves out come from --config, with --resume from the config.json of the run, and last from the
-    defaults.
+    An option that is not on the command line comes from the file --config. If the file does not have it either, it
+    comes from the config.json of the run with --resume, and otherwise it has its default.
 
     Raises:
-        ValueError: If a file of options cannot be read, or has an unknown name or an invalid value.
+        ValueError: If a file of options has invalid syntax, an unknown name or an invalid value.
+        OSError: If a file of options cannot be read.
     """
 
     def parsed(default: ConfigT) -> ConfigT:
-        # Without prefixes the groups structure the help, and a flag is the name of its field.
+        # The groups remain in the help, but flags have no prefix with the name of a group.
         markers = (tyro.conf.OmitArgPrefixes,)
         return tyro.cli(config_type, prog=command, args=arguments, default=default, config=markers)
 
@@ -45,12 +46,12 @@ def parse(config_type: type[ConfigT], command: str, arguments: Sequence[str] | N
 
 
 def read_options(file: Path) -> dict[str, Any]:
-    """Return options by name from JSON, or from TOML where the name ends in .toml.
+    """Read options by name from a file in JSON, or in TOML if its name ends in .toml.
 
-    Tables with the names of the groups are joined.
+    Options may be at the top level, or in tables with the names of the groups.
 
     Raises:
-        ValueError: If the file is neither, or no regular file. It names the file.
+        ValueError: If the file is not a regular file, or not such a table in JSON or TOML. The message names the file.
         OSError: If the file cannot be read.
     """
     if file.exists() and not file.is_file():
@@ -58,7 +59,7 @@ def read_options(file: Path) -> dict[str, Any]:
     try:
         content = file.read_text()
         options = tomllib.loads(content) if file.suffix == ".toml" else json.loads(content)
-    except ValueError as error:  # the errors of json, tomllib and of decoding are of this type
+    except (ValueError, RecursionError) as error:  # the errors of json, tomllib and of decoding are ValueErrors
         raise ValueError(f"`config` must name options in JSON or TOML, got {str(file)!r}: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"`config` must name an object of options, got {options!r:.80} in {str(file)!r}")
@@ -70,7 +71,7 @@ def with_options(config: ConfigT, options: Mapping[str, Any], file: Path) -> Con
     """Return the configuration with some options replaced.
 
     Raises:
-        ValueError: If there is no option of a name, or a value has another type. It names the option and the file.
+        ValueError: If a name is not an option, or a value has a wrong type. The message names the option and the file.
     """
     unknown = sorted(options.keys() - config.options().keys() - {*_DERIVED})
     if unknown:
@@ -85,7 +86,7 @@ def with_options(config: ConfigT, options: Mapping[str, Any], file: Path) -> Con
 
 
 def _value(name: str, hint: Any, value: Any, file: Path) -> Any:
-    """Return a value of JSON or TOML as the type of an option."""
+    """Convert a value from JSON or TOML to the type of an option."""
     for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         origin, arguments = get_origin(kind), get_args(kind)
         if (kind is type(None) and value is None) or (origin is Literal and value in arguments):

@@ -1,4 +1,4 @@
-"""How a run stops before its end: by a signal or an error, and what is left then."""
+"""Stop a run before its end at a signal or an error, and report what remains."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from models.pretrain.processes import Processes
 
-# SIGHUP comes when a terminal is closed. Windows has none.
+# SIGHUP is sent when a terminal is closed. Windows does not have it.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name))
 _CHECKPOINT = re.compile("step-([0-9]{8})")
 
@@ -21,16 +21,16 @@ class Stopped(NamedTuple):
     """The end of a run that a signal stopped after a checkpoint."""
 
     step: int
-    signal: int | None  # None: another process has received it
+    signal: int | None  # None means that another process has received it
 
     @property
     def code(self) -> int:
-        """The exit code: 130 after Ctrl-C, so that a script ends too, and 0 otherwise."""
+        """The exit code: 130 for Ctrl-C, which also ends a calling script, or 0."""
         return 128 + signal.SIGINT if self.signal == signal.SIGINT else 0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that ends the program at once."""
+    """An interrupt by a signal that ends the program at once."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -38,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def name_of(number: int | None) -> str:
-    """Return the name of a signal, as a user knows it."""
+    """Return the name of a signal for a message."""
     if number is None:
         return "another process"
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -48,7 +48,7 @@ def name_of(number: int | None) -> str:
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle the signals that ask a program to stop.
 
-    Those that the parent ignores, as `nohup` ignores SIGHUP, stay ignored.
+    Signals that the parent process has set to be ignored remain ignored. For example, `nohup` ignores SIGHUP.
     """
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
     handled = {number: before for number, before in previous.items() if before not in (signal.SIG_IGN, None)}
@@ -65,7 +65,7 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 def raise_on_signals() -> Iterator[None]:
     """Raise `Interrupted` at SIGTERM, SIGHUP and Ctrl-C.
 
-    So unfinished files are removed.
+    The exception lets context managers remove unfinished files.
     """
 
     def interrupt(number: int, _: FrameType | None) -> None:
@@ -76,12 +76,12 @@ def raise_on_signals() -> Iterator[None]:
 
 
 class Preemption:
-    """Record the request to stop after a checkpoint.
+    """A recorder of requests to stop after a checkpoint.
 
-    SIGTERM, SIGHUP and a first Ctrl-C are such requests. A second Ctrl-C raises.
+    SIGTERM, SIGHUP and a first Ctrl-C are such requests. A second Ctrl-C raises `Interrupted`.
 
     Args:
-        notify: A function that is called with the number of a signal that is recorded.
+        notify: A function that is called with the number of each recorded signal.
     """
 
     def __init__(self, notify: Callable[[int], None] = lambda _: None):
@@ -111,7 +111,10 @@ class Preemption:
 
 
 def last_checkpoint(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint of a run, or None. It may be damaged."""
+    """Return the step of the newest checkpoint of a run, or None.
+
+    The checkpoint is not read, so it may be damaged.
+    """
     try:
         matches = [_CHECKPOINT.fullmatch(path.name) for path in (folder / "checkpoints").iterdir()]
     except OSError:
@@ -120,9 +123,14 @@ def last_checkpoint(folder: Path) -> int | None:
 
 
 def what_is_left(folder: Path | None, module: str, processes: Processes, *, has_diverged: bool = False) -> str:
-    """Return the last checkpoint of a run and what to do, as the end of a sentence.
+    """Name the last checkpoint of a run and how to continue, for an error message.
 
-    That is the command that continues from it. After divergence it would come to the same end.
+    Args:
+        folder: The folder of the run. None means that there was no run before.
+        module: The name of the module that is run.
+        processes: The processes of the run.
+        has_diverged: Whether the run has diverged. It would diverge again from the checkpoint, so the text names
+            options for a new run.
     """
     if folder is None:
         return "no step was taken"
@@ -135,13 +143,13 @@ def what_is_left(folder: Path | None, module: str, processes: Processes, *, has_
 
 
 def program(module: str) -> list[str]:
-    """Return how this program was started: as a console script or as a module."""
+    """Return the command that started this program: a console script or a module."""
     script = Path(sys.argv[0]).name
     return [script] if script.startswith("dynlora-") else ["python", "-m", module]
 
 
 def resume_command(module: str, folder: Path, processes: Processes) -> str:
-    """Return the command that continues a run."""
+    """Return the command line that continues a run."""
     start = program(module)
     if processes.group is not None:
         start = ["torchrun", "--nproc-per-node", str(processes.world_size), "-m", module]
@@ -150,9 +158,9 @@ def resume_command(module: str, folder: Path, processes: Processes) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError that names no file name `path`.
+    """Add the name `path` to an OSError without a file name.
 
-    A full disk is reported without a name.
+    For example, the error for a full disk has no file name.
     """
     try:
         yield
@@ -163,7 +171,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def described(error: Exception) -> str:
-    """Return an error in one line. Errors of the system name their file last."""
+    """Return an error as one line.
+
+    An OSError with a file name becomes its reason, followed by this name.
+    """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {str(error.filename)!r}"
     return " ".join(str(error).split()) or type(error).__name__

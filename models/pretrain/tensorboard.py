@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard."""
+"""Write scalars for TensorBoard."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ _SCALARS = ("loss", "grad_norm", "lr", "switched", "validation_loss", "drift")
 
 
 def summary_writer() -> Callable[..., Any]:
-    """Return the writer of torch.
+    """Return the class `torch.utils.tensorboard.SummaryWriter`.
 
     Raises:
         ValueError: If TensorBoard is not installed.
@@ -23,15 +23,16 @@ def summary_writer() -> Callable[..., Any]:
 
 
 class Scalars:
-    """Write the lines of metrics.jsonl for TensorBoard.
+    """A writer of the lines of metrics.jsonl for TensorBoard.
 
-    A resumed run replaces later steps than its first one.
+    A resumed run replaces the steps after `first_step`.
     """
 
     def __init__(self, folder: Path, first_step: int):
         self._writer = summary_writer()(str(folder), purge_step=first_step + 1)
 
     def append(self, lines: list[dict[str, Any]]) -> None:
+        """Append the scalars of some lines."""
         for line in lines:
             for name in _SCALARS:
                 if name in line:

@@ -57,8 +57,8 @@ def test_alpha_is_no_leaf_and_survives_copies():
         (0, ValueError, "`alpha` is 0"),
         (float("nan"), ValueError, "`alpha` is nan"),
         (float("inf"), ValueError, "`alpha` is inf"),
-        ("4", TypeError, "`alpha` is '4', which is no real number"),
-        (True, TypeError, "`alpha` is True, which is no real number"),
+        ("4", TypeError, "`alpha` is '4', which is not a real number"),
+        (True, TypeError, "`alpha` is True, which is not a real number"),
     ],
 )
 def test_alpha_is_a_number(value, error, message):

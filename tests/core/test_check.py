@@ -35,7 +35,7 @@ def test_integers_of_numpy_become_those_of_python(value):
 
 @pytest.mark.parametrize("value", [True, np.bool_(True), 3.0, np.float64(3), "3", None, torch.tensor(3), 3j, [3]])
 def test_anything_else_is_no_integer(value):
-    with pytest.raises(TypeError, match=r"`rank` is .*, which is no integer; use an integer of at least 1"):
+    with pytest.raises(TypeError, match=r"`rank` is .*, which is not an integer; use an integer of at least 1"):
         check_integer("rank", value, least=1)
 
 
@@ -53,7 +53,7 @@ def test_real_numbers_of_any_kind_become_those_of_python(value):
 
 @pytest.mark.parametrize("value", [True, "0.5", None, 1j, np.complex64(1), torch.tensor(0.5), [0.5]])
 def test_anything_else_is_no_number(value):
-    with pytest.raises(TypeError, match=r"`eps` is .*, which is no real number; use a number above 0"):
+    with pytest.raises(TypeError, match=r"`eps` is .*, which is not a real number; use a number above 0"):
         check_number("eps", value, above=0)
 
 
@@ -160,7 +160,7 @@ def test_paths_modules_and_functions_are_told_from_other_values(value):
 def test_what_is_not_by_name_is_described():
     with pytest.raises(ValueError, match="`params` must be by parameter name, got None; pass a dict of parameters"):
         check_by_name("params", None, of="parameters")
-    with pytest.raises(ValueError, match="`params` has the key 3, which is no name"):
+    with pytest.raises(ValueError, match="`params` has the key 3, which is not a name"):
         check_by_name("params", {3: torch.ones(2)}, of="parameters")
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import call, init, resize, state_dict, unstack
-from dynlora_fn.interop import open_weights, save_adapter, save_weights
+from dynlora_fn.interop import FrozenTensor, open_weights, save_adapter, save_weights
 from dynlora_fn.testing import assert_same
 
 
@@ -27,6 +28,16 @@ def made(**changed: Any) -> Any:
 def test_integers_of_numpy_make_the_same_parameters(changed: dict):
     assert_same(made(**changed), made())
     assert_same(resize(made(), rank=np.int64(3)), resize(made(), rank=3))
+
+
+@pytest.mark.parametrize(("parts", "plain"), [(np.int64(2), 2), ((np.int32(2), np.int64(-1)), (2, -1))])
+def test_numbers_of_parts_may_be_those_of_numpy(parts: Any, plain: Any):
+    assert_same(made(fused={"weight": parts}), made(fused={"weight": plain}))
+
+
+@pytest.mark.parametrize("targets", [{"weight"}, frozenset({nn.Linear}), {"weight": 0}.keys()])
+def test_targets_may_be_a_set(targets: Any):
+    assert_same(made(targets=targets), made())
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,38 @@ def test_weights_may_have_the_buffers_of_the_model():
     assert_same(params, init(model, rank=2, seed=0, targets=["0.weight"]))
 
 
+def noisy(scale: float = 1.0) -> nn.Module:
+    """Return a model in evaluation whose statistics are not those of a new one."""
+    model = nn.Sequential(layer(), nn.BatchNorm1d(6), nn.LayerNorm(6))
+    model(torch.randn(5, 8) * scale)
+    return model.eval()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_buffers_of_weights_that_differ_are_read(device: str):
+    source, x = noisy(3.0), torch.ones(2, 8)
+    with torch.device(device):
+        fresh = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.LayerNorm(6)).eval()
+    weights = source.state_dict()
+    params = init(fresh, rank=2, seed=0, targets=["0.weight"], start="lora", weights=weights)
+    buffers = {name for name, param in params.items() if isinstance(param, FrozenTensor)}
+    assert buffers == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    torch.testing.assert_close(call(fresh, params, x), source(x))
+    assert_same(state_dict(fresh, params), dict(weights))
+    assert params["1.running_mean"].tensor.data_ptr() != weights["1.running_mean"].data_ptr()
+    with pytest.raises(ValueError, match=r"`weights` has shape \(5,\) for '1\.running_var', but the model has \(6,\)"):
+        init(fresh, rank=2, seed=0, targets=["0.weight"], weights={**weights, "1.running_var": torch.ones(5)})
+
+
+def test_weights_are_read_in_the_dtype_of_the_model():
+    weights = {name: tensor.bfloat16() for name, tensor in noisy().state_dict().items() if tensor.is_floating_point()}
+    for copy in (True, False):
+        params = init(noisy(), rank=2, seed=0, targets=["0.weight"], start="lora", weights=weights, copy=copy)
+        dtypes = {leaf.dtype for leaf in tree_leaves(params) if leaf.is_floating_point()}
+        assert dtypes == {torch.float32}
+        assert call(noisy(), params, torch.ones(2, 8)).dtype == torch.float32
+
+
 def test_a_star_within_a_name_is_a_letter():
     model = nn.ParameterDict({"w*": torch.ones(6, 4)})
     params = init(model, rank=2, seed=0, targets=lambda name, tensor: True, stack=False)
@@ -84,7 +127,7 @@ def test_a_star_within_a_name_is_a_letter():
 
 @pytest.mark.parametrize("name", ["*", "layers.*.w", "*.*"])
 def test_a_name_with_more_stars_than_axes_is_refused(name: str):
-    with pytest.raises(ValueError, match=f"`params` has {re.escape(repr(name))} of shape .* no axis for each star"):
+    with pytest.raises(ValueError, match=f"`params` has {re.escape(repr(name))} of shape .* leading axes for . stars"):
         unstack({name: made()["weight"]})
 
 

@@ -87,3 +87,14 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch:
         save({**STATE, "t": 9}, tmp_path, step=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert (load(tmp_path, TEMPLATE) or pytest.fail("none")).state["t"] == 3
+
+
+@pytest.mark.parametrize("use", ["load", "save"])
+def test_a_checkpoint_that_a_killed_process_was_replacing_is_not_lost(use: str, tmp_path: Path):
+    save(STATE, tmp_path, step=1)
+    (tmp_path / "step-00000001").rename(tmp_path / ".replaced-00000001")
+    if use == "save":
+        save(STATE, tmp_path, step=2)
+    loaded = load(tmp_path, TEMPLATE, step=1)
+    assert loaded is not None
+    assert (loaded.step, loaded.state["t"]) == (1, STATE["t"])

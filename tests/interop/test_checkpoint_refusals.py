@@ -124,9 +124,9 @@ def test_what_is_no_folder_is_no_checkpoint(change: Callable[[Path], None], tmp_
     loaded = load(tmp_path, TEMPLATE)
     assert loaded is not None
     assert loaded.step == 1
-    assert [str(reason) for _, reason, _ in loaded.refused] == ["it is no folder"] * (change is not remove)
+    assert [str(reason) for _, reason, _ in loaded.refused] == ["it is not a folder"] * (change is not remove)
     if change is not remove:
-        with pytest.raises(OSError, match="step-00000002' is no folder; move it away"):
+        with pytest.raises(OSError, match="step-00000002' is not a folder; move it away"):
             save(STATE, tmp_path, step=2)
     assert sorted(path.name for path in tmp_path.glob("[.s]*"))[:1] == ["step-00000001"]
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_in_the_folder_of_another_step_is_refused(tmp_path: Path):
     loaded = load(tmp_path, TEMPLATE)
     assert loaded is not None
     assert (loaded.step, loaded.state["t"]) == (2, 2)
-    assert loaded.refused == [(tmp_path / "step-00000003", "it is of step 1, and not of that in its name", False)]
+    assert loaded.refused == [(tmp_path / "step-00000003", "it is of step 1, but its name has another step", False)]
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path):
@@ -165,7 +165,7 @@ def test_arguments_are_refused_by_name(tmp_path: Path):
     with pytest.raises(ValueError, match=r"`folder` is '.*step-00000001', which is one checkpoint"):
         load(tmp_path / "step-00000001", TEMPLATE)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"`folder` is '.*file', which is no folder"):
+    with pytest.raises(ValueError, match=r"`folder` is '.*file', which is not a folder"):
         load(tmp_path / "file", TEMPLATE)
     with pytest.raises(ValueError, match=r"has no checkpoint of step 5, but of \[1\]"):
         load(tmp_path, TEMPLATE, step=5)

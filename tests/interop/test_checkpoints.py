@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from enum import Enum, IntEnum
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -222,3 +223,22 @@ def test_sharded_states_come_back(base: str | None, group: dist.ProcessGroup, tm
     loaded = load(tmp_path, tree_map(other, state), group=group)
     assert loaded is not None
     assert_same(loaded.state, state)
+
+
+class Phase(str, Enum):  # noqa: UP042, the `str` of a member is not its value
+    WARM = "warm"
+    COOL = "cool"
+
+
+class Level(IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+def test_members_of_enumerations_come_back(tmp_path: Path):
+    save({"phase": Phase.WARM, "level": Level.HIGH, "text": Phase.COOL}, tmp_path, step=1)
+    loaded = load(tmp_path, {"phase": Phase.COOL, "level": Level.LOW, "text": ""})
+    assert loaded is not None
+    assert loaded.state == {"phase": Phase.WARM, "level": Level.HIGH, "text": "cool"}
+    assert isinstance(loaded.state["phase"], Phase)
+    assert isinstance(loaded.state["level"], Level)

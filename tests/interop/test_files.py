@@ -6,6 +6,7 @@ import os
 import pickle
 import weakref
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -232,7 +233,7 @@ def test_only_regular_files_are_replaced(tmp_path: Path):
     assert torch.equal(open_weights(tmp_path / "file")["w"], torch.zeros(2))
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="which exists and is no regular file"):
+        with pytest.raises(ValueError, match="which exists and is not a regular file"):
             save_weights({"w": torch.ones(2)}, path)
 
 
@@ -242,3 +243,29 @@ def test_a_change_that_is_not_finite_is_refused_by_name(tmp_path: Path):
     original = model.state_dict() | {"0.weight": torch.full((4, 6), float("nan"))}
     with pytest.raises(ValueError, match=r"`params` or `original` has '0.weight' with entries that are not finite"):
         save_adapter(model, params, tmp_path, original=original)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (
+            {"a": torch.ones(2), "w": torch.ones(2, dtype=torch.complex128)},
+            TypeError,
+            "has 'w' of dtype torch.complex128",
+        ),
+        ({"__metadata__": torch.ones(2)}, ValueError, "has the name '__metadata__'"),
+        (MappingProxyType({"w": 1.0}), TypeError, "has 1.0 for 'w'; use a tensor"),
+    ],
+)
+def test_what_a_file_cannot_have_is_refused_by_name(weights: Any, error: type, message: str, tmp_path: Path):
+    with pytest.raises(error, match=f"`weights` {message}"):
+        save_weights(weights, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_of_a_transform_is_not_written(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"`weights` has 'w' inside of a transform of `torch\.func`, which has no bytes"
+    ):
+        torch.vmap(lambda w: save_weights({"w": w}, tmp_path / "file"))(torch.ones(2, 3))
+    assert not list(tmp_path.iterdir())

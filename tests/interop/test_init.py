@@ -5,6 +5,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import (
@@ -303,3 +305,61 @@ def test_a_gradient_that_does_not_pass_through_init_is_refused():
     ):
         with pytest.raises(ValueError, match=refusal):
             function()
+
+
+def test_two_parameters_in_one_memory_are_refused_and_a_tied_one_is_taken():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(ValueError, match=r"`model` has two parameters in the same memory, '0\.weight' and '1\.weight'"):
+        init(model, rank=1, seed=0, targets=[])
+    model[1].weight = model[0].weight
+    assert init(model, rank=1, seed=0, targets=[]).keys() == {"0.weight"}
+
+
+def test_tensors_of_one_memory_with_other_values_are_not_tied():
+    numbers = normal(0, 3, dtype=torch.complex64)
+    conjugated = {
+        "plain": numbers,
+        "conjugated": numbers.conj(),
+        "imaginary": numbers.imag,
+        "negated": numbers.conj().imag,
+    }
+    params = init(conjugated, rank=1, seed=0, targets=[])
+    assert_same({name: tensor.resolve_conj().resolve_neg() for name, tensor in params.items()},
+                {name: tensor.clone().resolve_conj().resolve_neg() for name, tensor in conjugated.items()})  # fmt: skip
+
+
+def test_a_sparse_parameter_is_refused():
+    with pytest.raises(ValueError, match=r"`model` has 'w' of layout torch\.sparse_coo; use a dense tensor"):
+        init({"w": torch.eye(3).to_sparse()}, rank=1, seed=0, targets=[])
+
+
+def test_a_parameter_that_stores_several_tensors_is_refused_unless_it_is_frozen():
+    double = TwoTensor(torch.ones(2, 3), torch.zeros(2, 3))
+    with pytest.raises(
+        TypeError, match="`model` has a TwoTensor as 'w', which `init` does not know; use a dense tensor"
+    ):
+        init({"w": double}, rank=1, seed=0, targets=[])
+    frozen = nn.Parameter(double, requires_grad=False)
+    assert init({"w": frozen}, rank=1, seed=0, targets=[])["w"].tensor is frozen
+
+
+def test_a_target_of_eight_bits_is_refused_and_another_parameter_passes():
+    model = {"w": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    with pytest.raises(ValueError, match=r"`targets` matches 'w' of dtype torch\.float8_e4m3fn, in which no sums"):
+        init(model, rank=1, seed=0, targets=["w"])
+    assert_same(init(model, rank=1, seed=0, targets=[]), model)
+
+
+def test_fake_parameters_of_one_shape_are_not_tied():
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        params = init(model, rank=1, seed=0, targets=["*.weight"], stack=False)
+    assert params.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("options", [{}, {"start": "lora", "copy": False}, {"trained": "b"}])
+def test_vmap_makes_parameters_of_each_model(options):
+    models = {"w": normal(0, 2, 3, 4), "v": normal(1, 2, 3, 4)}
+    mapped = torch.vmap(lambda model: materialize(init(model, rank=2, seed=0, targets=["w"], **options)))(models)
+    torch.testing.assert_close(mapped, models, rtol=0, atol=32 * eps(torch.float64))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dynlora_fn import LowRank, call, combine, explain, init, partition, state_dict, value_and_grad
 from dynlora_fn.interop import FrozenTensor, load_adapter, open_weights, save_adapter, save_merged, save_weights
@@ -348,3 +349,13 @@ def test_a_rank_that_is_none_is_refused_by_name(rank: Any, tmp_path: Path):
     params = init(model, rank=2, seed=0, targets=["*.weight"])
     with pytest.raises((ValueError, TypeError), match="`rank` is"):
         save_adapter(model, params, tmp_path, original=model.state_dict(), rank=rank)
+
+
+def test_factors_and_buffers_are_on_the_device_of_the_model(normalized: Normalized, tmp_path: Path):
+    _, before, loaded = normalized
+    save_adapter(before, loaded, tmp_path, original=before.state_dict(), rank=4)
+    params = load_adapter(copy.deepcopy(before).to("meta"), tmp_path, seed=0)
+    assert {name: param.shape for name, param in params.items()}.items() >= {
+        n: p.shape for n, p in loaded.items()
+    }.items()
+    assert {leaf.device.type for leaf in tree_leaves([params[name] for name in loaded])} == {"meta"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dynlora_fn as dl
 from dynlora_fn.interop._peft_settings import _SETTINGS, _UNSUPPORTED, _WITHOUT_INFLUENCE
-from dynlora_fn.testing import normal
+from dynlora_fn.testing import assert_same, normal
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -281,6 +281,10 @@ def test_a_check_finds_what_types_cannot_tell(tmp_path):
         dl.interop.load_adapter(reading, tmp_path, seed=0, check=(x,))
     with pytest.raises(TypeError, match="`check` is a Tensor; pass a tuple or a dict"):
         dl.interop.load_adapter(reading, tmp_path, seed=0, check=x)
+    for dtype in (torch.bfloat16, torch.float16):  # whose roundings are as large as the difference
+        with pytest.raises(ValueError, match="`check` gives outputs that differ from PEFT's by"):
+            dl.interop.load_adapter(reading.to(dtype), tmp_path, seed=0, check=(x.to(dtype),))
+    assert reading.layer.weight.dtype == torch.float16
 
 
 class Wrapped:
@@ -298,3 +302,63 @@ def test_a_check_that_compares_nothing_is_refused(tmp_path):
     write(tmp_path, file, target_modules=["layer"])
     with pytest.raises(ValueError, match="`check` gives no floating tensors to compare"):
         dl.interop.load_adapter(reading, tmp_path, seed=0, check=(normal(7, 2, 6, dtype=torch.float32),))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.tensor([False, True, False, False, False])
+        return self.layer(x).masked_fill(mask, -torch.inf)
+
+
+def test_a_check_takes_equal_infinities(tmp_path):
+    pytest.importorskip("peft")
+    file = {key.replace(".0.", ".layer."): tensor for key, tensor in tensors().items() if ".0." in key}
+    write(tmp_path, file, target_modules=["layer"])
+    dl.interop.load_adapter(Masked(), tmp_path, seed=0, check=(normal(7, 2, 6, dtype=torch.float32),))
+
+
+def test_a_pickled_adapter_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(SETTINGS))
+    with pytest.raises(ValueError, match=r"`folder` has no adapter_model\.safetensors in .*; add the file"):
+        dl.interop.load_adapter(model(), tmp_path, seed=0)
+    torch.save(tensors(), tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors in .*; load and save it with PEFT"):
+        dl.interop.load_adapter(model(), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(dtype: torch.dtype, tmp_path):
+    class Counted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    write(tmp_path)
+    plain = nn.Sequential(Counted(6, 5), nn.GELU(), nn.Linear(5, 3))
+    params = dl.interop.load_adapter(plain, tmp_path, seed=0)
+    original = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    moved = params | {
+        "2.weight": params["2.weight"]._replace(factors=params["2.weight"].factors._replace(b=torch.zeros(3, 2)))
+    }
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        again = dl.interop.load_adapter(plain, tmp_path, seed=0)
+        errors = dl.interop.save_adapter(plain, moved, tmp_path / "out", original=original)
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(again, params)
+    assert errors["2.weight"] == 0
+    assert not dl.interop.open_weights(tmp_path / "out" / "adapter_model.safetensors")[f"{PREFIX}2.lora_B.weight"].any()
+
+
+def test_factors_in_float64_go_out_and_come_in_bit_for_bit(tmp_path):
+    params = dl.init(model().double(), rank=2, seed=0, targets=["0.weight"], dtype=torch.float64)
+    dl.interop.save_adapter(model().double(), params, tmp_path)
+    base = model().double()
+    base.load_state_dict(dict(dl.interop.open_weights(tmp_path / "base")))
+    loaded = dl.interop.load_adapter(base, tmp_path, seed=0, dtype=torch.float64)
+    assert_same(loaded["0.weight"].factors, params["0.weight"].factors)

@@ -169,7 +169,7 @@ def test_ranks_by_name():
     [
         (0, r"`rank` is 0 for 'w' of shape \(6, 8\); use at least 1 and at most min\(out, in\) = 6"),
         (7, r"`rank` is 7 for 'w' of shape \(6, 8\)"),
-        ({"bias": 2}, "`rank` contains 'bias', which is no name of these: 'w'; remove it"),
+        ({"bias": 2}, "`rank` contains 'bias', which is not one of the names 'w'; remove it"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(rank, message):

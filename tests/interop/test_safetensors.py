@@ -93,6 +93,7 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no such thing")
     with pytest.raises(ValueError, match=r"`path` is not a complete safetensors file: '.*model.safetensors'"):
         open_weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     save_weights({"w": torch.zeros(2)}, tmp_path / "first.safetensors")
     index = {"weight_map": {"w": "first.safetensors", "v": "first.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -127,3 +128,33 @@ def test_without_the_extra_it_is_named():
         "else: raise SystemExit('no error')"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
+    for name, value in (("model", 1), ("part", 2)):
+        save_weights({"w": torch.tensor([value])}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "part.safetensors"}}))
+    assert open_weights(tmp_path)["w"] == 1
+    assert open_weights(index)["w"] == 2
+
+
+def test_different_weights_for_one_tied_parameter_are_refused():
+    tied = nn.ModuleDict({"first": nn.Linear(3, 3, bias=False), "second": nn.Linear(3, 3, bias=False)})
+    tied["second"].weight = tied["first"].weight
+    weight = torch.ones(3, 3)
+    assert state_dict(tied, {"first.weight": weight, "second.weight": weight})["second.weight"] is weight
+    with pytest.raises(ValueError, match=r"`params` has different weights for 'first\.weight' and 'second\.weight'"):
+        state_dict(tied, {"first.weight": weight, "second.weight": 2 * weight})
+
+
+def test_a_hook_that_copies_parameters_is_refused_and_one_that_renames_them_is_not():
+    params = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+    renaming, copying = nn.Linear(3, 2), nn.Linear(3, 2)
+    renaming.register_state_dict_post_hook(lambda _, tensors, prefix, __: tensors.update(w=tensors.pop("weight")))
+    copying.register_state_dict_post_hook(
+        lambda _, tensors, prefix, __: tensors.update(w=tensors.pop("weight").clone())
+    )
+    assert_same(dict(state_dict(renaming, params)), {"bias": params["bias"], "w": params["weight"]})
+    with pytest.raises(ValueError, match=r"`model` has a `state_dict` without its 'weight', but with the tensors 'w'"):
+        state_dict(copying, params)

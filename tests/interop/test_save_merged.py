@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dynlora_fn import LowRank, call, init, merge, state_dict
+from dynlora_fn.interop import FrozenTensor, _transformers, open_weights, save_merged, save_weights
 from dynlora_fn.interop import _save as saving
-from dynlora_fn.interop import _transformers, open_weights, save_merged, save_weights
 from dynlora_fn.interop._lazy import LazyTensor
 from dynlora_fn.interop._state_dict import lazy_state_dict
 from dynlora_fn.testing import assert_same
@@ -239,6 +239,16 @@ def test_other_models_save_a_copy_with_the_trained_weights(tmp_path: Path):
     assert_same(dict(model.state_dict()), dict(before))
 
 
+def test_buffers_of_the_parameters_are_in_a_copy(tmp_path: Path):
+    model = OfDiffusers()
+    params = trained(model, ["first.weight"]) | {"norm.running_mean": FrozenTensor(torch.full((6,), 7.0))}
+    save_merged(model, params, tmp_path)
+    files = [file for file in contents(tmp_path) if file.endswith(".safetensors")]
+    weights = {name: tensor for file in files for name, tensor in open_weights(tmp_path / file).items()}
+    assert weights["norm.running_mean"].unique() == 7
+    assert model.norm.running_mean.unique() == 3
+
+
 def test_a_model_that_pickles_its_weights_is_read_back(tmp_path: Path):
     model = Pickled()
     params = trained(model, ["first.weight"])
@@ -329,10 +339,10 @@ def test_a_file_in_place_of_the_folder_and_a_folder_in_place_of_a_file_are_refus
     model = nn.Sequential(nn.Linear(6, 4))
     params = trained(model, ["0.weight"])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"`folder` is '.*file', which exists and is no folder"):
+    with pytest.raises(ValueError, match=r"`folder` is '.*file', which exists and is not a folder"):
         save_merged(model, params, tmp_path / "file")
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(ValueError, match=r"`folder` has 'model.safetensors', which exists and is no regular file"):
+    with pytest.raises(ValueError, match=r"`folder` has 'model.safetensors', which exists and is not a regular file"):
         save_merged(model, params, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model.safetensors"]
 
@@ -371,5 +381,5 @@ def test_extra_state_is_refused_by_name(tmp_path: Path):
             pass
 
     model = nn.Sequential(WithState(6, 4))
-    with pytest.raises(ValueError, match=r"`model` has the extra state '0._extra_state', which is no tensor"):
+    with pytest.raises(ValueError, match=r"`model` has the extra state '0._extra_state', which is not a tensor"):
         save_merged(model, init(model, rank=2, seed=0, targets=["0.weight"]), tmp_path)

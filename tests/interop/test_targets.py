@@ -181,3 +181,7 @@ def test_tied_weights_are_found_by_either_name():
     weight = torch.randn(3, 3)
     params = init(tied, rank=1, seed=0, targets=["first.weight"], weights={"second.weight": weight})
     torch.testing.assert_close(state_dict(tied, params)["second.weight"], weight)
+    settings = {"rank": 1, "seed": 0, "targets": ["first.weight"]}
+    init(tied, weights={"first.weight": weight, "second.weight": weight.clone()}, **settings)
+    with pytest.raises(ValueError, match=r"`weights` has different values for 'first.weight' and 'second.weight'"):
+        init(tied, weights={"first.weight": weight, "second.weight": weight + 1}, **settings)

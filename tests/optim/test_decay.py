@@ -106,7 +106,7 @@ def test_a_float32_rate_is_subtracted_in_the_precision_of_the_weight():
         (-0.1, "`rate` is -0.1 for 'w'"),
         (float("nan"), "`rate` is nan for 'w'"),
         (torch.ones(2), r"`rate` has shape \(2,\) for 'w'; use a number or a 0-d tensor"),
-        ({"v": 0.1}, "`rate` contains 'v', which is no name of these: 'w'; remove it"),
+        ({"v": 0.1}, "`rate` contains 'v', which is not one of the names 'w'; remove it"),
     ],
 )
 def test_bad_rates_are_refused(rate, message):

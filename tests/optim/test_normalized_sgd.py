@@ -65,7 +65,7 @@ def test_no_step_is_too_long_where_squares_have_few_digits(scale: float):
     ],
 )
 def test_other_parameters_are_refused_by_name(leaf: Factors | Tensor, kind: str):
-    with pytest.raises(ValueError, match=f"`trainable` has 'w', {kind}, but normalized_sgd trains real matrices"):
+    with pytest.raises(ValueError, match=f"`trainable` has 'w', {kind}, but normalized_sgd trains only real matrices"):
         normalized_sgd().init({"w": leaf})
 
 

@@ -186,9 +186,9 @@ def test_torch_optim_takes_its_state_back():
         ({"rule": "prune", "prune": 1.5}, "`prune` is 1.5; use a number from 0 to 1"),
         (
             {"rule": "transport"},
-            "`change` must be passed only with rule 'transport', got rule 'transport'",
+            "`change` is missing for rule 'transport'; pass it for rule 'transport'",
         ),
-        ({"change": Change({}, {})}, "`change` must be passed .* got rule 'reset'"),
+        ({"change": Change({}, {})}, "`change` is passed for rule 'reset'; pass it for rule 'transport'"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -32,9 +32,9 @@ UNDECLARED = {
     "beside others": (lambda tree: Record(tree, {"more": tree}), r"factors at \.other\['more'\]\['w'\]"),
     "list above": (lambda tree: {"mean": [tree]}, r"factors at \['mean'\]\[0\]\['w'\]"),
     "alone": (lambda tree: tree["w"], "has factors at its root"),
-    "in a record": (lambda tree: Record(tree["w"]), r"has factors at \.velocity, in no dict by parameter name"),
+    "in a record": (lambda tree: Record(tree["w"]), r"has factors at \.velocity outside a dict by parameter name"),
     "matrix": (lambda tree: [tree["w"].b], r"has a tensor of shape \(5, 4\) at \[0\], whose role is not declared"),
-    "tensors": (lambda tree: Record([*tree["w"]]), r"a tensor of shape \(5, 4\) at \.velocity\[0\], in no dict"),
+    "tensors": (lambda tree: Record([*tree["w"]]), r"a tensor of shape \(5, 4\) at \.velocity\[0\] outside a dict"),
     "object": (
         lambda tree: (Record(tree), Hidden(tree)),
         r"has a Hidden with tensors at \[1\], which cannot be searched",
@@ -72,7 +72,7 @@ UNDECLARED = {
     ),
     "flat": (
         lambda tree: Record(tree, {"mean": torch.ones(48)}),
-        r"has a tensor of shape \(48,\) at \.other\['mean'\], in no dict by parameter name",
+        r"has a tensor of shape \(48,\) at \.other\['mean'\] outside a dict by parameter name",
     ),
     "nothing": (lambda tree: Record({"bias": torch.ones(5)}), r"every planned parameter, got none for \['w'\]"),
     "unchanged": (lambda tree: {"shared": tree}, r"every planned parameter, got none for \['w'\]"),

@@ -163,7 +163,7 @@ def _not_comparable() -> None:
         ({"f": len}, r"it has a builtin_function_or_method at \['f'\]"),
         ({"x": torch.eye(2).to_sparse()}, r"it has a Tensor at \['x'\]"),
         (placed, r"it has a DTensor at \[.*weight.*\]"),
-        (norms, r"a tensor of shape \(\) in the ShardedFactors at \['weight'\] is no shard"),
+        (norms, r"a tensor of shape \(\) in the ShardedFactors at \['weight'\] is not a shard"),
     ):
         with pytest.raises(TypeError, match=f"`state` cannot be compared: {reason}.*; remove it, or pass its tensors"):
             dl.parallel.check_replicas(state, group)

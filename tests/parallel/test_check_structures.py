@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dynlora_fn as dl
+from dynlora_fn.parallel._describe import describe
 from tests.support.processes import in_processes
 
 
@@ -92,3 +93,9 @@ def test_every_other_structure_is_named_on_every_process():
     for message, (_, _, first) in zip(messages[0], STRUCTURES.values(), strict=True):
         assert message.startswith(f"`state` of processes [1] differs from the majority, first at {first}"), message
         assert message.endswith("; pass the same state on every process, or resume from a checkpoint")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+def test_a_tensor_of_quantized_numbers_cannot_be_compared():
+    tensor = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    assert describe({"w": tensor}).refused == ("it has a Tensor at ['w']",)  # its bits ended the process

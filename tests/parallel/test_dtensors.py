@@ -78,17 +78,17 @@ def test_paths_and_memory_are_those_of_the_state():
 def _refusals() -> None:
     trainable = state_of(1)["trainable"]
     for leaf in (3, 0.5, True, "adamw", b"x", torch.float32, len):
-        with pytest.raises(TypeError, match=re.escape(f"`tree` has {leaf!r} at ['x'][0], which is no tensor")):
+        with pytest.raises(TypeError, match=re.escape(f"`tree` has {leaf!r} at ['x'][0], which is not a tensor")):
             dl.parallel.as_dtensors({"x": [leaf]})
     norms = tree_map(torch.linalg.vector_norm, trainable)
     assert isinstance(norms["2.weight"], ShardedFactors)
     with pytest.raises(
-        ValueError, match=r"a tensor of shape \(\) in the ShardedFactors at \['[^']*weight'\] is no shard"
+        ValueError, match=r"a tensor of shape \(\) in the ShardedFactors at \['[^']*weight'\] is not a shard"
     ):
         dl.parallel.as_dtensors(norms)
     other = trainable["2.weight"]._replace(b=torch.zeros(11, 3))
     with pytest.raises(
-        ValueError, match=r"shape \(11, 3\) in the ShardedFactors at \['w'\] is no shard: .* [56] entries"
+        ValueError, match=r"shape \(11, 3\) in the ShardedFactors at \['w'\] is not a shard: .* [56] entries"
     ):
         dl.parallel.as_dtensors({"w": other})
     assert dl.parallel.as_dtensors({"none": None, "nothing": ()}) == {}

@@ -223,8 +223,13 @@ def _refused_means() -> None:
             r"a tensor of dtype torch.int64 at \['x'\]\[1\], in which a mean is rounded",
         ),
         (torch.tensor(True), r"a tensor of dtype torch.bool at \['x'\]\[1\]"),
-        (0.5, r"0.5 at \['x'\]\[1\], which is no tensor"),
-        (None, r"None at \['x'\]\[1\], which is no tensor"),
+        (
+            torch.ones(2).to(torch.float8_e5m2),
+            r"a tensor of dtype torch.float8_e5m2 at .*; convert it to a floating dtype",
+        ),
+        (torch.eye(2).to_sparse(), r"a tensor of layout torch.sparse_coo at \['x'\]\[1\]; pass a dense one"),
+        (0.5, r"0.5 at \['x'\]\[1\], which is not a tensor"),
+        (None, r"None at \['x'\]\[1\], which is not a tensor"),
     ):
         with pytest.raises(TypeError, match=f"`tree` has {error}"):
             dl.parallel.all_reduce_mean({"x": [torch.ones(2), leaf]}, group)

@@ -219,9 +219,9 @@ def page(features: list[str]) -> str:
 INTRODUCTION = [
     "# What works together",
     "",
-    "`python -m tests.support.feature_matrix` has written this page. It tries every cell with all storage formats, for",
-    "one weight and for a stack. Optimizers and compiled steps are tried with few of them. The group has one",
-    "process. A cell that is no plain yes names the formats that are refused, and the note that says why.",
+    "`python -m tests.support.feature_matrix` generates this page. It tries every cell with all storage formats, for",
+    "one weight and for a stack, in a group of one process. Optimizers and compiled steps are tried with few formats.",
+    "A cell other than yes names what is refused, with the number of the note that gives the reason.",
     "",
 ]
 NOTES = ["## Notes", ""]

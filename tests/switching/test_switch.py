@@ -234,7 +234,7 @@ def test_weights_by_name_are_switched_by_their_own_plans():
     assert switch(params, {}).params == params  # the very tensors
 
 
-@pytest.mark.parametrize(("name", "kind"), [("norm", "Tensor"), ("v", "NoneType")])
+@pytest.mark.parametrize(("name", "kind"), [("norm", "a Tensor"), ("v", "not in `params`")])
 def test_a_plan_for_what_is_not_low_rank_is_refused(name, kind):
     params = {"q": low_rank(Shape(5, 6, 3)), "norm": normal(0, 6)}
     for function in (switch, candidates):

@@ -79,10 +79,11 @@ def test_the_bugs_that_the_kit_is_shown_with_are_found(capsys: pytest.CaptureFix
     exec((ROOT / "models" / "guides" / "testing_a_transform.py").read_text(), {})
     weight, state = capsys.readouterr().out.split("promised: ")[1:]
     assert re.match(
-        r"the weight is kept\nhappened: off by up to (.|\n)*Shape\(out_features=2, in_features=2, rank=2\)", weight
+        r"the weight does not change\nhappened: off by up to (.|\n)*Shape\(out_features=2, in_features=2, rank=2\)",
+        weight,
     )
     assert re.match(
-        r"the counterparts .* start afresh, and nothing else changes\n"
+        r"the state of the counterparts .* is reset, and nothing else changes\n"
         r"happened: \.inner\.mu\['w'\]\.[ba], slot 0 is the counterpart of a switched vector and has (.|\n)*rank=1",
         state,
     )

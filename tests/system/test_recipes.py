@@ -114,3 +114,8 @@ def test_an_ensemble_is_as_many_runs(seeds, lrs):
     assert any(
         isinstance(param, LowRank) for param in combine(tree_map(lambda leaf: leaf[0], trainable), frozen).values()
     )
+
+
+def test_relora_without_a_warm_up_starts_at_its_rate():
+    trained = [recipes.relora(model(), loss, BATCHES[:3], **SETTINGS, every=2, warmup=steps) for steps in (0, 1)]
+    assert_same(*trained)

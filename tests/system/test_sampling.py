@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,14 @@ class WithoutCache(nn.Module):
         return SimpleNamespace(logits=self.model(tokens).logits)
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, WithoutCache])
+class ReturnsNoCache(WithoutCache):
+    """Take a cache and return none, as an encoder with a head for generation."""
+
+    def forward(self, tokens: torch.Tensor, past_key_values: Any = None, use_cache: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.model(tokens).logits, past_key_values=None)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, WithoutCache, ReturnsNoCache])
 def test_a_model_of_transformers_is_continued_in_the_same_way(wrap):
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24, "initializer_range": 0.5}

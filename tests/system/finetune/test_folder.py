@@ -77,7 +77,7 @@ OPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no number of heads": (
         lambda options: options.pop("num_attention_heads"),
-        "`model` must hold a causal language model",
+        "`model` must contain a causal language model",
     ),
     "fewer layers": (
         lambda options: options.update(num_hidden_layers=1),
@@ -217,3 +217,14 @@ def test_a_tokenizer_of_more_tokens_than_the_model_embeds_is_refused(job: Job, g
     small.save_pretrained(tmp_path / "model")
     error = refusal(job, Given(tmp_path / "model", given.text), tmp_path / "run", tokenizer=given.model)
     assert "`tokenizer` must have at most as many tokens as the model embeds, 100, got 128" in error
+
+
+def test_a_model_that_could_not_be_written_at_the_end_is_refused_at_the_beginning(
+    job: Job, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("Fix these issues to save the configuration.")
+
+    monkeypatch.setattr(transformers.GenerationConfig, "save_pretrained", fail)
+    error = refusal(job, given, tmp_path / "run")
+    assert "`model` must be one that `save_pretrained` can write, got LlamaForCausalLM: ValueError: Fix these" in error

@@ -85,7 +85,7 @@ def test_a_damaged_model_is_named(job, given, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     outcome = job(*settings(given, tmp_path / "run", model=tmp_path / "model", tokenizer=given[0]))
     assert outcome.code == 2
-    assert "`model` must hold a causal language model" in outcome.err
+    assert "`model` must contain a causal language model" in outcome.err
 
 
 def test_what_is_trained_beside_factors_has_their_rate_unless_told():
@@ -115,7 +115,7 @@ def test_an_adapter_that_misses_something_says_what(job, given, tmp_path):
     line = next(line for line in outcome.out.splitlines() if line.startswith("adapter/ of rank 1"))
     adapted, trained = (float(number) for number in re.findall(r"\d\.\d{4}", line))
     assert adapted > trained
-    assert line.endswith("; a larger --adapter-rank misses less")
+    assert line.endswith("; a larger --adapter-rank is more accurate")
     assert trained == pytest.approx(
         json.loads((tmp_path / "run" / "summary.json").read_text())["validation_loss"], abs=1e-3
     )

@@ -37,7 +37,7 @@ def test_the_banner_says_what_will_be_trained(job: Job, tmp_path: Path):
 
 def test_a_run_that_switches_nothing_warns(job: Job, tmp_path: Path):
     outcome = job("--out", tmp_path / "run", "--steps", 2, "--method", "relora")
-    assert "warning: no vector is switched in all; a smaller --merge-every does" in " ".join(outcome.out.split())
+    assert "warning: 0 vectors are switched in all; use a smaller --merge-every" in " ".join(outcome.out.split())
 
 
 def test_lines_come_by_time_without_a_terminal(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_step_or_run_is_refused_and_the_older_one_used(j
     assert outcome.code == 0, outcome.err
     out_text = " ".join(outcome.out.split())
     assert "refused a checkpoint: " in out_text
-    assert "step-00000017: it is of step 5, and not of that in its name" in out_text
+    assert "step-00000017: it is of step 5, but its name has another step" in out_text
     assert "step-00000015: it has the setting seed 1 instead of 0" in out_text
     assert "continuing after step 10" in out_text
     assert (out / "model.safetensors").read_bytes() == before

@@ -22,7 +22,7 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
             "`candidates` must be 'seeded' with --shard-factors, got 'pool'; a pool stores vectors",
         ),
         ({"shard-factors": True}, "`shard_factors` must come with --shard, got it without; sharded factors need"),
-        ({"resume": True}, "`out` must hold a run to resume"),
+        ({"resume": True}, "`out` must contain a run to resume"),
         ({"rank": 99}, "use at least 1 and at most min(out, in) = 32"),
     ):
         outcomes = in_processes(2, job, arguments(text, out, **changed))

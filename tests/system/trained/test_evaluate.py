@@ -13,6 +13,7 @@ from models.evaluate.__main__ import main
 from models.pretrain.__main__ import main as pretrain
 from models.trained import open_trained
 from tests.support.command import outcome_of
+from tests.support.finetune import SIZES, save_given
 from tests.support.pretrain import SMALL
 
 
@@ -106,7 +107,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path):
     (tmp_path / "empty.txt").write_text("")
     for arguments, message in (
         ([run, "--text", tmp_path / "none"], "which does not exist"),
-        ([run, "--text", tmp_path / "empty.txt"], "`text` must hold some text"),
+        ([run, "--text", tmp_path / "empty.txt"], "`text` must contain some text"),
         ([run, "--text", tmp_path / "short.txt"], "`text` must have at least 2 tokens, got 1"),
         ([tmp_path, "--text", tmp_path / "short.txt"], "which has no config.json"),
         ([run / "model"], "`text` must be given for a model without the tokens of a run, got none"),
@@ -114,3 +115,12 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path):
         outcome = outcome_of(main, *arguments, "--device", "cpu")
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
         assert message in outcome.err
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=128, **SIZES))
+    given = save_given(model, tmp_path)
+    outcome = outcome_of(main, given.model, "--text", given.text, "--device", "cpu")
+    assert outcome.code == 2
+    assert "`model` must predict each token from those before it, got one whose logits change" in outcome.err

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from models.evaluate.__main__ import main as evaluate
 from models.generate.__main__ import main
 from tests.support.command import outcome_of
 from tests.support.pretrain import Outcome
@@ -175,3 +176,56 @@ def test_the_logits_of_a_checkpoint_are_those_of_the_model(run: Path):
     paths = (run, run / "checkpoints" / "step-00000020")
     final, restored = (open_trained(path, torch.device("cpu")).model for path in paths)
     assert all(torch.equal(a, b) for a, b in zip(final.parameters(), restored.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_a_run_on_another_device_is_read(run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model*"))
+    options = json.loads((run / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(options | {"device": "cuda:9"}))
+    arguments = ("--prompt", "3 times", "--tokens", 10, *GREEDY)
+    assert text_of(tmp_path / "run", *arguments) == text_of(run / "checkpoints" / "step-00000020", *arguments)
+
+
+def test_a_run_that_goes_on_with_more_steps_means_its_newest_checkpoint(run: Path, lines: Path, tmp_path: Path):
+    from models.pretrain.__main__ import main as pretrain  # noqa: PLC0415
+    from tests.support.pretrain import SMALL  # noqa: PLC0415
+
+    longer = tmp_path / "run"
+    shutil.copytree(run, longer)
+    options = ["--text", lines, "--out", longer, "--resume", "--steps", 22, "--save-every", 1, "--lr", 0.05]
+    outcome = outcome_of(pretrain, *SMALL, *options)
+    assert outcome.code == 2  # another rate
+    outcome = outcome_of(pretrain, *SMALL, *options[:-2])
+    assert outcome.code == 0, outcome.err
+    arguments = ("--prompt", "3 times", "--tokens", 20, *GREEDY)
+    ended = text_of(longer, *arguments)
+    assert ended == text_of(longer / "checkpoints" / "step-00000022", *arguments)
+    shutil.rmtree(longer / "checkpoints" / "step-00000022")  # as if it had been killed before
+    for name in ("summary.json", "model.safetensors"):
+        shutil.copy(run / name, longer / name)
+    wanted = text_of(longer / "checkpoints" / "step-00000021", *arguments)
+    assert text_of(longer, *arguments) == wanted
+    assert wanted != text_of(run, *arguments) or wanted == ended
+
+
+def test_a_token_that_the_model_does_not_embed_is_named(run: Path, lines: Path, tmp_path: Path):
+    shutil.copytree(run / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["times"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert generate(tmp_path / "model", "--prompt", "3", "--tokens", 1).code == 0
+    message = "`run` must embed the tokens of its tokenizer, got the token 256 for a model that embeds 256; "
+    for outcome in (
+        generate(tmp_path / "model", "--prompt", "3 times"),
+        outcome_of(evaluate, tmp_path / "model", "--text", lines, "--device", "cpu"),
+    ):
+        assert outcome.code == 2
+        assert message in outcome.err
+        assert outcome.err.count("\n") == 1
+
+
+def test_options_that_are_nested_too_deep_are_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    outcome = generate(tmp_path)
+    assert outcome.code == 2
+    assert "`run` has no valid JSON in" in outcome.err
