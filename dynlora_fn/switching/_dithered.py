@@ -48,8 +48,8 @@ class Dithered:
         for name, table in self.switched.items():
             if (not isinstance(step, Tensor) or can_read(step)) and step >= len(table) - 1:
                 raise ValueError(
-                    f"`step` is {int(step)}, but the schedule was dithered for {len(table) - 1} steps, counted from 0; use"
-                    " a smaller one, or dither the schedule for more"
+                    f"`step` is {int(step)}, but the schedule was dithered for {len(table) - 1} steps, counted from 0;"
+                    " use a smaller one, or dither the schedule for more"
                 )
             if not isinstance(params.get(name), LowRank):
                 raise ValueError(f"`params` has no low-rank {name!r}, for which the schedule was dithered; pass it")
