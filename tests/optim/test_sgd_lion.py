@@ -73,7 +73,7 @@ def test_an_infinite_parameter_stays_without_a_gradient(optimizer):
 )
 def test_a_sparse_gradient_moves_as_the_dense_one(optimizer):
     trainable = {"table": normal(0, 5, 3), "head": normal(1, 5, 3)}
-    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2, 2]]), normal(2, 3, 3), (5, 3))
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2, 2]]), normal(2, 3, 3), (5, 3), check_invariants=True)
     state = optimizer.init(trainable)
     got = optimizer.update({"table": sparse, "head": normal(3, 5, 3)}, state, trainable, lr=0.1)
     wanted = optimizer.update({"table": sparse.to_dense(), "head": normal(3, 5, 3)}, state, trainable, lr=0.1)
