@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynlora_fn._core._dtypes import cast
+from dynlora_fn._core._torch import can_read
+
 
 def described(value: Any) -> str:
     """Return a short description of a value for an error message."""
@@ -100,8 +103,8 @@ def _interval(least: float | None, above: float | None, most: float | None, belo
     return f"a number in {start}{end}, {below})" if most is None else f"a number in {start}{end}, {most}]"
 
 
-def check_rate(name: str, value: Any, *, most: float | None = None, of: str | None = None) -> None:
-    """Check a rate: a number of at least 0, or a 0-d tensor.
+def check_rate(name: str, value: Any, *, most: float | None = None, of: str | None = None) -> float | Tensor:
+    """Return a rate, as `plain_rate`: a number of at least 0, or a 0-d tensor.
 
     The value of a tensor is not read. A rate that changes between the calls of a compiled step must be a tensor.
 
@@ -110,18 +113,28 @@ def check_rate(name: str, value: Any, *, most: float | None = None, of: str | No
         ValueError: If a number is outside the interval, or a tensor is not 0-d.
     """
     if not isinstance(value, Tensor):
-        check_number(name, value, least=0, most=most, of=of)
-        return
+        return check_number(name, value, least=0, most=most, of=of)
     if value.ndim:
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}{_of(of)}; use a number or a 0-d tensor")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"`{name}` is {described(value)}{_of(of)}; use a real number or a 0-d tensor of one")
+    return plain_rate(value)
+
+
+def plain_rate(rate: Any) -> float | Tensor:
+    """Return a rate as a Python number or a floating tensor.
+
+    An unsigned integer could not be negated, and no tensor can be multiplied by a fraction.
+    """
+    if isinstance(rate, Tensor):
+        return rate if rate.is_floating_point() else rate.to(torch.float32)
+    return rate if isinstance(rate, int | float) else float(rate)
 
 
 def check_step(name: str, step: Any) -> int | Tensor:
-    """Check a step and return it: an integer of at least 0, or a 0-d integer tensor.
+    """Check a step and return it: an integer of at least 0, or a 0-d int64 tensor.
 
-    The value of a tensor is not read.
+    A tensor of another integer dtype is converted. Its value is read where the host need not wait for it.
 
     Raises:
         TypeError: If the step is not an integer.
@@ -133,7 +146,9 @@ def check_step(name: str, step: Any) -> int | Tensor:
         raise ValueError(f"`{name}` has shape {tuple(step.shape)}; use an integer or a 0-d int64 tensor")
     if step.is_floating_point() or step.is_complex() or step.dtype == torch.bool:
         raise TypeError(f"`{name}` is {described(step)}; use an integer or a 0-d int64 tensor")
-    return step
+    if can_read(step):
+        check_integer(name, step.item(), least=0)
+    return cast(step, torch.int64)  # a narrow integer would overflow in products
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = False) -> None:

@@ -198,14 +198,19 @@ def _check_axes(pattern: str, param: Param) -> None:
     if _first_axis(pattern) is None:
         return
     axes = param.seed.ndim if isinstance(param, LowRank) else len(param.shape)
-    name, count = pattern, 0
-    while axis := _first_axis(name):
-        name, count = f"{axis[0]}{axis[1]}{axis[2]}", count + 1
-    if count > axes:
+    if (count := count_axes(pattern)) > axes:
         raise ValueError(
             f"`params` has {pattern!r} of shape {tuple(param.shape)}, with {axes} leading axes for {count} stars or "
             "ranges in the name; rename it, or stack its members"
         )
+
+
+def count_axes(name: str) -> int:
+    """Return the number of stack axes that a name has."""
+    count = 0
+    while axis := _first_axis(name):
+        name, count = f"{axis[0]}{axis[1]}{axis[2]}", count + 1
+    return count
 
 
 def _members(pattern: str, param: Param) -> Iterator[tuple[str, Param]]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._torch import register_constant
 from dynlora_fn._core._types import Factors, Sharding
 from dynlora_fn.bases._base import PendingFold, StoredBase, as_base
@@ -50,7 +51,9 @@ class Deferred(NamedTuple):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        return torch.float32  # pending vectors have the dtype of the factors
+        return widest(
+            as_base(self.base).sum_dtype
+        )  # float32 at least, because pending vectors are not of the base's dtype
 
     @property
     def sharding(self) -> Sharding | None:

@@ -13,7 +13,8 @@ FLOOR has 11.4 % and RCEIL 11.9 %. Both types are prototypes in torchao. They ar
 so nothing else fails if torchao moves them. An existing tensor is recognized by the name of its type.
 """
 
-from functools import lru_cache
+from itertools import pairwise
+from math import frexp
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from dynlora_fn.bases._refusals import refuse
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
+_MIDDLES = [(low + high) / 2 for low, high in pairwise(_MAGNITUDES)]
+# The largest value rounded to each magnitude, except for the last. It is the middle of two magnitudes, or the float32
+# just below if the next code is even.
+_LIMITS = [middle - index % 2 * 2.0 ** (frexp(middle)[1] - 24) for index, middle in enumerate(_MIDDLES)]
 
 
 def empty_packed(kind: str, name: str, weight: Tensor, block: int) -> Tensor:
@@ -47,7 +52,8 @@ def pack(units: Tensor) -> Tensor:
 
     Ties are rounded to the even code. Magnitudes above 6 become 6.
     """
-    codes = torch.bucketize(units.abs(), _limits().to(units.device)).to(torch.uint8)
+    limits = torch.tensor(_LIMITS, dtype=torch.float32, device=units.device)
+    codes = torch.bucketize(units.abs(), limits).to(torch.uint8)
     codes |= torch.signbit(units).to(torch.uint8) << 3
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
@@ -61,18 +67,6 @@ def unpack(codes: Tensor, factors: Tensor) -> Tensor:
     units = torch.tensor(_VALUES, dtype=torch.float32, device=indices.device)[indices.int()]
     values = units.reshape(*factors.shape, -1).mul_(factors[..., None])
     return values.reshape(unpacked_shape(codes))
-
-
-@lru_cache(maxsize=1)
-def _limits() -> Tensor:
-    """Return the largest float32 that rounds to each magnitude but the last.
-
-    It is the midpoint to the next magnitude. If the next code is even, the midpoint rounds up, so it is the float just
-    below the midpoint.
-    """
-    values = torch.tensor(_MAGNITUDES, dtype=torch.float32)
-    middle = (values[:-1] + values[1:]) / 2
-    return torch.where(torch.arange(len(middle)) % 2 == 0, middle, torch.nextafter(middle, torch.tensor(0.0)))
 
 
 def prototypes() -> tuple[Any, Any, Any]:

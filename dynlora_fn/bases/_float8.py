@@ -35,7 +35,7 @@ class Float8Codes(NamedTuple):
 
     @property
     def half_step(self) -> float:
-        return 2**-4
+        return 2**-4 if self.codes.dtype == torch.float8_e4m3fn else 2**-3
 
     @property
     def is_tied(self) -> bool:

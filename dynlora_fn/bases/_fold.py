@@ -43,7 +43,7 @@ def fold(
     """
     if dtype is None:
         dtype = base.dtype if out is None else out.dtype
-    wide = widest(base.dtype, left.dtype, dtype)
+    wide = widest(base.dtype, left.dtype, right.dtype, dtype)
     left, right = left.to(wide) / divisor, right.to(wide)
     if base.is_cpu and left.shape[-1] and _is_of_shape(base, left, right) and are_immediate([base, left, right]):
         result = base.new_empty(base.shape, dtype=dtype) if out is None else out

@@ -5,7 +5,9 @@ The format is from arXiv:2305.14314.
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from math import gcd
+from struct import pack, unpack
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +101,8 @@ class NF4Codes(NamedTuple):
         # The factor is infinite if all blocks that share it have one scale. The products are then NaN, and become 0.
         scales = (differences * factor[:, None]).nan_to_num_(0).round_().clamp_(-128, 127)
         units = blocks / torch.where(largest > 0, largest, 1)[:, None]
-        pairs = torch.bucketize(units, _limits().to(units.device)).to(torch.uint8).reshape(-1, 2)
+        limits = torch.tensor(_limits(), dtype=torch.float32, device=units.device)
+        pairs = torch.bucketize(units, limits).to(torch.uint8).reshape(-1, 2)
         codes, dtype = (pairs[:, 0] << 4) | pairs[:, 1], self.mean.dtype
         scales = scales.flatten().to(torch.int8)
         return NF4Codes(codes.reshape(self.codes.shape), scales, factor.to(dtype), mean.to(dtype))
@@ -172,20 +175,42 @@ class NF4Codes(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _limits() -> Tensor:
+def _limits() -> list[float]:
     """Return the largest float32 that rounds to each value but the last.
 
     A tie goes to the smaller value. The limit can differ from the midpoint of two values by some floats, because the
-    distances to both are rounded before they are compared.
+    distances to both are rounded before they are compared. It is computed in Python, because a cached tensor could
+    belong to another device or to a trace.
     """
-    values = torch.tensor(VALUES, dtype=torch.float32)
-    below, above = values[:-1], values[1:]
-    limits = (below + above) / 2
-    infinity = torch.tensor(torch.inf)
-    for _ in range(4):
-        further = torch.nextafter(limits, infinity)
-        limits = torch.where((further - below).abs() <= (further - above).abs(), further, limits)
-    for _ in range(8):
-        is_too_far = (limits - below).abs() > (limits - above).abs()
-        limits = torch.where(is_too_far, torch.nextafter(limits, -infinity), limits)
-    return limits
+    values = [_rounded(value) for value in VALUES]
+    return [_limit(below, above) for below, above in pairwise(values)]
+
+
+def _limit(below: float, above: float) -> float:
+    """Return the largest float32 that is not further from `below` than from `above`.
+
+    Distances are rounded to float32.
+    """
+
+    def is_nearest_to_below(value: float) -> bool:
+        return _rounded(value - below) <= _rounded(above - value)
+
+    limit = _rounded((below + above) / 2)
+    while is_nearest_to_below(_next(limit, 1)):
+        limit = _next(limit, 1)
+    while not is_nearest_to_below(limit):
+        limit = _next(limit, -1)
+    return limit
+
+
+def _rounded(value: float) -> float:
+    """Round a number to float32."""
+    rounded: float = unpack("f", pack("f", value))[0]
+    return rounded
+
+
+def _next(value: float, direction: int) -> float:
+    """Return the float32 next to one that is not zero, up or down."""
+    (bits,) = unpack("i", pack("f", value))
+    following: float = unpack("f", pack("i", bits + (direction if value > 0 else -direction)))[0]
+    return following

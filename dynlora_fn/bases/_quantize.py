@@ -188,7 +188,8 @@ def drift(params: LowRank | Params, exact: Any = None) -> Float[Tensor, ""] | di
             its residual. The result is NaN if the base has no residual, because the exact weight is then unknown.
 
     Returns:
-        A 0-d float32 tensor, or a dict of them with the name of each low-rank weight.
+        A 0-d float32 tensor, or a dict of them with the name of each low-rank weight. The error of a
+        weight of zeros is 0 if nothing is missing.
 
     Raises:
         TypeError: If `exact` is not a tensor of a floating dtype.
@@ -234,7 +235,7 @@ def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
     joined = with_pending(param)
     base, (b, a) = as_base(joined.base).gather(), whole_factors(joined)
     if exact is None and residual_codes(as_base(base).residual) is None:
-        return torch.full((), torch.nan, device=b.device)
+        return torch.full((), torch.nan, dtype=torch.float32, device=b.device)
     stack, wide = param.shape[:-2].numel(), widest(b.dtype)
     b, a = b.reshape(stack, *b.shape[-2:]), a.reshape(stack, *a.shape[-2:])
     targets = [None] * stack if exact is None else exact.reshape(stack, *exact.shape[-2:])
@@ -249,5 +250,5 @@ def _drift(name: str, param: LowRank, exact: Tensor | None) -> Tensor:
             error = target - weight
         squares.append(torch.stack([error.square().sum(), target.square().sum()]))
     error_square, exact_square = torch.stack(squares).sum(0)
-    relative: Tensor = (error_square / exact_square).sqrt()
+    relative: Tensor = torch.where(error_square == 0, 0, error_square / exact_square).sqrt()
     return relative.float()

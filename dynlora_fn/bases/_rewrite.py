@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._dtypes import widest, without_autocast
-from dynlora_fn._core._torch import call_below_autograd, is_recorded, tree_leaves
+from dynlora_fn._core._torch import FakeTensor, call_below_autograd, is_recorded, tree_leaves
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import codes_from_tensors
 from dynlora_fn.bases._ops import LIBRARY, all_leading, leading
@@ -41,15 +41,17 @@ def decode_exact(codes: Format, residual: Residual, dtype: torch.dtype) -> Tenso
 def _can_read(tensor: Tensor) -> bool:
     """Return whether the host can read the values of a tensor.
 
-    It cannot on the meta device, and not while a CUDA graph is captured.
+    It cannot on the meta device, for fake tensors, and not while a CUDA graph is captured.
     """
-    return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+    is_empty = tensor.is_meta or isinstance(tensor, FakeTensor)
+    return not (is_empty or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Raise ValueError if a weight is not finite.
 
-    The check waits for the device. On the meta device, and while a CUDA graph is captured, nothing is checked.
+    The check waits for the device. On the meta device, for fake tensors, and while a CUDA graph is captured, nothing is
+    checked.
     """
     if not _can_read(weight):
         return
@@ -71,7 +73,7 @@ def _fold_codes(
 
     def fold(codes: Format, residual: Residual, left: Tensor, right: Tensor) -> list[Tensor]:
         is_changed = ((left != 0) & (right != 0).any(-1)).any(-1, keepdim=True)  # (out, 1)
-        wide = widest(left.dtype)
+        wide = widest(left.dtype, right.dtype)
         return _encode_again(
             codes,
             residual,

@@ -14,7 +14,7 @@ from dynlora_fn._core._check_trees import check_one_or_more
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._stacking import unstack
 from dynlora_fn._core._tree import tensor_of, whole_factors
-from dynlora_fn._core._types import LowRank, Params
+from dynlora_fn._core._types import FrozenTensor, LowRank, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import FORMATS, codes_from_tensors
@@ -147,7 +147,7 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
         >>> type(model.weight).__name__
         'Int8Tensor'
     """
-    if not hasattr(params, "to_torchao"):
+    if not hasattr(params, "pending_folds"):  # no base
         check_one_or_more("params", params, or_tensor=True)
     if isinstance(params, Mapping):
         return {
@@ -158,4 +158,4 @@ def to_torchao(params: LowRank | Quantized | Params) -> Tensor | dict[str, Tenso
         joined = with_pending(params, widest(params.factors.b.dtype))
         base, (b, a) = as_base(as_base(joined.base).gather()), whole_factors(joined)
         params = base.fold(b, a, divisor=joined.divisor, name="params")
-    return as_base(params).to_torchao()
+    return as_base(params.tensor if isinstance(params, FrozenTensor) else params).to_torchao()

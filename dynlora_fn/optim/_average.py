@@ -9,6 +9,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_rate
 from dynlora_fn._core._check_trees import check_alpha, check_one_or_more
 from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import FrozenTensor, LowRank, OneSidedFactors, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._fold import fold
@@ -76,7 +77,7 @@ def average(averaged: Param | Params, params: Param | Params, *, decay: Rate) ->
         >>> torch.allclose(materialize(averaged)["w"], torch.full((6, 4), 0.25), atol=1e-6)
         True
     """
-    check_rate("decay", decay, most=1)
+    decay = check_rate("decay", decay, most=1)
     check_one_or_more("averaged", averaged, or_tensor=True)
     check_one_or_more("params", params, or_tensor=True)
     if not isinstance(averaged, Mapping):
@@ -106,7 +107,7 @@ def _average(name: str, averaged: Param, param: Param, decay: Rate) -> Param:
 def _average_factors(name: str, averaged: LowRank, param: LowRank, decay: Rate) -> LowRank:
     old, new_factors = averaged.factors, param.factors
     old_base, new_base = as_base(averaged.base), as_base(param.base)
-    wide = widest(old.b.dtype, new_factors.b.dtype, old_base.sum_dtype, new_base.sum_dtype)
+    wide = widest(*(side.dtype for side in (*old[:2], *new_factors[:2])), old_base.sum_dtype, new_base.sum_dtype)
     share = _share(decay, wide)
     if isinstance(old, OneSidedFactors):
         return _average_one_side(name, averaged, param, decay, wide)
@@ -132,7 +133,7 @@ def _dense(param: LowRank) -> Tensor:
     """Return the exact dense weight, including the residual of its base."""
     b, a = param.factors.b, param.factors.a
     base = as_base(param.base)
-    return fold(base.exact(widest(b.dtype, base.sum_dtype)), b, a, divisor=param.divisor)
+    return fold(base.exact(widest(b.dtype, a.dtype, base.sum_dtype)), b, a, divisor=param.divisor)
 
 
 def _moved(old: Tensor, new: Tensor, decay: Rate) -> Tensor:
@@ -143,8 +144,11 @@ def _moved(old: Tensor, new: Tensor, decay: Rate) -> Tensor:
 
 
 def _share(decay: Rate, dtype: torch.dtype) -> Rate:
-    """Return ``1 - decay``, the weight of the new parameters in the average."""
-    return 1 - decay.to(dtype) if isinstance(decay, Tensor) else 1 - decay
+    """Return ``1 - decay``, the weight of the new parameters in the average.
+
+    It is small, so it is rounded after the subtraction.
+    """
+    return (1 - decay.to(widest(decay.dtype, dtype))).to(dtype) if isinstance(decay, Tensor) else 1 - decay
 
 
 def _check(name: str, averaged: Param, param: Param) -> None:
@@ -153,8 +157,11 @@ def _check(name: str, averaged: Param, param: Param) -> None:
             f"`averaged` has shape {tuple(averaged.shape)} for {name!r}, but `params` has {tuple(param.shape)};"
             " pass an average that started as a copy of the parameters of the run"
         )
-    if isinstance(averaged, Tensor) and isinstance(param, Tensor) and averaged.device != param.device:
-        raise ValueError(f"`averaged` has {name!r} on {averaged.device}, but `params` on {param.device}; move one")
+    devices = [
+        value.factors.b.device if isinstance(value, LowRank) else tensor_of(value).device for value in (averaged, param)
+    ]
+    if devices[0] != devices[1] and not isinstance(param, FrozenTensor):
+        raise ValueError(f"`averaged` has {name!r} on {devices[0]}, but `params` on {devices[1]}; move one of them")
     for argument, value in (("averaged", averaged), ("params", param)):
         if isinstance(value, LowRank) and value.factor_sharding:
             raise ValueError(f"`{argument}` has sharded factors for {name!r}; call `unshard` first")

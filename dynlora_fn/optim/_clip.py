@@ -56,7 +56,7 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
         >>> clipped.norm, clipped.grads["w"]
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    _check_arguments(grads, max_norm)
+    max_norm = _checked_norm(grads, max_norm)
     nodes = tree_leaves(dict(grads), is_leaf=lambda node: isinstance(node, ShardedFactors))
     sharded = [node for node in nodes if isinstance(node, ShardedFactors)]
     tensors = [node for node in nodes if not isinstance(node, ShardedFactors)]
@@ -72,17 +72,16 @@ def clip_by_global_norm(grads: Trainable, max_norm: float) -> Clipped:
     return Clipped(tree_map(lambda grad: grad * scale.to(grad.dtype), dict(grads)), norm)
 
 
-def _check_arguments(grads: Any, max_norm: Any) -> None:
+def _checked_norm(grads: Any, max_norm: Any) -> Any:
+    """Return the largest norm, and raise if it is none or a leaf is no gradient."""
     check_by_name("grads", grads, of="gradients")
+    if not all(map(_is_gradient, tree_leaves(dict(grads)))):
+        for path, leaf in tree_flatten_with_path(dict(grads))[0]:
+            if not _is_gradient(leaf):
+                raise TypeError(f"`grads` has {described(leaf)} at {keystr(path)}; use tensors of a floating dtype")
     if isinstance(max_norm, Tensor):
-        check_rate("max_norm", max_norm)
-    else:
-        check_number("max_norm", max_norm, least=0, finite=False)
-    if all(map(_is_gradient, tree_leaves(dict(grads)))):
-        return
-    for path, leaf in tree_flatten_with_path(dict(grads))[0]:
-        if not _is_gradient(leaf):
-            raise TypeError(f"`grads` has {described(leaf)} at {keystr(path)}; use tensors of a floating dtype")
+        return check_rate("max_norm", max_norm)
+    return check_number("max_norm", max_norm, least=0, finite=False)
 
 
 def _is_gradient(leaf: Any) -> bool:
@@ -93,7 +92,7 @@ def _is_gradient(leaf: Any) -> bool:
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _squares(grads: list[Tensor]) -> list[Tensor]:
     """Return the squared norms of gradients."""
-    real = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    real = [torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
     return [grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() for grad in real]
 
 

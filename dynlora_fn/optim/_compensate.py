@@ -76,9 +76,11 @@ def _project_gradient(name: str, grad: Tensor, param: Param) -> AnyFactors | Ten
     b, a = factors.b, factors.a
     wide = widest(grad.dtype, b.dtype, a.dtype)
     grad = grad.to(wide)
-    if isinstance(factors, OneSidedFactors):
-        return factors._replace(b=(grad @ a.to(wide).mT / divisor).to(b.dtype), a=())
-    grad_b, grad_a = grad @ a.to(wide).mT / divisor, b.to(wide).mT @ grad / divisor
+    with without_autocast(grad.device.type):
+        grad_b = grad @ a.to(wide).mT / divisor
+        if isinstance(factors, OneSidedFactors):
+            return factors._replace(b=grad_b.to(b.dtype), a=())
+        grad_a = b.to(wide).mT @ grad / divisor
     return factors._replace(b=grad_b.to(b.dtype), a=grad_a.to(a.dtype))
 
 

@@ -37,7 +37,8 @@ def in_real_numbers(inner: Transform) -> Transform:
 
 
 def _as_real(tree: Mapping[str, Any]) -> Tree:
-    return {name: torch.view_as_real(leaf) if _is_complex(leaf) else leaf for name, leaf in tree.items()}
+    # A gradient may be a conjugate that torch has not computed yet, which has no real view.
+    return {name: torch.view_as_real(leaf.resolve_conj()) if _is_complex(leaf) else leaf for name, leaf in tree.items()}
 
 
 def _is_complex(leaf: Any) -> bool:

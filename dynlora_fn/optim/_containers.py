@@ -65,6 +65,17 @@ def _rebuild_mapping(node: MutableMapping[Any, Any], entries: dict[Any, Any]) ->
     return new
 
 
+def hidden_attributes(node: Any) -> dict[str, Any]:
+    """Return the attributes of a container that are none of its children.
+
+    A subclass of dict may have them, and a dataclass that sets more than its fields.
+    """
+    attributes = dict(getattr(node, "__dict__", {}))
+    if is_dataclass(node):
+        return {name: value for name, value in attributes.items() if name not in {field.name for field in fields(node)}}
+    return attributes if isinstance(node, dict | tuple | list | deque) else {}
+
+
 def contains_tensors(node: Any) -> bool:
     """Return whether tensors can be reached through attributes and containers."""
     queue, visited = [node], set()

@@ -87,7 +87,7 @@ def _decay(name: str, param: Param, rate: Rate) -> Param:
 
 def _remainder(name: str, rate: Rate, device: torch.device, dtype: torch.dtype) -> Rate:
     """Return ``1 - rate``. A tensor is moved to the device and dtype."""
-    check_rate("rate", rate, most=1, of=name)
+    rate = check_rate("rate", rate, most=1, of=name)
     if not isinstance(rate, Tensor):
         return 1 - rate
     return 1 - rate.to(device, dtype)

@@ -41,7 +41,8 @@ _Moment = SignedMoment | UnsignedMoment
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _values(is_signed: bool) -> tuple[float, ...]:
     """Return the values of the 256 codes, before they are multiplied by a scale."""
-    return tuple(_torchao.get_qmap_signed() if is_signed else _torchao.get_qmap_unsigned())
+    with torch.device("cpu"):  # torchao computes them with tensors
+        return tuple(_torchao.get_qmap_signed() if is_signed else _torchao.get_qmap_unsigned())
 
 
 def _table(moment: _Moment) -> Tensor:
@@ -70,7 +71,7 @@ def _empty_moment(leaf: Tensor, kind: type[_Moment], *, is_even: bool = True) ->
         return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
     zero = _values(kind is SignedMoment).index(0)
     codes = torch.full_like(leaf, zero, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    return kind(codes, torch.zeros(leaf.numel() // _BLOCK, device=leaf.device))
+    return kind(codes, torch.zeros(leaf.numel() // _BLOCK, dtype=torch.float32, device=leaf.device))
 
 
 def decode_moments(tree: Any) -> Any:

@@ -106,8 +106,8 @@ def inverse_triangle(gram: Float[Tensor, "*stack n n"]) -> tuple[Tensor, Tensor]
 
 def _limit(grams: Grams, norms: Float[Tensor, "2 *stack 1 1"], rate: Rate) -> Float[Tensor, "2 *stack 1 1"]:
     """Return the factors of at most 1 that limit the norms of the updates."""
-    max_norm = _MAX_RELATIVE_STEP * square_root(trace(grams.factors)).sum(0) / rate
-    factor: Tensor = max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    max_norm = _MAX_RELATIVE_STEP * square_root(trace(grams.factors)).sum(0)
+    factor: Tensor = max_norm / (rate * norms).clamp(min=torch.finfo(norms.dtype).tiny)
     return factor.clamp(max=1)
 
 

@@ -12,7 +12,7 @@ from dynlora_fn._core._types import AnyFactors, Factors, OneSidedFactors, Traina
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.optim._roles import register_state
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_transform, check_update
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_transform, check_update, check_updates
 
 
 class FreezeState(NamedTuple):
@@ -78,6 +78,7 @@ def freeze_counterparts(inner: Transform) -> Transform:
         frozen_for = opt_state.frozen_for
         moving = _names_that_move(frozen_for)
         updates, inner_state = inner.update(zero_frozen(grads, frozen_for, moving), opt_state.inner, trainable, lr=lr)
+        check_updates("inner.update", updates, trainable)
         counting = {name: counts for name, counts in frozen_for.items() if name not in moving}
         new_state = FreezeState(inner_state, {**frozen_for, **_count_down(counting)})
         return Updates(zero_frozen(updates, frozen_for, moving), new_state)

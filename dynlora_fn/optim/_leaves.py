@@ -160,5 +160,5 @@ def _operand(other: Any, tensors: Sequence[Tensor]) -> Any:
     dtype = tensors[0].dtype
     is_exact = dtype.is_floating_point == isinstance(other, float) and dtype.itemsize > 2  # half precision rounds it
     if isinstance(other, int | float) and is_exact and tensors[0].is_cpu:
-        return torch.tensor(other, dtype=dtype)  # otherwise torch creates it again for each tensor of the list
+        return torch.tensor(other, dtype=dtype, device="cpu")  # once, and not for each tensor of the list
     return other

@@ -8,7 +8,7 @@ from torch import Tensor
 from dynlora_fn._core._check import check_by_name, check_callable, described
 from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._types import AnyFactors, Trainable
-from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_transform, check_update
+from dynlora_fn.optim._transform import Rate, Transform, Tree, Updates, check_transform, check_update, check_updates
 
 
 def multi_transform(
@@ -55,7 +55,7 @@ def multi_transform(
         groups: dict[str, dict[str, AnyFactors | Tensor]] = {key: {} for key in transforms}
         for name, leaf in trainable.items():
             key = choose(name, leaf)
-            if key not in groups:
+            if not isinstance(key, str) or key not in groups:
                 raise ValueError(f"`choose` returned {key!r} for {name!r}; return one of {', '.join(transforms)}")
             groups[key][name] = leaf
         return groups
@@ -75,6 +75,7 @@ def multi_transform(
             group_grads = {name: grads[name] for name in group}
             group_lr = {name: lr[name] for name in group} if isinstance(lr, Mapping) else lr
             group_updates, new[key] = transforms[key].update(group_grads, opt_state[key], group, lr=group_lr)
+            check_updates(f"transforms[{key!r}].update", group_updates, group)
             updates |= group_updates
         return Updates({name: updates[name] for name in trainable}, new)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_choice, check_flag, check_integer, check_number
-from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._dtypes import widest, without_autocast
+from dynlora_fn._core._stacking import count_axes
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn._core._types import OneSidedFactors, Trainable
+from dynlora_fn._core._types import AnyFactors, OneSidedFactors, Trainable
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._coupled_steps import coupled_steps
 from dynlora_fn.optim._eight_bit import SignedMoment, decode_moments, empty_moments, encode_moments
@@ -107,8 +108,8 @@ def muon(
     Raises:
         TypeError: If a setting has a wrong type.
         ValueError: If a setting is out of range. In `init` and `update`, if `weight_decay` is not 0 and `trainable` has
-            factors. In `update`, if a full-rank tensor has fewer than two axes or is complex, or `grads` does not have
-            the names and shapes of `trainable`.
+            factors. In `update`, if a full-rank tensor is complex or has fewer than two axes, those of a stack not
+            counted, or `grads` does not have the names and shapes of `trainable`.
         NotImplementedError: In `update`, if a moment that is stored in 8 bits requires a gradient or has a tangent.
 
     Numerics: Updates are in float32, or in the parameter's dtype if that is wider, and read the moment before it is
@@ -159,7 +160,7 @@ def muon(
         dtype = widest(param.dtype)
         grad = grad.to(dtype)
         mu = momentum * mu.to(dtype) + grad
-        return mu, grad + momentum * mu if nesterov else mu
+        return mu, momentum * mu + grad if nesterov else mu  # in this order, `grad` may be sparse
 
     def stored(mu: Tree, like: Tree) -> Tree:
         """Return moments by name in the format of `moments`."""
@@ -167,23 +168,23 @@ def muon(
             return {name: encode_moments(leaf, like[name], name) for name, leaf in mu.items()}
         return _in_bfloat16(mu) if moments == "bfloat16" else mu
 
+    def step(name: str, leaf: AnyFactors | Tensor, direction: Any, rate: Rate) -> Any:
+        if isinstance(leaf, Tensor):
+            change = _matrix_direction(name, direction, table)
+            return -rate * (change + weight_decay * leaf.to(change.dtype) if weight_decay else change)
+        if isinstance(leaf, OneSidedFactors):
+            one_sided = one_sided_direction(direction, leaf, table)
+            return one_sided._replace(b=-rate * one_sided.b)
+        return factor_updates(direction, leaf, rate, find_steps, is_coupled=coupled > 0)
+
     def update(
         grads: Trainable, opt_state: MomentumState, trainable: Trainable, *, lr: Rate | Mapping[str, Rate]
     ) -> Updates:
         refuse_decay_of_factors(weight_decay, trainable)
         check_state(opt_state, MomentumState, trainable, eight_bit=moments == "8bit")
         mu, directions = next_mu(decode_moments(opt_state.mu), grads, trainable)
-        updates: Tree = {}
-        for name, leaf in trainable.items():
-            rate, direction = rate_of(lr, name), directions[name]
-            if isinstance(leaf, Tensor):
-                step = _matrix_direction(name, direction, table)
-                updates[name] = -rate * (step + weight_decay * leaf.to(step.dtype))
-            elif isinstance(leaf, OneSidedFactors):
-                one_sided = one_sided_direction(direction, leaf, table)
-                updates[name] = one_sided._replace(b=-rate * one_sided.b)
-            else:
-                updates[name] = factor_updates(direction, leaf, rate, find_steps, is_coupled=coupled > 0)
+        with without_autocast(_device_type(trainable)):
+            updates = {name: step(name, leaf, directions[name], rate_of(lr, name)) for name, leaf in trainable.items()}
         return Updates(updates, MomentumState(stored(mu, opt_state.mu)))
 
     return freeze_counterparts(Transform(init, update))
@@ -195,8 +196,14 @@ def _in_bfloat16(tree: Tree) -> Tree:
     return result
 
 
+def _device_type(trainable: Trainable) -> str:
+    """Return the type of the device of the first parameter."""
+    devices = [leaf.device if isinstance(leaf, Tensor) else leaf.b.device for leaf in trainable.values()]
+    return devices[0].type if devices else "cpu"
+
+
 def _matrix_direction(name: str, direction: Tensor, table: Table) -> Tensor:
-    if direction.ndim < 2 or direction.is_complex():
+    if direction.ndim - count_axes(name) < 2 or direction.is_complex():
         raise ValueError(
             f"`trainable` has {name!r} of shape {tuple(direction.shape)} and {direction.dtype}, which muon cannot "
             "orthogonalize; train it with another optimizer through `multi_transform`"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_integer, check_number
 from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._stacking import count_axes
 from dynlora_fn._core._types import Trainable
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._freeze import freeze_counterparts
@@ -79,9 +80,10 @@ def normalized_sgd(*, axis: Literal[-1, -2] = -1, momentum: float = 0.0, weight_
         mu = _next_mu(momentum, opt_state.mu, gradients) if momentum else {}
         updates: Tree = {}
         for name, matrix in matrices.items():
-            direction = mu[name] if momentum else gradients[name].to(widest(matrix.dtype))
+            direction = mu[name] if momentum else gradients[name].to_dense().to(widest(matrix.dtype))
             step = divide_by_norm(direction, dim=along) * sqrt(matrix.shape[along])
-            updates[name] = -rate_of(lr, name) * (step + weight_decay * matrix.to(step.dtype))
+            step = step + weight_decay * matrix.to(step.dtype) if weight_decay else step
+            updates[name] = -rate_of(lr, name) * step
         return Updates(updates, MomentumState(mu))
 
     return freeze_counterparts(Transform(init, update))
@@ -102,7 +104,7 @@ def _matrices(trainable: Trainable) -> dict[str, Tensor]:
     """Return the parameters, or raise ValueError if one of them is not a real matrix."""
     matrices: dict[str, Tensor] = {}
     for name, leaf in trainable.items():
-        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.is_complex():
+        if not isinstance(leaf, Tensor) or leaf.ndim - count_axes(name) < 2 or leaf.is_complex():
             kind = f"a tensor of {tuple(leaf.shape)} and {leaf.dtype}" if isinstance(leaf, Tensor) else "factors"
             raise ValueError(
                 f"`trainable` has {name!r}, {kind}, but normalized_sgd trains only real matrices; train it with another"

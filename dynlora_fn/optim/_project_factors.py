@@ -13,6 +13,7 @@ from dynlora_fn._core._types import (
     Factors,
     LowRank,
     Params,
+    Plan,
     Plans,
     ShardedFactors,
     SidePlan,
@@ -22,7 +23,7 @@ from dynlora_fn._core._types import (
     with_sides,
 )
 from dynlora_fn.optim._containers import Path, render
-from dynlora_fn.optim._eight_bit import decode_moments, moment_shape
+from dynlora_fn.optim._eight_bit import decode_moments, is_eight_bit, moment_shape
 from dynlora_fn.optim._roles import Role
 from dynlora_fn.optim._state_rules import is_pruned, replace_where, reset, transport
 
@@ -82,6 +83,7 @@ def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context
     plan, rule = context.plan[name], context.rule
     if name not in context.projected:
         check_fits("plan", name, plan, shape[:-2], shape[-1])
+        _check_device(leaf, plan, name)
     if rule in ("reset", "reset_thawed"):
         leaf = reset(leaf, role, plan, context.counterparts, is_count_delayed=rule == "reset_thawed")
     elif rule == "prune" and _has_entries(leaf, role):
@@ -92,6 +94,13 @@ def project_factors(leaf: AnyFactors, role: Role, name: str, path: Path, context
         return leaf
     context.projected.add(name)
     return leaf
+
+
+def _check_device(leaf: AnyFactors, plan: Plan, name: str) -> None:
+    b: Any = leaf.b
+    device = (b.codes if is_eight_bit(b) else b).device
+    if plan.b.slots.device != device:
+        raise ValueError(f"`plan` is on {plan.b.slots.device} for {name!r}, but `opt_state` on {device}; move one")
 
 
 def numbered_sides(trainable: Trainable) -> tuple[dict[str, tuple[int, int]], int]:
@@ -153,6 +162,12 @@ def _transport(leaf: AnyFactors, name: str, context: Context) -> AnyFactors:
         )
     is_sharded = isinstance(leaf, ShardedFactors) or before.factor_sharding or after.factor_sharding
     _refuse_shards(bool(is_sharded), name, "transport")
+    for field, param in zip(Change._fields, (before, after), strict=True):
+        if param.factors.b.shape[-1] != moment_shape(leaf.b)[-1]:
+            raise ValueError(
+                f"`change.{field}` has rank {param.factors.b.shape[-1]} for {name!r}, but its state has rank"
+                f" {moment_shape(leaf.b)[-1]}; pass the parameters of this switch"
+            )
     plan = context.plan[name]
     mask = context.counterparts(plan.b, plan.a, moment_shape(leaf.b)[-1])
     return transport(leaf, before.factors, after.factors, mask)

@@ -76,8 +76,9 @@ def project_optimizer_state(
     Raises:
         TypeError: If a part of a plan, of `change` or of `trainable` has a wrong type or dtype.
         ValueError: If `plan` is not a dict by name, `rule` or a role is unknown, or `prune` is not in [0, 1]. If
-            `change` is missing for "transport" or passed with another rule. If the state has factors, a matrix or an
-            unknown object without a role, or factors whose shapes do not fit their role. If the state has no factors of
+            `change` is missing for "transport", of another rank, or passed with another rule. If the state has factors,
+            a matrix or an unknown object without a role, tensors in an attribute that is no field, or factors whose
+            shapes do not fit their role. If the plan is on another device. If the state has no factors of
             a planned parameter, no moment for "prune", or no first moment in full precision for "transport". For
             "prune" and "transport", if factors are sharded.
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dynlora_fn._core._types import is_factors
-from dynlora_fn.optim._containers import Path, Step, children, contains_tensors, rebuild, render
+from dynlora_fn.optim._containers import Path, Step, children, contains_tensors, hidden_attributes, rebuild, render
 from dynlora_fn.optim._eight_bit import is_eight_bit
 from dynlora_fn.optim._roles import Role, Roles, declared_roles
 from dynlora_fn.optim._torch_optim import is_torch_optim, project_torch_optim
@@ -30,6 +31,7 @@ def project_state(node: Any, context: Visitor, path: Path) -> Any:
     inside = children(node)
     if inside is None:
         return _without_tensors(node, path)
+    _refuse_hidden(node, path)
     if is_torchopt(node):
         context.check_foreign("torchopt", path)
     declared = torchopt_roles(node, path) if is_torchopt(node) else declared_roles(node)
@@ -74,6 +76,7 @@ def _project_field(node: Any, role: Role, context: Visitor, path: Path, *, name:
         )
     _check_is_of_parameter(node, name, context, path, is_leaf=is_leaf)
     inside = None if is_leaf else children(node)
+    _refuse_hidden(node, path)
     if inside is None:
         return node if is_leaf else _without_tensors(node, path)
     is_dict = isinstance(node, Mapping)
@@ -142,6 +145,21 @@ def _without_tensors(node: Any, path: Path) -> Any:
             "searched; use dicts, lists, tuples or dataclasses"
         )
     return node
+
+
+def _refuse_hidden(node: Any, path: Path) -> None:
+    """Raise if a container has tensors in an attribute that is no field.
+
+    They would stay without an error.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return  # Dynamo cannot trace the question
+    for name, value in hidden_attributes(node).items():
+        if contains_tensors(value):
+            raise ValueError(
+                f"`opt_state` has a {type(node).__name__} at {render(path) or 'its root'} with tensors in its attribute"
+                f" {name!r}, which is no field and would not change; store them in a field"
+            )
 
 
 def _refuse_undeclared(node: Any, path: Path) -> None:

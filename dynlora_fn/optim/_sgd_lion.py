@@ -75,7 +75,7 @@ def sgd(*, momentum: float = 0.9, weight_decay: float = 0.0) -> Transform:
     weight_decay = check_number("weight_decay", weight_decay, least=0)
 
     def moment_step(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
-        mu = spent(momentum * mu) + (grad + weight_decay * param)
+        mu = spent(momentum * mu) + (weight_decay * param + grad if weight_decay else grad)
         return mu, mu
 
     return _one_moment_transform(moment_step, weight_decay)
@@ -121,7 +121,7 @@ def lion(*, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0)
 
     def moment_step(mu: Any, grad: Any, param: Any) -> tuple[Any, Any]:
         sign = (spent(betas[0] * mu) + (1 - betas[0]) * grad).sign()
-        return spent(betas[1] * mu) + (1 - betas[1]) * grad, sign + weight_decay * param
+        return spent(betas[1] * mu) + (1 - betas[1]) * grad, sign + weight_decay * param if weight_decay else sign
 
     return _one_moment_transform(moment_step, weight_decay)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._dtypes import widest
+from dynlora_fn._core._dtypes import widest, without_autocast
 from dynlora_fn._core._types import AnyFactors, Factors, Plan, SidePlan, sides_of, with_sides
 from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape, reset_moment
 from dynlora_fn.optim._roles import Role
@@ -95,12 +95,13 @@ def transport(leaf: AnyFactors, before: AnyFactors, after: AnyFactors, is_counte
         dtype = widest(side.dtype)
         return (side.to(dtype) @ coefficients.to(dtype)).to(side.dtype)
 
-    b = moved(leaf.b, _projection_coefficients(before.a, after.a))
-    b = torch.where(is_counterpart.b, b, leaf.b)
-    if len(sides_of(leaf)) == 1:
-        return leaf._replace(b=b)
-    a = moved(leaf.a.mT, _projection_coefficients(before.b.mT, after.b.mT)).mT
-    return leaf._replace(b=b, a=torch.where(is_counterpart.a, a, leaf.a))
+    with without_autocast(leaf.b.device.type):
+        b = moved(leaf.b, _projection_coefficients(before.a, after.a))
+        b = torch.where(is_counterpart.b, b, leaf.b)
+        if len(sides_of(leaf)) == 1:
+            return leaf._replace(b=b)
+        a = moved(leaf.a.mT, _projection_coefficients(before.b.mT, after.b.mT)).mT
+        return leaf._replace(b=b, a=torch.where(is_counterpart.a, a, leaf.a))
 
 
 def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:

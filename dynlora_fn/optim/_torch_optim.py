@@ -4,7 +4,7 @@ The table of fields was checked with torch 2.13. Other fields are refused by nam
 and of optimizers outside torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +37,9 @@ _KNOWN = _OF_TENSORS.union(*_MIRRORED)
 
 def is_torch_optim(node: Any) -> bool:
     """Return whether a node is the state dict of a `torch.optim.Optimizer`."""
-    return isinstance(node, Mapping) and "state" in node and "param_groups" in node
+    if not (isinstance(node, Mapping) and isinstance(node.get("state"), Mapping)):
+        return False
+    return isinstance(node.get("param_groups"), Sequence) and not hasattr(node["param_groups"], "_fields")
 
 
 def project_torch_optim(node: Mapping[str, Any], context: Visitor, path: Path) -> Any:

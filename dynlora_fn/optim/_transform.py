@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._check import check_by_name, check_number, check_rate, described
+from dynlora_fn._core._check import check_by_name, check_number, check_rate, described, plain_rate
 from dynlora_fn._core._check_trees import check_mirrors, check_trainable
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Trainable, is_factors
@@ -48,7 +48,7 @@ def zero_moments(trainable: Trainable) -> Tree:
 
 def rate_of(lr: Rate | Mapping[str, Rate], name: str) -> Rate:
     """Return the learning rate of one parameter."""
-    return lr[name] if isinstance(lr, Mapping) else lr
+    return plain_rate(lr[name] if isinstance(lr, Mapping) else lr)
 
 
 def check_transform(argument: str, value: Any) -> None:
@@ -89,6 +89,18 @@ def check_rates(argument: str, rate: Any, names: Collection[str], *, known: Coll
         raise ValueError(f"`{argument}` has a rate for {unknown}, which are not parameters; remove them")
     for name, value in rate.items():
         check_rate(argument, value, of=name)
+
+
+def check_updates(argument: str, updates: Any, names: Collection[str]) -> None:
+    """Raise ValueError if the updates of a wrapped optimizer have other names.
+
+    They must be those of its parameters.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return  # tracing a check takes as long as tracing an operation
+    if not isinstance(updates, Mapping) or updates.keys() != set(names):
+        found = sorted(updates) if isinstance(updates, Mapping) else described(updates)
+        raise ValueError(f"`{argument}` returns updates for {found}; return one for each of {sorted(names)}")
 
 
 def check_betas(betas: Any) -> tuple[float, float]:

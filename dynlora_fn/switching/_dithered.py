@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_integer, check_step, described
 from dynlora_fn._core._check_trees import check_params
+from dynlora_fn._core._torch import can_read
 from dynlora_fn._core._types import LowRank, Params, Plan, SidePlan
-from dynlora_fn.switching._schedule import Schedule
+from dynlora_fn.switching._schedule import Schedule, is_one_sided
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Dithered:
         step = check_step("step", step)
         check_params("params", params)
         for name, table in self.switched.items():
-            if not isinstance(step, Tensor) and step >= len(table) - 1:
+            if (not isinstance(step, Tensor) or can_read(step)) and step >= len(table) - 1:
                 raise ValueError(
-                    f"`step` is {step}, but the schedule was dithered for {len(table) - 1} steps, counted from 0; use a"
-                    " smaller one, or dither the schedule for more"
+                    f"`step` is {int(step)}, but the schedule was dithered for {len(table) - 1} steps, counted from 0;"
+                    " use a smaller one, or dither the schedule for more"
                 )
             if not isinstance(params.get(name), LowRank):
                 raise ValueError(f"`params` has no low-rank {name!r}, for which the schedule was dithered; pass it")
@@ -62,7 +63,7 @@ class Dithered:
                 " call `dithered` again"
             )
         entries = torch.arange(self.schedule.most(param), device=device)
-        start = torch.as_tensor(step).to(self.switched[name].device)
+        start = torch.as_tensor(step, device=self.switched[name].device)
         table = self.switched[name].index_select(0, torch.stack([start, start + 1])).to(device)
         before, after = table[..., None]
         ordinal = entries + before  # position in the sequence of all switches of a side
@@ -71,7 +72,7 @@ class Dithered:
             return SidePlan(slots=(ordinal + ahead) % rank, indices=ordinal + rank, active=ordinal < after)
 
         frozen_for = torch.tensor(self.schedule.freeze, dtype=torch.int32, device=device)
-        return Plan(b=side(rank // 2), a=side(0), frozen_for=frozen_for)
+        return Plan(b=side(0 if is_one_sided(param) else rank // 2), a=side(0), frozen_for=frozen_for)
 
 
 def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int) -> Dithered:
@@ -84,7 +85,7 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
 
     Each weight, and each member of a stack, has separate random numbers. Side b runs ``rank // 2`` slots ahead. With a
     freeze, a switch that would meet a frozen vector is dropped. Small ranks then fall short of the schedule's rate, and
-    rank 1 never switches.
+    rank 1 never switches. Where only `b` is trained, both sides of a slot are switched together.
 
     Args:
         schedule: The schedule, with ``count=None`` and ``every=1``.
@@ -116,21 +117,28 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
         raise ValueError(
             f"`schedule` must have count=None and every=1 to be dithered, got {schedule}; create it with `switchlora`"
         )
-    generator = torch.Generator().manual_seed(check_integer("seed", seed))
+    generator = torch.Generator().manual_seed(_generator_seed(check_integer("seed", seed)))
     tables, ranks = {}, {}
     for name, param in params.items():
         if isinstance(param, LowRank) and schedule.most(param):
-            draws = torch.rand(total_steps, *param.seed.shape, generator=generator, dtype=torch.float64)
+            shape = total_steps, *param.seed.shape
+            draws = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
             tables[name] = _count_switches(schedule, param, draws)
             ranks[name] = param.factors.a.shape[-2]
     return Dithered(schedule, tables, ranks)
 
 
+def _generator_seed(seed: int) -> int:
+    """Return a seed that torch accepts. Those that it accepts stay."""
+    return seed if -(2**63) <= seed < 2**64 else seed % 2**64
+
+
 def _count_switches(schedule: Schedule, param: LowRank, draws: Tensor) -> Tensor:
     """Return how many vectors of a side are switched before each step and in all."""
-    limit = param.factors.a.shape[-2] // 2  # more in any `freeze` steps would switch a frozen vector
+    # More in any `freeze` steps would switch a frozen vector.
+    limit = param.factors.a.shape[-2] // (1 if is_one_sided(param) else 2)
     rate = float(schedule.due(1, param)) / schedule.decay
-    switched = torch.zeros(len(draws) + 1, *param.seed.shape, dtype=torch.int64)
+    switched = torch.zeros(len(draws) + 1, *param.seed.shape, dtype=torch.int64, device=draws.device)
     for step, draw in enumerate(draws):
         due = (rate * schedule.decay ** (step + 1) + draw).floor().long()
         if schedule.freeze:

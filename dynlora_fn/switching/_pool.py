@@ -17,7 +17,7 @@ from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._types import Factors, LowRank, OneSidedFactors, Params, Plan, Plans, SidePlan
 from dynlora_fn.bases._refusals import refuse
 from dynlora_fn.switching._pool_types import Pool, SidePool, check_outgoing, check_pools
-from dynlora_fn.switching._switch import take_rows
+from dynlora_fn.switching._switch import find_sources, take_rows
 from dynlora_fn.switching._weight import BasisSlice, vectors_of
 
 
@@ -135,7 +135,8 @@ def put_back(
 ) -> Pool | dict[str, Pool]:
     """Put the outgoing vectors of a switch back into the pool.
 
-    Each vector is stored in the row that it was taken from, so no vector is lost.
+    Each vector is stored in the row that it was taken from, so no vector is lost. If active entries of a side name a
+    slot twice, the first one counts, as in `switch`.
 
     Args:
         pool: The pool of one weight, or a dict of pools by name, that was passed to `draw`.
@@ -187,6 +188,8 @@ def _put_back(pool: SidePool, plan: SidePlan, outgoing: Tensor, donate: bool) ->
     slots, indices, active = (leaf.to(slot_rows.device).expand(*slot_rows.shape[:-1], -1) for leaf in plan)
     if not slots.shape[-1]:
         return SidePool(vectors, slot_rows)
+    # As `switch` does, only the first active entry of a slot counts.
+    active = find_sources(SidePlan(slots, indices, active), slot_rows.shape[-1]).is_effective
     rows = slot_rows.gather(-1, slots)
     new_rows = torch.where(active, indices % vectors.shape[-2], rows)
     new_vectors = torch.where(active[..., None], outgoing.to(vectors), take_rows(vectors, rows))

@@ -148,7 +148,7 @@ class Schedule:
     def _pace(self, param: LowRank, most: int) -> tuple[int | None, ...]:
         """Return all values that a plan depends on besides the step and the device."""
         idle = _idle(param) if self._is_limited(param) else None
-        return param.factors.a.shape[-2], most, idle, _is_one_sided(param)
+        return param.factors.a.shape[-2], most, idle, is_one_sided(param)
 
     def _is_limited(self, param: LowRank) -> bool:
         """Return whether more vectors come due in `every` steps than are idle."""
@@ -218,11 +218,11 @@ class Schedule:
         rank = param.factors.a.shape[-2]
         if self.count is not None:
             counted = self.most(param) * (steps // self.every)
-            return Turn(b=counted if _is_one_sided(param) else counted + rank // 2, a=counted)
+            return Turn(b=counted if is_one_sided(param) else counted + rank // 2, a=counted)
         if isinstance(steps, Tensor):
             steps = steps.to(torch.float64)
         halves = _floor(2 * self.due(steps - steps % self.every, param))
-        return Turn(b=halves // 2 if _is_one_sided(param) else (halves + rank) // 2, a=halves // 2)
+        return Turn(b=halves // 2 if is_one_sided(param) else (halves + rank) // 2, a=halves // 2)
 
     def _plan(self, step: int | Tensor, param: LowRank, most: int) -> Plan:
         device, rank = param.factors.a.device, param.factors.a.shape[-2]
@@ -234,7 +234,7 @@ class Schedule:
             return SidePlan(slots=ordinal % rank, indices=ordinal - ahead + rank, active=ordinal < end)
 
         frozen_for = torch.tensor(self.freeze, dtype=torch.int32, device=device)
-        ahead = 0 if _is_one_sided(param) else rank // 2
+        ahead = 0 if is_one_sided(param) else rank // 2
         return Plan(b=side(before.b, after.b, ahead), a=side(before.a, after.a, 0), frozen_for=frozen_for)
 
 
@@ -243,7 +243,7 @@ def _idle(param: LowRank) -> int:
     return min(param.shape[-2:]) - param.factors.a.shape[-2]
 
 
-def _is_one_sided(param: LowRank) -> bool:
+def is_one_sided(param: LowRank) -> bool:
     """Return whether only `b` is trained, so both sides of a slot switch together."""
     return isinstance(param.factors, OneSidedFactors)
 
@@ -331,7 +331,6 @@ def switchlora(
         >>> round(schedule.decay**100, 3)
         0.3
     """
-    check_integer("total_steps", total_steps, least=1)
-    check_number("ratio", ratio, above=0)
-    check_number("decay", decay, above=0, most=1)
+    total_steps = check_integer("total_steps", total_steps, least=1)
+    ratio, decay = check_number("ratio", ratio, above=0), check_number("decay", decay, above=0, most=1)
     return Schedule(interval=interval, decay=decay ** (1 / (ratio * total_steps)), freeze=freeze, every=every)

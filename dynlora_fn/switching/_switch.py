@@ -147,7 +147,7 @@ def _switch_all(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, 
 
     With `is_shared`, weights with the same plan object compute its sources once.
     """
-    sources = remembered(_sources) if is_shared else _sources
+    sources = remembered(find_sources) if is_shared else find_sources
     return [
         _switch_tensors(name, param.base, param.factors, plan, incoming, sources)
         for name, param, plan, incoming in weights
@@ -167,7 +167,7 @@ def _switch_tensors(
     b, a, sharding = factors.b, factors.a, factors.sharding if isinstance(factors, ShardedFactors) else None
     if sharding and not isinstance(incoming, ShardedFactors):
         incoming = Factors(incoming.b[..., sharding.local_rows, :], incoming.a[..., sharding.as_columns.local_rows])
-    wide = widest(a.dtype, as_base(base).sum_dtype)
+    wide = widest(b.dtype, a.dtype, as_base(base).sum_dtype)
     new_a = _replace(a, plan.a, incoming.a, wide, sources)
     new_b = _replace(b.mT, plan.b, incoming.b.mT, wide, sources)
     # One fold for both sides: b's columns times a's differences, and b's differences times a's new rows.
@@ -233,18 +233,21 @@ class _Sources(NamedTuple):
 _FindSources: TypeAlias = Callable[[SidePlan, int], _Sources]
 
 
-def _sources(plan: SidePlan, rank: int) -> _Sources:
+def find_sources(plan: SidePlan, rank: int) -> _Sources:
     """Return the source entry of each slot, and which slots and entries count.
 
     A slot is replaced from the first active entry that names it. Every slot is compared with every entry. Unlike a
     scatter, the comparison allows inactive entries to name any slot, and it fuses into the write of the factor.
     """
-    entries = torch.arange(plan.slots.shape[-1], device=plan.slots.device)
-    slots = torch.arange(rank, device=plan.slots.device)
-    names_slot = (plan.slots[..., None, :] == slots[:, None]) & plan.active[..., None, :]  # (*stack, rank, count)
+    slots, active = plan.slots, plan.active
+    if slots.shape != active.shape:  # one of them may be for all members, the other for each
+        slots, active = torch.broadcast_tensors(slots, active)  # type: ignore[no-untyped-call]
+    entries = torch.arange(slots.shape[-1], device=slots.device)
+    rows = torch.arange(rank, device=slots.device)
+    names_slot = (slots[..., None, :] == rows[:, None]) & active[..., None, :]  # (*stack, rank, count)
     is_hit = names_slot.any(-1)
     first = torch.where(names_slot, entries, len(entries)).amin(-1) if len(entries) else is_hit.long()
-    is_effective = plan.active & (first.gather(-1, plan.slots) == entries)
+    is_effective = active & (first.gather(-1, slots) == entries)
     return _Sources(first.clamp(max=max(len(entries) - 1, 0)), is_hit, is_effective)
 
 

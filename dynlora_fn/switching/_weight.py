@@ -73,9 +73,10 @@ def basis_vectors(slices: Sequence[BasisSlice]) -> list[Factors]:
         >>> torch.equal(again.a[0], factors.a[2])
         True
     """
+    slices = list(slices)
     for basis_slice in slices:
         _check_slice(basis_slice)
-    return vectors_of(slices)
+    return vectors_of(slices) if slices else []
 
 
 def vectors_of(slices: Sequence[BasisSlice]) -> list[Factors]:
@@ -220,7 +221,7 @@ def _dense(param: Param) -> Tensor:
         return tensor_of(param)
     joined = with_pending(param, _sum_dtype(param))
     base, (b, a) = as_base(joined.base), whole_factors(joined)
-    return fold(base.dequantize(widest(b.dtype, base.sum_dtype)), b, a, divisor=joined.divisor)
+    return fold(base.dequantize(widest(b.dtype, a.dtype, base.sum_dtype)), b, a, divisor=joined.divisor)
 
 
 @overload
@@ -265,7 +266,8 @@ def merge(params: LowRank | Params) -> LowRank | dict[str, Param]:
 
 def _sum_dtype(param: LowRank) -> torch.dtype:
     """Return the dtype in which factors and pending folds are added to the base."""
-    return widest(param.factors.b.dtype, as_base(as_base(param.base).folded).sum_dtype)
+    b, a, *_ = param.factors
+    return widest(b.dtype, a.dtype, as_base(as_base(param.base).folded).sum_dtype)
 
 
 def _merge(name: str, param: LowRank) -> LowRank:

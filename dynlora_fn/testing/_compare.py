@@ -33,7 +33,9 @@ def assert_same(got: Any, wanted: Any) -> None:
             assert kind(left) == kind(right), f"{path}: {kind(left)} is not {kind(right)}"
             assert torch.equal(bits(left), bits(right)), f"{path}: {differences(left, right)}"
         else:
-            assert left == right, f"{path}: {left} is not {right}"
+            assert not isinstance(left, Tensor), f"{path} is a tensor, not {type(right).__name__}"
+            is_nan = left != left and right != right  # noqa: PLR0124, NaN differs from itself
+            assert is_nan or left == right, f"{path}: {left} is not {right}"
 
 
 class ExceededBoundError(AssertionError):
@@ -47,7 +49,7 @@ class ExceededBoundError(AssertionError):
 def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
     """Assert that every entry of `got` is within `bound` of `wanted`.
 
-    The comparison is in float64.
+    The comparison is in float64, or in complex128. Equal infinities have no error.
 
     Args:
         got: The tensor to check.
@@ -55,15 +57,17 @@ def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
         bound: The largest error of each entry, usually a sum of rounding errors (see `eps`).
 
     Raises:
-        AssertionError: If an entry is further away, or NaN. The message gives the largest error and the largest breach:
-            error over bound.
+        AssertionError: If the shapes differ, or an entry is further away, or NaN. The message gives the largest error
+            and the largest breach: error over bound.
 
     Example:
         >>> import torch
         >>> assert_within(torch.tensor([1.0]), torch.tensor([1.5]), 0.5)
     """
-    error = (got.double() - wanted.double()).abs()
-    assert error.shape == wanted.shape, f"shape {tuple(got.shape)} is not {tuple(wanted.shape)}"
+    assert got.shape == wanted.shape, f"shape {tuple(got.shape)} is not {tuple(wanted.shape)}"
+    wide = torch.complex128 if got.is_complex() or wanted.is_complex() else torch.float64
+    got, wanted = got.to(wide), wanted.to(wide)
+    error = torch.where(got == wanted, 0, (got - wanted).abs())
     is_beyond = ~(error <= bound)  # also where the error is NaN
     if is_beyond.any():
         breaches = torch.where(is_beyond, error / bound, 0).nan_to_num(torch.inf)
@@ -140,14 +144,14 @@ def _index(position: int, shape: torch.Size) -> tuple[int, ...]:
 
 @contextmanager
 def untouched(*trees: Any) -> Iterator[None]:
-    """Assert that a ``with`` block does not change or write into the tensors of trees.
+    """Assert that a ``with`` block does not change trees or write into their tensors.
 
     Args:
         *trees: The trees.
 
     Raises:
-        AssertionError: If a tensor was written into, even with its old values, or now requires a gradient. The message
-            names its path.
+        AssertionError: If a tensor was written into, even with its old values, or now requires a gradient. Also if a
+            leaf was added, removed or replaced, as by an assignment in a dict. The message names its path.
 
     Example:
         >>> import torch
@@ -156,11 +160,29 @@ def untouched(*trees: Any) -> Iterator[None]:
         ...     tree["w"] + 1
         tensor([1., 1.])
     """
-    leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(trees)[0] if isinstance(leaf, Tensor)]
-    before = [(leaf._version, leaf.requires_grad, leaf.detach().clone()) for _, leaf in leaves]
+    leaves = _by_path(trees)
+    tensors = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    before = [(_version(leaf), leaf.requires_grad, leaf.detach().clone()) for leaf in tensors.values()]
     yield
-    for (path, leaf), (version, requires_grad, value) in zip(leaves, before, strict=True):
-        assert leaf._version == version, f"{path} has been written into"
+    after = _by_path(trees)
+    for path in leaves.keys() | after.keys():
+        assert path in after, f"{path} has been removed"
+        assert path in leaves, f"{path} has been added"
+        assert after[path] is leaves[path], f"{path} has been replaced"
+    for (path, leaf), (version, requires_grad, value) in zip(tensors.items(), before, strict=True):
+        assert _version(leaf) == version, f"{path} has been written into"
         assert leaf.requires_grad == requires_grad, f"{path} now has requires_grad={leaf.requires_grad}"
         change = difference(leaf, value)
         assert not change, f"{path} has changed: {change}"
+
+
+def _by_path(trees: Any) -> dict[str, Any]:
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(trees)[0]}
+
+
+def _version(leaf: Tensor) -> int:
+    """Return how often a tensor was written into.
+
+    A tensor of inference mode does not count it.
+    """
+    return -1 if leaf.is_inference() else leaf._version

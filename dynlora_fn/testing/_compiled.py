@@ -84,11 +84,11 @@ def check_vmap(
     """
 
     def check(*args: Any) -> None:
-        size = next(leaf.shape[0] for leaf in tree_leaves(args) if leaf.ndim)
-        members = [tree_map(lambda leaf: leaf[index] if leaf.ndim else leaf, args) for index in range(size)]  # noqa: B023
+        size = _stack_size(args)
+        members = [tree_map(lambda leaf: leaf[index] if _has_axes(leaf) else leaf, args) for index in range(size)]  # noqa: B023
         looped = tree_map(lambda *leaves: torch.stack(leaves), *(transform(*member) for member in members))
         _assert_near(transform(*args), looped, tolerance)
-        in_dims = tree_map(lambda leaf: 0 if leaf.ndim else None, args)
+        in_dims = tree_map(lambda leaf: 0 if _has_axes(leaf) else None, args)
         _assert_near(torch.vmap(transform, in_dims=in_dims)(*args), looped, tolerance)
 
     if arguments is None:
@@ -99,6 +99,17 @@ def check_vmap(
                 lambda param: st.tuples(st.just(param), plans(param).map(_plan_for_each_member(param)))
             )
     hold("a stack gives the stack of its members' results", check, arguments, examples)
+
+
+def _has_axes(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def _stack_size(args: tuple[Any, ...]) -> int:
+    sizes = {leaf.shape[0] for leaf in tree_leaves(args) if _has_axes(leaf)}
+    if len(sizes) != 1:
+        raise ValueError(f"`arguments` has tensors whose first axes have the sizes {sorted(sizes)}; pass a stack")
+    return int(*sizes)
 
 
 def _plan_for_each_member(param: LowRank) -> Callable[[Plan], Plan]:

@@ -1,8 +1,11 @@
 """The weight in float64 from its definition, and bounds on rounding errors."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import described
 from dynlora_fn._core._dtypes import widest
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import Factors, LowRank
@@ -28,6 +31,7 @@ def exact_weight(param: LowRank) -> Tensor:
         >>> exact_weight(low_rank(Shape(6, 4, 2))).shape
         torch.Size([6, 4])
     """
+    _check_is_weight(param)
     return exact_base(as_base(param.base).folded) + sum(product(*pair) for pair in products(param))
 
 
@@ -46,8 +50,14 @@ def seen_weight(param: LowRank) -> Tensor:
         >>> bool((seen_weight(param) == exact_weight(param)).all())
         True
     """
+    _check_is_weight(param)
     folded = as_base(as_base(param.base).folded)
     return folded.dequantize(torch.float64).double() + sum(product(*pair) for pair in products(param))
+
+
+def _check_is_weight(param: Any) -> None:
+    if not isinstance(param, LowRank):
+        raise TypeError(f"`param` is {described(param)}; pass one LowRank")
 
 
 def magnitude(param: LowRank) -> Tensor:

@@ -4,14 +4,16 @@ A transform takes a weight, or a weight and a plan for it. It returns the new we
 `merge` and `switch` do. To check a transform of parameters by name, pass ``arguments=trees()``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynlora_fn._core._torch import tree_map
-from dynlora_fn.testing._compare import assert_same, assert_within, kind, pairs, untouched
+from dynlora_fn._core._tree import tensor_of
+from dynlora_fn._core._types import LowRank, Params
+from dynlora_fn.testing._compare import assert_same, assert_within, eps, kind, pairs, untouched
 from dynlora_fn.testing._promises import Arguments, arguments_of, hold, new_params, weights_of
 from dynlora_fn.testing._shadow import exact_weight, factor_rounding, rounding
 
@@ -28,8 +30,8 @@ def check_preserves_weight(
 ) -> None:
     """Check that a transform does not change the weight, except for roundings.
 
-    Folds and new factors may be rounded. The weight is compared in float64, with the residual of a quantized base and
-    with pending folds::
+    Folds and new factors may be rounded. A full-rank parameter must stay, except for one rounding to its dtype. The
+    weight is compared in float64, with the residual of a quantized base and with pending folds::
 
         weight = base + alpha / rank * b @ a
 
@@ -52,15 +54,34 @@ def check_preserves_weight(
     """
 
     def check(params: Any, *plan: Any) -> None:
-        after = weights_of(new_params(transform(params, *plan)))
+        result = new_params(transform(params, *plan))
+        after = weights_of(result)
         for name, before in weights_of(params).items():
             assert name in after, f"the low-rank weight {name!r} is missing from the result"
             bound = rounding(before, after[name], folds=folds)
             if not exact_factors:
                 bound = bound + factor_rounding(before, after[name])
             assert_within(exact_weight(after[name]), exact_weight(before), bound)
+        if isinstance(params, Mapping):
+            _check_full_rank(params, result)
 
     hold("the weight does not change", check, arguments_of(transform, arguments), examples)
+
+
+def _check_full_rank(params: Params, result: Any) -> None:
+    """Raise if a full-rank parameter is missing or has changed.
+
+    One rounding to its dtype is no change.
+    """
+    for name, before in params.items():
+        if isinstance(before, LowRank):
+            continue
+        is_there = isinstance(result, Mapping) and name in result
+        assert is_there, f"the parameter {name!r} is missing from the result"
+        old, new = tensor_of(before), result[name]
+        new = exact_weight(new) if isinstance(new, LowRank) else tensor_of(new)
+        precision = eps(new.dtype) if new.is_floating_point() else 0.0
+        assert_within(new, old, precision * old.abs().double())
 
 
 def check_pure(transform: Transform, *, arguments: Arguments = None, examples: int | None = None) -> None:

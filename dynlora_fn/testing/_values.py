@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_integer
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition
 from dynlora_fn._core._types import (
@@ -86,7 +87,7 @@ def normal(seed: int | torch.Generator, *shape: int, dtype: torch.dtype = torch.
         >>> normal(0, 2, 3, dtype=torch.float32).shape
         torch.Size([2, 3])
     """
-    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -161,10 +162,15 @@ def side_plan(
     Returns:
         The side plan, on the CPU.
 
+    Raises:
+        ValueError: If `count` is above `rank`.
+
     Example:
         >>> side_plan(4, 2).slots.shape
         torch.Size([2])
     """
+    if count > rank:
+        raise ValueError(f"`count` is {count}, but rank {rank} has only {rank} slots; use fewer")
     generator = torch.Generator().manual_seed(seed)
     # The order of random numbers is a permutation, so slots are distinct. Each member of the stack has another order.
     slots = torch.rand(*stack, rank, generator=generator).argsort(dim=-1)[..., :count]
@@ -214,6 +220,7 @@ def optimizer_state(
         >>> optimizer_state({"w": low_rank(Shape(6, 4, 2))}, steps=1).inner.mu["w"].b.shape
         torch.Size([6, 2])
     """
+    steps = check_integer("steps", steps, least=0)
     generator = torch.Generator().manual_seed(seed)
     optimizer = adamw() if optimizer is None else optimizer
     trainable = partition(params).trainable if any(isinstance(leaf, LowRank) for leaf in params.values()) else params  # type: ignore

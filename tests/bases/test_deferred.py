@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from dynlora_fn import Factors, LowRank, linear, materialize, merge, switch
 from dynlora_fn.bases import defer, fold_pending, quantize
 from dynlora_fn.bases._pending import rank_with_pending, with_pending
+from dynlora_fn.optim import average
 from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, plan_of, plans, untouched
 from tests.support.strategies import quantized_params
 
@@ -100,3 +101,9 @@ def test_fewer_vectors_than_a_fold_brings_are_refused():
         defer({"w": defer(PARAM, vectors=2)}, vectors=2)
     with pytest.raises(ValueError, match="the base of 'w' in `params` is deferred; call `quantize` before `defer`"):
         quantize({"w": defer(PARAM, vectors=2)}, "int8")
+
+
+def test_an_average_of_deferred_bases_has_their_precision():
+    params = [low_rank(Shape(6, 5, 3), seed=seed, factor_dtype=torch.float32) for seed in range(2)]
+    averages = [average(*pair, decay=0.5) for pair in (params, [defer(param, vectors=4) for param in params])]
+    assert_same(averages[1].base.base, averages[0].base)

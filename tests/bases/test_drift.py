@@ -57,3 +57,17 @@ def test_an_exact_weight_that_is_missing_or_of_another_shape_is_refused():
     for shape in ((1, 16), (16, 8), (8, 1)):
         with pytest.raises(ValueError, match=r"`exact` has shape .* for 'w', but the weight has \(8, 16\)"):
             drift(params, {"w": torch.zeros(shape)})
+
+
+def test_zeros_have_no_drift():
+    params = dl.init({"w": torch.zeros(8, 8)}, rank=2, seed=0, targets=["w"], start="lora", base="int8")
+    assert drift(params)["w"] == drift(params, {"w": torch.zeros(8, 8)})["w"] == 0
+
+
+def test_an_unknown_drift_is_in_float32_too():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert drift(low_rank(Shape(4, 4, 2))).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)

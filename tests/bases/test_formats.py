@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynlora_fn import Factors, LowRank
+from dynlora_fn._core._torch import FakeTensorMode
 from dynlora_fn.bases import from_torchao, quantize
 from dynlora_fn.bases._format import Format
 from dynlora_fn.bases._formats import FORMATS, PROTOTYPES, as_format, stored
 from dynlora_fn.bases._int8 import Int8Codes
 from dynlora_fn.bases._mxfp4 import MXFP4Codes
-from dynlora_fn.bases._nf4 import NF4Codes
+from dynlora_fn.bases._nf4 import VALUES, NF4Codes, _limits
 from dynlora_fn.bases._nvfp4 import NVFP4Codes
 from dynlora_fn.bases._plain import Plain
 from dynlora_fn.testing import assert_same, assert_within, eps, normal, seeds
@@ -168,3 +169,25 @@ def test_a_small_residual_has_a_scale_of_its_own(case):
     off = (codes.decode(torch.float64) - rest.double()).abs()
     rest = rest.double().abs()
     assert (off <= rest.amax(-1, keepdim=True) / 254 + 4 * eps(torch.float32) * rest).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "mxfp4", "nvfp4"])
+def test_a_first_use_on_another_device_or_in_a_trace_leaves_nothing_behind(kind: str):
+    weight = matrix(2, 2, 0, 1.0)
+    wanted = coded(weight, kind)
+    with torch.device("meta"):
+        assert_same(coded(weight, kind), wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        quantize(
+            {"w": LowRank(torch.ones(32, 64), Factors(torch.ones(32, 2), torch.ones(2, 64)), torch.tensor(0))}, kind
+        )
+    assert_same(coded(weight, kind), wanted)
+
+
+def test_limits_are_between_neighbors_in_float32():
+    """In all of float32 between two values of nf4, the one nearer in rounded distances is taken."""
+    for below, above, limit in zip(VALUES[:-1], VALUES[1:], _limits(), strict=True):
+        low, high, at = (torch.tensor(value, dtype=torch.float32) for value in (below, above, limit))
+        further = torch.nextafter(at, torch.tensor(torch.inf))
+        assert (at - low).abs() <= (at - high).abs()
+        assert (further - low).abs() > (further - high).abs()

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 import dynlora_fn as dl
 from dynlora_fn import init, unstack
-from dynlora_fn.bases import from_torchao, to_torchao
+from dynlora_fn._core._types import FrozenTensor
+from dynlora_fn.bases import from_torchao, quantize, to_torchao
 from dynlora_fn.bases._formats import FORMATS, PROTOTYPES
 from dynlora_fn.bases._stacks import stack_bases
-from dynlora_fn.testing import assert_same, normal
+from dynlora_fn.testing import Shape, assert_same, low_rank, normal
 from tests.support.paths import ROOT
 from tests.support.torchao_tensors import dense, prototype
 
@@ -210,3 +211,10 @@ def test_a_plain_model_loads_the_tensors_by_assign(kind: str):
     torch.testing.assert_close(other(x), dl.call(model, params, x))
     with pytest.raises(RuntimeError, match=r'While copying the parameter named "0\.weight"'):
         network().load_state_dict(weights)
+
+
+def test_a_tensor_that_is_not_trained_is_returned():
+    tensor = torch.arange(3)
+    assert to_torchao(FrozenTensor(tensor)) is tensor
+    with pytest.raises(TypeError, match=r"`params` is Int8Codes.*; pass a LowRank or a dict"):
+        to_torchao(quantize(low_rank(Shape(8, 8, 2)), "int8").base.codes)

@@ -1,11 +1,13 @@
 """An average of weights equals the average of the dense weights, whatever factors and bases both have."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
 from dynlora_fn import LowRank
@@ -138,3 +140,17 @@ W = low_rank(Shape(6, 4, 2))
 def test_what_cannot_be_averaged_is_refused(averaged: LowRank | dict | Tensor, params, decay, message):
     with pytest.raises(ValueError, match=message):
         average(averaged, params, decay=decay)
+
+
+@pytest.mark.parametrize("decay", [torch.tensor(0.9999, dtype=torch.float64), Fraction(9999, 10000)], ids=repr)
+def test_a_share_is_rounded_after_the_subtraction(decay):
+    got = average({"w": torch.zeros(1)}, {"w": torch.ones(1)}, decay=decay)["w"]
+    torch.testing.assert_close(got, torch.full((1,), 1e-4), rtol=1e-6, atol=0)
+
+
+def test_weights_on_two_devices_are_refused_by_name():
+    param = low_rank(Shape(6, 4, 2))
+    other = tree_map(lambda leaf: leaf.to("meta"), param)
+    for averaged in (param, dl.materialize(param)):
+        with pytest.raises(ValueError, match="`averaged` has 'w' on cpu, but `params` on meta"):
+            average({"w": averaged}, {"w": other}, decay=0.5)

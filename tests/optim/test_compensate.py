@@ -211,3 +211,10 @@ def test_a_weight_that_is_not_finite_is_named():
     param = dl.bases.quantize(low_rank(Shape(8, 16, 4), base_dtype=torch.float32), "int8")
     with pytest.raises(ValueError, match="weight 'w'"):
         compensate({"w": param}, {"w": torch.full((8, 16), torch.nan)}, lr=0.1)
+
+
+def test_autocast_does_not_round_the_gradients_of_factors():
+    param, grad = low_rank(SHAPE, factor_dtype=torch.float32, base_dtype=torch.float32), normal(0, 6, 8).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = project_gradients({"w": grad}, {"w": param})
+    assert_same(got, project_gradients({"w": grad}, {"w": param}))

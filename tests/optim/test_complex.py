@@ -5,7 +5,7 @@ import torch
 
 import dynlora_fn as dl
 from dynlora_fn.optim import adamw, clip_by_global_norm, lion, multi_transform, muon, sgd
-from dynlora_fn.testing import normal
+from dynlora_fn.testing import assert_same, normal
 
 REAL = normal(0, 3, 2)
 PARAMETER = torch.view_as_complex(REAL)
@@ -56,3 +56,17 @@ def test_muon_refuses_complex_matrices():
     optimizer, trainable = muon(), {"filter": PARAMETER[None]}
     with pytest.raises(ValueError, match=r"'filter' of shape \(1, 3\) and torch.complex128, which muon cannot"):
         optimizer.update(trainable, optimizer.init(trainable), trainable, lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", [adamw(), sgd(), lion()], ids=["adamw", "sgd", "lion"])
+def test_a_lazy_conjugate_is_a_gradient_and_a_parameter(optimizer):
+    """`torch.func.grad` returns them."""
+    trainable, x = {"filter": PARAMETER}, gradient(1)
+    grads = torch.func.grad(lambda tree: (x * tree["filter"].conj()).real.square().sum())(trainable)
+    assert grads["filter"].is_conj()
+    for tree in (trainable, {"filter": PARAMETER.conj()}):
+        state = optimizer.init(tree)
+        resolved = {"filter": tree["filter"].resolve_conj()}
+        got = optimizer.update(grads, state, tree, lr=0.1)
+        assert_same(got, optimizer.update({"filter": grads["filter"].resolve_conj()}, state, resolved, lr=0.1))
+    assert_same(clip_by_global_norm(grads, 0.1).norm, clip_by_global_norm({"filter": grads["filter"] + 0}, 0.1).norm)

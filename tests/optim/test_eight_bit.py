@@ -180,3 +180,16 @@ def test_a_moment_in_8_bit_is_pruned_exactly_and_not_transported():
     params = {"w": PARAM._replace(factors=trainable["w"])}
     with pytest.raises(ValueError, match="`rule` must not be 'transport' for 8-bit moments, got them for 'w'"):
         project_optimizer_state(state, plan, rule="transport", change=Change(params, params))
+
+
+def test_scales_are_float32_whatever_the_default_dtype():
+    optimizer, trainable = adamw(moments="8bit"), {"w": normal(0, 64, 64, dtype=torch.float32)}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = optimizer.init(trainable)
+        _, new = optimizer.update(trainable, state, trainable, lr=0.1)
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(state, optimizer.init(trainable))
+    assert [leaf.dtype for leaf in tree_leaves(new)] == [leaf.dtype for leaf in tree_leaves(state)]

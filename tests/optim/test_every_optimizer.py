@@ -1,8 +1,10 @@
 """What is true for every optimizer in the table, besides the rules for its state."""
 
 from contextlib import nullcontext
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -125,3 +127,26 @@ def test_compiled_equals_eager_without_a_recompile_over_learning_rates(entry: En
             wanted, _ = step(state, inputs)
             state, _ = compiled(state, inputs)
             assert_same(state, wanted)
+
+
+@every_optimizer
+def test_neither_autocast_nor_a_default_device_changes_an_update(entry: Entry):
+    """Under autocast, products would be rounded to bfloat16."""
+    trainable = some_trainable(torch.float32)
+    state, grads = state_after(entry, trainable), some_grads(trainable, 9)
+    wanted = entry.transform.update(grads, state, trainable, lr=LR)
+    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta")):
+        with context:
+            assert_same(entry.transform.update(grads, state, trainable, lr=LR), wanted)
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    "rate", [np.float32(1), np.int64(1), Fraction(1), torch.tensor(1, dtype=torch.uint8)], ids=repr
+)
+def test_a_rate_may_be_any_real_number(entry: Entry, rate: Any):
+    trainable = some_trainable()
+    state, grads = entry.transform.init(trainable), some_grads(trainable, 0)
+    got, wanted = (entry.transform.update(grads, state, trainable, lr=lr).updates for lr in (rate, 1.0))
+    for left, right in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        torch.testing.assert_close(left, right)

@@ -1,13 +1,15 @@
 """Several optimizers at once: each parameter is moved by its transform."""
 
 from functools import partial
+from typing import Any
 
 import pytest
+import torch
 from torch.utils._pytree import tree_map
 
-from dynlora_fn import Factors, partition
-from dynlora_fn.optim import adamw, lion, multi_transform, sgd
-from dynlora_fn.testing import Shape, assert_same, low_rank, normal
+from dynlora_fn import Factors, partition, project_optimizer_state
+from dynlora_fn.optim import Transform, Updates, adamw, freeze_counterparts, lion, multi_transform, sgd
+from dynlora_fn.testing import Shape, assert_same, low_rank, normal, plan_of
 from tests.support.updates import moved, noise
 
 
@@ -35,3 +37,24 @@ def test_a_transform_that_is_not_there_is_refused():
     optimizer = multi_transform({"sgd": sgd()}, lambda name, leaf: "adam")
     with pytest.raises(ValueError, match="`choose` returned 'adam' for 'w'; return one of sgd"):
         optimizer.init({"w": Factors(b=normal(0, 3, 1), a=normal(0, 1, 3))})
+
+
+@pytest.mark.parametrize(("changed", "found"), [({}, r"\[\]"), ({"w": 1, "v": 2}, r"\['v', 'w'\]"), ([1], r"\[1\]")])
+def test_a_transform_that_returns_other_updates_is_named(changed: Any, found: str):
+    inner = Transform(lambda trainable: None, lambda grads, opt_state, trainable, *, lr: Updates(changed, opt_state))
+    trainable = {"w": torch.ones(2)}
+    for optimizer, name in (
+        (multi_transform({"mine": inner}, lambda name, leaf: "mine"), r"transforms\['mine'\].update"),
+        (freeze_counterparts(inner), "inner.update"),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` returns updates for {found}; return one for each of \['w'\]"):
+            optimizer.update(trainable, optimizer.init(trainable), trainable, lr=0.1)
+
+
+def test_labels_may_have_any_names():
+    labels = {"state": sgd(), "param_groups": sgd()}
+    optimizer = multi_transform(labels, lambda name, leaf: "state" if name == "w" else "param_groups")
+    param = low_rank(Shape(6, 4, 2))
+    state = optimizer.init({"w": param.factors, "bias": torch.ones(3)})
+    new = project_optimizer_state(state, {"w": plan_of(2, b=1, a=1)})
+    assert new["state"].frozen_for["w"].b.sum() == 5

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors, partition
-from dynlora_fn.optim import muon
+from dynlora_fn.optim import muon, normalized_sgd
 from dynlora_fn.optim._polynomial import _POLAR_EXPRESS, PRESETS, check_coefficients, orthogonalize
 from dynlora_fn.testing import Shape, assert_same, low_rank, normal
 
@@ -241,3 +241,19 @@ def test_without_nesterov_the_direction_is_the_moment():
     moment = tree_map(lambda old, new: 0.5 * old + new, first, second)
     assert_same(got.opt_state.inner.mu, moment)
     assert_same(got.updates["w"], updated(factors, moment["w"]))
+
+
+@pytest.mark.parametrize("coupled", [0, 1])
+@pytest.mark.parametrize("lr", [0, 0.0, torch.tensor(0.0)], ids=repr)
+def test_factors_of_zeros_do_not_move_at_a_rate_of_zero(coupled: int, lr: Any):
+    optimizer, zeros = muon(coupled=coupled), {"w": Factors(torch.zeros(4, 2), torch.zeros(2, 3))}
+    updates, _ = optimizer.update(zeros, optimizer.init(zeros), zeros, lr=lr)
+    assert not any(leaf.isnan().any() or leaf.any() for leaf in updates["w"])
+
+
+@pytest.mark.parametrize("optimizer", [muon(), normalized_sgd()], ids=["muon", "normalized_sgd"])
+@pytest.mark.parametrize("name", ["layers.*.bias", "{1..3}.bias", "*.*.bias"])
+def test_a_stack_of_vectors_is_no_matrix(optimizer: Any, name: str):
+    trainable = {name: normal(0, *(2,) * name.count(".*"), 3, 8)} if "*.*" in name else {name: normal(0, 3, 8)}
+    with pytest.raises(ValueError, match="train it with another optimizer"):
+        optimizer.update(trainable, optimizer.init(trainable), trainable, lr=0.1)

@@ -209,3 +209,13 @@ def test_a_state_without_a_first_moment_is_not_transported():
         project_optimizer_state(
             state, one_switch(**SWITCH), rule="transport", change=change, roles={"square_avg": "second_moment"}
         )
+
+
+def test_autocast_does_not_round_what_is_transported():
+    params = tree_map(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, weights())
+    trainable, plan, optimizer = partition(params).trainable, one_switch(**SWITCH), adamw()
+    state = optimizer.update(trainable, optimizer.init(trainable), trainable, lr=0.1).opt_state
+    change = Change(params, switch(params, plan).params)
+    wanted = project_optimizer_state(state, plan, rule="transport", change=change)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(project_optimizer_state(state, plan, rule="transport", change=change), wanted)

@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import apply_updates, partition, project_optimizer_state
-from dynlora_fn.optim import lion, sgd
+from dynlora_fn.optim import adamw, lion, muon, normalized_sgd, sgd
 from dynlora_fn.testing import normal
 from tests.support.optimizer_states import SWITCH, updated_state, weights
 from tests.support.optimizer_table import OPTIMIZERS as ENTRIES
@@ -56,3 +56,26 @@ def test_a_frozen_vector_stands_still_for_exactly_so_long(entry):
         updates, state = transform.update(tree_map(torch.ones_like, dict(trainable)), state, trainable, lr=1.0)
         assert bool(updates["w"].b[:, 2].any()) == (step >= 5)
         assert updates["w"].b[:, 1].any()
+
+
+@pytest.mark.parametrize("optimizer", [sgd(), lion(), adamw()], ids=["sgd", "lion", "adamw"])
+def test_an_infinite_parameter_stays_without_a_gradient(optimizer):
+    """A decay of zero is no product with zero."""
+    trainable, grads = {"mask": torch.tensor([1.0, -torch.inf])}, {"mask": torch.tensor([0.5, 0.0])}
+    updates, _ = optimizer.update(grads, optimizer.init(trainable), trainable, lr=0.1)
+    assert torch.isfinite(updates["mask"]).all()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [sgd(), sgd(weight_decay=0.1), lion(), adamw(), muon(), normalized_sgd()],
+    ids=["sgd", "sgd, decay", "lion", "adamw", "muon", "normalized_sgd"],
+)
+def test_a_sparse_gradient_moves_as_the_dense_one(optimizer):
+    trainable = {"table": normal(0, 5, 3), "head": normal(1, 5, 3)}
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2, 2]]), normal(2, 3, 3), (5, 3), check_invariants=True)
+    state = optimizer.init(trainable)
+    got = optimizer.update({"table": sparse, "head": normal(3, 5, 3)}, state, trainable, lr=0.1)
+    wanted = optimizer.update({"table": sparse.to_dense(), "head": normal(3, 5, 3)}, state, trainable, lr=0.1)
+    for left, right in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        torch.testing.assert_close(left, right)

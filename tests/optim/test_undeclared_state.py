@@ -1,5 +1,6 @@
 """State whose roles nobody declared, or whose shapes do not fit, is refused by its path."""
 
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from dynlora_fn import Factors, project_optimizer_state
-from dynlora_fn.testing import Shape, assert_same, low_rank, normal
+from dynlora_fn.testing import Shape, assert_same, low_rank, normal, plan_of
 from tests.support.optimizer_states import SWITCH, Record, filled
 from tests.support.optimizers import one_switch
 
@@ -140,3 +141,25 @@ def test_moments_must_have_the_shapes_of_trainable(role: str, b: tuple[int, int]
     state = {role: {"w": Factors(torch.ones(b), torch.ones(a))}}
     with pytest.raises(ValueError, match=r"at \['\w+'\]\['w'\] of shapes .* for factors \(5, 4\) and \(4, 6\)"):
         project_optimizer_state(state, PLAN, roles=ROLES, trainable=TRAINABLE)
+
+
+class Named(dict):
+    """A dict with attributes."""
+
+
+@dataclass
+class Cached:
+    mu: dict
+    roles = {"mu": "first_moment"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        self.cache = self.mu
+
+
+def test_tensors_that_no_field_has_are_refused():
+    factors = {"w": Factors(torch.ones(3, 2), torch.ones(2, 3))}
+    named = Named(mu=factors)
+    named.cache = factors
+    for state in (named, Cached(factors), {"inner": Cached(factors)}):
+        with pytest.raises(ValueError, match="with tensors in its attribute 'cache', which is no field"):
+            project_optimizer_state(state, {"w": plan_of(2, b=1, a=1)}, roles={"mu": "first_moment"})

@@ -231,3 +231,9 @@ def test_tiles_have_the_bits_of_one_draw(requests, tile):
         together = uniforms(requests)
     with mock.patch.object(_basis, "_TILE", tile):
         assert_same(uniforms(requests), together)
+
+
+def test_any_number_of_slices_may_come_from_an_iterator():
+    each = BasisSlice(torch.tensor(0), torch.arange(3), torch.arange(3), (6, 4), 2, "lora", torch.float32)
+    assert basis_vectors([]) == []
+    assert_same(basis_vectors(iter([each, each])), basis_vectors([each, each]))

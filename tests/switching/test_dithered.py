@@ -1,6 +1,7 @@
 """The authors' randomly dithered plan."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,3 +95,38 @@ def test_whole_numbers_are_not_dithered():
     schedule = Schedule(interval=1, decay=0.5, freeze=0)
     table = dithered(schedule, {"w": weight(400, 400, 64)}, total_steps=6, seed=0).switched["w"]
     assert table.diff().tolist() == [32, 16, 8, 4, 2, 1]
+
+
+def test_the_numbers_are_drawn_on_the_host_whatever_the_default_device():
+    params = {"w": weight(16, 16, 4)}
+    wanted = dithered(Schedule(interval=10), params, total_steps=20, seed=0)
+    with torch.device("meta"):
+        got = dithered(Schedule(interval=10), params, total_steps=20, seed=0)
+        assert_same(got(3, params), wanted(3, params))
+    assert_same(got.switched, wanted.switched)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 1, -(2**70)])
+def test_any_integer_is_a_seed(seed: int):
+    params = {"w": weight(16, 16, 4)}
+    first, same = (dithered(Schedule(interval=10), params, total_steps=20, seed=seed) for _ in range(2))
+    assert_same(first.switched, same.switched)
+
+
+@pytest.mark.parametrize("step", [20, torch.tensor(20), torch.tensor(99, dtype=torch.uint8)], ids=str)
+def test_a_step_after_the_run_is_refused(step):
+    params = {"w": weight(16, 16, 4)}
+    schedule = dithered(Schedule(interval=10), params, total_steps=20, seed=0)
+    with pytest.raises(ValueError, match=r"`step` is \d\d, but the schedule was dithered for 20 steps"):
+        schedule(step, params)
+
+
+def test_both_sides_of_a_slot_are_switched_together_where_only_b_is_trained():
+    params = {"w": low_rank(Shape(8, 8, 1), trained="b")}
+    schedule = dithered(Schedule(interval=10), params, total_steps=40, seed=0)
+    plans = [schedule(step, params)["w"] for step in range(40)]
+    for plan in plans:
+        assert_same(plan.b, plan.a)
+    steps = [step for step, plan in enumerate(plans) if plan.a.active.any()]
+    assert len(steps) > 1
+    assert all(later - step >= 5 for step, later in pairwise(steps))  # while the column is frozen

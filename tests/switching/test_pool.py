@@ -211,3 +211,14 @@ def test_a_plan_for_more_vectors_than_are_idle_is_refused():
     for counts in ({"b": 3, "a": 1}, {"b": 1, "a": 3}):
         with pytest.raises(ValueError, match="`plan` takes 3 vectors of a side, but only 2 of 5 are idle"):
             draw(pool, plan_of(3, **counts))
+
+
+def test_the_first_entry_of_a_slot_counts_in_the_pool_too():
+    param, pool = make(Shape(6, 5, 3), 1, 0)
+    side = SidePlan(torch.tensor([1, 1]), torch.tensor([3, 4]), torch.tensor([True, True]))
+    plan = Plan(side, side, torch.tensor(0))
+    before = inventory(param, pool)
+    new, outgoing = switch(param, plan, incoming=draw(pool, plan))
+    got = put_back(pool, plan, outgoing)
+    assert got.a.held[1] == got.b.held[1] == 3
+    assert inventory(new, got) == before

@@ -228,3 +228,16 @@ def test_defaults_are_the_papers():
     assert switchlora(1).freeze == 5
     assert Schedule(count=3, freeze=0).most(weight(4, 4, 4)) == 3  # without a pool the candidates are unlimited
     assert Schedule(count=3, freeze=0, from_pool=True).most(weight(4, 4, 4)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_a_step_in_a_narrow_integer_does_not_overflow(dtype: torch.dtype):
+    params = {"w": weight(32, 32, 8)}
+    for schedule in (every(1, 4), Schedule(interval=10), switchlora(1000)):
+        for step in (40, 127):
+            assert_same(schedule(torch.tensor(step, dtype=dtype), params), schedule(step, params))
+
+
+def test_a_negative_step_in_a_tensor_is_refused():
+    with pytest.raises(ValueError, match="`step` is -1; use an integer of at least 0"):
+        Schedule(interval=10)(torch.tensor(-1), {"w": weight(8, 8, 2)})

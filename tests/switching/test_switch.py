@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import Factors, LowRank, Plan, SidePlan, candidates, linear, switch
-from dynlora_fn.testing import Shape, assert_same, assert_within, eps, low_rank, normal, plan_of, plans, seeds
+from dynlora_fn.testing import (
+    Shape,
+    assert_same,
+    assert_within,
+    eps,
+    exact_weight,
+    low_rank,
+    normal,
+    plan_of,
+    plans,
+    seeds,
+)
 from tests.support import reference
 from tests.support.strategies import plain_params
 
@@ -245,3 +256,20 @@ def test_incoming_vectors_that_do_not_fit_are_refused(changed, message):
     incoming = vectors(param, plan, seed=0)._replace(**changed)
     with pytest.raises(ValueError, match=message):
         switch({"q": param}, {"q": plan}, incoming={"q": incoming})
+
+
+@pytest.mark.parametrize("slots", [torch.tensor([0, 1]), torch.tensor([[0, 1]]), torch.tensor([[0, 0]])], ids=str)
+def test_slots_of_a_full_stack_may_be_active_in_some_members(slots: Tensor):
+    param = low_rank(Shape(6, 5, 3), (3,))
+    active = torch.tensor([[True, False], [False, True], [True, True]])
+    side = SidePlan(slots, torch.tensor([5, 6]), active)
+    full = SidePlan(slots.expand(3, 2), side.indices.expand(3, 2), active)
+    none = side._replace(active=torch.zeros(2, dtype=torch.bool))
+    for b, a in ((side, side), (none, side), (side, none)):
+        plan = Plan(b, a, torch.tensor(1))
+        got = switch(param, plan)
+        whole = Plan(
+            *(full if each is side else full._replace(active=active & False) for each in (b, a)), plan.frozen_for
+        )
+        assert_same(got, switch(param, whole))
+        assert_within(exact_weight(got.param), exact_weight(param), 1e-14)

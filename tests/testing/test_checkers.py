@@ -187,3 +187,48 @@ def test_given_arguments_are_summed_up():
         testing.check_preserves_weight(
             lambda param: param._replace(base=param.base + 1), arguments=low_rank(Shape(8, 4, 3))
         )
+
+
+def merged_in_place(params: dict[str, Any]) -> dict[str, Any]:
+    for name, param in params.items():
+        params[name] = dl.merge(param) if isinstance(param, LowRank) else param + 0
+    return params
+
+
+def projected_in_place(opt_state: Any, plan: Any) -> Any:
+    new = dl.project_optimizer_state(opt_state, plan)
+    opt_state.inner.mu.update(new.inner.mu)
+    return new._replace(inner=new.inner._replace(mu=opt_state.inner.mu))
+
+
+def test_an_argument_whose_entries_are_replaced_is_found():
+    with pytest.raises(BrokenPromiseError, match="has been replaced"):
+        testing.check_pure(merged_in_place, arguments=testing.trees(), examples=20)
+    with pytest.raises(BrokenPromiseError, match="has been replaced"):
+        testing.check_state_projection(projected_in_place, examples=20)
+
+
+@pytest.mark.parametrize(
+    ("transform", "said"),
+    [
+        (lambda params: {name: p if isinstance(p, LowRank) else 2 * p for name, p in params.items()}, "off by up to"),
+        (lambda params: {name: p for name, p in params.items() if isinstance(p, LowRank)}, "'.*' is missing"),
+    ],
+    ids=["changed", "dropped"],
+)
+def test_full_rank_parameters_are_kept_too(transform: Any, said: str):
+    with pytest.raises(BrokenPromiseError, match=said):
+        testing.check_preserves_weight(transform, arguments=testing.trees(), examples=20)
+    testing.check_preserves_weight(dl.merge, arguments=testing.trees(), examples=20)
+
+
+def test_a_weight_that_loses_its_stack_is_found():
+    with pytest.raises(BrokenPromiseError, match=r"shape \(.*\) is not \(1, "):
+        testing.check_preserves_weight(
+            lambda param: tree_map(lambda leaf: leaf[0], param), arguments=plain(stacks=st.just((1,)))
+        )
+
+
+def test_what_is_no_stack_is_refused():
+    with pytest.raises(BrokenPromiseError, match=r"`arguments` has tensors whose first axes have the sizes \[2, 6\]"):
+        testing.check_vmap(dl.merge, arguments=low_rank(Shape(6, 4, 2)))

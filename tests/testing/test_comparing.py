@@ -49,3 +49,48 @@ def test_the_bound_on_roundings_is_not_wide():
         merged = dl.merge(param)
         size = testing.exact_weight(param).abs().max()
         assert testing.rounding(param, merged).max() < share * size
+
+
+def test_shapes_are_not_broadcast():
+    for got in (torch.zeros(()), torch.zeros(1, 4), torch.zeros(4)):
+        with pytest.raises(AssertionError, match=r"shape \(.*\) is not \(3, 4\)"):
+            testing.assert_within(got, torch.zeros(3, 4), 1.0)
+
+
+def test_infinities_and_imaginary_parts_are_compared():
+    testing.assert_within(torch.tensor([torch.inf]), torch.tensor([torch.inf]), 0.0)
+    for got, wanted in ((1 + 1j, 1 + 3j), (torch.inf, -torch.inf)):
+        with pytest.raises(AssertionError):
+            testing.assert_within(torch.tensor([got]), torch.tensor([wanted]), 0.1)
+
+
+def test_what_is_no_number_equals_itself_only():
+    testing.assert_same({"loss": float("nan")}, {"loss": float("nan")})
+    for got, wanted in ((float("nan"), 1.0), (torch.tensor(1), 1)):
+        with pytest.raises(AssertionError):
+            testing.assert_same(got, wanted)
+
+
+def test_what_is_replaced_added_or_removed_is_named():
+    tree = {"w": torch.zeros(2), "step": 1}
+    changes = {
+        "replaced": lambda: tree.update(w=torch.zeros(2)),
+        "removed": lambda: tree.pop("step"),
+        "added": lambda: tree.update(v=torch.zeros(2)),
+    }
+    for what, change in changes.items():
+        with pytest.raises(AssertionError, match=f"has been {what}"), testing.untouched(tree):
+            change()
+
+
+def test_tensors_of_inference_mode_can_be_checked():
+    with torch.inference_mode():
+        testing.check_pure(dl.merge, arguments=low_rank(Shape(4, 4, 2)))
+
+
+def test_weights_are_weights():
+    for function in (testing.exact_weight, testing.seen_weight):
+        with pytest.raises(TypeError, match=r"`param` is a tensor .*; pass one LowRank"):
+            function(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="`count` is 5, but rank 2 has only 2 slots"):
+        testing.side_plan(2, 5)
