@@ -141,10 +141,10 @@ def _of_parts(view: View, index: tuple[Any, ...]) -> View:
     along, across = (index[-2], index[-1]) if view.axis == ROWS else (index[-1], index[-2])
     if not isinstance(along, slice) or not isinstance(across, slice) or across != slice(None):
         refuse(view, "__getitem__", f"the index {index}")
-    start, end, step = along.indices(view.shape[view.axis])
-    if step != 1:
+    picked = range(view.shape[view.axis])[along]  # `slice.indices` stops Dynamo of torch 2.11
+    if picked.step != 1:
         refuse(view, "__getitem__", f"the index {index}")
-    span = view if along == slice(None) else _span(view, "__getitem__", start, end)
+    span = view if along == slice(None) else _span(view, "__getitem__", picked.start, picked.stop)
     return span._replace(parts=tuple(take(part, index[:-2], slice(None), slice(None)) for part in span.parts))
 
 

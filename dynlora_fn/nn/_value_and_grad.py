@@ -10,6 +10,7 @@ from dynlora_fn._core._check import check_callable, check_choice, check_flag, de
 from dynlora_fn._core._func_scope import in_place_of_func, is_in_func
 from dynlora_fn._core._torch import (
     forward_levels,
+    is_older_than,
     is_traced,
     is_transformed,
     keystr,
@@ -51,7 +52,8 @@ def value_and_grad(
         TypeError: If `loss_fn` is not a function, or `has_aux` is not a flag. In the function, if a leaf of the first
             argument is not a tensor of a floating or complex dtype, or `loss_fn` does not return a 0-d tensor of a
             floating dtype. With "func", also if `aux` contains anything other than tensors.
-        RuntimeError: In the function with "func", if saved-tensor hooks are used around it or inside the loss.
+        RuntimeError: In the function with "func", if saved-tensor hooks are used around it or inside the loss. Also in
+            inference mode under torch before 2.13, whose `torch.func.grad` returns zeros there.
         ValueError: If `via` is neither "func" nor "autograd". In the function, if `loss_fn` changes a leaf in place. In
             the function with "autograd", if it is called inside a transform of `torch.func` or a loss of "func", or if
             the loss depends on no leaf. With "func", the gradients of such a loss are zero.
@@ -83,6 +85,11 @@ def _via_func(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Value
 
     def function(trainable: Any, *args: Any, **kwargs: Any) -> ValueAndGrad:
         _check_leaves(trainable)
+        if is_older_than(2, 13) and not is_traced() and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"`value_and_grad` is called in inference mode, where `torch.func.grad` of torch {torch.__version__}"
+                " returns zeros; use `torch.no_grad` instead of `torch.inference_mode`, or torch 2.13"
+            )
         if is_traced() or _needs_func(trainable, args, kwargs):
             grads, value = grad_and_value(trainable, *args, **kwargs)
             return ValueAndGrad(value, grads)
