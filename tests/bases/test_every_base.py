@@ -30,6 +30,7 @@ from dynlora_fn.testing import (
     seen_weight,
     untouched,
 )
+from tests.support.versions import skip_without_views_of_dtypes
 
 SHAPE = Shape(64, 64, 4)
 KINDS = ["local", "sharded", "deferred", "deferred and sharded"]
@@ -133,6 +134,7 @@ def test_a_factor_that_is_not_finite_is_refused_where_codes_are_encoded_again(ki
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_vmap_over_a_stack_scales_and_adds_as_the_stack_does(storage):
+    skip_without_views_of_dtypes(storage)
     param, change = param_of(storage, stack=(3,)), normal(1, 3, 64, 64, dtype=torch.float32)
     factors = torch.tensor([0.5, 1.0, 1.25])
 

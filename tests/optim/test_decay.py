@@ -26,6 +26,7 @@ from dynlora_fn.testing import (
     untouched,
 )
 from dynlora_fn.testing._shadow import magnitude
+from tests.support.versions import skip_without_views_of_dtypes
 
 RATES = st.sampled_from([0.0, 1e-3, 0.25, 1.0])
 FITTING = Shape(16, 64, 4)  # of a size that all blocks divide
@@ -65,6 +66,7 @@ def test_no_code_is_rounded_again(storage: Storage):
 def test_it_compiles_and_maps(storage: Storage):
     param = low_rank(FITTING, (2,), storage=storage)
     check_compiles(lambda param: decay(param, 0.1), arguments=(param,))
+    skip_without_views_of_dtypes(storage)
     check_vmap(lambda param: decay(param, 0.1), arguments=(param,))
 
 
