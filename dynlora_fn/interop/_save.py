@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,10 +149,11 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     }
     if _METADATA in weights:
         raise ValueError(f"`weights` has the name {_METADATA!r}, which is no tensor in a safetensors file; rename it")
+    save = safetensors().torch.save
     try:
-        header = json.loads(safetensors().torch.save(empty, metadata=dict(metadata or {}))[8:])
+        header = json.loads(save(empty, metadata=dict(metadata or {}))[8:])
     except Exception:  # of several types, for names and dtypes
-        _name_refused(empty)
+        _name_refused(empty, save)
         raise
     if metadata:
         header[_METADATA] = dict(metadata)  # in this order, while the order of `safetensors` varies
@@ -164,11 +165,11 @@ def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     return content + b" " * (-len(content) % 8), names
 
 
-def _name_refused(tensors: Mapping[str, Tensor]) -> None:
+def _name_refused(tensors: Mapping[str, Tensor], save: Callable[..., bytes]) -> None:
     """Raise TypeError for the first tensor that `safetensors` refuses."""
     for name, tensor in tensors.items():
         try:
-            safetensors().torch.save({name: tensor})
+            save({name: tensor})
         except Exception as error:
             raise TypeError(
                 f"`weights` has {name!r} of dtype {tensor.dtype}, which a safetensors file cannot have ({error}); "
