@@ -242,12 +242,12 @@ class SidePlan(NamedTuple):
 
     Only entries with `active` true are switched. `count` is the same in every step, so a compiled step is not compiled
     again; inactive entries fill it up and must contain valid slots too. A plan without stack axes applies to every
-    member of a stack.
+    member of a stack. The stack axes of the three tensors are broadcast.
     """
 
-    slots: Int[Tensor, "*stack count"]  # the slots to switch, distinct where active
-    indices: Int[Tensor, "*stack count"]  # of the incoming vectors in the basis; modulo the size of a pool
-    active: Bool[Tensor, "*stack count"]
+    slots: Int[Tensor, "*#stack count"]  # the slots to switch, distinct where active
+    indices: Int[Tensor, "*#stack count"]  # of the incoming vectors in the basis; modulo the size of a pool
+    active: Bool[Tensor, "*#stack count"]
 
 
 class Plan(NamedTuple):
