@@ -26,9 +26,9 @@ from dynlora_fn.interop._init import init as init
 from dynlora_fn.interop._resize import resize as resize
 from dynlora_fn.interop._state_dict import state_dict as state_dict
 from dynlora_fn.nn._call import call as call
+from dynlora_fn.nn._checkpoints import checkpoint_contexts as checkpoint_contexts
 from dynlora_fn.nn._explain import explain as explain
 from dynlora_fn.nn._linear import linear as linear
-from dynlora_fn.nn._remat import checkpoint_contexts as checkpoint_contexts
 from dynlora_fn.nn._remat import remat as remat
 from dynlora_fn.nn._value_and_grad import value_and_grad as value_and_grad
 from dynlora_fn.optim._decay import decay as decay

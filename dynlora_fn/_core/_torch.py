@@ -146,7 +146,6 @@ make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 set_forward_enabled: Callable[[bool], AbstractContextManager[None]] = torch.autograd.forward_ad._set_fwd_grad_enabled
-saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 is_forward_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 is_functorch_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
@@ -237,6 +236,13 @@ def can_read(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
         return False
     return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
+
+
+def running_checkpoint() -> Any:
+    """Return the hook of the innermost running `torch.utils.checkpoint`, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    is_checkpoint = hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+    return hooks[0] if is_checkpoint else None
 
 
 def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:

@@ -1,10 +1,10 @@
-"""`remat` and `checkpoint_contexts`: recompute blocks in the backward pass."""
+"""`remat`: recompute blocks in the backward pass."""
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import compress, count
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,18 +15,12 @@ from dynlora_fn._core._check import check_module
 from dynlora_fn._core._dtypes import Autocast, autocast_now
 from dynlora_fn._core._patterns import match
 from dynlora_fn._core._torch import (
-    are_transforms_active,
     forward_levels,
-    is_batched_gradient,
-    is_traced,
     tree_flatten,
     tree_leaves,
-    tree_map,
     tree_unflatten,
-    without_dead_levels,
 )
 from dynlora_fn._core._types import LowRank
-from dynlora_fn.compile._ops import late
 from dynlora_fn.nn._block_refusals import (
     Before,
     RefuseRandom,
@@ -39,9 +33,8 @@ from dynlora_fn.nn._block_refusals import (
     without_alias,
 )
 from dynlora_fn.nn._call import call_with
-from dynlora_fn.nn._checkpoints import permitting_checkpoint
-from dynlora_fn.nn._swap import slots_of, swapped
-from dynlora_fn.nn._turns import Caller, current_caller, taking_turns
+from dynlora_fn.nn._recomputed import Recomputed
+from dynlora_fn.nn._turns import Caller, current_caller
 from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import fallback_of, params_of
 
@@ -114,54 +107,6 @@ def _copy(module: nn.Module, blocks: set[nn.Module], copies: dict[nn.Module, nn.
     children = {key: child and _copy(child, blocks, copies) for key, child in module._modules.items()}
     new.__dict__["_modules"] = children
     return new
-
-
-def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
-    """Return the `context_fn` of `torch.utils.checkpoint` for a model under `call`.
-
-    With this `context_fn`, recomputed blocks use the parameters of the call. Otherwise a checkpoint recomputes its
-    block after `call` has returned, with the original parameters of the module. A low-rank weight in such a block is
-    refused. A block that has only full-rank weights gets a wrong gradient, without an error.
-
-    For Hugging Face models, under ``value_and_grad(..., via="autograd")``::
-
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": dl.checkpoint_contexts(model)})
-
-    `remat` does not need this, and also works under `torch.func` and in compiled steps.
-
-    Args:
-        model: The model that is passed to `call`.
-
-    Returns:
-        A function that returns the contexts for the forward pass and for the recomputation.
-
-    Raises:
-        TypeError: If `model` is not a module.
-
-    Example:
-        >>> len(checkpoint_contexts(nn.Linear(4, 4))())
-        2
-    """
-
-    check_module("model", model)
-
-    def contexts() -> tuple[AbstractContextManager[None], ...]:
-        return permitting_checkpoint(), _recomputation(model)
-
-    return contexts
-
-
-def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which the model has its current parameters again."""
-    parameters = {slot.name: slot.tensor for slot in slots_of(model) if not slot.is_buffer}
-    caller = current_caller()
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        with taking_turns(model, caller), swapped(slots_of(model), parameters):
-            yield
-
-    return context()
 
 
 # A compiled graph can contain integers, but not modules, so blocks are found by an integer.
@@ -252,7 +197,7 @@ def _recompute(
     else:
         before = Before(tensors, written)
         before.note(written)
-    output = _Recomputed.apply(run_again, before, sum(arguments), *tensors)  # type: ignore[no-untyped-call]
+    output = Recomputed.apply(run_again, before, sum(arguments), *tensors)  # type: ignore[no-untyped-call]
     changed = before.changed()
     refuse_written(block, list(inputs[1]), [at - params for at in changed if at not in before.copies])
     _WRITTEN.setdefault((block_id, training), changed)
@@ -279,92 +224,3 @@ def _run_block(
     params = {name: LowRank(*leaf) if isinstance(leaf, tuple) else leaf for name, leaf in params.items()}
     with torch.autocast(*autocast) if autocast else nullcontext():
         return call_with(block, params, *buffers_and_arguments, fallback=fallback, caller=caller)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Compute ``run(*tensors)`` and save only the tensors.
-
-    Of a buffer that `run` writes, the value from before is saved, and a copy is written when `run` is computed again.
-    The last `argument_count` of the tensors are call arguments.
-    """
-
-    @staticmethod
-    def forward(run: Callable[..., Any], before: Before, argument_count: int, *tensors: Tensor) -> Any:
-        return run(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.run, before, ctx.argument_count, *tensors = inputs
-        ctx.written = [at for at in before.changed() if at in before.copies]
-        for at in ctx.written:
-            tensors[at] = before.copies[at]
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # `torch.func.vjp` inside a pullback does not take what a transform that has ended saved.
-        tensors, is_needed = [without_dead_levels(tensor) for tensor in ctx.saved_tensors], ctx.needs_input_grad[3:]
-        first_grad = next(grad for grad in grads if grad is not None)
-        # `late` makes the arguments depend on a gradient. In one graph of both passes, a compiler could otherwise
-        # recompute the block during the forward pass.
-        for position in range(len(tensors) - ctx.argument_count, len(tensors)):
-            tensors[position] = late(tensors[position], first_grad)
-        for position in ctx.written:
-            tensors[position] = tensors[position].clone()
-
-        def run(*differentiated: Tensor) -> Any:
-            remaining = iter(differentiated)
-            filled = (next(remaining) if needed else t for t, needed in zip(tensors, is_needed, strict=True))
-            return tuple(compress(ctx.run(*filled), is_differentiable))
-
-        is_differentiable = [grad is not None and grad.dtype.is_floating_point | grad.is_complex() for grad in grads]
-        outgoing: tuple[Tensor, ...] = tuple(grad for grad in compress(grads, is_differentiable) if grad is not None)
-        pull_back = _pull_back_in_func if _needs_func(outgoing) else _pull_back
-        gradients = iter(pull_back(run, list(compress(tensors, is_needed)), outgoing))
-        return None, None, None, *(next(gradients) if needed else None for needed in is_needed)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        run: Callable[..., Any],
-        before: Before,
-        argument_count: int,
-        *tensors: Tensor,
-    ) -> Any:
-        batched = torch.vmap(run, in_dims=in_dims[3:], randomness=info.randomness)
-        output = _Recomputed.apply(batched, before, argument_count, *tensors)  # type: ignore[no-untyped-call]
-        return output, tree_map(lambda leaf: 0, output)
-
-
-def _needs_func(grads: Sequence[Tensor]) -> bool:
-    """Return whether the backward pass may be differentiated, mapped or traced.
-
-    For example, `is_grads_batched` of `torch.autograd.grad` maps it.
-    """
-    if torch.is_grad_enabled() or are_transforms_active() or forward_levels() > 0 or is_traced():
-        return True
-    return any(is_batched_gradient(grad) for grad in grads)
-
-
-def _pull_back_in_func(
-    run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]
-) -> Sequence[Tensor | None]:
-    _, pull_back = torch.func.vjp(run, *inputs)  # type: ignore[misc]
-    gradients: tuple[Tensor, ...] = pull_back(grads)
-    return gradients
-
-
-def _pull_back(run: Callable[..., Any], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
-    """Return the gradients with respect to the inputs of `run`, with autograd.
-
-    Unlike `torch.func.vjp`, autograd frees activations during the backward pass.
-    """
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():
-        outputs = run(*inputs)
-    attached = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-    if not attached:
-        return [None] * len(inputs)
-    outputs, grads = zip(*attached, strict=True)
-    return torch.autograd.grad(outputs, inputs, grads, allow_unused=True)

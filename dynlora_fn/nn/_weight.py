@@ -31,6 +31,7 @@ from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._attributes import METADATA
 from dynlora_fn.nn._checkpoints import is_in_other_checkpoint
 from dynlora_fn.nn._fallback import dense_weight, permit, refuse_lost, why_lost
+from dynlora_fn.nn._register import REGISTERED
 from dynlora_fn.nn._rules import find_rule
 from dynlora_fn.nn._view import Fallback, NoRuleError, View, gathered, no_rule, view_of
 
@@ -212,6 +213,8 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
     except NoRuleError as refusal:
         return _fall_back(func, args, kwargs, refusal)
     except IndexError:  # of a dim or an index that torch refuses with its message
+        if func in REGISTERED:
+            raise
         return _fall_back(func, args, kwargs, None)
     return _as_weights(result if torch.is_grad_enabled() else _without_grad(result, views))
 

@@ -82,6 +82,14 @@ def test_a_rule_gets_the_weights_in_a_list():
     assert_same(call(model, params, fallback="raise"), torch.cat([materialize(param) for param in params.values()]))
 
 
+@pytest.mark.usefixtures("registry")
+def test_an_error_of_a_registered_rule_is_raised():
+    register_rule(torch.logsumexp, lambda input, dim: (input.base,)[dim + 1])
+    model, params = setting(lambda w: torch.logsumexp(w, 0).expand(6, 4))
+    with pytest.raises(IndexError, match="tuple index out of range"):
+        call(model, params, normal(0, 3, 4))
+
+
 @pytest.mark.parametrize(("argument", "values"), [("operation", ("exp", abs)), ("rule", (torch.exp, None))])
 def test_what_cannot_be_called_is_no_rule(argument, values):
     with pytest.raises(TypeError, match=f"`{argument}` is "):

@@ -221,7 +221,7 @@ INTRODUCTION = [
     "",
     "`python -m tests.support.feature_matrix` generates this page. It tries every cell with all storage formats, for",
     "one weight and for a stack, in a group of one process. Optimizers and compiled steps are tried with few formats.",
-    "A cell other than yes names what is refused, with the number of the note that gives the reason.",
+    'A cell that is not "yes" says what is refused. The number in it leads to a note with the reason.',
     "",
 ]
 NOTES = ["## Notes", ""]
