@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -88,10 +89,10 @@ def compile_step(
     check_flag("donate", donate)
     check_flag("debug", debug)
     share_memory, calls, donated = sharing(), Calls(step), Donated()
-    current: list[Any] = []  # the arguments of the running call, which Dynamo may trace
+    current: list[Any] = []  # the running call, which Dynamo may trace: its contexts and its arguments
 
     def run(state: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
-        comptime(note_call)
+        comptime(begin_trace)
         result = step(state, *args, **kwargs)
         if not isinstance(result, tuple | list) or len(result) != 2:
             return f"`step` returned a {type(result).__name__}, but must return a pair; return `(state, aux)`", None
@@ -111,27 +112,27 @@ def compile_step(
         _write(pairs)
         return None, aux
 
-    def note_call(_: Any) -> None:
-        calls.note(*current[-1])
+    def begin_trace(_: Any) -> None:
+        contexts, args, kwargs = current[-1]
+        contexts.enter_context(trace_autograd_ops())  # for `torch.autograd.grad` inside the step
+        calls.note(args, kwargs)
 
     # Dynamo caches a limited number of graphs for each code object, so every step gets a new code object.
     run.__code__ = run.__code__.replace()
     compiled = torch.compile(run, fullgraph=True, dynamic=None if dynamic else dynamic, **_torch_options(options))
-    traces_autograd = trace_autograd_ops()  # for `torch.autograd.grad` inside the step
 
     def compiled_step(state: Any, *args: Any, **kwargs: Any) -> Step:
         if donate:
             view = donated.check(state, (args, kwargs))
             if view is not None:
                 raise ValueError(_problem_of_view(view, donated, step, (state, *args), kwargs))
-        current.append(((state, *args), kwargs))
-        try:
-            with traces_autograd:
+        with ExitStack() as contexts:
+            current.append((contexts, (state, *args), kwargs))
+            contexts.callback(current.pop)
+            try:
                 problem, result = compiled(state, *args, **kwargs)
-        except FailOnRecompileLimitHit as error:
-            raise ValueError(calls.problem(*current[-1])) from error
-        finally:
-            current.pop()
+            except FailOnRecompileLimitHit as error:
+                raise ValueError(calls.problem((state, *args), kwargs)) from error
         if problem:
             raise ValueError(problem)
         if donate and debug:
