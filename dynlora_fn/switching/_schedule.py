@@ -61,7 +61,8 @@ class Schedule:
         ValueError: If an attribute is out of range, or the step of a call is negative. Also if a plan would switch a
             slot twice, or a slot while a switch of its other side still freezes it. So `interval` must be at least
             `every`, and at least ``2 * freeze`` with `freeze` rounded up to a multiple of `every`. With `count`, any
-            `freeze` steps may switch at most ``rank // 2`` vectors of a side, which a call of the schedule checks.
+            `freeze` steps may switch at most ``rank // 2`` vectors of a side, which a call of the schedule checks. Also
+            if `count` is passed together with `interval` or `decay`, which it would ignore.
 
     Example:
         >>> import torch
@@ -95,6 +96,11 @@ class Schedule:
             object.__setattr__(self, name, value)  # Python numbers in place of NumPy's
         if self.count is None:
             self._check_interval()
+        elif self.interval != math.inf or self.decay != 1:
+            name = "decay" if self.interval == math.inf else "interval"
+            raise ValueError(
+                f"`{name}` is {getattr(self, name)}, which `count` = {self.count!r} would ignore; remove one of them"
+            )
 
     def _check_interval(self) -> None:
         if self.interval < self.every:

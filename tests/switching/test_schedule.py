@@ -104,6 +104,7 @@ def test_the_rate_falls_as_the_paper_says():
 
 
 @given(rates, ranks, st.integers(0, 10**6))
+@example(Schedule(interval=49, freeze=0), 7, 2**25 + 1)  # which float32 rounds
 def test_a_step_in_a_tensor_gives_the_same_plan(schedule: Schedule, rank, step):
     params = {"w": weight(64, 40, rank)}
     assert_same(schedule(torch.tensor(step), params), schedule(step, params))
@@ -193,6 +194,8 @@ def test_plans_say_for_how_long_the_counterparts_are_frozen():
         ({"freeze": -1}, "`freeze` is -1; use an integer of at least 0"),
         ({"interval": 9}, "`interval` must be at least 10, so that .* frozen for 5 steps, got 9"),
         ({"interval": 15, "every": 4}, "`interval` must be at least 16, .* got 15"),
+        ({"interval": 40, "count": 2}, "`interval` is 40, which `count` = 2 would ignore"),
+        ({"decay": 0.5, "count": "all", "freeze": 0}, r"`decay` is 0\.5, which `count` = 'all' would ignore"),
     ],
 )
 def test_schedules_that_cannot_be_kept_are_refused(arguments, message):
