@@ -23,26 +23,30 @@ from bench.support.mutations import ROOT, Mutant, mutants_of, mutated, path_of
 
 # The test files of each module, with fast files first.
 TESTS = {
-    "switching._basis": ["switching/test_basis", "switching/test_weight", "interop/test_init"],
+    "switching._basis": [
+        "switching/test_basis", "switching/test_weight", "interop/test_init", "switching/test_alpha",
+    ],
     "bases._fold": [
         "bases/test_base", "bases/test_fold_in_blocks", "switching/test_switch", "switching/test_weight",
         "testing/test_promises", "compile/test_donated_subclasses",
     ],
     "switching._schedule": [
         "switching/test_schedule", "switching/test_every", "switching/test_every_schedule", "switching/test_dithered",
+        "switching/test_one_side",
     ],
     "switching._weight": [
         "switching/test_weight", "switching/test_basis", "interop/test_init", "switching/test_switch",
         "testing/test_promises",
     ],
-    "switching._candidates": ["switching/test_switch", "switching/test_plan_mistakes"],
+    "switching._candidates": ["switching/test_switch", "switching/test_plan_mistakes", "switching/test_one_side"],
     "switching._switch": [
         "switching/test_plan_mistakes", "switching/test_switch", "testing/test_promises", "switching/test_pool",
         "parallel/test_derivatives",
     ],
     "optim._adamw": [
         "optim/test_adamw", "optim/test_every_optimizer", "optim/test_freeze", "optim/test_eight_bit",
-        "optim/test_project_state", "optim/test_project_rules",
+        "optim/test_project_state", "optim/test_project_rules", "optim/test_arguments",
+        "optim/test_decay",
     ],
     "optim._freeze": ["optim/test_freeze", "optim/test_every_optimizer", "optim/test_project_rules"],
     "optim._transform": ["optim/test_arguments", "optim/test_every_optimizer"],
@@ -54,7 +58,7 @@ TESTS = {
     ],
     "optim._project_factors": [
         "optim/test_declared_roles", "optim/test_undeclared_state", "optim/test_project_state",
-        "optim/test_project_rules", "optim/test_eight_bit",
+        "optim/test_project_rules", "optim/test_eight_bit", "switching/test_plan_mistakes",
     ],
     "optim._torch_optim": ["optim/test_foreign_states", "optim/test_project_rules"],
     "optim._torchopt": ["optim/test_foreign_states", "optim/test_project_rules"],
@@ -82,7 +86,7 @@ TESTS = {
     "interop._arguments": ["interop/test_arguments"],
     "interop._parameters": ["interop/test_init", "interop/test_arguments"],
     "compile._arguments": ["compile/test_arguments"],
-    "compile._donation": ["compile/test_donation", "compile/test_metrics"],
+    "compile._donation": ["compile/test_donation", "compile/test_metrics", "compile/test_donated_subclasses"],
     "compile._memory": ["compile/test_metrics"],
     "testing._compare": ["testing/test_comparing", "testing/test_new_factors"],
     "testing._projection": ["testing/test_shared_statistics", "testing/test_checkers"],

@@ -60,6 +60,13 @@ def test_use_of_a_consumed_one_is_caught(quantize):
         weight.dequantize()
 
 
+def test_an_expanded_tensor_inside_is_refused(quantize):
+    weight = quantize(X)
+    weight.scale = weight.scale[:1].expand_as(weight.scale)
+    with pytest.raises(ValueError, match=r"`state` tensor at \[0\] is expanded"):
+        compile_step(lambda state: (state, None), backend="aot_eager")((weight,))
+
+
 def test_memory_that_is_held_twice_is_refused(quantize):
     weight = quantize(X)
     with pytest.raises(ValueError, match="share memory"):

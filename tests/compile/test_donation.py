@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from dynlora_fn import compile_step
+from dynlora_fn.compile._donation import _check_disjoint
 from dynlora_fn.testing import assert_same, normal
 
 
@@ -145,6 +146,13 @@ def test_an_expanded_tensor_is_refused():
         step({"x": torch.zeros(3, 1).expand(3, 4)})
     step({"x": torch.zeros(1, 1).expand(1, 1)})
     step({"x": torch.zeros(0, 1).expand(0, 4)})
+
+
+def test_a_tensor_inside_the_memory_of_another_is_found():
+    """The tensors inside a subclass may be parts of one buffer, of which only the first part belongs to two of them."""
+    with pytest.raises(ValueError, match="`state` tensors at x and y share memory"):
+        _check_disjoint([(0, 10, "x"), (2, 4, "x"), (5, 8, "y")])
+    _check_disjoint([(0, 10, "x"), (2, 4, "x"), (10, 12, "y")])
 
 
 def test_an_argument_that_is_a_view_of_the_state_is_refused():

@@ -79,6 +79,14 @@ def test_a_tied_parameter_has_one_weight_under_any_name(name):
     assert_restored(model, before)
 
 
+def test_a_module_at_two_paths_has_its_weights_under_both():
+    model, x = Nested(), normal(1, 3, 4)
+    params = other_params(model)
+    got = call(model, params, x)
+    first, second = "parts.stem.0.weight", "parts.layers.0.0.0.weight"
+    assert_same(call(model, {second if name == first else name: param for name, param in params.items()}, x), got)
+
+
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_module_at_two_paths_is_called_twice_in_one_step(backend):
     model, x = at_two_paths(), normal(1, 3, 4)

@@ -95,6 +95,16 @@ def test_second_moments_are_pruned_only_where_every_first_moment_is():
     assert not (gone["square"] & ~(gone["mean"] & gone["trend"])).any()
 
 
+def test_second_moments_of_vectors_are_not_pruned():
+    tree = {"w": TRAINABLE["w"]}
+    squares = tree_map(torch.Tensor.double, per_vector(tree))
+    fields = {"mean": filled(tree), "square": squares}
+    plan = one_switch(b=[0, 1, 2, 3], a=[0, 1, 2, 3], frozen_for=0)
+    new = project_optimizer_state(fields, plan, rule="prune", prune=0.8, roles=ROLES)
+    assert (new["mean"]["w"].b == 0).any()
+    assert_same(new["square"], squares)
+
+
 @pytest.mark.parametrize("rule", ["prune", "transport"])
 def test_rules_that_need_all_entries_are_refused_for_shards(rule: str):
     sharding = Sharding(group="0", world_size=2, process=0, rows=10, columns=12)
@@ -107,6 +117,8 @@ def test_transport_needs_the_weight_before_and_after():
     state, change = {"mean": filled(TRAINABLE)}, Change({}, {"w": PARAM})
     with pytest.raises(ValueError, match=r"`change` must have the low-rank weight 'w' .* got NoneType and LowRank"):
         project_optimizer_state(state, PLAN, rule="transport", change=change, roles=ROLES)
+    with pytest.raises(ValueError, match=r"`change\.after` must be by parameter name"):
+        project_optimizer_state(state, PLAN, rule="transport", change=Change({"w": PARAM}, [PARAM]), roles=ROLES)
 
 
 def test_a_role_that_does_not_exist_is_refused():

@@ -192,3 +192,19 @@ def test_a_list_of_torchopt_that_does_not_fit_is_refused():
         project_optimizer_state(state, PLAN, trainable={"w": TRAINABLE["w"]})
     with pytest.raises(ValueError, match=r"factors of 'w' at \[0\]\.mu\[3\] of shapes"):
         project_optimizer_state(state, PLAN, trainable={**TRAINABLE, "w": low_rank(Shape(6, 5, 4)).factors})
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_list_without_one_side_of_a_weight_is_refused(side):
+    state = torchopt_state("adam")(TRAINABLE)
+    state[0].mu[side] = None
+    with pytest.raises(ValueError, match=r"has no tensors of 'other' at \[0\]\.mu\[1\] and \[2\]"):
+        project_optimizer_state(state, PLAN, trainable=TRAINABLE)
+
+
+@pytest.mark.parametrize("make", [torch_state(torch.optim.AdamW), torchopt_state("adam")])
+def test_a_state_of_weights_that_train_one_side_is_refused(make):
+    params = {"w": low_rank(Shape(5, 6, 4), trained="b")}
+    trainable = partition(params).trainable
+    with pytest.raises(ValueError, match=r"`trainable` has only `b` of 'w'"):
+        project_optimizer_state(make(TRAINABLE), PLAN, trainable=trainable)

@@ -36,6 +36,12 @@ def uniform(seed: int, side: str, index: int, length: int) -> list[float]:
     return numbers[:length]
 
 
+def next_seed(seed: int, rank: int) -> int:
+    """Return the seed of the basis that follows `seed` at a rank, below 2**63."""
+    high, low, *_ = philox([rank, 0, 0, 2], [seed & MASK, seed >> 32])
+    return (high >> 1) << 32 | low
+
+
 def bound(side: str, out_features: int, in_features: int, rank: int) -> float:
     """Return half the width of the uniform distribution.
 

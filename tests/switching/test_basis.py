@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dynlora_fn import Factors
 from dynlora_fn.switching import BasisSlice, _basis, basis_bounds, basis_vectors
-from dynlora_fn.switching._basis import Request, philox
+from dynlora_fn.switching._basis import Request, next_seeds, philox
 from dynlora_fn.switching._basis import uniform as uniforms
 from dynlora_fn.testing import Shape, any_shapes, assert_same, seeds, shapes
 from tests.support import reference
@@ -52,6 +52,12 @@ def test_philox_gives_the_known_answers(counter, key, answer):
 def test_vectors_equal_the_reference(seed, side, index, length):
     vector = uniform(torch.tensor(seed), side, torch.tensor([index]), length)[0]
     assert vector.tolist() == reference.uniform(seed, side, index, length)  # exact: multiples of 2**-23
+
+
+@given(st.lists(st.tuples(basis_seeds, st.integers(1, 2**20)), min_size=1, max_size=3))
+def test_the_seeds_after_a_change_of_rank_equal_the_reference(changes):
+    got = next_seeds([torch.tensor([seed]) for seed, _ in changes], [rank for _, rank in changes])
+    assert [seed.tolist() for seed in got] == [[reference.next_seed(*change)] for change in changes]
 
 
 @given(basis_seeds, sides, st.lists(indices, min_size=1, max_size=4), st.integers(1, 9))
@@ -183,6 +189,12 @@ def test_plain_lora_starts_from_zero_and_from_the_range_of_linear_layers(shape: 
     assert not b.any()
     wanted = uniform(torch.tensor(seed), "a", torch.arange(1, 5), shape.in_features).double() / shape.in_features**0.5
     torch.testing.assert_close(a, wanted, rtol=4 * EPS, atol=0)  # a root, a quotient and a product
+
+
+@pytest.mark.parametrize("argument", ["out_features", "in_features", "rank"])
+def test_bounds_of_nothing_are_refused(argument):
+    with pytest.raises(ValueError, match=f"`{argument}` is 0; use an integer of at least 1"):
+        basis_bounds(**{"out_features": 4, "in_features": 4, "rank": 2, argument: 0})
 
 
 @pytest.mark.parametrize("shape", [6, (6,), torch.tensor([6, 4])])

@@ -71,6 +71,16 @@ def test_a_plan_of_wrong_slots_changes_no_state():
         project_optimizer_state(state, {"w": changed(slots=torch.zeros(1, 1, dtype=torch.int64))})
 
 
+def test_a_plan_that_is_no_plan_changes_no_state():
+    state = adamw().init(partition({"w": PARAM}).trainable)
+    for wrong, message in (
+        (None, "`plan` has None for 'w'"),
+        (changed(active=torch.ones(1)), "`plan` has for side a of 'w' as `active` a tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            project_optimizer_state(state, {"w": wrong})
+
+
 def test_a_plan_of_a_stack_may_have_its_axes_or_none():
     param, plan = low_rank(Shape(6, 5, 2), (3,)), PLAN
     stacked = Plan(*(SidePlan(*(leaf.expand(3, 1) for leaf in side)) for side in (plan.b, plan.a)), plan.frozen_for)
