@@ -149,7 +149,7 @@ def test_an_expanded_tensor_is_refused():
 
 
 def test_a_tensor_inside_the_memory_of_another_is_found():
-    """The tensors inside a subclass may be parts of one buffer, of which only the first part belongs to two of them."""
+    """Tensors inside one subclass may overlap."""
     with pytest.raises(ValueError, match="`state` tensors at x and y share memory"):
         _check_disjoint([(0, 10, "x"), (2, 4, "x"), (5, 8, "y")])
     _check_disjoint([(0, 10, "x"), (2, 4, "x"), (10, 12, "y")])
