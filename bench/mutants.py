@@ -59,6 +59,7 @@ TESTS = {
     "optim._project_factors": [
         "optim/test_declared_roles", "optim/test_undeclared_state", "optim/test_project_state",
         "optim/test_project_rules", "optim/test_eight_bit", "switching/test_plan_mistakes",
+        "optim/test_foreign_states",
     ],
     "optim._torch_optim": ["optim/test_foreign_states", "optim/test_project_rules"],
     "optim._torchopt": ["optim/test_foreign_states", "optim/test_project_rules"],

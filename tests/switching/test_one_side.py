@@ -112,6 +112,14 @@ def test_both_sides_of_a_slot_are_switched_together_and_enter_as_zeros():
     assert not torch.equal(new.factors.a[slots], param.factors.a[slots])
 
 
+def test_both_sides_of_a_slot_are_switched_together_at_a_rate():
+    param, schedule = low_rank(Shape(16, 16, 4), trained="b"), Schedule(interval=10)
+    plans = [schedule(step, {"w": param})["w"] for step in range(30)]
+    for plan in plans:
+        assert_same(plan.b, plan.a)
+    assert sum(int(plan.b.active.sum()) for plan in plans) == 12  # rank * steps / interval
+
+
 def test_every_row_of_the_basis_comes_in_turn():
     params, schedule = {"w": low_rank(Shape(8, 8, 2), trained="b")}, every(1)
     first = params["w"].factors.a

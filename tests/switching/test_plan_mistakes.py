@@ -62,6 +62,12 @@ def test_incoming_vectors_are_by_the_names_of_the_plan(incoming: object):
         switch({"w": PARAM}, {"w": PLAN}, incoming=incoming)
 
 
+@pytest.mark.parametrize("plan", [{}, {"w": PLAN}])
+def test_an_unknown_start_is_refused_for_any_plan(plan):
+    with pytest.raises(ValueError, match="`start` must be 'switchlora' or 'lora', got 'zeros'"):
+        candidates({"w": PARAM}, plan, start="zeros")
+
+
 def test_a_plan_of_wrong_slots_changes_no_state():
     params = {"w": PARAM}
     state = adamw().init(partition(params).trainable)
