@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynlora_fn import LowRank, call, combine, partition, value_and_grad
 from dynlora_fn.bases import quantize
@@ -69,7 +70,8 @@ def test_tangents_are_those_of_the_dense_weight(name):
     def of(function):
         return torch.func.jvp(lambda tree: function(param._replace(factors=tree)), (factors,), (factors,))
 
-    got, wanted = of(lambda weight: call(model, {"weight": weight})), of(lambda weight: dense_output(model, weight))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel of torch 2.14 has no forward mode
+        got, wanted = of(lambda weight: call(model, {"weight": weight})), of(lambda weight: dense_output(model, weight))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
