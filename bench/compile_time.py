@@ -1,13 +1,15 @@
 """How does compile time grow with depth, and how long does a compiled call take?
 
 Each case runs in a separate process without any cache. A trivial function is compiled before, which loads the compiler.
-A second start uses the caches that the first start has filled.
+A second start uses the caches that the first start has filled. In the case ``blocks``, each block of the model is
+compiled by itself, and the step around them is eager.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 import dynlora_fn as dl
 from bench.support.harness import Options, finish, run_in_subprocess, start, table
 from bench.support.timing import interleave
-from bench.support.training_steps import LibraryStep, StepSize, loss_of
+from bench.support.training_steps import LibraryStep, StepSize, compile_blocks, loss_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ def compiled(config: CompileTime) -> Callable[[], Any]:
         model, tokens = size.model(device), size.tokens_on(device)
         forward = torch.compile(model, fullgraph=True, dynamic=False, **config.options())
         return lambda: loss_of(forward(tokens[:, :-1]), tokens).backward()
+    if config.case == "blocks":
+        wrap = partial(compile_blocks, **config.options())
+        step = LibraryStep(size, size.width // config.fraction, device, wrap=wrap)
+        return partial(step.run, step.first_plan())
     step = LibraryStep(size, size.width // config.fraction, device, **config.options())
     plan = step.first_plan()
     if config.case == "update":
@@ -126,13 +132,13 @@ def main(config: CompileTime) -> None:
     console = start(config)
     cases = [("update", config.shallow), ("update", config.deep), ("plain", config.layers)]
     cases += [] if config.quick else [("static", config.layers)]
-    cases += [("switching", config.layers)]
-    cases += [(case, config.deep_step) for case in ("plain", "static") if config.deep_step]
+    cases += [("switching", config.layers), ("blocks", config.layers)]
+    cases += [(case, config.deep_step) for case in ("plain", "static", "blocks") if config.deep_step]
     times: dict[str, list[float]] = {f"{case} {layers}": [] for case, layers in cases}
     for _ in range(config.repeats):
         for case, layers in cases:
             times[f"{case} {layers}"].append(measure_case(config, case, layers))
-        for case in () if config.quick else ("plain", "static", "switching"):
+        for case in () if config.quick else ("plain", "static", "switching", "blocks"):
             second = measure_second_start(config, case, config.layers)
             times.setdefault(f"{case} {config.layers}, second start", []).append(second)
     seconds = {name: median(values) for name, values in times.items()}
@@ -143,6 +149,7 @@ def main(config: CompileTime) -> None:
         "compile_deep_over_shallow": seconds[f"update {config.deep}"] / seconds[f"update {config.shallow}"],
         "compile_switching_over_plain": seconds[f"switching {layers}"] / plain,
         "compile_static_over_plain": seconds.get(f"static {layers}", 0.0) / plain,
+        "compile_blocks_over_plain": seconds[f"blocks {layers}"] / plain,
         "second_start_seconds": seconds.get(f"switching {layers}, second start", 0.0),
         "call_overhead_ms": 1e3 * call_overhead(config),
     }

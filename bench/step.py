@@ -6,13 +6,15 @@ schedule, where most vectors are switched.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 import tyro
 
 from bench.support.harness import Options, finish, start, table
 from bench.support.timing import Ratio, Timing, interleave, intervals, values, weighted
-from bench.support.training_steps import LibraryStep, StepSize, full_step, peft_step
+from bench.support.training_steps import LibraryStep, StepSize, compile_blocks, full_step, peft_step
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Step(Options):
     """Dtype of the products, by autocast. Weights and moments are float32."""
     bases: tuple[str, ...] = ()
     """Also measure bases in low precision at the first rank, each as BASE+RESIDUAL (``int8+bfloat16``)."""
+    blocks: bool = False
+    """Also measure a step at the first rank with blocks that are compiled one by one, inside an eager step."""
     repeats: int = 20
     eager: bool = False
     """Do not compile."""
@@ -38,8 +42,8 @@ def measure(config: Step) -> dict[str, Timing]:
     contenders = {"full": full_step(size, device, dtype, **options)}
     switching_fractions = {}
 
-    def add(kind: str, rank: int, **base: str | None) -> None:
-        step = LibraryStep(size, rank, device, dtype, **base, **options)
+    def add(kind: str, rank: int, **settings: Any) -> None:
+        step = LibraryStep(size, rank, device, dtype, **settings)
         plan = step.first_plan()
         contenders[f"static {kind}"] = step.run
         contenders[f"switching {kind}"] = lambda: step.run(plan)
@@ -47,11 +51,14 @@ def measure(config: Step) -> dict[str, Timing]:
 
     for fraction in config.fractions:
         contenders[f"peft d/{fraction}"] = peft_step(size, size.width // fraction, device, dtype, **options)
-        add(f"d/{fraction}", size.width // fraction)
+        add(f"d/{fraction}", size.width // fraction, **options)
     for name in config.bases:
         base, residual = name.split("+")
         storage = {"base": base, "residual": None if residual == "none" else residual}
-        add(f"{name} d/{config.fractions[0]}", size.width // config.fractions[0], **storage)
+        add(f"{name} d/{config.fractions[0]}", size.width // config.fractions[0], **storage, **options)
+    if config.blocks:
+        wrap = partial(compile_blocks, **options) if options else None
+        add(f"blocks d/{config.fractions[0]}", size.width // config.fractions[0], wrap=wrap)
     timings = interleave(contenders, repeats=config.repeats, device=device)
     for kind, fraction in switching_fractions.items():
         timings[f"switched {kind}"] = weighted(timings[f"static {kind}"], timings[f"switching {kind}"], fraction)
@@ -65,6 +72,7 @@ def ratios(timings: dict[str, Timing], fractions: tuple[int, ...], bases: tuple[
         return Ratio.of(timings[name], timings[other])
 
     first, last = fractions[0], fractions[-1]
+    blocks = f"switched blocks d/{first}"
     return {
         "switched_over_full": ratio(f"switched d/{first}", "full"),
         "switched_over_full_eighth": ratio(f"switched d/{last}", "full"),
@@ -72,6 +80,7 @@ def ratios(timings: dict[str, Timing], fractions: tuple[int, ...], bases: tuple[
         "ours_over_peft": ratio(f"switched d/{first}", f"peft d/{first}"),
         "ours_over_peft_eighth": ratio(f"switched d/{last}", f"peft d/{last}"),
         **{f"{base}_over_float32": ratio(f"switched {base} d/{first}", f"switched d/{first}") for base in bases},
+        **({"blocks_over_one_graph": ratio(blocks, f"switched d/{first}")} if blocks in timings else {}),
     }
 
 

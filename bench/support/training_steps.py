@@ -117,6 +117,13 @@ def peft_step(
     return module_step(model.get_base_model(), size, device, dtype, **compile_options)
 
 
+def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
+    """Compile each block of a model by itself, in place. Equal blocks share a graph."""
+    for block in model.get_submodule("layers").children():
+        block.compile(fullgraph=True, dynamic=False, **options)
+    return model
+
+
 class LibraryStep:
     """A training step of this library, with its state and schedule."""
 
