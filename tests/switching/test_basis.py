@@ -48,6 +48,20 @@ def test_philox_gives_the_known_answers(counter, key, answer):
     assert reference.philox(words(counter), words(key)) == words(answer)
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, 2**63 - 1])
+def test_the_words_are_those_of_torch(seed):
+    """torch makes a float of the lower 24 bits of a word, and a basis one of the upper 24 bits."""
+    random = pytest.importorskip("torch.func._random", reason="this torch has no generator without a state")
+    try:
+        numbers = random.uniform(random.key(seed), (40,))
+    except NotImplementedError:
+        pytest.skip("this torch generates numbers without a state on CUDA only")
+    zero = torch.zeros(10, dtype=torch.int64)
+    block, key = torch.arange(10), (torch.tensor(seed & reference.MASK), torch.tensor(seed >> 32))
+    found = torch.stack(philox((block, zero, zero, zero), key), dim=-1).flatten()
+    assert_same((numbers.double() * 2**24).long(), found & 0xFFFFFF)
+
+
 @given(basis_seeds, sides, indices, st.integers(1, 9))
 def test_vectors_equal_the_reference(seed, side, index, length):
     vector = uniform(torch.tensor(seed), side, torch.tensor([index]), length)[0]
