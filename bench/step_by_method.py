@@ -33,6 +33,8 @@ class StepByMethod(Options):
     """Width over rank. Full rank, GaLore and APOLLO are timed only at the first."""
     methods: Literal["all", "muon"] = "all"
     """Time all methods, or only the methods that the ratios of Muon need."""
+    without: tuple[str, ...] = ()
+    """Leave out these methods. ``full rank, torch.optim.Muon`` takes minutes for each step on a CPU."""
     repeats: int = 9
     mode: str = "default"
     """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
@@ -127,6 +129,8 @@ def measure(config: StepByMethod) -> dict[str, Timing]:
             contenders.add_switched(f"switched, compensated{suffix}", rank, compensate=COMPENSATE)
         of_factors = muon(lambda _, leaf: not isinstance(leaf, Tensor))
         contenders.add_switched(f"switched, Muon{suffix}", rank, optimizer=of_factors)
+    for name in config.without:
+        del contenders.steps[name]
     timings = interleave(contenders.steps, repeats=config.repeats, device=config.device)
     timings["LoRA"] = timings["switched"]
     for name, (rare, fraction) in contenders.occasional.items():
