@@ -55,8 +55,8 @@ def step(state, batch, lr):
     return (dl.apply_updates(trainable, updates), frozen, opt_state, t + 1), loss
 
 
-# For a larger model, compile the step: `step = dl.compile_step(step)`. The arguments are tensors for that reason. To start
-# sooner, compile only the blocks of the model (`dynlora_fn/compile/README.md`).
+# For a larger model, compile the step: `step = dl.compile_step(step)`. The arguments are tensors for that reason.
+# To start sooner, compile only the blocks of the model (`dynlora_fn/compile/README.md`).
 trainable, frozen = dl.partition(params)
 state = trainable, frozen, optimizer.init(trainable), torch.tensor(0)
 losses = []
