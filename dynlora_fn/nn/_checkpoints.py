@@ -9,7 +9,7 @@ from torch import nn
 
 from dynlora_fn._core._check import check_module
 from dynlora_fn._core._torch import running_checkpoint
-from dynlora_fn.nn._swap import slots_of, swapped
+from dynlora_fn.nn._swap import is_placed_buffer, slots_of, swapped
 from dynlora_fn.nn._turns import current_caller, taking_turns
 
 _PERMITTED: ContextVar[Any] = ContextVar("_PERMITTED", default=None)
@@ -72,8 +72,13 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
 
 
 def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which the model has its current parameters again."""
-    parameters = {slot.name: slot.tensor for slot in slots_of(model) if not slot.is_buffer}
+    """Return a context in which the model has its current parameters again.
+
+    This includes buffers that were passed to `call`. Other buffers are those of the model, with their later values.
+    """
+    parameters = {
+        slot.name: slot.tensor for slot in slots_of(model) if not slot.is_buffer or is_placed_buffer(slot.tensor)
+    }
     caller = current_caller()
 
     @contextmanager

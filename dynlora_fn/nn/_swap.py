@@ -2,12 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Never
 
 from torch import Tensor, nn
 
 from dynlora_fn._core._func_scope import is_in_place_of_func
 from dynlora_fn._core._torch import is_of_transform
+
+_PLACED_BUFFERS: ContextVar[tuple[Tensor, ...]] = ContextVar("_PLACED_BUFFERS", default=())
+
+
+def is_placed_buffer(tensor: Tensor) -> bool:
+    """Return whether a running call has put this tensor in place of a buffer."""
+    return any(tensor is placed for placed in _PLACED_BUFFERS.get())
 
 
 class Slot(NamedTuple):
@@ -74,12 +82,14 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
     refused: list[Slot] = []
     buffers = {slot.name: tensors.get(slot.name, slot.tensor) for slot in slots if slot.is_buffer}
     attached = {name for name, buffer in buffers.items() if buffer.requires_grad}
+    token = _PLACED_BUFFERS.set((*_PLACED_BUFFERS.get(), *(buffers[name] for name in buffers if name in tensors)))
     try:
         for slot in slots:
             if slot.name in tensors:
                 slot.put(tensors[slot.name])
         yield
     finally:
+        _PLACED_BUFFERS.reset(token)
         refused = [slot for slot in slots if _is_refused(slot, tensors.get(slot.name))]
         for slot in slots:
             if slot.name in tensors or slot in refused:

@@ -111,6 +111,35 @@ def test_a_checkpoint_without_contexts_is_refused_by_name():
     assert_same(around, wanted)
 
 
+def test_a_checkpoint_recomputes_with_the_buffers_of_the_call():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return checkpoint(self.scaled, x, use_reentrant=False, **settings) if settings else self.scaled(x)
+
+        def scaled(self, x):
+            self.calls.add_(1)
+            return torch.tanh(super().forward(x) * self.scale)
+
+    settings, x = {}, torch.ones(2, 4, dtype=torch.float64)
+    model = Scaled(4, 4).double()
+    model.register_buffer("scale", torch.ones((), dtype=torch.float64))
+    model.register_buffer("calls", torch.zeros(()))
+    params = init(model, rank=2, seed=0, targets=["weight"], dtype=torch.float64)
+    trainable, frozen = partition({**params, "scale": torch.tensor(3.0, dtype=torch.float64)}, frozen=["scale"])
+
+    def gradients():
+        def loss_fn(tree):
+            return call(model, combine(tree, frozen), x).square().sum()
+
+        return value_and_grad(loss_fn, via="autograd")(trainable).grads
+
+    wanted = gradients()
+    settings["context_fn"] = checkpoint_contexts(model)
+    assert_same(gradients(), wanted)
+    assert model.scale == 1
+    assert model.calls == 3  # the block writes to the buffer of the model
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("via", ["func", "autograd"])
 def test_a_reentrant_checkpoint_is_refused_by_name(via):
