@@ -98,8 +98,8 @@ def _one_per_axis(view: View, index: tuple[Any, ...]) -> tuple[Any, ...]:
     index = tuple(list(entry) if isinstance(entry, tuple | range) else entry for entry in index)
     if any(isinstance(entry, list) and not all(isinstance(element, int) for element in entry) for entry in index):
         refuse(view, "__getitem__", f"the index {index}")  # torch takes a list of lists for a tuple
-    if any(isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.ndim != 1 for entry in index):
-        refuse(view, "__getitem__", "a mask over several axes")
+    if any(isinstance(entry, bool) or (_is_mask(entry) and entry.ndim != 1) for entry in index):
+        refuse(view, "__getitem__", "a flag, or a mask over several axes")
     taken = sum(entry is not None and entry is not Ellipsis for entry in index)
     missing = (slice(None),) * (len(view.shape) - taken)
     ellipses = [position for position, entry in enumerate(index) if entry is Ellipsis]
@@ -108,6 +108,10 @@ def _one_per_axis(view: View, index: tuple[Any, ...]) -> tuple[Any, ...]:
     if not ellipses:
         return (*index, *missing)
     return (*index[: ellipses[0]], *missing, *index[ellipses[0] + 1 :])
+
+
+def _is_mask(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8)
 
 
 def _with_new_axes(view: View, index: tuple[Any, ...]) -> View:

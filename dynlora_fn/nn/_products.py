@@ -5,13 +5,14 @@ single matrix call `contract` of `_linear.py`.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynlora_fn._core._dtypes import product_dtype
+from dynlora_fn._core._dtypes import cast, product_dtype
 from dynlora_fn._core._torch import grouped_mm as torch_grouped_mm
 from dynlora_fn._core._tree import whole_factors
 from dynlora_fn._core._types import LowRank
@@ -124,8 +125,8 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     stack_letters = "".join(stack)
     b, a = whole_factors(part)
     others = [*operands[:at], *operands[at + 1 :]]
-    floating = [other for other in others if other.is_floating_point() or other.is_complex()]  # others may be masks
-    dtype = product_dtype(floating[0]) if floating else b.dtype
+    dtypes = [product_dtype(other) for other in others if other.is_floating_point() or other.is_complex()]
+    dtype = reduce(torch.promote_types, dtypes) if dtypes else b.dtype  # without any, the others are masks
     base, b, a, *others = (leaf.to(dtype) for leaf in (dense_base(part), b, a, *others))
     low_rank_terms = [
         *terms[:at],
@@ -137,18 +138,18 @@ def einsum(equation: Any, *operands: Any) -> Tensor:
     low_rank_output = torch.einsum(
         f"{','.join(low_rank_terms)}->{result}", *others[:at], b / part.divisor, a, *others[at:]
     )
-    return scaled(output + low_rank_output, view)
+    return scaled(cast(output + low_rank_output, dtype if dtypes else view.dtype), view)
 
 
-def grouped_mm(input: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Tensor:
+def grouped_mm(input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
     """Multiply rows of the input by the matrices (expert, in, out) of their experts.
 
     `offs` has the end of the rows of each expert.
     """
     view = expect_weight("grouped_mm", weight, input=input, bias=bias)
     part = single(view, "grouped_mm")
-    if bias is not None or out_dtype is not None or matrix_shape(part)[:-2] != tuple(offs.shape):
-        refuse(view, "grouped_mm", "`bias`, `out_dtype` or a weight that is not a stack of experts")
+    if offs is None or bias is not None or out_dtype is not None or matrix_shape(part)[:-2] != tuple(offs.shape):
+        refuse(view, "grouped_mm", "`bias`, `out_dtype`, no `offs` or a weight that is not a stack of experts")
     b, a = whole_factors(part)
     padding = -b.shape[-1] % (16 // input.element_size())  # `grouped_mm` requires rows of a multiple of 16 bytes
     b, a = functional.pad(b, (0, padding)), functional.pad(a, (0, 0, 0, padding))

@@ -212,7 +212,7 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
         result = rule(*views, **named)
     except NoRuleError as refusal:
         return _fall_back(func, args, kwargs, refusal)
-    except IndexError:  # of a dim or an index that torch refuses with its message
+    except (IndexError, TypeError):  # torch takes these arguments, or refuses them with its message
         if func in REGISTERED:
             raise
         return _fall_back(func, args, kwargs, None)

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:low-rank weight")
 PARAM: LowRank = low_rank(Shape(6, 4, 2), seed=3)
 IDS = torch.tensor([[0, 3], [5, 1]])
 X, Y = normal(1, 3, 4), normal(2, 3, 6)
+TURNS = torch.polar(torch.ones(6), torch.arange(6.0)).to(torch.complex128)
+OFFSETS = torch.tensor([2, 4, 6], dtype=torch.int32)
 MASK = torch.tensor([True, False] * 3)
 
 VALUES = {
@@ -22,6 +24,11 @@ VALUES = {
     "reshape by keyword": lambda w: torch.reshape(w, shape=(2, 3, 4)) * 1,
     "mask in einsum": lambda w: torch.einsum("o,oi->oi", MASK, w),
     "integers in einsum": lambda w: torch.einsum("b,oi->boi", torch.tensor([1, 2]), w),
+    "complex operand in einsum": lambda w: torch.einsum("bi,oi,o->bo", X, w, TURNS).abs(),
+    "operands of two dtypes in einsum": lambda w: torch.einsum("o,bi,oi->bo", X.new_ones(6).float(), X, w),
+    "only a weight in einsum": lambda w: torch.einsum("oi->io", w) * 1,
+    "a flag and a slice": lambda w: w[True, 1:3] * 1,
+    "bytes over both axes": lambda w: w[(torch.arange(24).reshape(6, 4) % 3).byte()],
     "lists in a list": lambda w: w[[[0, 1, 2], [1, 0, 3]]],
     "tuple of rows": lambda w: w[(0, 2), :],
     "slices in a list": lambda w: w[[slice(0, 2), 1]],
@@ -36,7 +43,9 @@ VALUES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested", "ignore:Using a non-tuple")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR", "ignore:The PyTorch API of nested", "ignore:Using a non-tuple", "ignore:indexing with"
+)
 @pytest.mark.parametrize("name", VALUES)
 def test_a_use_has_the_value_and_gradients_of_the_dense_weight(name):
     model = Uses(VALUES[name], (6, 4))
@@ -72,6 +81,8 @@ REFUSED = {
     "equation without a column": lambda w: torch.einsum("bi,o->bo", X, w),
     "equation without a term": lambda w: torch.einsum("bi->b", X, w),
     "integers": lambda w: X.long() @ w.T,
+    "dtype of a product by position": lambda w: torch.mm(Y, w, torch.float32),
+    "number in place of a bias": lambda w: functional.linear(X, w, 1.0),
 }
 
 
@@ -79,7 +90,7 @@ REFUSED = {
 def test_what_torch_refuses_is_refused_with_its_message(name):
     errors = []
     for weight in (PARAM, dense(PARAM, (6, 4))):
-        with pytest.raises((RuntimeError, IndexError, AssertionError)) as info:
+        with pytest.raises((RuntimeError, IndexError, TypeError, AssertionError)) as info:
             call(Uses(REFUSED[name], (6, 4)), {"weight": weight})
         errors.append(str(info.value))
     assert errors[0] == errors[1]
@@ -116,6 +127,15 @@ def test_autocast_does_not_round_bags_and_bilinear_forms():
         assert_same(got, call(Uses(use, shape), {"weight": weight}))
 
 
+@pytest.mark.parametrize("offsets", [(), (OFFSETS,)])
+def test_a_grouped_product_takes_offsets_by_position_or_none(offsets):
+    weight = low_rank(Shape(16, 8, 2), (3,), seed=5)._replace(base=normal(6, 3, 16, 8))
+    x = normal(7, 6, 16) if offsets else normal(7, 3, 2, 16)
+    model = Uses(lambda w: torch._grouped_mm(x.bfloat16(), w.bfloat16(), *offsets), (3, 16, 8))
+    got, wanted = (call(model, {"weight": param}) for param in (weight, dense(weight, (3, 16, 8))))
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.2)
+
+
 def test_what_takes_the_dtype_of_a_weight_takes_that_of_the_module():
     """Factors are in float32 by default, and a module in bfloat16 reads a weight in bfloat16."""
     seen = []
@@ -123,9 +143,9 @@ def test_what_takes_the_dtype_of_a_weight_takes_that_of_the_module():
     class Reads(nn.Linear):
         def forward(self, x):
             w = self.weight
-            seen.extend([w, x.type_as(w), x.to(w), torch.zeros_like(w), w.new_zeros(2)])
+            seen.extend([w, torch.einsum("oi->io", w), x.type_as(w), x.to(w), torch.zeros_like(w), w.new_zeros(2)])
             return super().forward(x.type_as(w))
 
     model = Reads(4, 6).bfloat16()
     call(model, init(model, rank=2, seed=0, targets=["weight"]), X.float())
-    assert [tensor.dtype for tensor in seen] == [torch.bfloat16] * 5
+    assert [tensor.dtype for tensor in seen] == [torch.bfloat16] * 6
