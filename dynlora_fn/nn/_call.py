@@ -120,7 +120,7 @@ def _call_traced(
     tensors = _tensors_for(model, slots, params, fallback)
     result = functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
     for slot in slots:
-        if slot.now is not slot.tensor:
+        if slot.tensor is not None and slot.now is not slot.tensor:
             refuse_assignment(slot)
     return result
 
@@ -132,7 +132,7 @@ def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallba
     """
     named = names_of(model)
     given: dict[Tensor, tuple[str, Param]] = {}
-    tensors: dict[Tensor, Tensor] = {}
+    tensors: dict[Tensor | None, Tensor] = {}
     for name, param in params.items():
         if name not in named:
             continue

@@ -77,7 +77,9 @@ def _recomputation(model: nn.Module) -> AbstractContextManager[None]:
     This includes buffers that were passed to `call`. Other buffers are those of the model, with their later values.
     """
     parameters = {
-        slot.name: slot.tensor for slot in slots_of(model) if not slot.is_buffer or is_placed_buffer(slot.tensor)
+        slot.name: slot.tensor
+        for slot in slots_of(model)
+        if slot.tensor is not None and (not slot.is_buffer or is_placed_buffer(slot.tensor))
     }
     caller = current_caller()
 

@@ -1,6 +1,7 @@
 """`explain`: the cost of a training step, weight by weight."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from dynlora_fn._core._types import FrozenTensor, LowRank, OneSidedFactors, Para
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._call import call_with
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path, flops
+from dynlora_fn.nn._swap import slots_of
+from dynlora_fn.nn._turns import taking_turns
 
 _MOMENT_BYTES = 4  # for each entry of each of the two moments
 
@@ -139,13 +142,29 @@ def _dense_uses(model: nn.Module, params: Params, args: tuple[Any, ...], kwargs:
     def record(name: str, operation: str) -> None:
         uses[DenseUse(name, operation)] = None
 
-    # Copies, because the model may write to its buffers.
     full_rank = {name: tensor_of(param) for name, param in params.items() if not isinstance(param, LowRank)}
-    buffers = {name: full_rank.get(name, buffer).clone() for name, buffer in model.named_buffers()}
+    buffers = {name: full_rank.get(name, buffer) for name, buffer in model.named_buffers()}
     params = {name: param for name, param in params.items() if name not in buffers}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        call_with(model, params, buffers, args, kwargs, fallback=record)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), taking_turns(model), _copied_buffers(model, buffers):
+        call_with(model, params, {}, args, kwargs, fallback=record)
     return list(uses)
+
+
+@contextmanager
+def _copied_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put copies of `buffers` into a model, and restore its buffers at the end.
+
+    The model may write to the copies, or assign other tensors.
+    """
+    slots = [slot for slot in slots_of(model) if slot.is_buffer]
+    try:
+        for slot in slots:
+            if slot.name in buffers:
+                slot.put(buffers[slot.name].clone())
+        yield
+    finally:
+        for slot in slots:
+            slot.put(slot.tensor)
 
 
 def _cost(name: str, param: Param, tokens: int) -> Cost:

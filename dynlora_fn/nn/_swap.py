@@ -21,13 +21,15 @@ def is_placed_buffer(tensor: Tensor) -> bool:
 class Slot(NamedTuple):
     """A place of a parameter or buffer in a module, with the tensor found there.
 
+    A buffer may have no tensor yet, because the model assigns it in its first call.
+
     A module at two paths of a model has each slot once, under its first path.
     """
 
     name: str  # in the model
     module: nn.Module
     key: str
-    tensor: Tensor
+    tensor: Tensor | None
     is_buffer: bool
 
     @property
@@ -39,7 +41,7 @@ class Slot(NamedTuple):
     def _places(self) -> dict[str, Any]:
         return self.module._buffers if self.is_buffer else self.module._parameters
 
-    def put(self, tensor: Tensor) -> None:
+    def put(self, tensor: Tensor | None) -> None:
         """Put a tensor in this slot."""
         self._places[self.key] = tensor
         if isinstance(tensor, nn.Parameter) and isinstance(self.module, nn.RNNBase):
@@ -53,7 +55,7 @@ def slots_of(model: nn.Module) -> list[Slot]:
         prefix = f"{path}." if path else ""
         for places, is_buffer in ((module._parameters, False), (module._buffers, True)):
             for key, tensor in places.items():
-                if tensor is not None:
+                if tensor is not None or is_buffer:
                     slots.append(Slot(prefix + key, module, key, tensor, is_buffer))
     return slots
 
@@ -80,7 +82,9 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
             also if the model assigns a buffer, or writes a value with a gradient into a buffer. The slot is restored.
     """
     refused: list[Slot] = []
-    buffers = {slot.name: tensors.get(slot.name, slot.tensor) for slot in slots if slot.is_buffer}
+    buffers = {
+        slot.name: tensors.get(slot.name, slot.tensor) for slot in slots if slot.is_buffer and slot.tensor is not None
+    }
     attached = {name for name, buffer in buffers.items() if buffer.requires_grad}
     token = _PLACED_BUFFERS.set((*_PLACED_BUFFERS.get(), *(buffers[name] for name in buffers if name in tensors)))
     try:
@@ -109,7 +113,11 @@ def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
     now = slot.now
     if placed is not None:
         return now is not placed
-    return now is not None and now is not slot.tensor and (is_in_place_of_func() or is_of_transform(now))
+    if now is None or now is slot.tensor:
+        return False
+    # A model may fill a buffer that has no tensor yet, such as a cache. But a graph or a transform must not stay in it.
+    is_lost = is_in_place_of_func() and (slot.tensor is not None or now.requires_grad)
+    return is_lost or is_of_transform(now)
 
 
 def refuse_assignment(slot: Slot) -> Never:

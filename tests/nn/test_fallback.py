@@ -69,6 +69,23 @@ def test_explain_changes_no_buffer_and_no_random_state():
     assert_same(torch.get_rng_state(), state)
 
 
+def test_explain_runs_a_model_that_assigns_buffers():
+    class Assigns(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            self.mean, self.first = y.mean(0), y[0]
+            return y - self.mean
+
+    model = Assigns(4, 4)
+    model.register_buffer("mean", torch.zeros(4))
+    model.register_buffer("first", None)
+    mean, params = model.mean, init(model, rank=2, seed=0, targets=["weight"])
+    assert dl.explain(params, tokens=3, model=model, args=(torch.ones(3, 4),)).dense == []
+    assert model.mean is mean
+    assert not mean.any()
+    assert model.first is None
+
+
 # --- refused
 
 

@@ -219,6 +219,37 @@ def test_a_buffer_that_gets_a_gradient_is_refused_by_name():
     assert not model.total.requires_grad
 
 
+class Fills(nn.Linear):
+    """A layer that assigns a buffer which has no tensor at first."""
+
+    def __init__(self, value):
+        super().__init__(4, 4)
+        self.value = value
+        self.register_buffer("cache", None)
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.cache is None:
+            self.cache = self.value(x, y)
+        return y * self.cache
+
+
+@pytest.mark.parametrize("differentiate", [value_and_grad, torch.func.grad])
+def test_an_empty_buffer_is_filled_but_not_with_a_gradient(differentiate):
+    model, x = Fills(lambda x, y: y.mean(0)).double(), normal(1, 3, 4)
+    trainable, frozen = partition(low_rank_of(model))
+
+    def loss_fn(tree):
+        return call(model, combine(tree, frozen), x).square().sum()
+
+    with pytest.raises(NotImplementedError, match="assigns the buffer 'cache'"):
+        differentiate(loss_fn)(trainable)
+    assert model.cache is None
+    model.value = lambda x, y: x.mean(0)
+    value_and_grad(loss_fn)(trainable)
+    assert_same(model.cache, x.mean(0))
+
+
 def test_a_buffer_of_one_sample_is_refused():
     model, x = Averages(in_place=False), normal(1, 3, 4)
     before, params = state_of(model), low_rank_of(model)
