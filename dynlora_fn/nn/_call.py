@@ -120,7 +120,7 @@ def _call_traced(
     tensors = _tensors_for(model, slots, params, fallback)
     result = functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
     for slot in slots:
-        if slot.tensor is not None and slot.now is not slot.tensor:
+        if slot.now is not slot.tensor:
             refuse_assignment(slot)
     return result
 

@@ -87,12 +87,18 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
     }
     attached = {name for name, buffer in buffers.items() if buffer.requires_grad}
     token = _PLACED_BUFFERS.set((*_PLACED_BUFFERS.get(), *(buffers[name] for name in buffers if name in tensors)))
+    modules = {slot.module for slot in slots if isinstance(slot.module, nn.RNNBase)}
+    recurrent = [module for module in modules if "flatten_parameters" not in module.__dict__]  # not in an outer call
     try:
+        for module in recurrent:
+            module.__dict__["flatten_parameters"] = _keep_memory
         for slot in slots:
             if slot.name in tensors:
                 slot.put(tensors[slot.name])
         yield
     finally:
+        for module in recurrent:
+            module.__dict__.pop("flatten_parameters", None)
         _PLACED_BUFFERS.reset(token)
         refused = [slot for slot in slots if _is_refused(slot, tensors.get(slot.name))]
         for slot in slots:
@@ -106,6 +112,14 @@ def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[No
             raise NotImplementedError(
                 f"`model` writes a value that requires a gradient into the buffer {name!r}; `detach()` the value"
             )
+
+
+def _keep_memory() -> None:
+    """Replace `flatten_parameters` of a recurrent layer during a call.
+
+    For cuDNN it moves the tensors of the layer into one memory, which must not happen to tensors that were passed. A
+    low-rank weight has no memory.
+    """
 
 
 def _is_refused(slot: Slot, placed: Tensor | None) -> bool:
@@ -126,7 +140,7 @@ def refuse_assignment(slot: Slot) -> Never:
         raise NotImplementedError(
             f"`model` assigns the buffer {slot.name!r} in its forward pass, which `torch.func`, `torch.compile` and "
             "`remat` do not keep; write its values in place (`copy_`) with `value_and_grad(..., via='autograd')`, "
-            "or call `model.eval()` if only training assigns it"
+            "call `model.eval()` if only training assigns it, or fill a cache by one call of the model before"
         )
     raise NotImplementedError(
         f"`model` assigns the parameter {slot.name!r} in its forward pass, which would be lost; "

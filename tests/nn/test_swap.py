@@ -147,6 +147,24 @@ def test_an_lstm_keeps_its_list_of_weights():
     assert_same(copy.deepcopy(model)(x)[0].detach(), output)
 
 
+def test_a_recurrent_layer_does_not_move_passed_weights():
+    """A stand-in for CUDA, where `flatten_parameters` moves all weights of a layer into one memory."""
+
+    class Flattens(nn.LSTM):
+        def flatten_parameters(self):
+            for weight in self._flat_weights:
+                weight.data_ptr()
+            flattened.append(self)
+
+    flattened = []
+    model, x = Flattens(4, 3).double(), normal(1, 5, 4)
+    params, count = init(model, rank=2, seed=0, targets=["weight_*"], dtype=torch.float64), len(flattened)
+    got = call(model, params, x)[0]
+    assert len(flattened) == count
+    torch.testing.assert_close(got, model(x)[0], rtol=1e-12, atol=1e-12)
+    assert len(flattened) > count  # as before, when the model is called directly
+
+
 class Lazily(nn.Linear):
     def forward(self, x):
         yield super().forward(x)
@@ -246,6 +264,8 @@ def test_an_empty_buffer_is_filled_but_not_with_a_gradient(differentiate):
         differentiate(loss_fn)(trainable)
     assert model.cache is None
     model.value = lambda x, y: x.mean(0)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="assigns the buffer 'cache'"):
+        torch.compile(loss_fn, backend="eager", fullgraph=True)(trainable)  # the next call would not find it
     value_and_grad(loss_fn)(trainable)
     assert_same(model.cache, x.mean(0))
 
