@@ -32,7 +32,7 @@ def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None
     """
     if layout.is_transposed:
         return x @ weight if bias is None else x @ weight + bias
-    if x.ndim != 3 or bias is None or not x.is_contiguous():
+    if x.ndim == 2 or bias is None or not x.is_contiguous():
         return functional.linear(x, weight, bias)
     # As in `functional.linear`, but the result is not a view: autograd refuses in-place changes of a Function's view.
     rows = functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
@@ -143,10 +143,10 @@ class _Merged(torch.autograd.Function):
             divisor = divisor_of(b.shape[-1], ctx.layout.alpha)
             if not ctx.needs_input_grad[2] and ctx.layout.factor_sharding is None:
                 grad_x, grad_b = _one_sided_gradients(grad_rows, rows, weight, cast(a, x.dtype), ctx.is_dense)
-                gradients_of_b = grad_x.reshape(x.shape), cast(grad_b, b.dtype) / divisor, None, grad_bias
+                gradients_of_b = grad_x.reshape(x.shape), _gradient_of(b, grad_b) / divisor, None, grad_bias
                 return *gradients_of_b, None, None, *(None for _ in codes)
             grad_x, grad_b, grad_a = gradients(grad_rows, rows, weight, cast(b, x.dtype), cast(a, x.dtype))
-        grad_b, grad_a = cast(grad_b, b.dtype) / divisor, cast(grad_a, a.dtype) / divisor
+        grad_b, grad_a = _gradient_of(b, grad_b) / divisor, _gradient_of(a, grad_a) / divisor
         grad_b, grad_a = _scatter_if_sharded(grad_b, grad_a, ctx.layout)
         input_gradients = grad_x.reshape(x.shape), grad_b, grad_a, grad_bias
         return *input_gradients, None, None, *(None for _ in codes)
@@ -183,6 +183,11 @@ class _Merged(torch.autograd.Function):
             bias_tangent,
         ]
         return sum(term for term in terms if term is not None)
+
+
+def _gradient_of(factor: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient in its factor's dtype, without an imaginary part."""
+    return cast(grad.real if grad.is_complex() and not factor.is_complex() else grad, factor.dtype)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

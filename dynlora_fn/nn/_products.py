@@ -37,6 +37,7 @@ def _times(x: Tensor, view: View, operation: str, bias: Tensor | None = None) ->
         return _times_part(x, view.parts[0], bias)
     sizes = [matrix_shape(part)[view.axis] for part in view.parts]
     if view.axis == ROWS:
+        bias = bias.expand(sum(sizes)) if bias is not None and bias.shape[0] == 1 else bias
         biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes, dim=-1)
         outputs = [_times_part(x, part, part_bias) for part, part_bias in zip(view.parts, biases, strict=True)]
         return torch.cat(outputs, dim=-1)

@@ -21,7 +21,8 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
             another operation. The operation of a property is its getter, for example ``torch.Tensor.mH.__get__``.
         rule: A function that takes the arguments of the operation, with a `LowRank` in place of each low-rank weight.
             The alpha of this `LowRank` is 1, because another alpha is multiplied into `b`. The rule returns a tensor,
-            a `LowRank` if the result is a low-rank weight, or `NotImplemented` for arguments that it does not cover.
+            a `LowRank` if the result is a low-rank weight, or a tuple of both. It returns `NotImplemented` for
+            arguments that it does not cover.
             If it uses only plain operations, every transform differentiates it.
 
     Raises:
@@ -48,9 +49,18 @@ def register_rule(operation: Callable[..., Any], rule: Callable[..., Any]) -> No
         result = rule(*arguments, **named)
         if result is NotImplemented:
             refuse(views[0], name, "these arguments")
-        return views[0]._replace(parts=(result,), scale=None) if isinstance(result, LowRank) else result
+        return _as_views(result, views[0])
 
     REGISTERED[operation] = on_views
+
+
+def _as_views(result: Any, view: View) -> Any:
+    """Return the result of a rule with a view in place of each `LowRank`."""
+    if isinstance(result, LowRank):
+        return view._replace(parts=(result,), scale=None)
+    if type(result) in (tuple, list):
+        return tuple(_as_views(element, view) for element in result)
+    return result
 
 
 def _with_params(value: Any, operation: str, views: list[View]) -> Any:

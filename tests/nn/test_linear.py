@@ -11,7 +11,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn import Factors, LowRank, linear
+from dynlora_fn import Factors, LowRank, linear, value_and_grad
 from dynlora_fn.bases import quantize
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn import _linear
@@ -38,6 +38,19 @@ def test_every_path_is_the_dense_product(param, path, batch, has_bias, seed):
     roundings = 2 * in_features + param.factors.a.shape[-2] + 4
     bound = roundings * eps(dtype) * (x.double().abs() @ reference.magnitude(param).T + shift.abs())
     assert_within(got, wanted, bound)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4), (2, 2, 3, 4), (1, 2, 2, 3, 4)])
+def test_the_output_may_be_changed_in_place(path, shape):
+    param, x, bias = low_rank(Shape(6, 4, 2), seed=1), normal(2, *shape), normal(3, 6)
+
+    def gradients(relu, **path):
+        return value_and_grad(lambda factors: relu(linear(x, param._replace(factors=factors), bias, **path)).sum())(
+            param.factors
+        )
+
+    assert_same(gradients(torch.relu_, path=path), gradients(torch.relu, path=path))
 
 
 @given(plain_params(stacks=st.just(())), st.sampled_from(PATHS), seeds)

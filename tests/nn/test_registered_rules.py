@@ -51,6 +51,14 @@ def test_a_registered_rule_may_return_a_weight():
 
 
 @pytest.mark.usefixtures("registry")
+def test_a_registered_rule_may_return_several_weights():
+    register_rule(torch.Tensor.hsplit, lambda input, sections: (input,) * sections + (input.base.sum(),))
+    model, params = setting(lambda w: w.hsplit(2)[1])
+    wanted = call(setting(lambda w: w)[0], params, normal(0, 3, 4))
+    assert_same(call(model, params, normal(0, 3, 4), fallback="raise"), wanted)
+
+
+@pytest.mark.usefixtures("registry")
 def test_a_rule_for_a_method_written_in_python_applies_in_compiled_code():
     def columns(input, p="fro", dim=None, keepdim=False, dtype=None):
         return input.base.norm(dim=dim) + input.factors.b.sum()

@@ -1,5 +1,7 @@
 """Operations with unusual operands equal those of the dense weight, or raise what torch raises for them."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +40,7 @@ VALUES = {
     "two multiples": lambda w: functional.linear(X, (w * 0.1) * torch.tensor(0.3)),
     "sparse input": lambda w: torch.mm(Y.to_sparse(), w),
     "sparse rows": lambda w: Y.to_sparse_csr() @ w,
+    "bias of one entry for joined weights": lambda w: functional.linear(X, torch.cat([w, w]), X[0, :1]),
     "bias for each row": lambda w: functional.linear(X, w, Y),
     "nested input": lambda w: functional.linear(torch.nested.nested_tensor([X, X[:2]]), w).to_padded_tensor(0),
 }
@@ -103,7 +106,12 @@ def test_a_complex_input_gives_the_gradients_of_the_complex_weight(path):
     def loss_fn(factors, multiply):
         return (multiply(PARAM._replace(factors=factors)) * normal(3, 5, 6)).abs().square().sum()
 
-    got = torch.func.grad(loss_fn)(PARAM.factors, lambda param: linear(x, param, path=path))
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(action="error"):  # of an imaginary part that is lost
+            got = torch.func.grad(loss_fn)(PARAM.factors, lambda param: linear(x, param, path=path))
+    finally:
+        torch.set_warn_always(False)
     wanted = torch.func.grad(loss_fn)(PARAM.factors, lambda param: x @ dense(param, (6, 4)).to(x.dtype).mT)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
