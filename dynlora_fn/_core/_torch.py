@@ -94,6 +94,7 @@ USED = (
     "torch._foreach_sub",
     "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
     "torch._functorch.utils.unwrap_dead_wrappers",
+    "torch._guards.CompileContext.try_get",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
     "torch._ops.OpOverload",
@@ -236,6 +237,11 @@ def can_read(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
         return False
     return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
+
+
+def is_in_dynamo() -> bool:
+    """Return whether this code runs inside Dynamo, while it compiles a function."""
+    return torch._guards.CompileContext.try_get() is not None
 
 
 def running_checkpoint() -> Any:

@@ -21,6 +21,7 @@ from dynlora_fn._core._torch import (
     forward_levels,
     is_forward_enabled,
     is_functorch_wrapped,
+    is_in_dynamo,
     make_wrapper_subclass,
     set_forward_enabled,
     tree_leaves,
@@ -83,7 +84,8 @@ class Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
+        # Where a part of a model is compiled, Dynamo compares the memory of its inputs. Every weight has other memory.
+        if func in METADATA or (func is Tensor.untyped_storage and is_in_dynamo()):
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         # A getter has the name `__get__`, and the name of its property is in `__self__`. Dynamo also gets methods of
         # `Tensor` that are written in Python through a getter, so a method with a rule is bound here.
@@ -96,6 +98,18 @@ class Weight(Tensor):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbind(0))
+
+
+def _by_rule(getter: Any) -> property:
+    """Return the property of `Weight` for a getter of `Tensor` with a rule.
+
+    Where a part of a model is compiled, Dynamo reads a property of `Tensor` again without `__torch_function__`.
+    """
+    return property(lambda weight: _apply_rule(getter, weight))
+
+
+for _property in ("T", "mT", "H", "mH"):
+    setattr(Weight, _property, _by_rule(getattr(Tensor, _property).__get__))
 
 
 class _Wrapper(Weight):

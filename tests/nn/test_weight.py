@@ -115,3 +115,33 @@ def test_a_weight_that_is_differentiated_requires_a_gradient(via):
     if via == "func":
         assert_same(torch.compile(function, backend="aot_eager", fullgraph=True)(trainable), function(trainable))
     assert call(model, combine(trainable, frozen), x).eq(0).all()
+
+
+PARTS = {
+    "T": lambda x, w: x @ w.T,
+    "t": lambda x, w: x @ w.t(),
+    "to": lambda x, w: functional.linear(x, w.to(x.dtype)),
+    "slice": lambda x, w: functional.linear(x, w[1:3]),
+    "multiple": lambda x, w: functional.linear(x, w * 2),
+    "dense": lambda x, w: functional.linear(x, w.tanh()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:low-rank weight")
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_model_may_be_compiled(name):
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return self.use(x, self.weight)
+
+    model, x = Layer(4, 6).double(), normal(1, 3, 4)
+    params = init(model, rank=2, seed=0, targets=["weight"], dtype=torch.float64)
+    trainable, frozen = partition(params)
+    results = []
+    for model.use in (PARTS[name], torch.compile(PARTS[name], backend="eager")):
+        for via in ("func", "autograd"):
+            results.append(
+                value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum(), via=via)(trainable)
+            )
+    for result in results[1:]:
+        torch.testing.assert_close(tuple(result), tuple(results[0]), rtol=1e-12, atol=1e-12)
