@@ -29,8 +29,12 @@ from dynlora_fn.nn._view import View
 # that it calls.
 
 
+# Not `functional.linear` in `_any_linear`: Dynamo finds globals by their module and name, and would find `_any_linear`.
+_torch_linear = functional.linear
+
+
 def _any_linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
-    return linear(x, weight, bias) if isinstance(weight, View) else functional.linear(x, weight, bias)
+    return linear(x, weight, bias) if isinstance(weight, View) else _torch_linear(x, weight, bias)
 
 
 def _project_fused(q: Tensor, k: Tensor, v: Tensor, weight: Any, bias: Tensor | None = None) -> Sequence[Tensor]:

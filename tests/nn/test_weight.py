@@ -145,3 +145,17 @@ def test_a_part_of_a_model_may_be_compiled(name):
             )
     for result in results[1:]:
         torch.testing.assert_close(tuple(result), tuple(results[0]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_with_attention_may_be_compiled():
+    x = normal(1, 3, 5, 8)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double())
+    params = init(model, rank=2, seed=0, targets=["*.in_proj_weight"], dtype=torch.float64)
+    trainable, frozen = partition(params)
+
+    def gradients():
+        return value_and_grad(lambda tree: call(model, combine(tree, frozen), x).square().sum())(trainable).grads
+
+    wanted = gradients()
+    model[0].compile(backend="eager")
+    torch.testing.assert_close(gradients(), wanted, rtol=1e-12, atol=1e-12)
