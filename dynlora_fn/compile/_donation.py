@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -44,7 +45,8 @@ class Donated:
 
         Raises:
             ValueError: If the state cannot be written over: two of its tensors share memory, a tensor is expanded,
-                requires a gradient or was written over by an earlier step, or a leaf is not a tensor.
+                requires a gradient, was written over by an earlier step or made in inference mode, or a leaf is not a
+                tensor.
         """
         leaves = fast_leaves(state)
         if not self._is_known(leaves):
@@ -121,6 +123,9 @@ def _check_leaves(state: Any) -> dict[int, str]:
             raise ValueError(f"{problem}, which cannot be donated; make it a tensor, or pass it as another argument")
         if leaf.requires_grad:
             raise ValueError(f"`state` tensor at {name} has requires_grad=True; detach it, or pass donate=False")
+        if leaf.is_inference() and not torch.is_inference_mode_enabled():
+            problem = f"`state` tensor at {name} was made in inference mode and cannot be written over outside of it"
+            raise ValueError(f"{problem}; clone it, or pass donate=False")
         if any(_is_expanded(tensor) for tensor in inner_tensors(leaf)):
             problem = f"`state` tensor at {name} is expanded: several of its elements are stored in one place"
             raise ValueError(f"{problem}; clone it, or pass donate=False")

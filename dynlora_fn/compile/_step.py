@@ -72,8 +72,9 @@ def compile_step(
         ValueError: If ``fullgraph=False`` is passed. At a call, if torch has recompiled the step as often as it allows;
             the message names the arguments that change. Also if `step` returns no pair. At a call with a donated state,
             if the new state differs from the old state in structure, shape or dtype. Also if tensors of the state share
-            memory, or one of them is expanded, requires a gradient or was written over before. Also if another argument
-            is a view of the state, or `aux` contains an object that may contain tensors.
+            memory, or one of them is expanded, requires a gradient or was written over before, or was made in inference
+            mode and is passed outside of it. Also if another argument is a view of the state, or `aux` contains an
+            object that may contain tensors.
         RuntimeError: With `debug`, if a consumed state is used.
 
     Example: The new state is in the memory of the old state.

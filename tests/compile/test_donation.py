@@ -177,3 +177,13 @@ def test_the_tensors_of_a_dropped_state_are_freed():
     alive = weakref.ref(dropped)
     del dropped
     assert alive() is None
+
+
+def test_a_state_made_in_inference_mode_is_refused_outside_of_it():
+    with torch.inference_mode():
+        state = {"w": torch.zeros(2)}
+    step = compile_step(lambda state: ({"w": state["w"] + 1}, None), backend="eager")
+    with pytest.raises(ValueError, match=r"`state` tensor at \['w'\] was made in inference mode"):
+        step(state)
+    with torch.inference_mode():
+        assert step(state).state["w"].tolist() == [1, 1]
