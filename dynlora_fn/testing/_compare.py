@@ -49,7 +49,8 @@ class ExceededBoundError(AssertionError):
 def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
     """Assert that every entry of `got` is within `bound` of `wanted`.
 
-    The comparison is in float64, or in complex128. Equal infinities have no error.
+    The comparison is in float64, or in complex128. Equal infinities have no error. An infinite error is never within
+    the bound, even if the bound is infinite because it was computed from `got`.
 
     Args:
         got: The tensor to check.
@@ -68,7 +69,7 @@ def assert_within(got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
     wide = torch.complex128 if got.is_complex() or wanted.is_complex() else torch.float64
     got, wanted = got.to(wide), wanted.to(wide)
     error = torch.where(got == wanted, 0, (got - wanted).abs())
-    is_beyond = ~(error <= bound)  # also where the error is NaN
+    is_beyond = ~(error <= bound) | error.isinf()  # also where the error is NaN
     if is_beyond.any():
         breaches = torch.where(is_beyond, error / bound, 0).nan_to_num(torch.inf)
         place, breach = _index(int(breaches.argmax()), breaches.shape), float(breaches.max())

@@ -52,6 +52,21 @@ class Counting:
         return param._replace(factors=tree_map(lambda leaf: leaf + self.calls, param.factors))
 
 
+def infinite(param: LowRank) -> LowRank:
+    """Divide by a norm of zero. The bound on roundings is then infinite too."""
+    b, a = (side.abs() + 1 for side in param.factors)
+    return param._replace(factors=param.factors._replace(b=b / 0, a=a))
+
+
+class FiniteInTheGraph:
+    """Return an infinite entry in eager mode, and a finite entry from a graph."""
+
+    def __call__(self, param: LowRank) -> LowRank:
+        base = param.base.clone()
+        base[..., 0, 0] = 1.0 if torch.compiler.is_compiling() else torch.inf
+        return param._replace(base=base)
+
+
 def over_the_stack(param: LowRank) -> LowRank:
     return param._replace(factors=tree_map(lambda leaf: leaf - leaf.mean(), param.factors))
 
@@ -68,6 +83,7 @@ def with_plan() -> st.SearchStrategy[Any]:
 BUGS = {
     "weight": (testing.check_preserves_weight, lambda param: param._replace(base=param.base + 1e-9), "off by up to"),
     "scale": (testing.check_preserves_weight, lambda param: dl.merge(param)._replace(factors=param.factors), "off by"),
+    "infinite weight": (testing.check_preserves_weight, infinite, "off by up to inf"),
     "in place": (testing.check_pure, in_place, r"factors\.b has been written into"),
     "global generator": (testing.check_pure, drawn, "a random number was drawn from torch's global generator"),
     "dtype": (testing.check_keeps_structure, rounded, r"\.factors\.b is .*float32.* instead of .*float64"),
@@ -98,6 +114,13 @@ def test_bugs_are_found_and_told(check, transform, said):
     assert re.search(r"promised: .*\nhappened: .*\n(.*\n)*smallest example: ", message), message
     assert re.search(said, message), message
     assert re.search(r"arguments=\(?(low_rank|LowRank)\(", message), message
+
+
+def test_infinities_are_compared_with_a_tolerance():
+    with pytest.raises(BrokenPromiseError, match="is off by inf"):
+        testing.check_compiles(FiniteInTheGraph(), arguments=plain(), examples=1, backend="eager", tolerance=4.0)
+    infinite_base = low_rank(Shape(4, 4, 2))._replace(base=torch.full((4, 4), torch.inf))
+    testing.check_compiles(lambda param: param, arguments=infinite_base, backend="eager", tolerance=4.0)
 
 
 def test_a_wrong_slot_shrinks_to_two_slots():

@@ -62,6 +62,8 @@ def test_infinities_and_imaginary_parts_are_compared():
     for got, wanted in ((1 + 1j, 1 + 3j), (torch.inf, -torch.inf)):
         with pytest.raises(AssertionError):
             testing.assert_within(torch.tensor([got]), torch.tensor([wanted]), 0.1)
+    with pytest.raises(AssertionError, match="off by up to inf"):
+        testing.assert_within(torch.tensor([torch.inf]), torch.tensor([1.0]), torch.inf)
 
 
 def test_what_is_no_number_equals_itself_only():
