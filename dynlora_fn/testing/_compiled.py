@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dynlora_fn._core._check import check_callable, check_number
 from dynlora_fn._core._torch import tree_leaves, tree_map
 from dynlora_fn._core._types import LowRank, Plan, SidePlan
 from dynlora_fn.testing._compare import assert_same, pairs
@@ -39,11 +40,14 @@ def check_compiles(
 
     Raises:
         BrokenPromiseError: If the promise is broken. The message gives an example.
+        TypeError: If an argument of the checker has a wrong type.
+        ValueError: If `tolerance` is negative or not finite, `examples` is less than 1, or `arguments` is empty.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_compiles(dl.merge, examples=1)
     """
+    tolerance = check_number("tolerance", tolerance, least=0)
 
     def check(*args: Any) -> None:
         def run(*args: Any) -> Any:
@@ -82,6 +86,8 @@ def check_vmap(
         >>> import dynlora_fn as dl
         >>> check_vmap(dl.merge)
     """
+    check_callable("transform", transform)
+    tolerance = check_number("tolerance", tolerance, least=0)
 
     def check(*args: Any) -> None:
         size = _stack_size(args)

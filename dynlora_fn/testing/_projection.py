@@ -7,14 +7,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dynlora_fn._core._check import check_callable, check_flag
+from dynlora_fn._core._check_trees import check_trainable
 from dynlora_fn._core._torch import keystr, tree_flatten_with_path, tree_map
 from dynlora_fn._core._types import AnyFactors, Param, Plan, Trainable, is_factors, sides_of, with_sides
 from dynlora_fn.optim._containers import Path, render
-from dynlora_fn.optim._roles import Roles, declared_roles
+from dynlora_fn.optim._roles import Roles, check_roles, declared_roles
 from dynlora_fn.optim._search_state import project_state
 from dynlora_fn.optim._torch_optim import is_torch_optim
 from dynlora_fn.optim._torchopt import is_torchopt
-from dynlora_fn.optim._transform import Transform
+from dynlora_fn.optim._transform import Transform, check_transform
 from dynlora_fn.testing._compare import difference, kind, untouched
 from dynlora_fn.testing._promises import Arguments, hold
 from dynlora_fn.testing._strategies import low_rank_params, optimizer_states, plans, seeds
@@ -51,11 +53,20 @@ def check_state_projection(
 
     Raises:
         BrokenPromiseError: If the promise is broken. The message gives the smallest example.
+        TypeError: If an argument of the checker has a wrong type.
+        ValueError: If a role is unknown, `examples` is less than 1, or `arguments` is empty.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_state_projection(dl.project_optimizer_state)
     """
+    check_callable("project", project)
+    check_flag("is_reset", is_reset)
+    check_roles({} if roles is None else roles, "`roles`")
+    if optimizer is not None:
+        check_transform("optimizer", optimizer)
+    if trainable is not None:
+        check_trainable("trainable", trainable)
 
     def check(state: Any, plan: Mapping[str, Plan]) -> None:
         with untouched(state, plan):

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dynlora_fn._core._check import check_callable, check_integer, described
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import LowRank, Params
 from dynlora_fn.testing._compare import ExceededBoundError
@@ -39,7 +40,11 @@ def hold(
 
     Raises:
         BrokenPromiseError: If the check raises.
+        TypeError: If `arguments` is neither a strategy, a tuple, a dict nor None, or `examples` is not an integer.
+        ValueError: If `arguments` is empty, or `examples` is less than 1.
     """
+    examples = None if examples is None else check_integer("examples", examples, least=1)
+    _check_arguments(arguments)
     unwanted = {Phase.explain, *([Phase.shrink] if is_slow else [])}
     phases = [phase for phase in settings().phases if phase not in unwanted]
     if not isinstance(arguments, st.SearchStrategy):
@@ -77,6 +82,19 @@ def hold(
         raise BrokenPromiseError(_message(promise, smallest, largest)) from error
 
 
+def _check_arguments(arguments: Any) -> None:
+    """Raise if a value cannot be the arguments of a transform.
+
+    Without a weight nothing would be checked.
+    """
+    if isinstance(arguments, st.SearchStrategy | Tensor):
+        return
+    if not isinstance(arguments, tuple | Mapping):
+        raise TypeError(f"`arguments` is {described(arguments)}; pass a strategy, a tuple, or parameters by name")
+    if not arguments:
+        raise ValueError(f"`arguments` is {arguments!r}, so that nothing would be checked; pass at least one parameter")
+
+
 def as_tuple(arguments: Any) -> tuple[Any, ...]:
     """Return the arguments as a tuple. A single argument may itself be a NamedTuple."""
     is_plain = isinstance(arguments, tuple) and not hasattr(arguments, "_fields")
@@ -88,6 +106,7 @@ def arguments_of(transform: Callable[..., Any], arguments: Arguments = None, **k
 
     A transform of one argument gets only the weight.
     """
+    check_callable("transform", transform)
     if arguments is not None:
         return arguments
     weights = low_rank_params(**kinds)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dynlora_fn._core._check import check_callable, check_integer
 from dynlora_fn._core._torch import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from dynlora_fn.testing._compare import assert_same, difference
 from dynlora_fn.testing._promises import hold
@@ -38,6 +39,8 @@ def check_resumes(
 
     Raises:
         BrokenPromiseError: If the runs differ. The message gives the earliest interruption.
+        TypeError: If an argument has a wrong type.
+        ValueError: If `steps` is negative, or `examples` is less than 1.
 
     Example:
         >>> import torch
@@ -45,7 +48,10 @@ def check_resumes(
         ...     return torch.zeros(2), lambda state, t: (state + t, None)
         >>> check_resumes(make)
     """
+    steps = check_integer("steps", steps, least=0)
     save, load = save or _save_leaves, load or _load_leaves
+    for argument, function in (("make", make), ("save", save), ("load", load)):
+        check_callable(argument, function)
     wanted = _run(*make(), range(steps))
 
     def check(end: int) -> None:
@@ -60,7 +66,8 @@ def check_resumes(
         assert_same(second[0], wanted[0])
 
     ends = st.integers(0, steps).map(lambda end: (end,))
-    hold("an interrupted and resumed run equals an uninterrupted one", check, ends, examples or steps + 1)
+    examples = steps + 1 if examples is None else examples
+    hold("an interrupted and resumed run equals an uninterrupted one", check, ends, examples)
 
 
 def _run(state: Any, step: Callable[[Any, int], tuple[Any, Any]], steps: range) -> tuple[Any, list[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynlora_fn._core._check import check_flag, check_integer
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Params
@@ -41,17 +42,22 @@ def check_preserves_weight(
         exact_factors: Whether new factors are exact, as the vectors that enter in `switch`, so that only folds round.
             Default False allows two roundings to the dtype of the factors for each entry that has changed, as after QR
             or balancing.
-        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws weights of all kinds, with an
+            alpha of 1 and two trained sides.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
     Raises:
         BrokenPromiseError: If the promise is broken. The message gives the smallest example, and the largest breach
             among all examples: error over bound.
+        TypeError: If an argument of the checker has a wrong type.
+        ValueError: If `folds` or `examples` is out of range, or `arguments` is empty.
 
     Example:
         >>> import dynlora_fn as dl
         >>> check_preserves_weight(dl.switch)
     """
+    folds = check_integer("folds", folds, least=0)
+    check_flag("exact_factors", exact_factors)
 
     def check(params: Any, *plan: Any) -> None:
         result = new_params(transform(params, *plan))
@@ -91,7 +97,8 @@ def check_pure(transform: Transform, *, arguments: Arguments = None, examples: i
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
-        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws weights of all kinds, with an
+            alpha of 1 and two trained sides.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
     Raises:
@@ -118,7 +125,8 @@ def check_keeps_structure(transform: Transform, *, arguments: Arguments = None, 
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
-        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws weights of all kinds, with an
+            alpha of 1 and two trained sides.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
     Raises:
@@ -146,7 +154,8 @@ def check_deterministic(transform: Transform, *, arguments: Arguments = None, ex
 
     Args:
         transform: A function of a weight, or of a weight and a plan.
-        arguments: A strategy for its arguments, or a tuple of them. Default None draws arguments of all kinds.
+        arguments: A strategy for its arguments, or a tuple of them. Default None draws weights of all kinds, with an
+            alpha of 1 and two trained sides.
         examples: The number of examples to draw. Default None takes it from the hypothesis profile.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._check import check_integer
+from dynlora_fn._core._check import check_choice, check_integer, check_number
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._tree import partition
 from dynlora_fn._core._types import (
@@ -119,10 +119,15 @@ def low_rank(
     Returns:
         The weight, on the CPU.
 
+    Raises:
+        TypeError: If `waiting` is not an integer, or `alpha` is not a number.
+        ValueError: If `trained` is unknown, `waiting` is negative, or `alpha` is 0 or not finite.
+
     Example:
         >>> low_rank(Shape(6, 4, 2), (3,), seed=1).factors.b.shape
         torch.Size([3, 6, 2])
     """
+    check_choice("trained", trained, ("both", "b"))
     if storage is not None:
         base_dtype = torch.float64 if storage.kind == "float64" else torch.float32
     generator = torch.Generator().manual_seed(seed)
@@ -163,12 +168,13 @@ def side_plan(
         The side plan, on the CPU.
 
     Raises:
-        ValueError: If `count` is above `rank`.
+        ValueError: If `count` is above `rank`, or `share_active` is not from 0 to 1.
 
     Example:
         >>> side_plan(4, 2).slots.shape
         torch.Size([2])
     """
+    share_active = check_number("share_active", share_active, least=0, most=1)
     if count > rank:
         raise ValueError(f"`count` is {count}, but rank {rank} has only {rank} slots; use fewer")
     generator = torch.Generator().manual_seed(seed)
