@@ -2,7 +2,7 @@
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import MutableMapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,7 +60,9 @@ def _rebuild_mapping(node: MutableMapping[Any, Any], entries: dict[Any, Any]) ->
         return OrderedDict(entries)
     if type(node) is defaultdict:
         return defaultdict(node.default_factory, entries)
-    new = copy(node)
+    # A shallow copy of a mapping may share the memory of its entries, so `update` would change both. The leaves are in
+    # `memo`, so they are not copied.
+    new = copy(node) if isinstance(node, dict) else deepcopy(node, {id(child): child for child in node.values()})
     new.update(entries)
     return new
 

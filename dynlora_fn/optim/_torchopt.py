@@ -33,7 +33,7 @@ _ROLES: dict[str, Roles] = {
 
 def is_torchopt(node: Any) -> bool:
     """Return whether a node is a state of torchopt."""
-    return hasattr(node, "_fields") and type(node).__module__.split(".")[0] == "torchopt"
+    return isinstance(node, tuple) and hasattr(node, "_fields") and type(node).__module__.split(".")[0] == "torchopt"
 
 
 def torchopt_roles(node: Any, path: Path) -> Roles:

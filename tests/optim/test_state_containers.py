@@ -1,7 +1,7 @@
 """Projecting an optimizer's state keeps the types and the other contents of its containers."""
 
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections import OrderedDict, UserDict, defaultdict, deque
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,6 +51,34 @@ class Subclassed(dict):
     """A dict with an attribute."""
 
     label = "none"
+
+
+class ByAttribute(dict):
+    """A dict whose keys are attributes, and whose missing attributes raise KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Mapped(MutableMapping[str, Any]):
+    """A mapping that is no dict. Its shallow copy shares the dict in which it stores its entries."""
+
+    def __init__(self, entries: Any) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.entries[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 register_dataclass(Registered)
@@ -118,3 +146,15 @@ def test_what_else_a_container_has_is_kept():
     named = Subclassed(tree)
     named.label = "mine"
     assert project_optimizer_state({"mean": named}, PLAN, roles=ROLES)["mean"].label == "mine"
+
+
+@pytest.mark.parametrize("kind", [Mapped, UserDict, ByAttribute])
+def test_mappings_of_other_types_are_not_changed(kind: Any):
+    tree = filled(TRAINABLE)
+    state = kind({"mean": kind(tree), "note": "mine"})
+    new = project_optimizer_state(state, PLAN, roles=ROLES)
+    assert (type(new), type(new["mean"]), list(new), new["note"]) == (kind, kind, ["mean", "note"], "mine")
+    assert all(state["mean"][name] is leaf for name, leaf in tree.items())
+    assert new["mean"]["bias"] is tree["bias"]  # no tensor is copied
+    wanted = project_optimizer_state({"mean": tree}, PLAN, roles=ROLES)["mean"]
+    assert_same(dict(new["mean"]), wanted)
