@@ -56,6 +56,11 @@ def check_param(argument: str, name: str, param: Any) -> None:
         raise TypeError(f"`{argument}` has {described(param.base)} as base of {name!r}; use a tensor or a base")
     if isinstance(param.base, Tensor):
         _check_is_real(argument, f"the base of {name!r}", param.base)
+    elif wrong := getattr(param.base, "wrong_dtype", None):
+        raise TypeError(
+            f"`{argument}` has {wrong} in the base of {name!r}; convert only factors and full-rank tensors to other"
+            " dtypes, because the format of a base determines the dtypes of its codes"
+        )
     if tuple(param.base.shape) != tuple(param.shape):
         raise ValueError(
             f"`{argument}` has a base of shape {tuple(param.base.shape)} for {name!r}, but its factors are of a weight "

@@ -49,6 +49,10 @@ class Base(Protocol):
         """
 
     @property
+    def wrong_dtype(self) -> str | None:
+        """A description of a tensor whose dtype the format does not have, or None."""
+
+    @property
     def sharding(self) -> Sharding | None:
         """Which rows this process stores, or None if it stores all rows."""
 
@@ -179,6 +183,10 @@ class Dense(NamedTuple):
     @property
     def sum_dtype(self) -> torch.dtype:
         return self.tensor.dtype
+
+    @property
+    def wrong_dtype(self) -> None:
+        return None
 
     @property
     def sharding(self) -> None:

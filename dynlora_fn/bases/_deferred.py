@@ -60,6 +60,10 @@ class Deferred(NamedTuple):
         return as_base(self.base).sharding
 
     @property
+    def wrong_dtype(self) -> str | None:
+        return as_base(self.base).wrong_dtype
+
+    @property
     def residual(self) -> Residual:
         return as_base(self.base).residual
 

@@ -1,5 +1,6 @@
 """float8 with one scale for each row, in torchao's layout."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from dynlora_fn._core._types import Sharding
 from dynlora_fn.bases import _torchao
 from dynlora_fn.bases._format import RowMap
 from dynlora_fn.bases._rowwise import decode_rows, decode_rows_into, empty_scale, is_by_row
+
+_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
 class Float8Codes(NamedTuple):
@@ -28,6 +31,10 @@ class Float8Codes(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
+
+    @property
+    def dtypes(self) -> Sequence[Sequence[torch.dtype]]:
+        return _DTYPES, (torch.float32,)
 
     @property
     def sum_dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
 """The methods that every storage format has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, Self, TypeAlias
 
 import torch
@@ -28,6 +28,10 @@ class Format(Protocol):
     @property
     def shape(self) -> torch.Size:
         """The shape of the weight, (*stack, out, in)."""
+
+    @property
+    def dtypes(self) -> Sequence[Sequence[torch.dtype]]:
+        """The dtypes that each tensor of stored codes may have."""
 
     @property
     def sum_dtype(self) -> torch.dtype:

@@ -1,5 +1,6 @@
 """int8 with one scale for each row, in torchao's layout."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ class Int8Codes(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
+
+    @property
+    def dtypes(self) -> Sequence[Sequence[torch.dtype]]:
+        return (torch.int8,), (torch.float32,)
 
     @property
     def sum_dtype(self) -> torch.dtype:

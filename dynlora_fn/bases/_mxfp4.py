@@ -1,5 +1,6 @@
 """MXFP4: e2m1 in blocks of 32, with scales that are powers of two (see `_e2m1`)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ class MXFP4Codes(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         return unpacked_shape(self.codes)
+
+    @property
+    def dtypes(self) -> Sequence[Sequence[torch.dtype]]:
+        return (torch.uint8,), (torch.uint8,)
 
     @property
     def sum_dtype(self) -> torch.dtype:

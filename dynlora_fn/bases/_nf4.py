@@ -3,6 +3,7 @@
 The format is from arXiv:2305.14314.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -20,6 +21,7 @@ from dynlora_fn.bases._format import RowMap
 from dynlora_fn.bases._refusals import refuse
 
 _BLOCK, _SCALE_BLOCK = 64, 256
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Quantiles of a normal distribution, rounded as in torchao.
 _BELOW = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
 VALUES = (*_BELOW, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
@@ -44,6 +46,10 @@ class NF4Codes(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+
+    @property
+    def dtypes(self) -> Sequence[Sequence[torch.dtype]]:
+        return (torch.uint8,), (torch.int8,), _SCALE_DTYPES, _SCALE_DTYPES
 
     @property
     def sum_dtype(self) -> torch.dtype:

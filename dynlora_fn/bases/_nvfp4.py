@@ -3,6 +3,7 @@
 See `_e2m1`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,10 @@ class NVFP4Codes(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         return unpacked_shape(self.codes)
+
+    @property
+    def dtypes(self) -> Sequence[Sequence[torch.dtype]]:
+        return (torch.uint8,), (torch.float8_e4m3fn,), (torch.float32,)
 
     @property
     def sum_dtype(self) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Plain tensors as codes: bfloat16, and dense weights of any dtype."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,10 @@ class Plain(NamedTuple):
         return self.tensor.shape
 
     @property
+    def dtypes(self) -> Sequence[Sequence[torch.dtype]]:
+        return ((torch.bfloat16,),)
+
+    @property
     def sum_dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
@@ -51,7 +56,7 @@ class Plain(NamedTuple):
         return cls(weight.new_empty(weight.shape, dtype=dtype or torch.bfloat16))
 
     def encode(self, weight: Tensor, *, again: bool = False) -> "Plain":
-        return Plain(weight.to(self.tensor.dtype))
+        return Plain(weight.to(self.tensor.dtype, copy=True))
 
     def encode_error(self, error: Tensor) -> "Plain":
         """Encode the rounding error of other codes."""

@@ -15,7 +15,13 @@ from dynlora_fn.bases._format import RowMap
 from dynlora_fn.bases._formats import Codes, as_format, codes_from_tensors, stored
 from dynlora_fn.bases._ops import dequantize
 from dynlora_fn.bases._refusals import refuse, refuse_attached
-from dynlora_fn.bases._residual import Residual, residual_from_tensors, residual_tensors, scaled_residual
+from dynlora_fn.bases._residual import (
+    Residual,
+    residual_codes,
+    residual_from_tensors,
+    residual_tensors,
+    scaled_residual,
+)
 from dynlora_fn.bases._rewrite import decode_exact
 
 
@@ -42,6 +48,14 @@ class Quantized(NamedTuple):
     @property
     def sum_dtype(self) -> torch.dtype:
         return torch.float32
+
+    @property
+    def wrong_dtype(self) -> str | None:
+        for codes in (as_format(self.codes), residual_codes(self.residual)):
+            for tensor, dtypes in zip(codes, codes.dtypes, strict=True) if codes else ():
+                if tensor.dtype not in dtypes:
+                    return f"a tensor of dtype {tensor.dtype}, where its format has {dtypes[0]},"
+        return None
 
     @property
     def sharding(self) -> None:

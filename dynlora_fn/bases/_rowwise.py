@@ -12,7 +12,7 @@ def empty_scale(weight: Tensor) -> Tensor:
 def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``codes * scale``, computed in float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
-    return codes.to(wide).mul_(scale).to(dtype)
+    return codes.to(wide, copy=True).mul_(scale).to(dtype)
 
 
 def decode_rows_into(target: Tensor, codes: Tensor, scale: Tensor) -> None:

@@ -41,6 +41,10 @@ class Sharded(NamedTuple):
         return as_base(self.base).sum_dtype
 
     @property
+    def wrong_dtype(self) -> str | None:
+        return as_base(self.base).wrong_dtype
+
+    @property
     def residual(self) -> Residual:
         return as_base(self.base).residual
 
