@@ -151,8 +151,9 @@ def untouched(*trees: Any) -> Iterator[None]:
         *trees: The trees.
 
     Raises:
-        AssertionError: If a tensor was written into, even with its old values, or now requires a gradient. Also if a
-            leaf was added, removed or replaced, as by an assignment in a dict. The message names its path.
+        AssertionError: If a tensor was written into, even with its old values, now requires a gradient, or has another
+            `.grad`. Also if a leaf was added, removed, moved or replaced, as by an assignment in a dict. The message
+            names its path.
 
     Example:
         >>> import torch
@@ -164,12 +165,19 @@ def untouched(*trees: Any) -> Iterator[None]:
     leaves = _by_path(trees)
     tensors = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
     before = [(_version(leaf), leaf.requires_grad, leaf.detach().clone()) for leaf in tensors.values()]
+    grads = [_grad(leaf) for leaf in tensors.values()]
     yield
     after = _by_path(trees)
     for path in leaves.keys() | after.keys():
         assert path in after, f"{path} has been removed"
         assert path in leaves, f"{path} has been added"
         assert after[path] is leaves[path], f"{path} has been replaced"
+    moved = [path for path, other in zip(leaves, after, strict=True) if path != other]
+    assert not moved, f"{moved[0]} has been moved, so the order of the leaves is another one"
+    for (path, leaf), (grad, count) in zip(tensors.items(), grads, strict=True):
+        now, now_count = _grad(leaf)
+        is_same = now is grad and now_count == count
+        assert is_same, f"the `.grad` of {path} has changed"
     for (path, leaf), (version, requires_grad, value) in zip(tensors.items(), before, strict=True):
         assert _version(leaf) == version, f"{path} has been written into"
         assert leaf.requires_grad == requires_grad, f"{path} now has requires_grad={leaf.requires_grad}"
@@ -179,6 +187,12 @@ def untouched(*trees: Any) -> Iterator[None]:
 
 def _by_path(trees: Any) -> dict[str, Any]:
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(trees)[0]}
+
+
+def _grad(leaf: Tensor) -> tuple[Tensor | None, int]:
+    """Return the `.grad` of a tensor, and how often it was written into."""
+    grad = leaf.grad if leaf.is_leaf else None  # torch warns for other tensors
+    return grad, 0 if grad is None else _version(grad)
 
 
 def _version(leaf: Tensor) -> int:

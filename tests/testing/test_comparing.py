@@ -85,6 +85,22 @@ def test_what_is_replaced_added_or_removed_is_named():
             change()
 
 
+def test_another_order_of_a_dict_is_named():
+    tree = {"w": torch.zeros(2), "step": 1}
+    with pytest.raises(AssertionError, match=r"\['w'\] has been moved"), testing.untouched(tree):
+        tree["w"] = tree.pop("w")
+
+
+def test_gradients_of_arguments_are_named():
+    leaf = torch.ones(2, requires_grad=True)
+    for _ in range(2):  # the first gradient is a new tensor, and the second is added to it
+        message = r"the `.grad` of \[0\]\['w'\] has changed"
+        with pytest.raises(AssertionError, match=message), testing.untouched({"w": leaf}):
+            leaf.square().sum().backward()
+    with testing.untouched({"w": leaf, "square": leaf.square()}):
+        torch.autograd.grad(leaf.square().sum(), leaf)
+
+
 def test_tensors_of_inference_mode_can_be_checked():
     with torch.inference_mode():
         testing.check_pure(dl.merge, arguments=low_rank(Shape(4, 4, 2)))
