@@ -125,7 +125,8 @@ def _average_one_side(name: str, averaged: LowRank, param: LowRank, decay: Rate,
     change = share * (new_base.exact(wide) - old_base.exact(wide))
     left, right = (1 - share) * old.b.to(wide), old.a.to(wide) - new.a.to(wide)
     change = fold(change, left, right, divisor=averaged.divisor)
-    factors = old._replace(b=_moved(old.b, new.b, decay), a=new.a.to(old.a.dtype))
+    a = new.a.to(old.a.dtype, copy=True)  # a donated state would overwrite the rows of the run
+    factors = old._replace(b=_moved(old.b, new.b, decay), a=a)
     return averaged._replace(base=old_base.add(change, name=name), factors=factors)
 
 

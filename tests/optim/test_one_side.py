@@ -191,6 +191,21 @@ def test_an_average_is_that_of_the_weights_and_its_rows_are_orthogonal(waiting):
         average(one, low_rank(SHAPE), decay=0.5)
 
 
+def test_an_average_keeps_its_value_when_a_step_overwrites_the_run():
+    """The step donates its state, and switches rows of `a` in the same memory."""
+    params = {"w": low_rank(SHAPE, factor_dtype=torch.float32, trained="b")}
+    averaged = dl.optim.average(params, dl.decay(params, 0.1), decay=0.5)
+    averaged = dl.optim.average(averaged, params, decay=0.5)
+    before = materialize(averaged["w"])
+
+    def step(params):
+        return dl.switch(params, dl.schedules.every(1)(0, params)).params, None
+
+    new, _ = dl.compile_step(step, backend="aot_eager")(params)
+    assert not torch.equal(new["w"].factors.a, averaged["w"].factors.a)
+    assert torch.equal(materialize(averaged["w"]), before)
+
+
 def test_states_of_other_libraries_are_refused_by_name():
     params = {"w": low_rank(SHAPE, trained="b")}
     trainable = partition(params).trainable
