@@ -19,7 +19,8 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
     """Return the state dict that ``model.load_state_dict`` takes.
 
     Every weight is dense, in the shape and dtype of the model's parameter, and under all of its names. Tied weights are
-    one tensor. A buffer comes from `params` if it is there, as after `load_adapter`, and from the model otherwise.
+    one tensor. A buffer comes from `params` if it is there, as after `load_adapter`, and from the model otherwise. Only
+    the buffers of the model share memory with it, so the result keeps its values when a step overwrites its state.
 
     Args:
         model: The model. Only names, shapes, dtypes and buffers are read. Its parameters may be on the meta device.
@@ -45,13 +46,15 @@ def state_dict(model: nn.Module, params: Params) -> dict[str, Tensor]:
         >>> model.load_state_dict(state_dict(model, params))
         <All keys matched successfully>
     """
-    weights = lazy_state_dict(model, params)
+    weights = lazy_state_dict(model, params, copy=True)
     tensors = {key: weight.read() for key, weight in {id(weight): weight for weight in weights.values()}.items()}
     return {name: tensors[id(weight)] for name, weight in weights.items()}
 
 
-def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
+def lazy_state_dict(model: nn.Module, params: Params, *, copy: bool = False) -> dict[str, LazyTensor]:
     """Return the state dict of a model, with weights that are computed when read.
+
+    With `copy`, a full-rank parameter is copied when it is read. Otherwise it may share memory with `params`.
 
     Tied weights are one lazy tensor. All errors of `state_dict` are raised here, and not when a weight is read.
     """
@@ -68,7 +71,7 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
             raise ValueError(
                 f"`params` has different weights for {first!r} and {name!r}, which are tied; pass only one"
             )
-        weights[id(tensors[name])] = _lazy_weight(name, param, tensors[name])
+        weights[id(tensors[name])] = _lazy_weight(name, param, tensors[name], copy=copy)
     for name, parameter in parameters.items():
         if id(parameter) not in weights:
             raise ValueError(
@@ -88,7 +91,7 @@ def lazy_state_dict(model: nn.Module, params: Params) -> dict[str, LazyTensor]:
     return {name: weights[id(leaf)] if id(leaf) in weights else lazy(leaf) for name, leaf in leaves.items()}
 
 
-def _lazy_weight(name: str, param: Param, parameter: Tensor) -> LazyTensor:
+def _lazy_weight(name: str, param: Param, parameter: Tensor, *, copy: bool) -> LazyTensor:
     shape, dtype = tuple(parameter.shape), parameter.dtype
     weight = view_of(name, param, shape) if isinstance(param, LowRank) else tensor_of(param)
     found = _dense_dtype(weight.parts[0]) if isinstance(weight, View) else weight.dtype
@@ -99,7 +102,7 @@ def _lazy_weight(name: str, param: Param, parameter: Tensor) -> LazyTensor:
         )
     if found.is_complex != dtype.is_complex or found.is_floating_point != dtype.is_floating_point:
         raise TypeError(f"`params` has dtype {found} for {name!r}, but the model has {dtype}; convert it first")
-    return LazyTensor(shape, dtype, partial(_formed, name, param, shape, dtype))
+    return LazyTensor(shape, dtype, partial(_formed, name, param, shape, dtype, copy=copy))
 
 
 def _dense_dtype(param: LowRank) -> torch.dtype:
@@ -107,6 +110,7 @@ def _dense_dtype(param: LowRank) -> torch.dtype:
     return widest(param.factors.b.dtype, as_base(param.base).sum_dtype)
 
 
-def _formed(name: str, param: Param, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    weight = dense(view_of(name, param, shape)) if isinstance(param, LowRank) else tensor_of(param)
-    return weight.to(dtype)
+def _formed(name: str, param: Param, shape: tuple[int, ...], dtype: torch.dtype, *, copy: bool) -> Tensor:
+    if isinstance(param, LowRank):
+        return dense(view_of(name, param, shape)).to(dtype)
+    return tensor_of(param).to(dtype, copy=copy)
