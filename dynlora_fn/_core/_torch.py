@@ -20,6 +20,7 @@ from torch.distributed import _functional_collectives
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
@@ -107,6 +108,8 @@ USED = (
     "torch.distributed.ProcessGroupGloo._Options._devices",
     "torch.distributed.ProcessGroupGloo._Options._threads",
     "torch.distributed.ProcessGroupGloo._Options._timeout",
+    "torch.nn.utils.parametrize._cache",
+    "torch.nn.utils.parametrize._cache_enabled",
     "torch.ops._c10d_functional.all_gather_into_tensor",
     "torch.ops._c10d_functional.all_reduce",
     "torch.ops._c10d_functional.reduce_scatter_tensor",
@@ -242,6 +245,19 @@ def can_read(tensor: torch.Tensor) -> bool:
 def is_in_dynamo() -> bool:
     """Return whether this code runs inside Dynamo, while it compiles a function."""
     return torch._guards.CompileContext.try_get() is not None
+
+
+@contextmanager
+def own_parametrization_cache() -> Iterator[None]:
+    """Replace the cache of `parametrize.cached()`, which belongs to other calls."""
+    if not parametrize._cache_enabled:
+        yield
+        return
+    outside, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = outside
 
 
 def running_checkpoint() -> Any:

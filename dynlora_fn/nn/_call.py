@@ -12,6 +12,7 @@ from torch.func import functional_call
 from dynlora_fn._core._check import check_choice, check_module
 from dynlora_fn._core._check_trees import check_params
 from dynlora_fn._core._stacking import unstacked
+from dynlora_fn._core._torch import own_parametrization_cache
 from dynlora_fn._core._tree import tensor_of
 from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
@@ -97,7 +98,7 @@ def call_with(
             refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
     if torch.compiler.is_dynamo_compiling():
         return _call_traced(model, {**buffers, **unstacked(params)}, args, kwargs, fallback)
-    with taking_turns(model, caller), permitting_checkpoint():
+    with taking_turns(model, caller), permitting_checkpoint(), own_parametrization_cache():
         slots = slots_of(model)
         with swapped(slots, _tensors_for(model, slots, {**buffers, **unstacked(params)}, fallback)):
             result = model(*args, **kwargs)

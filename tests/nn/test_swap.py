@@ -374,3 +374,13 @@ def test_a_scripted_submodule_is_refused():
     model = nn.Sequential(torch.jit.trace(nn.Linear(4, 4).double(), normal(1, 3, 4)))
     with pytest.raises(ValueError, match="submodule '0' of `model` is a ScriptModule"):
         call(model, {name: tensor.detach() for name, tensor in model.named_parameters()}, normal(1, 3, 4))
+
+
+def test_a_cache_of_parametrized_weights_has_those_of_the_call():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))).double()
+    x, params = normal(1, 3, 4), {name: 2 * tensor.detach() for name, tensor in model.named_parameters()}
+    wanted, own = call(model, params, x), model(x)
+    with nn.utils.parametrize.cached():
+        assert_same(model(x), own)
+        assert_same(call(model, params, x), wanted)
+        assert_same(model(x), own)
