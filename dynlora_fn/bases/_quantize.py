@@ -162,7 +162,7 @@ def quantize_base(
         # torchao does not support int8 for float64.
         is_half = codes.keeps_half_precision and dtype in (torch.bfloat16, torch.float16)
         like = error.new_empty(0, dtype=dtype if is_half else torch.float32)
-        return Quantized(stored(codes), make_residual(error, residual, residual_device), like)
+        return Quantized(stored(codes), make_residual(name, error, residual, residual_device), like)
 
     members, stack = map(quantized, map(as_base, stack_members(old))), as_base(old).shape[:-2]
     new = stack_bases(members, stack) if stack else next(members)

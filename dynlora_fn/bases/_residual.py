@@ -26,10 +26,18 @@ def check_residual(residual: object, device: object = None) -> None:
         raise ValueError(f"unknown `residual` {residual!r}; use 'int8', 'bfloat16' or None")
 
 
-def make_residual(error: Tensor, residual: ResidualKind, device: Device) -> Residual:
-    """Encode the rounding error of codes as a residual on a device."""
+def make_residual(name: str, error: Tensor, residual: ResidualKind, device: Device) -> Residual:
+    """Encode the rounding error of the codes of one weight as a residual on a device.
+
+    Raises:
+        ValueError: If the weight is on the meta device, and `device` is another one.
+    """
     if residual is None:
         return ()
+    if error.is_meta and device is not None and torch.device(device).type != "meta":
+        raise ValueError(
+            f"the weight {name!r} is on meta, so `residual_device` cannot be {str(device)!r}; pass residual_device=None"
+        )
     codes = _KINDS[residual].empty("residual", error[:0]).encode_error(error)
     return residual_from_tensors([tensor.to(device or tensor.device) for tensor in codes])
 

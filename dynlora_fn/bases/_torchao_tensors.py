@@ -76,7 +76,7 @@ def from_torchao(
         )
     dense = codes.decode(torch.float32)
     check_finite(dense, name)
-    return Quantized(codes, make_residual(dense.zero_(), residual, residual_device), like)
+    return Quantized(codes, make_residual(name, dense.zero_(), residual, residual_device), like)
 
 
 def _codes(tensor: Any) -> Format | None:

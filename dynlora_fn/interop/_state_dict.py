@@ -63,7 +63,9 @@ def lazy_state_dict(model: nn.Module, params: Params, *, copy: bool = False) -> 
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     weights: dict[int, LazyTensor] = {}
     given: dict[int, tuple[str, Param]] = {}
-    for name, param in unstack(params).items():
+    params = unstack(params)
+    _check_data(params)
+    for name, param in params.items():
         if name not in tensors:
             raise ValueError(f"`params` has {name!r}, which the model does not have; make `params` from this model")
         first, first_param = given.setdefault(id(tensors[name]), (name, param))
@@ -89,6 +91,16 @@ def lazy_state_dict(model: nn.Module, params: Params, *, copy: bool = False) -> 
             " so that what was trained would be lost; remove the hook or the method that replaces the parameters"
         )
     return {name: weights[id(leaf)] if id(leaf) in weights else lazy(leaf) for name, leaf in leaves.items()}
+
+
+def _check_data(params: Params) -> None:
+    """Raise ValueError if some parameters have data, and others are on meta."""
+    tensors = [param.factors.b if isinstance(param, LowRank) else tensor_of(param) for param in params.values()]
+    on_meta = [name for name, tensor in zip(params, tensors, strict=True) if tensor.is_meta]
+    if 0 < len(on_meta) < len(params):
+        raise ValueError(
+            f"`params` has {first_names(on_meta)} on meta, but other parameters have data; load the data first"
+        )
 
 
 def _lazy_weight(name: str, param: Param, parameter: Tensor, *, copy: bool) -> LazyTensor:

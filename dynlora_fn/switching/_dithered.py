@@ -41,7 +41,8 @@ class Dithered:
 
         Raises:
             TypeError: If the step or a parameter has a wrong type.
-            ValueError: If the step is negative or after the run, or a dithered weight is missing.
+            ValueError: If the step is negative or after the run, a dithered weight is missing, or another weight is
+                there.
         """
         step = check_step("step", step)
         check_params("params", params)
@@ -53,6 +54,11 @@ class Dithered:
                 )
             if not isinstance(params.get(name), LowRank):
                 raise ValueError(f"`params` has no low-rank {name!r}, for which the schedule was dithered; pass it")
+        for name, param in params.items():
+            if name not in self.switched and isinstance(param, LowRank) and self.schedule.most(param):
+                raise ValueError(
+                    f"`params` has the low-rank {name!r}, for which no schedule was dithered; call `dithered` again"
+                )
         return step
 
     def _plan(self, name: str, step: int | Tensor, param: LowRank) -> Plan:
@@ -99,7 +105,7 @@ def dithered(schedule: Schedule, params: Params, *, total_steps: int, seed: int)
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If `schedule` has a `count`, or an `every` other than 1. A call of the result raises it if the step
-            is negative or not below `total_steps`, if a weight is missing, or if its rank has changed.
+            is negative or not below `total_steps`, if a weight is missing or new, or if its rank has changed.
 
     Example:
         >>> import torch

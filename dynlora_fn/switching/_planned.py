@@ -45,13 +45,13 @@ def check_vectors_by_name(argument: str, vectors: Any, plan: Iterable[str]) -> N
 
 
 def check_vectors(argument: str, name: str, factors: Any) -> None:
-    """Raise TypeError if a value is not a pair of floating tensors.
+    """Raise TypeError if a value is not a pair of floating matrices or stacks.
 
     `switch` and the pools compare shapes with the plan.
     """
     sides = (factors.b, factors.a) if is_factors(factors) else (None, None)
-    if not all(isinstance(side, Tensor) and side.is_floating_point() for side in sides):
-        raise TypeError(f"`{argument}` has {described(factors)} for {name!r}; use Factors of floating tensors")
+    if not all(isinstance(side, Tensor) and side.is_floating_point() and side.ndim >= 2 for side in sides):
+        raise TypeError(f"`{argument}` has {described(factors)} for {name!r}; use Factors of floating matrices")
 
 
 def low_rank(params: Params, name: str) -> LowRank:

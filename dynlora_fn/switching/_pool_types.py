@@ -1,6 +1,6 @@
 """Pools of candidates, and checks that plans and outgoing vectors fit them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ def check_pools(pool: Any, plan: Any) -> None:
 
     Raises:
         TypeError: If a type or dtype is wrong.
-        ValueError: If a name, shape or slot does not fit.
+        ValueError: If a name, shape or slot does not fit, or a plan has no data.
     """
     if not isinstance(pool, Mapping):
         _check_pool("param", pool, plan)
@@ -68,6 +68,7 @@ def _check_pool(name: str, pool: Any, plan: Any) -> None:
             raise TypeError(
                 f"`pool` has {described(side)} as side {side_name} of {name!r}; pass the pool of `init_pool`"
             )
+    _check_data("plan", name, [*plan.b, *plan.a], pool)
     held = pool.a.held
     check_fits("plan", name, plan, tuple(held.shape[:-1]), held.shape[-1])
 
@@ -94,3 +95,15 @@ def _check_outgoing(name: str, outgoing: Any, pool: Pool, plan: Any) -> None:
                 f"`outgoing.{side}` of {name!r}, with one vector in each row, has shape {tuple(vectors.shape)}, but the"
                 f" plan needs {wanted}; pass what `switch` returned"
             )
+    _check_data("outgoing", name, outgoing, pool)
+
+
+def _check_data(argument: str, name: str, tensors: Iterable[Tensor], pool: Pool) -> None:
+    """Raise ValueError if tensors have no data, but the pool has.
+
+    Other devices may differ, since a pool may be in host memory.
+    """
+    if any(tensor.is_meta for tensor in tensors) and not pool.a.vectors.is_meta:
+        raise ValueError(
+            f"`{argument}` is on meta for {name!r}, but `pool` on {pool.a.vectors.device}; pass tensors with data"
+        )

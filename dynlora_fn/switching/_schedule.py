@@ -319,7 +319,8 @@ def switchlora(
 
     Args:
         total_steps: The number of steps of the run.
-        interval: The number of steps between two switches of the same slot and side before the rate decays.
+        interval: The number of steps between two switches of the same slot and side before the rate decays. Infinite
+            means that nothing is switched.
         ratio: The fraction of the run in which the rate falls by the factor `decay`.
         decay: The factor by which the rate falls, in (0, 1].
         freeze: The number of updates for which the counterpart of a switched vector is frozen.

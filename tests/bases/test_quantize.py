@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dynlora_fn import Plan, merge, switch, unstack
 from dynlora_fn.bases import quantize, to_torchao
@@ -83,6 +83,13 @@ def test_a_residual_lies_where_it_is_asked_for():
     param = quantize(low_rank(SHAPE), "int8", residual="int8", residual_device="meta")
     assert {leaf.device.type for leaf in tree_leaves(param.base.residual)} == {"meta"}
     assert {leaf.device.type for leaf in tree_leaves(param.base.codes)} == {"cpu"}
+
+
+def test_a_residual_without_data_stays_on_meta():
+    param = tree_map(lambda leaf: leaf.to("meta"), low_rank(SHAPE))
+    assert all(leaf.is_meta for leaf in tree_leaves(quantize({"w": param}, "int8", residual="int8")))
+    with pytest.raises(ValueError, match="the weight 'w' is on meta, so `residual_device` cannot be 'cpu'"):
+        quantize({"w": param}, "int8", residual="int8", residual_device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8", "nf4", "nvfp4", "mxfp4"])

@@ -29,6 +29,14 @@ def test_a_state_dict_keeps_its_values(options):
     assert not torch.equal(dl.state_dict(plain, new)["0.bias"], wanted["0.bias"])
 
 
+def test_parameters_without_data_beside_others_are_refused():
+    params = dl.init(model(), rank=2, seed=0, targets=[nn.Linear], stack=False)
+    with pytest.raises(ValueError, match=r"`params` has '1\.bias' on meta, but other parameters have data"):
+        dl.state_dict(model(), {**params, "1.bias": params["1.bias"].to("meta")})
+    on_meta = dl.init(model().to("meta"), rank=2, seed=0, targets=[nn.Linear], stack=False)
+    assert all(tensor.is_meta for tensor in dl.state_dict(model(), on_meta).values())
+
+
 def test_tied_weights_are_one_copy():
     plain = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False))
     plain[1].weight = plain[0].weight

@@ -58,7 +58,7 @@ SCHEDULES = {
     "switchlora": of(
         lambda **values: dl.schedules.switchlora(**values)(1, PARAMS),
         total_steps=(100, table.SIZE),
-        interval=(40, kinds.number(0, ends="(]")),
+        interval=(40, kinds.number(0, ends="(]", infinite=True)),
         ratio=(0.5, table.POSITIVE),
         decay=(0.5, kinds.number(0, 1, ends="(]")),
         freeze=(1, table.COUNT),
@@ -76,7 +76,9 @@ SCHEDULES = {
         seed=(0, table.SEED),
     ),
     "a dithered schedule": of(
-        DITHERED, step=(1, kinds.among([-1, 8, 100, 0.5, "1", None, True])), params=(PARAMS, table.WEIGHTS)
+        DITHERED,
+        step=(1, kinds.among([-1, 8, 100, 0.5, "1", None, True])),
+        params=({name: PARAMS[name] for name in DITHERED.switched}, kinds.tree()),
     ),
 }
 

@@ -244,7 +244,7 @@ OPTIM = {
         plan=(PLANS, kinds.tree(optional=True, axes=False, dtypes=[torch.int32, torch.int64])),
         rule=("prune", kinds.choice(["reset", "reset_thawed", "keep", "prune", "transport"])),
         prune=(0.5, kinds.number(0, 1)),
-        trainable=(TRAINABLE, kinds.tree(free=FREE, optional=True)),
+        trainable=(TRAINABLE, kinds.tree(free=FREE, optional=True, none=True)),
     ),
     "freeze_counterparts": of(
         lambda inner: dl.optim.freeze_counterparts(inner).init(TRAINABLE), inner=(dl.optim.sgd(), kinds.other())

@@ -121,6 +121,15 @@ def test_a_step_after_the_run_is_refused(step):
         schedule(step, params)
 
 
+def test_a_weight_that_was_not_dithered_is_refused():
+    params = {"w": weight(16, 16, 4), "full": torch.ones(3)}
+    schedule = dithered(Schedule(interval=10), params, total_steps=20, seed=0)
+    whole = {**params, "at full rank": weight(4, 16, 4)}  # never switched
+    assert_same(schedule(3, whole), schedule(3, params))
+    with pytest.raises(ValueError, match="`params` has the low-rank 'v', for which no schedule was dithered"):
+        schedule(3, {**params, "v": weight(16, 16, 4)})
+
+
 def test_both_sides_of_a_slot_are_switched_together_where_only_b_is_trained():
     params = {"w": low_rank(Shape(8, 8, 1), trained="b")}
     schedule = dithered(Schedule(interval=10), params, total_steps=40, seed=0)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from dynlora_fn import LowRank, Plan, SidePlan, candidates, init, partition, project_optimizer_state, switch
 from dynlora_fn.optim import adamw
@@ -116,6 +117,10 @@ def test_pools_and_outgoing_vectors_are_those_of_the_plan():
             use(None, plans["w"])
         with pytest.raises(ValueError, match="`plan` must be by parameter name"):
             use(pools, plans["w"])
+        with pytest.raises(ValueError, match="`plan` is on meta for 'w', but `pool` on cpu; pass tensors with data"):
+            use(pools, tree_map(lambda leaf: leaf.to("meta"), plans))
+    with pytest.raises(ValueError, match="`outgoing` is on meta for 'w', but `pool` on cpu"):
+        put_back(pools, plans, {"w": outgoing["w"]._replace(a=outgoing["w"].a.to("meta"))})
     for wrong in (None, [1], {"w": None}, {}, {"w": outgoing["w"]._replace(b=torch.ones(6, 3))}):
         with pytest.raises((TypeError, ValueError), match=r"`outgoing(\.b)?` "):
             put_back(pools, plans, wrong)
