@@ -143,7 +143,9 @@ def test_different_weights_for_one_tied_parameter_are_refused():
     tied = nn.ModuleDict({"first": nn.Linear(3, 3, bias=False), "second": nn.Linear(3, 3, bias=False)})
     tied["second"].weight = tied["first"].weight
     weight = torch.ones(3, 3)
-    assert state_dict(tied, {"first.weight": weight, "second.weight": weight})["second.weight"] is weight
+    weights = state_dict(tied, {"first.weight": weight, "second.weight": weight})
+    assert weights["first.weight"] is weights["second.weight"]
+    assert_same(weights["second.weight"], weight)
     with pytest.raises(ValueError, match=r"`params` has different weights for 'first\.weight' and 'second\.weight'"):
         state_dict(tied, {"first.weight": weight, "second.weight": 2 * weight})
 
