@@ -1,5 +1,6 @@
 """Describe the structure of a state, so that processes can compare their states."""
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from dynlora_fn.parallel._shards import full_shape, is_sharded, map_shards, name
 
 # These are compared by type and text. `Sharding` is not among them, because it differs between processes.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size, Alpha, Divisor)
+
+
+# Fields of `Sharding` that differ between processes, or that shapes and the number of processes show.
+_NOT_SETTINGS = {"group", "world_size", "process", "rows", "columns", "weight"}
 
 
 class Description(NamedTuple):
@@ -97,9 +102,12 @@ def _parents(state: Any, path: Any) -> list[Any]:
 def _kind(node: Any) -> str:
     """Return the type of a node as text.
 
-    For sharded factors it includes the number of processes and the alpha.
+    For shards it includes the number of processes, and every setting of the sharding that is not the default.
     """
     sharding, kind = getattr(node, "sharding", None), type(node).__name__
     if not isinstance(sharding, Sharding):
         return kind
-    return f"{kind} over {sharding.world_size}" + (f" of alpha {sharding.alpha}" if sharding.alpha != 1 else "")
+    settings = {field.name: field.default for field in fields(sharding) if field.name not in _NOT_SETTINGS}
+    found = {name: getattr(sharding, name) for name in settings}
+    others = "".join(f" of {name} {value}" for name, value in found.items() if value != settings[name])
+    return f"{kind} over {sharding.world_size}{others}"

@@ -66,6 +66,11 @@ def as_dtensors(tree: Any) -> dict[str, Tensor]:
 def _place(path: Any, node: Any) -> Any:
     if not is_sharded(node):
         return node
+    if node.sharding.local_rows.step not in (None, 1):
+        raise ValueError(
+            f"the rows of this process at {name_of(path)} do not follow each other, which a `DTensor` cannot describe;"
+            " pass the weight after `unshard`"
+        )
     return map_shards(_placed, node, name_of(path))
 
 

@@ -40,7 +40,7 @@ def map_shards(change: ShardMap, node: Sharded | ShardedFactors, name: str) -> A
     """
 
     def checked(leaf: Any, sharding: Sharding, axis: int) -> Tensor:
-        count = sharding.local_rows.stop - sharding.local_rows.start
+        count = len(range(sharding.rows)[sharding.local_rows])
         if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[axis] != count:
             what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
             raise ValueError(

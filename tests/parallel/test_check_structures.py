@@ -1,12 +1,16 @@
 """`check_replicas` names the first difference in the structure of the states."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._pytree import register_constant
 
 import dynlora_fn as dl
+from dynlora_fn.bases import Sharded
+from dynlora_fn.parallel import Sharding
 from dynlora_fn.parallel._describe import describe
 from tests.support.processes import in_processes
 
@@ -99,3 +103,20 @@ def test_every_other_structure_is_named_on_every_process():
 def test_a_tensor_of_quantized_numbers_cannot_be_compared():
     tensor = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     assert describe({"w": tensor}).refused == ("it has a Tensor at ['w']",)  # its bits ended the process
+
+
+@dataclass(frozen=True)
+class InTurn(Sharding):
+    """A sharding of another mode."""
+
+    is_in_turn: bool = False
+
+
+register_constant(InTurn)
+
+
+def test_the_settings_of_a_sharding_are_compared():
+    shards, place = torch.zeros(2, 3), {"group": "0", "world_size": 2, "process": 0, "rows": 4}
+    usual, other = ({"w": Sharded(shards, InTurn(**place, is_in_turn=flag))} for flag in (False, True))
+    assert describe(usual) == describe({"w": Sharded(shards, Sharding(**place))})
+    assert "Sharded over 2 of is_in_turn True" in describe(other).lines[0]

@@ -10,7 +10,8 @@ from torch.distributed import checkpoint
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 import dynlora_fn as dl
-from dynlora_fn.parallel import ShardedFactors
+from dynlora_fn.bases import Sharded
+from dynlora_fn.parallel import ShardedFactors, Sharding
 from dynlora_fn.testing import normal
 from tests.support.processes import in_processes
 
@@ -96,3 +97,11 @@ def _refusals() -> None:
 
 def test_what_a_checkpoint_would_lose_is_refused_by_its_path():
     in_processes(2, _refusals)
+
+
+def test_rows_that_do_not_follow_each_other_are_refused(monkeypatch):
+    """As those of a mode that deals rows out in turn would be."""
+    monkeypatch.setattr(Sharding, "local_rows", property(lambda self: slice(self.process, self.rows, self.world_size)))
+    state = {"w": Sharded(torch.zeros(2, 3), Sharding("0", world_size=2, process=0, rows=4))}
+    with pytest.raises(ValueError, match=r"the rows of this process at \['w'\] do not follow each other"):
+        dl.parallel.as_dtensors(state)
