@@ -34,6 +34,9 @@ class FullRank:
     def update(self, step: int, grads: dict[str, Tensor], tokens: Tensor, scale: float) -> None:
         lr = torch.tensor(self._run.lr * scale)
         rates = {name: lr if is_inner(name) else lr * self._run.dense_lr for name in grads}
+        if self._run.weight_decay:
+            decays = {name: rate * self._run.weight_decay * is_inner(name) for name, rate in rates.items()}
+            self._state = (dl.optim.decay(self._state[0], decays), self._state[1])
         (weights, opt_state), _ = self._update(self._state, rounded(grads, self._run.gradients), rates)
         self._state = (weights, opt_state)
         self._store(weights)

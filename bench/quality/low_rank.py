@@ -67,10 +67,17 @@ class LowRankMethod:
             self._measure_overlap()
 
     def _move(self, step: int, grads: Any, scale: float) -> None:
+        self._decay(scale)
         trainable, frozen = dl.partition(self.params)
         state = (trainable, self._opt_state)
         (trainable, self._opt_state), _ = self._update_step(state, grads, self._rates(step, scale))
         self.params = dl.combine(trainable, frozen)
+
+    def _decay(self, scale: float) -> None:
+        run = self._run
+        if run.weight_decay:
+            rates = dict.fromkeys(_low_rank(self.params), run.lr * scale * run.weight_decay)
+            self.params |= dl.optim.decay({name: self.params[name] for name in rates}, rates)
 
     def _compensate(self, step: int, grads: dict[str, Tensor], scale: float) -> None:
         run = self._run

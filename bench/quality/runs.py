@@ -82,6 +82,7 @@ class Run:
     gradients: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are reduced
     coefficients: str = "jordan"  # of Muon's polynomials
     coupled: int = 0  # of Muon's step of factors
+    weight_decay: float = 0.0  # of whole matrices, base and product, in units of their rate
     seed: int = 0
     held_out: HeldOut = "validation"  # the text on which the loss is measured
 

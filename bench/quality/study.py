@@ -22,12 +22,13 @@ from bench.quality.experiments import EXPERIMENTS as COMPARISONS
 from bench.quality.frontier import frontier, write_frontier
 from bench.quality.job import Job
 from bench.quality.low_rank import LowRankMethod
+from bench.quality.muon_ablations import muon_ablations
 from bench.quality.runs import SIZES, Run
 from bench.quality.sweeps import missing_of
 from bench.quality.tables import write_report
 from models import corpus as text
 
-EXPERIMENTS = {**COMPARISONS, "frontier": frontier}
+EXPERIMENTS = {**COMPARISONS, "muon_ablations": muon_ablations, "frontier": frontier}
 # Estimated seconds of a run on one core, for the plan when no run of a size is recorded.
 _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 200.0, "huge": 700.0}
 
@@ -35,7 +36,7 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 20
 @dataclass(frozen=True)
 class Quality:
     experiment: tyro.conf.Positional[
-        Literal["methods", "ranks", "test", "ablations", "compensation", "one_side", "frontier"]
+        Literal["methods", "ranks", "test", "ablations", "compensation", "one_side", "muon_ablations", "frontier"]
     ]
     sizes: tuple[Literal["tiny", "small", "medium", "main", "large", "huge"], ...] = ("small",)
     rows: tuple[str, ...] = ()
