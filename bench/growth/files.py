@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import dynlora_fn as dl
 from bench.growth.models import fresh, in_peft, largest_bytes, llama, model_bytes, scratch
 from bench.growth.row import Contender, Goal, Row, at_most_times, needs_at_most
 from models.llama import TARGETS
-from models.pretrain.checkpoint import Saver, load_checkpoint
+from models.pretrain.checkpoint import Saver
 from models.pretrain.processes import SINGLE_PROCESS
 
 _RANK = 8
@@ -120,13 +120,33 @@ def peft_load(millions: int) -> Contender:
 
 
 # --- checkpoints of a state of some MB
+@lru_cache(maxsize=1)
 def state_of(megabytes: int) -> dict[str, Tensor]:
+    """Return a state, the same one for all contenders.
+
+    Several states would leave too little memory for cached files.
+    """
     return {f"tensor-{index}": torch.randn(megabytes * _MB // 4 // _TENSORS) for index in range(_TENSORS)}
 
 
-def save_checkpoint(megabytes: int) -> Contender:
-    state, folder = state_of(megabytes), scratch() / f"checkpoints-{megabytes}"
+def folder_of(megabytes: int) -> Path:
+    """Return the folder of the checkpoints of a state, which exists."""
+    folder = scratch() / f"checkpoints-{megabytes}"
     folder.mkdir(exist_ok=True)
+    return folder
+
+
+def save_checkpoint(megabytes: int) -> Contender:
+    save = partial(dl.interop.save_checkpoint, state_of(megabytes), folder_of(megabytes), step=1, keep=1)
+    return Contender(save)
+
+
+def save_in_background(megabytes: int) -> Contender:
+    """Measure what `models.pretrain` does.
+
+    It copies the state first, because training continues meanwhile.
+    """
+    state, folder = state_of(megabytes), folder_of(megabytes)
 
     def run() -> None:
         with Saver(folder, SINGLE_PROCESS, keep=1) as saver:
@@ -135,10 +155,10 @@ def save_checkpoint(megabytes: int) -> Contender:
     return Contender(run)
 
 
-def load_state(megabytes: int) -> Contender:
+def load_state(megabytes: int, *, donate: bool = False) -> Contender:
     save_checkpoint(megabytes).run()
-    folder = scratch() / f"checkpoints-{megabytes}"
-    return Contender(partial(load_checkpoint, folder, state_of(megabytes), SINGLE_PROCESS))
+    template = {name: tensor.clone() for name, tensor in state_of(megabytes).items()}
+    return Contender(partial(dl.interop.load_checkpoint, folder_of(megabytes), template, donate=donate))
 
 
 def synced(file: Path) -> None:
@@ -153,14 +173,27 @@ def digest(file: Path) -> str:
 
 
 def safetensors_save(megabytes: int) -> Contender:
+    """Measure safetensors with the same guarantees.
+
+    A new file replaces the old one once it is on the disk, and its sum is computed.
+    """
     state, file = state_of(megabytes), scratch() / f"state-{megabytes}.safetensors"
-    return Contender(lambda: (save_file(state, file), synced(file), digest(file)))
+    new = file.with_suffix(".new")
+    return Contender(lambda: (save_file(state, new), synced(new), digest(new), new.replace(file)))
 
 
 def safetensors_load(megabytes: int) -> Contender:
+    """Measure a sum and `load_file`, which maps the file and reads nothing."""
     safetensors_save(megabytes).run()
     file = scratch() / f"state-{megabytes}.safetensors"
     return Contender(lambda: (digest(file), load_file(file)))
+
+
+def safetensors_read(megabytes: int) -> Contender:
+    """Measure a sum, `load_file`, and a copy, which reads the mapped file into memory."""
+    safetensors_save(megabytes).run()
+    file = scratch() / f"state-{megabytes}.safetensors"
+    return Contender(lambda: (digest(file), [tensor.clone() for tensor in load_file(file).values()]))
 
 
 def torch_save(megabytes: int) -> Contender:
@@ -183,9 +216,12 @@ _MERGED = {
 }
 _CHECKPOINTS = {
     "save": save_checkpoint,
+    "copy, save in the background": save_in_background,
     "save_file, fsync, sum": safetensors_save,
     "torch.save, fsync": torch_save,
     "load": load_state,
+    "load, donate": partial(load_state, donate=True),
+    "sum, load_file, copy": safetensors_read,
     "sum, load_file": safetensors_load,
     "torch.load": torch_load,
 }
@@ -196,7 +232,7 @@ _STATES, _SMALL_STATES = (64, 256, 1024), (1, 2)
 def state_needs_at_most(most: float, name: str, *, copies: int = 0) -> Goal:
     """Return a goal for the peak of a checkpoint, in bytes of the state.
 
-    `copies` of the state are not counted. Saving needs one copy, because training continues meanwhile.
+    `copies` of the state are not counted. Saving in the background needs one, because training continues meanwhile.
     """
     return needs_at_most(most, name, lambda n: n * _MB, lambda n: n * _MB * (copies + 1 / _TENSORS))
 
@@ -249,9 +285,10 @@ ROWS = {
         _CHECKPOINTS,
         goals=(
             at_most_times(1.5, "save", "save_file, fsync, sum"),
-            at_most_times(1.5, "load", "sum, load_file"),
+            at_most_times(1.5, "load", "sum, load_file, copy"),
+            at_most_times(1.5, "load, donate", "sum, load_file"),
         ),
-        rounds=3,
+        rounds=9,
     ),
     "checkpoint_memory": Row(
         "peak of checkpoints",
@@ -260,6 +297,11 @@ ROWS = {
         _SMALL_STATES,
         _CHECKPOINTS,
         kind="peak",
-        goals=(state_needs_at_most(0.1, "save", copies=1), state_needs_at_most(0.1, "load")),
+        goals=(
+            state_needs_at_most(0.1, "save"),
+            state_needs_at_most(0.1, "copy, save in the background", copies=1),
+            state_needs_at_most(0.1, "load"),
+            state_needs_at_most(0.1, "load, donate"),
+        ),
     ),
 }

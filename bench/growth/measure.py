@@ -4,6 +4,7 @@ Contenders take turns in one process for processor time. Each peak is measured i
 """
 
 import gc
+import random
 import time
 from statistics import median
 from typing import Any
@@ -31,7 +32,8 @@ def processor_seconds(contender: Contender) -> float:
 def seconds_of(row: Row, size: int, rounds: int, limit: float) -> dict[str, list[float]]:
     """Return the seconds of every run of every contender.
 
-    In each round, every contender runs once. No further round is started after `limit` seconds.
+    In each round, every contender runs once, in another order: memory that one frees makes the next one faster, or
+    slower if the system takes it back. No further round is started after `limit` seconds.
     """
     contenders = {name: make(size) for name, make in row.contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -39,8 +41,8 @@ def seconds_of(row: Row, size: int, rounds: int, limit: float) -> dict[str, list
     for round_ in range(rounds):
         if round_ and time.perf_counter() - start > limit:
             break
-        for name, contender in contenders.items():
-            times[name].append(processor_seconds(contender))
+        for name in random.Random(round_).sample(list(contenders), len(contenders)):
+            times[name].append(processor_seconds(contenders[name]))
     return times
 
 
