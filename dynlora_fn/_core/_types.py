@@ -189,10 +189,11 @@ class LowRank(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """The shape of the weight, (*stack, out, in)."""
-        sharding = self.factor_sharding
-        if sharding is not None:
-            return torch.Size((*self.factors.b.shape[:-2], sharding.rows, sharding.as_columns.rows))
-        return torch.Size((*self.factors.b.shape[:-1], self.factors.a.shape[-1]))
+        factors = self.factors
+        if isinstance(factors, ShardedFactors):
+            sharding = factors.sharding
+            return torch.Size((*factors.b.shape[:-2], sharding.rows, sharding.as_columns.rows))
+        return torch.Size((*factors.b.shape[:-1], factors.a.shape[-1]))
 
     @property
     def factor_sharding(self) -> Sharding | None:

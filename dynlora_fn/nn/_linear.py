@@ -73,9 +73,10 @@ def linear(
 
 def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: ContractionPath | None = None) -> Tensor:
     """Return ``linear(x, param, bias)`` for a weight that was checked before."""
+    out_features, in_features = param.shape
     if not torch.compiler.is_dynamo_compiling():
-        _check_inputs(x, param, bias)
-    path = _cheapest(x, param) if path is None else path
+        _check_inputs(x, bias, out_features, in_features, param.factors.b.device)
+    path = _cheapest(x, param, out_features, in_features) if path is None else path
     # The merged and dense paths gather sharded factors inside the product and free them. The factored path saves them.
     sharding = param.factor_sharding if path != "factored" else None
     param = param if sharding else with_pending(param)
@@ -100,9 +101,8 @@ def _check(param: Any) -> None:
         raise ValueError(f"`param` is a stack of shape {tuple(param.shape)}; pass one of its members, from `unstack`")
 
 
-def _check_inputs(x: Any, param: LowRank, bias: Any) -> None:
-    """Raise if the input or the bias does not fit the weight."""
-    out_features, in_features = param.shape
+def _check_inputs(x: Any, bias: Any, out_features: int, in_features: int, device: torch.device) -> None:
+    """Raise if the input or the bias does not fit a weight of this shape and device."""
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"`x` is {described(x)}; use a tensor of a floating dtype")
     if x.layout != torch.strided or x.is_nested:
@@ -114,18 +114,17 @@ def _check_inputs(x: Any, param: LowRank, bias: Any) -> None:
     if bias is not None and tuple(bias.shape) not in ((out_features,), (1,)):
         raise ValueError(f"`bias` has shape {tuple(bias.shape)}, but the weight has {out_features} rows; use (out,)")
     for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.device != param.factors.b.device:
-            raise ValueError(f"`{name}` is on {tensor.device}, but the weight on {param.factors.b.device}; move it")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"`{name}` is on {tensor.device}, but the weight on {device}; move it")
 
 
-def _cheapest(x: Tensor, param: LowRank) -> ContractionPath:
+def _cheapest(x: Tensor, param: LowRank, out_features: int, in_features: int) -> ContractionPath:
     """Return the cheapest path for these shapes.
 
     For a sharded base "factored" is not considered. All processes must run the same all-gathers, even with batches of
     different shapes. In the backward pass, "merged" and "dense" always gather the base. "factored" gathers it only if
     the input needs a gradient.
     """
-    out_features, in_features = param.shape
     rank, tokens = rank_with_pending(param), prod(x.shape[:-1])
     path = cheapest_path(
         tokens=tokens,

@@ -221,7 +221,7 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
         return _fall_back(func, args, kwargs, None)
     # `linear` gathers sharded factors inside its product, and frees them after it.
     change = _view_of if func is linear else _gathered_view_of
-    views, named = _map_weights(change, args), _map_weights(change, kwargs)
+    views, named = _map_weights(change, args), _map_weights(change, kwargs) if kwargs else kwargs
     try:
         result = rule(*views, **named)
     except NoRuleError as refusal:
