@@ -27,6 +27,17 @@ def init(rank: int, start: dl.switching.Start, dtype: torch.dtype = torch.float3
     return make
 
 
+def init_without_copies(rank: int) -> Callable[[int], Contender]:
+    """Measure `init` in the model's memory, with the start and the form that PEFT has."""
+
+    def make(millions: int) -> Contender:
+        model = llama(millions)
+        settings = {"targets": TARGETS, "start": "lora", "stack": False, "copy": False}
+        return Contender(partial(dl.init, rank=rank, seed=0, **settings), lambda: (fresh(model),))
+
+    return make
+
+
 def peft_init(rank: int, dtype: torch.dtype = torch.float32) -> Callable[[int], Contender]:
     def make(millions: int) -> Contender:
         model = llama(millions, dtype)
@@ -79,6 +90,7 @@ def baddbmm(count: int) -> Callable[[int], Contender]:
 
 
 _INIT = {f"{start}, rank {rank}": init(rank, start) for start in _STARTS for rank in _RANKS}
+_IN_PLACE = {f"lora, rank {rank}, without copies": init_without_copies(rank) for rank in _RANKS}
 _INIT_PEAKS = {
     f"{start}, {name}": init(8, start, dtype)
     for start in _STARTS
@@ -90,9 +102,10 @@ ROWS = {
         "million parameters",
         (8, 100, 290),
         (1, 2),
-        {**_INIT, **{f"PEFT, rank {rank}": peft_init(rank) for rank in _RANKS}},
+        {**_INIT, **_IN_PLACE, **{f"PEFT, rank {rank}": peft_init(rank) for rank in _RANKS}},
         goals=(
             *(at_most_times(3, f"{start}, rank {rank}", f"PEFT, rank {rank}") for start in _STARTS for rank in _RANKS),
+            *(at_most_times(3, f"lora, rank {rank}, without copies", f"PEFT, rank {rank}") for rank in _RANKS),
             *(grows_at_most(1.1, name) for name in _INIT),
         ),
         rounds=3,
