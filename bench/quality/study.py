@@ -19,7 +19,7 @@ from bench.quality import store
 from bench.quality.dense_methods import FullRank, Packaged
 from bench.quality.execute import Method, execute
 from bench.quality.experiments import EXPERIMENTS as COMPARISONS
-from bench.quality.frontier import frontier, write_frontier
+from bench.quality.frontier import frontier, recorded, write_frontier
 from bench.quality.job import Job
 from bench.quality.low_rank import LowRankMethod
 from bench.quality.muon_ablations import muon_ablations
@@ -28,7 +28,7 @@ from bench.quality.sweeps import missing_of
 from bench.quality.tables import write_report
 from models import corpus as text
 
-EXPERIMENTS = {**COMPARISONS, "muon_ablations": muon_ablations, "frontier": frontier}
+EXPERIMENTS = {**COMPARISONS, "muon_ablations": muon_ablations, "frontier": frontier, "recorded": recorded}
 # Estimated seconds of a run on one core, for the plan when no run of a size is recorded.
 _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 200.0, "huge": 700.0}
 
@@ -36,7 +36,17 @@ _GUESS = {"tiny": 1.0, "small": 12.0, "medium": 80.0, "main": 120.0, "large": 20
 @dataclass(frozen=True)
 class Quality:
     experiment: tyro.conf.Positional[
-        Literal["methods", "ranks", "test", "ablations", "compensation", "one_side", "muon_ablations", "frontier"]
+        Literal[
+            "methods",
+            "ranks",
+            "test",
+            "ablations",
+            "compensation",
+            "one_side",
+            "muon_ablations",
+            "frontier",
+            "recorded",
+        ]
     ]
     sizes: tuple[Literal["tiny", "small", "medium", "main", "large", "huge"], ...] = ("small",)
     rows: tuple[str, ...] = ()
@@ -107,10 +117,10 @@ def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) 
 
 def _report(config: Quality, corpus: text.Corpus) -> None:
     found = store.read(config.folder, digest_of(corpus))
-    started = store.sizes_in(config.folder / f"{config.experiment}.jsonl")
+    started = store.sizes_in(config.folder / f"{config.experiment}.jsonl") or set(config.sizes)
     rows = {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size in started}
-    if config.experiment == "frontier":
-        write_frontier(config.folder, found, rows)
+    if config.experiment in ("frontier", "recorded"):
+        write_frontier(config.folder, config.experiment, found, rows)
     else:
         write_report(config.folder, config.experiment, found, rows)
 

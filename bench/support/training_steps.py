@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -142,11 +142,12 @@ class LibraryStep:
         optimizer: dl.optim.Transform | None = None,
         compensate: float = 0.0,
         targets: Sequence[str] = TARGETS,
+        trained: Literal["both", "b"] = "both",
         **compile_options: Any,
     ):
         model = size.model(device)
         storage: dict[str, Any] = {"base": base, "residual": residual, "residual_device": residual_device}
-        self.params = dl.init(model, rank=rank, seed=0, targets=targets, **storage)
+        self.params = dl.init(model, rank=rank, seed=0, targets=targets, trained=trained, **storage)
         self.schedule = dl.schedules.switchlora(SCHEDULE_STEPS)
         optimizer = dl.optim.adamw() if optimizer is None else optimizer
         trainable, frozen = dl.partition(self.params)

@@ -17,7 +17,7 @@ RESIDUALS = ("none", "int8", "bfloat16")
 KEYS = {
     "step": {"switched_over_full", "switched_over_full_eighth", "switched_over_static", "ours_over_peft"},
     "step_by_method": {"full rank", "full rank, torch.optim.Muon", "GaLore", "APOLLO", "LoRA", "switched"}
-    | {"switched, compensated", "switched, Muon", "muon_over_full", "muon_over_full_muon"},
+    | {"switched, compensated", "switched, Muon", "muon_over_full", "muon_over_full_muon", "one side, Muon at d/2"},
     "switch": {"switch_over_copy"},
     "memory": {"extra_peak_over_weight", "remat_peak_ratio"},
     "memory_by_base": {"int8+bfloat16 state", "nf4+bfloat16 peak", "bfloat16+none total"},
