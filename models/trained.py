@@ -64,7 +64,7 @@ def open_trained(path: Path, device: torch.device) -> Trained:
     path = Path(os.path.abspath(path))  # `.` has no name
     is_checkpoint = path.parent.name == "checkpoints" and not (path / "config.json").is_file()
     folder = path.parent.parent if is_checkpoint else path
-    options = _read_options(folder)
+    options = pretrain.Config.defaults_before | _read_options(folder)
     if "model_type" in options:
         return _pretrained(folder, None, device)
     checkpoint_path, file = path if is_checkpoint else None, folder / "config.json"
@@ -200,6 +200,7 @@ def _load_checkpoint(
     _check_settings(path, stored, config)
     alone = replace(  # this machine may have neither the processes nor the devices of the run
         config,
+        training=replace(config.training, trained=config.trained(), rank=config.rank()),
         machine=replace(config.machine, shard=False, shard_factors=False, device="cpu"),
         precision=replace(config.precision, residual_device=None),
         switching=replace(config.switching, candidates="seeded"),

@@ -25,6 +25,7 @@ class Training(pretrain.Training):
     model: Annotated[str, pretrain.computed("none, it is required")] = ""
     """Train the model in this folder, as `save_pretrained` writes it, in float32. Code in the folder is not run."""
     rank: int = 16
+    trained: Literal["both", "b"] = "both"
     alpha: Annotated[float | None, pretrain.computed("the rank")] = None
     """Scale the factors as PEFT does: a weight is `base + alpha / rank * b @ a`.
     The default trains at the same learning rate as PEFT with `lora_alpha` equal to `r`."""
@@ -93,7 +94,7 @@ class Config(pretrain.Config):
 
     def alpha(self) -> float:
         """Return the option `alpha`, or the rank."""
-        return float(self.training.rank if self.training.alpha is None else self.training.alpha)
+        return float(self.rank() if self.training.alpha is None else self.training.alpha)
 
     def decays_weights(self) -> bool:
         """Return whether weights decay, and not only their factors.

@@ -83,7 +83,8 @@ def _method(run: Prepared) -> str:
         return method
     count = sum(param.seed.numel() for param in low_rank)
     base = run.config.precision.base_dtype
-    return f"{method}, rank {run.config.training.rank}, {count} low-rank weights, bases in {base}"
+    factors = "only b trained, " if run.config.trained() == "b" else ""
+    return f"{method}, rank {run.config.rank()}, {factors}{count} low-rank weights, bases in {base}"
 
 
 def _machine(run: Prepared, state_bytes: int) -> str:

@@ -36,7 +36,7 @@ def check(config: Config, processes: Processes = SINGLE_PROCESS) -> None:
 def _check_ranges(config: Config) -> None:
     options = config.options()
     for name in _AT_LEAST_ONE:
-        if options[name] < 1:
+        if options[name] is not None and options[name] < 1:
             raise ValueError(f"`{name}` must be at least 1, got {options[name]}")
     for name in _NOT_NEGATIVE:
         if not options[name] >= 0:  # also refuses nan
@@ -59,7 +59,7 @@ def _check_combinations(config: Config) -> None:
         )
     if config.switching.candidates == "pool" and method != "switchlora":
         raise ValueError(f"`candidates` must be 'seeded' except for switchlora, got 'pool' for {method}")
-    if config.training.trained == "b":
+    if config.trained() == "b":
         _check_one_side(config)
     if config.training.compensate and method == "full":
         raise ValueError(

@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 import tyro
 
+from models import llama
+
 
 def computed(text: str) -> Any:
     """Return a mark that makes the help show `text` as the default of an option.
@@ -46,9 +48,14 @@ class Training:
     model: str = "llama-9m"
     """Train the model configuration of this name: llama-tiny, llama-9m, ..., llama-1b, llama-7b.
     The number is the count of parameters with a vocabulary of 32,100 tokens."""
-    rank: int = 32
+    rank: Annotated[int | None, computed("half the width of the model if only b is trained, a quarter otherwise")] = (
+        None
+    )
     """Use factors of this rank. It is at most the smaller side of every weight that becomes low-rank."""
-    trained: Literal["both", "b"] = "both"
+    trained: Annotated[
+        Literal["both", "b"] | None,
+        computed("b for switchlora with muon, but both with pools or --shard-factors; both for other methods"),
+    ] = None
     """Train both factors, or only b. The rows of a are then orthogonal and change only by switches (arXiv:2502.07222).
     At twice the rank, b of a square weight has as many elements as both factors."""
     targets: Annotated[tuple[str, ...], computed("all of attention and feed-forward")] = ()
@@ -218,6 +225,8 @@ class Config:
     default_rates: ClassVar[DefaultRates] = PRETRAIN_RATES
     # Options of the command, which are not recorded as options of the run.
     not_recorded: ClassVar[tuple[str, ...]] = ("out", "resume", "config", "json", "compare", "eager")
+    # Values of options that the config.json of an older run does not have, where the default is another one now.
+    defaults_before: ClassVar[Mapping[str, Any]] = {"trained": "both"}
     # Options that a resumed run may change. No step depends on them, with two exceptions: the texts, whose digest is
     # recorded and compared, and the number of steps, whose change is printed.
     free_to_change: ClassVar[tuple[str, ...]] = (
@@ -235,6 +244,24 @@ class Config:
         if self.optimization.optimizer is not None:
             return self.optimization.optimizer
         return "muon" if self.training.method == "switchlora" and not self.machine.shard_factors else "adamw"
+
+    def trained(self) -> Literal["both", "b"]:
+        """Return which factors are trained."""
+        if self.training.trained is not None:
+            return self.training.trained
+        is_recipe = self.training.method == "switchlora" and self.inner_optimizer() == "muon"
+        is_possible = self.switching.candidates == "seeded" and not self.machine.shard_factors
+        return "b" if is_recipe and is_possible else "both"
+
+    def rank(self) -> int:
+        """Return the rank of the factors.
+
+        By default, a square weight has half as many trained elements as with full rank, with either choice of
+        `trained`.
+        """
+        if self.training.rank is not None:
+            return self.training.rank
+        return llama.config(self.training.model).width // (2 if self.trained() == "b" else 4)
 
     def tokenizer(self) -> str | None:
         """Return the name, folder or file of the tokenizer.

@@ -171,7 +171,7 @@ def _read(path: Path) -> dict[str, object]:
 
 def _with_defaults(record: dict[str, object], config: Config) -> dict[str, object]:
     """Return a record with defaults for options that older versions did not have."""
-    return _record(type(config)(), {}) | record
+    return _record(type(config)(), {}) | Config.defaults_before | record
 
 
 def _check_same(old: dict[str, object], new: dict[str, object], config: Config, folder: Path) -> None:

@@ -93,12 +93,12 @@ def init_params(
     training, precision = config.training, config.precision
     return dl.init(
         model,
-        rank=1 if training.method == "full" else training.rank,
+        rank=1 if training.method == "full" else config.rank(),
         alpha=config.alpha(),
         seed=training.seed,
         targets=training.targets or targets,
         start=start(config),
-        trained=training.trained,
+        trained=config.trained(),
         base=None if precision.base_dtype == "float32" else precision.base_dtype,
         residual=None if precision.residual == "none" else precision.residual,
         residual_device=precision.residual_device,

@@ -20,7 +20,7 @@ _COLORS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:o
 def title(config: Config) -> str:
     """Return the title of a run's plot."""
     training = config.training
-    rank = "" if training.method == "full" else f", rank {training.rank}"
+    rank = "" if training.method == "full" else f", rank {config.rank()}"
     return f"{training.model}, {training.method}{rank}"
 
 

@@ -37,11 +37,12 @@ def parse(config_type: type[ConfigT], command: str, arguments: Sequence[str] | N
     default = config_type()
     given = parsed(default)
     output = given.output
-    files = [] if output.config is None else [output.config]
+    files = [] if output.config is None else [(output.config, read_options(output.config))]
     if output.resume and output.out is not None and (output.out / "config.json").is_file():
-        files.insert(0, output.out / "config.json")
-    for file in files:
-        default = with_options(default, read_options(file), file)
+        record = output.out / "config.json"
+        files.insert(0, (record, Config.defaults_before | read_options(record)))
+    for file, options in files:
+        default = with_options(default, options, file)
     return parsed(default) if files else given
 
 

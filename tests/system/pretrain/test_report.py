@@ -22,8 +22,8 @@ def test_the_banner_says_what_will_be_trained(job: Job, tmp_path: Path):
         "kB, 6 documents to train on, 1 document for validation",
         "(5.0%) for validation, bytes",
         "steps 20 of 64 tokens: 1,280 tokens, 0.22 passes over the text",
-        "model llama-tiny: 41,632 parameters, 26,400 trained (63.4%)",
-        "method switchlora, rank 8, 14 low-rank weights, bases in float32",
+        "model llama-tiny: 41,632 parameters, 21,920 trained (52.7%)",
+        "method switchlora, rank 8, only b trained, 14 low-rank weights, bases in float32",
         "optimizer muon, rate 0.002; embedding, head and norms adamw, rate 0.032; 4 steps of warm-up",
         "vectors in all",
     ):

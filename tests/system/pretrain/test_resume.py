@@ -153,7 +153,7 @@ FLAT_RECORD = """
 
 def test_a_run_with_a_flat_record_of_its_options_resumes(job: Job, tmp_path: Path):
     arguments = ["--out", tmp_path / "run", "--steps", 20, "--save-every", 10]
-    job(*arguments)
+    job(*arguments, "--trained", "both")
     path = tmp_path / "run" / "config.json"
     record, flat = json.loads(path.read_text()), json.loads(FLAT_RECORD)
     flat |= {name: record[name] for name in ("text", "device", "corpus")}  # those of this machine
@@ -171,6 +171,7 @@ def test_a_run_with_a_flat_record_of_its_options_resumes(job: Job, tmp_path: Pat
 def test_a_checkpoint_whose_optimizer_states_have_their_older_names_resumes(job: Job, tmp_path: Path, optimizer: str):
     """They had no `FreezeState` around them: ``.opt_state['rest'].mu`` is now ``.opt_state['rest'].inner.mu``."""
     arguments = ["--out", tmp_path / "run", "--steps", 20, "--save-every", 10, "--optimizer", optimizer]
+    arguments += ["--trained", "both"]
     job(*arguments)
     folders = [tmp_path / "run" / "checkpoints" / f"step-{step:08d}" for step in (10, 20)]
     wanted = (folders[1] / "state.safetensors").read_bytes()

@@ -22,7 +22,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, lines: Path) -> Path:
     """Return the folder of a run with two checkpoints, at steps 10 and 20."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    steps = ["--steps", 20, "--save-every", 10, "--sample-every", 10, "--lr", 0.01]
+    steps = ["--steps", 20, "--save-every", 10, "--sample-every", 10, "--lr", 0.01, "--trained", "both"]
     outcome = outcome_of(main, *SMALL, "--text", lines, "--out", folder, *steps)
     assert outcome.code == 0, outcome.err
     (folder / "log.txt").write_text(outcome.out)

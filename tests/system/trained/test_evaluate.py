@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_the_validation_loss_is_that_of_the_run(run: Path, validation: Path):
         ["--base-dtype", "nf4", "--residual", "none", "--moments", "8bit"],
         ["--base-dtype", "bfloat16", "--compute-dtype", "bfloat16"],
         ["--candidates", "pool"],
+        ["--trained", "both"],
     ],
     ids=lambda options: "-".join(options[1::2]),
 )
@@ -84,6 +86,17 @@ def test_a_text_of_another_alphabet_and_several_files(run: Path, tmp_path: Path)
     (tmp_path / "two.txt").write_text("äöü\n" * 20)
     found = evaluation(run, "--text", tmp_path, "--every-token")
     assert (found["bytes"], found["tokens"]) == (260, 261)  # a byte separates the files
+
+
+def test_a_record_without_the_option_is_of_a_run_that_trained_both_sides(run, validation, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    options = json.loads((folder / "config.json").read_text())
+    assert options.pop("trained") == "both"
+    (folder / "config.json").write_text(json.dumps(options))
+    for place in ("", "checkpoints/step-00000020"):
+        found, wanted = (evaluation(path / place, "--text", validation) for path in (folder, run))
+        assert found["nats_per_token"] == wanted["nats_per_token"]
 
 
 def test_a_model_folder_has_the_same_loss(run: Path, validation: Path):

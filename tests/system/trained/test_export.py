@@ -62,7 +62,7 @@ def test_samples_are_lines_of_the_log(run: Path):
 
 
 def test_samples_do_not_change_the_run(run: Path, lines: Path, tmp_path: Path):
-    steps = ["--steps", 20, "--save-every", 10, "--lr", 0.01]
+    steps = ["--steps", 20, "--save-every", 10, "--lr", 0.01, "--trained", "both"]
     outcome = outcome_of(main, *SMALL, "--text", lines, "--out", tmp_path / "run", *steps)
     assert " is continued by " not in outcome.out
     for name in ("metrics.jsonl", "model.safetensors", "model/config.json", "model/tokenizer.json"):
