@@ -13,6 +13,7 @@ Experiment = Callable[[Found, str], Rows]
 
 
 COMPENSATE = 0.1  # 0.1 times 2e-2, the factors' rate, is 2e-3, the papers' rate for full rank
+LOW: dict[str, Any] = {"base": "int8+bfloat16", "moments": "8bit", "gradients": "bfloat16"}
 NAMES = {"lora": "LoRA", "relora": "ReLoRA", "galore": "GaLore", "apollo": "APOLLO"}
 
 

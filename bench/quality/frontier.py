@@ -11,14 +11,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from bench.quality.experiments import Rows, stage_of, sweep
+from bench.quality.experiments import LOW, Rows, stage_of, sweep
 from bench.quality.runs import SIZES, Run
 from bench.quality.store import Found
 from bench.quality.sweeps import Stage, loss_of
 
 MUON: dict[str, Any] = {"optimizer": "muon", "coefficients": "polar_express_8"}
-LOW: dict[str, Any] = {"base": "int8+bfloat16", "moments": "8bit", "gradients": "bfloat16"}
-# Times of steps over full-rank AdamW's, from `bench.step_by_method --methods muon --fractions 4 8 2 --json`.
+# Times of steps over full-rank AdamW's, from `bench.step_by_method --methods muon --fractions 4 8 --json`.
 TIMES = "step_sides_*.json"
 
 

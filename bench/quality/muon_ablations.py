@@ -1,13 +1,10 @@
 """Change one setting at a time of switched and of full-rank Muon."""
 
 from dataclasses import replace
-from typing import Any
 
-from bench.quality.experiments import Rows, ablated, at_seeds, sweep
+from bench.quality.experiments import LOW, Rows, ablated, at_seeds, sweep
 from bench.quality.runs import Run
 from bench.quality.store import Found
-
-_LOW: dict[str, Any] = {"base": "int8+bfloat16", "moments": "8bit", "gradients": "bfloat16"}
 
 COEFFICIENTS = {
     "Polar Express, 5 steps": {"coefficients": "polar_express_5"},
@@ -19,8 +16,8 @@ PRECISION = {
     "moments in 8 bits": {"moments": "8bit"},
     "gradients in bfloat16": {"gradients": "bfloat16"},
     "int8 base, bfloat16 residual": {"base": "int8+bfloat16"},
-    "all three": _LOW,
-    "all three, d/2": {**_LOW, "fraction": 2},
+    "all three": LOW,
+    "all three, d/2": {**LOW, "fraction": 2},
 }
 RANKS = {
     "d/2": {"fraction": 2},

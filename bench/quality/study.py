@@ -117,7 +117,8 @@ def _missing(config: Quality, corpus: text.Corpus, size: str, console: Console) 
 
 def _report(config: Quality, corpus: text.Corpus) -> None:
     found = store.read(config.folder, digest_of(corpus))
-    started = store.sizes_in(config.folder / f"{config.experiment}.jsonl") or set(config.sizes)
+    is_recorded = config.experiment == "recorded"  # from the runs of all experiments
+    started = set(config.sizes) if is_recorded else store.sizes_in(config.folder / f"{config.experiment}.jsonl")
     rows = {size: EXPERIMENTS[config.experiment](found, size) for size in SIZES if size in started}
     if config.experiment in ("frontier", "recorded"):
         write_frontier(config.folder, config.experiment, found, rows)
