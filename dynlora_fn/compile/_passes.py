@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from dynlora_fn._core._torch import CustomGraphPass, get_hash_for_files
-from dynlora_fn.bases import _ops as codes_ops
-from dynlora_fn.compile import _graph, _ops, _order_all_gathers, _order_remat_blocks, _recompute_activations
+from dynlora_fn._core._torch import CustomGraphPass
+from dynlora_fn.compile import _order_all_gathers, _order_remat_blocks, _recompute_activations
+from dynlora_fn.compile._cache import cache_options, library_key
 from dynlora_fn.compile._graph import replace_other_uses
 
 aten, ops = torch.ops.aten, torch.ops.dynlora_fn
@@ -183,8 +183,6 @@ PASSES: dict[str, Callable[[Graph], None]] = {
     "recompute_activations": _recompute_activations.recompute_activations,
     "order_all_gathers": _order_all_gathers.order_all_gathers,
 }
-_MODULES = (_graph, _ops, _order_all_gathers, _order_remat_blocks, _recompute_activations, codes_ops)
-_SOURCES = (__file__, *(module.__file__ for module in _MODULES))
 
 
 class GraphPasses(CustomGraphPass):
@@ -209,9 +207,10 @@ class GraphPasses(CustomGraphPass):
         remove_dead_code(graph)
 
     def uuid(self) -> Any:
-        """Return the key of these passes in Inductor's cache of compiled graphs."""
-        return get_hash_for_files(_SOURCES, extra=str(self.names))
+        """Return the key of these passes in torch's caches of compiled graphs."""
+        key = library_key()
+        return key and f"{key}, {self.names}"
 
 
 def inductor_options() -> dict[str, Any]:
-    return {"post_grad_custom_pre_pass": GraphPasses()}
+    return {"post_grad_custom_pre_pass": GraphPasses(), **cache_options()}

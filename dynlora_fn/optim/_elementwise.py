@@ -16,6 +16,7 @@ from torch import Tensor
 from dynlora_fn._core._batches import batches
 from dynlora_fn._core._torch import are_immediate
 from dynlora_fn._core._types import Factors, is_factors, sides_of, with_sides
+from dynlora_fn.optim._formulas import FORMULAS, Formula, key_of
 from dynlora_fn.optim._leaves import FlatLeaves, Leaves
 
 # The entries of a batch. On a CPU they should fit into its caches, on CUDA they should occupy the device.
@@ -44,23 +45,8 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
     """
 
     def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
-        # With `allow_in_graph`, AOTAutograd traces both functions instead of Dynamo, which takes longer.
-        @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-        def in_turn(rows: Sequence[_Row]) -> list[Any]:
-            return [formula(*row) for row in rows]
-
-        @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-        def apply_in_graph(columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
-            return apply(columns, options, has_small)
-
-        def apply(columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
-            rows = _rows(columns, options)
-            if can_join and are_immediate([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
-                new = _in_batches(formula, rows, len(columns) - has_small, has_small=has_small)
-            else:
-                new = in_turn(rows)
-            by_result = [new] if results == 1 else [[row[index] for row in new] for index in range(results)]
-            return [_rebuilt(columns[0], tensors) for tensors in by_result]
+        key = key_of(formula)
+        FORMULAS[key] = Formula(formula, results, can_join)
 
         def function(
             tree: Mapping[str, Any],
@@ -72,7 +58,7 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
             columns = [[each[name] for name in tree] for each in trees]
             options = [() if settings is None else settings(name) for name in tree]
             if tree:
-                new = (apply_in_graph if _is_traced(columns[0]) else apply)(columns, options, small is not None)
+                new = (_apply_in_graph if _is_traced(columns[0]) else _apply)(key, columns, options, small is not None)
             else:
                 new = [[]] * results
             found = [dict(zip(tree, column, strict=True)) for column in new]
@@ -81,6 +67,28 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
         return function
 
     return decorate
+
+
+# With `allow_in_graph`, AOTAutograd traces both functions instead of Dynamo, which takes longer.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _apply_in_graph(key: str, columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
+    return _apply(key, columns, options, has_small)
+
+
+def _apply(key: str, columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
+    formula, results, can_join = FORMULAS[key]
+    rows = _rows(columns, options)
+    if can_join and are_immediate([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
+        new = _in_batches(formula, rows, len(columns) - has_small, has_small=has_small)
+    else:
+        new = _in_turn(key, rows)
+    by_result = [new] if results == 1 else [[row[index] for row in new] for index in range(results)]
+    return [_rebuilt(columns[0], tensors) for tensors in by_result]
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _in_turn(key: str, rows: Sequence[_Row]) -> list[Any]:
+    return [FORMULAS[key].function(*row) for row in rows]
 
 
 def _is_traced(column: _Column) -> bool:
