@@ -9,12 +9,12 @@ Graph size, compile time and the number of kernels of an update or a switch then
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dynlora_fn._core._check_trees import check_params
-from dynlora_fn._core._torch import tree_flatten, tree_unflatten
+from dynlora_fn._core._torch import tree_leaves
 from dynlora_fn._core._types import LowRank, Param, Params
 
 
@@ -257,5 +257,20 @@ def unbind(param: Param) -> list[Param]:
     """Split a stack along its first axis into views."""
     if isinstance(param, Tensor):
         return list(param.unbind())
-    leaves, structure = tree_flatten(param)
-    return [tree_unflatten(member, structure) for member in zip(*(leaf.unbind() for leaf in leaves), strict=True)]
+    return _unbind_tuple(param, len(tree_leaves(param)[0]))
+
+
+def _unbind_tuple(node: Any, count: int) -> list[Any]:
+    """Return the members of a tuple of stacks.
+
+    `tree_unflatten` takes Dynamo four times as many instructions.
+    """
+    columns = [_unbind_child(child, count) for child in node]
+    rows = zip(*columns, strict=True) if columns else [()] * count
+    return [type(node)(*row) for row in rows] if hasattr(node, "_fields") else [*rows]
+
+
+def _unbind_child(child: Any, count: int) -> Sequence[Any]:
+    if isinstance(child, Tensor):
+        return child.unbind()
+    return _unbind_tuple(child, count) if isinstance(child, tuple) else [child] * count  # a constant

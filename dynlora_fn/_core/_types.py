@@ -211,6 +211,14 @@ class LowRank(NamedTuple):
         return divisor_of(self.factors.b.shape[-1], alpha_of(self.factors))
 
 
+def has_no_constants(param: LowRank) -> bool:
+    """Return whether a weight has no constants.
+
+    Dynamo cannot pass constants to a function in the graph.
+    """
+    return isinstance(param.base, Tensor) and isinstance(param.factors, Factors)
+
+
 class Frozen(NamedTuple):
     """The frozen leaves of a `LowRank`, as `partition` returns them.
 

@@ -247,7 +247,7 @@ class Dense(NamedTuple):
         return self.tensor.mT
 
     def flatten(self) -> Flattened:
-        return Flattened(Layout("plain"), [self.tensor])
+        return flatten(self.tensor)
 
     def to_torchao(self) -> Tensor:
         return self.tensor
@@ -257,3 +257,14 @@ def as_base(base: StoredBase) -> Base:
     """Return a base with the methods of `Base`: wrap a plain tensor in `Dense`."""
     answering: Base = Dense(base) if isinstance(base, Tensor) else base
     return answering
+
+
+_PLAIN = Layout("plain")
+
+
+def flatten(base: StoredBase) -> Flattened:
+    """Return what `Base.flatten` returns. This needs no adapter for a plain tensor."""
+    if isinstance(base, Tensor):
+        return Flattened(_PLAIN, [base])
+    flattened: Flattened = base.flatten()
+    return flattened

@@ -10,6 +10,8 @@ from dynlora_fn.bases._sharded_factors import gather_factors
 
 def rank_with_pending(param: LowRank) -> int:
     """Return the rank of the factors that `with_pending` returns."""
+    if isinstance(param.base, Tensor):
+        return param.factors.b.shape[-1]
     pending = sum([fold.factors.b.shape[-1] for fold in as_base(param.base).pending_folds])
     return param.factors.b.shape[-1] + pending
 
@@ -25,9 +27,12 @@ def with_pending(param: LowRank, dtype: torch.dtype | None = None) -> LowRank:
         dtype: The dtype of factors with additional slots. Pass float32 or wider to avoid rounding. Default None means
             the dtype of the factors.
     """
-    base, factors = as_base(param.base), param.factors
+    factors = param.factors
     if isinstance(factors, ShardedFactors):
         return param._replace(factors=gather_factors(factors))
+    if isinstance(param.base, Tensor):
+        return param
+    base = as_base(param.base)
     if not base.pending_folds:
         return param
     b, a = (side.to(dtype or side.dtype) for side in (factors.b, factors.a))

@@ -1,13 +1,12 @@
 """`call`: run an unmodified module with low-rank weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from dynlora_fn._core._check import check_choice, check_module
 from dynlora_fn._core._check_trees import check_params
@@ -18,7 +17,7 @@ from dynlora_fn._core._types import LowRank, Param, Params
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._flatten import refuse_differentiated
 from dynlora_fn.nn._checkpoints import permitting_checkpoint
-from dynlora_fn.nn._swap import Slot, names_of, refuse_assignment, slots_of, swapped
+from dynlora_fn.nn._swap import Modules, Places, modules_of, places_of, refuse_assignment, swapped
 from dynlora_fn.nn._turns import Caller, taking_turns
 from dynlora_fn.nn._view import Fallback
 from dynlora_fn.nn._weight import weight_of
@@ -73,9 +72,10 @@ def call(
     check_module("model", model)
     check_params("params", params)
     check_choice("fallback", fallback, ("dense", "raise"))
-    if problem := _problem_of(model):
+    modules = modules_of(model)
+    if problem := _problem_of(modules):
         raise ValueError(problem)
-    return call_with(model, params, {}, args, kwargs, fallback=fallback)
+    return call_with(model, params, {}, args, kwargs, fallback=fallback, modules=modules)
 
 
 def call_with(
@@ -87,20 +87,22 @@ def call_with(
     *,
     fallback: Fallback,
     caller: Caller | None = None,
+    modules: Modules | None = None,
 ) -> Any:
     """Run `call` with checked arguments, and with `buffers` in place of the model's.
 
-    See `taking_turns` for `caller`.
+    See `taking_turns` for `caller`. `modules` are the modules of the model, if the caller has found them.
     """
+    modules = modules_of(model) if modules is None else modules
     for name, param in params.items():
         if isinstance(param, LowRank) and not isinstance(param.base, Tensor):
             layout, tensors = as_base(as_base(param.base).folded).flatten()
             refuse_differentiated(layout, tensors, f"the base of {name!r} in `params`")
     if torch.compiler.is_dynamo_compiling():
-        return _call_traced(model, {**buffers, **unstacked(params)}, args, kwargs, fallback)
+        return _call_traced(model, modules, {**buffers, **unstacked(params)}, args, kwargs, fallback)
     with taking_turns(model, caller), permitting_checkpoint(), own_parametrization_cache():
-        slots = slots_of(model)
-        with swapped(slots, _tensors_for(model, slots, {**buffers, **unstacked(params)}, fallback)):
+        places = places_of(modules)  # here, because another thread may have replaced the tensors before
+        with swapped(places.slots, _tensors_for(model, places, {**buffers, **unstacked(params)}, fallback)):
             result = model(*args, **kwargs)
     if isinstance(result, GeneratorType | CoroutineType | AsyncGeneratorType):
         raise NotImplementedError(
@@ -111,27 +113,39 @@ def call_with(
 
 
 def _call_traced(
-    model: nn.Module, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any], fallback: Fallback
+    model: nn.Module,
+    modules: Modules,
+    params: Params,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    fallback: Fallback,
 ) -> Any:
     """Run `call_with` while Dynamo traces it.
 
-    `functional_call` replaces `swapped` here, because Dynamo knows that it restores the parameters.
+    Dynamo cannot trace `swapped`, and `functional_call` has many more instructions.
     """
-    slots = slots_of(model)
-    tensors = _tensors_for(model, slots, params, fallback)
-    result = functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
-    for slot in slots:
-        if slot.now is not slot.tensor:
-            refuse_assignment(slot)
+    slots, named = places_of(modules)
+    tensors = _tensors_for(model, Places(slots, named), params, fallback)
+    placed = [slot for slot in slots if slot.name in tensors]
+    try:
+        for slot in placed:
+            slot.put(tensors[slot.name])
+        result = model(*args, **kwargs)
+        refused = [slot for slot in slots if slot.now is not tensors.get(slot.name, slot.tensor)]
+    finally:
+        for slot in placed:
+            slot.put(slot.tensor)
+    if refused:
+        refuse_assignment(refused[0])
     return result
 
 
-def _tensors_for(model: nn.Module, slots: Sequence[Slot], params: Params, fallback: Fallback) -> dict[str, Tensor]:
+def _tensors_for(model: nn.Module, places: Places, params: Params, fallback: Fallback) -> dict[str, Tensor]:
     """Return the tensor for each slot of a parameter or buffer that is in `params`.
 
     Tied parameters share one tensor, and `params` may have any of their names.
     """
-    named = names_of(model)
+    slots, named = places
     given: dict[Tensor, tuple[str, Param]] = {}
     tensors: dict[Tensor | None, Tensor] = {}
     for name, param in params.items():
@@ -166,13 +180,13 @@ def _tensor_for(name: str, param: Param, like: Tensor, fallback: Fallback) -> Te
     return tensor
 
 
-def _problem_of(model: nn.Module) -> str | None:
+def _problem_of(modules: Modules) -> str | None:
     """Return the error message if a model's parameters cannot be replaced, or None.
 
     DDP, FSDP and `DataParallel` reduce gradients in autograd hooks on the parameters of the module, which `call` does
     not use.
     """
-    for name, module in model.named_modules():
+    for name, module in modules:
         kind = _wrapper_of(type(module))
         if kind is None:
             continue

@@ -14,8 +14,7 @@ If only `b` is trained, the products for the gradient of `a` are omitted.
 """
 
 from functools import lru_cache
-from math import prod
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from opt_einsum.helpers import flop_count
@@ -53,13 +52,16 @@ def _unit_flops(product: str) -> tuple[int, str]:
     return flop_count(dimensions, True, 2, dict.fromkeys(dimensions, 1)), dimensions
 
 
-_DIMENSIONS = tuple(sorted({_unit_flops(product)[1] for products in PRODUCTS.values() for product in products}))
+_DIMENSIONS = ("ino", "inr", "ior", "nor")  # the dimensions of all products
 
 
 def _coefficients(products: tuple[str, ...]) -> tuple[int, ...]:
     """Return the FLOPs of products for sizes of 1, for each entry of `_DIMENSIONS`."""
-    units = [_unit_flops(product) for product in products]
-    return tuple(sum(count for count, dimensions in units if dimensions == wanted) for wanted in _DIMENSIONS)
+    counts = dict.fromkeys(_DIMENSIONS, 0)
+    for product in products:
+        count, dimensions = _unit_flops(product)
+        counts[dimensions] += count
+    return tuple(counts.values())
 
 
 # Counted at import, because Dynamo would trace the counting for each weight.
@@ -89,21 +91,25 @@ def cheapest_path(
 
 def _cheapest_path(tokens: int, out_features: int, in_features: int, rank: int, is_one_sided: bool) -> ContractionPath:
     terms = _terms(tokens, out_features, in_features, rank)
-    costs = {path: _total(path, terms, is_one_sided) for path in get_args(ContractionPath)}
-    best: ContractionPath = "factored"
-    for path, cost in costs.items():  # comparisons instead of `min`, since Dynamo traces them for dynamic shapes
-        if cost < costs[best]:
-            best = path
-    return best
+    factored = _total("factored", terms, is_one_sided)
+    merged = _total("merged", terms, is_one_sided)
+    dense = _total("dense", terms, is_one_sided)
+    if dense < factored and dense < merged:
+        return "dense"
+    return "merged" if merged < factored else "factored"
 
 
 _remembered_path = lru_cache(maxsize=4096)(_cheapest_path)
 
 
-def _terms(tokens: int, out_features: int, in_features: int, rank: int) -> list[int]:
-    sizes = {"n": tokens, "o": out_features, "i": in_features, "r": rank}
-    return [prod([sizes[dimension] for dimension in dimensions]) for dimensions in _DIMENSIONS]
+# Both functions are without loops, because Dynamo traces them for each weight.
+def _terms(tokens: int, out_features: int, in_features: int, rank: int) -> tuple[int, int, int, int]:
+    """Return the products of the sizes for each entry of `_DIMENSIONS`."""
+    dense, rank_tokens = in_features * tokens * out_features, tokens * rank
+    return dense, in_features * rank_tokens, in_features * out_features * rank, out_features * rank_tokens
 
 
-def _total(path: str, terms: list[int], is_one_sided: bool) -> int:
-    return sum([count * term for count, term in zip(_COEFFICIENTS[path, is_one_sided], terms, strict=True)])
+def _total(path: str, terms: tuple[int, int, int, int], is_one_sided: bool) -> int:
+    ino, inr, ior, nor = terms
+    dense, of_a, of_weight, of_b = _COEFFICIENTS[path, is_one_sided]
+    return dense * ino + of_a * inr + of_weight * ior + of_b * nor

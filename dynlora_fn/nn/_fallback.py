@@ -17,7 +17,7 @@ from torch.nn import functional
 from dynlora_fn._core._dtypes import autocast_now, widest, without_autocast
 from dynlora_fn._core._torch import OpOverload, OpOverloadPacket
 from dynlora_fn._core._tree import whole_factors
-from dynlora_fn._core._types import LowRank
+from dynlora_fn._core._types import LowRank, alpha_of, divisor_of
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._view import NoRuleError, View, gathered
 
@@ -37,15 +37,27 @@ def dense_weight(view: View) -> Tensor:
 
 def _dense_part(part: LowRank) -> Tensor:
     b, a = whole_factors(part)
-    base = as_base(part.base).as_tensor(widest(b.dtype))
+    base = part.base if isinstance(part.base, Tensor) else as_base(part.base).as_tensor(widest(b.dtype))
+    return (_sum_in_graph if torch.compiler.is_dynamo_compiling() else _sum)(base, b, a, alpha_of(part.factors))
+
+
+# With `allow_in_graph`, AOTAutograd traces this function instead of Dynamo, which takes longer for each operation.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _sum_in_graph(base: Tensor, b: Tensor, a: Tensor, alpha: float) -> Tensor:
+    return _sum(base, b, a, alpha)
+
+
+def _sum(base: Tensor, b: Tensor, a: Tensor, alpha: float) -> Tensor:
+    """Return the dense weight."""
     dtype = widest(b.dtype, base.dtype)
+    divisor = divisor_of(b.shape[-1], alpha)
     # No conversion to the same dtype, so that the weight is one node of a graph.
     base, b, a = (leaf if leaf.dtype == dtype else leaf.to(dtype) for leaf in (base, b, a))
     autocast = autocast_now(b.device.type)
     with without_autocast(b.device.type) if autocast and autocast.enabled else nullcontext():
         if b.ndim == 2:
-            return torch.addmm(base, b, a, alpha=1 / part.divisor)
-        return base + b @ a / part.divisor
+            return torch.addmm(base, b, a, alpha=1 / divisor)
+        return base + b @ a / divisor
 
 
 def permit(view: View, operation: str, refusal: NoRuleError) -> None:

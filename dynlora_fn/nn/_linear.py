@@ -14,8 +14,8 @@ from torch import Tensor
 from dynlora_fn._core._check import check_choice, described
 from dynlora_fn._core._check_trees import check_param
 from dynlora_fn._core._dtypes import cast, product_dtype
-from dynlora_fn._core._types import LowRank, OneSidedFactors
-from dynlora_fn.bases._base import as_base
+from dynlora_fn._core._types import LowRank, OneSidedFactors, has_no_constants
+from dynlora_fn.bases._base import as_base, flatten
 from dynlora_fn.bases._pending import rank_with_pending, with_pending
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path
 from dynlora_fn.nn._linear_functions import times_factored, times_merged
@@ -73,6 +73,17 @@ def linear(
 
 def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: ContractionPath | None = None) -> Tensor:
     """Return ``linear(x, param, bias)`` for a weight that was checked before."""
+    is_in_graph = torch.compiler.is_dynamo_compiling() and has_no_constants(param)
+    return (_contract_in_graph if is_in_graph else _contract)(x, param, bias, path)
+
+
+# With `allow_in_graph`, AOTAutograd traces this function instead of Dynamo, which takes ten times as long.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _contract_in_graph(x: Tensor, param: LowRank, bias: Tensor | None, path: ContractionPath | None) -> Tensor:
+    return _contract(x, param, bias, path)
+
+
+def _contract(x: Tensor, param: LowRank, bias: Tensor | None, path: ContractionPath | None) -> Tensor:
     out_features, in_features = param.shape
     if not torch.compiler.is_dynamo_compiling():
         _check_inputs(x, bias, out_features, in_features, param.factors.b.device)
@@ -81,7 +92,7 @@ def contract(x: Tensor, param: LowRank, bias: Tensor | None = None, *, path: Con
     sharding = param.factor_sharding if path != "factored" else None
     param = param if sharding else with_pending(param)
     factors, alpha = param.factors, param.alpha
-    layout, tensors = as_base(param.base).flatten()
+    layout, tensors = flatten(param.base)
     layout = layout if alpha == 1 else layout._replace(alpha=alpha)
     layout = layout._replace(factor_sharding=astuple(sharding)) if sharding else layout
     dtype = product_dtype(x)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Never
+from typing import Any, NamedTuple, Never, TypeAlias
 
 from torch import Tensor, nn
 
@@ -48,26 +48,49 @@ class Slot(NamedTuple):
             setattr(self.module, self.key, tensor)  # RNNBase also updates its list of weights
 
 
+Modules: TypeAlias = Sequence[tuple[str, nn.Module]]
+
+
+def modules_of(model: nn.Module) -> Modules:
+    """Return the modules of a model with their paths, each under all of its paths."""
+    return list(model.named_modules(remove_duplicate=False))
+
+
+class Places(NamedTuple):
+    """Where the parameters and buffers of a model are."""
+
+    slots: list[Slot]
+    names: dict[str, Tensor]  # parameters and buffers by name, tied tensors under each of their names
+
+
+def places_of(modules: Modules) -> Places:
+    """Find all parameters and buffers of modules.
+
+    This takes only one walk, because Dynamo traces it for each call.
+    """
+    slots: list[Slot] = []
+    names: dict[str, Tensor] = {}
+    visited: set[nn.Module] = set()
+    for path, module in modules:
+        prefix = f"{path}." if path else ""
+        is_first = module not in visited
+        visited.add(module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                names[prefix + key] = parameter
+                if is_first:
+                    slots.append(Slot(prefix + key, module, key, parameter, False))
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                names[prefix + key] = buffer
+            if is_first:
+                slots.append(Slot(prefix + key, module, key, buffer, True))
+    return Places(slots, names)
+
+
 def slots_of(model: nn.Module) -> list[Slot]:
     """Return the slots of all parameters and buffers in a model."""
-    slots = []
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for places, is_buffer in ((module._parameters, False), (module._buffers, True)):
-            for key, tensor in places.items():
-                if tensor is not None or is_buffer:
-                    slots.append(Slot(prefix + key, module, key, tensor, is_buffer))
-    return slots
-
-
-def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, tied tensors under each of their names."""
-    names: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for places in (module._parameters, module._buffers):
-            names |= {prefix + key: tensor for key, tensor in places.items() if tensor is not None}
-    return names
+    return places_of(modules_of(model)).slots
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from dynlora_fn._core._torch import (
     tree_leaves,
     tree_map,
 )
-from dynlora_fn._core._types import LowRank, Param
+from dynlora_fn._core._types import LowRank, Param, has_no_constants
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.nn._attributes import METADATA
 from dynlora_fn.nn._checkpoints import is_in_other_checkpoint
@@ -146,13 +146,17 @@ def _as_weight(view: View) -> Weight:
         # The dense weight, because Dynamo does not dispatch every use to `__torch_function__`, such as an
         # `autograd.Function`. If it is not used, it is removed from the graph. A sharded weight is not gathered here;
         # it is NaN instead, so that a use without `__torch_function__` shows in the result.
-        is_sharded = any(part.factor_sharding or as_base(part.base).sharding for part in view.parts)
+        is_sharded = any(not has_no_constants(part) and _is_sharded(part) for part in view.parts)
         weight = (_missing(view) if is_sharded else dense_weight(view)).as_subclass(Weight)
     else:
         weight = _attached(view)
         weight._has_tangent = forward_levels() > 0 and not are_transforms_active() and _has_tangent(view)
     weight._view = view
     return weight
+
+
+def _is_sharded(part: LowRank) -> bool:
+    return part.factor_sharding is not None or as_base(part.base).sharding is not None
 
 
 def _has_tangent(view: View) -> bool:

@@ -44,7 +44,7 @@ def reset(
     return with_sides(leaf, _replace_sides(sides_of(leaf), is_counterpart, new))  # type: ignore[no-any-return]
 
 
-# With `allow_in_graph`, AOTAutograd traces this function instead of Dynamo, which takes longer for each operation.
+# With `allow_in_graph`, AOTAutograd traces a function instead of Dynamo, which takes longer for each operation.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _replace_sides(sides: tuple[Any, ...], is_replaced: Factors, value: Tensor | None) -> tuple[Any, ...]:
     value = torch.zeros((), device=is_replaced.b.device) if value is None else value
@@ -115,6 +115,7 @@ def _projection_coefficients(before: Tensor, after: Tensor) -> Tensor:
     return coefficients
 
 
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _switched_slots(plan: SidePlan, rank: int) -> Tensor:
     slots = torch.arange(rank, device=plan.slots.device)
     return ((plan.slots[..., None, :] == slots[:, None]) & plan.active[..., None, :]).any(-1)

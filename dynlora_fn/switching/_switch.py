@@ -25,6 +25,7 @@ from dynlora_fn._core._types import (
     SidePlan,
     alpha_of,
     divisor_of,
+    has_no_constants,
 )
 from dynlora_fn.bases._base import as_base
 from dynlora_fn.bases._refusals import refuse_attached
@@ -127,7 +128,7 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
     weights = [(name, low_rank(params, name), param_plan, incoming[name]) for name, param_plan in plan.items()]
     for weight in weights:
         _check_incoming(*weight)
-    if weights and torch.compiler.is_dynamo_compiling() and all(_is_plain(weight[1]) for weight in weights):
+    if weights and torch.compiler.is_dynamo_compiling() and all(has_no_constants(weight[1]) for weight in weights):
         switched = _switch_in_graph(weights, share_plans(len(weights)))
     else:
         switched = _switch_all(weights, share_plans(len(weights)))
@@ -136,10 +137,6 @@ def switch(params: LowRank | Params, plan: Any, *, incoming: Any = None) -> Swit
             check_orthogonal(name, factors, param_plan.a)
         new[name], outgoing[name] = LowRank(base, factors, param.seed), out
     return SwitchedParams(new, outgoing)
-
-
-def _is_plain(param: LowRank) -> bool:
-    return isinstance(param.base, Tensor) and isinstance(param.factors, Factors)
 
 
 def _switch_all(weights: Sequence[_Weight], is_shared: bool) -> list[tuple[Any, AnyFactors, AnyFactors]]:

@@ -21,6 +21,8 @@ PURE = {
     "bases/_sharded_factors._scatter",
     "compile/_step._copy",
     "nn/_differentiate._only_leaves",
+    "nn/_fallback._sum_in_graph",
+    "nn/_linear._contract_in_graph",
     "nn/_linear_functions._times_base",
     "nn/_linear_functions.times_merged",
     "optim/_clip._squares",
@@ -29,6 +31,7 @@ PURE = {
     "optim/_roots.divide",
     "optim/_roots.square_root",
     "optim/_state_rules._replace_sides",
+    "optim/_state_rules._switched_slots",
     "switching/_switch._switch_in_graph",
     "switching/_weight._vectors_in_graph",
 }

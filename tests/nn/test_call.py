@@ -217,3 +217,30 @@ def test_a_model_trains_under_autocast():
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in tree_leaves(grads))
     # The square of outputs after three layers of 7 roundings of half an eps, as above.
     torch.testing.assert_close(loss, mean_square(model(x)).detach(), rtol=2 * 3 * 7 * eps(torch.bfloat16) / 2, atol=0)
+
+
+class BreaksGraph(nn.Module):
+    """A model inside which Dynamo stops tracing, and which then fails if it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, is_failing):
+        hidden = self.first(x)
+        torch._dynamo.graph_break()
+        if is_failing:
+            raise ValueError("failed")
+        return self.second(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:low-rank weight")
+def test_a_model_that_is_not_one_graph_has_its_parameters_again():
+    model, x = BreaksGraph(), torch.ones(3, 4)
+    params, before = init(model, rank=2, seed=0, targets=["*.weight"]), dict(model.named_parameters())
+    compiled = torch.compile(lambda params, is_failing: call(model, params, x, is_failing), backend="eager")
+    assert_same(compiled(params, False), call(model, params, x, False))
+    with pytest.raises(ValueError, match="failed"):
+        compiled(params, True)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert type(model.first._parameters["weight"]) is nn.Parameter

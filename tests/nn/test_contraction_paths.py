@@ -1,6 +1,8 @@
 """Products take the cheapest path."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynlora_fn.nn._contraction_paths import PRODUCTS, cheapest_path, flops
 
@@ -30,3 +32,10 @@ def test_no_path_costs_much_more_than_full_rank_at_any_rank():
     for rank in range(1, 513):
         sizes = {"tokens": 4096, "out_features": 512, "in_features": 512, "rank": rank}
         assert flops(cheapest_path(**sizes), **sizes) <= flops("full", **sizes) * (1 + 4 * rank / (3 * 4096))
+
+
+@given(st.tuples(*[st.integers(0, 40)] * 4), st.booleans())
+def test_the_cheapest_path_has_the_fewest_flops_and_the_first_wins_a_tie(sizes, is_one_sided):
+    named = dict(zip(("tokens", "out_features", "in_features", "rank"), sizes, strict=True))
+    wanted = min(PATHS, key=lambda path: flops(path, **named, is_one_sided=is_one_sided))
+    assert cheapest_path(**named, is_one_sided=is_one_sided) == wanted
