@@ -220,7 +220,7 @@ def test_a_model_trains_under_autocast():
 
 
 class BreaksGraph(nn.Module):
-    """A model inside which Dynamo stops tracing, and which then fails if it is told to."""
+    """A model inside which Dynamo stops tracing, and which fails after it on request."""
 
     def __init__(self):
         super().__init__()
