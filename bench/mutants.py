@@ -71,6 +71,7 @@ TESTS = {
     "bases._pending": ["bases/test_deferred", "testing/test_promises"],
     "_core._check": ["core/test_check"],
     "_core._check_trees": ["core/test_check_trees", "optim/test_arguments"],
+    "_core._distinct": ["core/test_distinct"],
     "_core._check_plan": ["switching/test_plan_mistakes"],
     "_core._stacking": ["core/test_stacking"],
     "_core._tree": ["core/test_tree"],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, described
+from dynlora_fn._core._distinct import distinct_names
 from dynlora_fn._core._types import (
     Alpha,
     AnyFactors,
@@ -110,8 +111,8 @@ def check_params(argument: str, params: Any) -> None:
     """
     check_by_name(argument, params, of="parameters")
     if not torch.compiler.is_dynamo_compiling():
-        for name, param in params.items():
-            check_param(argument, name, param)
+        for name in distinct_names(params):
+            check_param(argument, name, params[name])
 
 
 def check_one_or_more(argument: str, params: Any, *, or_tensor: bool = False) -> None:
@@ -164,15 +165,21 @@ def _shape_of_a(factors: AnyFactors) -> tuple[int, ...]:
     return tuple(factors.a.shape)
 
 
-def check_trainable(argument: str, trainable: Any) -> None:
+def check_trainable(argument: str, trainable: Any, *, names: Iterable[str] | None = None) -> None:
     """Raise if a value is not a dict of factors and floating tensors by name.
 
     While Dynamo traces, the leaves are not checked here; `combine` checks them.
+
+    Args:
+        argument: The name of the argument, for error messages.
+        trainable: The value.
+        names: The names of the leaves to check. Default None takes one name for each kind of leaf.
     """
     check_by_name(argument, trainable, of="factors and tensors, such as `partition(params).trainable`")
     if torch.compiler.is_dynamo_compiling():
         return
-    for name, leaf in trainable.items():
+    for name in distinct_names(trainable) if names is None else names:
+        leaf = trainable[name]
         if is_factors(leaf):
             check_factors(argument, name, leaf)
         elif not isinstance(leaf, Tensor):
@@ -193,7 +200,26 @@ def check_names(argument: str, names: Iterable[str], like_argument: str, like: I
         )
 
 
-def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[str, Any]) -> None:
+def check_trainable_with(argument: str, tree: Any, trainable: Any) -> None:
+    """Raise as `check_trainable`, and as `check_mirrors` for gradients or updates.
+
+    One pass over both trees finds the leaves to check.
+    """
+    names = None
+    if not torch.compiler.is_dynamo_compiling() and isinstance(tree, Mapping) and isinstance(trainable, Mapping):
+        names = distinct_names(trainable, tree) if set(tree) == set(trainable) else None
+    check_trainable("trainable", trainable, names=names)
+    check_mirrors(argument, tree, "trainable", trainable, names=names)
+
+
+def check_mirrors(
+    argument: str,
+    tree: Any,
+    like_argument: str,
+    like: Mapping[str, Any],
+    *,
+    names: Iterable[str] | None = None,
+) -> None:
     """Raise if a tree differs from the parameters in names, types or shapes.
 
     Devices must be equal too. Dtypes may differ, but a real parameter needs a real leaf, and a complex one a complex
@@ -204,6 +230,7 @@ def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[st
         tree: The tree, such as gradients.
         like_argument: The name of the argument `like`, for error messages.
         like: The trainable parameters by name.
+        names: The names of the leaves to check. Default None takes one name for each kind of leaf.
 
     Raises:
         TypeError: If a side of factors is not a tensor, a leaf has an integer dtype, or one of leaf and parameter is
@@ -212,8 +239,8 @@ def check_mirrors(argument: str, tree: Any, like_argument: str, like: Mapping[st
     """
     check_by_name(argument, tree, of=f"the names of `{like_argument}`")
     check_names(argument, tree, like_argument, like)
-    for name, leaf in like.items():
-        check_mirrors_one(argument, name, tree[name], like_argument, leaf)
+    for name in distinct_names(like, tree) if names is None else names:
+        check_mirrors_one(argument, name, tree[name], like_argument, like[name])
 
 
 def check_mirrors_one(argument: str, name: str, leaf: Any, like_argument: str, like: Any) -> None:

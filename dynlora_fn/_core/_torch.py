@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,9 +238,16 @@ def can_read(tensor: torch.Tensor) -> bool:
 
     They cannot be read inside a trace or a transform. On another device than the CPU, the host would have to wait.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+    return can_read_all([tensor])
+
+
+def can_read_all(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether `can_read` is true for every tensor."""
+    if torch.compiler.is_compiling() or not set(map(type, tensors)) <= {torch.Tensor}:
         return False
-    return not is_of_transform(tensor) and _get_current_dispatch_mode() is None
+    if not all(map(attrgetter("is_cpu"), tensors)) or any(map(is_functorch_wrapped, tensors)):
+        return False
+    return _get_current_dispatch_mode() is None
 
 
 def is_in_dynamo() -> bool:
@@ -275,17 +283,13 @@ def are_immediate(tensors: Sequence[torch.Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
-    if is_transformed() or forward_levels() > 0:
+    if is_transformed() or forward_levels() > 0 or not set(map(type, tensors)) <= {torch.Tensor, torch.nn.Parameter}:
         return False
-    is_recording = torch.is_grad_enabled()
-    return all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and (tensor.is_cpu or tensor.is_cuda)
-        and tensor.layout == torch.strided
-        and not (is_recording and tensor.requires_grad)
-        and not is_functorch_wrapped(tensor)
-        for tensor in tensors
-    )
+    if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), tensors)):
+        return False
+    if not all(map(attrgetter("is_cpu"), tensors)) and not all(tensor.is_cpu or tensor.is_cuda for tensor in tensors):
+        return False
+    return set(map(attrgetter("layout"), tensors)) <= {torch.strided} and not any(map(is_functorch_wrapped, tensors))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -23,6 +23,7 @@ from dynlora_fn.optim._transform import (
     check_rates,
     rate_of,
     refuse_decay_of_factors,
+    settings_of,
     zero_moments,
 )
 
@@ -124,14 +125,15 @@ def adamw(
         return AdamWState(mu, nu, counts)
 
     @elementwise(results=3)
-    def step(rate: Rate, mu: Any, nu: Any, grad: Any, param: Any, count: Any) -> tuple[Any, Any, Any]:
+    def step(rate: Rate, mu: Any, nu: Any, grad: Any, *param_and_count: Any) -> tuple[Any, Any, Any]:
+        *param, count = param_and_count
         mu = spent(mu * betas[0]) + grad.to(mu.dtype) * (1 - betas[0])
         nu = spent(nu * betas[1]) + spent(grad.to(nu.dtype).square()) * (1 - betas[1])
         count = count.clamp(min=1).to(mu.dtype)  # under "reset_thawed" the count of a frozen vector is negative
         denominator = spent(spent(square_root(nu)) / _bias_correction(betas[1], count).sqrt()) + eps
         direction = spent(mu / _bias_correction(betas[0], count)) / denominator
         if weight_decay:
-            direction = spent(direction) + weight_decay * param.to(mu.dtype)
+            direction = spent(direction) + weight_decay * param[0].to(mu.dtype)
         return mu, nu, -rate * spent(direction)
 
     def update(
@@ -141,7 +143,8 @@ def adamw(
         check_state(opt_state, AdamWState, trainable, eight_bit=moments == "8bit")
         mu, nu = (decode_moments(tree) if moments == "8bit" else tree for tree in (opt_state.mu, opt_state.nu))
         count = _next_count(opt_state.count)
-        mu, nu, updates = step(mu, nu, grads, trainable, small=count, settings=lambda name: (rate_of(lr, name),))
+        decayed = [trainable] if weight_decay else []
+        mu, nu, updates = step(mu, nu, grads, *decayed, small=count, settings=settings_of(lr))
         if moments == "8bit":
             mu, nu = _encoded(mu, opt_state.mu), _encoded(nu, opt_state.nu)
         return Updates(updates, AdamWState(mu, nu, count))

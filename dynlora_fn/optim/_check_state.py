@@ -1,5 +1,6 @@
 """Check that the state of an optimizer fits the parameters."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, described
 from dynlora_fn._core._check_trees import check_alpha, check_names
+from dynlora_fn._core._distinct import distinct_names
 from dynlora_fn._core._types import Trainable, alpha_of, is_factors, sides_of
 from dynlora_fn.optim._eight_bit import is_eight_bit, moment_shape
 from dynlora_fn.optim._roles import Role, declared_roles
@@ -34,14 +36,20 @@ def check_state(opt_state: Any, kind: type, trainable: Trainable, *, eight_bit: 
         raise TypeError(f"`opt_state` is {described(opt_state)}; pass the {kind.__name__} that `init` returned")
     if torch.compiler.is_dynamo_compiling():
         return  # tracing a check takes as long as tracing an operation, and `compile_step` compares the new state
+    trees = {field: getattr(opt_state, field) for field in declared_roles(opt_state)}
+    mirrors = [tree for tree in trees.values() if isinstance(tree, Mapping) and set(tree) == set(trainable)]
+    names = distinct_names(trainable, *mirrors) if mirrors else ()  # one pass for all fields
     for field, role in declared_roles(opt_state).items():
-        _check_field(f"opt_state.{field}", getattr(opt_state, field), role, trainable, eight_bit)
+        argument, tree, like = f"opt_state.{field}", trees[field], trainable
+        if role == "frozen_for":
+            like = {name: leaf for name, leaf in trainable.items() if is_factors(leaf)}
+        check_by_name(argument, tree, of="the names of `trainable`")
+        check_names(argument, tree, "trainable", like)
+        to_check = names if len(like) == len(trainable) else distinct_names(like, tree)
+        _check_leaves(argument, tree, role, {name: like[name] for name in to_check}, eight_bit)
 
 
-def _check_field(argument: str, tree: Any, role: Role, trainable: Trainable, eight_bit: bool) -> None:
-    like = {name: leaf for name, leaf in trainable.items() if role != "frozen_for" or is_factors(leaf)}
-    check_by_name(argument, tree, of="the names of `trainable`")
-    check_names(argument, tree, "trainable", like)
+def _check_leaves(argument: str, tree: Any, role: Role, like: Trainable, eight_bit: bool) -> None:
     for name, leaf in like.items():
         if role not in _PER_VECTOR and _is_moment(tree[name], leaf):
             continue

@@ -5,26 +5,16 @@ blocks, of limited size, so that temporaries stay small. If operations are trace
 applied to each tensor in turn.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from math import prod
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynlora_fn._core._batches import batches
-from dynlora_fn._core._torch import are_immediate
 from dynlora_fn._core._types import Factors, is_factors, sides_of, with_sides
 from dynlora_fn.optim._formulas import FORMULAS, Formula, key_of
-from dynlora_fn.optim._leaves import FlatLeaves, Leaves
-
-# The entries of a batch. On a CPU they should fit into its caches, on CUDA they should occupy the device.
-_MOST_ON_CPU = 2**18
-_MOST_ON_CUDA = 2**24
-
-_Row: TypeAlias = tuple[Any, ...]  # the arguments of a formula for one tensor of the result
-_Column: TypeAlias = Sequence[Any]  # the leaves of a tree
+from dynlora_fn.optim._in_batches import Column, Row, in_batches
 
 
 def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -71,37 +61,39 @@ def elementwise(*, results: int = 1, can_join: bool = True) -> Callable[[Callabl
 
 # With `allow_in_graph`, AOTAutograd traces both functions instead of Dynamo, which takes longer.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _apply_in_graph(key: str, columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
+def _apply_in_graph(key: str, columns: Sequence[Column], options: Sequence[Row], has_small: bool) -> list[Column]:
     return _apply(key, columns, options, has_small)
 
 
-def _apply(key: str, columns: Sequence[_Column], options: Sequence[_Row], has_small: bool) -> list[_Column]:
+def _apply(key: str, columns: Sequence[Column], options: Sequence[Row], has_small: bool) -> list[Column]:
     formula, results, can_join = FORMULAS[key]
-    rows = _rows(columns, options)
-    if can_join and are_immediate([operand for row in rows for operand in row if isinstance(operand, Tensor)]):
-        new = _in_batches(formula, rows, len(columns) - has_small, has_small=has_small)
-    else:
-        new = _in_turn(key, rows)
-    by_result = [new] if results == 1 else [[row[index] for row in new] for index in range(results)]
+    by_result = None
+    if can_join and not torch.compiler.is_compiling():
+        sides, settings = [_flattened(column, columns[0]) for column in columns], _repeated(options, columns[0])
+        by_result = in_batches(formula, settings, sides, results, has_small=has_small)
+    if by_result is None:
+        new = _in_turn(key, _rows(columns, options))
+        by_result = [new] if results == 1 else [[row[index] for row in new] for index in range(results)]
     return [_rebuilt(columns[0], tensors) for tensors in by_result]
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _in_turn(key: str, rows: Sequence[_Row]) -> list[Any]:
+def _in_turn(key: str, rows: Sequence[Row]) -> list[Any]:
     return [FORMULAS[key].function(*row) for row in rows]
 
 
-def _is_traced(column: _Column) -> bool:
+def _is_traced(column: Column) -> bool:
     """Return whether Dynamo traces and can pass the leaves to a function in the graph.
 
     It cannot pass leaves with constants, such as sharded factors.
     """
-    others = [leaf for leaf in column if not isinstance(leaf, Tensor | Factors)]
-    return torch.compiler.is_dynamo_compiling() and not others
+    return torch.compiler.is_dynamo_compiling() and not [
+        leaf for leaf in column if not isinstance(leaf, Tensor | Factors)
+    ]
 
 
-def _rows(columns: Sequence[_Column], options: Sequence[_Row]) -> list[_Row]:
-    rows: list[_Row] = []
+def _rows(columns: Sequence[Column], options: Sequence[Row]) -> list[Row]:
+    rows: list[Row] = []
     for setting, *operands in zip(options, *columns, strict=True):
         if is_factors(operands[0]):
             rows += [(*setting, *sides) for sides in zip(*map(sides_of, operands), strict=True)]
@@ -110,9 +102,31 @@ def _rows(columns: Sequence[_Column], options: Sequence[_Row]) -> list[_Row]:
     return rows
 
 
-def _rebuilt(column: _Column, results: Sequence[Tensor]) -> _Column:
+def _flattened(column: Column, like: Column) -> list[Any]:
+    """Return the tensors of leaves, in order. The leaves have the structure of `like`."""
+    if set(map(type, chain(column, like))) == {Factors}:
+        return [*chain.from_iterable(column)]
+    flat: list[Any] = []
+    for leaf, structure in zip(column, like, strict=True):
+        flat += sides_of(leaf) if is_factors(structure) else (leaf,)
+    return flat
+
+
+def _repeated(options: Sequence[Row], like: Column) -> list[Row]:
+    """Return the settings of each tensor of the leaves."""
+    if set(map(type, like)) == {Factors}:
+        return [*chain.from_iterable(zip(options, options, strict=True))]
+    repeated: list[Row] = []
+    for setting, leaf in zip(options, like, strict=True):
+        repeated += [setting] * (len(sides_of(leaf)) if is_factors(leaf) else 1)
+    return repeated
+
+
+def _rebuilt(column: Column, results: Sequence[Tensor]) -> Column:
     """Return leaves with the structure of `column` and other tensors."""
     following = iter(results)
+    if not torch.compiler.is_compiling() and set(map(type, column)) == {Factors}:  # faster than the loop
+        return [*map(Factors, following, following)]
     new: list[Any] = []
     for leaf in column:
         if is_factors(leaf):
@@ -120,88 +134,3 @@ def _rebuilt(column: _Column, results: Sequence[Tensor]) -> _Column:
         else:
             new.append(next(following))
     return new
-
-
-def _in_batches(formula: Callable[..., Any], rows: Sequence[_Row], operands: int, *, has_small: bool) -> list[Any]:
-    """Apply a formula to rows of tensors, with one call for each batch of rows.
-
-    A row has settings, then `operands` tensors, then the small tensor if there is one. The first operand has the shape
-    of the result.
-    """
-    results: dict[int, Any] = {}
-    first = len(rows[0]) - operands - has_small if rows else 0
-    for positions in _batches(rows, first):
-        batch = [rows[position] for position in positions]
-        if len(batch) == 1:
-            results[positions[0]] = _in_blocks(formula, batch[0], first)
-            continue
-        columns = [*zip(*batch, strict=True)]
-        leaves = [Leaves(column) for column in columns[first : first + operands]]
-        small = [FlatLeaves.of(column) for column in columns[first + operands :]]
-        joined = formula(*batch[0][:first], *leaves, *small)
-        if isinstance(joined, tuple):
-            each: Any = zip(*(result.tensors for result in joined), strict=True)
-        else:
-            each = joined.tensors
-        results.update(zip(positions, each, strict=True))
-    return [results[position] for position in range(len(rows))]
-
-
-def _batches(rows: Sequence[_Row], first: int) -> Iterator[list[int]]:
-    """Yield the positions of rows that form one batch.
-
-    Its rows have equal settings, dtypes and devices, and a limited size in total.
-    """
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for position, row in enumerate(rows):
-        groups[(*map(_key, row[:first]), row[first].device, *[tensor.dtype for tensor in row[first:]])].append(position)
-    for positions in groups.values():
-        most = _most(rows[positions[0]][first])
-        yield from batches(positions, lambda position: rows[position][first].numel(), most=most)
-
-
-def _key(setting: Any) -> Hashable:
-    return id(setting) if isinstance(setting, Tensor) else setting
-
-
-def _most(tensor: Tensor) -> int:
-    return _MOST_ON_CPU if tensor.is_cpu else _MOST_ON_CUDA
-
-
-def _in_blocks(formula: Callable[..., Any], row: _Row, first: int) -> Any:
-    """Apply a formula to one row, in blocks if its tensor is large."""
-    like = row[first]
-    if like.numel() <= _most(like):
-        return formula(*row)
-    new: list[Tensor] = []
-    is_tuple = False
-    for index in _blocks(tuple(like.shape), _most(like)):
-        block = formula(*row[:first], *(_part(operand, like, index) for operand in row[first:]))
-        is_tuple = isinstance(block, tuple)
-        parts = block if is_tuple else (block,)
-        new = new or [torch.empty_like(like, dtype=part.dtype) for part in parts]
-        for whole, part in zip(new, parts, strict=True):
-            whole[index] = part
-    return tuple(new) if is_tuple else new[0]
-
-
-def _blocks(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
-    """Yield the indices of blocks of at most `most` entries, which cover a tensor."""
-    if prod(shape) <= most or not shape:
-        yield tuple(slice(None) for _ in shape)
-        return
-    step = max(1, most // prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        for index in _blocks(shape[1:], most):
-            yield (slice(start, start + step), *index)
-
-
-def _part(operand: Tensor, like: Tensor, index: tuple[slice, ...]) -> Tensor:
-    """Return the part of an operand for a block. Axes that are broadcast are not cut."""
-    axes = range(like.ndim - operand.ndim, like.ndim)
-    return operand[
-        tuple(
-            index[axis] if size == like.shape[axis] else slice(None)
-            for axis, size in zip(axes, operand.shape, strict=True)
-        )
-    ]

@@ -1,13 +1,14 @@
 """`freeze_counterparts`: freeze factor vectors in any optimizer."""
 
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynlora_fn._core._check_trees import check_trainable
-from dynlora_fn._core._torch import can_read, flatten_tensors
+from dynlora_fn._core._torch import can_read_all, flatten_tensors
 from dynlora_fn._core._types import AnyFactors, Factors, OneSidedFactors, Trainable, is_factors, sides_of
 from dynlora_fn.optim._check_state import check_state
 from dynlora_fn.optim._elementwise import elementwise
@@ -91,7 +92,7 @@ def zero_frozen(tree: Mapping[str, Any], frozen_for: Mapping[str, AnyFactors], m
 
     Weights in `moving` have no frozen vectors, so they are returned unchanged.
     """
-    factors = {name: leaf for name, leaf in tree.items() if is_factors(leaf) and name not in moving}
+    factors = {name: leaf for name, leaf in tree.items() if name not in moving and is_factors(leaf)}
     return {**tree, **_zero_where_frozen(factors, small=frozen_for)}
 
 
@@ -119,9 +120,8 @@ def _names_that_move(frozen_for: Mapping[str, AnyFactors]) -> set[str]:
 
     If the host would have to wait for the counters, or is tracing, no names are returned.
     """
-    sides = [(name, side) for name, counts in frozen_for.items() for side in sides_of(counts)]
-    counts = [side for _, side in sides]
-    if not counts or not all(can_read(side) for side in counts):
+    counts = [*chain.from_iterable(map(sides_of, frozen_for.values()))]
+    if not counts or not can_read_all(counts):
         return set()
     if not flatten_tensors(counts).any():
         return set(frozen_for)

@@ -18,8 +18,8 @@ from dynlora_fn.optim._transform import (
     Tree,
     Updates,
     check_betas,
-    rate_of,
     refuse_decay_of_factors,
+    settings_of,
     zero_moments,
 )
 
@@ -150,7 +150,7 @@ def _one_moment_transform(moment_step: Callable[[Any, Any, Any], tuple[Any, Any]
         refuse_decay_of_factors(weight_decay, trainable)
         check_state(opt_state, MomentumState, trainable)
 
-        mu, updates = step(opt_state.mu, grads, trainable, settings=lambda name: (rate_of(lr, name),))
+        mu, updates = step(opt_state.mu, grads, trainable, settings=settings_of(lr))
         return Updates(updates, MomentumState(mu))
 
     return in_real_numbers(freeze_counterparts(Transform(partial(init_momentum, weight_decay=weight_decay), update)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynlora_fn._core._check import check_by_name, check_number, check_rate, described, plain_rate
-from dynlora_fn._core._check_trees import check_mirrors, check_trainable
+from dynlora_fn._core._check_trees import check_trainable_with
 from dynlora_fn._core._torch import tree_map
 from dynlora_fn._core._types import Trainable, is_factors
 from dynlora_fn.optim._elementwise import elementwise
@@ -51,6 +51,14 @@ def rate_of(lr: Rate | Mapping[str, Rate], name: str) -> Rate:
     return plain_rate(lr[name] if isinstance(lr, Mapping) else lr)
 
 
+def settings_of(lr: Rate | Mapping[str, Rate]) -> Callable[[str], tuple[Rate]]:
+    """Return the learning rates as the `settings` of an elementwise formula."""
+    if isinstance(lr, Mapping):
+        return lambda name: (plain_rate(lr[name]),)
+    setting = (plain_rate(lr),)
+    return lambda _: setting
+
+
 def check_transform(argument: str, value: Any) -> None:
     """Raise TypeError if a value does not have functions `init` and `update`."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
@@ -65,8 +73,7 @@ def check_update(grads: Any, trainable: Any, lr: Any) -> None:
         ValueError: If gradients do not have the names, types and shapes of the parameters. If `lr` is negative or not
             finite, or is a dict with other names.
     """
-    check_trainable("trainable", trainable)
-    check_mirrors("grads", grads, "trainable", trainable)
+    check_trainable_with("grads", grads, trainable)
     check_rates("lr", lr, trainable)
 
 
@@ -125,8 +132,8 @@ def refuse_decay_of_factors(weight_decay: float, trainable: Trainable) -> None:
 
     Decayed vectors leave and new vectors enter, so decaying factors does not decay the weight.
     """
-    names = [name for name, leaf in trainable.items() if is_factors(leaf)]
-    if weight_decay and names:
+    names = [name for name, leaf in trainable.items() if is_factors(leaf)] if weight_decay else []
+    if names:
         raise ValueError(
             f"`weight_decay` is {weight_decay}, but it cannot decay the weight {names[0]!r} through its factors; "
             "use weight_decay=0 for factors, and decay weights with `dl.optim.decay(params, rate)` before the update"
@@ -156,8 +163,7 @@ def apply_updates(trainable: Trainable, updates: Trainable) -> Tree:
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
         {'w': tensor([1.5000, 0.5000])}
     """
-    check_trainable("trainable", trainable)
-    check_mirrors("updates", updates, "trainable", trainable)
+    check_trainable_with("updates", updates, trainable)
     new: Tree = _updated(trainable, updates)
     return new
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import dynlora_fn as dl
 from dynlora_fn import Factors
-from dynlora_fn.optim import _elementwise
+from dynlora_fn.optim import _in_batches
 from dynlora_fn.optim._elementwise import elementwise
 from dynlora_fn.testing import assert_same, normal
 from tests.support.optimizer_table import OPTIMIZERS, Entry
@@ -41,10 +41,10 @@ def test_updates_in_batches_and_blocks_have_the_bits_of_updates_in_turn(entry, d
     trainable = some_tree(3, dtype)
     by_name = {name: 0.01 * (1 + index % 2) for index, name in enumerate(trainable)}
     for lr in (0.01, torch.tensor(0.01), by_name):
-        monkeypatch.setattr(_elementwise, "_MOST_ON_CPU", most)
+        monkeypatch.setattr(_in_batches, "_MOST_ON_CPU", most)
         got = two_updates(entry, trainable, lr)
         with monkeypatch.context() as context:
-            context.setattr(_elementwise, "are_immediate", lambda _: False)
+            context.setattr(_in_batches, "are_immediate", lambda _: False)
             assert_same(got, two_updates(entry, trainable, lr))
 
 
