@@ -47,11 +47,11 @@ class FullRank:
         Products use only the codes, and updates also use the residuals.
         """
         self._seen = weights
-        if self._run.base == "float32":
+        if not self._run.codes():
             return
         kept, self._seen = dict(weights), dict(weights)
         for name in filter(is_inner, weights):
-            self._bases[name], self._seen[name] = quantized(weights[name], self._run.base)
+            self._bases[name], self._seen[name] = quantized(weights[name], self._run)
             kept[name] = self._seen[name] + self._bases[name].residual.to(weights[name].dtype)
         self._state = (kept, self._state[1])
 
@@ -64,13 +64,12 @@ class FullRank:
         return {}
 
 
-def quantized(weight: Tensor, base: str) -> tuple[Any, Tensor]:
+def quantized(weight: Tensor, run: Run) -> tuple[Any, Tensor]:
     """Return a matrix in the format of a base, and the matrix that products use."""
-    codes, residual = base.split("+")
     *stack, rows, columns = weight.shape
     factors = dl.Factors(b=weight.new_zeros(*stack, rows, 1), a=weight.new_zeros(*stack, 1, columns))
     seed = torch.zeros(stack, dtype=torch.int64, device=weight.device)
-    low_rank = dl.bases.quantize(dl.LowRank(weight, factors, seed), codes, residual=residual)
+    low_rank = dl.bases.quantize(dl.LowRank(weight, factors, seed), run.codes(), residual=run.residual())
     return low_rank.base, dl.materialize(low_rank)
 
 

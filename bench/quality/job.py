@@ -21,6 +21,7 @@ from models.llama import Llama, init_weights
 
 WINDOWS: dict[HeldOut, int] = {"validation": 128, "test": 512}
 CLIP = 1.0
+_HEAD_MOMENTUM = 0.9  # of SCALE, as in arXiv:2506.16659
 
 
 def is_inner(name: str) -> bool:
@@ -32,18 +33,21 @@ def is_inner(name: str) -> bool:
 def optimizer_of(settings: OptimizerSettings) -> dl.optim.Transform:
     """Build the optimizer of a run.
 
-    Embedding, head and norms always have AdamW with float32 moments.
+    Norms always have AdamW with float32 moments. Embedding and head have it too, or SCALE (arXiv:2506.16659).
     """
     options = {"betas": (0.9, settings.beta2)}
     rest = dl.optim.adamw(**options)
-    if settings.optimizer == "adamw" and settings.moments == "float32":
+    if settings.optimizer == "adamw" and settings.moments == "float32" and settings.dense_optimizer == "adamw":
         return rest
     muon = {"coefficients": settings.coefficients, "coupled": settings.coupled}
     is_muon = settings.optimizer == "muon"
     inner = (dl.optim.muon if is_muon else dl.optim.adamw)(**(muon if is_muon else options), moments=settings.moments)
-    return dl.optim.multi_transform(
-        {"inner": inner, "rest": rest}, lambda name, _: "inner" if is_inner(name) else "rest"
-    )
+    transforms, labels = {"inner": inner, "rest": rest}, {}
+    if settings.dense_optimizer == "scale":
+        transforms["embedding"] = dl.optim.normalized_sgd(axis=-2)
+        transforms["head"] = dl.optim.normalized_sgd(momentum=_HEAD_MOMENTUM)
+        labels = {"embedding.weight": "embedding", "head.weight": "head"}
+    return dl.optim.multi_transform(transforms, lambda name, _: "inner" if is_inner(name) else labels.get(name, "rest"))
 
 
 class Job:
@@ -52,7 +56,7 @@ class Job:
     def __init__(self, size: RunSize, corpus: text.Corpus, *, backend: str = "inductor", device: str = "cpu"):
         self.size, self.corpus, self._backend, self.device = size, corpus, backend, device
         self.model = Llama(size.config()).to(device)
-        self._updates: dict[tuple[OptimizerSettings, int | None, str], Callable[..., Any]] = {}
+        self._updates: dict[tuple[OptimizerSettings, int | None, str, str], Callable[..., Any]] = {}
 
     def initial(self, seed: int) -> Llama:
         """Build a model with initial weights from a seed."""
@@ -100,15 +104,18 @@ class Job:
         windows = text.validation_batches(self.held_out(kind), batches, 16, window=window)
         return torch.stack([self.loss(weights, tokens.to(self.device)) for tokens in windows]).mean().item()
 
-    def update(self, settings: OptimizerSettings, rank: int | None = None, trained: str = "both") -> Callable[..., Any]:
+    def update(
+        self, settings: OptimizerSettings, rank: int | None = None, trained: str = "both", factors: str = "float32"
+    ) -> Callable[..., Any]:
         """Return the compiled function that clips gradients and updates weights.
 
         Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has for each
         name either one rate, or `Factors` with a rate for each side.
         """
-        if (settings, rank, trained) not in self._updates:
-            self._updates[settings, rank, trained] = self._updater(optimizer_of(settings))
-        return self._updates[settings, rank, trained]
+        key = settings, rank, trained, factors
+        if key not in self._updates:
+            self._updates[key] = self._updater(optimizer_of(settings))
+        return self._updates[key]
 
     def _updater(self, optimizer: dl.optim.Transform) -> Callable[..., Any]:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:

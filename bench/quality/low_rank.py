@@ -26,14 +26,13 @@ class LowRankMethod:
 
     def __init__(self, job: Job, run: Run):
         self._job, self._run = job, run
-        self._update_step = job.update(run.settings(), run.rank(), run.trained)
+        self._update_step = job.update(run.settings(), run.rank(), run.trained, run.factors)
         start: dl.switching.Start = run.start if run.method == "switchlora" else "lora"
-        base, residual = run.base.split("+") if "+" in run.base else (None, None)
-        vectors = {"start": start, "trained": run.trained}
+        vectors = {"start": start, "trained": run.trained, "dtype": getattr(torch, run.factors)}
         params = dl.init(job.initial(run.seed), rank=run.rank(), seed=run.seed, targets=TARGETS, **vectors)
         if run.start_scale != 1:
             params = {name: _scaled(param, run.start_scale) for name, param in params.items()}
-        self.params = dl.bases.quantize(params, base, residual=residual) if base else params
+        self.params = dl.bases.quantize(params, run.codes(), residual=run.residual()) if run.codes() else params
         self._opt_state = optimizer_of(run.settings()).init(dl.partition(self.params).trainable)
         self._start = start
         self._schedule = study_schedules.schedule_of(run, self.params)

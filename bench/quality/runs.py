@@ -56,6 +56,7 @@ class OptimizerSettings(NamedTuple):
     moments: Literal["float32", "8bit"]
     coefficients: str
     coupled: int
+    dense_optimizer: Literal["adamw", "scale"]
 
 
 # Settings that are invalid with `trained` "b": they change `a`, whose rows must stay orthogonal, or need both factors.
@@ -75,11 +76,13 @@ class Run:
     lr: float = 1e-3  # peak rate of matrices or factors
     dense_lr: float = 1.0  # rate of embedding, head and norms over `lr`
     side_lr: float = 1.0  # rate of `b` over the rate of `a`, whose geometric mean is `lr`
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors; everything else has AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices or factors
+    dense_optimizer: Literal["adamw", "scale"] = "adamw"  # of embedding and head; norms have AdamW
     trained: Literal["both", "b"] = "both"  # with "b" the rows of `a` are orthogonal, and only switches change them
     beta2: float = 0.999  # of every AdamW
     moments: Literal["float32", "8bit"] = "float32"  # of the optimizer of matrices or factors
     gradients: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are reduced
+    factors: Literal["float32", "bfloat16"] = "float32"  # dtype of factors and of their gradients
     coefficients: str = "jordan"  # of Muon's polynomials
     coupled: int = 0  # of Muon's step of factors
     weight_decay: float = 0.0  # of whole matrices, base and product, in units of their rate
@@ -100,7 +103,7 @@ class Run:
     start: Literal["switchlora", "lora"] = "switchlora"
     start_scale: float = 1.0  # multiplies the initial `b` and `a`, and all candidates
     merge_every: float = 0.125  # ReLoRA's interval between merges, as a fraction of the run
-    base: str = "float32"
+    base: str = "float32"  # the formats of codes and residual, such as "int8+bfloat16", or only the format of codes
 
     # compensation, which folds the update that the factors cannot represent into the base
     compensate: float = 0.0  # its rate over `lr`; 0 means no compensation
@@ -112,14 +115,28 @@ class Run:
         changed = {name: value for name in _ONLY_BOTH if (value := getattr(self, name)) != getattr(type(self), name)}
         if self.trained == "b" and changed:
             raise ValueError(f"`trained` is 'b', but the run has {changed}, which need both factors; leave them out")
+        if self.method == "full" and self.codes() and not self.residual():
+            raise ValueError(f"`base` is {self.base!r}, but full rank needs a residual; append '+bfloat16'")
+        if self.factors != "float32" and self.method in ("full", "galore", "apollo"):
+            raise ValueError(f"`factors` is {self.factors!r}, but {self.method!r} trains no factors; leave it out")
 
     def rank(self) -> int:
         """Return the rank of the factors."""
         return SIZES[self.size].width // self.fraction
 
+    def codes(self) -> str | None:
+        """Return the format of the base's codes, or None for a base in float32."""
+        return None if self.base == "float32" else self.base.split("+")[0]
+
+    def residual(self) -> str | None:
+        """Return the format of the base's residual, or None if it has none."""
+        return self.base.partition("+")[2] or None
+
     def settings(self) -> OptimizerSettings:
         """Return the settings of the optimizer."""
-        return OptimizerSettings(self.optimizer, self.beta2, self.moments, self.coefficients, self.coupled)
+        return OptimizerSettings(
+            self.optimizer, self.beta2, self.moments, self.coefficients, self.coupled, self.dense_optimizer
+        )
 
     def sent_bytes(self) -> int:
         """Return the bytes of the gradients that a data-parallel step reduces and stores.
@@ -133,13 +150,14 @@ class Run:
         if self.trained == "b":
             low = rank * size.layers * (5 * size.width + 2 * size.hidden)
         entry = 2 if self.gradients == "bfloat16" else 4
+        low *= 2 if self.factors == "bfloat16" else entry
         if self.method in ("full", "galore", "apollo"):
             return entry * (inner + rest)
         if not self.compensate:
-            return entry * (low + rest)
-        dense = inner + 4 * low if self.reduced == "int8" else 4 * inner
+            return low + entry * rest
+        dense = inner + low if self.reduced == "int8" else 4 * inner
         fraction = 1 / self.compensate_every  # the fraction of the steps that compensate
-        return round(fraction * dense + (1 - fraction) * 4 * low) + 4 * rest
+        return round(fraction * dense + (1 - fraction) * low) + entry * rest
 
     def described(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults.

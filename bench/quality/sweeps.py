@@ -4,7 +4,7 @@ The search is the same for every method.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,20 +30,27 @@ def loss_of(found: Found, run: Run) -> float:
     return math.inf if loss is None else loss
 
 
-def swept(found: Found, run: Run, *, start: Run | None = None, seeds: Sequence[int] = SEEDS) -> Stage:
+def swept(
+    found: Found,
+    run: Run,
+    *,
+    start: Run | None = None,
+    seeds: Sequence[int] = SEEDS,
+    near: Callable[[Run], list[Run]] | None = None,
+) -> Stage:
     """Search the best rates with the first seed, then use them with all seeds.
 
     There are two rates: the rate of matrices or factors, and the rate of embedding, head and norms. The search starts
     from the papers' rate for both, or from the rates of `start`. It moves to the best of four neighbors until all
-    neighbors are worse.
+    neighbors are worse. `near` returns the neighbors. Default None means `neighbors`.
     """
     lr, dense_lr = (start.lr, start.dense_lr) if start else (papers_rate(run), 1.0)
     best = replace(run, lr=lr, dense_lr=dense_lr, seed=seeds[0])
     while True:
-        near = [best, *neighbors(best)]
-        if missing := [run for run in near if run not in found]:
+        candidates = [best, *(near or neighbors)(best)]
+        if missing := [run for run in candidates if run not in found]:
             return Stage(missing, [])
-        better = min(near, key=lambda run: loss_of(found, run))  # the first run among equal losses
+        better = min(candidates, key=lambda run: loss_of(found, run))  # the first run among equal losses
         if better == best:
             return at_seeds(found, best, seeds)
         best = better
@@ -61,6 +68,11 @@ def neighbors(run: Run) -> list[Run]:
     """
     moves = [(2.0, 0.5), (0.5, 2.0), (1.0, 4.0), (1.0, 0.25)]
     return [replace(run, lr=run.lr * lr, dense_lr=run.dense_lr * dense) for lr, dense in moves]
+
+
+def dense_neighbors(run: Run) -> list[Run]:
+    """Return the neighbors with another rate of embedding, head and norms."""
+    return [near for near in neighbors(run) if near.lr == run.lr]
 
 
 def at_seeds(found: Found, run: Run, seeds: Sequence[int] = SEEDS) -> Stage:

@@ -11,9 +11,10 @@ import torch
 import dynlora_fn as dl
 from bench.quality import store, study_schedules
 from bench.quality.execute import execute
-from bench.quality.experiments import sweep
+from bench.quality.experiments import LOW, sweep
 from bench.quality.job import Job
 from bench.quality.measures import effective_rank, overlap
+from bench.quality.muon_ablations import smaller
 from bench.quality.runs import METHODS, SIZES, Run
 from bench.quality.study import EXPERIMENTS, Quality, main, make_method
 from bench.quality.sweeps import CENTERS, MUON, Stage, neighbors, swept
@@ -88,6 +89,18 @@ def test_a_sweep_starts_where_it_is_told_to():
     assert first == replace(start, fraction=8)
 
 
+def test_a_sweep_of_the_rate_beside_muon_keeps_the_rate_of_factors():
+    low = Run("tiny", "switchlora", optimizer="muon", lr=1e-3, dense_lr=8.0, **LOW)
+    found: store.Found = {}
+    while missing := smaller(found, low)["SCALE, d/2"].missing:
+        found |= {run: {"loss": abs(math.log2(run.dense_lr) - 5)} for run in missing}
+    runs = smaller(found, low)["SCALE, d/2"].runs
+    assert runs == [replace(low, dense_optimizer="scale", fraction=2, dense_lr=32.0, seed=seed) for seed in (0, 1, 2)]
+    assert {run.lr for run in found} == {1e-3}
+    swept = [run.dense_lr for run in found if run.fraction == 4 and run.seed == 0]
+    assert sorted(swept) == [2.0, 8.0, 32.0, 128.0]
+
+
 def test_larger_sizes_and_other_ranks_start_where_sweeps_of_the_same_method_ended():
     def loss(run: Run) -> float:
         return abs(math.log2(run.lr / MUON) - 2) + abs(math.log2(run.dense_lr) + 4)
@@ -143,6 +156,12 @@ VARIANTS = [
     Run("tiny", "full", base="int8+bfloat16", moments="8bit", gradients="bfloat16"),
     Run("tiny", "full", optimizer="muon", base="int8+bfloat16"),
     Run("tiny", "switchlora", 2, optimizer="muon", trained="b", interval=10),
+    Run("tiny", "switchlora", 2, optimizer="muon", **LOW, factors="bfloat16", interval=10),
+    Run("tiny", "switchlora", 2, optimizer="muon", **LOW, factors="bfloat16", trained="b", interval=10),
+    Run("tiny", "switchlora", optimizer="muon", dense_optimizer="scale", interval=10),
+    Run("tiny", "switchlora", base="nf4+bfloat16", interval=10),
+    Run("tiny", "switchlora", base="nf4", every=5, interval=20),
+    Run("tiny", "full", optimizer="muon", base="nvfp4+bfloat16", dense_optimizer="scale"),
 ]
 
 
@@ -177,12 +196,51 @@ def test_what_is_trained_goes_by_the_gradients_of_the_library(job):
 
 
 @pytest.mark.parametrize(
-    "run", [Run("tiny", "full"), Run("tiny", "lora"), Run("tiny", "switchlora"), Run("tiny", "switchlora", trained="b")]
+    "run",
+    [
+        Run("tiny", "full"),
+        Run("tiny", "lora"),
+        Run("tiny", "switchlora"),
+        Run("tiny", "switchlora", trained="b"),
+        Run("tiny", "switchlora", factors="bfloat16"),
+        Run("tiny", "switchlora", factors="bfloat16", trained="b"),
+    ],
 )
 def test_what_is_sent_is_what_is_trained(job, run):
     method = make_method(job, run)
     trained = method.weights() if run.method == "full" else dl.partition(method.params).trainable
     assert run.sent_bytes() == count_bytes(trained)
+
+
+@pytest.mark.parametrize(("base", "bits"), [("nf4", 4), ("nf4+bfloat16", 20), ("int8+bfloat16", 24), ("bfloat16", 16)])
+def test_a_base_has_the_formats_of_its_name(job, base, bits):
+    run = Run("tiny", "switchlora", base=base)
+    stored, entries = make_method(job, run).bytes()["bases"], SIZES["tiny"].parameters()
+    assert bits / 8 <= stored / entries < bits / 8 + 0.5  # scales add a few bytes
+
+
+def test_factors_in_bfloat16_take_half_the_bytes(job):
+    run = Run("tiny", "switchlora", 2, optimizer="muon")
+    half = replace(run, factors="bfloat16")
+    plain, small = make_method(job, run).bytes(), make_method(job, half).bytes()
+    assert 2 * small["factors"] == plain["factors"]
+    assert small["state"] == plain["state"]  # moments are in float32
+    gradients = replace(run, gradients="bfloat16")
+    assert replace(gradients, factors="bfloat16").sent_bytes() == gradients.sent_bytes() == run.sent_bytes() / 2
+
+
+def test_scale_stores_one_moment_of_the_head_and_none_of_the_embedding(job):
+    run = Run("tiny", "switchlora", optimizer="muon")
+    states = [make_method(job, each).bytes()["state"] for each in (run, replace(run, dense_optimizer="scale"))]
+    # AdamW stores two moments of both.
+    assert states[0] - states[1] == pytest.approx(3 * 4 * 256 * SIZES["tiny"].width, abs=16)
+
+
+def test_settings_without_an_effect_or_a_result_are_refused():
+    with pytest.raises(ValueError, match="needs a residual"):
+        Run("tiny", "full", base="nf4")
+    with pytest.raises(ValueError, match="trains no factors"):
+        Run("tiny", "full", factors="bfloat16")
 
 
 def test_the_test_text_is_another_one(job):
