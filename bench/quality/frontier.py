@@ -17,6 +17,11 @@ from bench.quality.store import Found
 from bench.quality.sweeps import Stage, loss_of
 
 MUON: dict[str, Any] = {"optimizer": "muon", "coefficients": "polar_express_8"}
+# Full rank needs a residual. Bases under factors need none if they are folded rarely.
+FOUR_BITS: dict[str, dict[str, Any]] = {
+    "full": {**LOW, "base": "nf4+bfloat16"},
+    "switchlora": {**LOW, "base": "nf4", "every": 20, "factors": "bfloat16"},
+}
 # Times of steps over full-rank AdamW's, from `bench.step_by_method --methods muon --fractions 4 8 --json`.
 TIMES = "step_sides_*.json"
 
@@ -59,7 +64,8 @@ def recorded(found: Found, size: str) -> Rows:
     """
     rows = rows_of_size(size)
     low = {f"{name}, low precision": replace(run, **LOW) for name, run in rows.items()}
-    return {name: best_recorded(found, run) for name, run in {**rows, **low}.items()}
+    small = {f"{name}, 4 bits": replace(run, **FOUR_BITS[run.method]) for name, run in rows.items()}
+    return {name: best_recorded(found, run) for name, run in {**rows, **low, **small}.items()}
 
 
 def best_recorded(found: Found, run: Run) -> Stage:
