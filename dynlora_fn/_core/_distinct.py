@@ -53,7 +53,7 @@ def _first_of_each(positions: Sequence[int], columns: Iterable[Sequence[Any]]) -
     try:
         # Later entries replace earlier ones, so the positions are in reverse.
         return dict(zip(zip(*features, strict=True), reversed(positions), strict=True)).values()
-    except TypeError:  # a symbolic size has no hash
+    except (TypeError, RuntimeError):  # a symbolic size has no hash, and a nested tensor has no shape
         return positions
 
 

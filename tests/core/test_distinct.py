@@ -100,6 +100,13 @@ def test_leaves_of_symbolic_sizes_are_all_read():
     assert wrapped == [["x", "y"]]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_all_read():
+    nested = torch.nested.nested_tensor([B, A])
+    assert list(distinct_names({"x": nested, "y": nested, "z": B})) == ["x", "y", "z"]
+    check_params("params", {"x": nested, "y": nested})
+
+
 @pytest.mark.parametrize("other", [normal(0, 5, 2), B.long()], ids=["shape", "dtype"])
 def test_a_leaf_that_is_changed_in_place_is_read_again(other):
     like = {name: Factors(B, A) for name in "xyz"}
