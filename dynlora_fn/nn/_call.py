@@ -143,7 +143,8 @@ def _call_traced(
 def _tensors_for(model: nn.Module, places: Places, params: Params, fallback: Fallback) -> dict[str, Tensor]:
     """Return the tensor for each slot of a parameter or buffer that is in `params`.
 
-    Tied parameters share one tensor, and `params` may have any of their names.
+    `named` has the tensors of the model by name. Tied parameters share one tensor, and `params` may have any of their
+    names.
     """
     slots, named = places
     given: dict[Tensor, tuple[str, Param]] = {}

@@ -44,7 +44,7 @@ class Slot(NamedTuple):
     def put(self, tensor: Tensor | None) -> None:
         """Put a tensor in this slot."""
         self._places[self.key] = tensor
-        if isinstance(tensor, nn.Parameter) and isinstance(self.module, nn.RNNBase):
+        if isinstance(self.module, nn.RNNBase) and isinstance(tensor, nn.Parameter):
             setattr(self.module, self.key, tensor)  # RNNBase also updates its list of weights
 
 
@@ -91,6 +91,23 @@ def places_of(modules: Modules) -> Places:
 def slots_of(model: nn.Module) -> list[Slot]:
     """Return the slots of all parameters and buffers in a model."""
     return places_of(modules_of(model)).slots
+
+
+def slots_and_names_of(model: nn.Module) -> tuple[list[Slot], dict[str, Tensor]]:
+    """Return `slots_of` and `names_of` of a model, in one pass over its modules."""
+    slots: list[Slot] = []
+    names: dict[str, Tensor] = {}
+    visited: set[nn.Module] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for places, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for key, tensor in places.items():
+                if tensor is not None:
+                    names[prefix + key] = tensor
+                if module not in visited and (tensor is not None or is_buffer):
+                    slots.append(Slot(prefix + key, module, key, tensor, is_buffer))
+        visited.add(module)
+    return slots, names
 
 
 @contextmanager

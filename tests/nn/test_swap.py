@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynlora_fn import call, checkpoint_contexts, combine, compile_step, init, partition, remat, value_and_grad
+from dynlora_fn.nn._swap import names_of, slots_and_names_of, slots_of
 from dynlora_fn.testing import assert_same, normal
 from tests.support.modules import assert_restored, state_of
 
@@ -50,6 +51,27 @@ class Nested(nn.Module):
 
     def forward(self, x):
         return self.parts["layers"][0](self.parts["stem"](x))
+
+
+def with_buffers():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False))
+    model.register_buffer("filled_later", None)
+    model[2].register_parameter("absent", None)
+    return model.append(model[1])
+
+
+@pytest.mark.parametrize("make", [at_two_paths, TwoNames, nested_at_two_paths, Nested, with_buffers])
+def test_one_pass_finds_the_slots_and_names_of_two_passes(make):
+    model = make()
+    slots, names = slots_and_names_of(model)
+    expected = slots_of(model)
+    assert [(slot.name, slot.key, slot.is_buffer) for slot in slots] == [
+        (slot.name, slot.key, slot.is_buffer) for slot in expected
+    ]
+    pairs = zip(slots, expected, strict=True)
+    assert all(slot.module is other.module and slot.tensor is other.tensor for slot, other in pairs)
+    assert list(names) == list(names_of(model))
+    assert all(names[name] is tensor for name, tensor in names_of(model).items())
 
 
 @pytest.mark.parametrize("make", [at_two_paths, Nested])
