@@ -61,9 +61,11 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
     Autocast takes neither float64 nor complex inputs, as in torch.
     """
-    autocast = autocast_now(x.device.type)
-    is_cast = autocast is not None and autocast.enabled and x.dtype != torch.float64 and not x.dtype.is_complex
-    return autocast.dtype if is_cast and autocast is not None else x.dtype
+    device_type = x.device.type
+    if (device_type != "cpu" and not _has_autocast(device_type)) or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    is_cast = x.dtype != torch.float64 and not x.dtype.is_complex
+    return torch.get_autocast_dtype(device_type) if is_cast else x.dtype
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -180,10 +180,12 @@ def unstack(params: Params) -> dict[str, Param]:
 def unstacked(params: Params) -> dict[str, Param]:
     """Return `unstack(params)` of parameters that were checked before."""
     for pattern, param in params.items():
-        _check_axes(pattern, param)
+        if "*" in pattern or "{" in pattern:
+            _check_axes(pattern, param)
     members: dict[str, Param] = {}
     for pattern, param in params.items():
-        for name, member in _members(pattern, param):
+        is_stack = "*" in pattern or "{" in pattern
+        for name, member in _members(pattern, param) if is_stack else ((pattern, param),):
             if name in members:
                 raise ValueError(
                     f"`params` has {name!r} by its name and in a stack, and one would be ignored; remove one of "

@@ -85,7 +85,7 @@ def cheapest_path(
     """
     sizes = (tokens, out_features, in_features, rank, is_one_sided)
     # Dynamo warns about `lru_cache` while it traces, and symbolic sizes cannot be its keys.
-    is_static = not torch.compiler.is_dynamo_compiling() and all(type(size) in (int, bool) for size in sizes)
+    is_static = not torch.compiler.is_dynamo_compiling() and set(map(type, sizes)) <= {int, bool}
     return _remembered_path(*sizes) if is_static else _cheapest_path(*sizes)
 
 

@@ -20,6 +20,8 @@ from dynlora_fn.bases._pending import rank_with_pending, with_pending
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path
 from dynlora_fn.nn._linear_functions import times_factored, times_merged
 
+_PLAIN = Layout("plain")
+
 
 def linear(
     x: Float[Tensor, "*batch in"],
@@ -144,4 +146,5 @@ def _cheapest(x: Tensor, param: LowRank, out_features: int, in_features: int) ->
         rank=rank,
         is_one_sided=isinstance(param.factors, OneSidedFactors),
     )
-    return "merged" if path == "factored" and as_base(param.base).sharding else path
+    is_sharded = not isinstance(param.base, Tensor) and as_base(param.base).sharding
+    return "merged" if path == "factored" and is_sharded else path

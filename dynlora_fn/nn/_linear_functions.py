@@ -42,7 +42,8 @@ def _times(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None
 
 def times_factored(x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None, layout: Layout, *codes: Tensor) -> Tensor:
     inner = functional.linear(x, cast(a, x.dtype)) / divisor_of(a.shape[-2], layout.alpha)
-    is_ready = layout == Layout("plain", alpha=layout.alpha) and codes[0].dtype == x.dtype
+    is_dense = layout.kind == "plain" and not (layout.sharding or layout.factor_sharding or layout.is_transposed)
+    is_ready = is_dense and codes[0].dtype == x.dtype
     output = functional.linear(x, codes[0]) if is_ready else _times_base(x, layout, *codes)
     output = output if bias is None else output + bias
     return output + functional.linear(inner, cast(b, x.dtype))

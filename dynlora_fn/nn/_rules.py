@@ -7,7 +7,7 @@ A rule gets a `View` and not the tensor that replaces a weight in a module. Insi
 dispatch to overrides, and would treat that tensor as a plain tensor.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from inspect import Parameter, signature
 from types import FunctionType
 from typing import Any
@@ -89,11 +89,13 @@ def _keywords_of(rule: Callable[..., Any]) -> frozenset[str] | None:
 _KEYWORDS = {operation: _keywords_of(rule) for operation, rule in RULES.items()}
 
 
-def find_rule(operation: Any, keywords: Iterable[str]) -> Callable[..., Any] | None:
+def find_rule(operation: Any, keywords: Collection[str]) -> Callable[..., Any] | None:
     """Return the rule of an operation that is called with these keywords, or None."""
     if operation in REGISTERED:
         return REGISTERED[operation]
     if operation not in RULES:
         return None
     accepted = _KEYWORDS[operation]
-    return RULES[operation] if accepted is None or all(name in accepted for name in keywords) else None
+    if accepted is None or not keywords:
+        return RULES[operation]
+    return RULES[operation] if all(name in accepted for name in keywords) else None

@@ -53,6 +53,8 @@ class View(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if len(self.parts) == 1 and not self.kernel:
+            return matrix_shape(self.parts[0])
         *stack, rows, columns = matrix_shape(self.parts[0])
         if self.kernel:
             return (rows, columns // prod(self.kernel), *self.kernel)

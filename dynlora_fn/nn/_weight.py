@@ -225,7 +225,8 @@ def _apply_rule(func: Any, /, *args: Any, **kwargs: Any) -> Any:
         return _fall_back(func, args, kwargs, None)
     # `linear` gathers sharded factors inside its product, and frees them after it.
     change = _view_of if func is linear else _gathered_view_of
-    views, named = _map_weights(change, args), _map_weights(change, kwargs) if kwargs else kwargs
+    views = [_map_weights(change, arg) for arg in args]
+    named = _map_weights(change, kwargs) if kwargs else kwargs
     try:
         result = rule(*views, **named)
     except NoRuleError as refusal:
@@ -260,7 +261,8 @@ def _is_in_reentrant_checkpoint() -> bool:
     It would recompute its block with the parameters of the model instead of the passed parameters.
     """
     frame: FrameType | None = sys._getframe()
-    while frame and frame.f_code is not CheckpointFunction.forward.__code__:
+    checkpoint = CheckpointFunction.forward.__code__
+    while frame and frame.f_code is not checkpoint:
         frame = frame.f_back
     return frame is not None
 
@@ -297,8 +299,8 @@ def _name_of(func: Any) -> str:
 
 def _map_weights(change: Callable[[Weight], Any], value: Any) -> Any:
     """Apply `change` to the weights in an argument, which may be nested."""
-    if isinstance(value, Weight):
-        return change(value)
+    if isinstance(value, Tensor):
+        return change(value) if isinstance(value, Weight) else value
     if type(value) in (tuple, list):
         return type(value)([_map_weights(change, element) for element in value])
     if type(value) is dict:
