@@ -143,8 +143,7 @@ def _call_traced(
 def _tensors_for(model: nn.Module, places: Places, params: Params, fallback: Fallback) -> dict[str, Tensor]:
     """Return the tensor for each slot of a parameter or buffer that is in `params`.
 
-    `named` has the tensors of the model by name. Tied parameters share one tensor, and `params` may have any of their
-    names.
+    Tied parameters share one tensor, and `params` may have any of their names.
     """
     slots, named = places
     given: dict[Tensor, tuple[str, Param]] = {}
@@ -187,6 +186,8 @@ def _problem_of(modules: Modules) -> str | None:
     DDP, FSDP and `DataParallel` reduce gradients in autograd hooks on the parameters of the module, which `call` does
     not use.
     """
+    if not torch.compiler.is_dynamo_compiling() and not any(map(_wrapper_of, {type(module) for _, module in modules})):
+        return None
     for name, module in modules:
         kind = _wrapper_of(type(module))
         if kind is None:

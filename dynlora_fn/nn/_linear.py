@@ -20,8 +20,6 @@ from dynlora_fn.bases._pending import rank_with_pending, with_pending
 from dynlora_fn.nn._contraction_paths import ContractionPath, cheapest_path
 from dynlora_fn.nn._linear_functions import times_factored, times_merged
 
-_PLAIN = Layout("plain")
-
 
 def linear(
     x: Float[Tensor, "*batch in"],

@@ -93,23 +93,6 @@ def slots_of(model: nn.Module) -> list[Slot]:
     return places_of(modules_of(model)).slots
 
 
-def slots_and_names_of(model: nn.Module) -> tuple[list[Slot], dict[str, Tensor]]:
-    """Return `slots_of` and `names_of` of a model, in one pass over its modules."""
-    slots: list[Slot] = []
-    names: dict[str, Tensor] = {}
-    visited: set[nn.Module] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for places, is_buffer in ((module._parameters, False), (module._buffers, True)):
-            for key, tensor in places.items():
-                if tensor is not None:
-                    names[prefix + key] = tensor
-                if module not in visited and (tensor is not None or is_buffer):
-                    slots.append(Slot(prefix + key, module, key, tensor, is_buffer))
-        visited.add(module)
-    return slots, names
-
-
 @contextmanager
 def swapped(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Put `tensors` by name into a model, and restore its tensors at the end.

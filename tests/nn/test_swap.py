@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynlora_fn import call, checkpoint_contexts, combine, compile_step, init, partition, remat, value_and_grad
-from dynlora_fn.nn._swap import names_of, slots_and_names_of, slots_of
+from dynlora_fn.nn._swap import modules_of, places_of
 from dynlora_fn.testing import assert_same, normal
 from tests.support.modules import assert_restored, state_of
 
@@ -61,17 +61,20 @@ def with_buffers():
 
 
 @pytest.mark.parametrize("make", [at_two_paths, TwoNames, nested_at_two_paths, Nested, with_buffers])
-def test_one_pass_finds_the_slots_and_names_of_two_passes(make):
+def test_each_module_has_its_slots_under_its_first_path_and_its_names_under_all(make):
     model = make()
-    slots, names = slots_and_names_of(model)
-    expected = slots_of(model)
-    assert [(slot.name, slot.key, slot.is_buffer) for slot in slots] == [
-        (slot.name, slot.key, slot.is_buffer) for slot in expected
+    slots, names = places_of(modules_of(model))
+    wanted = [
+        (f"{path}.{key}" if path else key, module, key)
+        for path, module in model.named_modules()
+        for key in (*[key for key, tensor in module._parameters.items() if tensor is not None], *module._buffers)
     ]
-    pairs = zip(slots, expected, strict=True)
-    assert all(slot.module is other.module and slot.tensor is other.tensor for slot, other in pairs)
-    assert list(names) == list(names_of(model))
-    assert all(names[name] is tensor for name, tensor in names_of(model).items())
+    assert [(slot.name, slot.module, slot.key) for slot in slots] == wanted
+    assert all(slot.tensor is getattr(slot.module, slot.key) for slot in slots)
+    assert [slot.is_buffer for slot in slots] == [slot.key in slot.module._buffers for slot in slots]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    assert names.keys() == dict(named).keys()
+    assert all(names[name] is tensor for name, tensor in named)
 
 
 @pytest.mark.parametrize("make", [at_two_paths, Nested])
