@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 import dynlora_fn as dl
+from models.pretrain import checkpoint, progress, run
 from models.pretrain import folder as run_folders
-from models.pretrain import progress, run
 from models.pretrain.__main__ import main
 from models.pretrain.stopping import last_checkpoint
 from tests.support.pretrain import SMALL, Job, Outcome, contents
@@ -28,15 +29,22 @@ FULL = "No space left on device"
 
 @contextlib.contextmanager
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> Iterator[None]:
-    """Call a function when the batch of a step is drawn."""
-    draw = run.batch
+    """Call a function when the batch of a step is drawn, and all earlier checkpoints are written."""
+    draw, written = run.batch, list[Future[Any]]()
+
+    class Thread(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+            written.append(super().submit(*args, **kwargs))
+            return written[-1]
 
     def batch(prepared: Any, now: int) -> torch.Tensor:
         if now == step:
+            wait(written)
             act()
         return draw(prepared, now)
 
     with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "ThreadPoolExecutor", Thread)
         patch.setattr(run, "batch", batch)
         yield
 
