@@ -176,6 +176,22 @@ def table_of(points: list[Point], found: Found, rows: Rows) -> list[str]:
     return lines
 
 
+_FILLINGS = {"low precision": "none", "4 bits": "left"}  # of markers; those of float32 are full
+
+
+def _style_of(name: str, names: list[str]) -> dict[str, str]:
+    """Return a style whose filling depends on the precision, and whose color does not."""
+    methods = [other for other in names if other.rpartition(", ")[2] not in _FILLINGS]
+    start, _, precision = name.rpartition(", ")
+    method = start if precision in _FILLINGS else name
+    return {
+        "color": f"C{(methods.index(method) if method in methods else len(methods)) % 10}",
+        "marker": "s" if name.startswith("full rank") else "o",
+        "fillstyle": _FILLINGS.get(precision, "full"),
+        "label": name,
+    }
+
+
 def plot(points: list[Point], path: Path) -> None:
     """Plot the loss over each cost.
 
@@ -188,12 +204,9 @@ def plot(points: list[Point], path: Path) -> None:
     for axis, cost in zip(axes, costs, strict=True):
         line = unbeaten(points, cost)
         axis.step([getattr(point, cost) for point in line], [point.loss for point in line], where="post", color="0.7")
-        for index, point in enumerate(points):
-            marker = "s" if point.name.startswith("full rank") else "o"
-            filling = "none" if point.name.endswith("low precision") else f"C{index % 10}"
-            at = getattr(point, cost)
-            shown = {"color": f"C{index % 10}", "markerfacecolor": filling, "label": point.name}
-            axis.plot([] if at is None else [at], [] if at is None else [point.loss], marker, **shown)
+        for point in points:
+            at, style = getattr(point, cost), _style_of(point.name, [each.name for each in points])
+            axis.plot([] if at is None else [at], [] if at is None else [point.loss], linestyle="", **style)
         axis.set(xlabel=COSTS[cost], xscale="linear" if cost == "time" else "log")
     axes[0].set(ylabel="loss, nats per byte")
     handles, labels = axes[0].get_legend_handles_labels()
