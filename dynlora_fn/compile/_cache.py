@@ -21,10 +21,16 @@ _DEPENDENCIES = ("torch", "torchao", "einops", "opt-einsum", "jaxtyping")
 _NEVER_CACHED = ("dynlora_fn.nn._remat._recompute",)
 
 
+# torch 2.14 caches graphs with these itself: a graph has their arguments, and torch's key has the outer autocast.
+_OF_TORCH = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
+
+
 class _Cacheable(dict[str, str]):
     """The names of the library's functions and types, as a setting of Inductor."""
 
     def __contains__(self, name: object) -> bool:
+        if name in _OF_TORCH:
+            return True
         return str(name).startswith("dynlora_fn.") and name not in _NEVER_CACHED
 
 

@@ -55,9 +55,18 @@ def switching_step(optimizer):
     return step, ((params, opt_state), plan, grads, torch.tensor(0.1))
 
 
-def hits_of(optimizer):
+def autocast_step(dtype):
+    """Return a step with a product under autocast, and its arguments."""
+
+    def step(state, x):
+        with torch.autocast("cpu", dtype):
+            return state + x @ x, None
+
+    return step, (torch.ones(3, 3), torch.full((3, 3), 0.3))
+
+
+def hits_of(step, args):
     """Return how often AOTAutograd found the graph of a new start in its cache. Check the step's values."""
-    step, args = switching_step(optimizer)
     wanted = step(*args)[0]
     torch.compiler.reset()
     counters.clear()
@@ -70,9 +79,18 @@ def hits_of(optimizer):
 @pytest.mark.skipif(not cache_options(), reason="graphs with functions of the library are cached from torch 2.13 on")
 def test_a_second_start_compiles_nothing_if_the_optimizer_is_the_same():
     with fresh_cache():
-        assert hits_of(dl.optim.adamw()) == 0
-        assert hits_of(dl.optim.adamw()) == 1
-        assert hits_of(dl.optim.adamw(betas=(0.5, 0.999))) == 0  # its formula captures another number
+        assert hits_of(*switching_step(dl.optim.adamw())) == 0
+        assert hits_of(*switching_step(dl.optim.adamw())) == 1
+        assert hits_of(*switching_step(dl.optim.adamw(betas=(0.5, 0.999)))) == 0  # its formula captures another number
+
+
+@pytest.mark.inductor
+@pytest.mark.skipif(not cache_options(), reason="graphs with functions of the library are cached from torch 2.13 on")
+def test_a_second_start_compiles_nothing_if_autocast_is_the_same():
+    with fresh_cache():
+        assert hits_of(*autocast_step(torch.bfloat16)) == 0
+        assert hits_of(*autocast_step(torch.bfloat16)) == 1
+        assert hits_of(*autocast_step(torch.float16)) == 0
 
 
 def test_every_function_in_a_graph_is_known_to_be_pure():
