@@ -4,6 +4,7 @@ torch caches a graph only if it can import all its functions, and a formula is a
 """
 
 from collections.abc import Callable
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 _SIMPLE = (bool, int, float, complex, str, type(None))
@@ -28,6 +29,7 @@ def key_of(function: Callable[..., Any]) -> str:
     Raises:
         TypeError: If the function captures an object that its `repr` does not describe.
     """
+    function = unwrap(function)  # a decorator that checks shapes captures other objects
     captured = [_described(cell.cell_contents) for cell in function.__closure__ or ()]
     return f"{function.__module__}.{function.__qualname__}({', '.join(captured)})"
 
