@@ -180,12 +180,11 @@ def unstack(params: Params) -> dict[str, Param]:
 def unstacked(params: Params) -> dict[str, Param]:
     """Return `unstack(params)` of parameters that were checked before."""
     for pattern, param in params.items():
-        if "*" in pattern or "{" in pattern:
+        if _may_be_stack(pattern):
             _check_axes(pattern, param)
     members: dict[str, Param] = {}
     for pattern, param in params.items():
-        is_stack = "*" in pattern or "{" in pattern
-        for name, member in _members(pattern, param) if is_stack else ((pattern, param),):
+        for name, member in _members(pattern, param) if _may_be_stack(pattern) else ((pattern, param),):
             if name in members:
                 raise ValueError(
                     f"`params` has {name!r} by its name and in a stack, and one would be ignored; remove one of "
@@ -240,9 +239,13 @@ def member_names(pattern: str, shape: Sequence[int]) -> list[str]:
     return [name for index in indices for name in member_names(f"{before}{index}{after}", shape[1:])]
 
 
+def _may_be_stack(name: str) -> bool:
+    return "*" in name or "{" in name
+
+
 def _first_axis(name: str) -> tuple[str, int, str] | None:
     """Return the text before the first star or range, its first index, the text after."""
-    if "*" not in name and "{" not in name:
+    if not _may_be_stack(name):
         return None
     parted = f".{name}."  # position `at` here is the dot before position `at` in the name
     star, brace = parted.find(".*."), parted.find(".{")

@@ -19,8 +19,6 @@ _LIBRARY = Path(__file__).parents[1]
 _DEPENDENCIES = ("torch", "torchao", "einops", "opt-einsum", "jaxtyping")
 # Their results also depend on tables of the process.
 _NEVER_CACHED = ("dynlora_fn.nn._remat._recompute",)
-
-
 # torch 2.14 caches graphs with these itself: a graph has their arguments, and torch's key has the outer autocast.
 _OF_TORCH = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
 

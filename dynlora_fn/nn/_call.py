@@ -124,14 +124,14 @@ def _call_traced(
 
     Dynamo cannot trace `swapped`, and `functional_call` has many more instructions.
     """
-    slots, named = places_of(modules)
-    tensors = _tensors_for(model, Places(slots, named), params, fallback)
-    placed = [slot for slot in slots if slot.name in tensors]
+    places = places_of(modules)
+    tensors = _tensors_for(model, places, params, fallback)
+    placed = [slot for slot in places.slots if slot.name in tensors]
     try:
         for slot in placed:
             slot.put(tensors[slot.name])
         result = model(*args, **kwargs)
-        refused = [slot for slot in slots if slot.now is not tensors.get(slot.name, slot.tensor)]
+        refused = [slot for slot in places.slots if slot.now is not tensors.get(slot.name, slot.tensor)]
     finally:
         for slot in placed:
             slot.put(slot.tensor)

@@ -36,10 +36,11 @@ def check_state(opt_state: Any, kind: type, trainable: Trainable, *, eight_bit: 
         raise TypeError(f"`opt_state` is {described(opt_state)}; pass the {kind.__name__} that `init` returned")
     if torch.compiler.is_dynamo_compiling():
         return  # tracing a check takes as long as tracing an operation, and `compile_step` compares the new state
-    trees = {field: getattr(opt_state, field) for field in declared_roles(opt_state)}
+    roles = declared_roles(opt_state)
+    trees = {field: getattr(opt_state, field) for field in roles}
     mirrors = [tree for tree in trees.values() if isinstance(tree, Mapping) and set(tree) == set(trainable)]
     names = distinct_names(trainable, *mirrors) if mirrors else ()  # one pass for all fields
-    for field, role in declared_roles(opt_state).items():
+    for field, role in roles.items():
         argument, tree, like = f"opt_state.{field}", trees[field], trainable
         if role == "frozen_for":
             like = {name: leaf for name, leaf in trainable.items() if is_factors(leaf)}

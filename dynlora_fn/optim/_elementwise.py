@@ -1,8 +1,7 @@
 """Apply an elementwise formula to all tensors of trees, in few operations.
 
-Trees are by parameter name. In eager mode, small tensors are joined in `Leaves` and large tensors are split into
-blocks, of limited size, so that temporaries stay small. If operations are traced or differentiated, the formula is
-applied to each tensor in turn.
+Trees are by parameter name. In eager mode, the formula is applied in batches (see `_in_batches`). If operations are
+traced or differentiated, it is applied to each tensor in turn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
