@@ -40,27 +40,8 @@ class StepByMethod(Options):
     """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
 
 
-class MuonOfTorch(torch.optim.Optimizer):
-    """`torch.optim.Muon` for matrices inside the blocks, and fused AdamW elsewhere."""
-
-    def __init__(self, model: nn.Module):
-        inner = [parameter for name, parameter in model.named_parameters() if is_inner(name)]
-        rest = [parameter for name, parameter in model.named_parameters() if not is_inner(name)]
-        self.parts = torch.optim.Muon(inner, lr=LR), torch.optim.AdamW(rest, lr=LR, fused=True)
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters."""
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-
 def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Return a function that builds the optimizer of GaLore or APOLLO for a model."""
+    """Return a function that builds the optimizer of GaLore or APOLLO, or torch's Muon, for a model."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         named = dict(model.named_parameters())
@@ -93,7 +74,8 @@ class Contenders:
     def add_full_rank(self) -> None:
         size, device = self.config.size, self.config.device
         self.steps["full rank"] = full_step(size, device, **self.options)
-        of_torch = full_step(size, device, make_optimizer=MuonOfTorch, **self.options)
+        make_muon = make_packaged("torch_muon", rank=1, gap=1)
+        of_torch = full_step(size, device, make_optimizer=make_muon, **self.options)
         self.steps["full rank, torch.optim.Muon"] = of_torch
         of_inner = muon(lambda name, _: is_inner(name))
         step = LibraryStep(size, 1, device, torch.float32, targets=(), optimizer=of_inner, **self.options)

@@ -1,6 +1,6 @@
 """Train dense weights at full rank, with AdamW or Muon, or with GaLore or APOLLO.
 
-The optimizers of GaLore and APOLLO come from the packages of their authors.
+The optimizers of GaLore and APOLLO come from the packages of their authors. Muon is that of the library or of torch.
 """
 
 from typing import Any
@@ -12,6 +12,8 @@ import dynlora_fn as dl
 from bench.quality.job import CLIP, Job, is_inner, optimizer_of, rounded
 from bench.quality.runs import Run
 from bench.support.process_memory import count_bytes
+
+PACKAGED = ("galore", "apollo", "torch_muon")  # methods whose optimizer comes from another package
 
 
 class FullRank:
@@ -78,8 +80,10 @@ def packaged(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of `method` with the settings of its README.
 
-    The gradients of `low` are projected. Projections are replaced every `gap` steps.
+    GaLore and APOLLO project the gradients of `low`, and replace projections every `gap` steps.
     """
+    if method == "torch_muon":
+        return MuonOfTorch(low, rest, lr=lr)
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "no_deprecation_warning": True}
     low_rank = {"params": low, "rank": rank, "update_proj_gap": gap, "proj_type": "std", "kind": "low"}
     dense = {"params": rest, "kind": "dense"}
@@ -92,8 +96,35 @@ def packaged(
     return APOLLOAdamW([dense, low_rank | {"proj": "random", "scale_type": "channel", "scale": 1}], **options)
 
 
+class MuonOfTorch(torch.optim.Optimizer):
+    """`torch.optim.Muon` for matrices, and fused AdamW elsewhere, without weight decay."""
+
+    def __init__(self, matrices: list[nn.Parameter], rest: list[nn.Parameter], *, lr: float):
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)
+        self.parts = {"low": muon, "dense": adamw}
+        for kind, part in self.parts.items():
+            part.param_groups[0]["kind"] = kind
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        """The state of both optimizers."""
+        return {parameter: state for part in self.parts.values() for parameter, state in part.state.items()}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters."""
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none)
+
+
 class Packaged:
-    """A run that trains dense weights with the optimizer of GaLore or APOLLO.
+    """A run that trains dense weights with an optimizer of torch or of another package.
 
     Each matrix of a stack is one parameter of this optimizer.
     """

@@ -35,7 +35,7 @@ def contenders(size: str, fraction: int) -> dict[str, Run]:
 
 SMALLER = {"medium": "small", "main": "medium", "large": "medium", "huge": "large"}
 # The sweep of another setting starts from the rates that the sweep of these settings has found.
-PLAIN: tuple[dict[str, Any], ...] = ({"coefficients": "jordan"}, {"coupled": 0}, {"fraction": 4}, {"beta2": 0.999})
+PLAIN: dict[str, Any] = {"coefficients": "jordan", "coupled": 0, "fraction": 4, "beta2": 0.999, "trained": "both"}
 
 
 def sweep(found: Found, run: Run) -> Stage:
@@ -45,10 +45,9 @@ def sweep(found: Found, run: Run) -> Stage:
     next smaller size, and sweeps of other settings from the result of the plain settings. This takes half as many runs.
     Until such a result is known, the stage has no runs.
     """
-    for plain in (replace(run, **settings) for settings in PLAIN):
-        if plain != run:
-            start = sweep(found, plain)
-            return swept(found, run, start=start.runs[0]) if start.runs else start
+    if (plain := replace(run, **PLAIN)) != run:
+        start = sweep(found, plain)
+        return swept(found, run, start=start.runs[0]) if start.runs else start
     if smaller := SMALLER.get(run.size):
         start = sweep(found, replace(run, size=smaller))
         return swept(found, run, start=start.runs[0]) if start.runs else Stage([], [])

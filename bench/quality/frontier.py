@@ -17,6 +17,18 @@ from bench.quality.store import Found
 from bench.quality.sweeps import Stage, loss_of
 
 MUON: dict[str, Any] = {"optimizer": "muon", "coefficients": "polar_express_8"}
+# LoRA-Muon is arXiv:2606.12921. ReLoRA with coupled steps is near sMuon in ReLoRA (arXiv:2608.14492). Spectron
+# (arXiv:2602.12429) trains factors without a base.
+OTHERS: dict[str, dict[str, Any]] = {
+    "full rank, torch.optim.Muon": {"method": "torch_muon"},
+    "GaLore, d/4": {"method": "galore"},
+    "APOLLO, d/4": {"method": "apollo"},
+    "LoRA, d/4": {"method": "lora"},
+    "LoRA-Muon, d/4": {"method": "lora", **MUON},
+    "ReLoRA, coupled Muon, d/4": {"method": "relora", **MUON, "coupled": 1},
+    "Spectron, d/4": {"method": "spectron"},
+    "Spectron, d/2": {"method": "spectron", "fraction": 2},
+}
 # Full rank needs a residual. Bases under factors need none if they are folded rarely.
 FOUR_BITS: dict[str, dict[str, Any]] = {
     "full": {**LOW, "base": "nf4+bfloat16"},
@@ -27,23 +39,23 @@ TIMES = "step_sides_*.json"
 
 
 def frontier(found: Found, size: str, choose: Callable[[Found, Run], Stage] = sweep) -> Rows:
-    """Return the rows of full rank, and of switched factors at several ranks.
+    """Return the rows of full rank, of switched factors at several ranks, and of other methods.
 
-    Both sides or one side are trained, in float32 and in low precision. A row in low precision has the rates of the
-    same row in float32. "Muon" has the coefficients of Polar Express here.
+    Full rank and switched factors are also in low precision, with the rates of the same row in float32. "Muon" has the
+    coefficients of Polar Express here.
 
     Args:
         found: The runs so far.
         size: The size of the model.
         choose: A function that returns the runs of a row with the best rates.
     """
-    rows = {name: choose(found, run) for name, run in rows_of_size(size).items()}
-    low = {name: [replace(run, **LOW) for run in stage.runs] for name, stage in rows.items()}
+    rows = {name: choose(found, run) for name, run in (rows_of_size(size) | others_of_size(size)).items()}
+    low = {name: [replace(run, **LOW) for run in rows[name].runs] for name in rows_of_size(size)}
     return rows | {f"{name}, low precision": stage_of(found, runs) for name, runs in low.items() if runs}
 
 
 def rows_of_size(size: str) -> dict[str, Run]:
-    """Return a run of each row in float32. Its rates are not set."""
+    """Return a run of each row of full rank and of switched factors, in float32. Its rates are not set."""
     full, switched = Run(size, "full"), Run(size, "switchlora")
     rows = {
         "full rank": full,
@@ -56,6 +68,11 @@ def rows_of_size(size: str) -> dict[str, Run]:
     return rows | {f"one side, Muon, d/{fraction}": replace(one_side, fraction=fraction) for fraction in (4, 2, 1)}
 
 
+def others_of_size(size: str) -> dict[str, Run]:
+    """Return a run of each row of the other methods. Its rates are not set."""
+    return {name: replace(Run(size, "full"), **settings) for name, settings in OTHERS.items()}
+
+
 def recorded(found: Found, size: str) -> Rows:
     """Return the rows of `frontier` from recorded runs only.
 
@@ -65,7 +82,8 @@ def recorded(found: Found, size: str) -> Rows:
     rows = rows_of_size(size)
     low = {f"{name}, low precision": replace(run, **LOW) for name, run in rows.items()}
     small = {f"{name}, 4 bits": replace(run, **FOUR_BITS[run.method]) for name, run in rows.items()}
-    return {name: best_recorded(found, run) for name, run in {**rows, **low, **small}.items()}
+    every = {**rows, **low, **small, **others_of_size(size)}
+    return {name: best_recorded(found, run) for name, run in every.items()}
 
 
 def best_recorded(found: Found, run: Run) -> Stage:
@@ -80,10 +98,15 @@ def best_recorded(found: Found, run: Run) -> Stage:
 
 
 def step_times(folder: Path) -> dict[str, float]:
-    """Return the newest times of steps over full-rank AdamW's, by the names of rows."""
-    files = sorted(folder.glob(TIMES))
-    times = json.loads(files[-1].read_text()) if files else {}
-    names = {"full rank": "full rank", "full rank, Muon": "full rank, Muon", "switched, d/4": "switched"}
+    """Return times of steps over full-rank AdamW's, by the names of rows.
+
+    If several files have a row, the time is from the last by name.
+    """
+    times: dict[str, Any] = {}
+    for path in sorted(folder.glob(TIMES)):
+        times |= json.loads(path.read_text())
+    names = {name: name for name in ("full rank", "full rank, Muon", "full rank, torch.optim.Muon")}
+    names |= {"switched, d/4": "switched", "LoRA, d/4": "LoRA"}
     names |= {"switched, Muon, d/4": "switched, Muon"}
     names |= {f"switched, Muon, d/{fraction}": f"switched, Muon at d/{fraction}" for fraction in (8, 2)}
     names |= {f"one side, Muon, d/{fraction}": f"one side, Muon at d/{fraction}" for fraction in (4, 2, 1)}

@@ -110,7 +110,7 @@ class Job:
         """Return the compiled function that clips gradients and updates weights.
 
         Its signature is ((trainable, opt_state), grads, rates) -> ((trainable, opt_state), norm). `rates` has for each
-        name either one rate, or `Factors` with a rate for each side.
+        name one rate, a tensor with a rate for each matrix of a stack, or `Factors` with a rate for each side.
         """
         key = settings, rank, trained, factors
         if key not in self._updates:
@@ -121,10 +121,10 @@ class Job:
         def update(state: Any, grads: Any, rates: Any) -> tuple[Any, Tensor]:
             trainable, opt_state = state
             grads, norm = dl.optim.clip_by_global_norm(grads, CLIP)
-            by_side = {name: rate for name, rate in rates.items() if isinstance(rate, dl.Factors)}
-            lr = {name: 1.0 if name in by_side else rate for name, rate in rates.items()}
+            several = {name: rate for name, rate in rates.items() if isinstance(rate, dl.Factors) or rate.ndim}
+            lr = {name: 1.0 if name in several else rate for name, rate in rates.items()}
             updates, opt_state = optimizer.update(grads, opt_state, trainable, lr=lr)
-            updates |= {name: tree_map(torch.mul, updates[name], rate) for name, rate in by_side.items()}
+            updates |= {name: tree_map(torch.mul, updates[name], rate) for name, rate in several.items()}
             return (dl.apply_updates(trainable, updates), opt_state), norm
 
         return dl.compile_step(update, backend=self._backend)

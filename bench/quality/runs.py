@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from models.llama import LlamaConfig
 
 HeldOut = Literal["validation", "test"]
-METHODS = ("full", "lora", "relora", "galore", "apollo", "switchlora")
+METHODS = ("full", "torch_muon", "lora", "relora", "spectron", "galore", "apollo", "switchlora")
+_DENSE = ("full", "torch_muon", "galore", "apollo")  # methods that send dense gradients
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Run:
             raise ValueError(f"`trained` is 'b', but the run has {changed}, which need both factors; leave them out")
         if self.method == "full" and self.codes() and not self.residual():
             raise ValueError(f"`base` is {self.base!r}, but full rank needs a residual; append '+bfloat16'")
-        if self.factors != "float32" and self.method in ("full", "galore", "apollo"):
+        if self.factors != "float32" and self.method in _DENSE:
             raise ValueError(f"`factors` is {self.factors!r}, but {self.method!r} trains no factors; leave it out")
 
     def rank(self) -> int:
@@ -151,7 +152,7 @@ class Run:
             low = rank * size.layers * (5 * size.width + 2 * size.hidden)
         entry = 2 if self.gradients == "bfloat16" else 4
         low *= 2 if self.factors == "bfloat16" else entry
-        if self.method in ("full", "galore", "apollo"):
+        if self.method in _DENSE:
             return entry * (inner + rest)
         if not self.compensate:
             return low + entry * rest

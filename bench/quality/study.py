@@ -16,9 +16,10 @@ from rich.console import Console
 
 import bench.support.harness  # noqa: F401, sets environment variables that torch reads
 from bench.quality import store
-from bench.quality.dense_methods import FullRank, Packaged
+from bench.quality.dense_methods import PACKAGED, FullRank, Packaged
 from bench.quality.execute import Method, execute
 from bench.quality.experiments import EXPERIMENTS as COMPARISONS
+from bench.quality.factors_alone import Spectron
 from bench.quality.frontier import frontier, recorded, write_frontier
 from bench.quality.job import Job
 from bench.quality.low_rank import LowRankMethod
@@ -69,7 +70,9 @@ def make_method(job: Job, run: Run) -> Method:
     """Build the method of a run in its initial state."""
     if run.method == "full":
         return FullRank(job, run)
-    return Packaged(job, run) if run.method in ("galore", "apollo") else LowRankMethod(job, run)
+    if run.method == "spectron":
+        return Spectron(job, run)
+    return Packaged(job, run) if run.method in PACKAGED else LowRankMethod(job, run)
 
 
 def main(config: Quality) -> None:

@@ -13,7 +13,16 @@ from bench.quality.store import Found
 
 SEEDS = (0, 1, 2)
 # The papers' rates, from which a sweep starts.
-CENTERS = {"full": 2e-3, "lora": 1e-2, "relora": 1e-2, "galore": 1e-2, "apollo": 1e-2, "switchlora": 2e-2}
+CENTERS = {
+    "full": 2e-3,
+    "torch_muon": 1e-2,  # its update is a fifth of the update of `dl.optim.muon`
+    "lora": 1e-2,
+    "relora": 1e-2,
+    "spectron": 2e-2,
+    "galore": 1e-2,
+    "apollo": 1e-2,
+    "switchlora": 2e-2,
+}
 MUON = 2e-3  # rate from which sweeps with Muon start, which is the rate of full rank with AdamW
 
 

@@ -12,7 +12,8 @@ import dynlora_fn as dl
 from bench.quality import store, study_schedules
 from bench.quality.execute import execute
 from bench.quality.experiments import LOW, sweep
-from bench.quality.job import Job
+from bench.quality.factors_alone import best_factors, spectral_norm
+from bench.quality.job import Job, is_inner
 from bench.quality.measures import effective_rank, overlap
 from bench.quality.muon_ablations import smaller
 from bench.quality.runs import METHODS, SIZES, Run
@@ -234,6 +235,43 @@ def test_scale_stores_one_moment_of_the_head_and_none_of_the_embedding(job):
     states = [make_method(job, each).bytes()["state"] for each in (run, replace(run, dense_optimizer="scale"))]
     # AdamW stores two moments of both.
     assert states[0] - states[1] == pytest.approx(3 * 4 * 256 * SIZES["tiny"].width, abs=16)
+
+
+def test_spectron_moves_a_weight_by_its_rate_and_stores_only_factors(job):
+    run = replace(Run("tiny", "spectron"), lr=0.5)
+    method, tokens = make_method(job, run), job.batch(0, 0)
+    before = method.weights()
+    _, grads = job.gradients(before, tokens)
+    method.update(0, grads, tokens, 1.0)
+    for name in filter(is_inner, before):
+        moved = torch.linalg.matrix_norm(method.weights()[name] - before[name], 2)
+        assert 0.1 < moved.max() <= 0.5 * 1.01
+    factors = 4 * SIZES["tiny"].layers * run.rank() * (8 * 16 + 3 * (16 + 48))
+    assert method.bytes()["factors"] == factors
+    assert method.bytes()["bases"] == 0
+    assert run.sent_bytes() == factors + 4 * SIZES["tiny"].rest()
+
+
+def test_spectron_starts_at_the_best_approximation():
+    weight = normal(0, 2, 8, 6)
+    b, a = best_factors(weight, 3)
+    assert_within(spectral_norm(weight - b @ a)[:, 0, 0], torch.linalg.svdvals(weight)[:, 3], 1e-9)
+    assert_within(b.mT @ b, a @ a.mT, 1e-9)
+
+
+def test_muon_of_torch_takes_a_fifth_of_the_step_of_ours(job):
+    ours = make_method(job, replace(Run("tiny", "full", optimizer="muon"), lr=0.01))
+    of_torch = make_method(job, replace(Run("tiny", "torch_muon"), lr=0.05))
+    tokens = job.batch(0, 0)
+    before = {name: leaf.clone() for name, leaf in ours.weights().items()}
+    _, grads = job.gradients(before, tokens)
+    for method in (ours, of_torch):
+        method.update(0, grads, tokens, 1.0)
+    for name in filter(is_inner, before):
+        wanted = ours.weights()[name] - before[name]
+        found = of_torch.weights()[name] - before[name]
+        # torch orthogonalizes in bfloat16, which moves the smallest singular values. A wrong scale would be far off.
+        assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_settings_without_an_effect_or_a_result_are_refused():
