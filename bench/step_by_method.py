@@ -41,7 +41,7 @@ class StepByMethod(Options):
 
 
 def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Return a function that builds the optimizer of GaLore or APOLLO, or torch's Muon, for a model."""
+    """Return a function that builds the optimizer of another package for a model."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         named = dict(model.named_parameters())

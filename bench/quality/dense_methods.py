@@ -1,6 +1,6 @@
 """Train dense weights at full rank, with AdamW or Muon, or with GaLore or APOLLO.
 
-The optimizers of GaLore and APOLLO come from the packages of their authors. Muon is that of the library or of torch.
+The optimizers of GaLore and APOLLO come from the packages of their authors. Muon comes from the library or from torch.
 """
 
 from typing import Any
@@ -97,7 +97,7 @@ def packaged(
 
 
 class MuonOfTorch(torch.optim.Optimizer):
-    """`torch.optim.Muon` for matrices, and fused AdamW elsewhere, without weight decay."""
+    """`torch.optim.Muon` for matrices and AdamW elsewhere, without weight decay."""
 
     def __init__(self, matrices: list[nn.Parameter], rest: list[nn.Parameter], *, lr: float):
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -124,7 +124,7 @@ class MuonOfTorch(torch.optim.Optimizer):
 
 
 class Packaged:
-    """A run that trains dense weights with an optimizer of torch or of another package.
+    """A run that trains dense weights with an optimizer of another package.
 
     Each matrix of a stack is one parameter of this optimizer.
     """

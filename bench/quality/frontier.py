@@ -39,7 +39,7 @@ TIMES = "step_sides_*.json"
 
 
 def frontier(found: Found, size: str, choose: Callable[[Found, Run], Stage] = sweep) -> Rows:
-    """Return the rows of full rank, of switched factors at several ranks, and of other methods.
+    """Return the rows of full rank, of switched factors and of other methods.
 
     Full rank and switched factors are also in low precision, with the rates of the same row in float32. "Muon" has the
     coefficients of Polar Express here.
@@ -55,7 +55,10 @@ def frontier(found: Found, size: str, choose: Callable[[Found, Run], Stage] = sw
 
 
 def rows_of_size(size: str) -> dict[str, Run]:
-    """Return a run of each row of full rank and of switched factors, in float32. Its rates are not set."""
+    """Return a run of each row of full rank and of switched factors, in float32.
+
+    Its rates are not set.
+    """
     full, switched = Run(size, "full"), Run(size, "switchlora")
     rows = {
         "full rank": full,

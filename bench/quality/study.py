@@ -19,12 +19,12 @@ from bench.quality import store
 from bench.quality.dense_methods import PACKAGED, FullRank, Packaged
 from bench.quality.execute import Method, execute
 from bench.quality.experiments import EXPERIMENTS as COMPARISONS
-from bench.quality.factors_alone import Spectron
 from bench.quality.frontier import frontier, recorded, write_frontier
 from bench.quality.job import Job
 from bench.quality.low_rank import LowRankMethod
 from bench.quality.muon_ablations import muon_ablations
 from bench.quality.runs import SIZES, Run
+from bench.quality.spectron import Spectron
 from bench.quality.sweeps import missing_of
 from bench.quality.tables import write_report
 from models import corpus as text

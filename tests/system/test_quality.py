@@ -12,11 +12,11 @@ import dynlora_fn as dl
 from bench.quality import store, study_schedules
 from bench.quality.execute import execute
 from bench.quality.experiments import LOW, sweep
-from bench.quality.factors_alone import best_factors, spectral_norm
 from bench.quality.job import Job, is_inner
 from bench.quality.measures import effective_rank, overlap
 from bench.quality.muon_ablations import smaller
 from bench.quality.runs import METHODS, SIZES, Run
+from bench.quality.spectron import best_factors, spectral_norm
 from bench.quality.study import EXPERIMENTS, Quality, main, make_method
 from bench.quality.sweeps import CENTERS, MUON, Stage, neighbors, swept
 from bench.quality.tables import paired_p, rows_of

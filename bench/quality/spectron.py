@@ -23,7 +23,7 @@ class Spectron:
 
     def __init__(self, job: Job, run: Run):
         settings = run.settings()._replace(optimizer="muon", coefficients="polar_express_8")
-        self._run, self._update = run, job.update(settings, run.rank(), "factors alone")
+        self._run, self._update = run, job.update(settings, run.rank(), "only factors")
         weights = dl.init(job.initial(run.seed), rank=1, seed=run.seed, targets=[])
         self._inner = list(filter(is_inner, weights))
         trainable = {name: leaf for name, leaf in weights.items() if not is_inner(name)}
@@ -66,13 +66,16 @@ def _sides(name: str) -> tuple[str, str]:
 
 
 def best_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors (out, rank) and (rank, in) of the best approximation, with equal singular values."""
+    """Return the factors of the best approximation.
+
+    They have shapes (..., out, rank) and (..., rank, in), and equal singular values.
+    """
     u, values, v = torch.linalg.svd(weight, full_matrices=False)
     roots = values[..., :rank].sqrt()
     return u[..., :rank] * roots[..., None, :], roots[..., :, None] * v[..., :rank, :]
 
 
 def spectral_norm(matrix: Tensor) -> Tensor:
-    """Return the largest singular values of a stack of matrices (..., m, n), of shape (..., 1, 1)."""
+    """Return the largest singular values of (..., m, n), in shape (..., 1, 1)."""
     gram = matrix @ matrix.mT if matrix.shape[-2] < matrix.shape[-1] else matrix.mT @ matrix
     return torch.linalg.eigvalsh(gram)[..., -1:, None].clamp(min=0).sqrt()
