@@ -57,6 +57,23 @@ def test_a_table_has_stars_times_and_a_plot(tmp_path):
     assert step_times(folder) == {}
 
 
+def test_times_come_from_all_files_and_the_last_of_them_wins(tmp_path):
+    (tmp_path / "step_sides_a.json").write_text(json.dumps({"full rank": 1.0, "switched": 3.0, "switched at d/8": 2.0}))
+    (tmp_path / "step_sides_b.json").write_text(json.dumps({"full rank": 1.0, "switched": 1.5}))
+    assert step_times(tmp_path) == {"full rank": 1.0, "switched, d/4": 1.5}
+    (tmp_path / "step_sides_a.json").write_text(json.dumps({"switched, Muon at d/8": 2.0}))
+    assert step_times(tmp_path)["switched, Muon, d/8"] == 2.0
+
+
+def test_other_methods_have_one_precision_and_are_recorded():
+    rows = frontier({}, "tiny", lambda _, run: Stage([], [replace(run, lr=0.5)]))
+    assert rows["Spectron, d/2"].runs == [Run("tiny", "spectron", 2, lr=0.5)]
+    assert not [name for name in rows if name.startswith(("Spectron", "GaLore")) and name.endswith("low precision")]
+    spectron = Run("tiny", "spectron", 2, lr=0.5)
+    found = {replace(spectron, seed=seed): line(1.0) for seed in (0, 1)}
+    assert recorded(found, "tiny")["Spectron, d/2"].runs == list(found)
+
+
 def test_rows_in_low_precision_have_the_rates_of_float32():
     rows = frontier({}, "tiny", lambda _, run: Stage([], [replace(run, lr=0.5)]))
     (run,) = rows["switched, Muon, d/2"].runs
