@@ -95,7 +95,7 @@ def stage_of(found: Found, runs: Sequence[Run]) -> Stage:
 def ablated(found: Found, baseline: Stage, changes: dict[str, dict]) -> Rows:
     """Return the baseline, and the baseline with each single change, at equal rates."""
     rows = {"baseline": baseline}
-    if baseline.missing:
+    if baseline.missing or not baseline.runs:
         return rows
     return rows | {name: at_seeds(found, replace(baseline.runs[0], **change)) for name, change in changes.items()}
 

@@ -93,6 +93,8 @@ def best_recorded(found: Found, run: Run) -> Stage:
     """Return the recorded runs with the best rates and coefficients."""
     by_rates: dict[Run, list[Run]] = defaultdict(list)
     for other in found:
+        if other.method != run.method:
+            continue
         rates = replace(run, lr=other.lr, dense_lr=other.dense_lr, coefficients=other.coefficients)
         if replace(rates, seed=other.seed) == other:
             by_rates[rates].append(other)

@@ -73,7 +73,7 @@ def muon_ablations(found: Found, size: str) -> Rows:
         rows |= smaller(found, replace(rows["baseline"].runs[0], **LOW, coefficients="polar_express_8"))
     full = sweep(found, Run(size, "full", optimizer="muon"))
     rows["full rank"] = full
-    if full.missing or rows["baseline"].missing:
+    if full.missing or rows["baseline"].missing or not full.runs:
         return rows
     coefficients = {name: change for name, change in COEFFICIENTS.items() if "coupled" not in change}
     changes = {**coefficients, **PRECISION, **DECAYS}

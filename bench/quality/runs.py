@@ -60,6 +60,14 @@ class OptimizerSettings(NamedTuple):
     dense_optimizer: Literal["adamw", "scale"]
 
 
+_COMMON = {"size", "method", "fraction", "lr", "dense_lr", "seed", "held_out"}
+_STORAGE = {"beta2", "moments", "gradients", "dense_optimizer"}
+# The settings of methods that do not have all of them. A setting without an effect would make two names for one run.
+_SETTINGS = {
+    "full": _COMMON | _STORAGE | {"optimizer", "coefficients", "weight_decay", "base"},
+    "spectron": _COMMON | _STORAGE,
+    **dict.fromkeys(("torch_muon", "galore", "apollo"), _COMMON),
+}
 # Settings that are invalid with `trained` "b": they change `a`, whose rows must stay orthogonal, or need both factors.
 _ONLY_BOTH = ("side_lr", "candidates", "order", "incoming", "start_scale")
 
@@ -118,8 +126,9 @@ class Run:
             raise ValueError(f"`trained` is 'b', but the run has {changed}, which need both factors; leave them out")
         if self.method == "full" and self.codes() and not self.residual():
             raise ValueError(f"`base` is {self.base!r}, but full rank needs a residual; append '+bfloat16'")
-        if self.factors != "float32" and self.method in _DENSE:
-            raise ValueError(f"`factors` is {self.factors!r}, but {self.method!r} trains no factors; leave it out")
+        described = self.described()
+        if unused := set(described) - _SETTINGS.get(self.method, set(described)):
+            raise ValueError(f"{self.method!r} does not use {', '.join(sorted(unused))}; leave them out")
 
     def rank(self) -> int:
         """Return the rank of the factors."""

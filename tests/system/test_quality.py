@@ -117,6 +117,12 @@ def test_larger_sizes_and_other_ranks_start_where_sweeps_of_the_same_method_ende
     assert sweep(found, replace(eighth, optimizer="muon")).missing[0] == replace(best, fraction=8)
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_waits_for_the_sweep_of_a_smaller_size(name):
+    rows = EXPERIMENTS[name]({}, "huge")
+    assert all(stage.runs == [] or stage.missing for stage in rows.values())
+
+
 def test_all_runs_that_an_experiment_asks_for_can_be_named_and_read_again(tmp_path):
     for name, experiment in EXPERIMENTS.items():
         found: store.Found = {}
@@ -277,8 +283,15 @@ def test_muon_of_torch_takes_a_fifth_of_the_step_of_ours(job):
 def test_settings_without_an_effect_or_a_result_are_refused():
     with pytest.raises(ValueError, match="needs a residual"):
         Run("tiny", "full", base="nf4")
-    with pytest.raises(ValueError, match="trains no factors"):
-        Run("tiny", "full", factors="bfloat16")
+    for method, setting in [
+        ("full", {"factors": "bfloat16"}),
+        ("full", {"coupled": 1}),
+        ("galore", {"moments": "8bit"}),
+        ("torch_muon", {"optimizer": "muon"}),
+        ("spectron", {"base": "int8+bfloat16"}),
+    ]:
+        with pytest.raises(ValueError, match=f"'{method}' does not use {next(iter(setting))}"):
+            Run("tiny", method, **setting)
 
 
 def test_the_test_text_is_another_one(job):
