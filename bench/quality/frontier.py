@@ -204,6 +204,7 @@ def table_of(points: list[Point], found: Found, rows: Rows) -> list[str]:
     return lines
 
 
+_MARKERS = {True: "sDP", False: "o^v"}  # of full rank, and of factors, for each ten methods
 _FILLINGS = {"low precision": "none", "4 bits": "left"}  # of markers; those of float32 are full
 
 
@@ -212,9 +213,10 @@ def _style_of(name: str, names: list[str]) -> dict[str, str]:
     methods = [other for other in names if other.rpartition(", ")[2] not in _FILLINGS]
     start, _, precision = name.rpartition(", ")
     method = start if precision in _FILLINGS else name
+    ten, color = divmod(methods.index(method) if method in methods else len(methods), 10)
     return {
-        "color": f"C{(methods.index(method) if method in methods else len(methods)) % 10}",
-        "marker": "s" if name.startswith("full rank") else "o",
+        "color": f"C{color}",
+        "marker": _MARKERS[name.startswith("full rank")][ten],
         "fillstyle": _FILLINGS.get(precision, "full"),
         "label": name,
     }

@@ -3,7 +3,7 @@
 Equal runs are executed only once. The names of the fields of `Run` are also in the files of recorded runs.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from models.llama import LlamaConfig
@@ -126,8 +126,8 @@ class Run:
             raise ValueError(f"`trained` is 'b', but the run has {changed}, which need both factors; leave them out")
         if self.method == "full" and self.codes() and not self.residual():
             raise ValueError(f"`base` is {self.base!r}, but full rank needs a residual; append '+bfloat16'")
-        described = self.described()
-        if unused := set(described) - _SETTINGS.get(self.method, set(described)):
+        settings = set(self.described())
+        if unused := settings - _SETTINGS.get(self.method, settings):
             raise ValueError(f"{self.method!r} does not use {', '.join(sorted(unused))}; leave them out")
 
     def rank(self) -> int:
@@ -178,5 +178,5 @@ class Run:
         return {
             field.name: value
             for field in fields(self)
-            if (value := asdict(self)[field.name]) != field.default or field.name in always
+            if (value := getattr(self, field.name)) != field.default or field.name in always
         }
