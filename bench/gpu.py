@@ -24,7 +24,7 @@ import tyro
 import dynlora_fn as dl
 from bench import memory
 from bench.quality.job import is_inner
-from bench.step_by_method import MuonOfTorch, muon
+from bench.step_by_method import make_packaged, muon
 from bench.support.harness import ROOT, Options, finish, start, table
 from bench.support.process_memory import MB
 from bench.support.timing import Timing, interleave
@@ -73,11 +73,11 @@ Contenders = dict[str, Callable[[], Any]]
 def baselines(config: Gpu, width: int) -> Contenders:
     """Return the steps of full rank and of PEFT."""
     size, device, options = config.size(width), config.device, config.options()
-    of_inner = muon(lambda name, _: is_inner(name))
+    of_inner, of_torch = muon(lambda name, _: is_inner(name)), make_packaged("torch_muon", rank=1, gap=1)
     full_muon = LibraryStep(size, width // _FRACTION, device, _DTYPE, targets=(), optimizer=of_inner, **options)
     return {
         "full rank, AdamW (fused)": full_step(size, device, _DTYPE, **options),
-        "full rank, torch.optim.Muon": full_step(size, device, _DTYPE, make_optimizer=MuonOfTorch, **options),
+        "full rank, torch.optim.Muon": full_step(size, device, _DTYPE, make_optimizer=of_torch, **options),
         "full rank, dl.optim.muon": full_muon.run,
         "PEFT, AdamW (fused)": peft_step(size, width // _FRACTION, device, _DTYPE, **options),
     }

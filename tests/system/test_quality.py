@@ -176,7 +176,8 @@ VARIANTS = [
 @pytest.mark.parametrize("run", VARIANTS, ids=lambda run: "-".join(str(value) for value in run.described().values()))
 @torch.compiler.set_stance("force_eager")  # tracing takes longer than the run; one test below has it
 def test_every_method_learns_and_repeats_itself(job, run):
-    run = replace(run, lr=CENTERS[run.method], ratio=0.0)  # so that 24 steps have switches
+    run = replace(run, lr=CENTERS[run.method])
+    run = replace(run, ratio=0.0) if run.method == "switchlora" else run  # so that 24 steps have switches
     result = execute(job, run, make_method)
     assert result["loss"] < result["curve"][0][1] - 0.05
     assert result["bytes"]["state"] > 0
