@@ -73,7 +73,7 @@ Contenders = dict[str, Callable[[], Any]]
 def baselines(config: Gpu, width: int) -> Contenders:
     """Return the steps of full rank and of PEFT."""
     size, device, options = config.size(width), config.device, config.options()
-    of_inner, of_torch = muon(lambda name, _: is_inner(name)), make_packaged("torch_muon", rank=1, gap=1)
+    of_inner, of_torch = muon(lambda name, _: is_inner(name)), make_packaged("torch_muon")
     full_muon = LibraryStep(size, width // _FRACTION, device, _DTYPE, targets=(), optimizer=of_inner, **options)
     return {
         "full rank, AdamW (fused)": full_step(size, device, _DTYPE, **options),

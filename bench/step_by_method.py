@@ -40,8 +40,11 @@ class StepByMethod(Options):
     """Mode of `torch.compile` for every contender. With `--quick`, nothing is compiled."""
 
 
-def make_packaged(method: str, rank: int, gap: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Return a function that builds the optimizer of another package for a model."""
+def make_packaged(method: str, rank: int = 1, gap: int = GAP) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return a function that builds the optimizer of another package for a model.
+
+    torch's Muon has no `rank` and `gap`.
+    """
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         named = dict(model.named_parameters())
@@ -74,8 +77,7 @@ class Contenders:
     def add_full_rank(self) -> None:
         size, device = self.config.size, self.config.device
         self.steps["full rank"] = full_step(size, device, **self.options)
-        make_muon = make_packaged("torch_muon", rank=1, gap=1)
-        of_torch = full_step(size, device, make_optimizer=make_muon, **self.options)
+        of_torch = full_step(size, device, make_optimizer=make_packaged("torch_muon"), **self.options)
         self.steps["full rank, torch.optim.Muon"] = of_torch
         of_inner = muon(lambda name, _: is_inner(name))
         step = LibraryStep(size, 1, device, torch.float32, targets=(), optimizer=of_inner, **self.options)

@@ -13,8 +13,6 @@ from bench.quality.job import CLIP, Job, is_inner, optimizer_of, rounded
 from bench.quality.runs import Run
 from bench.support.process_memory import count_bytes
 
-PACKAGED = ("galore", "apollo", "torch_muon")  # methods whose optimizer comes from another package
-
 
 class FullRank:
     """A run that trains every weight with AdamW, or the inner matrices with Muon.

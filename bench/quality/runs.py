@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 from models.llama import LlamaConfig
 
 HeldOut = Literal["validation", "test"]
-METHODS = ("full", "torch_muon", "lora", "relora", "spectron", "galore", "apollo", "switchlora")
-_DENSE = ("full", "torch_muon", "galore", "apollo")  # methods that send dense gradients
+PACKAGED = ("torch_muon", "galore", "apollo")  # methods that train dense weights with another package's optimizer
+METHODS = ("full", *PACKAGED, "lora", "relora", "spectron", "switchlora")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ _STORAGE = {"beta2", "moments", "gradients", "dense_optimizer"}
 _SETTINGS = {
     "full": _COMMON | _STORAGE | {"optimizer", "coefficients", "weight_decay", "base"},
     "spectron": _COMMON | _STORAGE,
-    **dict.fromkeys(("torch_muon", "galore", "apollo"), _COMMON),
+    **dict.fromkeys(PACKAGED, _COMMON),
 }
 # Settings that are invalid with `trained` "b": they change `a`, whose rows must stay orthogonal, or need both factors.
 _ONLY_BOTH = ("side_lr", "candidates", "order", "incoming", "start_scale")
@@ -161,7 +161,7 @@ class Run:
             low = rank * size.layers * (5 * size.width + 2 * size.hidden)
         entry = 2 if self.gradients == "bfloat16" else 4
         low *= 2 if self.factors == "bfloat16" else entry
-        if self.method in _DENSE:
+        if self.method in ("full", *PACKAGED):
             return entry * (inner + rest)
         if not self.compensate:
             return low + entry * rest

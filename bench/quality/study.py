@@ -16,14 +16,14 @@ from rich.console import Console
 
 import bench.support.harness  # noqa: F401, sets environment variables that torch reads
 from bench.quality import store
-from bench.quality.dense_methods import PACKAGED, FullRank, Packaged
+from bench.quality.dense_methods import FullRank, Packaged
 from bench.quality.execute import Method, execute
 from bench.quality.experiments import EXPERIMENTS as COMPARISONS
 from bench.quality.frontier import frontier, recorded, write_frontier
 from bench.quality.job import Job
 from bench.quality.low_rank import LowRankMethod
 from bench.quality.muon_ablations import muon_ablations
-from bench.quality.runs import SIZES, Run
+from bench.quality.runs import PACKAGED, SIZES, Run
 from bench.quality.spectron import Spectron
 from bench.quality.sweeps import missing_of
 from bench.quality.tables import write_report
