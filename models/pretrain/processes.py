@@ -55,15 +55,22 @@ class Processes(NamedTuple):
         Collective: call it on every process. If the function raises a ValueError or an OSError, every process raises
         it.
         """
+        return self.from_first(self.do_on_every(lambda: action() if self.is_first else None))
+
+    def do_on_every(self, action: Callable[[], Any]) -> Any:
+        """Call a function on every process, and return its result once all have called it.
+
+        Collective: call it on every process. If the function raises a ValueError or an OSError on some processes, every
+        process raises: the error of this process, or otherwise the first one.
+        """
         result = error = None
-        if self.is_first:
-            try:
-                result = action()
-            except (ValueError, OSError) as raised:
-                error = raised
-        result, error = self.from_first((result, error))
-        if error is not None:
-            raise error
+        try:
+            result = action()
+        except (ValueError, OSError) as raised:
+            error = raised
+        first_error = self.first_not_none(error)
+        if first_error is not None:
+            raise error or first_error
         return result
 
     def first_not_none(self, value: Any) -> Any:

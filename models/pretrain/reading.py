@@ -82,7 +82,12 @@ def load_corpus(
 
     corpus, folder = processes.do_on_first(encode)
     dtype = np.min_scalar_type(corpus.vocabulary - 1)
-    return corpus._replace(**{part: TokenFile(folder / f"{part}.bin", dtype) for part in ("train", "validation")})
+
+    def open_files() -> dict[str, TokenFile]:
+        return {part: TokenFile(folder / f"{part}.bin", dtype) for part in ("train", "validation")}
+
+    # All have opened the files before any process goes on: later the first one renames or removes their folder.
+    return corpus._replace(**processes.do_on_every(open_files))
 
 
 def _encode(

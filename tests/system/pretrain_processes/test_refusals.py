@@ -1,10 +1,14 @@
 """What several processes cannot do is refused."""
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from models.pretrain import reading
 from models.pretrain.__main__ import main
 from tests.support.pretrain_processes import arguments, job
 from tests.support.processes import in_processes
@@ -34,3 +38,42 @@ def test_what_several_processes_cannot_do_is_one_line(text: Path, tmp_path: Path
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments(text, out, shard=True)])
     with pytest.raises(SystemExit, match="2"):
         main()
+
+
+@pytest.mark.parametrize("changed", [{"rank": 99}, {"steps": 1, "warmup": 0}], ids=["refused", "trained"])
+def test_a_slow_process_opens_the_tokens_before_their_folder_is_removed_or_renamed(
+    text: Path, tmp_path: Path, changed: dict[str, object]
+):
+    outcomes = in_processes(2, job, arguments(text, tmp_path / "run", **changed), _open_late_on_the_second)
+    assert [outcome.code for outcome in outcomes] == ([0, 0] if "steps" in changed else [2, 2]), outcomes
+    assert outcomes[1].err == ""
+
+
+def test_tokens_that_one_process_cannot_open_stop_all(text: Path, tmp_path: Path):
+    outcomes = in_processes(3, job, arguments(text, tmp_path / "run"), _fail_to_open_on_the_second)
+    assert [outcome.code for outcome in outcomes] == [2, 2, 2], outcomes
+    assert all("not on this machine" in outcome.err for outcome in outcomes)
+    assert not (tmp_path / "run").exists()
+
+
+def _open_late_on_the_second(process: int) -> None:
+    if process == 1:
+        _open_with(lambda: time.sleep(1))
+
+
+def _fail_to_open_on_the_second(process: int) -> None:
+    def fail() -> None:
+        raise FileNotFoundError("not on this machine")
+
+    if process == 1:
+        _open_with(fail)
+
+
+def _open_with(act: Callable[[], None]) -> None:
+    open_file = reading.TokenFile
+
+    def opened(*given: Any) -> Any:
+        act()
+        return open_file(*given)
+
+    reading.TokenFile = opened
