@@ -49,7 +49,7 @@ def prepare(config: Config, console: Console, processes: Processes = SINGLE_PROC
     if config.output.export != "adapter":
         processes.do_on_first(lambda: check_can_be_saved(model, tokenizer))
     model = model.to(run_device(config))
-    model_digest = digest(Path(name)) if processes.is_first else ""
+    model_digest = processes.do_on_first(lambda: digest(Path(name)))
     with tokens_beside(folder, processes) as tokens:
         data, stored = replace(config.data, tokenizer=tokenizer_name), tokens_of_resumed(config, folder)
         corpus = load_corpus(data, tokens, console, processes, stored=stored)

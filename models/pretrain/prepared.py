@@ -142,7 +142,7 @@ def start_or_resume(
     recorded_steps = processes.do_on_first(lambda: prepare_folder(config, folder, digests))
     saved, first_step = Saved(method.state, method.pool), 0
     resume, steps = config.output.resume, config.training.steps
-    settings = processes.from_first(checkpoint_settings(config, digests))  # only the first has the digest of a model
+    settings = checkpoint_settings(config, digests)
     if resume and (loaded := load_checkpoint(folder / "checkpoints", saved, processes, settings=settings, donate=True)):
         saved, first_step = loaded.state, loaded.step
         for path, reason, is_damaged in loaded.refused:

@@ -17,7 +17,7 @@ from models.pretrain.progress import MetricsFile, ProgressBar
 from models.pretrain.tensorboard import Scalars
 
 _FLUSH_EVERY = 10  # the most steps between two reads of results from the device
-_FLUSH_SECONDS = 15.0  # seconds after which the next step leads to a read
+_FLUSH_SECONDS = 15.0  # the most seconds between two reads, if a step takes less
 
 
 class DivergedError(ValueError):
@@ -38,18 +38,21 @@ class Recorder:
         self._config, self._processes, self._corpus = run.config, run.processes, run.corpus
         self._wire, self._wire_when_switching = wire_bytes(run), wire_bytes(run, is_switching=True)
         self._pending: list[tuple[int, Metrics, int]] = []
+        self._most_pending = 1  # steps before the next read; the time of the first steps is unknown
         self._rates: list[float] = []  # tokens per second
         self._since = time.perf_counter()
 
     def record(self, step: int, metrics: Metrics, switched: int) -> None:
-        """Add the metrics of a step, and write the pending steps if it is time."""
-        is_due = time.perf_counter() - self._since > _FLUSH_SECONDS
-        if len(self._pending) == _FLUSH_EVERY or is_due:
+        """Add the metrics of a step, and write the pending steps if there are enough."""
+        if len(self._pending) >= self._most_pending:
             self.flush()
         self._pending.append((step, metrics._replace(outgoing={}), switched))
 
     def flush(self, validate: Callable[[], dict[str, float]] | None = None) -> None:
         """Write the pending steps.
+
+        Collective: call it on every process. The first one decides how many steps to collect before the next call, so
+        that all stop at the same step if a result is not finite.
 
         Args:
             validate: A function that returns further metrics of the last pending step. Default None adds none.
@@ -62,13 +65,15 @@ class Recorder:
         lines = [self._line(*pending) for pending in self._pending]  # waits for the device
         data = self._config.data
         tokens_per_step = data.grad_accum * data.batch_size * data.seq_len
-        self._rates.append(len(lines) * tokens_per_step / (time.perf_counter() - self._since))
+        seconds = (time.perf_counter() - self._since) / len(lines)  # of a step
+        self._rates.append(tokens_per_step / seconds)
         if validate is not None:
             lines[-1] |= validate()
         for file in self._files:
             file.append(lines)
         self._show(lines[-1], tokens_per_step)
         self._pending.clear()
+        self._most_pending = self._processes.from_first(max(1, min(_FLUSH_EVERY, int(_FLUSH_SECONDS / seconds))))
         self._since = time.perf_counter()
 
     @contextmanager

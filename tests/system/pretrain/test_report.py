@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.pretrain import progress
+from models.pretrain import progress, recorder
 from models.pretrain.plot import compared_runs, smoothed, validation_points
 from models.pretrain.progress import duration, read_start
 from models.pretrain.report import size
@@ -42,8 +42,10 @@ def test_a_run_that_switches_nothing_warns(job: Job, tmp_path: Path):
 
 def test_lines_come_by_time_without_a_terminal(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(recorder, "_FLUSH_SECONDS", 1e6)
     outcome = job("--out", tmp_path / "run", "--steps", 30)
-    assert sum(line.startswith("step ") for line in outcome.out.splitlines()) == 3
+    steps = [line.split(":")[0] for line in outcome.out.splitlines() if line.startswith("step ")]
+    assert steps == ["step 1", "step 11", "step 21", "step 30"]
 
 
 def test_the_closing_table_has_the_loss_first_and_only_rows_that_apply(job: Job, tmp_path: Path):

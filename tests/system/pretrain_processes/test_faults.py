@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 import dynlora_fn as dl
-from models.pretrain import method
+from models.pretrain import method, recorder
 from tests.support.paths import ROOT
 from tests.support.pretrain import Outcome, metrics
 from tests.support.pretrain_processes import arguments, assert_same_run, at_step, job
@@ -28,6 +29,19 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(text: Path, tmp_path
     assert outcomes[1].err == outcomes[2].err == ""
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert all(leaf.isfinite().all() for path in saved.glob("*.safetensors") for leaf in load_file(path).values())
+
+
+def test_processes_whose_clocks_differ_stop_at_the_same_step(text: Path, tmp_path: Path):
+    outcomes = in_processes(2, job, arguments(text, tmp_path / "run"), _spoil_the_loss_and_the_clock_of_the_second)
+    assert [outcome.code for outcome in outcomes] == [2, 2], outcomes
+    assert "`loss` must be finite to go on, got nan at step 14" in outcomes[0].err
+
+
+def _spoil_the_loss_and_the_clock_of_the_second(process: int) -> None:
+    _spoil_the_loss_of_the_second(process)
+    if process == 1:
+        clock = SimpleNamespace(perf_counter=lambda: 1e6 * time.perf_counter())
+        recorder.time = clock
 
 
 def _spoil_the_loss_of_the_second(process: int) -> None:
