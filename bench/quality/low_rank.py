@@ -153,7 +153,8 @@ class LowRankMethod:
             "losses_around_switches": self._jumps,
             "largest_jump": max(jumps, default=0.0),
             "overlaps": self._overlaps,
-            "finite": all(leaf.isfinite().all().item() for leaf in tree_leaves(self.params)),
+            # float8 has no `isfinite`.
+            "finite": all(leaf.float().isfinite().all().item() for leaf in tree_leaves(self.params)),
         }
 
 

@@ -51,6 +51,7 @@ VARIANTS = [
     Run("tiny", "switchlora", optimizer="muon", dense_optimizer="scale", interval=10),
     Run("tiny", "switchlora", base="nf4+bfloat16", interval=10),
     Run("tiny", "switchlora", base="nf4", every=5, interval=20),
+    *(Run("tiny", "switchlora", base=f"{kind}+bfloat16", interval=10) for kind in ("float8", "nvfp4")),
     Run("tiny", "full", optimizer="muon", base="nvfp4+bfloat16", dense_optimizer="scale"),
 ]
 
