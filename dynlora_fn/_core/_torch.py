@@ -99,6 +99,7 @@ USED = (
     "torch._guards.CompileContext.try_get",
     "torch._grouped_mm",
     "torch._inductor.list_mode_options",
+    "torch._inductor.loop_body.LoopBody.get_read_expr",
     "torch._ops.OpOverload",
     "torch._ops.OpOverloadPacket",
     "torch.Tensor._make_wrapper_subclass",
@@ -412,6 +413,30 @@ def trace_autograd_ops() -> AbstractContextManager[Any]:
     """Let Dynamo trace `torch.autograd.grad` inside a compiled function."""
     patch: AbstractContextManager[Any] = torch._dynamo.config.patch(trace_autograd_ops=True)
     return patch
+
+
+@contextmanager
+def reads_of_mutated_buffers() -> Iterator[None]:
+    """Let Inductor compile loops that read a tensor after it was written in place.
+
+    For CPUs, torch 2.13 and 2.14 raise a KeyError instead (pytorch#196570). They look for the buffer under the name of
+    the write, to store it in a local buffer. The loops read it under another name, and without an index it stays where
+    it is.
+    """
+    loop_body = import_module("torch._inductor.loop_body").LoopBody
+    get_read_expr = loop_body.get_read_expr
+
+    def expression_or_none(self: Any, buffer: str) -> Any:
+        try:
+            return get_read_expr(self, buffer)
+        except KeyError:
+            return None
+
+    loop_body.get_read_expr = expression_or_none
+    try:
+        yield
+    finally:
+        loop_body.get_read_expr = get_read_expr
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dynlora_fn._core._check import check_callable, check_flag
 from dynlora_fn._core._torch import (
     inductor_mode_options,
     keystr,
+    reads_of_mutated_buffers,
     trace_autograd_ops,
     tree_flatten,
     tree_flatten_with_path,
@@ -116,6 +117,8 @@ def compile_step(
     def begin_trace(_: Any) -> None:
         contexts, args, kwargs = current[-1]
         contexts.enter_context(trace_autograd_ops())  # for `torch.autograd.grad` inside the step
+        if _is_inductor(options):
+            contexts.enter_context(reads_of_mutated_buffers())
         calls.note(args, kwargs)
 
     # Dynamo caches a limited number of graphs for each code object, so every step gets a new code object.
@@ -143,6 +146,10 @@ def compile_step(
     return compiled_step
 
 
+def _is_inductor(options: Mapping[str, Any]) -> bool:
+    return (options.get("backend") or "inductor") == "inductor"
+
+
 def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments for `torch.compile`, with the graph passes for Inductor.
 
@@ -162,7 +169,7 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if value is not None and name not in ("fullgraph", "mode", "options")
     }
-    if others.get("backend", "inductor") != "inductor":
+    if not _is_inductor(others):
         settings = {name: options[name] for name in ("mode", "options") if options.get(name) is not None}
         return {**others, **settings}
     from dynlora_fn.compile._passes import inductor_options  # noqa: PLC0415 (Inductor takes a second to import)

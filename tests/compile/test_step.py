@@ -85,3 +85,16 @@ def test_a_step_that_switches_equals_eager_with_inductor():
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             state, aux = compiled(state, *batch)
         torch.testing.assert_close((state, aux), wanted[index], rtol=0, atol=1e-10)  # as for the reference
+
+
+@pytest.mark.inductor
+def test_inductor_reads_what_a_step_has_written_in_place():
+    """`torch.compile` raises a KeyError for this step on CPUs (pytorch#196570)."""
+
+    def step(state, x):
+        new = x.clone()
+        new[torch.arange(8).unsqueeze(0), torch.arange(8).unsqueeze(1)] = 0
+        return state + torch.softmax(x + new, dim=-1), None
+
+    x, state = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(8, 8)
+    torch.testing.assert_close(compile_step(step, donate=False)(state, x).state, 1 + torch.softmax(x, dim=-1))
