@@ -28,6 +28,7 @@ def points(losses: Mapping[str, Sequence[float]], held_out: HeldOut, path: Path)
         axes.plot(mean(by_seed), place, "o", color="C0", markersize=6)
     axes.axvline(mean(next(iter(losses.values()))), color="0.8", zorder=0)
     axes.set(xlabel=f"{held_out} loss, nats per byte", yticks=range(len(losses)), yticklabels=list(losses))
+    axes.locator_params(axis="x", nbins=6)  # so that labels do not touch
     axes.invert_yaxis()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
